@@ -1,0 +1,666 @@
+"""Control groups (cgroup v2) for jobs: discovery, limits, kill, removal.
+
+A `Subtree` is this process's own piece of the cgroup tree:
+
+    BASE/                      our own cgroup when we start, or the root given
+      job-worker-<random>/     locked (flock) while its owner lives
+        server/                the owner and its spawner
+        jobs/
+          <job>/               one job, with its limits
+
+Only leaves hold processes, because the kernel does not let a cgroup that hands
+controllers to its children have processes of its own. v1 is not supported.
+
+    subtree = Subtree.open("require")
+    cgroup = subtree.create("some-job", Limits(cpu_cores=0.5))
+    ...                        # start a process that writes 0 to cgroup.open_procs()
+    cgroup.kill()
+    cgroup.wait_empty()
+    cgroup.remove()
+    subtree.close()
+
+Every failure is a `CgroupError` that names the path, the value and the remedy.
+
+Thread safety: a `Subtree` may be used from any thread once `open` has returned; a
+`Cgroup` has no state of its own besides its path. `open` and `close` move the
+calling process, so they must not run at the same time as another's.
+
+Source of all kernel facts, unless another is named: the kernel's
+Documentation/admin-guide/cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import math
+import os
+import re
+import select
+import signal
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+__all__ = ["Cgroup", "CgroupError", "Enforcement", "Limits", "Subtree", "kill_tree"]
+
+logger = logging.getLogger(__name__)
+
+Enforcement = Literal["require", "auto", "off"]
+"""What to do when a limit cannot be enforced: refuse to run jobs; enforce what can
+be enforced and warn; use no cgroups at all."""
+
+_MIB = 1024 * 1024
+_CPU_PERIOD_US = 100_000
+_CPU_QUOTA_MIN_US = 1_000  # the kernel refuses less
+_PREFIX = "job-worker-"
+_REMOVE_RETRY_S = 2.0  # how long rmdir may go on saying EBUSY once the cgroup is empty
+_RETRY_MS = 10
+_FREEZE_S = 0.5
+_DEATH_S = 5.0  # how long killed processes of a dead or closing owner may take to be gone
+
+_DELEGATE = (
+    "run the server as root, or in a delegated cgroup of its own: "
+    "systemd-run --scope -p Delegate=yes ... (--user for an ordinary user)"
+)
+_UNIFIED = (
+    "this host mounts cgroup v1 or a hybrid of both; boot it with "
+    "systemd.unified_cgroup_hierarchy=1 (cgroup_no_v1=all without systemd)"
+)
+_CHECK_VALUE = "check the limit's value and the kernel's log"
+
+
+class CgroupError(OSError):
+    """Something about cgroups failed.
+
+    Attributes: `path` and `value` (what was being written where; may be ""),
+    `remedy` (what the operator can do), and OSError's `errno`.
+    """
+
+    def __init__(
+        self, problem: str, *, path: str | Path = "", value: str = "", remedy: str, code: int = 0
+    ) -> None:
+        super().__init__(code, problem)
+        self.problem = problem
+        self.path = str(path)
+        self.value = value
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one job may use. None means no limit. Raises ValueError on a senseless value."""
+
+    cpu_cores: float | None = 1.0
+    """CPU time per wall time, all processes together; at least 0.01. cpu.max"""
+    memory_bytes: int | None = 512 * _MIB
+    """Memory, page cache included; the whole job is killed when it cannot be kept. memory.max"""
+    swap_bytes: int | None = 0
+    """Swap on top of the memory. memory.swap.max"""
+    io_read_bps: int | None = 50 * _MIB
+    """Bytes per second read from each physical disk. io.max rbps"""
+    io_write_bps: int | None = 50 * _MIB
+    """Bytes per second written to each physical disk. io.max wbps"""
+    pids: int | None = 512
+    """Processes and threads. pids.max"""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            number = int | float if field.name == "cpu_cores" else int
+            if not isinstance(value, number) or isinstance(value, bool):
+                raise ValueError(f"{field.name} must be a number or None, not {value!r}")  # noqa: TRY004 -- one error for all senseless limits
+            minimum = {"cpu_cores": _CPU_QUOTA_MIN_US / _CPU_PERIOD_US, "swap_bytes": 0}.get(
+                field.name, 1
+            )
+            if not minimum <= value < math.inf:
+                raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
+
+
+# The fields of `Limits` that each controller enforces.
+_CONTROLLERS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu_cores",),
+    "memory": ("memory_bytes", "swap_bytes"),
+    "io": ("io_read_bps", "io_write_bps"),
+    "pids": ("pids",),
+}
+
+
+class Subtree:
+    """The cgroups of one owner process. Make one with `open`; end it with `close`.
+
+    Attributes: `path`, `jobs` (the directory that holds the jobs' cgroups),
+    `controllers` (those the jobs have).
+    """
+
+    def __init__(self, path: Path, lock_fd: int, enforcement: Enforcement) -> None:
+        self.path = path
+        self.jobs = path / "jobs"
+        self.controllers: frozenset[str] = frozenset()
+        self._enforcement = enforcement
+        # Held as long as we live: a subtree whose lock can be taken has a dead owner.
+        self._lock_fd = lock_fd
+        self._moved_from: Path | None = None
+        self._enabled_in_base: list[str] = []
+        self._shortcomings: dict[str, None] = {}  # what `auto` goes without, in order
+
+    @classmethod
+    def open(
+        cls,
+        enforcement: Enforcement,
+        *,
+        root: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
+    ) -> Subtree | None:
+        """Make this process's subtree below `root` (default: the cgroup it is in).
+
+        When it is in `root` itself it moves into a leaf of its own. Left-overs of
+        dead owners below `root` are removed. A cgroup with `limits` (default
+        `Limits()`) is made and removed again, to find now what would fail later.
+
+        require: raises `CgroupError` for anything missing. auto: logs one warning
+        instead and goes without; None when there is no usable hierarchy at all.
+        off: None.
+        """
+        if enforcement not in get_args(Enforcement):
+            raise ValueError(
+                f"enforcement must be one of {', '.join(get_args(Enforcement))}, "
+                f"not {enforcement!r}"
+            )
+        if enforcement == "off":
+            return None
+        try:
+            base = _find_base(root)
+            _sweep(base)
+            subtree = cls(*_make_locked(base), enforcement)
+            try:
+                subtree._set_up(base, limits or Limits())
+            except BaseException:
+                subtree.close()
+                raise
+        except CgroupError as error:
+            if enforcement == "require":
+                raise
+            logger.warning("jobs run without cgroups and without limits: %s", error)
+            return None
+        return subtree
+
+    def _set_up(self, base: Path, limits: Limits) -> None:
+        _mkdir(self.path / "server")
+        _mkdir(self.jobs)
+        if base == _own_cgroup(_cgroup2_mounts()):
+            _write(self.path / "server/cgroup.procs", "0", remedy=_DELEGATE)
+            self._moved_from = base
+        available = _read(base / "cgroup.controllers").split()
+        missing = _CONTROLLERS.keys() - available
+        if missing:
+            self._give_up_or_note(
+                CgroupError(
+                    f"cgroup controllers missing in {base}: {', '.join(sorted(missing))}",
+                    path=base / "cgroup.controllers",
+                    remedy=_UNIFIED if _v1_controllers() else _DELEGATE,
+                )
+            )
+        for controller in _CONTROLLERS.keys() - missing:
+            try:
+                self._enable(base, controller)
+                self.controllers |= {controller}
+            except CgroupError as error:
+                self._give_up_or_note(error)
+        probe = self.create("probe", limits)
+        probe.remove()
+        if self._shortcomings:
+            logger.warning(
+                "not every limit can be enforced (in force: %s): %s",
+                _describe(probe.limits) or "none",
+                "; ".join(self._shortcomings),
+            )
+
+    def _enable(self, base: Path, controller: str) -> None:
+        """Hand `controller` down from `base` to the jobs."""
+        if controller not in _read(base / "cgroup.subtree_control").split():
+            _write(
+                base / "cgroup.subtree_control",
+                f"+{controller}",
+                remedy=f"{_DELEGATE}; no process but the server may be in {base}",
+            )
+            self._enabled_in_base.append(controller)
+        for directory in (self.path, self.jobs):
+            _write(directory / "cgroup.subtree_control", f"+{controller}", remedy=_DELEGATE)
+
+    def create(self, name: str, limits: Limits) -> Cgroup:
+        """Make the cgroup of one job and write every limit before returning it.
+
+        Raises `CgroupError`, and leaves nothing behind, when it cannot be made or,
+        under `require`, when a limit cannot be written. Under `auto` such a limit is
+        None in the result's `limits`.
+        """
+        path = self.jobs / name
+        _mkdir(path)
+        cgroup = Cgroup(path, Limits(*[None] * len(fields(Limits))))
+        try:
+            return Cgroup(path, self._apply(path, limits))
+        except BaseException:
+            cgroup.remove()
+            raise
+
+    def _apply(self, path: Path, limits: Limits) -> Limits:
+        """Write the limits and return those in force."""
+        in_force = limits
+        for controller, names in _CONTROLLERS.items():
+            if all(getattr(limits, name) is None for name in names):
+                continue
+            if controller in self.controllers:
+                try:
+                    _WRITERS[controller](path, limits)
+                    continue
+                except CgroupError as error:
+                    self._give_up_or_note(error)
+            in_force = replace(in_force, **dict.fromkeys(names))
+        return in_force
+
+    def _give_up_or_note(self, error: CgroupError) -> None:
+        if self._enforcement == "require":
+            raise error
+        self._shortcomings.setdefault(str(error))
+
+    def close(self) -> None:
+        """Kill what is left of the jobs, leave the subtree and remove it; idempotent.
+
+        The spawner must have ended. Blocks until the killed processes are gone. Logs
+        a warning, and leaves the directory for the next start to sweep, when
+        something else keeps it in use.
+        """
+        if self._lock_fd < 0:
+            return
+        try:
+            _kill_and_remove(self.jobs)
+            if self._moved_from is not None:
+                # A cgroup that hands controllers down takes no process back, unless
+                # it is the root; so first take back what we handed down.
+                for controller in self._enabled_in_base:
+                    with contextlib.suppress(CgroupError):  # a sibling uses it
+                        _write(
+                            self._moved_from / "cgroup.subtree_control",
+                            f"-{controller}",
+                            remedy=_DELEGATE,
+                        )
+                _write(self._moved_from / "cgroup.procs", "0", remedy=_DELEGATE)
+                self._moved_from = None
+            _remove_tree(self.path)
+        except CgroupError as error:
+            logger.warning("the cgroup %s could not be removed: %s", self.path, error)
+        finally:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+class Cgroup:
+    """One job's cgroup. Attributes: `path`, `limits` (those in force; None where not)."""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path = path
+        self.limits = limits
+
+    def open_procs(self) -> int:
+        """Open cgroup.procs; whoever writes `0` to the descriptor joins the cgroup.
+
+        The kernel checks the rights of the opener, not of the writer, so a child that
+        has dropped its privileges can still join.
+        """
+        path = self.path / "cgroup.procs"
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _error(error, "open", path, remedy=_DELEGATE) from error
+
+    def kill(self) -> None:
+        """SIGKILL every process in the cgroup and below; nothing when it is gone."""
+        kill_tree(self.path)
+
+    def wait_empty(self, timeout: float | None = None) -> None:
+        """Block until no living process is in the cgroup or below.
+
+        The kernel wakes us. Raises TimeoutError after `timeout` seconds.
+        """
+        if not _wait_event(self.path, "populated", "0", timeout):
+            raise TimeoutError(f"processes in {self.path} are still alive after {timeout} s")
+
+    def oom_kills(self) -> int:
+        """How many processes in here the kernel killed for lack of memory (memory.events)."""
+        with contextlib.suppress(CgroupError):  # no memory controller
+            for line in _read(self.path / "memory.events").splitlines():
+                key, value = line.split()
+                if key == "oom_kill":
+                    return int(value)
+        return 0
+
+    def remove(self) -> None:
+        """Remove the cgroup and what the job made below it. It must be empty of processes."""
+        _remove_tree(self.path)
+
+
+def kill_tree(path: str | os.PathLike[str]) -> None:
+    """SIGKILL every process in the cgroup `path` and below, concurrent forks included.
+
+    Does not wait for them to be gone. Nothing when there is no such cgroup. Raises
+    `CgroupError`.
+    """
+    path = Path(path)
+    try:
+        _write(path / "cgroup.kill", "1", remedy=_DELEGATE)
+    except CgroupError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        if path.exists():
+            _freeze_and_kill(path)  # a kernel before 5.14 has no cgroup.kill
+
+
+def _freeze_and_kill(path: Path) -> None:
+    """Kill without cgroup.kill: what is frozen cannot fork while we go through it."""
+    frozen = False
+    while not frozen and path.exists():
+        _write(path / "cgroup.freeze", "1", remedy=_DELEGATE)
+        frozen = _wait_event(path, "frozen", "1", _FREEZE_S)
+        for directory, _, _ in os.walk(path):
+            for pid in _read(Path(directory, "cgroup.procs")).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        _write(path / "cgroup.freeze", "0", remedy=_DELEGATE)
+
+
+# --- discovery -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    root: str  # the cgroup that is mounted, as seen from our cgroup namespace
+    point: Path
+    type: str
+
+
+def _mounts() -> list[_Mount]:
+    """Read /proc/self/mountinfo; proc(5) has its format."""
+    mounts = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        root, point = (
+            re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field)
+            for field in before.split(" ")[3:5]
+        )
+        mounts.append(_Mount(root, Path(point), after.split(" ")[0]))
+    return mounts
+
+
+def _cgroup2_mounts() -> list[_Mount]:
+    return [mount for mount in _mounts() if mount.type == "cgroup2"]
+
+
+def _v1_controllers() -> bool:
+    return any(mount.type == "cgroup" for mount in _mounts())
+
+
+def _own_cgroup(mounts: list[_Mount]) -> Path | None:
+    """The directory of the v2 cgroup we are in (the `0::` line), if it is mounted."""
+    for line in Path("/proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
+        if line.startswith("0::"):
+            own = line[3:].removesuffix(" (deleted)")
+            for mount in mounts:
+                relative = os.path.relpath(own, mount.root)
+                if not relative.startswith(".."):
+                    return Path(os.path.normpath(mount.point / relative))
+    return None
+
+
+def _find_base(root: str | os.PathLike[str] | None) -> Path:
+    """Return the cgroup to work below, having made sure that it is one."""
+    mounts = _cgroup2_mounts()
+    if root is None:
+        own = _own_cgroup(mounts)
+        if own is None:
+            raise CgroupError(
+                "no cgroup v2 hierarchy that holds this process is mounted",
+                remedy=_UNIFIED
+                if _v1_controllers()
+                else "mount one: mount -t cgroup2 none /sys/fs/cgroup",
+            )
+        return own
+    path = Path(os.path.realpath(root))
+    # The innermost mount decides: on a hybrid host /sys/fs/cgroup is a tmpfs, where
+    # mkdir works and a limit would be written to an ordinary file.
+    covering = [m for m in _mounts() if path.is_relative_to(m.point)]
+    innermost = max(covering, key=lambda m: len(m.point.parts), default=None)
+    if innermost is None or innermost.type != "cgroup2" or not path.is_dir():
+        raise CgroupError(
+            f"{os.fspath(root)} is not a cgroup v2 directory",
+            path=path,
+            remedy="name a directory below "
+            + (" or ".join(str(m.point) for m in mounts) or "a cgroup2 mount"),
+        )
+    return path
+
+
+def _make_locked(base: Path) -> tuple[Path, int]:
+    """Make a new subtree directory in `base` and lock it."""
+    while True:
+        path = base / f"{_PREFIX}{os.urandom(4).hex()}"
+        _mkdir(path)
+        # Another server's sweep may take it for a left-over before we have locked it.
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.stat(path)
+            except (BlockingIOError, FileNotFoundError):
+                os.close(fd)
+            else:
+                return path, fd
+
+
+def _sweep(base: Path) -> None:
+    """Remove the subtrees in `base` whose owner is dead: those whose lock is free."""
+    for path in base.glob(f"{_PREFIX}*"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue  # gone meanwhile, or not ours to touch
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _kill_and_remove(path / "jobs")
+            # The dead server's spawner may still be on its way out.
+            _wait_event(path, "populated", "0", _DEATH_S)
+            _remove_tree(path)
+            logger.info("removed the left-over cgroup %s of a dead server", path)
+        except BlockingIOError:
+            pass  # its owner lives
+        except CgroupError as error:
+            logger.warning("a left-over cgroup could not be removed: %s", error)
+        finally:
+            os.close(fd)
+
+
+def _physical_disks() -> list[str]:
+    """The MAJ:MIN of every physical disk.
+
+    io.max takes whole disks only, which is what /sys/block lists. Below
+    /sys/devices/virtual/block are loop, ram, device-mapper and md devices, whose I/O
+    reaches a physical disk in the end; an empty drive has size 0.
+    """
+    disks = []
+    for entry in Path("/sys/block").iterdir():
+        with contextlib.suppress(OSError):  # unplugged meanwhile
+            virtual = "/devices/virtual/block/" in os.path.realpath(entry)
+            if not virtual and int((entry / "size").read_text()) > 0:
+                disks.append((entry / "dev").read_text().strip())
+    return sorted(disks)
+
+
+# --- the files of a cgroup ----------------------------------------------------------
+
+
+def _write_cpu(path: Path, limits: Limits) -> None:
+    if limits.cpu_cores is not None:
+        quota_us = round(limits.cpu_cores * _CPU_PERIOD_US)
+        _write(path / "cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
+
+
+def _write_memory(path: Path, limits: Limits) -> None:
+    if limits.memory_bytes is not None:
+        _write(path / "memory.max", str(limits.memory_bytes))
+        # Without it the kernel kills one process of the job and the rest limps on.
+        _write(path / "memory.oom.group", "1")
+    if limits.swap_bytes is not None and (
+        (path / "memory.swap.max").exists() or len(_read("/proc/swaps").splitlines()) > 1
+    ):
+        # The file is missing where swap is not accounted; that matters only if there is swap.
+        _write(path / "memory.swap.max", str(limits.swap_bytes))
+
+
+def _write_io(path: Path, limits: Limits) -> None:
+    rates = [("rbps", limits.io_read_bps), ("wbps", limits.io_write_bps)]
+    value = " ".join(f"{key}={rate}" for key, rate in rates if rate is not None)
+    disks = _physical_disks()
+    if not disks:
+        raise CgroupError(
+            "this host has no physical disk in /sys/block whose I/O could be limited",
+            path="/sys/block",
+            remedy="attach a disk, or set no I/O limit",
+        )
+    for disk in disks:
+        _write(path / "io.max", f"{disk} {value}")
+
+
+def _write_pids(path: Path, limits: Limits) -> None:
+    _write(path / "pids.max", str(limits.pids))
+
+
+_WRITERS = {"cpu": _write_cpu, "memory": _write_memory, "io": _write_io, "pids": _write_pids}
+
+
+def _write(path: Path, value: str, *, remedy: str = _CHECK_VALUE) -> None:
+    """Write `value`; never creates a file, and lets no error of the kernel pass."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _error(error, f"write {value!r} to", path, value=value, remedy=remedy) from error
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise _error(error, "read", path, remedy=_DELEGATE) from error
+
+
+def _error(
+    error: OSError, action: str, path: str | Path, *, value: str = "", remedy: str
+) -> CgroupError:
+    return CgroupError(
+        f"cannot {action} {path}: {error.strerror}",
+        path=path,
+        value=value,
+        remedy=remedy,
+        code=error.errno or 0,
+    )
+
+
+def _wait_event(path: Path, key: str, value: str, timeout: float | None) -> bool:
+    """Block until cgroup.events of `path` says `key value` or the cgroup is gone.
+
+    False when it does not within `timeout` seconds.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with contextlib.suppress(FileNotFoundError), _Events(path) as events:
+        while events.read().get(key, value) != value:
+            left_ms = None if deadline is None else (deadline - time.monotonic()) * 1000
+            if left_ms is not None and left_ms <= 0:
+                return False
+            events.wait_change(left_ms)
+    return True
+
+
+class _Events:
+    """The open cgroup.events file of a cgroup. Raises FileNotFoundError when that is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLPRI)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read(self) -> dict[str, str]:
+        try:
+            text = os.pread(self._fd, 4096, 0).decode()
+        except OSError as error:
+            if error.errno == errno.ENODEV:  # removed while we have it open
+                raise FileNotFoundError(error.errno, error.strerror) from error
+            raise
+        return dict(line.split() for line in text.splitlines())
+
+    def wait_change(self, timeout_ms: float | None) -> None:
+        """Block until the file has changed since `read`; the kernel wakes us."""
+        self._poll.poll(timeout_ms)
+
+
+def _kill_and_remove(path: Path) -> None:
+    kill_tree(path)
+    _wait_event(path, "populated", "0", _DEATH_S)
+    _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove the cgroup and those below it, innermost first; nothing when it is gone."""
+    for directory, _, _ in os.walk(path, topdown=False):
+        _rmdir(Path(directory))
+
+
+def _rmdir(path: Path) -> None:
+    deadline = time.monotonic() + _REMOVE_RETRY_S
+    while True:
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise _error(
+                    error, "remove", path, remedy="see which processes its cgroup.procs lists"
+                ) from error
+            # The kernel can call a cgroup busy for a moment after its last process has gone.
+            with contextlib.suppress(FileNotFoundError), _Events(path) as events:
+                events.read()
+                events.wait_change(_RETRY_MS)
+        else:
+            return
+
+
+def _mkdir(path: Path) -> None:
+    try:
+        path.mkdir()
+    except OSError as error:
+        raise _error(error, "make", path, remedy=_DELEGATE) from error
+
+
+def _describe(limits: Limits) -> str:
+    return ", ".join(
+        f"{field.name}={getattr(limits, field.name)}"
+        for field in fields(limits)
+        if getattr(limits, field.name) is not None
+    )

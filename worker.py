@@ -1,0 +1,700 @@
+"""Start commands as jobs, watch their output, stop them.
+
+The words, used throughout the project:
+
+    job         one command and every process that comes of it; a random UUID names it
+    leader      the process that executes the command
+    owner       the name of whoever started the job
+    stop        SIGKILL to every process of the job
+    subscriber  the name of somebody who is reading a job's output
+    chunk       some bytes of output, as they come: not a line, not text
+
+    with Worker() as worker:
+        job_id = worker.start("echo", ["hello"])
+        with worker.stream(job_id) as chunks:
+            for chunk in chunks:
+                sys.stdout.buffer.write(chunk)
+        print(worker.wait(job_id).exit_code)
+
+With `cgroups.py`, `spawner.py` and `broadcaster.py` beside it this is a library
+that needs nothing but the standard library, on Linux 5.4 or newer. It knows no
+roles and no network, prints nothing, and logs to `logging.getLogger(__name__)`.
+
+Thread safety: every method of `Worker` may be called from any thread. Each running
+job has a thread of its own, which moves its output and is the only one that ends
+it. Locks are taken one at a time, except a job's before its output log's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import pwd
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import termios
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
+
+from broadcaster import OffsetError, OutputIncompleteError, OutputLog, Subscription
+from cgroups import Cgroup, CgroupError, Enforcement, Limits, Subtree
+from spawner import AttachError, Exit, Spawner, SpawnerDiedError, read_exit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "CgroupError",
+    "CommandError",
+    "CommandNotExecutableError",
+    "CommandNotFoundError",
+    "EndReason",
+    "Enforcement",
+    "Job",
+    "Limits",
+    "OffsetError",
+    "OutputIncompleteError",
+    "ResourceError",
+    "SpawnerDiedError",
+    "Status",
+    "StopTimeoutError",
+    "Subscription",
+    "UnknownJobError",
+    "Worker",
+    "WorkerClosedError",
+    "WorkerError",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_ARGV_BYTES: Final = 128 * 1024
+"""The longest argv, in bytes with a terminator each; xargs(1) has the same by default."""
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PIPE_BYTES = 1024 * 1024  # as much as an unprivileged process may ask for (pipe(7))
+_READ_BYTES = 256 * 1024
+_STOP_TIMEOUT_S = 10.0
+_OUTPUT_SUFFIX = ".out"
+
+
+class WorkerError(Exception):
+    """The base of the errors raised here, except ValueError and TypeError for wrong arguments."""
+
+
+class UnknownJobError(WorkerError, LookupError):
+    """There is no job of that ID. Attribute: `job_id`."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no job {job_id}")
+        self.job_id = job_id
+
+
+class CommandError(WorkerError, ValueError):
+    """The command cannot be executed. Attribute: `command`."""
+
+    def __init__(self, command: str, problem: str) -> None:
+        super().__init__(f"cannot execute {_shorten(command)!r}: {problem}")
+        self.command = command
+
+
+class CommandNotFoundError(CommandError):
+    """There is no such command, or its interpreter is missing."""
+
+
+class CommandNotExecutableError(CommandError):
+    """The command exists but is not an executable program."""
+
+
+class ResourceError(WorkerError):
+    """The host has run out of something a new job needs: processes, descriptors, disk, memory."""
+
+
+class StopTimeoutError(WorkerError, TimeoutError):
+    """The job's processes were killed but are not gone yet; the job is still RUNNING."""
+
+    def __init__(self, job_id: str, timeout: float) -> None:
+        super().__init__(
+            f"job {job_id} was killed, but after {timeout:g} s its processes are not all gone "
+            "(the kernel waits for a device, or they run set-uid programs); stop it again later"
+        )
+
+
+class WorkerClosedError(WorkerError):
+    """The worker is closing or closed."""
+
+    def __init__(self) -> None:
+        super().__init__("the worker is shutting down")
+
+
+class Status(Enum):
+    """RUNNING becomes one of the others, once, when the output is complete."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"  # our stop is what ended it
+    FINISHED = "finished"  # it ended by itself, or somebody else ended it
+
+
+class EndReason(Enum):
+    """Why a job is no longer running."""
+
+    EXITED = "exited"
+    SIGNALLED = "signalled"  # by a signal that was not our stop
+    STOPPED_BY_OWNER = "stopped by its owner"
+    STOPPED_BY_ADMIN = "stopped by an admin"
+    OUT_OF_MEMORY = "out of memory"
+    SERVER_SHUTDOWN = "server shut down"
+    LOST = "lost"  # the spawner died: nobody knows how the leader ended
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is known of a job at one moment."""
+
+    job_id: str
+    owner: str
+    command: str
+    args: tuple[str, ...]
+    status: Status
+    end_reason: EndReason | None  # None while it runs
+    exit_code: int | None  # None unless the leader exited
+    signal: int | None  # None unless a signal killed the leader
+    started_at: datetime  # aware, UTC
+    ended_at: datetime | None  # when the leader's end was noticed
+    output_bytes: int  # stored so far
+    subscribers: tuple[str, ...]  # the names of those reading now, each once
+    limits: Limits  # those in force; None where not
+
+
+class Worker:
+    """Runs jobs until it is closed. A context manager.
+
+    `limits`: for jobs started without their own. `enforcement`: what to do when
+    cgroups cannot enforce them: "require" raises `CgroupError`, "auto" logs a warning
+    and enforces what it can, "off" uses no cgroups (then a job's stop reaches its
+    process group only). With cgroups the calling process moves into a leaf of its own
+    below `cgroup_root` (default: the cgroup it is in), and back on `close`.
+    `output_dir`: where the output is kept, made with mode 0700; it belongs to one
+    worker at a time, and left-over output in it is deleted; default: a temporary one.
+
+    Raises `CgroupError`; OSError when `output_dir` cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        enforcement: Enforcement = "auto",
+        cgroup_root: str | os.PathLike[str] | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        # Guards the three below. Notified when _starting falls. Never held during I/O.
+        self._idle = threading.Condition()
+        self._jobs: dict[str, _Job] = {}
+        self._starting = 0
+        self._closed = False
+        with contextlib.ExitStack() as undo:
+            self._output_dir = _OutputDir(output_dir)
+            undo.callback(self._output_dir.close)
+            # The cgroup first: the spawner is to be born in our leaf.
+            self._subtree = Subtree.open(enforcement, root=cgroup_root, limits=self._limits)
+            if self._subtree is not None:
+                undo.callback(self._subtree.close)
+            self._spawner = Spawner(kill_root=self._subtree.jobs if self._subtree else None)
+            undo.callback(self._spawner.close)
+            self._undo = undo.pop_all()
+
+    def start(
+        self,
+        command: str,
+        args: Sequence[str] = (),
+        *,
+        owner: str = "",
+        limits: Limits | None = None,
+    ) -> str:
+        """Execute `command` with `args` as a new job and return its ID, a random UUID4.
+
+        argv is passed on as it is, never through a shell; a command without a slash is
+        looked up in a fixed PATH. The leader runs in /, in a session of its own, with
+        stdin /dev/null, stdout and stderr on one pipe, and only PATH, HOME, LANG, USER
+        and JOB_ID in its environment. It is in its cgroup, under every limit, before
+        its first instruction.
+
+        Blocks until the command is executing. Raises `CommandError` (or the more
+        specific `CommandNotFoundError`, `CommandNotExecutableError`), `CgroupError`,
+        `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`; nothing of the job is
+        left then.
+        """
+        argv = _checked_argv(command, args)
+        with self._idle:
+            if self._closed:
+                raise WorkerClosedError
+            self._starting += 1
+        try:
+            job_id = str(uuid.uuid4())
+            job = self._launch(job_id, argv, owner, limits or self._limits)
+            with self._idle:
+                self._jobs[job_id] = job
+        finally:
+            with self._idle:
+                self._starting -= 1
+                self._idle.notify_all()
+        return job_id
+
+    def _launch(self, job_id: str, argv: list[str], owner: str, limits: Limits) -> _Job:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as ours:
+            try:
+                output = OutputLog(self._output_dir.path / f"{job_id}{_OUTPUT_SUFFIX}")
+                undo.callback(output.remove)
+                output_fd, stdout_fd = _pipe(undo, ours)
+                exit_read_fd, exit_fd = _pipe(undo, ours)
+            except OSError as error:
+                raise ResourceError(f"no room for the output of a new job: {error}") from error
+            with contextlib.suppress(OSError):  # over the user's share of pipe memory
+                fcntl.fcntl(output_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            cgroup = procs_fd = None
+            if self._subtree is not None:
+                cgroup = self._subtree.create(job_id, limits)
+                undo.callback(_discard, cgroup)
+                procs_fd = cgroup.open_procs()
+                ours.callback(os.close, procs_fd)
+            try:
+                pid, pidfd = self._spawner.spawn(
+                    job_id,
+                    argv,
+                    _environment(job_id),
+                    stdout_fd=stdout_fd,
+                    exit_fd=exit_fd,
+                    cgroup_procs_fd=procs_fd,
+                )
+            except AttachError as error:
+                path = cgroup.path / "cgroup.procs" if cgroup else Path()
+                raise CgroupError(
+                    f"a new process cannot enter {path}: {error.strerror}",
+                    path=path,
+                    value="0",
+                    remedy="see the kernel's log",
+                    code=error.errno or 0,
+                ) from error
+            except OSError as error:
+                raise _exec_error(argv, error) from error
+            undo.callback(os.close, pidfd)
+            undo.callback(self._spawner.kill, job_id)
+            job = _Job(
+                job_id,
+                argv,
+                owner,
+                output,
+                cgroup,
+                self._spawner,
+                pid,
+                _Descriptors(output_fd, exit_read_fd, pidfd),
+            )
+            try:
+                job.thread.start()
+            except RuntimeError as error:
+                raise ResourceError(f"no room for another thread: {error}") from error
+            undo.pop_all()
+            return job
+
+    def stop(self, job_id: str, *, reason: EndReason = EndReason.STOPPED_BY_OWNER) -> Job:
+        """SIGKILL every process of the job; return its state once they are gone.
+
+        `reason` is recorded if this is what ends the job; a job that has already ended,
+        or whose leader has, keeps its own end. Idempotent. Raises `UnknownJobError`;
+        `StopTimeoutError` when the kernel has not let go of the processes after 10 s.
+        """
+        job = self._job(job_id)
+        job.kill(reason)
+        if not job.wait(_STOP_TIMEOUT_S):
+            raise StopTimeoutError(job_id, _STOP_TIMEOUT_S)
+        return job.snapshot()
+
+    def status(self, job_id: str) -> Job:
+        """Return what is known of the job. Raises `UnknownJobError`."""
+        return self._job(job_id).snapshot()
+
+    def list(self, *, owner: str | None = None) -> tuple[Job, ...]:
+        """Return all jobs, or those of `owner`, in the order they were started."""
+        with self._idle:
+            jobs = tuple(self._jobs.values())
+        return tuple(job.snapshot() for job in jobs if owner is None or job.owner == owner)
+
+    def stream(self, job_id: str, *, subscriber: str = "", offset: int = 0) -> Subscription:
+        """Read the job's output from byte `offset` to its end, as it comes.
+
+        Returns an iterator of chunks (bytes), which blocks while there is no output
+        and ends when the job has. Its `close` may be called from any thread; leave it
+        by `with`, or close it. `subscriber` is shown in the job's status meanwhile.
+        Raises `UnknownJobError`, `OffsetError`, ValueError (a negative offset),
+        `WorkerClosedError`;
+        iterating raises `OutputIncompleteError` if output was lost, and `OffsetError`
+        if the job ended before its output reached `offset`.
+        """
+        with self._idle:
+            if self._closed:
+                raise WorkerClosedError
+        return self._job(job_id).output.subscribe(subscriber, offset)
+
+    def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """Block until the job has ended and return its state.
+
+        Raises `UnknownJobError`; TimeoutError after `timeout` seconds.
+        """
+        job = self._job(job_id)
+        if not job.wait(timeout):
+            raise TimeoutError(f"job {job_id} is still running after {timeout:g} s")
+        return job.snapshot()
+
+    def close(self) -> None:
+        """Start no more jobs, stop those that run, delete all output; idempotent.
+
+        Their end reason is SERVER_SHUTDOWN. Blocks until every process and thread of
+        the worker is gone; a process that the kernel does not let go within 10 s is
+        logged and left behind.
+        """
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: not self._starting)
+            jobs = tuple(self._jobs.values())
+        for job in jobs:
+            job.kill(EndReason.SERVER_SHUTDOWN)
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        for job in jobs:
+            job.thread.join(max(0.0, deadline - time.monotonic()))
+            if job.thread.is_alive():
+                logger.error("job %s: its processes cannot be killed; left behind", job.job_id)
+            else:
+                job.output.remove()
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _job(self, job_id: str) -> _Job:
+        with self._idle:
+            try:
+                return self._jobs[job_id]
+            except KeyError:
+                raise UnknownJobError(job_id) from None
+
+
+class _Descriptors(NamedTuple):
+    """A job's descriptors, owned by its thread, which closes them when the job has ended."""
+
+    output: int  # read end of the pipe that is the job's stdout and stderr
+    exit: int  # read end of the pipe on which the spawner tells the end
+    leader: int  # pidfd
+
+
+class _Job:
+    """A job and the thread that sees it through."""
+
+    def __init__(  # noqa: PLR0913 -- what _launch has prepared
+        self,
+        job_id: str,
+        argv: Sequence[str],
+        owner: str,
+        output: OutputLog,
+        cgroup: Cgroup | None,
+        spawner: Spawner,
+        pid: int,
+        fds: _Descriptors,
+    ) -> None:
+        self.job_id = job_id
+        self.owner = owner
+        self.output = output
+        # A daemon, lest a program that forgets to close its worker hang at its end.
+        self.thread = threading.Thread(target=self._run, name=f"job-{job_id[:8]}", daemon=True)
+        self._argv = tuple(argv)
+        self._cgroup = cgroup
+        self._limits = cgroup.limits if cgroup else Limits(None, None, None, None, None, None)
+        self._spawner = spawner
+        self._pid = pid
+        self._fds = fds  # closed, and not to be used, once the job has ended
+        self._started_at = datetime.now(UTC)
+        # Guards all below. Notified when the job has ended. Never held during I/O.
+        self._ended = threading.Condition()
+        self._stop_reason: EndReason | None = None  # set by the stop that found it alive
+        self._status = Status.RUNNING
+        self._end_reason: EndReason | None = None
+        self._exit = Exit()
+        self._ended_at: datetime | None = None
+
+    def snapshot(self) -> Job:
+        with self._ended:
+            return Job(
+                job_id=self.job_id,
+                owner=self.owner,
+                command=self._argv[0],
+                args=self._argv[1:],
+                status=self._status,
+                end_reason=self._end_reason,
+                exit_code=self._exit.exit_code,
+                signal=self._exit.signal,
+                started_at=self._started_at,
+                ended_at=self._ended_at,
+                output_bytes=self.output.size,
+                subscribers=self.output.subscribers,
+                limits=self._limits,
+            )
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until the job has ended; False after `timeout` seconds."""
+        with self._ended:
+            return self._ended.wait_for(lambda: self._status is not Status.RUNNING, timeout)
+
+    def kill(self, reason: EndReason) -> None:
+        """SIGKILL every process of the job. Does not wait."""
+        with self._ended:
+            if self._status is not Status.RUNNING:
+                return
+            # A leader that has ended already was not ended by us, whatever happens to
+            # the rest of the job.
+            if self._stop_reason is None and not _is_readable(self._fds.leader):
+                self._stop_reason = reason
+        self._kill_processes()
+
+    def _kill_processes(self) -> None:
+        if self._cgroup is not None:
+            self._cgroup.kill()
+        else:
+            with contextlib.suppress(SpawnerDiedError):  # the job's thread sees to that
+                self._spawner.kill(self.job_id)
+
+    # --- what the job's thread runs --------------------------------------------------
+
+    def _run(self) -> None:
+        leader_exit = None
+        try:
+            leader_exit = self._await_leader()
+            ended_at = datetime.now(UTC)
+            self._finish_processes(lost=leader_exit is None)
+            out_of_memory = self._cgroup is not None and self._cgroup.oom_kills() > 0
+            self._drain()
+            if self._cgroup is not None:
+                self._remove_cgroup(self._cgroup)
+            self._end(leader_exit, ended_at, out_of_memory=out_of_memory)
+        except Exception:
+            # Not supposed to happen; but nobody may wait for this job for ever.
+            logger.exception("job %s: lost", self.job_id)
+            with contextlib.suppress(Exception):
+                self._kill_processes()
+            self._end(None, datetime.now(UTC), out_of_memory=False)
+
+    def _await_leader(self) -> Exit | None:
+        """Move output until the leader has ended. None when the spawner died."""
+        buffer = memoryview(bytearray(_READ_BYTES))
+        poll = select.poll()
+        poll.register(self._fds.output, select.POLLIN)
+        poll.register(self._fds.exit, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if self._fds.output in ready:
+                count = os.readv(self._fds.output, [buffer])
+                if count:
+                    self.output.append(buffer[:count])
+                else:
+                    poll.unregister(self._fds.output)  # the job closed its output, and runs on
+            if self._fds.exit in ready:
+                return read_exit(self._fds.exit)
+
+    def _finish_processes(self, *, lost: bool) -> None:
+        """Kill what the leader left behind and block until it is gone."""
+        if self._cgroup is not None:
+            self._cgroup.kill()
+            self._cgroup.wait_empty()
+        elif lost:
+            # No parent is left to do it. The number is the leader's while that lives.
+            if not _is_readable(self._fds.leader):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._pid, signal.SIGKILL)
+            _is_readable(self._fds.leader, timeout=None)
+        if not lost:
+            read_exit(self._fds.exit)  # end-of-file: the process group is gone
+
+    def _drain(self) -> None:
+        """Take what is left in the pipe: all the job wrote, for none of it lives now.
+
+        Not until end-of-file: a process that is not of the job, or that escaped where
+        there are no cgroups, may hold the other end for ever.
+        """
+        answer = fcntl.ioctl(self._fds.output, termios.FIONREAD, bytes(4))
+        left = int.from_bytes(answer, sys.byteorder)
+        while left > 0:
+            data = os.read(self._fds.output, min(left, _READ_BYTES))
+            if not data:
+                return
+            self.output.append(data)
+            left -= len(data)
+
+    def _remove_cgroup(self, cgroup: Cgroup) -> None:
+        try:
+            cgroup.remove()
+        except CgroupError as error:
+            logger.error("job %s: its cgroup stays until the next start: %s", self.job_id, error)
+
+    def _end(self, leader_exit: Exit | None, ended_at: datetime, *, out_of_memory: bool) -> None:
+        """Make the one transition, out of RUNNING."""
+        killed = leader_exit is not None and leader_exit.signal == signal.SIGKILL
+        with self._ended:
+            if self._status is not Status.RUNNING:
+                raise RuntimeError(f"job {self.job_id} has ended already")
+            if leader_exit is None:
+                status, reason = Status.FINISHED, EndReason.LOST
+            elif killed and self._stop_reason is not None:
+                status, reason = Status.STOPPED, self._stop_reason
+            elif killed and out_of_memory:
+                status, reason = Status.FINISHED, EndReason.OUT_OF_MEMORY
+            elif leader_exit.signal is not None:
+                status, reason = Status.FINISHED, EndReason.SIGNALLED
+            else:
+                status, reason = Status.FINISHED, EndReason.EXITED
+            self._status, self._end_reason = status, reason
+            self._exit = leader_exit or Exit()
+            self._ended_at = ended_at
+            for fd in self._fds:
+                os.close(fd)
+            # In here, so that nobody sees the one without the other: a job that has
+            # ended has all its output, and where the output ends the job has ended.
+            self.output.complete()
+            self._ended.notify_all()
+
+
+class _OutputDir:
+    """A private directory for output, ours alone (flock) until closed. Attribute: `path`."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._temporary = path is None
+        self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.path.stat().st_mode & 0o077:
+            raise PermissionError(
+                errno.EPERM, f"others can enter it; run: chmod 700 {self.path}", str(self.path)
+            )
+        self._lock_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock_fd)
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, "another worker keeps its output here", str(self.path)
+            ) from None
+        self._delete_output()
+
+    def close(self) -> None:
+        """Delete the output, and the directory if it is temporary; idempotent."""
+        if self._temporary:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            self._delete_output()
+        os.close(self._lock_fd)
+
+    def _delete_output(self) -> None:
+        for path in self.path.glob(f"*{_OUTPUT_SUFFIX}"):
+            if _is_uuid(path.stem):
+                path.unlink()
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
+
+
+def _checked_argv(command: str, args: Sequence[str]) -> list[str]:
+    if isinstance(args, (str, bytes)):
+        raise TypeError("args must be a sequence of strings, not one string")
+    argv = [command, *args]
+    for argument in argv:
+        if not isinstance(argument, str):
+            raise TypeError(f"command and args must be strings, not {type(argument).__name__}")
+    if not command:
+        raise CommandError(command, "the command is empty")
+    if any("\0" in argument for argument in argv):
+        raise CommandError(command, "the command or an argument contains a NUL character")
+    try:
+        size = sum(len(os.fsencode(argument)) + 1 for argument in argv)
+    except UnicodeEncodeError as error:
+        raise CommandError(command, f"it cannot be encoded: {error}") from error
+    if size > MAX_ARGV_BYTES:
+        raise CommandError(
+            command, f"command and arguments have {size} bytes; the limit is {MAX_ARGV_BYTES}"
+        )
+    return argv
+
+
+def _exec_error(argv: Sequence[str], error: OSError) -> WorkerError:
+    """Say what it means that exec failed with `error`."""
+    command = argv[0]
+    if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+        return ResourceError(f"no room for another process: {error.strerror}")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if "/" not in command:
+            return CommandNotFoundError(command, f"command not found in {_PATH}")
+        if os.path.exists(os.path.join("/", command)):
+            return CommandNotFoundError(command, "the interpreter its first line names is missing")
+        return CommandNotFoundError(command, "no such file")
+    if "/" in command and os.path.isdir(os.path.join("/", command)):
+        return CommandNotExecutableError(command, "it is a directory")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return CommandNotExecutableError(command, "permission denied; is it executable?")
+    if error.errno == errno.ENOEXEC:
+        return CommandNotExecutableError(
+            command, "not a program; a script must begin with #! and its interpreter"
+        )
+    return CommandError(command, error.strerror or str(error))
+
+
+def _environment(job_id: str) -> dict[str, str]:
+    """The job's whole environment: the server's own carries what is not for jobs."""
+    try:
+        user = pwd.getpwuid(os.geteuid())
+        name, home = user.pw_name, user.pw_dir
+    except KeyError:  # an uid without an account, as in many containers
+        name, home = str(os.geteuid()), "/"
+    return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "USER": name, "JOB_ID": job_id}
+
+
+def _shorten(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _pipe(undo: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, int]:
+    """Make a pipe whose read end `undo` closes, and whose write end `ours` closes."""
+    read_fd, write_fd = os.pipe()
+    undo.callback(os.close, read_fd)
+    ours.callback(os.close, write_fd)
+    return read_fd, write_fd
+
+
+def _discard(cgroup: Cgroup) -> None:
+    """Undo a start: the process may be in its cgroup already."""
+    cgroup.kill()
+    cgroup.wait_empty()
+    cgroup.remove()
+
+
+def _is_readable(pidfd: int, timeout: float | None = 0) -> bool:
+    """Whether the process has ended; block for that up to `timeout` seconds."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
