@@ -71,7 +71,8 @@ class OutputLog:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
         # Guards every attribute below. Notified when bytes were appended, when the
-        # log is complete and when a subscription is closed. Never held during I/O.
+        # log is complete and when a subscription is closed. Never held while reading or
+        # writing the file.
         self._changed = threading.Condition()
         # Open while the log can grow or has subscribers; shared by all of them (pread).
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,244 @@
+"""Measures the server against the floor under it, in one run. `make bench`.
+
+Machines are noisy and differ, so the figures to quote are ratios: what is measured
+and its floor take turns, and a ratio is the median over the rounds, with the lowest
+and the highest beside it. The floors: a gRPC server with the same TLS, options and
+message size that does nothing, and a bare `subprocess.Popen`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import server  # isort: skip -- before grpc: it says which TLS that may speak
+
+import grpc
+
+from client import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+_HERE = Path(__file__).resolve().parent
+_CERTS = _HERE / "certs"
+_MIB = 1024 * 1024
+_MESSAGE_BYTES = 256 * 1024
+_ROUNDS = 7
+_STARTS = 100  # in a round
+_STREAM_BYTES = 256 * _MIB  # in a round
+_BIG_OUTPUT_BYTES = 1024 * _MIB
+_FOLLOWERS = 100
+_SILENCE_S = 10.0
+
+
+# --- the floor --------------------------------------------------------------------------
+
+
+def _serve_floor() -> None:
+    """A gRPC server with our TLS that answers with nothing, or with zeros."""
+    message = bytes(_MESSAGE_BYTES)
+
+    def stream(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
+        for _number in range(int(request) // _MESSAGE_BYTES):
+            yield message
+
+    handlers: dict[str, Any] = {
+        "Unary": grpc.unary_unary_rpc_method_handler(lambda _request, _context: b""),
+        "Stream": grpc.unary_stream_rpc_method_handler(stream),
+    }
+    floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
+    floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
+    port = floor.add_secure_port("127.0.0.1:0", server.load_credentials(_CERTS))
+    floor.start()
+    print(f"listening on 127.0.0.1:{port}", flush=True)
+    sys.stdin.read()  # until the benchmark ends
+
+
+@contextlib.contextmanager
+def _running(*command: str) -> Iterator[tuple[int, str]]:
+    """Run a server that says where it listens; yield its pid and address."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line.startswith("listening on "):
+            sys.exit(f"bench: {' '.join(command)} did not start; run it to see why")
+        yield process.pid, line.removeprefix("listening on ").strip()
+        process.terminate()
+
+
+class _Floor:
+    """The floor's client."""
+
+    def __init__(self, address: str) -> None:
+        names = ("server-ca.pem", "client-key.pem", "client.pem")
+        credentials = grpc.ssl_channel_credentials(*((_CERTS / n).read_bytes() for n in names))
+        self._channel = grpc.secure_channel(address, credentials)
+        self.unary: Any = self._channel.unary_unary("/Floor/Unary")
+        self._stream: Any = self._channel.unary_stream("/Floor/Stream")
+
+    def read_stream(self) -> int:
+        return sum(len(message) for message in self._stream(str(_STREAM_BYTES).encode()))
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+# --- measuring --------------------------------------------------------------------------
+
+
+def _times(call: Callable[[], object], count: int) -> list[float]:
+    """How long each of `count` calls took, in seconds, lowest first."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def _report(what: str, ratios: Sequence[float], detail: str) -> None:
+    print(
+        f"{what:<46}{statistics.median(ratios):7.2f} x"
+        f"   ({min(ratios):.2f} to {max(ratios):.2f})   {detail}",
+        flush=True,
+    )
+
+
+def _bench_start(client: Client, floor: _Floor) -> None:
+    def popen() -> None:
+        processes.append(subprocess.Popen(["/bin/true"], stdin=subprocess.DEVNULL))
+
+    processes: list[subprocess.Popen[bytes]] = []
+    calls: dict[str, Callable[[], object]] = {
+        "start": lambda: client.start("/bin/true"),
+        "unary": lambda: floor.unary(b""),
+        "popen": popen,
+    }
+    p50: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(_ROUNDS + 1):
+        for name, call in calls.items():
+            times = _times(call, _STARTS)
+            if number:  # the first round warms up
+                p50[name].append(times[len(times) // 2])
+        for process in processes:
+            process.wait()
+        processes.clear()
+    median = {name: statistics.median(times) * 1e3 for name, times in p50.items()}
+    for name, what in (("unary", "a bare unary call"), ("popen", "a bare Popen")):
+        _report(
+            f"StartJob against {what}, p50",
+            [ours / theirs for ours, theirs in zip(p50["start"], p50[name], strict=True)],
+            f"{median['start']:.2f} ms / {median[name]:.2f} ms",
+        )
+
+
+def _bench_stream(client: Client, floor: _Floor) -> None:
+    job_id = client.start("head", ["-c", str(_STREAM_BYTES), "/dev/zero"])
+
+    def follow() -> None:
+        if sum(len(data) for data in client.stream(job_id)) != _STREAM_BYTES:
+            sys.exit("bench: the stream is not complete")
+
+    follow()
+    floor.read_stream()
+    ours, theirs = [], []
+    for _ in range(_ROUNDS):
+        ours += _times(follow, 1)
+        theirs += _times(floor.read_stream, 1)
+    rate, floor_rate = (_STREAM_BYTES / statistics.median(t) / 1e6 for t in (ours, theirs))
+    _report(
+        "one follower against a bare gRPC stream",
+        [their / our for our, their in zip(ours, theirs, strict=True)],
+        f"{rate:.0f} MB/s / {floor_rate:.0f} MB/s",
+    )
+
+
+def _bench_memory(client: Client, pid: int) -> None:
+    """The peak while a job writes 1 GiB, one follower reads it and one has stalled."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # forget the peak so far, proc(5)
+    before = _memory_bytes(pid, "VmRSS")
+    job_id = client.start("head", ["-c", str(_BIG_OUTPUT_BYTES), "/dev/zero"])
+    stalled = client.stream(job_id)
+    next(stalled)
+    if sum(len(data) for data in client.stream(job_id)) != _BIG_OUTPUT_BYTES:
+        sys.exit("bench: the stream is not complete")
+    grown = _memory_bytes(pid, "VmHWM") - before
+    stalled.close()  # type: ignore[attr-defined]
+    print(
+        f"{'server growth, 1 GiB of output, one stalled':<46}{grown / _MIB:7.1f} MiB   (at most 16)"
+    )
+
+
+def _bench_silence(client: Client, pid: int) -> None:
+    """CPU time of the server and its spawner while nobody has anything to say."""
+    job_id = client.start("sh", ["-c", "echo; exec sleep 1000"])
+    followers = [client.stream(job_id) for _ in range(_FOLLOWERS)]
+    for follower in followers:
+        next(follower)  # so that every one of them is subscribed
+    processes = [pid, *_children(pid)]
+    before = sum(map(_cpu_s, processes))
+    threading.Event().wait(_SILENCE_S)
+    used = sum(map(_cpu_s, processes)) - before
+    client.stop(job_id)
+    share = used / _SILENCE_S * 100
+    print(f"{'CPU of 100 silent followers, 10 s':<46}{share:7.2f} %     ({used:.2f} s)")
+
+
+def _memory_bytes(pid: int, field: str) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _children(pid: int) -> list[int]:
+    return [
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if (path / "stat").read_text().rpartition(")")[2].split()[1] == str(pid)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--floor", action="store_true", help="be the floor's server")
+    if parser.parse_args().floor:
+        _serve_floor()
+        return
+    with contextlib.ExitStack() as stack:
+        state = stack.enter_context(tempfile.TemporaryDirectory())
+        options = ("--listen", "127.0.0.1:0", "--limits", "auto", "--state-dir", state)
+        pid, address = stack.enter_context(_running(str(_HERE / "server.py"), *options))
+        _, floor_address = stack.enter_context(_running(__file__, "--floor"))
+        client = stack.enter_context(Client(address, certs=_CERTS))
+        client.login("admin", "admin")
+        floor = stack.enter_context(contextlib.closing(_Floor(floor_address)))
+        print(f"median of {_ROUNDS} rounds (lowest to highest)   measured / floor\n")
+        _bench_start(client, floor)
+        _bench_stream(client, floor)
+        _bench_memory(client, pid)
+        _bench_silence(client, pid)
+
+
+if __name__ == "__main__":
+    main()

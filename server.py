@@ -1,0 +1,397 @@
+"""The job-worker server: the services of `service.py` behind mutual TLS, and the program.
+
+    python server.py --listen 127.0.0.1:50051
+
+This module binds what the others are: settings, users, certificates, the worker and
+a gRPC server, with the right start and the right end.
+
+Threads: the main thread only waits for a signal. gRPC's `_serve` thread accepts
+calls; a pool ("rpc-N") handles them. The pool is larger than the number of streams
+that are admitted, so that streams, which keep a thread each, never take the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import getpass
+import logging
+import os
+import resource
+import signal
+import socket
+import ssl
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+# gRPC cannot be told a TLS version (grpc#37305). But of TLS 1.2 it is left only a
+# suite that needs a pre-shared key, which nobody has; TLS 1.3 has suites of its own,
+# all strong. Must be set before grpc is imported; `Gate` checks what came of it.
+os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES256-CBC-SHA"
+
+try:
+    import grpc
+
+    import auth
+    from service import Gate, add_services
+except ImportError as error:
+    sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
+
+import worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["GRPC_OPTIONS", "Server", "Settings", "SettingsError", "load_credentials", "main"]
+
+logger = logging.getLogger("server")
+
+_HERE = Path(__file__).resolve().parent
+DEFAULT_LISTEN = "127.0.0.1:50051"
+DEFAULT_MAX_STREAMS = 1000
+_UNARY_THREADS = 32
+_UNARY_BACKLOG = 256  # calls that may wait for one of those threads
+_FDS_PER_STREAM = 2
+_FDS_SPARE = 1024
+
+_MAX_PORT = 65_535
+
+_STOP_GRACE_S = 1.0  # for streams to hand over their last chunks
+_WATCHDOG_S = 4.5  # then the process ends, whatever it is still doing
+
+# A client that vanished without a word is noticed after the first two of these plus
+# the third at most; and clients may ping as often as every 10 s.
+GRPC_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # otherwise a second server silently shares the port
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 9_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Larger than anything valid, so that what is too large is refused by us with a
+    # message that says so and not by gRPC.
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+)
+
+
+class SettingsError(Exception):
+    """The server cannot start as it was told to; the message says what to change."""
+
+
+# --- the server ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command line says, with its defaults."""
+
+    listen: str = DEFAULT_LISTEN
+    """HOST:PORT; [HOST]:PORT for IPv6; port 0 for any free one."""
+    certs: Path = _HERE / "certs"
+    """Where server.pem, server-key.pem and client-ca.pem are."""
+    users: Path | None = None
+    """The users file; None for the seeded users."""
+    state_dir: Path = Path("state")
+    """For the token key and the output."""
+    enforcement: worker.Enforcement = "require"
+    cgroup_root: Path | None = None
+    max_streams: int = DEFAULT_MAX_STREAMS
+
+
+class Server:
+    """A running server: a context manager. Attribute: `address`, the HOST:PORT it listens on.
+
+    Raises `SettingsError`, `CgroupError` or OSError when it cannot start.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        host, port = _split_address(settings.listen)
+        users = auth.load_users(settings.users) if settings.users else auth.SEEDED_USERS
+        _check_exposure(host, users)
+        credentials = load_credentials(settings.certs)
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        authenticator = auth.Authenticator(
+            users=users, key=auth.load_key(settings.state_dir / "token.key")
+        )
+        with contextlib.ExitStack() as undo:
+            self._worker = undo.enter_context(
+                worker.Worker(
+                    enforcement=settings.enforcement,
+                    cgroup_root=settings.cgroup_root,
+                    output_dir=settings.state_dir / "output",
+                )
+            )
+            # After the worker, so that the jobs keep the limits we were started with.
+            _raise_fd_limit(settings.max_streams)
+            self._pool = ThreadPoolExecutor(
+                settings.max_streams + _UNARY_THREADS, thread_name_prefix="rpc"
+            )
+            undo.callback(self._pool.shutdown)
+            self._server = grpc.server(
+                self._pool,
+                interceptors=[Gate(authenticator)],
+                options=GRPC_OPTIONS,
+                maximum_concurrent_rpcs=settings.max_streams + _UNARY_THREADS + _UNARY_BACKLOG,
+            )
+            add_services(
+                self._server, self._worker, authenticator, max_streams=settings.max_streams
+            )
+            bound_port = _bind(self._server, host, port, credentials)
+            self.address = _join_address(host, bound_port)
+            self._server.start()
+            undo.pop_all()
+
+    def stop(self) -> None:
+        """Refuse new work, kill the jobs, let the streams end; blocks until all is gone."""
+        stopped = self._server.stop(_STOP_GRACE_S)
+        self._worker.close()
+        stopped.wait()
+        self._pool.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _split_address(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not colon
+        or not bare
+        or (":" in bare) != (host != bare)
+        or not port.isdecimal()
+        or int(port) > _MAX_PORT
+    ):
+        raise SettingsError(
+            f"--listen {address!r} is not HOST:PORT, like {DEFAULT_LISTEN} or [::1]:0"
+        )
+    return bare, int(port)
+
+
+def _join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_exposure(host: str, users: Sequence[auth.User]) -> None:
+    """Refuse to show the world users whose passwords everybody knows."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise SettingsError(f"--listen: cannot resolve {host!r}: {error.strerror}") from error
+    if all(ip_address(str(address).partition("%")[0]).is_loopback for address in addresses):
+        return
+    public = [user.name for user in users if auth.has_public_password(user)]
+    if public:
+        raise SettingsError(
+            f"the passwords of {' and '.join(public)} are public, so the server listens on "
+            f"loopback only and not on {host}; give it users of your own with --users FILE "
+            "(an entry is made by: ./server user NAME --role ROLE)"
+        )
+
+
+def load_credentials(certs: Path) -> grpc.ServerCredentials:
+    """Return the credentials for mutual TLS with the files in `certs`.
+
+    Raises `SettingsError` when one is missing or unusable.
+    """
+    key, certificate, client_ca = (
+        certs / name for name in ("server-key.pem", "server.pem", "client-ca.pem")
+    )
+    try:
+        # gRPC would say nothing of a bad file until a client fails to connect.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(client_ca)
+        return grpc.ssl_server_credentials(
+            [(key.read_bytes(), certificate.read_bytes())],
+            root_certificates=client_ca.read_bytes(),
+            require_client_auth=True,
+        )
+    except FileNotFoundError:
+        missing = [str(f) for f in (key, certificate, client_ca) if not f.exists()]
+        raise SettingsError(
+            f"no certificates: {', '.join(missing)} missing; make them with `make certs`, "
+            "or name their directory with --certs"
+        ) from None
+    except ssl.SSLError as error:
+        raise SettingsError(
+            f"the certificates in {certs} are not usable: {error.reason}; "
+            "make new ones with certs/generate.sh"
+        ) from error
+
+
+def _raise_fd_limit(max_streams: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = max_streams * _FDS_PER_STREAM + _FDS_SPARE
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "at most %d open files are allowed; %d streams and their jobs want %d (ulimit -n)",
+            hard,
+            max_streams,
+            wanted,
+        )
+
+
+def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials) -> int:
+    address = _join_address(host, port)
+    try:
+        return server.add_secure_port(address, credentials)
+    except RuntimeError:
+        reason = "is the address one of this host's?"
+        # gRPC does not say why; binding ourselves does.
+        with contextlib.suppress(OSError):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                socket.create_server((host, port), family=family).close()
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
+        raise SettingsError(f"cannot listen on {address}: {reason}") from None
+
+
+# --- the program ------------------------------------------------------------------------
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="server",
+        description="Run commands for clients that log in over mutual TLS.",
+        epilog="SIGTERM or Ctrl-C stops the server and every job.",
+        allow_abbrev=False,
+    )
+    defaults = Settings()
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        default=defaults.listen,
+        help="where to listen; port 0 takes a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--certs",
+        metavar="DIR",
+        type=Path,
+        default=defaults.certs,
+        help="the directory of server.pem, server-key.pem and client-ca.pem (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--users",
+        metavar="FILE",
+        type=Path,
+        help="users instead of the two seeded ones, a line each, made by `server user`",
+    )
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        type=Path,
+        default=defaults.state_dir,
+        help="where the token key and the output are kept (default: ./%(default)s)",
+    )
+    parser.add_argument(
+        "--limits",
+        choices=("require", "auto", "off"),
+        default=defaults.enforcement,
+        help="what to do when a job's limits cannot be enforced: refuse to run; enforce what "
+        "can be and warn; do not even try (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cgroup-root",
+        metavar="PATH",
+        type=Path,
+        help="the cgroup v2 directory to work below (default: the one the server is in)",
+    )
+    parser.add_argument(
+        "--max-streams",
+        metavar="N",
+        type=_positive,
+        default=defaults.max_streams,
+        help="how many output streams may be open at once (default: %(default)s)",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
+    user = commands.add_parser(
+        "user",
+        help="print an entry for the users file",
+        description="Ask for a password and print an entry for the file that --users names.",
+    )
+    user.add_argument("name", metavar="NAME")
+    user.add_argument("--role", choices=[role.value for role in auth.Role], default="user")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _print_user(name: str, role: str) -> None:
+    if sys.stdin.isatty():
+        password = getpass.getpass(f"Password for {name}: ")
+        if getpass.getpass("Once more: ") != password:
+            raise SettingsError("the two passwords differ")
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    try:
+        print(auth.make_user(name, role, password))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _serve(settings: Settings) -> None:
+    # Blocked here and so in every thread; a signal that comes early waits for sigwait.
+    # The spawner gives the jobs an empty mask.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    try:
+        server = Server(settings)
+    except worker.CgroupError as error:
+        raise SettingsError(
+            f"limits cannot be enforced: {error}; or accept weaker ones with --limits auto"
+        ) from error
+    print(f"listening on {server.address}", flush=True)
+    number = signal.sigwait(signals)
+    logger.info("%s: shutting down", signal.Signals(number).name)
+    faulthandler.dump_traceback_later(_WATCHDOG_S, exit=True)
+    server.stop()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status: 0, 1 for an error (2, by argparse, for usage)."""
+    arguments = _parse_arguments(argv)
+    try:
+        if arguments.command == "user":
+            _print_user(arguments.name, arguments.role)
+        else:
+            _serve(
+                Settings(
+                    listen=arguments.listen,
+                    certs=arguments.certs,
+                    users=arguments.users,
+                    state_dir=arguments.state_dir,
+                    enforcement=arguments.limits,
+                    cgroup_root=arguments.cgroup_root,
+                    max_streams=arguments.max_streams,
+                )
+            )
+    except (SettingsError, auth.UsersFileError, ValueError, OSError) as error:
+        print(f"server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
