@@ -150,7 +150,8 @@ class Subtree:
         self._lock_fd = lock_fd
         self._moved_from: Path | None = None
         self._enabled_in_base: list[str] = []
-        self._shortcomings: dict[str, None] = {}  # what `auto` goes without, in order
+        # What `auto` goes without: the first error for each controller.
+        self._shortcomings: dict[str, CgroupError] = {}
 
     @classmethod
     def open(
@@ -200,28 +201,32 @@ class Subtree:
             _write(self.path / "server/cgroup.procs", "0", remedy=_DELEGATE)
             self._moved_from = base
         available = _read(base / "cgroup.controllers").split()
-        missing = _CONTROLLERS.keys() - available
+        missing = [controller for controller in _CONTROLLERS if controller not in available]
         if missing:
             self._give_up_or_note(
+                ", ".join(missing),
                 CgroupError(
-                    f"cgroup controllers missing in {base}: {', '.join(sorted(missing))}",
+                    f"cgroup controllers missing in {base}: {', '.join(missing)}",
                     path=base / "cgroup.controllers",
                     remedy=_UNIFIED if _v1_controllers() else _DELEGATE,
-                )
+                ),
             )
-        for controller in _CONTROLLERS.keys() - missing:
-            try:
-                self._enable(base, controller)
-                self.controllers |= {controller}
-            except CgroupError as error:
-                self._give_up_or_note(error)
+        for controller in _CONTROLLERS:
+            if controller not in missing:
+                try:
+                    self._enable(base, controller)
+                    self.controllers |= {controller}
+                except CgroupError as error:
+                    self._give_up_or_note(controller, error)
         probe = self.create("probe", limits)
         probe.remove()
         if self._shortcomings:
+            errors = self._shortcomings.values()
+            texts = [*(error.problem for error in errors), *(error.remedy for error in errors)]
             logger.warning(
                 "not every limit can be enforced (in force: %s): %s",
                 _describe(probe.limits) or "none",
-                "; ".join(self._shortcomings),
+                "; ".join(dict.fromkeys(texts)),  # each once
             )
 
     def _enable(self, base: Path, controller: str) -> None:
@@ -263,14 +268,14 @@ class Subtree:
                     _WRITERS[controller](path, limits)
                     continue
                 except CgroupError as error:
-                    self._give_up_or_note(error)
+                    self._give_up_or_note(controller, error)
             in_force = replace(in_force, **dict.fromkeys(names))
         return in_force
 
-    def _give_up_or_note(self, error: CgroupError) -> None:
+    def _give_up_or_note(self, controller: str, error: CgroupError) -> None:
         if self._enforcement == "require":
             raise error
-        self._shortcomings.setdefault(str(error))
+        self._shortcomings.setdefault(controller, error)
 
     def close(self) -> None:
         """Kill what is left of the jobs, leave the subtree and remove it; idempotent.
@@ -288,11 +293,8 @@ class Subtree:
                 # it is the root; so first take back what we handed down.
                 for controller in self._enabled_in_base:
                     with contextlib.suppress(CgroupError):  # a sibling uses it
-                        _write(
-                            self._moved_from / "cgroup.subtree_control",
-                            f"-{controller}",
-                            remedy=_DELEGATE,
-                        )
+                        for directory in (self.path, self._moved_from):
+                            _write(directory / "cgroup.subtree_control", f"-{controller}")
                 _write(self._moved_from / "cgroup.procs", "0", remedy=_DELEGATE)
                 self._moved_from = None
             _remove_tree(self.path)
@@ -432,6 +434,10 @@ def _find_base(root: str | os.PathLike[str] | None) -> Path:
                 if _v1_controllers()
                 else "mount one: mount -t cgroup2 none /sys/fs/cgroup",
             )
+        if own.name == "server" and own.parent.name.startswith(_PREFIX):
+            # Another subtree of this process, or of its parent: stay where we are and
+            # work beside it, for its leaf must not hand controllers down.
+            return own.parent.parent
         return own
     path = Path(os.path.realpath(root))
     # The innermost mount decides: on a hybrid host /sys/fs/cgroup is a tmpfs, where

@@ -34,7 +34,7 @@ export JOBWORKER_SERVER XDG_STATE_HOME
 say "Log in as one of the two seeded users; the token is kept for the next commands"
 run login -u user -p user
 
-say "Start a job that takes two seconds, and watch its output live"
+say "Start a job that takes three seconds, and watch its output live"
 printf '$ ./client start -- sh -c "for i in 1 2 3; do date +%%T; sleep 1; done"\n'
 job=$(./client start -- sh -c 'for i in 1 2 3; do date +%T; sleep 1; done')
 echo "$job"

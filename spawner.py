@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -258,11 +259,10 @@ class _Helper:
             return
         try:
             pid, pidfd = self._spawn(request, *fds)
-        except OSError as error:
-            _send(
-                self._socket,
-                {"errno": error.errno, "attach": isinstance(error, AttachError)},
-            )
+        except (OSError, ValueError) as error:
+            # ValueError: argv or environment that cannot be encoded.
+            number = getattr(error, "errno", None) or errno.EINVAL
+            _send(self._socket, {"errno": number, "attach": isinstance(error, AttachError)})
             return
         try:
             _send(self._socket, {"pid": pid}, [pidfd])
