@@ -15,7 +15,7 @@ setup: .venv/runtime certs
 .venv/runtime: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "job-worker needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv .venv
 	$(python) -c '$(call requirements,["project"]["dependencies"])' >.venv/runtime.txt
 	$(python) -m pip install --quiet --disable-pip-version-check -r .venv/runtime.txt
 	@touch $@
