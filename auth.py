@@ -45,6 +45,7 @@ __all__ = [
     "AuthenticationError",
     "Authenticator",
     "Identity",
+    "LoginsClosedError",
     "Role",
     "TooManyLoginsError",
     "User",
@@ -80,6 +81,13 @@ _USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 class AuthenticationError(Exception):
     """The caller is not who they must be. The message tells nothing that helps to guess."""
+
+
+class LoginsClosedError(Exception):
+    """The authenticator was closed."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 class TooManyLoginsError(Exception):
@@ -174,13 +182,21 @@ class Authenticator:
         self._key = key
         self._logins = threading.BoundedSemaphore(_LOGINS_AT_ONCE)
         self._hashes = threading.BoundedSemaphore(_HASHES_AT_ONCE)
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Give up the logins that wait for others to be checked; idempotent.
+
+        Does not wait for those that are being checked. Tokens are still accepted.
+        """
+        self._closed.set()
 
     def login(self, username: str, password: str, certificate: bytes) -> tuple[str, datetime]:
         """Check the password; return a token bound to `certificate`, and its expiry (UTC).
 
         Takes about 0.5 s, and up to 2 s when others log in at the same time. Raises
         `AuthenticationError`, the same and after the same time for an unknown user and a
-        wrong password; `TooManyLoginsError`, at once.
+        wrong password; `TooManyLoginsError`, at once; `LoginsClosedError`.
         """
         if not self._logins.acquire(blocking=False):
             raise TooManyLoginsError
@@ -189,6 +205,8 @@ class Authenticator:
             # For an unknown user somebody's hash is computed all the same.
             some_hash = (user or next(iter(self._users.values()))).password_hash
             with self._hashes:
+                if self._closed.is_set():
+                    raise LoginsClosedError
                 matches = _password_matches(password, some_hash)
         finally:
             self._logins.release()

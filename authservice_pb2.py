@@ -4,15 +4,18 @@
 # source: authservice.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "authservice.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'authservice.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,19 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x11\x61uthservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto"2\n\x0cLoginRequest\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t"U\n\rLoginResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2O\n\x0b\x41uthService\x12@\n\x05Login\x12\x1a.jobworker.v1.LoginRequest\x1a\x1b.jobworker.v1.LoginResponseb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61uthservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"2\n\x0cLoginRequest\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"U\n\rLoginResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2O\n\x0b\x41uthService\x12@\n\x05Login\x12\x1a.jobworker.v1.LoginRequest\x1a\x1b.jobworker.v1.LoginResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "authservice_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'authservice_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_LOGINREQUEST"]._serialized_start = 68
-    _globals["_LOGINREQUEST"]._serialized_end = 118
-    _globals["_LOGINRESPONSE"]._serialized_start = 120
-    _globals["_LOGINRESPONSE"]._serialized_end = 205
-    _globals["_AUTHSERVICE"]._serialized_start = 207
-    _globals["_AUTHSERVICE"]._serialized_end = 286
+  DESCRIPTOR._loaded_options = None
+  _globals['_LOGINREQUEST']._serialized_start=68
+  _globals['_LOGINREQUEST']._serialized_end=118
+  _globals['_LOGINRESPONSE']._serialized_start=120
+  _globals['_LOGINRESPONSE']._serialized_end=205
+  _globals['_AUTHSERVICE']._serialized_start=207
+  _globals['_AUTHSERVICE']._serialized_end=286
 # @@protoc_insertion_point(module_scope)

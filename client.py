@@ -210,6 +210,8 @@ _CONNECTION_FAILURES = (
     ("Connection refused", "no server listens on {server}; is it running, and is it there?"),
     ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED),
     ("WRONG_VERSION_NUMBER", "what listens on {server} does not speak TLS"),
+    ("Hostname Verification Check failed", _UNTRUSTED),
+    ("errors resolving", "the host name in {server} cannot be resolved"),
     ("DNS resolution failed", "the host name in {server} cannot be resolved"),
     ("ame resolution", "the host name in {server} cannot be resolved"),
     ("ocket closed", _CLOSED),

@@ -116,7 +116,7 @@ class Server:
         _check_exposure(host, users)
         credentials = load_credentials(settings.certs)
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        authenticator = auth.Authenticator(
+        self._authenticator = auth.Authenticator(
             users=users, key=auth.load_key(settings.state_dir / "token.key")
         )
         with contextlib.ExitStack() as undo:
@@ -135,12 +135,15 @@ class Server:
             undo.callback(self._pool.shutdown)
             self._server = grpc.server(
                 self._pool,
-                interceptors=[Gate(authenticator)],
+                interceptors=[Gate(self._authenticator)],
                 options=GRPC_OPTIONS,
                 maximum_concurrent_rpcs=settings.max_streams + _UNARY_THREADS + _UNARY_BACKLOG,
             )
             add_services(
-                self._server, self._worker, authenticator, max_streams=settings.max_streams
+                self._server,
+                self._worker,
+                self._authenticator,
+                max_streams=settings.max_streams,
             )
             bound_port = _bind(self._server, host, port, credentials)
             self.address = _join_address(host, bound_port)
@@ -150,6 +153,7 @@ class Server:
     def stop(self) -> None:
         """Refuse new work, kill the jobs, let the streams end; blocks until all is gone."""
         stopped = self._server.stop(_STOP_GRACE_S)
+        self._authenticator.close()
         self._worker.close()
         stopped.wait()
         self._pool.shutdown()

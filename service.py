@@ -80,6 +80,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (_StreamsFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (auth.TooManyLoginsError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (worker.ResourceError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (auth.LoginsClosedError, grpc.StatusCode.UNAVAILABLE, None),
     (worker.StopTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.WorkerClosedError, grpc.StatusCode.UNAVAILABLE, "the server is shutting down"),
     (worker.SpawnerDiedError, grpc.StatusCode.UNAVAILABLE, None),
@@ -287,13 +288,13 @@ def _job_id(text: str) -> str:
     """Return the job ID in its one spelling."""
     try:
         job_id = str(uuid.UUID(text))
+        if job_id == text.lower():
+            return job_id
     except ValueError:
-        job_id = ""
-    if job_id != text.lower():
-        raise _BadRequestError(
-            f"not a job ID: {text[:64]!r}; it looks like 0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
-        )
-    return job_id
+        pass
+    raise _BadRequestError(
+        f"not a job ID: {text[:64]!r}; it looks like 0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
+    )
 
 
 def _job(job: Job) -> worker_pb.Job:

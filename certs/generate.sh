@@ -125,7 +125,7 @@ unset IFS
 
 for tool in openssl flock; do command -v $tool >/dev/null || die "$tool is not installed"; done
 mkdir -p -- "$dir" 2>/dev/null || die "cannot make the directory $dir"
-CDPATH='' cd -- "$dir"
+CDPATH='' cd -- "$dir" 2>/dev/null || die "cannot enter the directory $dir"
 exec 9<. && flock 9 # until we end, so that .new.pem is ours
 trap 'rm -rf .new.pem' EXIT
 trap 'exit 130' HUP INT TERM
