@@ -32,7 +32,13 @@ from typing import TYPE_CHECKING, NoReturn, Self
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["OffsetError", "OutputIncompleteError", "OutputLog", "Subscription"]
+__all__ = [
+    "OffsetError",
+    "OutputIncompleteError",
+    "OutputLog",
+    "OutputRemovedError",
+    "Subscription",
+]
 
 # The largest chunk a subscriber is given. Measured over gRPC with mutual TLS:
 # 64 KiB messages reach 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
@@ -49,6 +55,13 @@ class OffsetError(ValueError):
         super().__init__(f"offset {offset} is past the end of the output, which has {size} bytes")
         self.offset = offset
         self.size = size
+
+
+class OutputRemovedError(ValueError):
+    """The output was deleted; nobody can begin to read it."""
+
+    def __init__(self) -> None:
+        super().__init__("the output was removed")
 
 
 class OutputIncompleteError(OSError):
@@ -147,14 +160,14 @@ class OutputLog:
         """Start reading at byte `offset`; `subscriber` is listed in `subscribers` meanwhile.
 
         On a log that still grows, an offset past its present end waits for the
-        output to get there. Raises `OffsetError` when it never will, ValueError for
-        a negative offset or a removed log.
+        output to get there. Raises `OffsetError` when it never will,
+        `OutputRemovedError`, ValueError for a negative offset.
         """
         if offset < 0:
             raise ValueError(f"offset must not be negative: {offset}")
         with self._changed:
             if self._removed:
-                raise ValueError("the output log was removed")
+                raise OutputRemovedError
             if self._complete and offset > self._size:
                 raise OffsetError(offset, self._size)
             if self._fd < 0:

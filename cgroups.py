@@ -43,7 +43,10 @@ import signal
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Cgroup", "CgroupError", "Enforcement", "Limits", "Subtree", "kill_tree"]
 
@@ -149,6 +152,11 @@ class Subtree:
         # Held as long as we live: a subtree whose lock can be taken has a dead owner.
         self._lock_fd = lock_fd
         self._moved_from: Path | None = None
+        # Others of this process that were opened while it was in our leaf, and whose
+        # spawners are there. We can leave it when they have closed.
+        self._home: Subtree | None = None
+        self._guests = 0
+        self._closing = False
         self._enabled_in_base: list[str] = []
         # What `auto` goes without: the first error for each controller.
         self._shortcomings: dict[str, CgroupError] = {}
@@ -195,6 +203,10 @@ class Subtree:
         return subtree
 
     def _set_up(self, base: Path, limits: Limits) -> None:
+        self._home = next((s for s in _open_subtrees if s._moved_from is not None), None)
+        if self._home is not None:
+            self._home._guests += 1
+        _open_subtrees.append(self)
         _mkdir(self.path / "server")
         _mkdir(self.jobs)
         if base == _own_cgroup(_cgroup2_mounts()):
@@ -282,27 +294,49 @@ class Subtree:
 
         The spawner must have ended. Blocks until the killed processes are gone. Logs
         a warning, and leaves the directory for the next start to sweep, when
-        something else keeps it in use.
+        something else keeps it in use. While other subtrees of this process are open,
+        the leaf that it is in is left to the last of them to remove.
         """
-        if self._lock_fd < 0:
+        if self._closing:
             return
+        self._closing = True
+        self._attempt(self._remove_jobs)
+        if not self._guests:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._attempt(self._move_back)
+        os.close(self._lock_fd)
+        if self in _open_subtrees:
+            _open_subtrees.remove(self)
+        if self._home is not None:
+            self._home._guests -= 1
+            if self._home._closing and not self._home._guests:
+                self._home._leave()
+
+    def _attempt(self, step: Callable[[], None]) -> None:
         try:
-            _kill_and_remove(self.jobs)
-            if self._moved_from is not None:
-                # A cgroup that hands controllers down takes no process back, unless
-                # it is the root; so first take back what we handed down.
-                for controller in self._enabled_in_base:
-                    with contextlib.suppress(CgroupError):  # a sibling uses it
-                        for directory in (self.path, self._moved_from):
-                            _write(directory / "cgroup.subtree_control", f"-{controller}")
-                _write(self._moved_from / "cgroup.procs", "0", remedy=_DELEGATE)
-                self._moved_from = None
-            _remove_tree(self.path)
+            step()
         except CgroupError as error:
             logger.warning("the cgroup %s could not be removed: %s", self.path, error)
-        finally:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+
+    def _remove_jobs(self) -> None:
+        _kill_and_remove(self.jobs)
+
+    def _move_back(self) -> None:
+        if self._moved_from is not None:
+            # A cgroup that hands controllers down takes no process back, unless it is
+            # the root; so first take back what we handed down.
+            for controller in self._enabled_in_base:
+                with contextlib.suppress(CgroupError):  # a neighbour uses it
+                    for directory in (self.path, self._moved_from):
+                        _write(directory / "cgroup.subtree_control", f"-{controller}")
+            _write(self._moved_from / "cgroup.procs", "0", remedy=_DELEGATE)
+        _remove_tree(self.path)
+
+
+# Those of this process that are open, or that wait for their guests.
+_open_subtrees: list[Subtree] = []
 
 
 class Cgroup:

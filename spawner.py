@@ -37,7 +37,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -49,8 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AttachError", "Exit", "Spawner", "SpawnerDiedError", "read_exit"]
 
-_HEADER = struct.Struct("!I")  # the length in bytes of the JSON that follows
-_MAX_FDS = 3
+_MAX_MESSAGE_BYTES = 4096
+_MAX_FDS = 4
 _CLOSE_S = 5.0
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _UMASK = 0o022
@@ -82,10 +81,12 @@ class Spawner:
     """
 
     def __init__(self, *, kill_root: Path | None = None) -> None:
-        # Guards the socket: held from a request to its answer.
+        # Guards the socket and the number: held from a request to its answer.
         self._lock = threading.Lock()
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        self._number = 0
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.ExitStack() as undo, theirs:
+            undo.callback(self._socket.close)
             # No site-packages, no PYTHON* variables, no terminal signals (own session).
             # Without preexec_fn Popen uses vfork, which is safe among threads.
             self._process = subprocess.Popen(
@@ -97,6 +98,7 @@ class Spawner:
                 start_new_session=True,
                 cwd="/",
             )
+            undo.pop_all()
 
     @property
     def pid(self) -> int:
@@ -127,12 +129,16 @@ class Spawner:
         fds = [stdout_fd, exit_fd]
         if cgroup_procs_fd is not None:
             fds.append(cgroup_procs_fd)
-        answer, received = self._request(
-            {"op": "spawn", "job": job, "argv": list(argv), "env": dict(env)}, fds
-        )
+        # In a file: a message may not be larger than net.core.wmem_max, an argv may.
+        with open(os.memfd_create("argv"), "w+b", buffering=0) as program:
+            program.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode())
+            answer, received = self._request({"op": "spawn", "job": job}, [program.fileno(), *fds])
         if "errno" in answer:
             kind = AttachError if answer["attach"] else OSError
             raise kind(answer["errno"], os.strerror(answer["errno"]))
+        if not received:  # the kernel drops a descriptor for which we have no number left
+            self.kill(job)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return answer["pid"], received[0]
 
     def kill(self, job: str) -> None:
@@ -144,9 +150,15 @@ class Spawner:
 
     def _request(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         with self._lock:
+            self._number += 1
             try:
-                _send(self._socket, request, fds)
-                return _receive(self._socket)
+                _send(self._socket, {"number": self._number, **request}, fds)
+                while True:
+                    answer, received = _receive(self._socket)
+                    if answer["number"] == self._number:
+                        return answer, received
+                    # Whoever asked that did not wait for the answer, because of Ctrl-C.
+                    _close_all(received)
             except (EOFError, OSError) as error:
                 raise SpawnerDiedError from error
 
@@ -180,31 +192,24 @@ def read_exit(fd: int) -> Exit | None:
     return Exit(**json.loads(line)) if line else None
 
 
-# --- both sides: length-prefixed JSON with descriptors ---------------------------------
-# A stream and not SOCK_SEQPACKET, whose messages may not exceed net.core.wmem_max.
+# --- both sides: one JSON object a message, with descriptors ------------------------------
 
 
 def _send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-    body = json.dumps(message).encode()
-    socket.send_fds(sock, [_HEADER.pack(len(body))], list(fds))
-    sock.sendall(body)
+    socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
 
 
 def _receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Raises EOFError when the other side is gone."""
-    header, fds, _, _ = socket.recv_fds(
-        sock, _HEADER.size, _MAX_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_WAITALL
-    )
-    if len(header) < _HEADER.size:
+    data, fds, _, _ = socket.recv_fds(sock, _MAX_MESSAGE_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    if not data:
         raise EOFError
-    (left,) = _HEADER.unpack(header)
-    body = bytearray()
-    while left > len(body):
-        data = sock.recv(left - len(body))
-        if not data:
-            raise EOFError
-        body += data
-    return json.loads(body), fds
+    return json.loads(data), fds
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 # --- the helper ---------------------------------------------------------------------
@@ -244,39 +249,41 @@ class _Helper:
                     try:
                         self._answer(request, fds)
                     finally:
-                        for fd in fds:
-                            os.close(fd)
+                        _close_all(fds)
         except (EOFError, ConnectionError):
             pass  # the owner is gone
         finally:
             self._kill_everything()
 
     def _answer(self, request: dict[str, Any], fds: list[int]) -> None:
+        answer: dict[str, Any] = {"number": request["number"]}
         if request["op"] == "kill":
             if leader := self._leaders.get(request["job"]):
                 _kill_group(leader.pid)
-            _send(self._socket, {})
+            _send(self._socket, answer)
             return
         try:
-            pid, pidfd = self._spawn(request, *fds)
+            pid, pidfd = self._spawn(request["job"], *fds)
         except (OSError, ValueError) as error:
             # ValueError: argv or environment that cannot be encoded.
-            number = getattr(error, "errno", None) or errno.EINVAL
-            _send(self._socket, {"errno": number, "attach": isinstance(error, AttachError)})
+            answer["errno"] = getattr(error, "errno", None) or errno.EINVAL
+            answer["attach"] = isinstance(error, AttachError)
+            _send(self._socket, answer)
             return
         try:
-            _send(self._socket, {"pid": pid}, [pidfd])
+            _send(self._socket, answer | {"pid": pid}, [pidfd])
         finally:
             os.close(pidfd)
 
     def _spawn(
-        self, request: dict[str, Any], stdout_fd: int, exit_fd: int, procs_fd: int | None = None
+        self, job: str, program_fd: int, stdout_fd: int, exit_fd: int, procs_fd: int | None = None
     ) -> tuple[int, int]:
+        program = json.loads(os.pread(program_fd, os.fstat(program_fd).st_size, 0))
         self._attach_errno[:] = bytes(4)
         try:
             leader = subprocess.Popen(
-                request["argv"],
-                env=request["env"],
+                program["argv"],
+                env=program["env"],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout_fd,
                 stderr=subprocess.STDOUT,
@@ -300,7 +307,7 @@ class _Helper:
             leader.kill()
             leader.wait()
             raise
-        self._leaders[request["job"]] = leader
+        self._leaders[job] = leader
         return leader.pid, pidfd
 
     def _attach(self, procs_fd: int) -> None:

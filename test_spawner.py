@@ -63,9 +63,6 @@ class _Job:
         return read_exit(self._exit_fd)
 
 
-_Spawn = "Callable[..., _Job]"
-
-
 def _descriptors(pid: int | str = "self") -> list[str]:
     return sorted(os.listdir(f"/proc/{pid}/fd"))
 
@@ -207,35 +204,28 @@ def test_kill_hits_only_the_job_it_names(spawner: Spawner, spawn: Callable[..., 
 @pytest.mark.parametrize(
     ("mode", "content", "code"),
     [
-        (None, "", errno.ENOENT),
         (0o644, "#!/bin/sh\n", errno.EACCES),
         (0o755, "neither magic nor interpreter\n", errno.ENOEXEC),
         (0o755, "#!/no/such/interpreter\n", errno.ENOENT),
     ],
 )
 def test_exec_error_carries_its_errno(
-    spawner: Spawner,
-    spawn: Callable[..., _Job],
-    tmp_path: Path,
-    mode: int | None,
-    content: str,
-    code: int,
+    spawn: Callable[..., _Job], tmp_path: Path, mode: int, content: str, code: int
 ) -> None:
     """Why a file could not be executed comes back as the kernel said it."""
     path = tmp_path / "command"
-    if mode is not None:
-        path.write_text(content)
-        path.chmod(mode)
+    path.write_text(content)
+    path.chmod(mode)
     with pytest.raises(OSError, match=os.strerror(code)) as caught:
         spawn(str(path))
     assert caught.value.errno == code
-    assert _children(spawner.pid) == []
 
 
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
         (["no-such-command"], errno.ENOENT),
+        (["/no/such/file"], errno.ENOENT),
         (["/"], errno.EACCES),
         (["true", "x" * 200 * 1024], errno.E2BIG),
         (["/" + "x" * 300], errno.ENAMETOOLONG),
@@ -270,10 +260,13 @@ def test_helper_keeps_nothing_of_ended_jobs(spawner: Spawner, spawn: Callable[..
 
 def test_orphans_are_reaped(spawner: Spawner, spawn: Callable[..., _Job], tmp_path: Path) -> None:
     """A daemon that left its job's group becomes the helper's child, and never a zombie."""
-    fifo = tmp_path / "fifo"
+    fifo, up = tmp_path / "fifo", tmp_path / "up"
     os.mkfifo(fifo)
-    script = 'echo $$; read line < "$0"'
-    job = spawn("setsid", "--fork", "sh", "-c", script, str(fifo))
+    os.mkfifo(up)
+    daemon_script = 'echo $$; echo >"$1"; read x <"$0"'
+    # The leader must not end before the daemon has left its group, or it would take it along.
+    script = 'setsid --fork sh -c "$1" "$2" "$3"; read x <"$3"'
+    job = spawn("sh", "-c", script, "sh", daemon_script, str(fifo), str(up))
     daemon = int(job.readline())
     assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
     assert _children(spawner.pid) == [daemon]
@@ -368,7 +361,7 @@ def test_death_of_the_helper_is_end_of_file_and_an_error(
     spawner: Spawner, spawn: Callable[..., _Job]
 ) -> None:
     """Without its parent a job's end is unknown: no line is made up, nothing hangs."""
-    job = spawn("sh", "-c", f"echo; {_FOREVER}")
+    job = spawn("sh", "-c", f"echo; exec {_FOREVER}")
     job.readline()
     os.kill(spawner.pid, signal.SIGKILL)
     assert job.exit() is None
@@ -382,12 +375,14 @@ def test_death_of_the_helper_is_end_of_file_and_an_error(
 
 
 def test_close_kills_jobs_and_daemons_and_is_idempotent(
-    spawner: Spawner, spawn: Callable[..., _Job]
+    spawner: Spawner, spawn: Callable[..., _Job], tmp_path: Path
 ) -> None:
     """When close returns, no process of any job is left, in whatever session it is."""
-    job = spawn("sh", "-c", f"setsid {_FOREVER} & setsid --fork sh -c 'echo; {_FOREVER}'; exit 0")
-    job.readline()
-    job.exit()
+    up = tmp_path / "up"
+    os.mkfifo(up)
+    daemon = f'echo >"$0"; {_FOREVER}'
+    job = spawn("sh", "-c", 'setsid --fork sh -c "$0" "$1"; read x <"$1"', daemon, str(up))
+    assert job.exit() == Exit(exit_code=0)
     other = spawn("sh", "-c", _FOREVER, name="other")
     spawner.close()
     spawner.close()
@@ -399,7 +394,8 @@ def test_close_kills_jobs_and_daemons_and_is_idempotent(
 
 
 _OWNER = """
-import os
+import os, resource
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from spawner import Spawner, read_exit
 with Spawner() as spawner:
     read_end, exit_fd = os.pipe()
@@ -420,8 +416,7 @@ def test_nothing_outlives_the_owner(number: signal.Signals) -> None:
         echo leader; wait"""
     # Owner, helper (its stderr) and all of the job hold the pipe.
     with subprocess.Popen(
-        _program(f"import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n{_OWNER}")
-        + ["sh", "-c", script],
+        _program(_OWNER, "sh", "-c", script),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as owner:
@@ -434,7 +429,7 @@ def test_nothing_outlives_the_owner(number: signal.Signals) -> None:
 
 
 def test_interrupted_request_does_not_mix_up_the_answers(
-    spawner: Spawner, spawn: Callable[..., _Job], monkeypatch: pytest.MonkeyPatch
+    spawn: Callable[..., _Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a Ctrl-C while it waited, the next start is not given the answer of the last."""
 

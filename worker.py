@@ -48,7 +48,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from broadcaster import OffsetError, OutputIncompleteError, OutputLog, Subscription
+from broadcaster import (
+    OffsetError,
+    OutputIncompleteError,
+    OutputLog,
+    OutputRemovedError,
+    Subscription,
+)
 from cgroups import Cgroup, CgroupError, Enforcement, Limits, Subtree
 from spawner import AttachError, Exit, Spawner, SpawnerDiedError, read_exit
 
@@ -270,6 +276,8 @@ class Worker:
                 undo.callback(_discard, cgroup)
                 procs_fd = cgroup.open_procs()
                 ours.callback(os.close, procs_fd)
+            # Before it is asked for: a Ctrl-C may come between the start and its answer.
+            undo.callback(self._spawner.kill, job_id)
             try:
                 pid, pidfd = self._spawner.spawn(
                     job_id,
@@ -291,7 +299,6 @@ class Worker:
             except OSError as error:
                 raise _exec_error(argv, error) from error
             undo.callback(os.close, pidfd)
-            undo.callback(self._spawner.kill, job_id)
             job = _Job(
                 job_id,
                 argv,
@@ -343,10 +350,10 @@ class Worker:
         iterating raises `OutputIncompleteError` if output was lost, and `OffsetError`
         if the job ended before its output reached `offset`.
         """
-        with self._idle:
-            if self._closed:
-                raise WorkerClosedError
-        return self._job(job_id).output.subscribe(subscriber, offset)
+        try:
+            return self._job(job_id).output.subscribe(subscriber, offset)
+        except OutputRemovedError:
+            raise WorkerClosedError from None
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
         """Block until the job has ended and return its state.

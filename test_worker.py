@@ -1,0 +1,1201 @@
+"""Tests of the worker: real jobs, with cgroups where the host has them and without.
+
+A job tells the test where it is by its output or by opening a FIFO, and a FIFO that
+reads end-of-file proves that every process that held it is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import resource
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from spawner import Exit, read_exit
+from worker import (
+    MAX_ARGV_BYTES,
+    CgroupError,
+    CommandError,
+    CommandNotExecutableError,
+    CommandNotFoundError,
+    EndReason,
+    Enforcement,
+    Job,
+    Limits,
+    OffsetError,
+    OutputIncompleteError,
+    ResourceError,
+    SpawnerDiedError,
+    Status,
+    StopTimeoutError,
+    UnknownJobError,
+    Worker,
+    WorkerClosedError,
+    WorkerError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_GUARD_S = 60  # only a hang takes this long
+_HERE = Path(__file__).parent
+_FOREVER = "exec sleep infinity"
+
+
+@pytest.fixture(params=["off", "auto"])
+def enforcement(request: pytest.FixtureRequest) -> Enforcement:
+    return cast("Enforcement", request.param)
+
+
+@pytest.fixture
+def worker(enforcement: Enforcement) -> Iterator[Worker]:
+    with Worker(enforcement=enforcement) as worker:
+        yield worker
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    """Every test must give back all descriptors, threads and processes, and leave its cgroup."""
+
+    def held() -> tuple[object, ...]:
+        cgroup = Path("/proc/self/cgroup").read_text()
+        return _descriptors(), threading.active_count(), _children(os.getpid()), cgroup
+
+    before = held()
+    yield
+    assert held() == before
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+class _Fifo:
+    """A named pipe that jobs open for writing, or for reading."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = str(path)
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def readline(self) -> bytes:
+        """Block for one line from a job."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self.fd], [], [], _GUARD_S)[0]
+            byte = os.read(self.fd, 1)
+            assert byte, line
+            line += byte
+        return line
+
+    def is_held(self) -> bool:
+        """Whether a process has it open for writing, at this moment."""
+        try:
+            return os.read(self.fd, 1) != b""
+        except BlockingIOError:
+            return True
+
+    def await_release(self) -> None:
+        """Block until no process has it open for writing any more."""
+        assert select.select([self.fd], [], [], _GUARD_S)[0]
+        assert not self.is_held()
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Iterator[_Fifo]:
+    """What a job reports on, and holds as long as it has a process."""
+    fifo = _Fifo(tmp_path / "fifo")
+    yield fifo
+    os.close(fifo.fd)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """What a job waits at (`read x < gate`) until the test writes a line to it."""
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    return path
+
+
+def _sh(worker: Worker, script: str, *args: str | Path, owner: str = "") -> str:
+    """Start a shell script; its arguments are $1, $2, ..."""
+    return worker.start("sh", ["-c", script, "sh", *map(str, args)], owner=owner)
+
+
+def _output(worker: Worker, job_id: str, offset: int = 0) -> bytes:
+    """All of a job's output; blocks until the job has ended."""
+    with worker.stream(job_id, offset=offset) as chunks:
+        return b"".join(chunks)
+
+
+def _first_line(worker: Worker, job_id: str) -> bytes:
+    """Block until the job has written a line."""
+    with worker.stream(job_id) as chunks:
+        output = b""
+        while b"\n" not in output:
+            output += next(chunks)
+    return output.partition(b"\n")[0]
+
+
+def _end(job: Job) -> tuple[Status, EndReason | None, int | None, int | None]:
+    return job.status, job.end_reason, job.exit_code, job.signal
+
+
+_STOPPED = (Status.STOPPED, EndReason.STOPPED_BY_OWNER, None, 9)
+_EXITED_0 = (Status.FINISHED, EndReason.EXITED, 0, None)
+_EXITED_7 = (Status.FINISHED, EndReason.EXITED, 7, None)
+_LOST = (Status.FINISHED, EndReason.LOST, None, None)
+
+
+def _descriptors(pid: int | str = "self") -> list[str]:
+    return sorted(os.listdir(f"/proc/{pid}/fd"))
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            line = Path("/proc", name, "stat").read_bytes()
+            if int(line.rpartition(b")")[2].split()[1]) == pid:
+                found.append(int(name))
+    return found
+
+
+def _traces(worker: Worker) -> dict[str, object]:
+    """Everything a job could leave behind."""
+    spawner = worker._spawner
+    spawner.kill("nobody")  # once it answers, the helper has cleaned up after the last request
+    jobs = worker._subtree.jobs if worker._subtree else None
+    return {
+        "descriptors": _descriptors(),
+        "helper's descriptors": _descriptors(spawner.pid),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "files": sorted(os.listdir(worker._output_dir.path)),
+        "cgroups": sorted(path.name for path in jobs.iterdir() if path.is_dir()) if jobs else [],
+        "processes": _children(spawner.pid),
+        "jobs": worker.list(),
+    }
+
+
+def _await_reaped(worker: Worker) -> None:
+    """Block until the helper has reaped its children, which are about to die."""
+    for pid in _children(worker._spawner.pid):
+        with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as pidfd:
+            assert select.select([pidfd], [], [], _GUARD_S)[0]
+    # It reaps all there is when this one ends.
+    output_fd, stdout_fd = os.pipe()
+    exit_fd, their_exit_fd = os.pipe()
+    _, leader = worker._spawner.spawn(
+        "last", ["/bin/true"], {}, stdout_fd=stdout_fd, exit_fd=their_exit_fd
+    )
+    os.close(their_exit_fd)
+    assert [read_exit(exit_fd), read_exit(exit_fd)] == [Exit(exit_code=0), None]
+    for fd in (output_fd, stdout_fd, exit_fd, leader):
+        os.close(fd)
+
+
+def _program(source: str, *args: str) -> list[str]:
+    """Run `source` as a program that can import the library."""
+    return [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(_HERE)!r})\n{source}",
+        *args,
+    ]
+
+
+# --- start ------------------------------------------------------------------------------------
+
+
+def test_job_runs_and_tells_all_about_itself(worker: Worker) -> None:
+    """A short job ends with its output, exit code and times, under a random UUID4."""
+    before = datetime.now(UTC)
+    job_id = worker.start("sh", ["-c", "echo hi; exit 7"], owner="alice")
+    job = worker.wait(job_id, _GUARD_S)
+    assert uuid.UUID(job_id).version == 4
+    assert str(uuid.UUID(job_id)) == job_id == job.job_id
+    assert (job.owner, job.command, job.args) == ("alice", "sh", ("-c", "echo hi; exit 7"))
+    assert _end(job) == _EXITED_7
+    assert job.ended_at is not None
+    assert before <= job.started_at <= job.ended_at <= datetime.now(UTC)
+    assert (job.output_bytes, job.subscribers) == (3, ())
+    assert _output(worker, job_id) == b"hi\n"
+    assert worker.status(job_id) == job
+
+
+def test_running_job_has_no_end(worker: Worker) -> None:
+    """While a job runs it has neither end time nor exit code nor reason."""
+    job = worker.status(_sh(worker, _FOREVER))
+    assert _end(job) == (Status.RUNNING, None, None, None)
+    assert job.ended_at is None
+
+
+def test_without_cgroups_no_limit_is_claimed() -> None:
+    """A job's limits are those in force, and "off" enforces none."""
+    with Worker(enforcement="off", limits=Limits(pids=5)) as worker:
+        job = worker.status(worker.start("true"))
+    assert job.limits == Limits(None, None, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["two words", "", " ", "line\nbreak", "tab\t", ""],
+        ["'single'", '"double"', "back\\slash", "`id`", "$HOME", "$(id)", "*", "~", ";", "|", "&"],
+        ["ünï©ødé", "日本", "\N{PILE OF POO}", "not UTF-8: \udcff"],
+        ["--", "-x", "--help", "--", "-"],
+        ["x" * 100 * 1024],
+    ],
+)
+def test_argv_arrives_as_given(worker: Worker, args: list[str]) -> None:
+    """No shell, no quoting and no decoding come between the caller and the program."""
+    job_id = worker.start("printf", ["%s\\0", *args])
+    received = _output(worker, job_id).split(b"\0")[:-1]
+    assert received == [os.fsencode(arg) for arg in args]
+    assert worker.status(job_id).args[1:] == tuple(args)
+
+
+def test_shell_syntax_is_not_a_command(worker: Worker) -> None:
+    """A command line in one string is the name of a program that does not exist."""
+    with pytest.raises(CommandNotFoundError):
+        worker.start("echo hello; id")
+
+
+def test_leader_has_its_own_session_null_stdin_and_no_extra_descriptor(worker: Worker) -> None:
+    """The job has no terminal, no input and nothing of the worker's."""
+    with open(__file__) as leak:
+        os.set_inheritable(leak.fileno(), True)
+        script = "cat /proc/$$/stat; echo $$; readlink /proc/$$/fd/0; pwd; ls -m /proc/self/fd"
+        job_id = _sh(worker, script)
+        stat_line, pid, stdin, directory, fds = _output(worker, job_id).decode().splitlines()
+    _ppid, group, session, terminal = stat_line.rpartition(") ")[2].split()[1:5]
+    assert (group, session, terminal) == (pid, pid, "0")
+    assert (stdin, directory, fds) == ("/dev/null", "/", "0, 1, 2, 3")  # 3 is ls's own
+
+
+def test_stdout_and_stderr_are_one_stream(worker: Worker) -> None:
+    """What is printed on either comes out in the order it was written."""
+    job_id = _sh(worker, "echo 1; echo 2 >&2; echo 3; echo 4 >&2")
+    assert _output(worker, job_id) == b"1\n2\n3\n4\n"
+
+
+def test_environment_is_exactly_the_documented_one(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's own variables, secrets among them, do not reach a job."""
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere")
+    job_id = worker.start("env", ["-0"])
+    entries = _output(worker, job_id).decode().split("\0")[:-1]
+    environment = dict(entry.split("=", 1) for entry in entries)
+    assert len(entries) == len(environment)
+    assert environment.keys() == {"PATH", "HOME", "LANG", "USER", "JOB_ID"}
+    assert environment["JOB_ID"] == job_id
+    assert environment["LANG"] == "C.UTF-8"
+    assert environment["PATH"].endswith("/usr/bin:/sbin:/bin")
+    assert environment["HOME"].startswith("/")
+    assert environment["USER"]
+
+
+_NOT_COMMANDS: list[tuple[str, list[str], type[CommandError], str]] = [
+    ("", [], CommandError, "empty"),
+    ("tr\0ue", [], CommandError, "NUL"),
+    ("true", ["a\0b"], CommandError, "NUL"),
+    ("true", ["\ud800"], CommandError, "encoded"),
+    ("no-such-command", [], CommandNotFoundError, "not found in /usr/local/sbin:"),
+    ("/no/such/file", [], CommandNotFoundError, "no such file"),
+    ("/etc/passwd/x", [], CommandNotFoundError, "no such file"),
+    ("/", [], CommandNotExecutableError, "directory"),
+    ("/etc/passwd", [], CommandNotExecutableError, "permission denied"),
+    ("/" + "x" * 300, [], CommandError, "too long"),
+    ("true", ["x" * 50] * 3000, CommandError, str(MAX_ARGV_BYTES)),
+]
+
+
+def _assert_start_fails_cleanly(
+    worker: Worker, command: str, args: list[str], error: type[CommandError], text: str
+) -> None:
+    before = _traces(worker)
+    with pytest.raises(error, match=text) as caught:
+        worker.start(command, args)
+    assert _traces(worker) == before
+    assert type(caught.value) is error
+    assert caught.value.command == command
+    assert repr(command)[:200] in str(caught.value)  # long ones are shortened
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("command", "args", "error", "text"), _NOT_COMMANDS)
+def test_command_that_cannot_be_executed_is_named_and_leaves_nothing(
+    worker: Worker, command: str, args: list[str], error: type[CommandError], text: str
+) -> None:
+    """Each way to fail has its own error; no ID, file, descriptor, thread or process stays."""
+    _assert_start_fails_cleanly(worker, command, args, error, text)
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "text"),
+    [
+        ((0o644, "#!/bin/sh\n"), CommandNotExecutableError, "permission denied"),
+        ((0o755, "echo no magic\n"), CommandNotExecutableError, "#!"),
+        ((0o755, "#!/no/such/interpreter\n"), CommandNotFoundError, "interpreter"),
+    ],
+)
+def test_script_that_cannot_be_executed_is_named_and_leaves_nothing(
+    worker: Worker, tmp_path: Path, script: tuple[int, str], error: type[CommandError], text: str
+) -> None:
+    """A script without x, without #! or without its interpreter: the error says which."""
+    mode, content = script
+    path = tmp_path / "script"
+    path.write_text(content)
+    path.chmod(mode)
+    _assert_start_fails_cleanly(worker, str(path), [], error, text)
+
+
+def test_wrong_types_are_refused(worker: Worker) -> None:
+    """One string is not a list of arguments, and a number is not a string."""
+    with pytest.raises(TypeError, match="not one string"):
+        worker.start("echo", "hello")
+    with pytest.raises(TypeError, match="not int"):
+        worker.start("echo", cast("list[str]", [1]))
+    assert worker.list() == ()
+
+
+def test_longest_argv_is_accepted(worker: Worker) -> None:
+    """The limit is what may be passed, not the first that may not."""
+    args = ["x" * 1023] * (MAX_ARGV_BYTES // 1024 - 1)
+    room = MAX_ARGV_BYTES - sum(len(arg) + 1 for arg in args) - len("true\0")
+    job_id = worker.start("true", [*args, "y" * (room - 1)])
+    assert _end(worker.wait(job_id, _GUARD_S)) == _EXITED_0
+    with pytest.raises(CommandError):
+        worker.start("true", [*args, "y" * room])
+
+
+def test_no_thread_to_be_had_is_a_clean_failure(
+    worker: Worker, fifo: _Fifo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a job cannot be looked after it is killed, and nothing of it is left."""
+
+    def start(_: threading.Thread) -> None:
+        fifo.readline()  # by now the job is running
+        raise RuntimeError("can't start new thread")
+
+    before = _traces(worker)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(ResourceError, match="thread"):
+            _sh(worker, 'exec 3>"$1"; echo >&3; ' + _FOREVER, fifo.path)
+    _await_reaped(worker)
+    assert not fifo.is_held()
+    assert _traces(worker) == before
+
+
+@contextlib.contextmanager
+def _descriptors_left(count: int) -> Iterator[None]:
+    """Let this process open `count` more descriptors, no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    taken: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("left", range(10))
+def test_start_without_descriptors_left_works_or_fails_cleanly(worker: Worker, left: int) -> None:
+    """However few descriptors there are, a job is started whole or not at all."""
+    before = _traces(worker)
+    with _descriptors_left(left):
+        try:
+            job_id = _sh(worker, _FOREVER)
+        except (ResourceError, CgroupError):
+            job_id = None
+    if job_id is None:
+        _await_reaped(worker)
+        assert _traces(worker) == before
+    else:
+        assert _end(worker.stop(job_id)) == _STOPPED
+
+
+def test_many_jobs_start_at_once(worker: Worker, pool: ThreadPoolExecutor) -> None:
+    """Forty starts from as many threads are forty jobs, each with its own output."""
+    starts = [pool.submit(worker.start, "echo", [str(i)]) for i in range(40)]
+    job_ids = [start.result(_GUARD_S) for start in starts]
+    assert len(set(job_ids)) == 40
+    assert [_output(worker, job_id) for job_id in job_ids] == [b"%d\n" % i for i in range(40)]
+
+
+def test_ended_jobs_keep_their_output_and_nothing_else(worker: Worker) -> None:
+    """Fifty jobs later there are fifty files more, and no descriptor, thread or process."""
+    before = _traces(worker)
+    job_ids = [worker.start("true") for _ in range(50)]
+    for job_id in job_ids:
+        worker.wait(job_id, _GUARD_S)
+    for thread in threading.enumerate():  # has published the end, and has nothing left to do
+        if thread.name.startswith("job-"):
+            thread.join(_GUARD_S)
+    after = _traces(worker)
+    assert after.pop("files") == sorted(f"{job_id}.out" for job_id in job_ids)
+    assert len(cast("tuple[Job, ...]", after.pop("jobs"))) == 50
+    assert after == {key: before[key] for key in after}
+
+
+# --- ends ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 1, 7, 126, 127, 137, 255])
+def test_exit_code_is_the_leaders_own(worker: Worker, code: int) -> None:
+    """Codes that shells use for other things are just codes."""
+    job = worker.wait(_sh(worker, f"exit {code}"), _GUARD_S)
+    assert _end(job) == (Status.FINISHED, EndReason.EXITED, code, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE])
+def test_signal_that_we_did_not_send_is_reported(worker: Worker, number: signal.Signals) -> None:
+    """A job killed by itself or a stranger is FINISHED and signalled, SIGKILL included."""
+    job = worker.wait(_sh(worker, f"ulimit -c 0; kill -{number:d} $$"), _GUARD_S)
+    assert _end(job) == (Status.FINISHED, EndReason.SIGNALLED, None, number)
+
+
+@pytest.mark.parametrize("keeper", ["", "setsid"])
+def test_grandchild_that_holds_stdout_hangs_nothing(
+    worker: Worker, fifo: _Fifo, gate: Path, keeper: str
+) -> None:
+    """When the leader exits the job ends with all its output, whoever keeps the pipe open."""
+    script = f"""
+        {keeper} sh -c 'exec 3>"$1"; read x <"$2"; echo >&3; {_FOREVER}' sh "$1" "$2" &
+        echo >"$2"; read x <"$1.go"; echo last words; exit 7"""
+    go = Path(f"{fifo.path}.go")
+    os.mkfifo(go)
+    job_id = _sh(worker, script, fifo.path, gate)
+    assert fifo.readline() == b"\n"
+    go.write_text("\n")
+    assert _output(worker, job_id) == b"last words\n"
+    assert _end(worker.status(job_id)) == _EXITED_7
+    if worker._subtree is not None or not keeper:
+        assert not fifo.is_held()
+    worker.close()  # without cgroups an escapee lives until here
+    assert not fifo.is_held()
+
+
+def test_background_writer_does_not_keep_the_job_alive(worker: Worker) -> None:
+    """A child that writes without end dies with the leader."""
+    job_id = _sh(worker, "yes & exit 7")
+    output = _output(worker, job_id)
+    assert _end(worker.status(job_id)) == _EXITED_7
+    assert len(output) == worker.status(job_id).output_bytes
+
+
+def test_job_that_closes_its_output_runs_on(worker: Worker, gate: Path) -> None:
+    """The end of the output is not the end of the job, nor a reason to spin."""
+    job_id = _sh(worker, 'echo hi; exec >&- 2>&-; read x <"$1"; exit 7', gate)
+    with gate.open("w") as release:  # blocks until the job has closed its output
+        ident = worker._jobs[job_id].thread.ident
+        assert ident is not None
+        clock = time.pthread_getcpuclockid(ident)
+        before, ours = time.clock_gettime(clock), time.thread_time()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000)
+        assert time.clock_gettime(clock) - before < (time.thread_time() - ours) / 4
+        assert worker.status(job_id).status is Status.RUNNING
+        release.write("\n")
+    assert _output(worker, job_id) == b"hi\n"
+    assert _end(worker.status(job_id)) == _EXITED_7
+
+
+def test_end_of_output_and_terminal_status_come_together(
+    worker: Worker, pool: ThreadPoolExecutor
+) -> None:
+    """Where the stream ends the job has ended, and when it has ended all output is there."""
+
+    def stream(job_id: str) -> tuple[int, Job]:
+        return len(_output(worker, job_id)), worker.status(job_id)
+
+    for _ in range(50):
+        job_id = _sh(worker, "head -c 100000 /dev/zero; exit 7")
+        streamed = pool.submit(stream, job_id)
+        job = worker.wait(job_id, _GUARD_S)
+        assert (job.output_bytes, _end(job)) == (100_000, _EXITED_7)
+        size, then = streamed.result(_GUARD_S)
+        assert (size, _end(then)) == (100_000, _EXITED_7)
+
+
+def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
+    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was written before the end is read, though nobody had read it until then."""
+    script = 'exec 3<"$1"; read n <&3; printf x; read m <&3; head -c "$n" /dev/zero; exit 7'
+    job_id = _sh(worker, script, gate)
+    job, entered = worker._jobs[job_id], threading.Event()
+    real_append = job.output.append
+
+    def append(data: memoryview) -> None:  # holds the job's thread until the end is told
+        entered.set()
+        assert select.select([job._fds.exit], [], [], _GUARD_S)[0]
+        real_append(data)
+
+    monkeypatch.setattr(job.output, "append", append)
+    size = fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) - 16 * 1024  # fits into the pipe
+    with gate.open("w", buffering=1) as orders:
+        orders.write(f"{size}\n")
+        assert entered.wait(_GUARD_S)
+        orders.write("\n")
+    job_after = worker.wait(job_id, _GUARD_S)
+    assert (job_after.output_bytes, _end(job_after)) == (1 + size, _EXITED_7)
+
+
+# --- stop -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", [EndReason.STOPPED_BY_OWNER, EndReason.STOPPED_BY_ADMIN])
+def test_stop_ends_a_deaf_job_and_records_who(worker: Worker, reason: EndReason) -> None:
+    """A job that ignores every signal it can is STOPPED, its output up to there kept."""
+    job_id = _sh(worker, "trap '' TERM INT HUP QUIT; echo ready; while :; do sleep 100; done")
+    assert _first_line(worker, job_id) == b"ready"
+    job = worker.stop(job_id, reason=reason)
+    assert _end(job) == (Status.STOPPED, reason, None, 9)
+    assert job.ended_at is not None
+    assert worker.status(job_id) == job
+    assert _output(worker, job_id) == b"ready\n"
+
+
+def test_stop_is_idempotent_and_keeps_the_first_reason(worker: Worker) -> None:
+    """Stopping again, for whatever reason, changes nothing and fails nothing."""
+    job_id = _sh(worker, _FOREVER)
+    job = worker.stop(job_id)
+    assert worker.stop(job_id, reason=EndReason.STOPPED_BY_ADMIN) == job
+    assert _end(job) == _STOPPED
+
+
+def test_stop_of_a_finished_job_changes_nothing(worker: Worker) -> None:
+    """What has ended by itself stays FINISHED with its own exit code."""
+    job_id = _sh(worker, "exit 7")
+    job = worker.wait(job_id, _GUARD_S)
+    assert worker.stop(job_id) == job
+    assert _end(job) == _EXITED_7
+
+
+def test_stop_of_a_stopped_process_works(worker: Worker) -> None:
+    """SIGSTOP does not save a job."""
+    job_id = _sh(worker, "(kill -STOP $$; echo stopped); " + _FOREVER)
+    assert _first_line(worker, job_id) == b"stopped"
+    assert _end(worker.stop(job_id)) == _STOPPED
+
+
+_KILLED_ITSELF = (Status.FINISHED, EndReason.SIGNALLED, None, 9)
+
+
+@pytest.mark.parametrize(("script", "end"), [("exit 7", _EXITED_7), ("kill -9 $$", _KILLED_ITSELF)])
+def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
+    worker: Worker, fifo: _Fifo, gate: Path, script: str, end: tuple[object, ...]
+) -> None:
+    """The race, staged: the leader is dead, nobody knows yet, and a stop comes in."""
+    script = f'exec 3>"$1"; sleep infinity & read x <"$2"; {script}'
+    job_id = _sh(worker, script, fifo.path, gate)
+    job, helper = worker._jobs[job_id], worker._spawner.pid
+    real_kill = job._kill_processes
+
+    def kill_processes() -> None:  # the stop has by now decided whose end it is
+        os.kill(helper, signal.SIGCONT)
+        real_kill()
+
+    os.kill(helper, signal.SIGSTOP)  # it cannot tell of the leader's end
+    try:
+        gate.write_text("\n")
+        assert select.select([job._fds.leader], [], [], _GUARD_S)[0]
+        assert worker.status(job_id).status is Status.RUNNING
+        assert fifo.is_held()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(job, "_kill_processes", kill_processes)
+            assert _end(worker.stop(job_id)) == end
+    finally:
+        os.kill(helper, signal.SIGCONT)
+    assert not fifo.is_held()
+
+
+def test_racing_stop_and_exit_are_never_mixed(worker: Worker) -> None:
+    """Whichever is first, the result is one of two whole truths."""
+    ends = []
+    for i in range(50):
+        job_id = _sh(worker, "exit 7")
+        for _ in range(i * 300):  # more and more time for the job to be the first
+            pass
+        job = worker.stop(job_id)
+        assert worker.status(job_id) == job
+        ends.append(_end(job))
+    assert set(ends) <= {_STOPPED, _EXITED_7}
+
+
+def test_stop_right_after_start(worker: Worker, fifo: _Fifo) -> None:
+    """A job stopped before it has done anything is STOPPED like any other."""
+    for _ in range(50):
+        job_id = _sh(worker, f'exec 3>"$1"; {_FOREVER}', fifo.path)
+        assert _end(worker.stop(job_id)) == _STOPPED
+        assert not fifo.is_held()
+
+
+def test_stop_from_twenty_threads_at_once(worker: Worker, pool: ThreadPoolExecutor) -> None:
+    """All of them return, with the same result."""
+    for _ in range(5):
+        job_id = _sh(worker, _FOREVER)
+        barrier = threading.Barrier(20)
+
+        def stop(job_id: str = job_id, barrier: threading.Barrier = barrier) -> Job:
+            barrier.wait(_GUARD_S)
+            return worker.stop(job_id)
+
+        jobs = {future.result(_GUARD_S) for future in [pool.submit(stop) for _ in range(20)]}
+        assert [_end(job) for job in jobs] == [_STOPPED]
+
+
+def test_stop_leaves_no_process_of_a_big_tree(worker: Worker, fifo: _Fifo) -> None:
+    """When stop returns, children and grandchildren are gone, not merely signalled."""
+    script = f"""
+        exec 3>"$1"
+        for i in 1 2 3 4 5 6 7 8 9 10; do
+            sh -c 'sleep infinity & sleep infinity & echo >&3; trap "" TERM; {_FOREVER}' &
+        done; wait"""
+    job_id = _sh(worker, script, fifo.path)
+    for _ in range(10):
+        fifo.readline()
+    assert _end(worker.stop(job_id)) == _STOPPED
+    assert not fifo.is_held()
+    assert _children(worker._spawner.pid) == []
+
+
+def test_stop_reaches_escapees(fifo: _Fifo) -> None:
+    """With a cgroup even a process in a session of its own, adopted by others, is killed."""
+    with Worker(enforcement="auto") as worker:
+        if worker._subtree is None:
+            pytest.skip("no cgroup v2 that this process may use")
+        daemon = f"echo >&3; {_FOREVER}"
+        script = f"exec 3>\"$1\"; setsid --fork setsid --fork sh -c '{daemon}'; {_FOREVER}"
+        job_id = _sh(worker, script, fifo.path)
+        fifo.readline()
+        assert _end(worker.stop(job_id)) == _STOPPED
+        assert not fifo.is_held()
+
+
+def test_a_stop_that_takes_long_holds_up_nobody_else(
+    worker: Worker, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one job's stop hangs, others are started, listed, streamed and stopped."""
+    slow = worker._jobs[_sh(worker, _FOREVER, owner="slow")]
+    entered, go_on = threading.Event(), threading.Event()
+    real_kill = slow._kill_processes
+
+    def kill_processes() -> None:
+        entered.set()
+        assert go_on.wait(_GUARD_S)
+        real_kill()
+
+    monkeypatch.setattr(slow, "_kill_processes", kill_processes)
+    stopping = pool.submit(worker.stop, slow.job_id)
+    try:
+        assert entered.wait(_GUARD_S)
+
+        def everything_else() -> Job:
+            job_id = _sh(worker, "echo hi; " + _FOREVER)
+            assert _first_line(worker, job_id) == b"hi"
+            assert worker.status(slow.job_id).status is Status.RUNNING
+            assert len(worker.list()) == 2
+            return worker.stop(job_id)
+
+        assert _end(pool.submit(everything_else).result(_GUARD_S)) == _STOPPED
+    finally:
+        go_on.set()
+    assert _end(stopping.result(_GUARD_S)) == _STOPPED
+
+
+def test_starts_and_stops_in_parallel_leave_nothing(
+    worker: Worker, pool: ThreadPoolExecutor, fifo: _Fifo
+) -> None:
+    """Eight threads start, stop and wait for jobs; every end is right, nothing is left."""
+
+    def live(i: int) -> None:
+        for n in range(6):
+            if (i + n) % 2:
+                job_id = _sh(worker, f'exec 3>"$1"; {_FOREVER}', fifo.path)
+                assert _end(worker.stop(job_id)) == _STOPPED
+            else:
+                job_id = _sh(worker, 'exec 3>"$1"; sleep infinity & echo hi; exit 7', fifo.path)
+                assert _output(worker, job_id) == b"hi\n"
+                assert _end(worker.status(job_id)) == _EXITED_7
+
+    for future in [pool.submit(live, i) for i in range(8)]:
+        future.result(_GUARD_S)
+    assert not fifo.is_held()
+    assert _children(worker._spawner.pid) == []
+
+
+def test_processes_that_will_not_die_are_reported(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop that the kernel does not carry out is an error, and the job is still RUNNING."""
+    job_id = _sh(worker, _FOREVER)
+    with monkeypatch.context() as patch:
+        patch.setattr("worker._STOP_TIMEOUT_S", 0.01)
+        patch.setattr(worker._jobs[job_id], "_kill_processes", lambda: None)
+        with pytest.raises(StopTimeoutError, match=job_id):
+            worker.stop(job_id)
+    assert worker.status(job_id).status is Status.RUNNING
+    assert _end(worker.stop(job_id)) == _STOPPED
+
+
+# --- output --------------------------------------------------------------------------------
+
+
+def test_bytes_are_delivered_when_they_come(worker: Worker, gate: Path) -> None:
+    """A single byte without a newline is read while the job does nothing more."""
+    job_id = _sh(worker, 'printf x; read x <"$1"; printf y', gate)
+    with worker.stream(job_id) as chunks:
+        assert next(chunks) == b"x"
+        gate.write_text("\n")
+        assert b"".join(chunks) == b"y"
+
+
+def test_every_byte_value_passes_untouched(worker: Worker, tmp_path: Path) -> None:
+    """Output is bytes."""
+    data = bytes(range(256)) * 1000
+    (tmp_path / "data").write_bytes(data)
+    assert _output(worker, worker.start("cat", [str(tmp_path / "data")])) == data
+
+
+def test_twenty_megabytes_reach_early_and_late_subscribers_alike(
+    worker: Worker, pool: ThreadPoolExecutor
+) -> None:
+    """Five subscribers, two of whom join midway and after the end, get the same 20 MB."""
+    count = 2_700_000
+    digest = hashlib.sha256()
+    for i in range(0, count, 10_000):
+        digest.update(b"".join(b"%d\n" % n for n in range(i + 1, i + 10_001)))
+
+    def read() -> bytes:
+        sha = hashlib.sha256()
+        with worker.stream(job_id) as chunks:
+            for chunk in chunks:
+                sha.update(chunk)
+        return sha.digest()
+
+    job_id = worker.start("seq", [str(count)])
+    readers = [pool.submit(read) for _ in range(3)]
+    with worker.stream(job_id) as chunks:
+        for chunk in chunks:
+            if len(readers) == 3 and chunks.offset > 5_000_000:
+                readers.append(pool.submit(read))
+            assert chunk
+    readers.append(pool.submit(read))
+    assert {reader.result(_GUARD_S) for reader in readers} == {digest.digest()}
+    assert len(readers) == 5
+
+
+def test_offsets_of_a_stream(worker: Worker) -> None:
+    """Reading resumes at a byte; past the end of an ended job there is nothing to wait for."""
+    job_id = worker.start("printf", ["0123456789"])
+    worker.wait(job_id, _GUARD_S)
+    assert [_output(worker, job_id, offset) for offset in (0, 4, 10)] == [
+        b"0123456789",
+        b"456789",
+        b"",
+    ]
+    with pytest.raises(OffsetError):
+        worker.stream(job_id, offset=11)
+    with pytest.raises(ValueError, match="negative"):
+        worker.stream(job_id, offset=-1)
+
+
+def test_stream_ahead_of_a_job_that_ends_short_is_an_error(worker: Worker) -> None:
+    """Nobody waits for bytes that will never come."""
+    job_id = _sh(worker, _FOREVER)
+    with worker.stream(job_id, offset=5) as chunks:
+        worker.stop(job_id)
+        with pytest.raises(OffsetError):
+            next(chunks)
+
+
+def test_stop_ends_streams(worker: Worker, pool: ThreadPoolExecutor) -> None:
+    """Who follows a job that is stopped gets all its output and then the end."""
+    job_id = _sh(worker, "echo ready; " + _FOREVER)
+    followers = [pool.submit(_output, worker, job_id) for _ in range(5)]
+    assert _first_line(worker, job_id) == b"ready"
+    worker.stop(job_id)
+    assert [follower.result(_GUARD_S) for follower in followers] == [b"ready\n"] * 5
+
+
+def test_subscribers_are_recorded_while_they_stream(worker: Worker) -> None:
+    """The status names who is reading now, each once, and nobody afterwards."""
+    job_id = _sh(worker, _FOREVER)
+    with (
+        worker.stream(job_id, subscriber="bob"),
+        worker.stream(job_id, subscriber="alice"),
+        worker.stream(job_id, subscriber="bob"),
+    ):
+        assert worker.status(job_id).subscribers == ("alice", "bob")
+    assert list(worker.status(job_id).subscribers) == []
+
+
+def test_full_disk_loses_output_but_not_the_job(worker: Worker, gate: Path) -> None:
+    """A job whose output cannot be stored runs to its end, and readers are told."""
+    job_id = _sh(worker, 'printf 0123456789; read x <"$1"; head -c 3000000 /dev/zero; exit 7', gate)
+    with worker.stream(job_id) as chunks:
+        assert next(chunks) == b"0123456789"
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            gate.write_text("\n")
+            assert _end(worker.wait(job_id, _GUARD_S)) == _EXITED_7
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert next(chunks) == bytes(990)
+        with pytest.raises(OutputIncompleteError) as caught:
+            next(chunks)
+    assert caught.value.lost_bytes == 3_000_010 - 1000
+    assert worker.status(job_id).output_bytes == 1000
+
+
+_GROWTH = """
+from worker import Worker
+
+def memory_kb(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+with Worker(enforcement="off") as worker:
+    worker.wait(worker.start("true"))
+    before = memory_kb("VmRSS")
+    job_id = worker.start("head", ["-c", str(64 * 1024 * 1024), "/dev/zero"])
+    stalled = worker.stream(job_id)
+    next(stalled)
+    with worker.stream(job_id) as chunks:
+        assert sum(map(len, chunks)) == 64 * 1024 * 1024
+    print(memory_kb("VmHWM") - before)
+    assert stalled.offset < 1024 * 1024
+    stalled.close()
+"""
+
+
+def test_output_does_not_live_in_memory() -> None:
+    """While a job writes 64 MiB, with one reader stalled, the peak grows by less than 16."""
+    growth_kb = int(subprocess.check_output(_program(_GROWTH), timeout=_GUARD_S))
+    assert growth_kb < 16 * 1024
+
+
+# --- status, wait, list -----------------------------------------------------------------------
+
+
+def test_wait_gives_up_after_its_timeout(worker: Worker) -> None:
+    """To give up changes nothing for the job."""
+    job_id = _sh(worker, _FOREVER)
+    for timeout in (0, 0.01):
+        with pytest.raises(TimeoutError, match=job_id):
+            worker.wait(job_id, timeout)
+    assert worker.status(job_id).status is Status.RUNNING
+
+
+def test_wait_returns_when_the_job_ends(worker: Worker, pool: ThreadPoolExecutor) -> None:
+    """Everyone who waits gets the same final state."""
+    job_id = _sh(worker, _FOREVER)
+    waiting = [pool.submit(worker.wait, job_id) for _ in range(5)]
+    job = worker.stop(job_id)
+    assert [future.result(_GUARD_S) for future in waiting] == [job] * 5
+
+
+@pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
+def test_unknown_job_is_an_error_everywhere(worker: Worker, job_id: str) -> None:
+    """No method makes up a job, and the error is a WorkerError and a LookupError."""
+    worker.start("true")
+    for method in (worker.stop, worker.status, worker.wait, worker.stream):
+        with pytest.raises(UnknownJobError) as caught:
+            method(job_id)
+        assert caught.value.job_id == job_id
+        assert isinstance(caught.value, WorkerError)
+        assert isinstance(caught.value, LookupError)
+
+
+def test_list_is_in_order_and_by_owner(worker: Worker) -> None:
+    """All jobs, ended ones too, as they were started; or those of one owner."""
+    owners = ["alice", "bob", "alice", ""]
+    job_ids = [worker.start("true", owner=owner) for owner in owners]
+    worker.wait(job_ids[0], _GUARD_S)
+    assert [job.job_id for job in worker.list()] == job_ids
+    assert [job.job_id for job in worker.list(owner="alice")] == [job_ids[0], job_ids[2]]
+    assert [job.job_id for job in worker.list(owner="")] == [job_ids[3]]
+    assert worker.list(owner="carol") == ()
+
+
+# --- several workers, closing, crashing ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("older_first", [True, False])
+def test_two_workers_in_one_program_are_independent(
+    enforcement: Enforcement, older_first: bool, busy: bool
+) -> None:
+    """Each knows its own jobs, and closing one, in whatever order, does not touch the other."""
+    with contextlib.ExitStack() as closing:
+        workers = [closing.enter_context(Worker(enforcement=enforcement)) for _ in range(2)]
+        job_ids = [_sh(worker, _FOREVER) for worker in workers]
+        for worker, job_id in zip(workers, job_ids, strict=True):
+            assert [job.job_id for job in worker.list()] == [job_id]
+            if not busy:
+                assert _end(worker.stop(job_id)) == _STOPPED
+        closed, other = workers if older_first else reversed(workers)
+        closed.close()
+        assert _output(other, other.start("echo", ["still here"])) == b"still here\n"
+        assert [_end(other.stop(job.job_id)) for job in other.list()] == [_STOPPED, _EXITED_0]
+    for worker in workers:
+        assert worker._subtree is None or not worker._subtree.path.exists()
+
+
+def test_close_ends_everything(
+    enforcement: Enforcement, fifo: _Fifo, pool: ThreadPoolExecutor
+) -> None:
+    """Jobs stop for SERVER_SHUTDOWN, streams end; no process, thread, file or cgroup stays."""
+    pool.submit(int).result(_GUARD_S)
+    descriptors = _descriptors()
+    worker = Worker(enforcement=enforcement)
+    directory, subtree = worker._output_dir.path, worker._subtree
+    done = worker.start("true")
+    ended = worker.wait(done, _GUARD_S)
+    script = f'exec 3>"$1"; setsid --fork sleep infinity; echo ready; {_FOREVER}'
+    running = [_sh(worker, script, fifo.path) for _ in range(3)]
+    followers = [pool.submit(b"".join, worker.stream(job_id)) for job_id in running]
+    for job_id in running:
+        assert _first_line(worker, job_id) == b"ready"
+    worker.close()
+    worker.close()
+    assert [future.result(_GUARD_S) for future in followers] == [b"ready\n"] * 3
+    for job_id in running:
+        end = _end(worker.status(job_id))
+        assert end == (Status.STOPPED, EndReason.SERVER_SHUTDOWN, None, 9)
+    assert worker.status(done) == ended
+    assert not fifo.is_held()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("job-")]
+    assert _descriptors() == descriptors
+    assert not directory.exists()
+    assert subtree is None or not subtree.path.exists()
+
+
+def test_closed_worker_refuses_new_work(worker: Worker) -> None:
+    """After close nothing is started or streamed; what is known can still be asked."""
+    job_id = worker.start("true")
+    worker.close()
+    with pytest.raises(WorkerClosedError, match="shutting down"):
+        worker.start("true")
+    with pytest.raises(WorkerClosedError):
+        worker.stream(job_id)
+    assert worker.stop(job_id) == worker.status(job_id) == worker.wait(job_id, 0)
+
+
+def test_starts_that_race_with_close_run_or_are_refused(
+    enforcement: Enforcement, fifo: _Fifo, pool: ThreadPoolExecutor
+) -> None:
+    """Whatever got in before close is stopped by it; nothing slips through."""
+    for _ in range(5):
+        worker = Worker(enforcement=enforcement)
+        barrier = threading.Barrier(9)
+
+        def start(worker: Worker = worker, barrier: threading.Barrier = barrier) -> int:
+            started = 0
+            barrier.wait(_GUARD_S)
+            with contextlib.suppress(WorkerClosedError):
+                while True:
+                    _sh(worker, f'exec 3>"$1"; {_FOREVER}', fifo.path)
+                    started += 1
+            return started
+
+        starts = [pool.submit(start) for _ in range(8)]
+        barrier.wait(_GUARD_S)
+        worker.close()
+        count = sum(future.result(_GUARD_S) for future in starts)
+        assert not fifo.is_held()
+        assert len(worker.list()) == count
+        assert {job.end_reason for job in worker.list()} <= {EndReason.SERVER_SHUTDOWN}
+
+
+def test_stream_that_races_with_close_ends_or_is_refused_as_closed(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream asked for just before close either reads or raises WorkerClosedError."""
+    job_id = worker.start("true")
+    worker.wait(job_id, _GUARD_S)
+    real_job = worker._job
+
+    def close_meanwhile(job_id: str) -> object:
+        job = real_job(job_id)
+        worker.close()
+        return job
+
+    monkeypatch.setattr(worker, "_job", close_meanwhile)
+    with contextlib.suppress(WorkerClosedError), worker.stream(job_id) as chunks:
+        assert list(chunks) == []
+
+
+def test_output_directory_is_private_and_for_one_worker(tmp_path: Path) -> None:
+    """It is made with mode 0700, a second worker is refused, and the next may have it."""
+    directory = tmp_path / "new" / "output"
+    with Worker(enforcement="off", output_dir=directory) as worker:
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        job_id = worker.start("echo", ["hi"])
+        assert _output(worker, job_id) == b"hi\n"
+        assert stat.S_IMODE((directory / f"{job_id}.out").stat().st_mode) == 0o600
+        with pytest.raises(BlockingIOError, match="another worker"):
+            Worker(enforcement="off", output_dir=directory)
+        assert _output(worker, job_id) == b"hi\n"
+    assert list(directory.iterdir()) == []  # the directory is the caller's, and stays
+    with Worker(enforcement="off", output_dir=directory):
+        pass
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o701])
+def test_output_directory_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
+    """The error says what to do, and nothing in the directory is touched."""
+    left_over = tmp_path / f"{uuid.uuid4()}.out"
+    left_over.touch()
+    tmp_path.chmod(mode)
+    with pytest.raises(PermissionError, match="chmod 700"):
+        Worker(enforcement="off", output_dir=tmp_path)
+    assert left_over.exists()
+    tmp_path.chmod(0o700)
+
+
+def test_left_over_output_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    """Only what looks exactly like an output file of ours is deleted."""
+    left_over = tmp_path / f"{uuid.uuid4()}.out"
+    others = [
+        tmp_path / name
+        for name in ("notes.out", f"{uuid.uuid4()}.txt", f"{uuid.uuid4()}".upper() + "F.out")
+    ]
+    for path in (left_over, *others):
+        path.touch()
+    with Worker(enforcement="off", output_dir=tmp_path) as worker:
+        assert sorted(tmp_path.iterdir()) == sorted(others)
+        worker.start("true")
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_worker_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong argument costs no directory, descriptor or process."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match="enforcement must be one of"):
+        Worker(enforcement=cast("Enforcement", "sometimes"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_death_of_the_spawner_is_told_truthfully(
+    worker: Worker, fifo: _Fifo, pool: ThreadPoolExecutor
+) -> None:
+    """Running jobs end as LOST, their processes are gone, and nothing hangs or pretends."""
+    ended = worker.wait(_sh(worker, "exit 7"), _GUARD_S)
+    script = f'exec 3>"$1"; sleep infinity & echo ready; {_FOREVER}'
+    job_ids = [_sh(worker, script, fifo.path) for _ in range(3)]
+    followers = [pool.submit(_output, worker, job_id) for job_id in job_ids]
+    for job_id in job_ids:
+        assert _first_line(worker, job_id) == b"ready"
+    os.kill(worker._spawner.pid, signal.SIGKILL)
+    stops = [pool.submit(worker.stop, job_id) for job_id in job_ids]
+    for job_id, follower, stop in zip(job_ids, followers, stops, strict=True):
+        assert _end(worker.wait(job_id, _GUARD_S)) == _LOST
+        assert follower.result(_GUARD_S) == b"ready\n"
+        assert _end(stop.result(_GUARD_S)) == _LOST
+    fifo.await_release()
+    for _ in range(2):
+        with pytest.raises(SpawnerDiedError, match="spawner"):
+            worker.start("true")
+    assert worker.status(ended.job_id) == ended
+    assert len(worker.list()) == 4
+
+
+def test_start_after_the_spawner_died_leaves_nothing(worker: Worker) -> None:
+    """A start that fails because the helper is gone cleans up like any other."""
+    os.kill(worker._spawner.pid, signal.SIGKILL)
+    with pytest.raises(SpawnerDiedError):
+        worker.start("true")
+    before = _descriptors(), threading.active_count(), list(worker._output_dir.path.iterdir())
+    for _ in range(5):
+        with pytest.raises(SpawnerDiedError):
+            worker.start("true")
+    after = _descriptors(), threading.active_count(), list(worker._output_dir.path.iterdir())
+    assert after == before
+    assert before[2] == []
+    if worker._subtree is not None:
+        assert not [path for path in worker._subtree.jobs.iterdir() if path.is_dir()]
+
+
+_FORGETFUL = """
+from worker import Worker
+worker = Worker(enforcement=sys.argv[1])
+script = 'exec 3>"$0"; setsid --fork sleep infinity; echo ready; exec sleep infinity'
+job_id = worker.start("sh", ["-c", script, sys.argv[2]])
+assert next(worker.stream(job_id)) == b"ready\\n"
+"""
+
+
+def test_program_that_forgets_to_close_ends_and_leaves_no_process(
+    enforcement: Enforcement, fifo: _Fifo, tmp_path: Path
+) -> None:
+    """Threads do not keep the program alive, and its jobs do not outlive it."""
+    subprocess.run(
+        _program(_FORGETFUL, enforcement, fifo.path),
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        timeout=_GUARD_S,
+        check=True,
+    )
+    fifo.await_release()
+    Worker(enforcement=enforcement).close()  # sweeps the cgroup that the program left
+
+
+_COPY = """
+import sys
+from worker import Worker
+with Worker(enforcement=sys.argv[1]) as worker:
+    job_id = worker.start("echo", ["hello"])
+    with worker.stream(job_id) as chunks:
+        sys.stdout.buffer.write(b"".join(chunks))
+    print(worker.wait(job_id).exit_code, sorted(
+        {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__"}))
+"""
+
+
+def test_library_is_four_files_and_the_standard_library(
+    enforcement: Enforcement, tmp_path: Path
+) -> None:
+    """Copied into an empty folder, with nothing installed, it runs a job."""
+    for name in ("broadcaster", "cgroups", "spawner", "worker"):
+        shutil.copy(_HERE / f"{name}.py", tmp_path)
+    (tmp_path / "program.py").write_text(_COPY)
+    output = subprocess.check_output(
+        [sys.executable, "-E", "-s", "-S", "program.py", enforcement],
+        cwd=tmp_path,
+        timeout=_GUARD_S,
+        text=True,
+    )
+    modules = ["broadcaster", "cgroups", "spawner", "worker"]
+    assert output == f"hello\n0 {modules}\n"
