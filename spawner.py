@@ -358,7 +358,8 @@ class _Helper:
 def _set_signals() -> None:
     """Give this process, and so the jobs, an unblocked mask and default dispositions.
 
-    A handler is reset by exec, unlike an ignored signal. The owner's death ends us,
+    All but the two that are the C library's own, which nobody can set. A handler is
+    reset by exec, unlike an ignored signal. The owner's death ends us,
     not a signal meant for it: a service manager sends SIGTERM to all of us at once.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

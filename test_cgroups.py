@@ -7,6 +7,7 @@ it and all it started are dead.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import logging
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 _NOBODY = 65534
+_CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
 _UNLIMITED = Limits(None, None, None, None, None, None)
 _CONTROLLERS = ["cpu", "io", "memory", "pids"]
 _MIB = 1024 * 1024
@@ -81,6 +83,29 @@ def _all_dead(process: subprocess.Popen[bytes]) -> bool:
     """Block until nobody holds the process's stdout any more."""
     assert process.stdout
     return process.stdout.read() == b""
+
+
+def _in(path: Path, function: Callable[[], str], *, as_nobody: bool = False) -> str:
+    """Call `function` in a process of its own in a cgroup; return its answer."""
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()  # not exec: an ordinary user need not be able to read our Python
+    if pid == 0:
+        try:
+            (path / "cgroup.procs").write_text("0")
+            if as_nobody:
+                os.setgroups([])
+                os.setgid(_NOBODY)
+                os.setuid(_NOBODY)
+            answer = function()
+        except BaseException:  # noqa: BLE001 -- nothing may get back into pytest
+            answer = traceback.format_exc()
+        os.write(write_fd, answer.encode())
+        os._exit(0)
+    os.close(write_fd)
+    with open(read_fd) as answer_pipe:
+        answer = answer_pipe.read()
+    os.waitpid(pid, 0)
+    return answer
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -341,16 +366,21 @@ def test_owner_stays_out_of_a_root_it_is_not_in(base: Path) -> None:
 
 
 @pytest.mark.kernel
-def test_one_process_may_have_two_subtrees(inside: Path) -> None:
-    """The second is made beside the first, without a move, and all is undone in reverse order."""
-    with contextlib.closing(_open(inside)) as first:
-        second = Subtree.open("require")
-        assert second
-        with contextlib.closing(second):
-            assert second.path.parent == inside
-            assert own_cgroup() == f"{inside.name}/{first.path.name}/server"
-            assert second.create("job", Limits()).limits == Limits()
-        assert first.create("job", Limits()).limits == Limits()
+@pytest.mark.parametrize("first_to_close", [0, 1])
+def test_one_process_may_have_two_subtrees(inside: Path, first_to_close: int) -> None:
+    """The second is made beside the first, without a move; either may be closed first."""
+    subtrees = [_open(inside)]
+    leaf = f"{inside.name}/{subtrees[0].path.name}/server"
+    second = Subtree.open("require")
+    assert second
+    assert second.path.parent == inside
+    assert own_cgroup() == leaf
+    subtrees.append(second)
+    subtrees.pop(first_to_close).close()
+    assert subtrees[0].create("job", Limits()).limits == Limits()
+    subtrees[0].close()
+    assert own_cgroup() == inside.name
+    assert not [each for each in inside.iterdir() if each.is_dir()]
 
 
 @pytest.mark.kernel
@@ -426,29 +456,22 @@ def test_subtree_of_a_live_owner_is_left_alone(base: Path) -> None:
         _open(base).close()
 
 
+@pytest.mark.kernel
+def test_cgroup_outside_of_the_namespace_is_not_taken_for_ours(base: Path) -> None:
+    """In a cgroup namespace under an older mount our own cgroup cannot be told: an error."""
+
+    def open_in_namespace() -> str:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWCGROUP) != 0:
+            return os.strerror(ctypes.get_errno())
+        with pytest.raises(CgroupError, match="no cgroup v2 hierarchy that holds this process"):
+            Subtree.open("require")
+        return "refused"
+
+    assert _in(base, open_in_namespace) == "refused"
+
+
 # --- rights -----------------------------------------------------------------------------------
-
-
-def _as_nobody_in(path: Path, function: Callable[[], str]) -> str:
-    """Call `function` in a process of an ordinary user, alone in a cgroup; return its answer."""
-    read_fd, write_fd = os.pipe()
-    pid = os.fork()  # not exec: an ordinary user need not be able to read our Python
-    if pid == 0:
-        try:
-            (path / "cgroup.procs").write_text("0")
-            os.setgroups([])
-            os.setgid(_NOBODY)
-            os.setuid(_NOBODY)
-            answer = function()
-        except BaseException:  # noqa: BLE001 -- nothing may get back into pytest
-            answer = traceback.format_exc()
-        os.write(write_fd, answer.encode())
-        os._exit(0)
-    os.close(write_fd)
-    with open(read_fd) as answer_pipe:
-        answer = answer_pipe.read()
-    os.waitpid(pid, 0)
-    return answer
 
 
 def _open_and_describe() -> str:
@@ -466,7 +489,7 @@ def _open_and_describe() -> str:
 @pytest.mark.kernel
 def test_ordinary_user_without_delegation_is_told_the_remedy(base: Path) -> None:
     """Who may not make cgroups is told how to get one."""
-    code, message = json.loads(_as_nobody_in(base, _open_and_describe))
+    code, message = json.loads(_in(base, _open_and_describe, as_nobody=True))
     assert code == errno.EACCES
     assert f"cannot make {base}/job-worker-" in message
     assert "systemd-run --scope -p Delegate=yes" in message
@@ -477,7 +500,7 @@ def test_ordinary_user_with_delegation_has_every_limit(base: Path) -> None:
     """In a cgroup handed to them an ordinary user can enforce every limit."""
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
         os.chown(path, _NOBODY, _NOBODY)
-    limits, place, afterwards = json.loads(_as_nobody_in(base, _open_and_describe))
+    limits, place, afterwards = json.loads(_in(base, _open_and_describe, as_nobody=True))
     assert limits == str(Limits())
     assert place.startswith(f"{base.name}/job-worker-")
     assert afterwards == base.name
@@ -606,6 +629,6 @@ def test_process_without_rights_can_join_by_the_open_descriptor(subtree: Subtree
         os.write(procs_fd, b"0")
         return own_cgroup()
 
-    place = _as_nobody_in(subtree.path / "server", join)
+    place = _in(subtree.path / "server", join, as_nobody=True)
     os.close(procs_fd)
     assert place.endswith(f"/{subtree.path.name}/jobs/job")
