@@ -450,6 +450,8 @@ def _own_cgroup(mounts: list[_Mount]) -> Path | None:
         if line.startswith("0::"):
             own = line[3:].removesuffix(" (deleted)")
             for mount in mounts:
+                if mount.root.startswith("/.."):
+                    continue  # made outside of our cgroup namespace; who knows where we are in it
                 relative = os.path.relpath(own, mount.root)
                 if not relative.startswith(".."):
                     return Path(os.path.normpath(mount.point / relative))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cgroups import CgroupError, Limits, _wait_event
+from cgroups import CgroupError, Limits, _physical_disks, _wait_event
 from conftest import GUARD_S, own_cgroup
 from spawner import Spawner
 from worker import CommandNotFoundError, EndReason, Status, Worker
@@ -214,6 +214,20 @@ def test_only_the_kernel_says_out_of_memory(
     """An exit code of 137 or a SIGKILL by somebody else is told as what it is."""
     job = worker.wait(worker.start("sh", ["-c", script]), GUARD_S)
     assert (job.end_reason, job.exit_code, job.signal) == (reason, exit_code, number)
+
+
+def test_pressing_against_the_memory_limit_is_not_out_of_memory(worker: Worker) -> None:
+    """A job that the kernel only took page cache from, and somebody then killed, was SIGNALLED."""
+    numbers = _physical_disks()[0]
+    uevent = Path("/sys/dev/block", numbers, "uevent").read_text()
+    (disk,) = [each[8:] for each in uevent.splitlines() if each.startswith("DEVNAME=")]
+    script = f"head -c 60M /dev/{disk} | wc -c; exec sleep infinity"
+    limits = Limits(None, 20 * _MIB, None, None, None, None)
+    job = worker.start("sh", ["-c", script], limits=limits)
+    _await_output(worker, job, b"%d\n" % (60 * _MIB))
+    assert _counters(_cgroup(worker, job) / "memory.events")["max"] > 0
+    os.kill(worker._job(job)._pid, signal.SIGKILL)
+    assert worker.wait(job, GUARD_S).end_reason is EndReason.SIGNALLED
 
 
 def test_stop_after_a_process_ran_out_of_memory_is_a_stop(worker: Worker) -> None:
