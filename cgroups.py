@@ -35,7 +35,6 @@ import contextlib
 import errno
 import fcntl
 import logging
-import math
 import os
 import re
 import select
@@ -43,12 +42,21 @@ import signal
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Final, Literal, Self, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Cgroup", "CgroupError", "Enforcement", "Limits", "Subtree", "kill_tree"]
+__all__ = [
+    "NO_LIMITS",
+    "Cgroup",
+    "CgroupError",
+    "Enforcement",
+    "Limits",
+    "Subtree",
+    "Usage",
+    "kill_tree",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,7 @@ be enforced and warn; use no cgroups at all."""
 _MIB = 1024 * 1024
 _CPU_PERIOD_US = 100_000
 _CPU_QUOTA_MIN_US = 1_000  # the kernel refuses less
+_MAX_LIMIT = (1 << 63) - 1
 _PREFIX = "job-worker-"
 _REMOVE_RETRY_S = 2.0  # how long rmdir may go on saying EBUSY once the cgroup is empty
 _RETRY_MS = 10
@@ -72,6 +81,10 @@ _DELEGATE = (
 _UNIFIED = (
     "this host mounts cgroup v1 or a hybrid of both; boot it with "
     "systemd.unified_cgroup_hierarchy=1 (cgroup_no_v1=all without systemd)"
+)
+_READ_ONLY = (
+    "the cgroup filesystem is mounted read-only, as in most containers; start the container "
+    "with a writable one of its own (--privileged --cgroupns=private)"
 )
 _CHECK_VALUE = "check the limit's value and the kernel's log"
 
@@ -112,6 +125,10 @@ class Limits:
     """Bytes per second written to each physical disk. io.max wbps"""
     pids: int | None = 512
     """Processes and threads. pids.max"""
+    io_read_iops: int | None = None
+    """Read operations per second on each physical disk. io.max riops"""
+    io_write_iops: int | None = None
+    """Write operations per second on each physical disk. io.max wiops"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -124,15 +141,45 @@ class Limits:
             minimum = {"cpu_cores": _CPU_QUOTA_MIN_US / _CPU_PERIOD_US, "swap_bytes": 0}.get(
                 field.name, 1
             )
-            if not minimum <= value < math.inf:
+            if not value >= minimum:  # so that not-a-number is refused too
                 raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
+            if value > _MAX_LIMIT:
+                raise ValueError(f"{field.name} must be at most {_MAX_LIMIT}, not {value!r}")
 
 
-# The fields of `Limits` that each controller enforces.
+NO_LIMITS: Final = Limits(*[None] * len(fields(Limits)))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one job has used so far. None where the host does not account it."""
+
+    cpu_user_s: float | None = None
+    cpu_system_s: float | None = None
+    cpu_throttled_s: float | None = None
+    """How long processes were held back by the CPU limit, added up over the CPUs."""
+    memory_bytes: int | None = None
+    """In use now; None when the job has ended."""
+    memory_peak_bytes: int | None = None
+    """At the worst moment. memory.peak, since Linux 5.19"""
+    io_read_bytes: int | None = None
+    """Read from disks, not from the page cache; all disks together, like the next three."""
+    io_written_bytes: int | None = None
+    io_reads: int | None = None
+    io_writes: int | None = None
+    pids: int | None = None
+    """Processes and threads now; None when the job has ended."""
+    pids_peak: int | None = None
+    """At the worst moment. pids.peak, since Linux 6.1"""
+    oom_kills: int | None = None
+    """How many processes the kernel killed because of the memory limit."""
+
+
+# The controllers needed, and the fields of `Limits` that each enforces.
 _CONTROLLERS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_cores",),
     "memory": ("memory_bytes", "swap_bytes"),
-    "io": ("io_read_bps", "io_write_bps"),
+    "io": ("io_read_bps", "io_write_bps", "io_read_iops", "io_write_iops"),
     "pids": ("pids",),
 }
 
@@ -141,7 +188,8 @@ class Subtree:
     """The cgroups of one owner process. Make one with `open`; end it with `close`.
 
     Attributes: `path`, `jobs` (the directory that holds the jobs' cgroups),
-    `controllers` (those the jobs have).
+    `controllers` (those the jobs have), `shortcomings` (why `auto` goes without the
+    others, or without a limit: the first error for each controller).
     """
 
     def __init__(self, path: Path, lock_fd: int, enforcement: Enforcement) -> None:
@@ -158,8 +206,7 @@ class Subtree:
         self._guests = 0
         self._closing = False
         self._enabled_in_base: list[str] = []
-        # What `auto` goes without: the first error for each controller.
-        self._shortcomings: dict[str, CgroupError] = {}
+        self.shortcomings: dict[str, CgroupError] = {}
 
     @classmethod
     def open(
@@ -213,27 +260,16 @@ class Subtree:
             _write(self.path / "server/cgroup.procs", "0", remedy=_DELEGATE)
             self._moved_from = base
         available = _read(base / "cgroup.controllers").split()
-        missing = [controller for controller in _CONTROLLERS if controller not in available]
-        if missing:
-            self._give_up_or_note(
-                ", ".join(missing),
-                CgroupError(
-                    f"cgroup controllers missing in {base}: {', '.join(missing)}",
-                    path=base / "cgroup.controllers",
-                    remedy=_UNIFIED if _v1_controllers() else _DELEGATE,
-                ),
-            )
         for controller in _CONTROLLERS:
-            if controller not in missing:
-                try:
-                    self._enable(base, controller)
-                    self.controllers |= {controller}
-                except CgroupError as error:
-                    self._give_up_or_note(controller, error)
+            try:
+                self._enable(base, controller, available)
+                self.controllers |= {controller}
+            except CgroupError as error:
+                self._give_up_or_note(controller, error)
         probe = self.create("probe", limits)
         probe.remove()
-        if self._shortcomings:
-            errors = self._shortcomings.values()
+        if self.shortcomings:
+            errors = self.shortcomings.values()
             texts = [*(error.problem for error in errors), *(error.remedy for error in errors)]
             logger.warning(
                 "not every limit can be enforced (in force: %s): %s",
@@ -241,8 +277,14 @@ class Subtree:
                 "; ".join(dict.fromkeys(texts)),  # each once
             )
 
-    def _enable(self, base: Path, controller: str) -> None:
+    def _enable(self, base: Path, controller: str, available: list[str]) -> None:
         """Hand `controller` down from `base` to the jobs."""
+        if controller not in available:
+            raise CgroupError(
+                f"{base} does not have the {controller} controller",
+                path=base / "cgroup.controllers",
+                remedy=_UNIFIED if _v1_controllers() else _DELEGATE,
+            )
         if controller not in _read(base / "cgroup.subtree_control").split():
             _write(
                 base / "cgroup.subtree_control",
@@ -262,7 +304,7 @@ class Subtree:
         """
         path = self.jobs / name
         _mkdir(path)
-        cgroup = Cgroup(path, Limits(*[None] * len(fields(Limits))))
+        cgroup = Cgroup(path, NO_LIMITS)
         try:
             return Cgroup(path, self._apply(path, limits))
         except BaseException:
@@ -287,7 +329,7 @@ class Subtree:
     def _give_up_or_note(self, controller: str, error: CgroupError) -> None:
         if self._enforcement == "require":
             raise error
-        self._shortcomings.setdefault(controller, error)
+        self.shortcomings.setdefault(controller, error)
 
     def close(self) -> None:
         """Kill what is left of the jobs, leave the subtree and remove it; idempotent.
@@ -370,14 +412,25 @@ class Cgroup:
         if not _wait_event(self.path, "populated", "0", timeout):
             raise TimeoutError(f"processes in {self.path} are still alive after {timeout} s")
 
-    def oom_kills(self) -> int:
-        """How many processes in here the kernel killed for lack of memory (memory.events)."""
-        with contextlib.suppress(CgroupError):  # no memory controller
-            for line in _read(self.path / "memory.events").splitlines():
-                key, value = line.split()
-                if key == "oom_kill":
-                    return int(value)
-        return 0
+    def usage(self) -> Usage:
+        """Read what the job has used so far. All None when the cgroup is gone."""
+        cpu = _read_pairs(self.path / "cpu.stat")
+        io = _read_io(self.path / "io.stat")
+        throttled_us = cpu.get("throttled_usec")
+        return Usage(
+            cpu_user_s=cpu["user_usec"] / 1e6 if cpu else None,
+            cpu_system_s=cpu["system_usec"] / 1e6 if cpu else None,
+            cpu_throttled_s=None if throttled_us is None else throttled_us / 1e6,
+            memory_bytes=_read_number(self.path / "memory.current"),
+            memory_peak_bytes=_read_number(self.path / "memory.peak"),
+            io_read_bytes=io.get("rbytes"),
+            io_written_bytes=io.get("wbytes"),
+            io_reads=io.get("rios"),
+            io_writes=io.get("wios"),
+            pids=_read_number(self.path / "pids.current"),
+            pids_peak=_read_number(self.path / "pids.peak"),
+            oom_kills=_read_pairs(self.path / "memory.events").get("oom_kill"),
+        )
 
     def remove(self) -> None:
         """Remove the cgroup and what the job made below it. It must be empty of processes."""
@@ -408,6 +461,8 @@ def _freeze_and_kill(path: Path) -> None:
         frozen = _wait_event(path, "frozen", "1", _FREEZE_S)
         for directory, _, _ in os.walk(path):
             for pid in _read(Path(directory, "cgroup.procs")).split():
+                if pid == "0":  # of another PID namespace; to kill(2) it means our own group
+                    continue
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
         _write(path / "cgroup.freeze", "0", remedy=_DELEGATE)
@@ -567,7 +622,12 @@ def _write_memory(path: Path, limits: Limits) -> None:
 
 
 def _write_io(path: Path, limits: Limits) -> None:
-    rates = [("rbps", limits.io_read_bps), ("wbps", limits.io_write_bps)]
+    rates = [
+        ("rbps", limits.io_read_bps),
+        ("wbps", limits.io_write_bps),
+        ("riops", limits.io_read_iops),
+        ("wiops", limits.io_write_iops),
+    ]
     value = " ".join(f"{key}={rate}" for key, rate in rates if rate is not None)
     disks = _physical_disks()
     if not disks:
@@ -604,6 +664,40 @@ def _read(path: str | Path) -> str:
         return Path(path).read_text()
     except OSError as error:
         raise _error(error, "read", path, remedy=_DELEGATE) from error
+
+
+def _read_if_there(path: Path) -> str:
+    """Return "" for a file that the kernel does not have, or of a cgroup that is gone."""
+    try:
+        return path.read_text()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return ""
+        raise _error(error, "read", path, remedy=_DELEGATE) from error
+
+
+def _read_number(path: Path) -> int | None:
+    text = _read_if_there(path)
+    return int(text) if text else None
+
+
+def _read_pairs(path: Path) -> dict[str, int]:
+    """Read a flat keyed file: a key and a number a line."""
+    pairs = (line.split() for line in _read_if_there(path).splitlines())
+    return {key: int(value) for key, value in pairs}
+
+
+def _read_io(path: Path) -> dict[str, int]:
+    """Add up io.stat over the disks. A disk that was not used has no line there."""
+    if not path.exists():
+        return {}
+    total = dict.fromkeys(("rbytes", "wbytes", "rios", "wios"), 0)
+    for line in _read_if_there(path).splitlines():
+        for pair in line.split()[1:]:
+            key, _, value = pair.partition("=")
+            if key in total:
+                total[key] += int(value)
+    return total
 
 
 def _error(
@@ -697,7 +791,8 @@ def _mkdir(path: Path) -> None:
     try:
         path.mkdir()
     except OSError as error:
-        raise _error(error, "make", path, remedy=_DELEGATE) from error
+        remedy = _READ_ONLY if error.errno == errno.EROFS else _DELEGATE
+        raise _error(error, "make", path, remedy=remedy) from error
 
 
 def _describe(limits: Limits) -> str:

@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import quote
 
+from units import format_size, parse_size
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -124,9 +126,15 @@ class Client:
         self.token = response.access_token
         return self.token, response.expires_at.ToDatetime(UTC)
 
-    def start(self, command: str, args: Sequence[str] = ()) -> str:
-        """Start a job and return its ID."""
-        request = self._worker_pb.StartJobRequest(command=command, args=args)
+    def start(self, command: str, args: Sequence[str] = (), **limits: Any) -> str:
+        """Start a job and return its ID.
+
+        `limits` are fields of the message Limits; the server's default for what is
+        absent or None.
+        """
+        request = self._worker_pb.StartJobRequest(
+            command=command, args=args, limits=self._worker_pb.Limits(**limits)
+        )
         job_id: str = self._call(self._worker.StartJob, request).job_id
         return job_id
 
@@ -267,6 +275,7 @@ def _describe(job: worker_pb.Job) -> str:
         "output": f"{job.output_bytes} bytes",
         "subscribers": ", ".join(job.subscribers) or "-",
         "limits": _limits(fields["limits"]),
+        "used": _usage(fields["usage"]),
     }
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
 
@@ -296,21 +305,38 @@ def _moment(text: str | None) -> str:
 def _limits(limits: dict[str, Any] | None) -> str:
     texts: dict[str, Callable[[Any], str]] = {
         "cpu_cores": lambda n: f"{n:g} CPU cores",
-        "memory_bytes": lambda n: f"{_bytes(n)} memory",
-        "swap_bytes": lambda n: f"{_bytes(n)} swap",
-        "io_read_bps": lambda n: f"{_bytes(n)}/s read",
-        "io_write_bps": lambda n: f"{_bytes(n)}/s written",
+        "memory_bytes": lambda n: f"{format_size(n)} memory",
+        "swap_bytes": lambda n: f"{format_size(n)} swap",
+        "io_read_bps": lambda n: f"{format_size(n)}/s read",
+        "io_write_bps": lambda n: f"{format_size(n)}/s written",
+        "io_read_iops": lambda n: f"{n} reads/s",
+        "io_write_iops": lambda n: f"{n} writes/s",
         "pids": lambda n: f"{n} processes",
     }
-    in_force = [texts[k](v) for k, v in (limits or {}).items() if v is not None and k in texts]
-    return ", ".join(in_force) or "none in force"
+    return (limits and _join(texts, limits)) or "none in force"
 
 
-def _bytes(number: float) -> str:
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if number >= 1 << power:
-            return f"{number / (1 << power):.4g} {unit}"
-    return f"{number} bytes"
+def _usage(usage: dict[str, Any] | None) -> str:
+    if usage is None:
+        return "-"
+    texts: dict[str, Callable[[Any], str]] = {
+        "cpu_user_s": lambda n: f"{n:.3g} s CPU user",
+        "cpu_system_s": lambda n: f"{n:.3g} s system",
+        "cpu_throttled_s": lambda n: f"throttled {n:.3g} s",
+        "memory_bytes": lambda n: f"{format_size(n)} memory",
+        "memory_peak_bytes": lambda n: f"{format_size(n)} memory at most",
+        "io_read_bytes": lambda n: f"{format_size(n)} read in {usage['io_reads']} operations",
+        "io_written_bytes": lambda n: f"{format_size(n)} written in {usage['io_writes']}",
+        "pids": lambda n: f"{n} processes",
+        "pids_peak": lambda n: f"{n} processes at most",
+        "oom_kills": lambda n: f"{n} OOM kills",
+    }
+    note = " (leader and awaited children only)" if usage["source"] == "RUSAGE" else ""
+    return _join(texts, usage) + note
+
+
+def _join(texts: dict[str, Callable[[Any], str]], fields: dict[str, Any]) -> str:
+    return ", ".join(text(fields[name]) for name, text in texts.items() if fields[name] is not None)
 
 
 def _command_line(job: worker_pb.Job) -> str:
@@ -404,7 +430,8 @@ def _password(arguments: argparse.Namespace) -> str:
 
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
-    print(client.start(arguments.command, arguments.args))
+    limits = {name: getattr(arguments, name) for name, *_ in _LIMIT_OPTIONS.values()}
+    print(client.start(arguments.command, arguments.args, **limits))
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
@@ -497,6 +524,8 @@ def _parsers() -> tuple[_Parser, _Parser]:
 
     start = add("start", _start, "Start a job and print its ID", usage=_START_USAGE)
     start.add_argument("-c", "--command", metavar="COMMAND", help="the command, not a shell's line")
+    for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():
+        start.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
     start.add_argument(
         "-args",
         dest="args",
@@ -539,6 +568,38 @@ _CONNECTION: dict[str, dict[str, Any]] = {
     "--cert": {"metavar": "FILE", "help": "another client certificate"},
     "--key": {"metavar": "FILE", "help": "another client key"},
     "--ca": {"metavar": "FILE", "help": "another server CA"},
+}
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _cores(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of CPU cores") from None
+
+
+# Each option, the field of Limits it sets, how it is read, and its help.
+_LIMIT_OPTIONS: dict[str, tuple[str, Callable[[str], float], str, str]] = {
+    "--cpus": ("cpu_cores", _cores, "N", "CPU cores, 0.5 for half of one"),
+    "--memory": ("memory_bytes", _size, "SIZE", "memory, like 256M"),
+    "--io-read": ("io_read_bps", _size, "SIZE", "bytes per second read from each disk"),
+    "--io-write": ("io_write_bps", _size, "SIZE", "bytes per second written to each disk"),
+    "--io-read-ops": ("io_read_iops", _count, "N", "reads per second from each disk"),
+    "--io-write-ops": ("io_write_iops", _count, "N", "writes per second to each disk"),
+    "--pids": ("pids", _count, "N", "processes and threads"),
 }
 
 

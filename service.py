@@ -15,7 +15,7 @@ import logging
 import ssl
 import threading
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -28,7 +28,8 @@ import authservice_pb2_grpc
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
-from worker import EndReason, Job, Status, Worker
+from config import Config, LimitError
+from worker import EndReason, Job, Status, UsageSource, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,6 +56,12 @@ _END_REASONS = {
 }
 
 
+_USAGE_SOURCES = {
+    UsageSource.CGROUP: worker_pb.CGROUP,
+    UsageSource.RUSAGE: worker_pb.RUSAGE,
+}
+
+
 class _BadRequestError(Exception):
     """The request makes no sense."""
 
@@ -72,6 +79,7 @@ class _StreamsFullError(Exception):
 _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (_BadRequestError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (worker.CommandError, grpc.StatusCode.INVALID_ARGUMENT, None),
+    (LimitError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (auth.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED, None),
     (_PermissionError, grpc.StatusCode.PERMISSION_DENIED, None),
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, None),
@@ -84,11 +92,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (worker.StopTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.WorkerClosedError, grpc.StatusCode.UNAVAILABLE, "the server is shutting down"),
     (worker.SpawnerDiedError, grpc.StatusCode.UNAVAILABLE, None),
-    (
-        worker.CgroupError,
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "the job's limits cannot be enforced, so it was not started; the server's log says why",
-    ),
+    (worker.CgroupError, grpc.StatusCode.FAILED_PRECONDITION, None),
 )
 # Those of the above that the operator must hear of.
 _OPERATOR_ERRORS = (worker.CgroupError, worker.SpawnerDiedError, worker.ResourceError)
@@ -219,15 +223,22 @@ class _AuthServicer:
 
 
 class _WorkerServicer:
-    def __init__(self, jobs: Worker, max_streams: int) -> None:
+    def __init__(self, jobs: Worker, config: Config, max_streams: int) -> None:
         self._worker = jobs
+        self._config = config
         self._max_streams = max_streams
         self._stream_slots = threading.BoundedSemaphore(max_streams)
 
     def StartJob(  # noqa: N802
         self, request: worker_pb.StartJobRequest, call: _Call
     ) -> worker_pb.StartJobResponse:
-        job_id = self._worker.start(request.command, list(request.args), owner=call.caller.name)
+        asked = {field.name: value for field, value in request.limits.ListFields()}
+        job_id = self._worker.start(
+            request.command,
+            list(request.args),
+            owner=call.caller.name,
+            limits=self._config.limits(asked),
+        )
         logger.info("job %s: started by %s: %r", job_id, call.caller.name, request.command)
         return worker_pb.StartJobResponse(job_id=job_id)
 
@@ -298,7 +309,10 @@ def _job_id(text: str) -> str:
 
 
 def _job(job: Job) -> worker_pb.Job:
-    limits = job.limits
+    # The messages Limits and Usage have the fields of the classes of the same names.
+    usage = None
+    if job.usage is not None and job.usage_source is not None:
+        usage = worker_pb.Usage(source=_USAGE_SOURCES[job.usage_source], **asdict(job.usage))
     return worker_pb.Job(
         job_id=job.job_id,
         owner=job.owner,
@@ -312,14 +326,8 @@ def _job(job: Job) -> worker_pb.Job:
         ended_at=_timestamp(job.ended_at) if job.ended_at else None,
         output_bytes=job.output_bytes,
         subscribers=job.subscribers,
-        limits=worker_pb.Limits(
-            cpu_cores=limits.cpu_cores,
-            memory_bytes=limits.memory_bytes,
-            swap_bytes=limits.swap_bytes,
-            io_read_bps=limits.io_read_bps,
-            io_write_bps=limits.io_write_bps,
-            pids=limits.pids,
-        ),
+        limits=worker_pb.Limits(**asdict(job.limits)),
+        usage=usage,
     )
 
 
@@ -334,10 +342,15 @@ def _peer(call: _Call) -> str:
 
 
 def add_services(
-    server: grpc.Server, jobs: Worker, authenticator: auth.Authenticator, *, max_streams: int
+    server: grpc.Server,
+    jobs: Worker,
+    authenticator: auth.Authenticator,
+    *,
+    config: Config,
+    max_streams: int,
 ) -> None:
     """Serve both services on `server`, which must have a `Gate` for the same authenticator."""
     authservice_pb2_grpc.add_AuthServiceServicer_to_server(_AuthServicer(authenticator), server)
     workerservice_pb2_grpc.add_WorkerServiceServicer_to_server(
-        _WorkerServicer(jobs, max_streams), server
+        _WorkerServicer(jobs, config, max_streams), server
     )

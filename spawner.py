@@ -67,10 +67,17 @@ class AttachError(OSError):
 
 
 class Exit(NamedTuple):
-    """How a leader ended: exactly one of the two is set."""
+    """How a leader ended: exactly one of the first two is set.
+
+    The rest is what the kernel charged to it and to those of its children that were
+    waited for (getrusage(2)), which need not be the whole job.
+    """
 
     exit_code: int | None = None
     signal: int | None = None
+    cpu_user_s: float = 0.0
+    cpu_system_s: float = 0.0
+    max_rss_bytes: int = 0  # of the largest single process
 
 
 class Spawner:
@@ -328,8 +335,15 @@ class _Helper:
                 continue
             # As long as the leader is not reaped, its group's number is taken.
             _kill_group(pid)
-            code = self._leaders.pop(job).wait()
-            end = {"exit_code": code} if code >= 0 else {"signal": -code}
+            _, status, usage = os.wait4(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            self._leaders.pop(job).returncode = code  # Popen need not wait any more
+            end: dict[str, float] = {"exit_code": code} if code >= 0 else {"signal": -code}
+            end |= {
+                "cpu_user_s": usage.ru_utime,
+                "cpu_system_s": usage.ru_stime,
+                "max_rss_bytes": usage.ru_maxrss * 1024,
+            }
             with contextlib.suppress(BrokenPipeError):  # the owner does not care any more
                 os.write(self._exit_fds[pid], json.dumps(end).encode() + b"\n")
         running = {leader.pid for leader in self._leaders.values()}

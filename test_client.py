@@ -283,6 +283,71 @@ def test_start_takes_its_options_before_the_command(
 
 
 @pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ([], {}),
+        (["--cpus", "0.5"], {"cpu_cores": 0.5}),
+        (["--cpus=2"], {"cpu_cores": 2.0}),
+        (["--memory", "256M"], {"memory_bytes": 256 << 20}),
+        (["--memory", "123456789"], {"memory_bytes": 123456789}),
+        (["--io-read", "10M"], {"io_read_bps": 10 << 20}),
+        (["--io-write", "1.5 KiB"], {"io_write_bps": 1536}),
+        (["--io-read-ops", "100"], {"io_read_iops": 100}),
+        (["--io-write-ops", "200"], {"io_write_iops": 200}),
+        (["--pids", "64"], {"pids": 64}),
+        (
+            ["--cpus", "1", "--memory=1G", "--io-read", "1K", "--io-write", "2K", "--pids", "5"],
+            {"cpu_cores": 1.0, "memory_bytes": 1 << 30, "pids": 5}
+            | {"io_read_bps": 1024, "io_write_bps": 2048},
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("words", [["-c", "echo", "-args", "--pids", "7"], ["echo", "--pids", "7"]])
+def test_start_asks_for_the_limits_given_and_no_others(  # noqa: PLR0913
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tokens: dict[str, str],
+    certs: Path,
+    options: list[str],
+    limits: dict[str, float],
+    words: list[str],
+) -> None:
+    """In their units; an option behind the command is the job's."""
+    sent: list[Any] = []
+
+    def call(_: Client, __: object, request: Any, **___: object) -> worker_pb.StartJobResponse:
+        sent.append(request)
+        return worker_pb.StartJobResponse(job_id=_ABSENT)
+
+    monkeypatch.setattr(Client, "_call", call)
+    assert main(["start", "--certs", str(certs), "-t", tokens["user"], *options, *words]) == 0
+    assert capsys.readouterr().out == f"{_ABSENT}\n"
+    (request,) = sent
+    assert [request.command, *request.args] == ["echo", "--pids", "7"]
+    assert {field.name: value for field, value in request.limits.ListFields()} == limits
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--memory", "9G"], ["memory_bytes", str(9 << 30), str(8 << 30)]),
+        (["--cpus", "64"], ["cpu_cores", "64", "8"]),
+        (["--cpus", "nan"], ["cpu_cores", "nan", "0.01"]),
+        (["--cpus", "-1"], ["cpu_cores", "-1", "0.01"]),
+        (["--pids", "0"], ["pids", "0", "at least 1"]),
+    ],
+)
+def test_limit_that_the_server_refuses_is_told(
+    cli: _Program, tmp_path: Path, options: list[str], parts: list[str]
+) -> None:
+    """Its one line names what was asked for and what is allowed; the command has not run."""
+    told = cli.fail("start", *options, "touch", str(tmp_path / "marker"))
+    assert [part for part in parts if part not in told] == []
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],
@@ -295,6 +360,17 @@ def test_start_takes_its_options_before_the_command(
         ["start", "-c", "x", "y"],
         ["start", "--bogus", "x"],
         ["start", "--comm", "x"],
+        ["start", "--cpu", "1", "x"],
+        ["start", "--cpus", "half", "x"],
+        ["start", "--cpus", "x"],
+        ["start", "--memory", "1X", "x"],
+        ["start", "--memory", "-1", "x"],
+        ["start", "--io-read", "1M/s", "x"],
+        ["start", "--io-write", "", "x"],
+        ["start", "--io-read-ops", "1K", "x"],
+        ["start", "--io-write-ops", "-1", "x"],
+        ["start", "--pids", "1.5", "x"],
+        ["start", "--pids", str(2**63), "x"],
         ["login"],
         ["login", "-u"],
         ["stop"],
@@ -343,6 +419,7 @@ def test_json_status_has_every_field_of_a_running_job(
     fields = json.loads(run("status", "-j", job_id, "--json"))
     assert list(fields) == [field.name for field in worker_pb.Job.DESCRIPTOR.fields]
     assert list(fields.pop("limits")) == [f.name for f in worker_pb.Limits.DESCRIPTOR.fields]
+    fields.pop("usage")  # null where nothing accounts it while the job runs
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", fields.pop("started_at"))
     assert fields == {
         "job_id": job_id,
@@ -362,6 +439,11 @@ def test_json_status_has_every_field_of_a_running_job(
     assert (fields["status"], fields["end_reason"]) == ("STOPPED", "STOPPED_BY_OWNER")
     assert (fields["exit_code"], fields["signal"]) == (None, 9)
     assert fields["ended_at"] > fields["started_at"]
+    usage = fields["usage"]
+    assert list(usage) == [field.name for field in worker_pb.Usage.DESCRIPTOR.fields]
+    assert usage["source"] in {"CGROUP", "RUSAGE"}
+    assert isinstance(usage["cpu_user_s"], float)
+    assert (usage["memory_bytes"], usage["pids"]) == (None, None)
 
 
 def test_json_shows_zero_and_empty_as_such_and_limits_by_value() -> None:
@@ -400,7 +482,7 @@ def test_status_tells_a_human_how_the_job_ended(
     shown = dict(line.split(maxsplit=1) for line in run("status", "-j", job_id).splitlines())
     assert list(shown) == [
         *("job", "owner", "command", "status", "started", "ended"),
-        *("output", "subscribers", "limits"),
+        *("output", "subscribers", "limits", "used"),
     ]
     assert (shown["job"], shown["owner"], shown["status"]) == (job_id, "user", end)
     assert shown["command"] == f"sh -c 'printf four; {script}'"
@@ -408,17 +490,72 @@ def test_status_tells_a_human_how_the_job_ended(
     assert all(re.fullmatch(r"[-\d]+ [:\d]+ UTC", shown[name]) for name in ("started", "ended"))
 
 
+def _shown(job: worker_pb.Job, name: str) -> str:
+    """What `status` shows on the line `name`."""
+    lines = dict(line.split(maxsplit=1) for line in client_module._describe(job).splitlines()[6:])
+    return lines[name]
+
+
 def test_limits_are_shown_in_units() -> None:
     """As a human says them; what is not in force is not shown."""
     limits = worker_pb.Limits(
         cpu_cores=1.5, memory_bytes=512 << 20, swap_bytes=0, io_read_bps=50 << 20, pids=512
     )
-    shown = client_module._describe(worker_pb.Job(limits=limits)).splitlines()[-1]
-    assert shown.split(maxsplit=1)[1] == (
+    assert _shown(worker_pb.Job(limits=limits), "limits") == (
         "1.5 CPU cores, 512 MiB memory, 0 bytes swap, 50 MiB/s read, 512 processes"
     )
-    nothing = client_module._describe(worker_pb.Job()).splitlines()[-1]
-    assert nothing.split(maxsplit=1)[1] == "none in force"
+    limits = worker_pb.Limits(io_write_bps=3 << 19, io_read_iops=100, io_write_iops=9)
+    assert _shown(worker_pb.Job(limits=limits), "limits") == (
+        "1.5 MiB/s written, 100 reads/s, 9 writes/s"
+    )
+    assert _shown(worker_pb.Job(), "limits") == "none in force"
+
+
+def test_usage_is_shown_in_units() -> None:
+    """While the job runs and afterwards; what is not accounted is not shown."""
+    usage = worker_pb.Usage(
+        source=worker_pb.CGROUP,
+        cpu_user_s=1.23456,
+        cpu_system_s=0.0,
+        cpu_throttled_s=12,
+        memory_bytes=0,
+        memory_peak_bytes=3 << 19,
+        io_read_bytes=5 << 20,
+        io_written_bytes=0,
+        io_reads=7,
+        io_writes=0,
+        pids=3,
+        pids_peak=8,
+        oom_kills=0,
+    )
+    assert _shown(worker_pb.Job(usage=usage), "used") == (
+        "1.23 s CPU user, 0 s system, throttled 12 s, 0 bytes memory, 1.5 MiB memory at most, "
+        "5 MiB read in 7 operations, 0 bytes written in 0, "
+        "3 processes, 8 processes at most, 0 OOM kills"
+    )
+    for name in ("cpu_throttled_s", "memory_bytes", "io_read_bytes", "io_written_bytes", "pids"):
+        usage.ClearField(name)
+    assert _shown(worker_pb.Job(usage=usage), "used") == (
+        "1.23 s CPU user, 0 s system, 1.5 MiB memory at most, 8 processes at most, 0 OOM kills"
+    )
+    usage = worker_pb.Usage(
+        source=worker_pb.RUSAGE, cpu_user_s=0.5, cpu_system_s=0.25, memory_peak_bytes=20 << 20
+    )
+    assert _shown(worker_pb.Job(usage=usage), "used") == (
+        "0.5 s CPU user, 0.25 s system, 20 MiB memory at most (leader and awaited children only)"
+    )
+    assert _shown(worker_pb.Job(), "used") == "-"
+
+
+def test_json_shows_usage_exactly() -> None:
+    """Numbers as they are, the source by its name, null for what is not accounted."""
+    usage = worker_pb.Usage(
+        source=worker_pb.RUSAGE, cpu_user_s=1.234567, memory_peak_bytes=(1 << 53) + 1, oom_kills=0
+    )
+    shown = json.loads(json.dumps(client_module._to_dict(worker_pb.Job(usage=usage))))["usage"]
+    told = {"source": "RUSAGE", "cpu_user_s": 1.234567, "memory_peak_bytes": (1 << 53) + 1}
+    assert shown == dict.fromkeys(shown) | told | {"oom_kills": 0}
+    assert client_module._to_dict(worker_pb.Job())["usage"] is None
 
 
 def test_others_words_do_not_steer_the_terminal(cli: _Program) -> None:

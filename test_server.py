@@ -21,6 +21,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +37,10 @@ import service
 import worker
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError
+from config import Config
 from conftest import GUARD_S
 from server import Server, Settings, SettingsError
+from worker import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -95,9 +98,11 @@ def _fields(name: str, job_id: str) -> dict[str, Any]:
     return {"job_id": job_id} if name in _WITH_JOB else {}
 
 
-def _finish(client: Client, command: str = "true", args: Sequence[str] = ()) -> str:
+def _finish(
+    client: Client, command: str = "true", args: Sequence[str] = (), **limits: float | None
+) -> str:
     """Run a job to its end; return its ID."""
-    job_id = client.start(command, args)
+    job_id = client.start(command, args, **limits)
     list(client.stream(job_id))
     return job_id
 
@@ -543,7 +548,7 @@ def test_unknown_method_is_unimplemented(connect: Connect) -> None:
         (worker.SpawnerDiedError(), "UNAVAILABLE", True),
         (worker.OutputIncompleteError(OSError(28, "No space"), 7), "DATA_LOSS", False),
         (
-            worker.CgroupError("inside", path="/inside", remedy="inside"),
+            worker.CgroupError("cannot write 1 to /c/pids.max", path="/c", remedy="delegate it"),
             "FAILED_PRECONDITION",
             True,
         ),
@@ -563,7 +568,7 @@ def test_error_of_the_worker_becomes_its_status(  # noqa: PLR0913
     code: str,
     in_log: bool,
 ) -> None:
-    """One table for unary calls and streams; nothing of the inside in it, that is in the log."""
+    """One table for unary calls and streams; what is not meant for callers is in the log only."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -571,8 +576,10 @@ def test_error_of_the_worker_becomes_its_status(  # noqa: PLR0913
     monkeypatch.setattr(worker.Worker, "status", fail)
     answer = _call(connect("user", serve().address), name, job_id=_ABSENT)
     assert answer[0] == code
-    assert "inside" not in answer[1].replace("not started", "")
+    assert "inside" not in answer[1]
     assert len(answer[1]) > 5
+    if isinstance(error, worker.CgroupError):
+        assert answer[1] == "cannot write 1 to /c/pids.max; delegate it"
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert bool(errors) == in_log
     if code == "INTERNAL":
@@ -637,6 +644,12 @@ def test_status_tells_every_field_of_a_running_and_of_a_finished_job(
             end_reason=worker_pb.EXITED,
             exit_code=7,
             ended_at=finished.ended_at,
+            usage=worker_pb.Usage(
+                source=worker_pb.RUSAGE,
+                cpu_user_s=finished.usage.cpu_user_s,
+                cpu_system_s=finished.usage.cpu_system_s,
+                memory_peak_bytes=finished.usage.memory_peak_bytes,
+            ),
         )
     )
     del expected.subscribers[:]
@@ -696,6 +709,105 @@ def test_stop_from_many_clients_right_after_the_start_succeeds_for_all(connect: 
     with ThreadPoolExecutor(20) as pool:
         ends = list(pool.map(lambda _: client.stop(job_id).SerializeToString(), range(20)))
     assert len(set(ends)) == 1
+
+
+# --- limits -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Limits]:
+    """The limits of each job that a server in this process hands to its worker."""
+    given: list[Limits] = []
+    start = worker.Worker.start
+
+    def spy(jobs: worker.Worker, *args: Any, limits: Limits, **options: Any) -> str:
+        given.append(limits)
+        return start(jobs, *args, limits=limits, **options)
+
+    monkeypatch.setattr(worker.Worker, "start", spy)
+    return given
+
+
+_LIMITS = {
+    "cpu_cores": 0.25,
+    "memory_bytes": 300 << 20,
+    "swap_bytes": 0,
+    "io_read_bps": 1234567,
+    "io_write_bps": 7654321,
+    "io_read_iops": 21,
+    "io_write_iops": 22,
+    "pids": 33,
+}
+
+
+def test_limits_asked_for_reach_the_job_and_others_are_the_default(
+    serve: Serve, connect: Connect, given: list[Limits]
+) -> None:
+    """Each field by itself, all together, and none."""
+    assert set(_LIMITS) == {field.name for field in worker_pb.Limits.DESCRIPTOR.fields}
+    client = connect("user", serve().address)
+    requests: list[dict[str, Any]] = [{}, _LIMITS, *({k: v} for k, v in _LIMITS.items())]
+    for limits in requests:
+        _finish(client, **limits)
+    default = Config().limits({})
+    assert given == [replace(default, **limits) for limits in requests]
+
+
+def test_configuration_sets_default_and_ceiling(
+    serve: Serve, connect: Connect, given: list[Limits], tmp_path: Path
+) -> None:
+    """What a job does not ask for is the default of the file; it may ask up to the ceiling."""
+    path = tmp_path / "limits.toml"
+    path.write_text("[defaults]\npids = 10\nmemory = '100M'\n[ceilings]\npids = 20\n")
+    client = connect("user", serve(config=path).address)
+    for pids in (None, 1, 20):
+        _finish(client, pids=pids)
+    assert [(limits.pids, limits.memory_bytes) for limits in given] == [
+        (10, 100 << 20),
+        (1, 100 << 20),
+        (20, 100 << 20),
+    ]
+    assert _call(client, "StartJob", command="true", limits=worker_pb.Limits(pids=21)) == (
+        "INVALID_ARGUMENT",
+        "pids 21 is above this server's ceiling of 20",
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"memory_bytes": (8 << 30) + 1}, f"{(8 << 30) + 1} .* {8 << 30}"),
+        ({"memory_bytes": 2**64 - 1}, f"{2**64 - 1} .* {8 << 30}"),
+        ({"cpu_cores": 8.5}, r"8\.5 .* 8\.0"),
+        ({"cpu_cores": float("inf")}, r"inf .* 8\.0"),
+        ({"cpu_cores": float("nan")}, r"0\.01, not nan"),
+        ({"cpu_cores": -1}, r"0\.01, not -1"),
+        ({"swap_bytes": 1}, "1 .* 0"),
+        ({"pids": 0}, "at least 1, not 0"),
+        ({"pids": 1, "io_read_iops": 0}, "at least 1, not 0"),
+    ],
+    ids=str,
+)
+def test_limit_that_is_too_high_or_senseless_is_an_invalid_argument(
+    serve: Serve, connect: Connect, limits: dict[str, Any], text: str
+) -> None:
+    """It names the field and both numbers, and no job is made."""
+    client = connect("user", serve().address)
+    code, told = _call(client, "StartJob", command="true", limits=worker_pb.Limits(**limits))
+    assert code == "INVALID_ARGUMENT"
+    assert re.match(f"{list(limits)[-1]} .*{text}", told)
+    assert list(client.list()) == []
+
+
+def test_list_tells_the_usage_of_ended_jobs(connect: Connect) -> None:
+    """Of those that run `GetJobStatus` tells it."""
+    client = connect()
+    ended, running = _finish(client), client.start(*_FOREVER)
+    jobs = {job.job_id: job for job in client.list()}
+    assert jobs[ended].usage == client.status(ended).usage
+    assert jobs[ended].HasField("usage")
+    assert not jobs[running].HasField("usage")
+    client.stop(running)
 
 
 # --- streams ----------------------------------------------------------------------------
@@ -1123,9 +1235,37 @@ def test_server_that_must_enforce_limits_and_cannot_says_how_it_could(
             pytest.skip("this host can enforce the limits")
         _, stderr = process.communicate(timeout=GUARD_S)
     assert process.returncode == 1
-    *_, last = stderr.splitlines()
-    assert last.startswith("server: limits cannot be enforced: ")
-    assert last.endswith("; or accept weaker ones with --limits auto")
+    log, _, told = stderr.partition("server: ")  # it may have swept what others left
+    assert all(" INFO " in line for line in log.splitlines())
+    first, *failures, last = told.splitlines()
+    assert first == "not every limit can be enforced here:"
+    assert last == "or accept weaker limits with --limits auto"
+    findings = _run_server("check").stdout.splitlines()
+    assert failures == [line for line in findings if line.startswith("FAILED ")] != []
+    assert list(tmp_path.glob("output/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[defaults]\npids = 0\n", ["line 2: defaults.pids", "at least 1, not 0"]),
+        ("[limits]\n", ["line 1: limits", "[defaults] and [ceilings]"]),
+        ("[defaults\n", ["not TOML", "line 1"]),
+        (None, ["No such file"]),
+    ],
+)
+def test_bad_configuration_is_told_at_the_start(
+    certs: Path, tmp_path: Path, text: str | None, parts: list[str]
+) -> None:
+    """With the file and the line; nothing is served."""
+    path = tmp_path / "limits.toml"
+    if text is not None:
+        path.write_text(text)
+    options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off"]
+    options += ["--state-dir", tmp_path / "state"]
+    result = _run_server(*options, "--certs", certs, "--config", path)
+    _assert_one_line(result, str(path), *parts)
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ class _Job:
         return line
 
     def exit(self) -> Exit | None:
-        return read_exit(self._exit_fd)
+        """How it ended, without what it used."""
+        end = read_exit(self._exit_fd)
+        return end and Exit(end.exit_code, end.signal)
 
 
 def _descriptors(pid: int | str = "self") -> list[str]:

@@ -17,17 +17,20 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from spawner import Exit, read_exit
+from cgroups import NO_LIMITS
+from spawner import read_exit
 from worker import (
     MAX_ARGV_BYTES,
     CgroupError,
@@ -45,6 +48,7 @@ from worker import (
     Status,
     StopTimeoutError,
     UnknownJobError,
+    UsageSource,
     Worker,
     WorkerClosedError,
     WorkerError,
@@ -207,7 +211,9 @@ def _await_reaped(worker: Worker) -> None:
         "last", ["/bin/true"], {}, stdout_fd=stdout_fd, exit_fd=their_exit_fd
     )
     os.close(their_exit_fd)
-    assert [read_exit(exit_fd), read_exit(exit_fd)] == [Exit(exit_code=0), None]
+    assert (end := read_exit(exit_fd)) is not None
+    assert end.exit_code == 0
+    assert read_exit(exit_fd) is None
     for fd in (output_fd, stdout_fd, exit_fd, leader):
         os.close(fd)
 
@@ -252,7 +258,7 @@ def test_without_cgroups_no_limit_is_claimed() -> None:
     """A job's limits are those in force, and "off" enforces none."""
     with Worker(enforcement="off", limits=Limits(pids=5)) as worker:
         job = worker.status(worker.start("true"))
-    assert job.limits == Limits(None, None, None, None, None, None)
+    assert job.limits == NO_LIMITS
 
 
 @pytest.mark.parametrize(
@@ -903,6 +909,99 @@ def test_output_does_not_live_in_memory() -> None:
     """While a job writes 64 MiB, with one reader stalled, the peak grows by less than 16."""
     growth_kb = int(subprocess.check_output(_program(_GROWTH), timeout=_GUARD_S))
     assert growth_kb < 16 * 1024
+
+
+# --- usage ------------------------------------------------------------------------------------
+
+_BURN = """
+import os, sys, time
+def burn():
+    end = time.process_time() + 0.3
+    while time.process_time() < end: sum(range(100_000))
+"""
+
+
+def _cpu_s(job: Job) -> float:
+    assert job.usage
+    assert job.usage.cpu_user_s is not None
+    assert job.usage.cpu_system_s is not None
+    return job.usage.cpu_user_s + job.usage.cpu_system_s
+
+
+def test_without_cgroups_usage_is_what_the_reaper_learns() -> None:
+    """With an awaited child's share; not before the end, and marked for what it is."""
+    program = (
+        f"{_BURN}\nblock = b'x' * {64 << 20}\n"
+        "if os.fork() == 0: burn(); os._exit(0)\n"
+        "os.wait(); print(flush=True); sys.stdin = open(sys.argv[1]); sys.stdin.readline()"
+    )
+    with Worker(enforcement="off") as worker, tempfile.TemporaryDirectory() as directory:
+        gate = os.path.join(directory, "gate")
+        os.mkfifo(gate)
+        job_id = worker.start(sys.executable, ["-I", "-S", "-c", program, gate])
+        _first_line(worker, job_id)
+        running = worker.status(job_id)
+        Path(gate).write_text("on\n")
+        job = worker.wait(job_id, _GUARD_S)
+        assert worker.list() == (job,)
+    assert (running.usage, running.usage_source) == (None, None)
+    assert (job.exit_code, job.usage_source) == (0, UsageSource.RUSAGE)
+    assert 0.25 < _cpu_s(job) < _GUARD_S
+    assert job.usage
+    assert (job.usage.cpu_user_s or 0) > 0.15
+    assert 64 << 20 <= (job.usage.memory_peak_bytes or 0) < 128 << 20
+    told = {"cpu_user_s", "cpu_system_s", "memory_peak_bytes"}
+    assert {name for name, value in asdict(job.usage).items() if value is not None} == told
+
+
+def test_without_cgroups_an_idle_job_has_used_next_to_nothing() -> None:
+    """What jobs before it used is not counted, nor is its waiting."""
+    with Worker(enforcement="off") as worker:
+        busy = worker.start(sys.executable, ["-I", "-S", "-c", f"{_BURN}\nburn()"])
+        assert _cpu_s(worker.wait(busy, _GUARD_S)) > 0.25
+        assert _cpu_s(worker.wait(worker.start("true"), _GUARD_S)) < 0.2
+
+
+def test_stopped_job_has_its_usage() -> None:
+    """A job that is killed has used what it has."""
+    with Worker(enforcement="off") as worker:
+        program = f"{_BURN}\nburn(); print(flush=True); time.sleep(1000)"
+        job_id = worker.start(sys.executable, ["-I", "-S", "-c", program])
+        _first_line(worker, job_id)
+        job = worker.stop(job_id)
+        assert (_cpu_s(job) > 0.25, job.usage_source) == (True, UsageSource.RUSAGE)
+        assert worker.stop(job_id) == job
+
+
+def test_usage_of_a_cgroup_is_live_and_in_the_end_final(gate: Path) -> None:
+    """It only grows, and counts a child that nobody waits for."""
+    program = (
+        f"{_BURN}\nburn(); print(flush=True); open(sys.argv[1]).readline()\n"
+        "end, child = os.pipe()\n"
+        "if os.fork() == 0: burn(); os._exit(0)\n"
+        "os.close(child); os.read(end, 1)"
+    )
+    with Worker(enforcement="auto") as worker:
+        if worker.subtree is None:
+            pytest.skip("this host has no usable cgroup v2 hierarchy")
+        job_id = worker.start(sys.executable, ["-I", "-S", "-c", program, str(gate)])
+        _first_line(worker, job_id)
+        first, second = worker.status(job_id), worker.status(job_id)
+        assert worker.list()[0].usage is None
+        gate.write_text("on\n")
+        job = worker.wait(job_id, _GUARD_S)
+        assert worker.status(job_id) == job == worker.list()[0]
+    sources = {first.usage_source, second.usage_source, job.usage_source}
+    assert sources == {UsageSource.CGROUP}
+    assert 0.25 < _cpu_s(first) <= _cpu_s(second) < _cpu_s(job) - 0.25
+    assert job.usage
+    assert (job.usage.memory_bytes, job.usage.pids) == (None, None)
+    in_force = worker.subtree.controllers if worker.subtree else frozenset()
+    for controller, value in {
+        "memory": job.usage.memory_peak_bytes,
+        "pids": first.usage.pids if first.usage else None,
+    }.items():
+        assert (value is not None) == (controller in in_force)
 
 
 # --- status, wait, list -----------------------------------------------------------------------

@@ -42,7 +42,7 @@ import termios
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -55,7 +55,7 @@ from broadcaster import (
     OutputRemovedError,
     Subscription,
 )
-from cgroups import Cgroup, CgroupError, Enforcement, Limits, Subtree
+from cgroups import NO_LIMITS, Cgroup, CgroupError, Enforcement, Limits, Subtree, Usage
 from spawner import AttachError, Exit, Spawner, SpawnerDiedError, read_exit
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ __all__ = [
     "StopTimeoutError",
     "Subscription",
     "UnknownJobError",
+    "Usage",
+    "UsageSource",
     "Worker",
     "WorkerClosedError",
     "WorkerError",
@@ -164,6 +166,13 @@ class EndReason(Enum):
     LOST = "lost"  # the spawner died: nobody knows how the leader ended
 
 
+class UsageSource(Enum):
+    """Where a job's usage comes from."""
+
+    CGROUP = "cgroup"  # all of the job's processes
+    RUSAGE = "rusage"  # its leader and the children that this waited for, once it has ended
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What is known of a job at one moment."""
@@ -181,6 +190,8 @@ class Job:
     output_bytes: int  # stored so far
     subscribers: tuple[str, ...]  # the names of those reading now, each once
     limits: Limits  # those in force; None where not
+    usage: Usage | None  # None where nothing is known (yet)
+    usage_source: UsageSource | None  # None when `usage` is
 
 
 class Worker:
@@ -221,6 +232,11 @@ class Worker:
             self._spawner = Spawner(kill_root=self._subtree.jobs if self._subtree else None)
             undo.callback(self._spawner.close)
             self._undo = undo.pop_all()
+
+    @property
+    def subtree(self) -> Subtree | None:
+        """The cgroups of the jobs; None without."""
+        return self._subtree
 
     def start(
         self,
@@ -334,10 +350,15 @@ class Worker:
         return self._job(job_id).snapshot()
 
     def list(self, *, owner: str | None = None) -> tuple[Job, ...]:
-        """Return all jobs, or those of `owner`, in the order they were started."""
+        """Return all jobs, or those of `owner`, in the order they were started.
+
+        `usage` is None for those that are running; `status` reads it.
+        """
         with self._idle:
             jobs = tuple(self._jobs.values())
-        return tuple(job.snapshot() for job in jobs if owner is None or job.owner == owner)
+        return tuple(
+            job.snapshot(live_usage=False) for job in jobs if owner is None or job.owner == owner
+        )
 
     def stream(self, job_id: str, *, subscriber: str = "", offset: int = 0) -> Subscription:
         """Read the job's output from byte `offset` to its end, as it comes.
@@ -432,7 +453,7 @@ class _Job:
         self.thread = threading.Thread(target=self._run, name=f"job-{job_id[:8]}", daemon=True)
         self._argv = tuple(argv)
         self._cgroup = cgroup
-        self._limits = cgroup.limits if cgroup else Limits(None, None, None, None, None, None)
+        self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
         self._pid = pid
         self._fds = fds  # closed, and not to be used, once the job has ended
@@ -444,9 +465,14 @@ class _Job:
         self._end_reason: EndReason | None = None
         self._exit = Exit()
         self._ended_at: datetime | None = None
+        self._usage: Usage | None = None  # the final one
 
-    def snapshot(self) -> Job:
+    def snapshot(self, *, live_usage: bool = True) -> Job:
+        # Read before the lock is taken, and of no account if there is a final one by then.
+        live = self._cgroup.usage() if live_usage and self._cgroup and not self.ended() else None
         with self._ended:
+            usage = self._usage or live
+            source = UsageSource.CGROUP if self._cgroup else UsageSource.RUSAGE
             return Job(
                 job_id=self.job_id,
                 owner=self.owner,
@@ -461,7 +487,13 @@ class _Job:
                 output_bytes=self.output.size,
                 subscribers=self.output.subscribers,
                 limits=self._limits,
+                usage=usage,
+                usage_source=source if usage else None,
             )
+
+    def ended(self) -> bool:
+        with self._ended:
+            return self._status is not Status.RUNNING
 
     def wait(self, timeout: float | None) -> bool:
         """Block until the job has ended; False after `timeout` seconds."""
@@ -494,17 +526,19 @@ class _Job:
             leader_exit = self._await_leader()
             ended_at = datetime.now(UTC)
             self._finish_processes(lost=leader_exit is None)
-            out_of_memory = self._cgroup is not None and self._cgroup.oom_kills() > 0
+            usage = self._final_usage(leader_exit)
+            with self._ended:
+                self._usage = usage  # from now on nobody reads the cgroup, which goes
             self._drain()
             if self._cgroup is not None:
                 self._remove_cgroup(self._cgroup)
-            self._end(leader_exit, ended_at, out_of_memory=out_of_memory)
+            self._end(leader_exit, ended_at)
         except Exception:
             # Not supposed to happen; but nobody may wait for this job for ever.
             logger.exception("job %s: lost", self.job_id)
             with contextlib.suppress(Exception):
                 self._kill_processes()
-            self._end(None, datetime.now(UTC), out_of_memory=False)
+            self._end(None, datetime.now(UTC))
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None when the spawner died."""
@@ -537,6 +571,17 @@ class _Job:
         if not lost:
             read_exit(self._fds.exit)  # end-of-file: the process group is gone
 
+    def _final_usage(self, leader_exit: Exit | None) -> Usage | None:
+        if self._cgroup is not None:
+            return replace(self._cgroup.usage(), memory_bytes=None, pids=None)
+        if leader_exit is not None:
+            return Usage(
+                cpu_user_s=leader_exit.cpu_user_s,
+                cpu_system_s=leader_exit.cpu_system_s,
+                memory_peak_bytes=leader_exit.max_rss_bytes,
+            )
+        return None
+
     def _drain(self) -> None:
         """Take what is left in the pipe: all the job wrote, for none of it lives now.
 
@@ -558,12 +603,14 @@ class _Job:
         except CgroupError as error:
             logger.error("job %s: its cgroup stays until the next start: %s", self.job_id, error)
 
-    def _end(self, leader_exit: Exit | None, ended_at: datetime, *, out_of_memory: bool) -> None:
+    def _end(self, leader_exit: Exit | None, ended_at: datetime) -> None:
         """Make the one transition, out of RUNNING."""
         killed = leader_exit is not None and leader_exit.signal == signal.SIGKILL
         with self._ended:
             if self._status is not Status.RUNNING:
                 raise RuntimeError(f"job {self.job_id} has ended already")
+            # The kernel's word, and not an exit code of 137, which anything can have.
+            out_of_memory = self._usage is not None and bool(self._usage.oom_kills)
             if leader_exit is None:
                 status, reason = Status.FINISHED, EndReason.LOST
             elif killed and self._stop_reason is not None:

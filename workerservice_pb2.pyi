@@ -27,6 +27,12 @@ class EndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUT_OF_MEMORY: _ClassVar[EndReason]
     SERVER_SHUTDOWN: _ClassVar[EndReason]
     LOST: _ClassVar[EndReason]
+
+class UsageSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    USAGE_SOURCE_UNSPECIFIED: _ClassVar[UsageSource]
+    CGROUP: _ClassVar[UsageSource]
+    RUSAGE: _ClassVar[UsageSource]
 STATUS_UNSPECIFIED: Status
 RUNNING: Status
 STOPPED: Status
@@ -39,14 +45,19 @@ STOPPED_BY_ADMIN: EndReason
 OUT_OF_MEMORY: EndReason
 SERVER_SHUTDOWN: EndReason
 LOST: EndReason
+USAGE_SOURCE_UNSPECIFIED: UsageSource
+CGROUP: UsageSource
+RUSAGE: UsageSource
 
 class StartJobRequest(_message.Message):
-    __slots__ = ("command", "args")
+    __slots__ = ("command", "args", "limits")
     COMMAND_FIELD_NUMBER: _ClassVar[int]
     ARGS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ...) -> None: ...
+    limits: Limits
+    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
 
 class StartJobResponse(_message.Message):
     __slots__ = ("job_id",)
@@ -105,7 +116,7 @@ class ListJobsResponse(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits")
+    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +130,7 @@ class Job(_message.Message):
     OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SUBSCRIBERS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     owner: str
     command: str
@@ -132,20 +144,55 @@ class Job(_message.Message):
     output_bytes: int
     subscribers: _containers.RepeatedScalarFieldContainer[str]
     limits: Limits
-    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[Status, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    usage: Usage
+    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[Status, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("cpu_cores", "memory_bytes", "swap_bytes", "io_read_bps", "io_write_bps", "pids")
+    __slots__ = ("cpu_cores", "memory_bytes", "swap_bytes", "io_read_bps", "io_write_bps", "pids", "io_read_iops", "io_write_iops")
     CPU_CORES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     SWAP_BYTES_FIELD_NUMBER: _ClassVar[int]
     IO_READ_BPS_FIELD_NUMBER: _ClassVar[int]
     IO_WRITE_BPS_FIELD_NUMBER: _ClassVar[int]
     PIDS_FIELD_NUMBER: _ClassVar[int]
+    IO_READ_IOPS_FIELD_NUMBER: _ClassVar[int]
+    IO_WRITE_IOPS_FIELD_NUMBER: _ClassVar[int]
     cpu_cores: float
     memory_bytes: int
     swap_bytes: int
     io_read_bps: int
     io_write_bps: int
     pids: int
-    def __init__(self, cpu_cores: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., io_read_bps: _Optional[int] = ..., io_write_bps: _Optional[int] = ..., pids: _Optional[int] = ...) -> None: ...
+    io_read_iops: int
+    io_write_iops: int
+    def __init__(self, cpu_cores: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., io_read_bps: _Optional[int] = ..., io_write_bps: _Optional[int] = ..., pids: _Optional[int] = ..., io_read_iops: _Optional[int] = ..., io_write_iops: _Optional[int] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("source", "cpu_user_s", "cpu_system_s", "cpu_throttled_s", "memory_bytes", "memory_peak_bytes", "io_read_bytes", "io_written_bytes", "io_reads", "io_writes", "pids", "pids_peak", "oom_kills")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    CPU_USER_S_FIELD_NUMBER: _ClassVar[int]
+    CPU_SYSTEM_S_FIELD_NUMBER: _ClassVar[int]
+    CPU_THROTTLED_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IO_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IO_WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IO_READS_FIELD_NUMBER: _ClassVar[int]
+    IO_WRITES_FIELD_NUMBER: _ClassVar[int]
+    PIDS_FIELD_NUMBER: _ClassVar[int]
+    PIDS_PEAK_FIELD_NUMBER: _ClassVar[int]
+    OOM_KILLS_FIELD_NUMBER: _ClassVar[int]
+    source: UsageSource
+    cpu_user_s: float
+    cpu_system_s: float
+    cpu_throttled_s: float
+    memory_bytes: int
+    memory_peak_bytes: int
+    io_read_bytes: int
+    io_written_bytes: int
+    io_reads: int
+    io_writes: int
+    pids: int
+    pids_peak: int
+    oom_kills: int
+    def __init__(self, source: _Optional[_Union[UsageSource, str]] = ..., cpu_user_s: _Optional[float] = ..., cpu_system_s: _Optional[float] = ..., cpu_throttled_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., memory_peak_bytes: _Optional[int] = ..., io_read_bytes: _Optional[int] = ..., io_written_bytes: _Optional[int] = ..., io_reads: _Optional[int] = ..., io_writes: _Optional[int] = ..., pids: _Optional[int] = ..., pids_peak: _Optional[int] = ..., oom_kills: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,265 @@
+"""Tests of the configuration: what a file says, what is wrong with it, what a job gets."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import config
+from cgroups import NO_LIMITS, Limits
+from config import CEILINGS, DEFAULTS, Config, ConfigError, LimitError, load_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Load = Callable[[str | bytes], Config]
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+_NO_CEILINGS = Config(ceilings=NO_LIMITS)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Load a configuration with the text given."""
+    path = tmp_path / "limits.toml"
+
+    def load(text: str | bytes) -> Config:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return load_config(path)
+
+    return load
+
+
+# --- what a file says ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "\n# nothing\n", "[defaults]\n[ceilings]\n"])
+def test_what_the_file_does_not_name_keeps_its_constant(load: Load, text: str) -> None:
+    """A file may be empty."""
+    assert load(text) == Config() == Config(DEFAULTS, CEILINGS)
+
+
+def test_constants_are_sound() -> None:
+    """The defaults are the library's, and no default is above its ceiling."""
+    assert Limits() == DEFAULTS
+    for field in Limits.__slots__:
+        default, ceiling = getattr(DEFAULTS, field), getattr(CEILINGS, field)
+        assert ceiling is not None
+        assert default is None or default <= ceiling
+
+
+@pytest.mark.parametrize("table", ["defaults", "ceilings"])
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("cpu_cores = 2", "cpu_cores", 2),
+        ("cpu_cores = 1.5", "cpu_cores", 1.5),
+        ("memory = 536870913", "memory_bytes", 536870913),
+        ('memory = "1.5G"', "memory_bytes", 3 << 29),
+        ("swap = 0", "swap_bytes", 0),
+        ('io_read = "60M"', "io_read_bps", 60 * _MIB),
+        ('io_write = "70 MiB"', "io_write_bps", 70 * _MIB),
+        ("io_read_iops = 800", "io_read_iops", 800),
+        ("io_write_iops = 900", "io_write_iops", 900),
+        ("pids = 1000", "pids", 1000),
+        *((f'{key} = "unlimited"', field, None) for key, (field, _) in config._KEYS.items()),
+    ],
+)
+def test_key_sets_its_field_and_no_other(
+    load: Load, table: str, line: str, field: str, value: float | None
+) -> None:
+    """Sizes as integers or as text; "unlimited" takes a limit away."""
+    before: Any = getattr(Config(), table)
+    assert load(f"[{table}]\n{line}\n") == replace(
+        Config(), **{table: replace(before, **{field: value})}
+    )
+
+
+def test_every_limit_has_a_key() -> None:
+    """Each field of `Limits` can be set, each by one key."""
+    assert sorted(field for field, _ in config._KEYS.values()) == sorted(Limits.__slots__)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "defaults.pids = 7\nceilings.pids = 8",
+        '"defaults".pids = 7\n[ceilings]\n"pids" = 8',
+        "defaults = { pids = 7 }\nceilings = { pids = 8 }",
+        "[ceilings] # pids = 9\r\npids = 8\r\n[defaults]\r\npids = 7\r\n",
+    ],
+)
+def test_every_way_to_write_toml_is_the_same(load: Load, text: str) -> None:
+    """Dotted and quoted keys, inline tables, any order and line end."""
+    loaded = load(text)
+    assert (loaded.defaults.pids, loaded.ceilings.pids) == (7, 8)
+
+
+# --- what is wrong with it -----------------------------------------------------------------
+
+_KEYS = "unknown; the keys are cpu_cores, memory, swap, io_read, io_write, io_read_iops"
+_TABLES = "unknown; the tables are [defaults] and [ceilings]"
+_SIZE = 'write a size like "256M", or "unlimited"'
+_WHOLE = 'write a whole number, or "unlimited"'
+_CORES = 'write a number like 0.5, or "unlimited"'
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "parts"),
+    [
+        # Unknown tables and keys.
+        ("\n[default]\npids = 1", 2, ["default: ", _TABLES]),
+        ("[defaults]\n\n[ceilings]\n[extra.deep]", 4, ["extra: ", _TABLES]),
+        ("pids = 1", 1, ["pids: ", _TABLES]),
+        ("# x\ndefaults = 3", 2, ["defaults: ", _TABLES]),
+        ("[[ceilings]]\npids = 1", 1, ["ceilings: ", _TABLES]),
+        ("[defaults]\nmemroy = 1", 2, ["defaults.memroy: ", _KEYS]),
+        ("[defaults]\npids = 1\n[ceilings]\nmemory_bytes = 1", 4, ["ceilings.memory_bytes: "]),
+        ('[defaults]\n"cpu.cores" = 1', 2, ["defaults.cpu.cores: ", _KEYS]),
+        ('[defaults]\n"mem#ory" = 1', 1, ["defaults.mem#ory: ", _KEYS]),
+        # Wrong types.
+        ('[defaults]\npids = "many"', 2, ["defaults.pids: ", "'many'", _WHOLE]),
+        ("[defaults]\npids = 1.5", 2, ["defaults.pids: ", "1.5", _WHOLE]),
+        ("[defaults]\npids = true", 2, ["defaults.pids: ", "True", _WHOLE]),
+        ("[defaults]\npids = [1]", 2, ["defaults.pids: ", _WHOLE]),
+        ("[defaults]\ncpu_cores = 2020-01-01", 2, ["defaults.cpu_cores: ", _CORES]),
+        ('[defaults]\ncpu_cores = "1"', 2, ["defaults.cpu_cores: ", _CORES]),
+        ("[ceilings]\nio_read = 1.5", 2, ["ceilings.io_read: ", "1.5", _SIZE]),
+        ("[ceilings.swap]\nx = 1", 1, ["ceilings.swap: ", _SIZE]),
+        # Senseless values.
+        ('[defaults]\nmemory = "1X"', 2, ["defaults.memory: ", "'1X'", _SIZE]),
+        ('[defaults]\nmemory = ""', 2, ["defaults.memory: ", _SIZE]),
+        ('[defaults]\nmemory = "Unlimited"', 2, ["defaults.memory: ", _SIZE]),
+        ('[defaults]\nmemory = "0"', 2, ["defaults.memory: ", "at least 1", _SIZE]),
+        ("[defaults]\nswap = -1", 2, ["defaults.swap: ", "at least 0", "-1", _SIZE]),
+        ("[ceilings]\npids = 0", 2, ["ceilings.pids: ", "at least 1", _WHOLE]),
+        ("[defaults]\nio_write_iops = 0", 2, ["defaults.io_write_iops: ", _WHOLE]),
+        ("[defaults]\ncpu_cores = 0.009", 2, ["defaults.cpu_cores: ", "0.01", "0.009", _CORES]),
+        ("[defaults]\ncpu_cores = nan", 2, ["defaults.cpu_cores: ", "nan", _CORES]),
+        ("[defaults]\ncpu_cores = inf", 2, ["defaults.cpu_cores: ", "inf", _CORES]),
+        # Defaults above ceilings, told where the file causes it.
+        ('[defaults]\nmemory = "16G"', 2, ["defaults.memory: ", f"{16 * _GIB}", f"{8 * _GIB}"]),
+        ('\n[ceilings]\nmemory = "1M"', 3, ["ceilings.memory: ", f"{512 * _MIB}", f"{_MIB}"]),
+        ("[defaults]\npids = 9\n[ceilings]\npids = 8", 2, ["defaults.pids: ", "9", "8"]),
+        ("[ceilings]\ncpu_cores = 0.5", 2, ["ceilings.cpu_cores: ", "1.0", "0.5"]),
+        ("[defaults]\npids = 99999", 2, ["defaults.pids: ", "4096"]),
+        ("[defaults]\npids = 99999999999999999999", 2, ["defaults.pids: ", "at most"]),
+        # Lines that are found however they are written, and not taken for others.
+        ("defaults.memory = 0", 1, ["defaults.memory: "]),
+        ('"defaults" . "memory" = 0', 1, ["defaults.memory: "]),
+        ("[ 'defaults' ] # x\n\t'memory'=0", 2, ["defaults.memory: "]),
+        ("\ndefaults = { pids = 1, memory = 0 }", 2, ["defaults.memory: "]),
+        ("[defaults]\r\npids = 1\r\nmemory = 0\r\n", 3, ["defaults.memory: "]),
+        (
+            "# memory = 0\n# [defaults]\n[ceilings]\nmemory = '2G'\n[defaults]\nmemory = 0 # = 1",
+            6,
+            ["defaults.memory: "],
+        ),
+    ],
+)
+def test_mistake_is_told_with_its_line_and_the_right_form(
+    load: Load, tmp_path: Path, text: str, line: int, parts: list[str]
+) -> None:
+    """Whether the name, the type or the value is wrong: file, line, key, what it should be."""
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path / 'limits.toml'}, line {line}: {parts[0]}")
+    assert [part for part in parts if part not in told] == []
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[defaults]\npids = 1\npids = 2\n\n", 3),
+        ("[defaults]\n\nmemory = 1G\n", 3),
+        ("[defaults\n", 1),
+        ('[defaults]\nmemory = "1G\n', 2),
+        ("[defaults]\npids = 1\n[defaults]\n", 3),
+    ],
+)
+def test_what_is_not_toml_is_told_with_its_line(load: Load, text: str, line: int) -> None:
+    """In the words of Python's parser."""
+    with pytest.raises(ConfigError, match=rf"limits\.toml: not TOML: .* line {line}, column"):
+        load(text)
+
+
+def test_what_is_not_utf_8_is_told_with_its_line(load: Load) -> None:
+    """As other editors' files may be."""
+    with pytest.raises(ConfigError, match=r"limits\.toml, line 2: not UTF-8"):
+        load(b"[defaults]\n# gro\xdf\npids = 1\n")
+
+
+@pytest.mark.parametrize("name", ["absent.toml", "."])
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    """The operating system's own error, with the path."""
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / name).rstrip("."))):
+        load_config(tmp_path / name)
+
+
+# --- what a job gets -----------------------------------------------------------------------
+
+
+def test_what_a_job_does_not_ask_for_is_the_default() -> None:
+    """And what it asks for it gets, above the default or below."""
+    assert _NO_CEILINGS.limits({}) == DEFAULTS
+    asked: dict[str, Any] = {"cpu_cores": 2.5, "memory_bytes": 1, "pids": 1000}
+    assert _NO_CEILINGS.limits(asked) == replace(DEFAULTS, **asked)
+
+
+@pytest.mark.parametrize("field", Limits.__slots__)
+def test_ceiling_can_be_reached_and_not_passed(field: str) -> None:
+    """One more is an error that names the field, the value and the ceiling."""
+    ceiling = getattr(CEILINGS, field)
+    assert getattr(Config().limits({field: ceiling}), field) == ceiling
+    text = rf"{field} {ceiling + 1} is above this server's ceiling of {ceiling}"
+    with pytest.raises(LimitError, match=re.escape(text)):
+        Config().limits({field: ceiling + 1})
+    assert getattr(_NO_CEILINGS.limits({field: ceiling + 1}), field) == ceiling + 1
+
+
+@pytest.mark.parametrize("field", Limits.__slots__)
+def test_no_limit_means_the_ceiling(field: str) -> None:
+    """A job that asks for nothing gets no more than one that asks, whatever the default."""
+    settings = Config(defaults=NO_LIMITS)
+    assert getattr(settings.limits({}), field) == getattr(CEILINGS, field)
+    assert Config(NO_LIMITS, NO_LIMITS).limits({}) == NO_LIMITS
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"cpu_cores": 0.0},
+        {"cpu_cores": 0.009},
+        {"cpu_cores": -1.0},
+        {"cpu_cores": math.nan},
+        {"memory_bytes": 0},
+        {"io_read_bps": 0},
+        {"io_write_bps": 0},
+        {"io_read_iops": 0},
+        {"io_write_iops": 0},
+        {"pids": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("settings", [Config(), _NO_CEILINGS], ids=["ceilings", "none"])
+def test_senseless_limit_is_an_error(settings: Config, asked: dict[str, Any]) -> None:
+    """It names the field, what is allowed and the value."""
+    ((field, value),) = asked.items()
+    with pytest.raises(LimitError, match=rf"{field} must be at least [\d.]+, not {value}"):
+        settings.limits(asked)
+
+
+def test_endless_limit_is_an_error() -> None:
+    """Infinity is above every ceiling, and nothing that the kernel takes where there is none."""
+    with pytest.raises(LimitError, match=r"cpu_cores inf is above .* 8\.0"):
+        Config().limits({"cpu_cores": math.inf})
+    with pytest.raises(LimitError, match=r"cpu_cores must be at most [0-9]+, not inf"):
+        Config(ceilings=NO_LIMITS).limits({"cpu_cores": math.inf})

@@ -1,0 +1,57 @@
+"""Tests of sizes as people write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from units import format_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("0", 0), ("1", 1), ("4096", 4096), ("7B", 7), ("7 B", 7)),
+        *(("1K", 1024), ("64k", 65536), ("256M", 256 << 20), ("2G", 2 << 30), ("1T", 1 << 40)),
+        *(("1.5G", 3 << 29), ("0.5K", 512), ("256MB", 256 << 20), ("256MiB", 256 << 20)),
+        *(("256 mib", 256 << 20), (" 1.5 GiB ", 3 << 29), ("1.0001K", 1024)),
+    ],
+)
+def test_size_is_understood(text: str, size: int) -> None:
+    """A number, perhaps with a point, and a power of 1024; fractions of a byte are dropped."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "M", "x", "1X", "1P", "-1", "+1", "1e3", "0x10", "1_000", "1,5G", ".5G", "1."),
+        *("1.5.5", "1 2", "1 K B", "KiB", "1iM", "nan", "inf", "unlimited", "\u0663", "9" * 400),
+        *("1M/s", "1M\n1", str(1 << 63), "8388608T"),
+    ],
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    """With the text and the right form; so is what no kernel could count."""
+    with pytest.raises(ValueError, match=r"is not a size; write .* 64K, 256M, 1\.5G") as caught:
+        parse_size(text)
+    assert str(caught.value).startswith(repr(text))
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        *((0, "0 bytes"), (1, "1 bytes"), (1023, "1023 bytes"), (1024, "1 KiB")),
+        *((1536, "1.5 KiB"), (50 << 20, "50 MiB"), (3 << 29, "1.5 GiB"), (1 << 40, "1 TiB")),
+        *(((1 << 30) - 1, "1024 MiB"), (123_456_789, "117.7 MiB")),
+    ],
+)
+def test_size_is_shown_in_its_largest_unit(size: int, text: str) -> None:
+    """With up to four digits."""
+    assert format_size(size) == text
+
+
+@given(st.integers(min_value=1024, max_value=1000 << 40))
+def test_shown_size_can_be_typed_in_again(size: int) -> None:
+    """And is the same but for what four digits lose."""
+    assert parse_size(format_size(size)) == pytest.approx(size, rel=0.0006, abs=1)

@@ -1,0 +1,31 @@
+"""Sizes as people write them: 64K, 1.5G. Shared by the command line and the configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+
+__all__ = ["format_size", "parse_size"]
+
+_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", re.ASCII | re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` says: a number and K, M, G or T (powers of 1024) or nothing.
+
+    Raises ValueError.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = float(match[1]) * (1 << _POWERS[match[2].upper()]) if match else math.inf
+    if size >= 1 << 63:
+        raise ValueError(f"{text!r} is not a size; write a number of bytes, or 64K, 256M, 1.5G")
+    return int(size)
+
+
+def format_size(number: int) -> str:
+    """Return the size with up to four digits and its unit: `1.5 GiB`."""
+    for unit in ("T", "G", "M", "K"):
+        if number >= 1 << _POWERS[unit]:
+            return f"{number / (1 << _POWERS[unit]):.4g} {unit}iB"
+    return f"{number} bytes"
