@@ -43,8 +43,12 @@ _IN_GUEST = "JOBWORKER_IN_KERNEL" in os.environ
 @pytest.hookimpl(trylast=True)  # when -k and -m have made their choice
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("kernel")]
-    if not marked or _IN_GUEST or not (problem := _why_not_here()):
+    if not marked or _IN_GUEST:
         return
+    problem = _why_not_here()
+    if not problem:
+        problem = "needs disks to write to, and this host's own are not for that"
+        marked = [item for item in marked if "disk" in getattr(item, "fixturenames", ())]
     missing = not shutil.which("linux.uml")
     for item in marked:
         items.remove(item)

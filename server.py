@@ -38,10 +38,12 @@ try:
     import grpc
 
     import auth
+    from config import Config, load_config
     from service import Gate, add_services
 except ImportError as error:
     sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
 
+import hostcheck
 import worker
 
 if TYPE_CHECKING:
@@ -102,6 +104,8 @@ class Settings:
     enforcement: worker.Enforcement = "require"
     cgroup_root: Path | None = None
     max_streams: int = DEFAULT_MAX_STREAMS
+    config: Path | None = None
+    """The TOML file with the limits; None for those of `config.py`."""
 
 
 class Server:
@@ -114,6 +118,7 @@ class Server:
         host, port = _split_address(settings.listen)
         users = auth.load_users(settings.users) if settings.users else auth.SEEDED_USERS
         _check_exposure(host, users)
+        config = load_config(settings.config) if settings.config else Config()
         credentials = load_credentials(settings.certs)
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._authenticator = auth.Authenticator(
@@ -122,6 +127,7 @@ class Server:
         with contextlib.ExitStack() as undo:
             self._worker = undo.enter_context(
                 worker.Worker(
+                    limits=config.limits({}),
                     enforcement=settings.enforcement,
                     cgroup_root=settings.cgroup_root,
                     output_dir=settings.state_dir / "output",
@@ -143,6 +149,7 @@ class Server:
                 self._server,
                 self._worker,
                 self._authenticator,
+                config=config,
                 max_streams=settings.max_streams,
             )
             bound_port = _bind(self._server, host, port, credentials)
@@ -319,6 +326,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=defaults.max_streams,
         help="how many output streams may be open at once (default: %(default)s)",
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="a TOML file with the defaults and ceilings of the jobs' limits",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     user = commands.add_parser(
         "user",
@@ -327,6 +340,15 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     user.add_argument("name", metavar="NAME")
     user.add_argument("--role", choices=[role.value for role in auth.Role], default="user")
+    check = commands.add_parser(
+        "check",
+        help="say which limits this host can enforce, and what to do about the rest",
+        description="Run probe jobs to find out which limits this host can enforce for this "
+        "user. Exit status 0 if all of them, that is if --limits require would work.",
+    )
+    check.add_argument(
+        "--cgroup-root", metavar="PATH", type=Path, help="as for the server", dest="check_root"
+    )
     return parser.parse_args(argv)
 
 
@@ -349,6 +371,12 @@ def _print_user(name: str, role: str) -> None:
         raise SettingsError(str(error)) from error
 
 
+def _check(cgroup_root: Path | None) -> int:
+    findings = hostcheck.check(cgroup_root)
+    print(*findings, sep="\n")
+    return 0 if all(finding.works for finding in findings) else 1
+
+
 def _serve(settings: Settings) -> None:
     # Blocked here and so in every thread; a signal that comes early waits for sigwait.
     # The spawner gives the jobs an empty mask.
@@ -360,9 +388,13 @@ def _serve(settings: Settings) -> None:
     try:
         server = Server(settings)
     except worker.CgroupError as error:
-        raise SettingsError(
-            f"limits cannot be enforced: {error}; or accept weaker ones with --limits auto"
-        ) from error
+        failures = [str(f) for f in hostcheck.check(settings.cgroup_root) if not f.works]
+        lines = [
+            "not every limit can be enforced here:",
+            *(failures or [str(error)]),
+            "or accept weaker limits with --limits auto",
+        ]
+        raise SettingsError("\n".join(lines)) from error
     print(f"listening on {server.address}", flush=True)
     number = signal.sigwait(signals)
     logger.info("%s: shutting down", signal.Signals(number).name)
@@ -375,6 +407,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, 1 for an error (2, by argparse, for usage)."""
     arguments = _parse_arguments(argv)
     try:
+        if arguments.command == "check":
+            return _check(arguments.check_root or arguments.cgroup_root)
         if arguments.command == "user":
             _print_user(arguments.name, arguments.role)
         else:
@@ -387,6 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     enforcement=arguments.limits,
                     cgroup_root=arguments.cgroup_root,
                     max_streams=arguments.max_streams,
+                    config=arguments.config,
                 )
             )
     except (SettingsError, auth.UsersFileError, ValueError, OSError) as error:

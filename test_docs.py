@@ -15,6 +15,7 @@ import pytest
 
 import authservice_pb2
 import client
+import config
 import server
 import workerservice_pb2
 from conftest import GUARD_S
@@ -73,11 +74,12 @@ def _server_options(capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_readme_names_every_option_of_the_server(
     readme: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that its help knows, and the command that makes users."""
+    """Those that its help knows, and its other commands."""
     options = _server_options(capsys)
     assert {"--listen", "--users"} <= options
     assert [o for o in sorted(options - {"--help"}) if not _is_named(o, readme)] == []
     assert "./server user" in readme
+    assert "./server check" in readme
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,23 @@ def test_readme_names_every_option_of_the_server(
 def test_readme_names_every_rpc(readme: str, method: str) -> None:
     """By its name in the .proto."""
     assert _is_named(method, readme)
+
+
+@pytest.mark.parametrize("key", config._KEYS)
+def test_readme_names_every_key_of_the_configuration(readme: str, key: str) -> None:
+    """As it stands in the file, where each of the two tables is shown, too."""
+    assert re.search(rf"^\s*#?\s*{key} = ", readme, re.MULTILINE)
+    assert "[defaults]" in readme
+    assert "[ceilings]" in readme
+
+
+def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Path) -> None:
+    """Each block of TOML is a configuration."""
+    blocks = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "limits.toml").write_text(block)
+        config.load_config(tmp_path / "limits.toml")
 
 
 @pytest.mark.parametrize("name", ["JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"])

@@ -7,6 +7,7 @@ that all of them are dead.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -14,15 +15,16 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cgroups import CgroupError, Limits, _physical_disks, _wait_event
+from cgroups import Cgroup, CgroupError, Limits, _physical_disks, _wait_event
 from conftest import GUARD_S, own_cgroup
 from spawner import Spawner
-from worker import CommandNotFoundError, EndReason, Status, Worker
+from worker import CommandError, EndReason, ResourceError, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.kernel
 _HERE = Path(__file__).parent
 _MIB = 1024 * 1024
 _FOREVER = ["-c", "exec sleep infinity"]
+_SIGNALS = "HUP INT QUIT ILL TRAP ABRT BUS FPE USR1 SEGV USR2 PIPE ALRM TERM CHLD CONT TSTP TTIN"
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def _pause(worker: Worker, job_id: str, seconds: float) -> None:
 class _Escapees:
     """A script that tries to get away, and the FIFO that every process of it holds."""
 
-    _COUNT = 6
+    _COUNT = 8
 
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
@@ -97,7 +100,13 @@ class _Escapees:
             (setsid sh -c '{up}; (sleep infinity &) ; exec sleep infinity' &)
             sh -c '{up}; kill -STOP $$' &
             sh -c 'exec <&- >&- 2>&-; {up}; exec sleep infinity' &
-            sh -c 'trap "" TERM INT HUP; {up}; while :; do sleep 1; done' &
+            sh -c 'trap "" {_SIGNALS}; {up}; while :; do sleep 60; done' &
+            job=$(sed -n 's/[^ ]* \\([^ ]*\\) cgroup2 .*/\\1/p' /proc/self/mounts)
+            job=$job$(sed -n s/^0:://p /proc/self/cgroup)
+            mkdir -p "$job/its/own" "$job/its/frozen" || exit
+            sh -c 'echo 0 >"$0/own/cgroup.procs" && {up}; exec sleep infinity' "$job/its" &
+            sh -c 'cd "$0" && echo 0 >cgroup.procs && {up}; echo 1 >cgroup.freeze
+                   exec sleep infinity' "$job/its/frozen" &
             {up}
             """
 
@@ -130,27 +139,44 @@ def escapees(tmp_path: Path) -> Iterator[_Escapees]:
 
 
 def test_job_is_in_its_cgroup_from_its_first_instruction(worker: Worker) -> None:
-    """Of 100 jobs whose only act is to tell where they are, none is elsewhere."""
-    jobs = [worker.start("cat", ["/proc/self/cgroup"]) for _ in range(100)]
-    outside = {
-        job: output
-        for job in jobs
-        if not (output := _output(worker, job)).endswith(f"/jobs/{job}\n".encode())
-    }
+    """Of 500 jobs, started four at a time beside a busy one, none is elsewhere, nor its child."""
+    busy = worker.start("sh", ["-c", "while :; do :; done"], limits=Limits(cpu_cores=0.2))
+    tell = "read place </proc/self/cgroup; echo $place"
+    script = f"{tell}; ({tell})"
+
+    def start(_: int) -> str:
+        job = worker.start("sh", ["-c", script])
+        place = _output(worker, job).decode()
+        expected = f"/jobs/{job}\n"
+        inside = [line.endswith(expected) for line in place.splitlines(keepends=True)]
+        return "" if inside == [True, True] else place
+
+    with ThreadPoolExecutor(4) as pool:
+        outside = [place for place in pool.map(start, range(500)) if place]
     assert not outside
+    assert worker.stop(busy).status is Status.STOPPED
 
 
 def test_limits_are_written_before_the_command_runs(worker: Worker) -> None:
     """What a job reads in its own cgroup first of all are its limits."""
     script = 'cd "$0/$(sed -n s/^0::.//p /proc/self/cgroup)" && cat cpu.max memory.max pids.max'
-    limits = Limits(0.5, 64 * _MIB, 0, _MIB, _MIB, 9)
+    limits = Limits(cpu_cores=0.5, memory_bytes=64 * _MIB, pids=9)
     job = worker.start("sh", ["-c", script, str(_top(worker))], limits=limits)
     assert _output(worker, job) == f"50000 100000\n{64 * _MIB}\n9\n".encode()
 
 
 def test_every_limit_is_in_force_and_told(worker: Worker) -> None:
     """A running job's cgroup has all the limits, and its status shows them."""
-    limits = Limits(0.5, 64 * _MIB, 0, 2 * _MIB, 3 * _MIB, 9)
+    limits = Limits(
+        cpu_cores=0.5,
+        memory_bytes=64 * _MIB,
+        swap_bytes=0,
+        io_read_bps=2 * _MIB,
+        io_write_bps=3 * _MIB,
+        io_read_iops=20,
+        io_write_iops=30,
+        pids=9,
+    )
     job = worker.start("sh", _FOREVER, limits=limits)
     path = _cgroup(worker, job)
     assert worker.status(job).limits == limits
@@ -160,7 +186,7 @@ def test_every_limit_is_in_force_and_told(worker: Worker) -> None:
     assert (path / "pids.max").read_text() == "9\n"
     disks = (path / "io.max").read_text().splitlines()
     assert disks
-    assert all(f"rbps={2 * _MIB} wbps={3 * _MIB}" in disk for disk in disks)
+    assert all(f"rbps={2 * _MIB} wbps={3 * _MIB} riops=20 wiops=30" in disk for disk in disks)
     assert (path / "cgroup.procs").read_text()
 
 
@@ -169,9 +195,12 @@ def test_default_limits_are_in_force(worker: Worker) -> None:
     assert worker.status(worker.start("sh", _FOREVER)).limits == Limits()
 
 
-def test_cpu_limit_is_felt(worker: Worker) -> None:
-    """A busy loop under a limit of 0.2 cores uses that and no more."""
-    job = worker.start("sh", ["-c", "while :; do :; done"], limits=Limits(cpu_cores=0.2))
+@pytest.mark.parametrize("processes", [1, 8])
+def test_cpu_limit_is_felt(worker: Worker, processes: int) -> None:
+    """Busy loops under a limit of 0.2 cores use that together and no more."""
+    busy = "while :; do :; done"
+    script = f"for i in $(seq {processes - 1}); do ({busy}) & done; {busy}"
+    job = worker.start("sh", ["-c", script], limits=Limits(cpu_cores=0.2))
     stat = _cgroup(worker, job) / "cpu.stat"
     before, began = _counters(stat), time.monotonic()
     _pause(worker, job, 5)
@@ -241,7 +270,9 @@ def test_stop_after_a_process_ran_out_of_memory_is_a_stop(worker: Worker) -> Non
         echo one is dead; exec sleep infinity"""
     job = worker.start("sh", ["-c", script, str(_top(worker))])
     _await_output(worker, job, b"one is dead\n")
-    assert worker._job(job)._cgroup.oom_kills() >= 1  # type: ignore[union-attr]
+    usage = worker.status(job).usage
+    assert usage
+    assert usage.oom_kills
     ended = worker.stop(job)
     assert (ended.status, ended.end_reason) == (Status.STOPPED, EndReason.STOPPED_BY_OWNER)
 
@@ -263,7 +294,8 @@ def test_process_limit_is_felt(worker: Worker) -> None:
 
 
 def test_stop_reaches_every_escapee(worker: Worker, escapees: _Escapees) -> None:
-    """When stop returns nothing of the job lives: setsid, double fork, SIGSTOP, closed output."""
+    """When stop returns nothing of the job lives: setsid, double fork, SIGSTOP, closed output,
+    deaf to signals, in a cgroup of its own, frozen in one."""
     job = worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
     escapees.await_up()
     path = _cgroup(worker, job)
@@ -300,6 +332,56 @@ def test_close_leaves_nothing(base: Path, escapees: _Escapees) -> None:
     assert (threading.active_count(), own_cgroup()) == (threads, before)
 
 
+@pytest.mark.parametrize("kill_file", [True, False], ids=["cgroup.kill", "before 5.14"])
+def test_stop_reaches_a_frozen_job(
+    worker: Worker, escapees: _Escapees, monkeypatch: pytest.MonkeyPatch, *, kill_file: bool
+) -> None:
+    """A job that somebody froze as a whole is stopped, on a kernel without cgroup.kill too."""
+    job = worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
+    escapees.await_up()
+    (_cgroup(worker, job) / "cgroup.freeze").write_text("1")
+    assert _wait_event(_cgroup(worker, job), "frozen", "1", GUARD_S)
+    if not kill_file:
+        _refuse(monkeypatch, "cgroup.kill", errno.ENOENT)
+    assert worker.stop(job).status is Status.STOPPED
+    assert escapees.are_dead()
+    assert not _cgroup(worker, job).exists()
+
+
+def test_leaders_exit_ends_every_escapee_without_cgroup_kill(
+    worker: Worker, escapees: _Escapees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an older kernel what the leader leaves behind is frozen and killed."""
+    _refuse(monkeypatch, "cgroup.kill", errno.ENOENT)
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    job = worker.start("sh", ["-c", f"{escapees.script} read x <'{go}'; exit 3"])
+    escapees.await_up()
+    go.write_text("\n")
+    assert worker.wait(job, GUARD_S).exit_code == 3
+    assert escapees.are_dead()
+    assert not _cgroup(worker, job).exists()
+
+
+def test_cgroup_that_is_busy_for_a_moment_is_removed(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rmdir may say EBUSY although the last process has gone; then it is tried again."""
+    refusals = [OSError(errno.EBUSY, os.strerror(errno.EBUSY)) for _ in range(3)]
+    rmdir = Path.rmdir
+
+    def busy_at_first(path: Path) -> None:
+        if refusals:
+            raise refusals.pop()
+        rmdir(path)
+
+    job = worker.start("cat", ["/proc/self/cgroup"])
+    monkeypatch.setattr(Path, "rmdir", busy_at_first)
+    worker.wait(job, GUARD_S)
+    assert not refusals
+    assert not _cgroup(worker, job).exists()
+
+
 # --- failing closed ---------------------------------------------------------------------------
 
 
@@ -318,41 +400,98 @@ def test_worker_that_cannot_enforce_does_not_start(base: Path) -> None:
     bare = base / "bare"
     bare.mkdir()
     before = _held()
-    with pytest.raises(CgroupError, match=r"controllers missing in .*/bare: .*; .*Delegate"):
+    with pytest.raises(CgroupError, match=r"/bare does not have the cpu controller; .*Delegate"):
         Worker(enforcement="require", cgroup_root=bare)
     assert _held() == before
     bare.rmdir()  # possible only when empty
 
 
+_ALL_LIMITS = Limits(io_read_iops=1000, io_write_iops=1000)
+_FILES = ["cpu.max", "memory.max", "memory.oom.group", "memory.swap.max", "io.max", "pids.max"]
+
+
+def _await_failed_start(worker: Worker, marker: Path, limits: Limits | None = None) -> CgroupError:
+    """Start a job that cannot be: nothing may be left of it. Return the error."""
+    before = _held(worker)
+    with pytest.raises(CgroupError) as caught:
+        worker.start("touch", [str(marker)], limits=limits)
+    assert _held(worker) == before
+    assert not marker.exists()
+    assert caught.value.remedy
+    return caught.value
+
+
+def _refuse(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    """Let nobody in this process open a file of that name."""
+    real = os.open
+
+    def refuse(path: Any, *rest: Any, **options: Any) -> int:
+        if not isinstance(path, int) and os.path.basename(path) == name:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
 def test_job_that_cannot_be_limited_does_not_run(worker: Worker, tmp_path: Path) -> None:
     """A limit that the kernel refuses fails the start before the command; nothing is left."""
     marker = tmp_path / "ran"
-    before = _held(worker)
-    with pytest.raises(CgroupError, match=r"pids\.max"):
-        worker.start("touch", [str(marker)], limits=Limits(pids=2**40))
-    assert _held(worker) == before
-    assert not marker.exists()
+    error = _await_failed_start(worker, marker, Limits(pids=2**40))
+    assert str(error).startswith(f"cannot write '{2**40}' to {error.path}: Invalid argument; ")
+    assert error.path.endswith("/pids.max")
     assert worker.wait(worker.start("touch", [str(marker)]), GUARD_S).exit_code == 0
     assert marker.exists()
 
 
+@pytest.mark.parametrize("controller", ["cpu", "memory", "io", "pids"])
+def test_job_without_a_controller_does_not_run(
+    worker: Worker, tmp_path: Path, controller: str
+) -> None:
+    """A controller, and with it its files, that vanishes fails the next start."""
+    (_cgroup(worker, "") / "cgroup.subtree_control").write_text(f"-{controller}")
+    error = _await_failed_start(worker, tmp_path / "ran")
+    assert (error.errno, Path(error.path).name) == (errno.ENOENT, f"{controller}.max")
+    assert error.value in str(error)
+
+
+@pytest.mark.parametrize("name", _FILES)
+def test_job_with_one_limit_missing_does_not_run(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whichever file cannot be written, the error has its path, the value and a remedy."""
+    _refuse(monkeypatch, name, errno.EIO)
+    error = _await_failed_start(worker, tmp_path / "ran", _ALL_LIMITS)
+    assert Path(error.path).name == name
+    assert error.value
+    assert f"cannot write {error.value!r} to {error.path}: Input/output error; " in str(error)
+
+
+def test_job_whose_cgroup_cannot_be_opened_does_not_run(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cgroup that is gone again before its cgroup.procs is opened fails the start."""
+    open_procs = Cgroup.open_procs
+
+    def open_too_late(cgroup: Cgroup) -> int:
+        cgroup.path.rmdir()
+        return open_procs(cgroup)
+
+    monkeypatch.setattr(Cgroup, "open_procs", open_too_late)
+    error = _await_failed_start(worker, tmp_path / "ran")
+    assert str(error).startswith(f"cannot open {error.path}: No such file or directory; ")
+
+
 def test_job_whose_cgroup_cannot_be_made_does_not_run(worker: Worker, tmp_path: Path) -> None:
     """Where no more cgroups are allowed the command is not executed; nothing is left."""
-    marker = tmp_path / "ran"
-    before = _held(worker)
     (_cgroup(worker, "") / "cgroup.max.descendants").write_text("0")
-    with pytest.raises(CgroupError, match="cannot make ") as caught:
-        worker.start("touch", [str(marker)])
-    assert caught.value.remedy
-    assert _held(worker) == before
-    assert not marker.exists()
+    error = _await_failed_start(worker, tmp_path / "ran")
+    assert str(error).startswith(f"cannot make {error.path}: ")
 
 
 def test_job_that_cannot_enter_its_cgroup_does_not_run(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the new process cannot join its cgroup the command is not executed."""
-    marker = tmp_path / "ran"
     spawn = Spawner.spawn
 
     def spawn_too_late(spawner: Spawner, job: str, *rest: Any, **options: Any) -> tuple[int, int]:
@@ -360,18 +499,35 @@ def test_job_that_cannot_enter_its_cgroup_does_not_run(
         return spawn(spawner, job, *rest, **options)
 
     monkeypatch.setattr(Spawner, "spawn", spawn_too_late)
+    error = _await_failed_start(worker, tmp_path / "ran")
+    assert str(error).startswith(f"a new process cannot enter {error.path}: No such device; ")
+    assert error.value == "0"
+
+
+@pytest.mark.parametrize("command", ["no-such-command", "/etc/passwd", "/proc"])
+def test_command_that_cannot_be_executed_leaves_no_cgroup(worker: Worker, command: str) -> None:
+    """What is missing, not executable or a directory has had a cgroup for a moment: it is gone."""
     before = _held(worker)
-    with pytest.raises(CgroupError, match=r"a new process cannot enter .*: No such device"):
-        worker.start("touch", [str(marker)])
+    with pytest.raises(CommandError):
+        worker.start(command)
     assert _held(worker) == before
-    assert not marker.exists()
 
 
-def test_command_that_cannot_be_executed_leaves_no_cgroup(worker: Worker) -> None:
-    """A command that does not exist has had a cgroup for a moment, which is gone."""
+def test_job_without_a_thread_is_killed(
+    worker: Worker, escapees: _Escapees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread can be had for a job that already runs it is killed; nothing is left."""
+
+    def refuse(_: threading.Thread) -> None:
+        escapees.await_up()
+        raise RuntimeError("can't start new thread")
+
     before = _held(worker)
-    with pytest.raises(CommandNotFoundError):
-        worker.start("no-such-command")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceError, match="no room for another thread"):
+            worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
+    assert escapees.are_dead()
     assert _held(worker) == before
 
 
@@ -412,19 +568,27 @@ def test_death_of_the_server_leaves_nothing_running(
     escapees: _Escapees,
     certs: Path,
     start_server: Callable[..., ServerProgram],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """The same for the server itself, started with --limits require."""
+    """The same for the server itself with 20 jobs; its successor removes the cgroups and serves."""
     from client import Client
 
     options = ("--limits", "require", "--cgroup-root", str(base))
     server = start_server(*options)
     with Client(server.address, certs=certs) as client:
         client.login("user", "user")
-        client.start("sh", ["-c", escapees.script + "exec sleep infinity"])
-    escapees.await_up()
+        for _ in range(20):
+            client.start("sh", ["-c", escapees.script + "exec sleep infinity"])
+        escapees.await_up(20)
+    began = time.monotonic()
     server.process.kill()
-    server.process.wait()
-    assert _wait_event(base, "populated", "0", GUARD_S)
+    assert _wait_event(base, "populated", "0", 10)
+    record_property("seconds until all were dead", time.monotonic() - began)
     assert escapees.are_dead()
-    start_server(*options).end()
+    server.process.wait()
+    successor = start_server(*options)
+    with Client(successor.address, certs=certs) as client:
+        client.login("user", "user")
+        assert b"".join(client.stream(client.start("echo", ["hello"]))) == b"hello\n"
+    assert successor.end() == 0
     assert not [each for each in base.iterdir() if each.is_dir()]

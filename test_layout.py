@@ -20,12 +20,16 @@ _IMPORTS = {
     "worker": {"broadcaster", "cgroups", "spawner"},
     "auth": {"jwt"},
     "service": {
-        *("auth", "worker", "grpc", "google"),
+        *("auth", "config", "worker", "grpc", "google"),
         *("authservice_pb2", "authservice_pb2_grpc"),
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
-    "server": {"auth", "service", "worker", "grpc"},
+    "units": set(),
+    "config": {"cgroups", "units"},
+    "hostcheck": {"cgroups", "worker"},
+    "server": {"auth", "config", "hostcheck", "service", "worker", "grpc"},
     "client": {
+        "units",
         *("grpc", "authservice_pb2", "authservice_pb2_grpc"),
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
@@ -90,6 +94,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
     [
         *("worker.py", "spawner.py", "cgroups.py", "broadcaster.py", "auth.py", "server.py"),
         *("client.py", "workerservice.proto", "authservice.proto", "certs/generate.sh"),
+        *("service.py", "config.py", "units.py", "hostcheck.py", "kernel-run"),
         *("workerservice_pb2.py", "workerservice_pb2_grpc.py"),
         *("authservice_pb2.py", "authservice_pb2_grpc.py"),
         *("Makefile", "pyproject.toml", "README.md", "DESIGN.md", "CHANGELOG.md", ".ci/run"),
@@ -99,7 +104,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
 def test_file_is_where_it_is_looked_for(path: str) -> None:
     """The layout is flat; what is to be executed is executable."""
     assert (_HERE / path).is_file()
-    if path in {"client", "server", "certs/generate.sh", ".ci/run"}:
+    if path in {"client", "server", "kernel-run", "certs/generate.sh", ".ci/run"}:
         assert os.access(_HERE / path, os.X_OK)
 
 

@@ -1,0 +1,265 @@
+"""Tests of the arrangements that servers meet, on a real kernel: delegated subtrees, missing
+controllers, a read-only hierarchy, other servers; and of `server check` in each of them.
+
+A delegated subtree is what `systemd-run --scope -p Delegate=yes` arranges: a cgroup whose
+directory and two files belong to the user. systemd itself cannot run in the test kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from conftest import GUARD_S, clean_environment, own_cgroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from conftest import ServerProgram
+
+pytestmark = pytest.mark.kernel
+
+_HERE = Path(__file__).parent
+_NOBODY = 65534
+_ITEMS = ["cgroup v2", "kill", "cpu", "memory", "io", "pids"]
+_IN = ("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"')
+# The right to read lets it run a Python that is, say, in root's home; in a cgroup
+# the right to write is what counts.
+_AS_NOBODY = (
+    *("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+_READ_ONLY = (
+    *("unshare", "--mount", "sh", "-c"),
+    'mount -o remount,ro,bind "$0" && exec "$@"',
+)
+
+
+def _output_of(*command: str | Path) -> tuple[int, str]:
+    """Run a program to its end; its exit status, and its stdout and stderr together.
+
+    The random part of a name in it is replaced by stars.
+    """
+    done = subprocess.run(
+        command,
+        cwd=_HERE,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+    return done.returncode, re.sub(r"job-worker-[0-9a-f]{8}", "job-worker-***", done.stdout)
+
+
+def _check(*options: str | Path, before: tuple[str | Path, ...] = ()) -> tuple[int, list[str]]:
+    """Run `server check`; its exit status and what it printed, by lines."""
+    status, text = _output_of(*before, sys.executable, _HERE / "server.py", "check", *options)
+    return status, text.splitlines()
+
+
+def _require(
+    certs: Path, state: Path, *options: str | Path, before: tuple[str | Path, ...] = ()
+) -> tuple[int, list[str]]:
+    """Run a server with --limits require that cannot start; its exit status and its lines."""
+    common = ("--listen", "127.0.0.1:0", "--certs", certs, "--state-dir", state)
+    program = (sys.executable, _HERE / "server.py", "--limits", "require", *common)
+    status, text = _output_of(*before, *program, *options)
+    return status, text.splitlines()
+
+
+def _state(top: Path, *, but: Path) -> dict[Path, tuple[str, ...]]:
+    """Everything of the hierarchy that is not in `but`: each cgroup, what it says and has."""
+    found = {}
+    for directory, names, _ in os.walk(top):
+        path = Path(directory)
+        names[:] = [name for name in names if path / name != but]
+        files = ("cgroup.subtree_control", "cgroup.procs", "cpu.max", "memory.max", "pids.max")
+        found[path] = tuple((path / f).read_text() for f in files if (path / f).exists())
+    return found
+
+
+@pytest.fixture
+def delegated(base: Path) -> Path:
+    """A cgroup that belongs to an ordinary user."""
+    for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
+        os.chown(path, _NOBODY, _NOBODY)
+    return base
+
+
+@pytest.fixture
+def without_io(base: Path) -> Iterator[Path]:
+    """A cgroup that is handed every controller but io."""
+    (base / "cgroup.subtree_control").write_text("+cpu +memory +pids")
+    path = base / "without-io"
+    path.mkdir()
+    yield path
+    path.rmdir()
+
+
+# --- server check -----------------------------------------------------------------------------
+
+
+def test_check_proves_everything_where_everything_works(base: Path) -> None:
+    """On a host with all that is needed each item is ok, and so is the exit status."""
+    status, lines = _check("--cgroup-root", base)
+    assert [line.partition(":")[0] for line in lines] == [f"ok      {item}" for item in _ITEMS]
+    assert status == 0
+
+
+def test_missing_controller_is_told_by_check_and_by_require(
+    without_io: Path, certs: Path, tmp_path: Path
+) -> None:
+    """The item that fails names the controller and the remedy, and require says the same."""
+    status, lines = _check("--cgroup-root", without_io)
+    (failed,) = [line for line in lines if not line.startswith("ok ")]
+    assert failed.startswith(f"FAILED  io: {without_io} does not have the io controller; ")
+    assert "Delegate=yes" in failed
+    assert (status, len(lines)) == (1, len(_ITEMS))
+    status, lines = _require(certs, tmp_path / "state", "--cgroup-root", without_io)
+    assert failed in lines
+    assert not any("Traceback" in line for line in lines)
+    assert status == 1
+
+
+def test_read_only_hierarchy_is_told_by_check_and_by_require(
+    base: Path, certs: Path, tmp_path: Path
+) -> None:
+    """As in most containers: the message says that it is read-only, and what to start instead."""
+    before = (*_READ_ONLY, base.parent)
+    status, lines = _check("--cgroup-root", base, before=before)
+    (failed,) = lines
+    assert failed.startswith("FAILED  cgroup v2: cannot make ")
+    assert "Read-only file system; the cgroup filesystem is mounted read-only" in failed
+    assert "writable one of its own" in failed
+    assert status == 1
+    status, lines = _require(certs, tmp_path / "state", "--cgroup-root", base, before=before)
+    assert failed in lines
+    assert status == 1
+
+
+def test_host_without_a_disk_is_told_by_check(base: Path) -> None:
+    """Only the limit on disks fails, with what to do about it."""
+    before = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys/block && exec "$@"', "sh")
+    status, lines = _check("--cgroup-root", base, before=before)
+    (failed,) = [line for line in lines if not line.startswith("ok ")]
+    assert failed.startswith("FAILED  io: this host has no physical disk")
+    assert status == 1
+
+
+def test_check_in_no_delegation_says_how_to_get_one(base: Path) -> None:
+    """An ordinary user in a cgroup of root's is told to have one delegated."""
+    status, lines = _check(before=(*_IN, base, *_AS_NOBODY))
+    (failed,) = lines
+    assert failed.startswith(f"FAILED  cgroup v2: cannot make {base}/job-worker-")
+    assert "Permission denied; " in failed
+    assert "systemd-run --scope -p Delegate=yes" in failed
+    assert status == 1
+
+
+# --- an ordinary user -------------------------------------------------------------------------
+
+_WORKER = """
+import os, sys
+from cgroups import Limits
+from worker import Worker
+assert os.geteuid() != 0
+limits = Limits(cpu_cores=0.5, memory_bytes=30 << 20, pids=20)
+with Worker(enforcement="require", limits=limits) as worker:
+    greedy = worker.wait(worker.start("tail", ["/dev/zero"]), 60)
+    print(greedy.end_reason.name, greedy.limits == limits)
+    job = worker.start("sh", ["-c", "setsid sleep infinity & echo up; exec sleep infinity"])
+    next(output := worker.stream(job))
+    print((worker.subtree.jobs / job / "cgroup.procs").read_text().count("\\n"))
+    stopped = worker.stop(job)
+    print(stopped.status.name, stopped.usage.pids_peak, (worker.subtree.jobs / job).exists())
+    output.close()
+    worker.start("sh", ["-c", "setsid sleep infinity & exec sleep infinity"])
+"""
+
+
+def test_ordinary_user_runs_limited_jobs_in_a_delegated_cgroup(delegated: Path) -> None:
+    """Limits are felt, jobs are killed whole, nothing is left and nothing outside is touched."""
+    before = _state(delegated.parent, but=delegated)
+    status, text = _output_of(*_IN, delegated, *_AS_NOBODY, sys.executable, "-c", _WORKER)
+    assert text.split("\n") == ["OUT_OF_MEMORY True", "2", "STOPPED 2 False", ""]
+    assert status == 0
+    assert [each for each in delegated.iterdir() if each.is_dir()] == []
+    assert (delegated / "cgroup.procs").read_text() == ""
+    assert _state(delegated.parent, but=delegated) == before
+
+
+def test_check_as_an_ordinary_user_in_a_delegated_cgroup(delegated: Path) -> None:
+    """All is ok for who has a cgroup of their own."""
+    status, lines = _check(before=(*_IN, delegated, *_AS_NOBODY))
+    assert [line.partition(":")[0] for line in lines] == [f"ok      {item}" for item in _ITEMS]
+    assert status == 0
+
+
+# --- neighbours -------------------------------------------------------------------------------
+
+
+def test_nothing_outside_the_root_is_touched(
+    base: Path, start_server: Callable[..., ServerProgram]
+) -> None:
+    """A server that works below its root changes no other cgroup, and moves no other process."""
+    before = _state(base.parent, but=base)
+    server = start_server("--limits", "require", "--cgroup-root", str(base))
+    during = _state(base.parent, but=base)
+    assert server.end() == 0
+    # The server and its spawner are in our cgroup, like us.
+    own = base.parent / own_cgroup()
+    assert before.pop(own)[0] == during.pop(own)[0]
+    assert during == before
+
+
+def test_stranger_is_not_moved(base: Path, certs: Path, tmp_path: Path) -> None:
+    """With another process in its cgroup the server says so and does not start; that one stays."""
+    command = (*_IN, base, "sh", "-c", "echo up; exec sleep infinity")
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout
+        assert stranger.stdout.readline() == b"up\n"
+        status, lines = _require(certs, tmp_path / "state", before=(*_IN, base))
+        assert (base / "cgroup.procs").read_text() == f"{stranger.pid}\n"
+        stranger.kill()
+    assert status == 1
+    assert f"no process but the server may be in {base}" in "\n".join(lines)
+
+
+def test_two_servers_do_not_disturb_each_other(
+    base: Path, certs: Path, start_server: Callable[..., ServerProgram]
+) -> None:
+    """One is killed and its successor sweeps up after it; the other's job does not notice."""
+    import workerservice_pb2 as worker_pb
+    from client import Client
+
+    options = ("--limits", "require", "--cgroup-root", str(base))
+    steady, doomed = start_server(*options), start_server(*options)
+    with (
+        Client(steady.address, certs=certs) as client,
+        Client(doomed.address, certs=certs) as other,
+    ):
+        client.login("user", "user")
+        other.login("user", "user")
+        job = client.start("sleep", ["infinity"], pids=3)
+        orphan = other.start("sh", ["-c", "setsid sleep infinity & exec sleep infinity"])
+        (path,) = base.glob(f"job-worker-*/jobs/{job}")
+        (left,) = base.glob(f"job-worker-*/jobs/{orphan}")
+        doomed.process.kill()
+        doomed.process.wait()
+        successor = start_server(*options)
+        assert not left.parent.parent.exists()
+        assert (path / "pids.max").read_text() == "3\n"
+        assert client.status(job).status == worker_pb.RUNNING
+        assert successor.end() == 0
+        assert client.status(job).status == worker_pb.RUNNING
+        assert client.stop(job).status == worker_pb.STOPPED
+    assert steady.end() == 0
+    assert not [each for each in base.iterdir() if each.is_dir()]
