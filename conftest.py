@@ -31,11 +31,12 @@ GUARD_S = 60  # only a hang takes this long
 # --- tests marked `kernel` ---------------------------------------------------------------
 #
 # Where this host has what they need they run as they are. Elsewhere each is replaced by a
-# stand-in of the same name, and the first stand-in boots a kernel (./kernel-run) in which
-# another pytest runs just the tests selected. It prints each outcome as a line of JSON.
+# stand-in of the same name, and the first stand-in boots two kernels (./kernel-run), which
+# have one processor each. In each of them another pytest runs half of the tests selected,
+# and prints each outcome as a line of JSON.
 
 _OUTCOME = "@@outcome "  # what comes before it on the line is pytest's progress
-_GUEST = pytest.StashKey["_Guest"]()
+_GUESTS = pytest.StashKey["list[_Guest]"]()
 _INSTALL = "install user-mode-linux and e2fsprogs to run it in a kernel of its own"
 _IN_GUEST = "JOBWORKER_IN_KERNEL" in os.environ
 
@@ -59,11 +60,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if missing
             else _StandIn.from_parent(parent, of=item)
         )
-    config.stash[_GUEST] = _Guest([item.nodeid for item in marked])
+    tests = [item.nodeid for item in marked]
+    config.stash[_GUESTS] = [_Guest(half) for half in (tests[::2], tests[1::2]) if half]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if guest := config.stash.get(_GUEST, None):
+    for guest in config.stash.get(_GUESTS, []):
         guest.close()
 
 
@@ -100,24 +102,21 @@ class _OutcomePrinter:
 
 
 class _Guest:
-    """The kernel in which `tests` run; booted when the first outcome is asked for."""
+    """A kernel in which `tests` run, once it is booted."""
 
     def __init__(self, tests: list[str]) -> None:
-        self._tests = tests
+        self.tests = tests
         self._process: subprocess.Popen[str] | None = None
         self._console: deque[str] = deque(maxlen=100)
         self._outcomes: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
 
-    def outcomes(self, test: str) -> list[dict[str, str]]:
-        """Block until the test has run; return how set-up, call and tear-down ended.
-
-        Not all of them if the kernel, or its pytest, ended before that.
-        """
+    def boot(self) -> None:
+        """Boot it and let the tests begin, unless they have."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [
                     *(str(_HERE / "kernel-run"), sys.executable, "-m", "pytest"),
-                    *("-p", "no:cacheprovider", "--color=no", *self._tests),
+                    *("-p", "no:cacheprovider", "--color=no", *self.tests),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -125,8 +124,18 @@ class _Guest:
                 text=True,
                 errors="replace",
             )
+
+    def outcomes(self, test: str) -> list[dict[str, str]]:
+        """Block until the test has run; return how set-up, call and tear-down ended.
+
+        Not all of them if the kernel, or its pytest, ended before that.
+        """
         outcomes = self._outcomes[test]
-        while self._process.stdout and not (outcomes and outcomes[-1]["when"] == "teardown"):
+        while (
+            self._process
+            and self._process.stdout
+            and not (outcomes and outcomes[-1]["when"] == "teardown")
+        ):
             line = self._process.stdout.readline()
             if not line:
                 break
@@ -174,7 +183,10 @@ class _StandIn(_Placeholder):
     """Passes, fails or is skipped as the test is in the guest."""
 
     def runtest(self) -> None:
-        guest = self.config.stash[_GUEST]
+        guests = self.config.stash[_GUESTS]
+        for guest in guests:
+            guest.boot()
+        guest = next(each for each in guests if self.nodeid in each.tests)
         outcomes = guest.outcomes(self.nodeid)
         if failures := [each["text"] for each in outcomes if each["outcome"] == "failed"]:
             raise _GuestError("\n".join(failures))
