@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import server  # isort: skip -- before grpc: it says which TLS that may speak
 
 import grpc
 
+import workerservice_pb2 as worker_pb
 from client import Client
 
 if TYPE_CHECKING:
@@ -46,16 +48,22 @@ _SILENCE_S = 10.0
 
 
 def _serve_floor() -> None:
-    """A gRPC server with our TLS that answers with nothing, or with zeros."""
-    message = bytes(_MESSAGE_BYTES)
+    """A gRPC server with our TLS that answers with nothing, with messages, or with bytes."""
+    zeros = bytes(_MESSAGE_BYTES)
+    message = worker_pb.StreamOutputResponse(data=zeros)
 
-    def stream(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
-        for _number in range(int(request) // _MESSAGE_BYTES):
-            yield message
+    def stream(request: bytes, _: grpc.ServicerContext) -> Iterator[Any]:
+        yield from itertools.repeat(message, int(request) // _MESSAGE_BYTES)
+
+    def stream_bytes(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
+        yield from itertools.repeat(zeros, int(request) // _MESSAGE_BYTES)
 
     handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(lambda _request, _context: b""),
-        "Stream": grpc.unary_stream_rpc_method_handler(stream),
+        "Stream": grpc.unary_stream_rpc_method_handler(
+            stream, response_serializer=worker_pb.StreamOutputResponse.SerializeToString
+        ),
+        "StreamBytes": grpc.unary_stream_rpc_method_handler(stream_bytes),
     }
     floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
     floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
@@ -91,10 +99,17 @@ class _Floor:
         credentials = grpc.ssl_channel_credentials(*((_CERTS / n).read_bytes() for n in names))
         self._channel = grpc.secure_channel(address, credentials)
         self.unary: Any = self._channel.unary_unary("/Floor/Unary")
-        self._stream: Any = self._channel.unary_stream("/Floor/Stream")
+        self._stream: Any = self._channel.unary_stream(
+            "/Floor/Stream", response_deserializer=worker_pb.StreamOutputResponse.FromString
+        )
+        self._stream_bytes: Any = self._channel.unary_stream("/Floor/StreamBytes")
+        self._request = str(_STREAM_BYTES).encode()
 
     def read_stream(self) -> int:
-        return sum(len(message) for message in self._stream(str(_STREAM_BYTES).encode()))
+        return sum(len(message.data) for message in self._stream(self._request))
+
+    def read_stream_bytes(self) -> int:
+        return sum(len(data) for data in self._stream_bytes(self._request))
 
     def close(self) -> None:
         self._channel.close()
@@ -115,7 +130,7 @@ def _times(call: Callable[[], object], count: int) -> list[float]:
 
 def _report(what: str, ratios: Sequence[float], detail: str) -> None:
     print(
-        f"{what:<46}{statistics.median(ratios):7.2f} x"
+        f"{what:<52}{statistics.median(ratios):7.2f} x"
         f"   ({min(ratios):.2f} to {max(ratios):.2f})   {detail}",
         flush=True,
     )
@@ -156,18 +171,21 @@ def _bench_stream(client: Client, floor: _Floor) -> None:
         if sum(len(data) for data in client.stream(job_id)) != _STREAM_BYTES:
             sys.exit("bench: the stream is not complete")
 
-    follow()
-    floor.read_stream()
-    ours, theirs = [], []
-    for _ in range(_ROUNDS):
-        ours += _times(follow, 1)
-        theirs += _times(floor.read_stream, 1)
-    rate, floor_rate = (_STREAM_BYTES / statistics.median(t) / 1e6 for t in (ours, theirs))
-    _report(
-        "one follower against a bare gRPC stream",
-        [their / our for our, their in zip(ours, theirs, strict=True)],
-        f"{rate:.0f} MB/s / {floor_rate:.0f} MB/s",
-    )
+    calls = (follow, floor.read_stream, floor.read_stream_bytes)
+    times: tuple[list[float], ...] = ([], [], [])
+    for number in range(_ROUNDS + 1):
+        for call, taken in zip(calls, times, strict=True):
+            seconds = _times(call, 1)
+            if number:  # the first round warms up
+                taken.extend(seconds)
+    rates = [_STREAM_BYTES / statistics.median(taken) / 1e6 for taken in times]
+    floors = ("a gRPC stream of such messages", "one of bare bytes, no protobuf")
+    for what, taken, rate in zip(floors, times[1:], rates[1:], strict=True):
+        _report(
+            f"one follower against {what}",
+            [their / our for our, their in zip(times[0], taken, strict=True)],
+            f"{rates[0]:.0f} MB/s / {rate:.0f} MB/s",
+        )
 
 
 def _bench_memory(client: Client, pid: int) -> None:
@@ -182,7 +200,7 @@ def _bench_memory(client: Client, pid: int) -> None:
     grown = _memory_bytes(pid, "VmHWM") - before
     stalled.close()  # type: ignore[attr-defined]
     print(
-        f"{'server growth, 1 GiB of output, one stalled':<46}{grown / _MIB:7.1f} MiB   (at most 16)"
+        f"{'server growth, 1 GiB of output, one stalled':<52}{grown / _MIB:7.1f} MiB   (at most 16)"
     )
 
 
@@ -198,7 +216,7 @@ def _bench_silence(client: Client, pid: int) -> None:
     used = sum(map(_cpu_s, processes)) - before
     client.stop(job_id)
     share = used / _SILENCE_S * 100
-    print(f"{'CPU of 100 silent followers, 10 s':<46}{share:7.2f} %     ({used:.2f} s)")
+    print(f"{'CPU of 100 silent followers, 10 s':<52}{share:7.2f} %     ({used:.2f} s)")
 
 
 def _memory_bytes(pid: int, field: str) -> int:
