@@ -198,7 +198,7 @@ def _bench_memory(client: Client, pid: int) -> None:
     if sum(len(data) for data in client.stream(job_id)) != _BIG_OUTPUT_BYTES:
         sys.exit("bench: the stream is not complete")
     grown = _memory_bytes(pid, "VmHWM") - before
-    stalled.close()  # type: ignore[attr-defined]
+    stalled.close()
     print(
         f"{'server growth, 1 GiB of output, one stalled':<52}{grown / _MIB:7.1f} MiB   (at most 16)"
     )

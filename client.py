@@ -32,7 +32,7 @@ from urllib.parse import quote
 from units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     import grpc
     from google.protobuf.message import Message
@@ -157,7 +157,7 @@ class Client:
         ).jobs
         return jobs
 
-    def stream(self, job_id: str, offset: int = 0) -> Iterator[bytes]:
+    def stream(self, job_id: str, offset: int = 0) -> Generator[bytes, None, None]:
         """Yield the job's output from byte `offset` on, as it comes, until the job ends.
 
         Closing the generator ends the stream.

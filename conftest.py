@@ -22,10 +22,38 @@ if TYPE_CHECKING:
 
     from client import Client
     from server import Server
+    from worker import Worker
 
 
 _HERE = Path(__file__).resolve().parent
 GUARD_S = 60  # only a hang takes this long
+
+
+def descriptors_of(pid: int | str = "self") -> list[str]:
+    """The numbers of the open descriptors of a process."""
+    return sorted(os.listdir(f"/proc/{pid}/fd"))
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes whose parent is `pid`, those that have ended and were not reaped included."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            stat = Path("/proc", name, "stat").read_bytes()
+            if int(stat.rpartition(b")")[2].split()[1]) == pid:
+                found.append(int(name))
+    return found
+
+
+def await_output(worker: Worker, job_id: str, text: bytes) -> None:
+    """Block until the job has written `text`."""
+    output = b""
+    with worker.stream(job_id) as chunks:
+        for chunk in chunks:
+            output += chunk
+            if text in output:
+                return
+    pytest.fail(f"the job ended without writing {text!r}: {output!r}")
 
 
 # --- tests marked `kernel` ---------------------------------------------------------------

@@ -373,8 +373,8 @@ def _set_signals() -> None:
     """Give this process, and so the jobs, an unblocked mask and default dispositions.
 
     All but the two that are the C library's own, which nobody can set. A handler is
-    reset by exec, unlike an ignored signal. The owner's death ends us,
-    not a signal meant for it: a service manager sends SIGTERM to all of us at once.
+    reset by exec, unlike an ignored signal. The owner's death ends us, not a signal
+    meant for it: a service manager sends SIGTERM to all of us at once.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     handled = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}

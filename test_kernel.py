@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cgroups import Cgroup, CgroupError, Limits, _physical_disks, _wait_event
-from conftest import GUARD_S, own_cgroup
+from conftest import GUARD_S, await_output, own_cgroup
 from spawner import Spawner
 from worker import CommandError, EndReason, ResourceError, Status, Worker
 
@@ -61,17 +61,6 @@ def _output(worker: Worker, job_id: str) -> bytes:
     """Block until the job has ended; all it has written."""
     with worker.stream(job_id) as chunks:
         return b"".join(chunks)
-
-
-def _await_output(worker: Worker, job_id: str, text: bytes) -> None:
-    """Block until the job has written `text`."""
-    output = b""
-    with worker.stream(job_id) as chunks:
-        for chunk in chunks:
-            output += chunk
-            if text in output:
-                return
-    pytest.fail(f"the job ended without writing {text!r}: {output!r}")
 
 
 def _counters(path: Path) -> dict[str, int]:
@@ -253,7 +242,7 @@ def test_pressing_against_the_memory_limit_is_not_out_of_memory(worker: Worker) 
     script = f"head -c 60M /dev/{disk} | wc -c; exec sleep infinity"
     limits = Limits(None, 20 * _MIB, None, None, None, None)
     job = worker.start("sh", ["-c", script], limits=limits)
-    _await_output(worker, job, b"%d\n" % (60 * _MIB))
+    await_output(worker, job, b"%d\n" % (60 * _MIB))
     assert _counters(_cgroup(worker, job) / "memory.events")["max"] > 0
     os.kill(worker._job(job)._pid, signal.SIGKILL)
     assert worker.wait(job, GUARD_S).end_reason is EndReason.SIGNALLED
@@ -269,7 +258,7 @@ def test_stop_after_a_process_ran_out_of_memory_is_a_stop(worker: Worker) -> Non
         sh -c 'echo 0 >greedy/cgroup.procs; exec tail /dev/zero'
         echo one is dead; exec sleep infinity"""
     job = worker.start("sh", ["-c", script, str(_top(worker))])
-    _await_output(worker, job, b"one is dead\n")
+    await_output(worker, job, b"one is dead\n")
     usage = worker.status(job).usage
     assert usage
     assert usage.oom_kills
@@ -281,7 +270,7 @@ def test_process_limit_is_felt(worker: Worker) -> None:
     """At its limit a job cannot fork; other jobs and its own stop do not notice."""
     script = "(while :; do sleep infinity & done) 2>&1; exec sleep infinity"
     job = worker.start("sh", ["-c", script], limits=Limits(pids=10))
-    _await_output(worker, job, b"fork")
+    await_output(worker, job, b"fork")
     path = _cgroup(worker, job)
     assert _counters(path / "pids.events")["max"] >= 1
     assert int((path / "pids.current").read_text()) <= 10

@@ -18,7 +18,7 @@ import pytest
 
 import cgroups
 from cgroups import NO_LIMITS, Limits, Usage
-from conftest import GUARD_S
+from conftest import GUARD_S, await_output
 from worker import EndReason, Job, Status, UsageSource, Worker
 
 if TYPE_CHECKING:
@@ -66,17 +66,6 @@ def _usage(job: Job) -> Usage:
     assert job.usage
     assert job.usage_source is UsageSource.CGROUP
     return job.usage
-
-
-def _await_output(worker: Worker, job_id: str, text: bytes) -> None:
-    """Block until the job has written `text`."""
-    output = b""
-    with worker.stream(job_id) as chunks:
-        for chunk in chunks:
-            output += chunk
-            if text in output:
-                return
-    pytest.fail(f"the job ended without writing {text!r}: {output!r}")
 
 
 # --- memory -----------------------------------------------------------------------------------
@@ -274,7 +263,7 @@ def test_usage_is_what_the_job_used(worker: Worker, tmp_path: Path) -> None:
     os.mkfifo(go)
     program = ["-I", "-S", "-c", _LOAD, str(go)]
     job_id = worker.start(sys.executable, program, limits=NO_LIMITS)
-    _await_output(worker, job_id, b"\n")
+    await_output(worker, job_id, b"\n")
     live = _usage(worker.status(job_id))
     go.write_text("\n")
     final = _usage(worker.wait(job_id, GUARD_S))
@@ -316,7 +305,7 @@ def test_throttled_time_is_told(worker: Worker) -> None:
 def test_usage_is_final_even_when_the_job_is_stopped(worker: Worker) -> None:
     """What is told of a stopped job was read before its cgroup went."""
     job = worker.start("sh", ["-c", "echo up; while :; do :; done"])
-    _await_output(worker, job, b"up\n")
+    await_output(worker, job, b"up\n")
     live = _usage(worker.status(job))
     stopped = worker.stop(job)
     assert stopped.status is Status.STOPPED

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import spawner as spawner_module
+from conftest import children_of, descriptors_of
 from spawner import Exit, Spawner, SpawnerDiedError, read_exit
 
 if TYPE_CHECKING:
@@ -65,20 +66,6 @@ class _Job:
         return end and Exit(end.exit_code, end.signal)
 
 
-def _descriptors(pid: int | str = "self") -> list[str]:
-    return sorted(os.listdir(f"/proc/{pid}/fd"))
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            stat = Path("/proc", name, "stat").read_bytes()
-            if int(stat.rpartition(b")")[2].split()[1]) == pid:
-                found.append(int(name))
-    return found
-
-
 def _await_end(pidfd: int) -> None:
     assert select.select([pidfd], [], [], _GUARD_S)[0]
 
@@ -92,9 +79,9 @@ def _program(source: str, *args: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _nothing_leaks() -> Iterator[None]:
     """Every test, whatever it does, must give back all descriptors and processes."""
-    before = _descriptors(), _children(os.getpid())
+    before = descriptors_of(), children_of(os.getpid())
     yield
-    assert (_descriptors(), _children(os.getpid())) == before
+    assert (descriptors_of(), children_of(os.getpid())) == before
 
 
 @pytest.fixture
@@ -238,26 +225,26 @@ def test_failed_start_leaves_nothing_and_the_next_one_works(
 ) -> None:
     """The helper keeps neither a child nor a descriptor of a job that never was."""
     spawner.kill("warm-up")
-    before = _descriptors(), _descriptors(spawner.pid)
+    before = descriptors_of(), descriptors_of(spawner.pid)
     for _ in range(5):
         with pytest.raises(OSError, match=os.strerror(code)):
             spawn(*argv)
     spawner.kill("nobody")  # the helper has cleaned up once it answers this
-    assert (_descriptors(), _descriptors(spawner.pid)) == before
-    assert _children(spawner.pid) == []
+    assert (descriptors_of(), descriptors_of(spawner.pid)) == before
+    assert children_of(spawner.pid) == []
     assert spawn("echo", "fine").read() == b"fine\n"
 
 
 def test_helper_keeps_nothing_of_ended_jobs(spawner: Spawner, spawn: Callable[..., _Job]) -> None:
     """After thirty jobs it has no more descriptors and children than before."""
     spawner.kill("warm-up")
-    before = _descriptors(spawner.pid)
+    before = descriptors_of(spawner.pid)
     for i in range(30):
         job = spawn("true", name=str(i))
         assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
     spawner.kill("nobody")
-    assert _descriptors(spawner.pid) == before
-    assert _children(spawner.pid) == []
+    assert descriptors_of(spawner.pid) == before
+    assert children_of(spawner.pid) == []
 
 
 def test_orphans_are_reaped(spawner: Spawner, spawn: Callable[..., _Job], tmp_path: Path) -> None:
@@ -271,13 +258,13 @@ def test_orphans_are_reaped(spawner: Spawner, spawn: Callable[..., _Job], tmp_pa
     job = spawn("sh", "-c", script, "sh", daemon_script, str(fifo), str(up))
     daemon = int(job.readline())
     assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
-    assert _children(spawner.pid) == [daemon]
+    assert children_of(spawner.pid) == [daemon]
     with contextlib.closing(_Pidfd(daemon)) as pidfd:
         fifo.write_text("go\n")
         _await_end(pidfd.fd)
     other = spawn("true", name="other")  # the helper reaps all there is when this one ends
     assert [other.exit(), other.exit()] == [Exit(exit_code=0), None]
-    assert _children(spawner.pid) == []
+    assert children_of(spawner.pid) == []
 
 
 class _Pidfd:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from cgroups import NO_LIMITS
+from conftest import children_of, descriptors_of
 from spawner import read_exit
 from worker import (
     MAX_ARGV_BYTES,
@@ -79,7 +80,7 @@ def _nothing_leaks() -> Iterator[None]:
 
     def held() -> tuple[object, ...]:
         cgroup = Path("/proc/self/cgroup").read_text()
-        return _descriptors(), threading.active_count(), _children(os.getpid()), cgroup
+        return descriptors_of(), threading.active_count(), children_of(os.getpid()), cgroup
 
     before = held()
     yield
@@ -169,39 +170,25 @@ _EXITED_7 = (Status.FINISHED, EndReason.EXITED, 7, None)
 _LOST = (Status.FINISHED, EndReason.LOST, None, None)
 
 
-def _descriptors(pid: int | str = "self") -> list[str]:
-    return sorted(os.listdir(f"/proc/{pid}/fd"))
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            line = Path("/proc", name, "stat").read_bytes()
-            if int(line.rpartition(b")")[2].split()[1]) == pid:
-                found.append(int(name))
-    return found
-
-
 def _traces(worker: Worker) -> dict[str, object]:
     """Everything a job could leave behind."""
     spawner = worker._spawner
     spawner.kill("nobody")  # once it answers, the helper has cleaned up after the last request
     jobs = worker._subtree.jobs if worker._subtree else None
     return {
-        "descriptors": _descriptors(),
-        "helper's descriptors": _descriptors(spawner.pid),
+        "descriptors": descriptors_of(),
+        "helper's descriptors": descriptors_of(spawner.pid),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "files": sorted(os.listdir(worker._output_dir.path)),
         "cgroups": sorted(path.name for path in jobs.iterdir() if path.is_dir()) if jobs else [],
-        "processes": _children(spawner.pid),
+        "processes": children_of(spawner.pid),
         "jobs": worker.list(),
     }
 
 
 def _await_reaped(worker: Worker) -> None:
     """Block until the helper has reaped its children, which are about to die."""
-    for pid in _children(worker._spawner.pid):
+    for pid in children_of(worker._spawner.pid):
         with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as pidfd:
             assert select.select([pidfd], [], [], _GUARD_S)[0]
     # It reaps all there is when this one ends.
@@ -691,7 +678,7 @@ def test_stop_leaves_no_process_of_a_big_tree(worker: Worker, fifo: _Fifo) -> No
         fifo.readline()
     assert _end(worker.stop(job_id)) == _STOPPED
     assert not fifo.is_held()
-    assert _children(worker._spawner.pid) == []
+    assert children_of(worker._spawner.pid) == []
 
 
 def test_stop_reaches_escapees(fifo: _Fifo) -> None:
@@ -756,7 +743,7 @@ def test_starts_and_stops_in_parallel_leave_nothing(
     for future in [pool.submit(live, i) for i in range(8)]:
         future.result(_GUARD_S)
     assert not fifo.is_held()
-    assert _children(worker._spawner.pid) == []
+    assert children_of(worker._spawner.pid) == []
 
 
 def test_processes_that_will_not_die_are_reported(
@@ -1076,7 +1063,7 @@ def test_close_ends_everything(
 ) -> None:
     """Jobs stop for SERVER_SHUTDOWN, streams end; no process, thread, file or cgroup stays."""
     pool.submit(int).result(_GUARD_S)
-    descriptors = _descriptors()
+    descriptors = descriptors_of()
     worker = Worker(enforcement=enforcement)
     directory, subtree = worker._output_dir.path, worker._subtree
     done = worker.start("true")
@@ -1095,7 +1082,7 @@ def test_close_ends_everything(
     assert worker.status(done) == ended
     assert not fifo.is_held()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("job-")]
-    assert _descriptors() == descriptors
+    assert descriptors_of() == descriptors
     assert not directory.exists()
     assert subtree is None or not subtree.path.exists()
 
@@ -1237,11 +1224,11 @@ def test_start_after_the_spawner_died_leaves_nothing(worker: Worker) -> None:
     os.kill(worker._spawner.pid, signal.SIGKILL)
     with pytest.raises(SpawnerDiedError):
         worker.start("true")
-    before = _descriptors(), threading.active_count(), list(worker._output_dir.path.iterdir())
+    before = descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
     for _ in range(5):
         with pytest.raises(SpawnerDiedError):
             worker.start("true")
-    after = _descriptors(), threading.active_count(), list(worker._output_dir.path.iterdir())
+    after = descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
     assert after == before
     assert before[2] == []
     if worker._subtree is not None:
