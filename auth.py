@@ -1,19 +1,25 @@
-"""Who may call, and what: users, passwords, tokens, and the one permission table.
+"""Who may call, and what: logins, tokens, logouts, and the one permission table.
 
-    authenticator = Authenticator(users=SEEDED_USERS, key=load_key("state/token.key"))
-    token, expires_at = authenticator.login("user", "user", certificate)
+    authenticator = Authenticator(
+        users=SEEDED_USERS,
+        key=load_key("state/token.key"),
+        revocations=Revocations("state/revoked"),
+    )
+    token, expires_at = authenticator.login("user", "user", certificate, "192.0.2.1")
     identity = authenticator.authenticate(token, certificate)
     identity.reaches(job.owner)
+    authenticator.logout(identity)
 
 A certificate is given as its DER bytes; a token is worth nothing without the one
-that was presented at login. This module does no I/O but for its two files, and
+that was presented at login. It ends with its expiry, a logout, and any change of its
+user's name, role or password. This module does no I/O but for the key's file, and
 knows nothing of gRPC.
 
 Thread safety: everything may be called from any thread. Nothing is held during a
-password's hashing but one of the few places for it.
+password's hashing but one of the few places for it. No lock is taken inside another.
 
-Sources: RFC 7519 (JWT), RFC 8705 section 3.1 (`cnf`, `x5t#S256`), OWASP Password
-Storage Cheat Sheet (scrypt parameters).
+Sources: RFC 7519 (JWT), RFC 8725 (its pitfalls), RFC 8705 section 3.1 (`cnf`,
+`x5t#S256`).
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 import os
 import re
 import secrets
@@ -30,30 +37,30 @@ import threading
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import jwt
 
+from revocations import RevocationError, Revocations
+from throttle import LoginThrottle, TooManyLoginsError
+from users import Role, User, password_matches
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = [
     "PERMISSIONS",
-    "SEEDED_USERS",
     "AuthenticationError",
     "Authenticator",
     "Identity",
     "LoginsClosedError",
+    "RevocationError",
+    "Revocations",
     "Role",
+    "TokenError",
     "TooManyLoginsError",
-    "User",
-    "UsersFileError",
-    "has_public_password",
-    "hash_password",
     "load_key",
-    "load_users",
     "may_call",
 ]
 
@@ -62,25 +69,30 @@ _ISSUER = "job-worker"
 _AUDIENCE = "jobworker.v1"
 _ALGORITHM = "HS256"
 _KEY_BYTES = 32
-_REQUIRED_CLAIMS = ["iss", "aud", "sub", "role", "iat", "exp", "jti", "cnf"]
+_ENTRY_BYTES = 16
 _THUMBPRINT = "x5t#S256"
+_TOKEN_MAX_CHARACTERS = 2048  # ours have some 600; nothing longer is looked at
+_TOKEN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-# scrypt as OWASP asks: N=2^17, r=8, p=1. One hash takes about 0.5 s and 128 MiB, so
-# only a few run at once and a few more wait.
-_SCRYPT_LOG2_N = 17
-_SCRYPT_R = 8
-_SCRYPT_P = 1
-_SCRYPT_MAX_LOG2_N = 20
-_SALT_BYTES = 16
-_HASH_BYTES = 32
+# Each takes a core, 128 MiB and about 0.5 s.
 _HASHES_AT_ONCE = 2
-_LOGINS_AT_ONCE = 8
 
-_USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+# Whoever has one IPv6 address has all that share these bits with it (RFC 6177).
+_IPV6_PEER_BITS = 64
 
 
 class AuthenticationError(Exception):
     """The caller is not who they must be. The message tells nothing that helps to guess."""
+
+
+class TokenError(AuthenticationError):
+    """There is no token, or it is not valid: one message, whatever is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no valid token; log in (again), and send it as the metadata `authorization: "
+            "Bearer TOKEN`, with the client certificate of the login"
+        )
 
 
 class LoginsClosedError(Exception):
@@ -90,43 +102,18 @@ class LoginsClosedError(Exception):
         super().__init__("the server is shutting down")
 
 
-class TooManyLoginsError(Exception):
-    """More logins are under way than the server takes at once."""
-
-    def __init__(self) -> None:
-        super().__init__("too many logins at once; try again in a few seconds")
-
-
-class UsersFileError(ValueError):
-    """The users file is wrong; the message names the line and the right form."""
-
-
-class Role(Enum):
-    """What a user is."""
-
-    ADMIN = "admin"  # reaches every job
-    USER = "user"  # reaches their own jobs
-
-
-@dataclass(frozen=True, slots=True)
-class User:
-    """An entry of the users table."""
-
-    name: str
-    role: Role
-    password_hash: str = field(repr=False)
-
-    def __str__(self) -> str:
-        """The entry as it stands in a users file."""
-        return f"{self.name}:{self.role.value}:{self.password_hash}"
-
-
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who is calling, as their token and their certificate prove."""
 
     name: str
     role: Role
+    token_id: str
+    """The token's `jti`."""
+    expires_at: datetime
+    """When the token does, UTC."""
+    entry: str = field(repr=False)
+    """A digest of the user's entry, to see whether it has changed."""
 
     def reaches(self, owner: str) -> bool:
         """Whether this caller may see and stop the jobs of `owner`."""
@@ -139,6 +126,7 @@ _EVERYONE = frozenset(Role)
 # here is denied. Which jobs a caller reaches is `Identity.reaches`.
 PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.AuthService/Login": None,
+    "/jobworker.v1.AuthService/Logout": _EVERYONE,
     "/jobworker.v1.WorkerService/StartJob": _EVERYONE,
     "/jobworker.v1.WorkerService/StopJob": _EVERYONE,
     "/jobworker.v1.WorkerService/GetJobStatus": _EVERYONE,
@@ -152,37 +140,28 @@ def may_call(method: str, role: Role) -> bool:
     return role in (PERMISSIONS.get(method) or ())
 
 
-# Their passwords are their names, as the documentation tells everybody.
-SEEDED_USERS: Final = (
-    User(
-        "admin",
-        Role.ADMIN,
-        "scrypt$17$8$1$3KPeR6euCs0VcdrazV67eA$uDdjFrRiYb8y8Ua7rYVw0GOA2Wrranw3Q2aWPw4Yo-I",
-    ),
-    User(
-        "user",
-        Role.USER,
-        "scrypt$17$8$1$8rDromLblb-Hpr595lVKog$3FlVXG5vlZ73LhjAfEiWPoOhbyY9x7UJ4DCZGtWJDnA",
-    ),
-)
-
-
 class Authenticator:
     """Checks passwords and tokens against a table of users.
 
-    `key`: the 32 bytes that sign tokens. Raises ValueError for two users of one name
-    or none at all.
+    `key`: the 32 bytes that sign tokens. `revocations`: where logouts are kept, the
+    caller's to close; None for in memory only. Raises ValueError for two users of one
+    name or none at all.
     """
 
-    def __init__(self, *, users: Iterable[User], key: bytes) -> None:
-        users = tuple(users)
-        self._users = {user.name: user for user in users}
-        if not self._users or len(self._users) != len(users):
-            raise ValueError("there must be users, and each name only once")
+    def __init__(
+        self, *, users: Iterable[User], key: bytes, revocations: Revocations | None = None
+    ) -> None:
         self._key = key
-        self._logins = threading.BoundedSemaphore(_LOGINS_AT_ONCE)
+        self._revocations = Revocations(None) if revocations is None else revocations
+        self._throttle = LoginThrottle()
         self._hashes = threading.BoundedSemaphore(_HASHES_AT_ONCE)
         self._closed = threading.Event()
+        # Guards the watchers, whose keys only tell them apart. Never held while one is called.
+        self._lock = threading.Lock()
+        self._watchers: dict[object, tuple[Identity, Callable[[], None]]] = {}
+        # By name; only ever replaced as a whole, so whoever reads it once has one state.
+        self._users: Mapping[str, User] = {}
+        self.set_users(users)
 
     def close(self) -> None:
         """Give up the logins that wait for others to be checked; idempotent.
@@ -191,173 +170,175 @@ class Authenticator:
         """
         self._closed.set()
 
-    def login(self, username: str, password: str, certificate: bytes) -> tuple[str, datetime]:
+    def set_users(self, users: Iterable[User]) -> None:
+        """Replace the table of users, for all threads at once.
+
+        The tokens of those who are not in it any more, or with another role or password
+        hash, are invalid from now on. Raises ValueError, as the constructor does, and then
+        changes nothing.
+        """
+        users = tuple(users)
+        by_name = {user.name: user for user in users}
+        if not by_name or len(by_name) != len(users):
+            raise ValueError("there must be users, and each name only once")
+        self._users = by_name
+        self._tell_watchers()
+
+    def login(
+        self, username: str, password: str, certificate: bytes, peer: str
+    ) -> tuple[str, datetime]:
         """Check the password; return a token bound to `certificate`, and its expiry (UTC).
 
-        Takes about 0.5 s, and up to 2 s when others log in at the same time. Raises
-        `AuthenticationError`, the same and after the same time for an unknown user and a
-        wrong password; `TooManyLoginsError`, at once; `LoginsClosedError`.
+        `peer`: the network address of the caller. Takes about 0.5 s, and up to 2 s when
+        others log in at the same time. Raises `AuthenticationError`, the same and after the
+        same time for an unknown user and a wrong password; `TooManyLoginsError`, at once;
+        `LoginsClosedError`.
         """
-        if not self._logins.acquire(blocking=False):
-            raise TooManyLoginsError
-        try:
-            user = self._users.get(username)
-            # For an unknown user somebody's hash is computed all the same.
-            some_hash = (user or next(iter(self._users.values()))).password_hash
-            with self._hashes:
-                if self._closed.is_set():
-                    raise LoginsClosedError
-                matches = _password_matches(password, some_hash)
-        finally:
-            self._logins.release()
-        if user is None or not matches:
+        users = self._users
+        user = users.get(username)
+        # For an unknown user somebody's hash is computed all the same.
+        some_hash = (user or next(iter(users.values()))).password_hash
+        with (
+            self._throttle.attempt(username, _peer_key(peer, certificate)) as attempt,
+            self._hashes,
+        ):
+            if self._closed.is_set():
+                raise LoginsClosedError
+            attempt.succeeded = password_matches(password, some_hash) and user is not None
+        if user is None or not attempt.succeeded:
             raise AuthenticationError("wrong user name or password")
-        issued_at = datetime.now(UTC).replace(microsecond=0)
-        expires_at = issued_at + TOKEN_LIFETIME
+        now = datetime.now(UTC).replace(microsecond=0)
+        token = self._token(user, str(uuid.uuid4()), int(now.timestamp()), certificate)
+        return token, now + TOKEN_LIFETIME
+
+    def authenticate(self, token: str, certificate: bytes) -> Identity:
+        """Return who presents `token` over a connection with `certificate`.
+
+        Raises `TokenError`, whatever is wrong.
+        """
+        # Without the key nobody gets further than the signature: what is in the payload
+        # is ours. All the same, nothing but what `login` writes is accepted.
+        if len(token) <= _TOKEN_MAX_CHARACTERS and token.isascii():
+            with contextlib.suppress(jwt.InvalidTokenError):
+                claims = jwt.decode(
+                    token,
+                    self._key,
+                    algorithms=[_ALGORITHM],
+                    audience=_AUDIENCE,
+                    issuer=_ISSUER,
+                    options={"require": ["sub", "iat", "exp", "jti"]},
+                )
+                user = self._users.get(claims["sub"])
+                issued_at, token_id = claims["iat"], claims["jti"]
+                # The one comparison that covers header, role, entry, `cnf`, spelling, and
+                # claims too many, too few or of the wrong type.
+                if (
+                    user is not None
+                    and type(issued_at) is int
+                    and _TOKEN_ID.fullmatch(token_id)
+                    and hmac.compare_digest(
+                        token, self._token(user, token_id, issued_at, certificate)
+                    )
+                ):
+                    expires_at = datetime.fromtimestamp(claims["exp"], UTC)
+                    entry = self._entry(user)
+                    identity = Identity(user.name, user.role, token_id, expires_at, entry)
+                    if self.is_valid(identity):
+                        return identity
+        raise TokenError
+
+    def is_valid(self, identity: Identity) -> bool:
+        """Whether the token of `identity` is still good: no expiry, logout or change of user."""
+        user = self._users.get(identity.name)
+        return (
+            user is not None
+            and hmac.compare_digest(identity.entry, self._entry(user))
+            and identity.token_id not in self._revocations
+            and datetime.now(UTC) < identity.expires_at
+        )
+
+    def logout(self, identity: Identity) -> None:
+        """Make the token of `identity` invalid for good; idempotent.
+
+        Blocks until it is on the disk. Raises `RevocationError`, and then the token is as
+        valid as before.
+        """
+        self._revocations.add(identity.token_id, identity.expires_at)
+        self._tell_watchers()
+
+    def watch(self, identity: Identity, on_invalid: Callable[[], None]) -> Callable[[], None]:
+        """Have `on_invalid` called once when a logout or `set_users` ends the token of `identity`.
+
+        At once if it is not valid now. Expiry alone calls nothing: ask `is_valid`. The
+        call comes from the thread that ended the token; it must not block or raise. Returns
+        a function, idempotent, that takes this back; a call that has begun goes on.
+        """
+        key = object()
+        with self._lock:
+            # Looked at while nobody can tell the watchers, so that no end falls between.
+            is_valid = self.is_valid(identity)
+            if is_valid:
+                self._watchers[key] = (identity, on_invalid)
+        if not is_valid:
+            on_invalid()
+
+        def forget() -> None:
+            with self._lock:
+                self._watchers.pop(key, None)
+
+        return forget
+
+    def _tell_watchers(self) -> None:
+        with self._lock:
+            invalid = {
+                key: on_invalid
+                for key, (identity, on_invalid) in self._watchers.items()
+                if not self.is_valid(identity)
+            }
+            for key in invalid:
+                del self._watchers[key]
+        for on_invalid in invalid.values():
+            on_invalid()
+
+    def _token(self, user: User, token_id: str, issued_at: int, certificate: bytes) -> str:
         claims = {
             "iss": _ISSUER,
             "aud": _AUDIENCE,
             "sub": user.name,
             "role": user.role.value,
+            "entry": self._entry(user),
             "iat": issued_at,
-            "exp": expires_at,
-            "jti": str(uuid.uuid4()),
+            "exp": issued_at + int(TOKEN_LIFETIME.total_seconds()),
+            "jti": token_id,
             "cnf": {_THUMBPRINT: _thumbprint(certificate)},
         }
-        return jwt.encode(claims, self._key, algorithm=_ALGORITHM), expires_at
+        return jwt.encode(claims, self._key, algorithm=_ALGORITHM)
 
-    def authenticate(self, token: str, certificate: bytes) -> Identity:
-        """Return who presents `token` over a connection with `certificate`.
-
-        Raises `AuthenticationError`, with one message whatever is wrong.
-        """
-        with contextlib.suppress(jwt.InvalidTokenError):
-            claims = jwt.decode(
-                token,
-                self._key,
-                algorithms=[_ALGORITHM],
-                audience=_AUDIENCE,
-                issuer=_ISSUER,
-                options={"require": _REQUIRED_CLAIMS},
-            )
-            user = self._users.get(claims["sub"])
-            # A role that was changed since makes the token as good as none.
-            if (
-                user is not None
-                and claims["role"] == user.role.value
-                and _is_bound_to(claims, certificate)
-            ):
-                return Identity(user.name, user.role)
-        raise AuthenticationError("the token is not valid (any more) here; log in again")
-
-
-def _is_bound_to(claims: Mapping[str, Any], certificate: bytes) -> bool:
-    confirmation = claims["cnf"]
-    bound = confirmation.get(_THUMBPRINT) if isinstance(confirmation, dict) else None
-    return isinstance(bound, str) and hmac.compare_digest(
-        bound.encode(), _thumbprint(certificate).encode()
-    )
+    def _entry(self, user: User) -> str:
+        # Keyed, so that a token tells nothing about the hash. The key signs tokens as well,
+        # but what is signed there has no colon and this always has.
+        return _base64(hmac.digest(self._key, str(user).encode(), "sha256")[:_ENTRY_BYTES])
 
 
 def _thumbprint(certificate: bytes) -> str:
     return _base64(hashlib.sha256(certificate).digest())
 
 
-# --- passwords ------------------------------------------------------------------------
-
-
-def hash_password(password: str) -> str:
-    """Return `scrypt$LOG2_N$R$P$SALT$HASH` with a new salt, both in base64url."""
-    salt = secrets.token_bytes(_SALT_BYTES)
-    digest = _scrypt(password, salt, _SCRYPT_LOG2_N, _SCRYPT_R, _SCRYPT_P)
-    cost = f"{_SCRYPT_LOG2_N}${_SCRYPT_R}${_SCRYPT_P}"
-    return f"scrypt${cost}${_base64(salt)}${_base64(digest)}"
-
-
-def has_public_password(user: User) -> bool:
-    """Whether `user` is one of the seeded users, or has the same well-known password."""
-    return user in SEEDED_USERS or (
-        user.name in {seeded.name for seeded in SEEDED_USERS}
-        and _password_matches(user.name, user.password_hash)
-    )
-
-
-def _password_matches(password: str, password_hash: str) -> bool:
-    cost, salt, digest = _parse_hash(password_hash)
-    return hmac.compare_digest(_scrypt(password, salt, *cost), digest)
-
-
-def _parse_hash(password_hash: str) -> tuple[tuple[int, int, int], bytes, bytes]:
-    """Take `hash_password`'s result apart. Raises ValueError."""
-    scheme, log2_n, r, p, salt, digest = password_hash.split("$")
-    cost = (int(log2_n), int(r), int(p))
-    if scheme != "scrypt" or not 1 <= cost[0] <= _SCRYPT_MAX_LOG2_N or min(cost) < 1:
-        raise ValueError("not a scrypt hash")
-    raw_salt, raw_digest = (base64.urlsafe_b64decode(part + "==") for part in (salt, digest))
-    if len(raw_digest) != _HASH_BYTES:
-        raise ValueError("not a scrypt hash of 32 bytes")
-    return cost, raw_salt, raw_digest
-
-
-def _scrypt(password: str, salt: bytes, log2_n: int, r: int, p: int) -> bytes:
-    n = 1 << log2_n
-    return hashlib.scrypt(
-        password.encode(),
-        salt=salt,
-        n=n,
-        r=r,
-        p=p,
-        dklen=_HASH_BYTES,
-        maxmem=128 * r * (n + p + 2) + 1024 * 1024,  # RFC 7914 section 2, and some room
-    )
-
-
 def _base64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-# --- files ------------------------------------------------------------------------------
+def _peer_key(peer: str, certificate: bytes) -> str:
+    """Return what the throttle takes for one place to log in from."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.IPv6Address(peer)
+        if address.ipv4_mapped is None:
+            network = ipaddress.IPv6Network((int(address), _IPV6_PEER_BITS), strict=False)
+            peer = str(network)
+    return f"{peer} {_thumbprint(certificate)}"
 
 
-def make_user(name: str, role: str, password: str) -> User:
-    """Make an entry for the users file. Raises ValueError for a bad name, role or password."""
-    if not _USER_NAME.fullmatch(name):
-        raise ValueError(
-            f"bad user name {name!r}: up to 64 letters, digits and . _ @ -, a letter or digit first"
-        )
-    if not password:
-        raise ValueError("the password must not be empty")
-    return User(name, Role(role), hash_password(password))
-
-
-def load_users(path: str | os.PathLike[str]) -> tuple[User, ...]:
-    """Read a users file: one `NAME:ROLE:HASH` a line, blank lines and `#` comments apart.
-
-    Raises OSError; `UsersFileError` for anything that is wrong in it.
-    """
-    users: dict[str, User] = {}
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
-        try:
-            name, role, password_hash = entry.split(":")
-            _parse_hash(password_hash)
-            user = User(name, Role(role), password_hash)
-        except ValueError:
-            user = None
-        if user is None or not _USER_NAME.fullmatch(user.name):
-            raise UsersFileError(
-                f"{path}, line {number}: not NAME:ROLE:HASH with the role admin or user; "
-                "make an entry with: ./server user NAME --role ROLE"
-            )
-        if user.name in users:
-            raise UsersFileError(f"{path}, line {number}: a second entry for {user.name}")
-        users[user.name] = user
-    if not users:
-        raise UsersFileError(f"{path}: no users in it")
-    return tuple(users.values())
+# --- the token key ---------------------------------------------------------------------
 
 
 def load_key(path: str | os.PathLike[str]) -> bytes:

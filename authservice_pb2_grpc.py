@@ -39,6 +39,11 @@ class AuthServiceStub:
                 request_serializer=authservice__pb2.LoginRequest.SerializeToString,
                 response_deserializer=authservice__pb2.LoginResponse.FromString,
                 _registered_method=True)
+        self.Logout = channel.unary_unary(
+                '/jobworker.v1.AuthService/Logout',
+                request_serializer=authservice__pb2.LogoutRequest.SerializeToString,
+                response_deserializer=authservice__pb2.LogoutResponse.FromString,
+                _registered_method=True)
 
 
 class AuthServiceServicer:
@@ -51,7 +56,17 @@ class AuthServiceServicer:
         `cnf`) and is refused with any other.
 
         Errors: UNAUTHENTICATED, the same for an unknown user and a wrong password;
-        RESOURCE_EXHAUSTED when too many logins are under way.
+        RESOURCE_EXHAUSTED when too many logins are under way, or have failed lately for
+        this user from here or from here at all. Its trailing metadata `retry-after` says
+        in how many seconds to try again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Logout(self, request, context):
+        """Makes the token of this call worthless, for good; streams that were opened with it
+        end with UNAUTHENTICATED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -64,6 +79,11 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.Login,
                     request_deserializer=authservice__pb2.LoginRequest.FromString,
                     response_serializer=authservice__pb2.LoginResponse.SerializeToString,
+            ),
+            'Logout': grpc.unary_unary_rpc_method_handler(
+                    servicer.Logout,
+                    request_deserializer=authservice__pb2.LogoutRequest.FromString,
+                    response_serializer=authservice__pb2.LogoutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -93,6 +113,33 @@ class AuthService:
             '/jobworker.v1.AuthService/Login',
             authservice__pb2.LoginRequest.SerializeToString,
             authservice__pb2.LoginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Logout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jobworker.v1.AuthService/Logout',
+            authservice__pb2.LogoutRequest.SerializeToString,
+            authservice__pb2.LogoutResponse.FromString,
             options,
             channel_credentials,
             insecure,

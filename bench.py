@@ -28,6 +28,7 @@ import grpc
 
 import workerservice_pb2 as worker_pb
 from client import Client
+from tls import Certificates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,24 @@ _STREAM_BYTES = 256 * _MIB  # in a round
 _BIG_OUTPUT_BYTES = 1024 * _MIB
 _FOLLOWERS = 100
 _SILENCE_S = 10.0
+_STATUSES = 500  # in a round
+
+# The benchmark is about speed, and would meet the ceilings of rate and output.
+_UNHINDERED = """
+[per_user]
+starts_per_second = "unlimited"
+kept_output = "unlimited"
+[in_all]
+starts_per_second = "unlimited"
+kept_output = "unlimited"
+[per_job]
+kept_output = "unlimited"
+"""
+# One user's ceilings as they are by default, but for the output, which is written in full.
+_FAIR = """
+[per_user]
+kept_output = "64M"
+"""
 
 
 # --- the floor --------------------------------------------------------------------------
@@ -67,7 +86,7 @@ def _serve_floor() -> None:
     }
     floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
     floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
-    port = floor.add_secure_port("127.0.0.1:0", server.load_credentials(_CERTS))
+    port = floor.add_secure_port("127.0.0.1:0", Certificates(Path.read_bytes, _CERTS).credentials)
     floor.start()
     print(f"listening on 127.0.0.1:{port}", flush=True)
     sys.stdin.read()  # until the benchmark ends

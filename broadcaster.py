@@ -15,16 +15,21 @@ This module knows nothing of jobs, users' rights or networks.
             os.write(1, chunk)
     log.remove()
 
+How much is kept can be bounded by a `Budget`, which several logs may share. What is
+written beyond it is counted and dropped, and every subscriber is told so at the end.
+
 Thread safety: every method may be called from any thread; there is one writer
 at a time (`append` is not atomic against another `append`). One condition per
 log guards all its state. It is held for a few instructions at a time, never
 while reading or writing the file or while running a caller's code, so
-`Subscription.close` may be called where blocking is not allowed.
+`Subscription.close` may be called where blocking is not allowed. Lock order: a log,
+its budget, that budget's parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "Budget",
     "OffsetError",
     "OutputIncompleteError",
     "OutputLog",
@@ -65,34 +71,105 @@ class OutputRemovedError(ValueError):
 
 
 class OutputIncompleteError(OSError):
-    """The output could not all be stored (disk full, say); raised where the stored part ends.
+    """The output was not all kept; raised where the kept part ends.
 
-    Attributes: `lost_bytes`, how many bytes were written but not kept.
+    `errno` is EDQUOT when a budget was used up, else that of the write that failed
+    (disk full, say). Attribute: `lost_bytes`, how many bytes were written but not kept.
     """
 
     def __init__(self, cause: OSError, lost_bytes: int) -> None:
-        super().__init__(cause.errno, f"{lost_bytes} bytes of output were lost: {cause.strerror}")
+        message = f"{lost_bytes} bytes of output were not kept: {cause.strerror}"
+        super().__init__(cause.errno, message)
         self.lost_bytes = lost_bytes
+
+    def __str__(self) -> str:
+        # Without the number of the error, which means nothing to whoever ran the job.
+        return str(self.strerror)
+
+
+class Budget:
+    """How many bytes may be kept, by one log or by all logs that share it.
+
+    `limit`: in bytes, at least 0; None for any number. `what`: names the limit in
+    messages: "this job's ceiling of 1 GiB". `parent`: a budget out of which all of this
+    one's bytes are taken too. Attributes: `limit`, `what`.
+    """
+
+    def __init__(self, limit: int | None, what: str, parent: Budget | None = None) -> None:
+        self.limit = limit
+        self.what = what
+        self._parent = parent
+        # Guards _used. Held while the parent's is taken (child before parent), so that all
+        # of them agree, and never during I/O. Reentrant, because the garbage collector may
+        # close an abandoned subscription, and so give back, in the middle of a take.
+        self._lock = threading.RLock()
+        self._used = 0
+
+    @property
+    def used(self) -> int:
+        """How many bytes are taken and not given back."""
+        with self._lock:
+            return self._used
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether this budget, whatever its parent has left, has not one byte left."""
+        return self.limit is not None and self.used >= self.limit
+
+    def take(self, size: int) -> tuple[int, Budget | None]:
+        """Take up to `size` bytes from this budget and from every parent alike.
+
+        Returns how many, and the budget that had no more: None if that is all of `size`.
+        """
+        with self._lock:
+            room = size if self.limit is None else min(size, self.limit - self._used)
+            taken, refuser = self._parent.take(room) if self._parent else (room, None)
+            self._used += taken
+            if refuser is None and room < size:
+                refuser = self
+            return taken, refuser
+
+    def give_back(self, size: int) -> None:
+        """Let others take `size` bytes that were taken. Raises ValueError when they were not."""
+        with self._lock:
+            if not 0 <= size <= self._used:
+                raise ValueError(f"{size} bytes given back, of {self._used} taken")
+            if self._parent:
+                self._parent.give_back(size)
+            self._used -= size
 
 
 class OutputLog:
     """Bytes appended by one writer, in a file of mode 0600 that must not exist yet.
 
-    Raises OSError when the file cannot be created.
+    `dir_fd`: the descriptor of a directory in which `path` is a bare name, for a process
+    that may use the directory but not walk the path to it. It stays the caller's, and
+    open until the log is removed. `budget`: out of which every byte kept is taken; None
+    for no bound. Raises OSError when the file cannot be created.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dir_fd: int | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._path = os.fspath(path)
+        self._dir_fd = dir_fd
+        self._budget = budget
         # Guards every attribute below. Notified when bytes were appended, when the
         # log is complete and when a subscription is closed. Never held while reading or
         # writing the file.
         self._changed = threading.Condition()
         # Open while the log can grow or has subscribers; shared by all of them (pread).
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._size = 0
+        self._taken = 0  # out of the budget, and not given back
         self._complete = False
-        self._removed = False
-        self._failure: OSError | None = None
+        self._removed = False  # nobody can begin to read it
+        self._unlinked = False
+        self._failure: OSError | None = None  # why the rest is not kept
         self._lost_bytes = 0
         self._subscriptions: set[Subscription] = set()
 
@@ -103,6 +180,12 @@ class OutputLog:
             return self._size
 
     @property
+    def lost_bytes(self) -> int:
+        """How many bytes were appended but not kept: all that came after the first such."""
+        with self._changed:
+            return self._lost_bytes
+
+    @property
     def subscribers(self) -> tuple[str, ...]:
         """The names of those who are reading now, sorted, each once."""
         with self._changed:
@@ -111,24 +194,32 @@ class OutputLog:
     def append(self, data: bytes | memoryview) -> None:
         """Store `data` and wake the subscribers. Blocks for the file write only.
 
-        A write that fails (ENOSPC, EFBIG, ...) is not raised: the writer must go on
-        taking the job's output, or the job would hang. That output and all that
-        follows is counted and dropped, and every subscriber is told with
-        `OutputIncompleteError` where the stored part ends. Raises ValueError when
-        the log is complete.
+        A write that fails (ENOSPC, EFBIG, ...) or that is beyond the budget is not raised:
+        the writer must go on taking the job's output, or the job would hang. From the
+        first byte that is not kept on, all is counted and dropped, even if there is room
+        again: what is stored has no gaps. Every subscriber is told with
+        `OutputIncompleteError` where it ends. Raises ValueError when the log is complete.
         """
         with self._changed:
             if self._complete:
                 raise ValueError("the output log is complete")
             offset, failure = self._size, self._failure
-        stored = 0
-        while failure is None and stored < len(data):
-            try:
-                stored += os.pwrite(self._fd, data[stored:], offset + stored)
-            except OSError as error:
-                failure = error
+        granted, stored = 0, 0
+        if failure is None:
+            granted, refuser = self._budget.take(len(data)) if self._budget else (len(data), None)
+            if refuser is not None:
+                failure = OSError(errno.EDQUOT, f"{refuser.what} is reached")
+            while stored < granted:
+                try:
+                    stored += os.pwrite(self._fd, data[stored:granted], offset + stored)
+                except OSError as error:
+                    failure = error  # it comes before what was refused
+                    break
+        if self._budget and stored < granted:
+            self._budget.give_back(granted - stored)
         with self._changed:
             self._size += stored
+            self._taken += stored
             self._failure = failure
             self._lost_bytes += len(data) - stored
             self._changed.notify_all()
@@ -140,13 +231,15 @@ class OutputLog:
         """
         with self._changed:
             self._complete = True
-            self._close_if_unused_locked()
+            self._let_go_locked()
             self._changed.notify_all()
 
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
 
-        Those who are reading still get every byte; new subscribers are refused.
+        Those who are reading still get every byte; new subscribers are refused. The
+        budget gets its bytes back when the disk does: now, or when the last of those who
+        are reading ends; not at all if the file cannot be deleted, which raises OSError.
         """
         self.complete()
         with self._changed:
@@ -154,7 +247,10 @@ class OutputLog:
                 return
             self._removed = True
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+            os.unlink(self._path, dir_fd=self._dir_fd)
+        with self._changed:
+            self._unlinked = True
+            self._let_go_locked()
 
     def subscribe(self, subscriber: str = "", offset: int = 0) -> Subscription:
         """Start reading at byte `offset`; `subscriber` is listed in `subscribers` meanwhile.
@@ -171,15 +267,22 @@ class OutputLog:
             if self._complete and offset > self._size:
                 raise OffsetError(offset, self._size)
             if self._fd < 0:
-                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fd = self._open(os.O_RDONLY)
             subscription = Subscription(self, subscriber, offset)
             self._subscriptions.add(subscription)
             return subscription
 
-    def _close_if_unused_locked(self) -> None:
+    def _open(self, flags: int) -> int:
+        return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+
+    def _let_go_locked(self) -> None:
+        """Close the file if nobody needs it, and give back its bytes if it is gone then."""
         if self._complete and not self._subscriptions and self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._budget and self._unlinked and self._fd < 0:
+            self._budget.give_back(self._taken)
+            self._taken = 0
 
 
 class Subscription:
@@ -207,7 +310,7 @@ class Subscription:
         Blocks, without using the CPU, until bytes are appended, the log is complete
         or `close` is called. Raises StopIteration at the end of the complete output
         or once closed, `OffsetError` when the output ended before the offset asked
-        for, `OutputIncompleteError` when some output was lost.
+        for, `OutputIncompleteError` when some output was not kept.
         """
         log = self._log
         with log._changed:
@@ -263,4 +366,4 @@ class Subscription:
 
     def _release_locked(self) -> None:
         self._log._subscriptions.discard(self)
-        self._log._close_if_unused_locked()
+        self._log._let_go_locked()

@@ -13,7 +13,7 @@ controllers to its children have processes of its own. v1 is not supported.
 
     subtree = Subtree.open("require")
     cgroup = subtree.create("some-job", Limits(cpu_cores=0.5))
-    ...                        # start a process that writes 0 to cgroup.open_procs()
+    ...                        # start a process that writes 0 to its cgroup.procs
     cgroup.kill()
     cgroup.wait_empty()
     cgroup.remove()
@@ -55,6 +55,7 @@ __all__ = [
     "Limits",
     "Subtree",
     "Usage",
+    "dismantle",
     "kill_tree",
 ]
 
@@ -205,6 +206,7 @@ class Subtree:
         self._home: Subtree | None = None
         self._guests = 0
         self._closing = False
+        self._handed_over = False
         self._enabled_in_base: list[str] = []
         self.shortcomings: dict[str, CgroupError] = {}
 
@@ -342,12 +344,40 @@ class Subtree:
         if self._closing:
             return
         self._closing = True
-        self._attempt(self._remove_jobs)
+        if not self._handed_over:
+            self._attempt(self._remove_jobs)
         if not self._guests:
             self._leave()
 
+    @property
+    def dismantling(self) -> tuple[str, str | None, list[str]]:
+        """The arguments of `dismantle` for this subtree."""
+        base = str(self._moved_from) if self._moved_from else None
+        return str(self.path), base, self._enabled_in_base
+
+    def hand_over(self, uid: int) -> None:
+        """Let the user `uid` make, limit, kill and remove the cgroups of jobs, and no others.
+
+        For an owner that is going to be that user. `close` then leaves it to somebody
+        else to `dismantle` the rest. Raises `CgroupError`.
+        """
+        if not (self.jobs / "cgroup.kill").exists():
+            raise CgroupError(
+                "this kernel cannot kill a cgroup, and the server would have no right to kill "
+                "the processes in it",
+                path=self.jobs / "cgroup.kill",
+                remedy="use Linux 5.14 or newer, or start the server as an ordinary user",
+            )
+        try:
+            # A cgroup belongs to whoever makes it, so the directory to make it in is enough.
+            os.chown(self.jobs, uid, uid)
+        except OSError as error:
+            raise _error(error, "change the owner of", self.jobs, remedy=_DELEGATE) from error
+        self._handed_over = True
+
     def _leave(self) -> None:
-        self._attempt(self._move_back)
+        if not self._handed_over:
+            self._attempt(lambda: _dissolve(*self.dismantling))
         os.close(self._lock_fd)
         if self in _open_subtrees:
             _open_subtrees.remove(self)
@@ -365,20 +395,40 @@ class Subtree:
     def _remove_jobs(self) -> None:
         _kill_and_remove(self.jobs)
 
-    def _move_back(self) -> None:
-        if self._moved_from is not None:
-            # A cgroup that hands controllers down takes no process back, unless it is
-            # the root; so first take back what we handed down.
-            for controller in self._enabled_in_base:
-                with contextlib.suppress(CgroupError):  # a neighbour uses it
-                    for directory in (self.path, self._moved_from):
-                        _write(directory / "cgroup.subtree_control", f"-{controller}")
-            _write(self._moved_from / "cgroup.procs", "0", remedy=_DELEGATE)
-        _remove_tree(self.path)
-
 
 # Those of this process that are open, or that wait for their guests.
 _open_subtrees: list[Subtree] = []
+
+
+def dismantle(path: str, base: str | None, controllers: list[str]) -> None:
+    """Do for the subtree at `path` what its owner's `close` would, as any other process may.
+
+    Kills and removes the jobs; moves the owner, if it still lives, and whatever it
+    started back to `base`, if that is where it came from; hands no `controllers` down
+    from there any more. What cannot be done is left for the next start to sweep.
+    """
+    with contextlib.suppress(CgroupError):
+        _kill_and_remove(Path(path, "jobs"))
+    with contextlib.suppress(CgroupError):
+        _dissolve(path, base, controllers)
+
+
+def _dissolve(path: str, base: str | None, controllers: list[str]) -> None:
+    """Leave and remove a subtree that has no jobs any more."""
+    if base is not None:
+        # A cgroup that hands controllers down takes no process back, unless it is
+        # the root; so first take back what we handed down.
+        for controller in controllers:
+            with contextlib.suppress(CgroupError):  # a neighbour uses it
+                for directory in (path, base):
+                    _write(Path(directory, "cgroup.subtree_control"), f"-{controller}")
+        for pid in _read(Path(path, "server/cgroup.procs")).split():
+            try:
+                _write(Path(base, "cgroup.procs"), pid, remedy=_DELEGATE)
+            except CgroupError as error:
+                if error.errno != errno.ESRCH:  # it has just ended
+                    raise
+    _remove_tree(Path(path))
 
 
 class Cgroup:
@@ -387,18 +437,6 @@ class Cgroup:
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path = path
         self.limits = limits
-
-    def open_procs(self) -> int:
-        """Open cgroup.procs; whoever writes `0` to the descriptor joins the cgroup.
-
-        The kernel checks the rights of the opener, not of the writer, so a child that
-        has dropped its privileges can still join.
-        """
-        path = self.path / "cgroup.procs"
-        try:
-            return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _error(error, "open", path, remedy=_DELEGATE) from error
 
     def kill(self) -> None:
         """SIGKILL every process in the cgroup and below; nothing when it is gone."""

@@ -11,14 +11,20 @@
 
 Thread safety: a `Client` may be used from several threads at once. grpc takes 60 ms
 to import, so it is imported when there is something to call and not before.
+
+Sources: proc(5), `/proc/PID/cmdline` and field 48 of `/proc/PID/stat`; RFC 6750 (Bearer).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import getpass
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -44,6 +50,8 @@ __all__ = ["Client", "ClientError", "main"]
 DEFAULT_SERVER = "127.0.0.1:50051"
 _HERE = Path(__file__).resolve().parent
 _CALL_TIMEOUT_S = 30.0  # a stop may take 10
+# Ours have some 500; of a call with more than 8 KiB of metadata gRPC refuses some or all.
+_MAX_TOKEN_CHARS = 7_500
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # a job server is not reached through a web proxy
@@ -61,12 +69,14 @@ _EXIT_USAGE = 2
 class ClientError(Exception):
     """A call did not succeed, or could not be made.
 
-    Attribute: `code`, the name of the gRPC status ("NOT_FOUND"), or "" without a call.
+    Attributes: `code`, the name of the gRPC status ("NOT_FOUND"), or "" without a call;
+    `retry_after_s`, in how many seconds the server says to try again, or None.
     """
 
-    def __init__(self, message: str, code: str = "") -> None:
+    def __init__(self, message: str, code: str = "", retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class Client:
@@ -74,7 +84,7 @@ class Client:
 
     `server`: HOST:PORT. `certs`: the directory of `client.pem`, `client-key.pem` and
     `server-ca.pem`, each of which `cert`, `key` and `ca` can replace. `token`: what
-    `login` returned; `login` also sets it.
+    `login` returned; `login` also sets it, and `logout` clears it.
 
     Every method blocks until the server answers, 30 s at most (`stream`: as long as
     the job runs), and raises `ClientError`, as the constructor does for missing files.
@@ -123,8 +133,15 @@ class Client:
         """Exchange a password for a token; return it and when it expires (UTC)."""
         request = self._auth_pb.LoginRequest(username=username, password=password)
         response = self._call(self._auth.Login, request, with_token=False)
+        if not _is_token(response.access_token):
+            raise ClientError(f"what {self._server} answered to the login is not a token")
         self.token = response.access_token
         return self.token, response.expires_at.ToDatetime(UTC)
+
+    def logout(self) -> None:
+        """Make the token worthless for good; streams that were opened with it end."""
+        self._call(self._auth.Logout, self._auth_pb.LogoutRequest())
+        self.token = ""
 
     def start(self, command: str, args: Sequence[str] = (), **limits: Any) -> str:
         """Start a job and return its ID.
@@ -183,6 +200,8 @@ class Client:
         self.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
+        if not _is_token(self.token):  # gRPC would say so in words of its own
+            raise ClientError("the token is not one; log in again, or check -t and JOBWORKER_TOKEN")
         return (("authorization", f"Bearer {self.token}"),)
 
     def _call(self, method: Any, request: Message, *, with_token: bool = True) -> Any:
@@ -201,7 +220,11 @@ class Client:
                     return ClientError(f"{meaning.format(server=self._server)}", code)
         if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
             details = f"{self._server} did not answer within {_CALL_TIMEOUT_S:g} s"
-        return ClientError(" ".join(details.split()) or code, code)
+        retry_after_s = None
+        for item in error.trailing_metadata() or ():
+            if item.key == "retry-after" and re.fullmatch(r"[0-9]{1,9}", str(item.value)):
+                retry_after_s = int(item.value)
+        return ClientError(" ".join(details.split()) or code, code, retry_after_s)
 
 
 _CLOSED = (
@@ -226,6 +249,10 @@ _CONNECTION_FAILURES = (
     ("Connection reset", _CLOSED),
     ("failed to connect to all addresses", "cannot connect to {server}; is it running?"),
 )
+
+
+def _is_token(text: str) -> bool:
+    return len(text) <= _MAX_TOKEN_CHARS and text.isascii() and text.isprintable()
 
 
 def _read_all(*paths: Path) -> list[bytes]:
@@ -255,8 +282,8 @@ def _to_dict(message: Message) -> dict[str, Any]:
         elif field.message_type:
             result[field.name] = _to_dict(value)
         elif field.enum_type:
-            name = field.enum_type.values_by_number[value].name
-            result[field.name] = None if value == 0 else name
+            known = field.enum_type.values_by_number.get(value)  # a newer server has more
+            result[field.name] = None if value == 0 else known.name if known else str(value)
         else:
             result[field.name] = list(value) if field.is_repeated else value
     return result
@@ -272,12 +299,17 @@ def _describe(job: worker_pb.Job) -> str:
         "status": _state(fields),
         "started": _moment(fields["started_at"]),
         "ended": _moment(fields["ended_at"]),
-        "output": f"{job.output_bytes} bytes",
+        "output": _output(job),
         "subscribers": ", ".join(job.subscribers) or "-",
         "limits": _limits(fields["limits"]),
         "used": _usage(fields["usage"]),
     }
-    return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
+    return "\n".join(f"{name:<12}{_printable(value)}" for name, value in lines.items())
+
+
+def _output(job: worker_pb.Job) -> str:
+    lost = f" ({job.output_lost_bytes} more were not kept)" if job.output_lost_bytes else ""
+    return f"{job.output_bytes} bytes{lost}"
 
 
 def _state(fields: dict[str, Any]) -> str:
@@ -340,32 +372,30 @@ def _join(texts: dict[str, Callable[[Any], str]], fields: dict[str, Any]) -> str
 
 
 def _command_line(job: worker_pb.Job) -> str:
-    return _printable(shlex.join([job.command, *job.args]))
+    return shlex.join([job.command, *job.args])
 
 
 def _printable(text: str) -> str:
-    """Somebody else chose this text; do not let it steer our terminal."""
+    """Somebody else chose this text; do not let it steer our terminal.
+
+    Control characters, line ends, what changes the direction of text, and lone
+    surrogates become escapes like `\\x1b`.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print_table(jobs: Sequence[worker_pb.Job]) -> None:
-    rows = [("JOB ID", "OWNER", "STARTED", "STATUS", "COMMAND")]
+    rows: list[tuple[str, ...]] = [("JOB ID", "OWNER", "STARTED", "STATUS", "COMMAND")]
     for job in jobs:
         fields = _to_dict(job)
-        rows.append(
-            (
-                job.job_id,
-                job.owner,
-                _moment(fields["started_at"]),
-                _state(fields),
-                _command_line(job),
-            )
-        )
+        started, state = _moment(fields["started_at"]), _state(fields)
+        cells = (job.job_id, job.owner, started, state, _command_line(job))
+        rows.append(tuple(map(_printable, cells)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     columns = shutil.get_terminal_size((100_000, 24)).columns if sys.stdout.isatty() else None
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]])[:columns])
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*padded, row[-1]])[:columns])
 
 
 def _print_json(value: Any) -> None:
@@ -376,8 +406,12 @@ def _print_json(value: Any) -> None:
 
 
 def _token_path(server: str) -> Path:
-    """One file a server, so that no server is ever sent another's token."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    """One file a server, so that no server is ever sent another's token. Raises OSError."""
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError:
+        message = "no home directory; set XDG_STATE_HOME"
+        raise FileNotFoundError(errno.ENOENT, message, "~") from None
     return Path(state) / "job-worker" / f"token-{quote(server, safe=':[]')}"
 
 
@@ -391,17 +425,28 @@ def _keep_token(server: str, token: str) -> None:
     Path(temporary).replace(path)
 
 
+def _forget_token(server: str, token: str) -> None:
+    """Delete the kept token if it is this one."""
+    # What cannot be read is not kept; what cannot be deleted is worthless.
+    with contextlib.suppress(OSError):
+        if _read_token(server) == token:
+            _token_path(server).unlink()
+
+
+def _read_token(server: str) -> str:
+    # What somebody else put there must not stop us before we can say that it is no token.
+    return _token_path(server).read_text(encoding="ascii", errors="replace")
+
+
 def _find_token(arguments: argparse.Namespace) -> str:
     token: str = arguments.token or os.environ.get("JOBWORKER_TOKEN", "")
     if not token:
         try:
-            token = _token_path(arguments.server).read_text()
+            token = _read_token(arguments.server)
         except OSError:
             raise ClientError(
                 f"not logged in to {arguments.server}; run: client login -u USER"
             ) from None
-    if not token.isascii() or not token.isprintable():
-        raise ClientError("the token is not one; log in again, or check -t and JOBWORKER_TOKEN")
     return token
 
 
@@ -415,23 +460,48 @@ def _login(client: Client, arguments: argparse.Namespace) -> None:
         _keep_token(arguments.server, token)
     except OSError as error:
         print(
-            f"client: the token was not kept ({error.filename}: {error.strerror}); use -t",
+            _printable(
+                f"client: the token was not kept ({error.filename}: {error.strerror}); use -t"
+            ),
             file=sys.stderr,
         )
 
 
 def _password(arguments: argparse.Namespace) -> str:
     password: str | None = arguments.password
-    if password is None and sys.stdin.isatty():
-        return getpass.getpass(f"Password for {arguments.user}: ")
-    if password is None or password == "-":  # noqa: S105 -- not a password
-        return sys.stdin.readline().rstrip("\n")
+    try:
+        if password is None and sys.stdin.isatty():
+            password = getpass.getpass(f"Password for {_printable(arguments.user)}: ")
+        elif password is None or password == "-":  # noqa: S105 -- not a password
+            password = sys.stdin.readline().rstrip("\n")
+        password.encode()
+    except EOFError:
+        raise ClientError("no password was given") from None
+    except UnicodeError:  # which has the password in it
+        raise ClientError("the password is not valid UTF-8") from None
     return password
+
+
+def _logout(client: Client, arguments: argparse.Namespace) -> None:
+    token = client.token
+    try:
+        client.logout()
+    except ClientError as error:
+        if error.code != "UNAUTHENTICATED":
+            raise
+        # Not a success: with another certificate it may still be good.
+        _forget_token(arguments.server, token)
+        raise ClientError(
+            "the server does not accept this token (any more), or not with this client "
+            "certificate; so there was nothing to log out of",
+            error.code,
+        ) from error
+    _forget_token(arguments.server, token)
 
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
     limits = {name: getattr(arguments, name) for name, *_ in _LIMIT_OPTIONS.values()}
-    print(client.start(arguments.command, arguments.args, **limits))
+    print(_printable(client.start(arguments.command, arguments.args, **limits)))
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
@@ -450,7 +520,9 @@ def _stream(client: Client, arguments: argparse.Namespace) -> None:
     offset = arguments.offset
     try:
         for data in client.stream(arguments.job, offset):
-            sys.stdout.buffer.write(data)
+            left = memoryview(data)
+            while left:  # with PYTHONUNBUFFERED a write may be a partial one
+                left = left[sys.stdout.buffer.write(left) :]
             sys.stdout.buffer.flush()
             offset += len(data)
     except ClientError as error:
@@ -486,7 +558,7 @@ class _Parser(argparse.ArgumentParser):
     """One line on stderr for wrong usage, as for every other error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(_EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(_EXIT_USAGE, f"{self.prog}: {_printable(message)}; see {self.prog} --help\n")
 
 
 def _parsers() -> tuple[_Parser, _Parser]:
@@ -510,7 +582,12 @@ def _parsers() -> tuple[_Parser, _Parser]:
         for option in ("--server", "--certs", "--cert", "--key", "--ca"):
             sub.add_argument(option, **_CONNECTION[option])
         if name != "login":
-            sub.add_argument("-t", "--token", help="the token (default: the one that was kept)")
+            sub.add_argument(
+                "-t",
+                "--token",
+                help="the token (default: the one that was kept); others on this machine can see "
+                "it for the moment until the client has overwritten it, JOBWORKER_TOKEN not",
+            )
         return sub
 
     sub = add("login", _login, "Exchange a password for a token; print the token and keep it")
@@ -518,9 +595,10 @@ def _parsers() -> tuple[_Parser, _Parser]:
     sub.add_argument(
         "-p",
         "--password",
-        help="the password, which others on this machine can then see; - reads it from stdin; "
-        "without -p it is asked for",
+        help="the password, which others on this machine can see for the moment until the client "
+        "has overwritten it; - reads it from stdin; without -p it is asked for",
     )
+    add("logout", _logout, "Make the token worthless for good, and delete it where login keeps it")
 
     start = add("start", _start, "Start a job and print its ID", usage=_START_USAGE)
     start.add_argument("-c", "--command", metavar="COMMAND", help="the command, not a shell's line")
@@ -579,7 +657,7 @@ def _size(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 63:
+    if not _is_number(text) or int(text) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
@@ -612,21 +690,40 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _offset(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 64:
+    if not _is_number(text) or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes")
     return int(text)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; the job's own words never reach argparse."""
+def _is_number(text: str) -> bool:
+    # int() takes other digits than these too, and raises for more than 4300 of them.
+    return re.fullmatch(r"[0-9]{1,20}", text) is not None
+
+
+def _parse(argv: Sequence[str], *, hide: bool = False) -> argparse.Namespace:
+    """Parse the command line; the job's own words and secrets never reach argparse.
+
+    `hide`: overwrite the secrets in what others see of this process.
+    """
     parser, start = _parsers()
-    if not argv or argv[0] != "start":
-        return parser.parse_args(argv)
-    ours, command, rest = _split_start(
-        argv,
-        start._actions,  # noqa: SLF001 -- argparse tells its options nowhere else
-    )
-    arguments = parser.parse_args(ours)
+    is_start = bool(argv) and argv[0] == "start"
+    ours, command, rest = _split_start(argv, start) if is_start else (argv, None, ())
+    secrets = _find_secrets(ours)
+    if hide and secrets:
+        _hide(argv, secrets)
+    masked = list(ours)
+    for index, begin in secrets:
+        masked[index] = masked[index][:begin] + "***"
+    arguments = parser.parse_args(masked)
+    for name, value in vars(arguments).items():
+        if value == [] and name != "args":  # what Python 3.11 makes of --job=--
+            parser.error(f"-- cannot be the value of an option ({name})")
+    if secrets:  # all of one kind, as no subcommand takes both; the last one counts
+        index, begin = secrets[-1]
+        name = "password" if arguments.subcommand == "login" else "token"
+        setattr(arguments, name, ours[index][begin:])
+    if not is_start:
+        return arguments
     if command is not None:
         if arguments.command is not None:
             start.error(f"two commands: {arguments.command!r} and {command!r}")
@@ -637,13 +734,57 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+_SECRET_OPTIONS = {"-p", "--password", "-t", "--token"}
+_OPTION_AND_SECRET = re.compile(r"(-[pt]=|-[pt](?=.)|--(?:password|token)=).*", re.DOTALL)
+# What is rather the next option, when the value was forgotten.
+_LOOKS_LIKE_AN_OPTION = re.compile(r"-[A-Za-z]|-args|--[\w-]*")
+
+
+def _find_secrets(words: Sequence[str]) -> list[tuple[int, int]]:
+    """Find passwords and tokens: the index of the word, and where in it the secret begins."""
+    found = []
+    previous = ""
+    subcommands_own = ("-p", "--p") if words and words[0] == "login" else ("-t", "--t")
+    for index, word in enumerate(words):
+        if previous in _SECRET_OPTIONS and not _LOOKS_LIKE_AN_OPTION.fullmatch(word):
+            found.append((index, 0))
+        elif (match := _OPTION_AND_SECRET.fullmatch(word)) and (
+            # With a space in it, an option that there is not is an ordinary word to argparse.
+            word.startswith(subcommands_own) or " " not in word
+        ):
+            found.append((index, match.end(1)))
+        previous = word
+    return found
+
+
+def _hide(argv: Sequence[str], secrets: Sequence[tuple[int, int]]) -> None:
+    """Overwrite secrets in this process's own arguments, which everybody can read.
+
+    `argv` are the last arguments of this process; `secrets` is of `_find_secrets`. Where
+    the system does not let us, nothing happens.
+    """
+    with contextlib.suppress(OSError):
+        stat = Path("/proc/self/stat").read_bytes()
+        address = int(stat.rpartition(b")")[2].split()[48 - 3])  # after field 2, the name
+        words = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
+        first = len(words) - len(argv)
+        if words[first:] != [os.fsencode(word) for word in argv]:
+            return
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            for index, offset in secrets:
+                before = sum(len(word) + 1 for word in words[: first + index])
+                length = len(words[first + index]) - offset
+                memory.seek(address + before + offset)
+                memory.write(b"*" * length)
+
+
 def _split_start(
-    argv: Sequence[str], options: Sequence[argparse.Action]
+    argv: Sequence[str], parser: argparse.ArgumentParser
 ) -> tuple[Sequence[str], str | None, Sequence[str]]:
     """Split the words of `start` into ours, the job's command, and its arguments."""
     with_value = {
         word
-        for option in options
+        for option in parser._actions  # noqa: SLF001 -- argparse tells its options nowhere else
         if option.nargs is None  # neither a flag nor -args
         for word in option.option_strings
     }
@@ -659,9 +800,18 @@ def _split_start(
     return argv, None, []
 
 
-def _run(argv: Sequence[str]) -> int:
-    arguments = _parse(argv)
+def _prepare_streams() -> None:
+    if sys.stdin is None or sys.stdout is None:
+        raise ClientError("stdin and stdout must be open; use </dev/null or >/dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the terminal has no character for is shown as an escape.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _run(argv: Sequence[str], *, hide: bool) -> int:
     try:
+        _prepare_streams()
+        arguments = _parse(argv, hide=hide)
         token = "" if arguments.subcommand == "login" else _find_token(arguments)
         with Client(
             arguments.server,
@@ -672,27 +822,32 @@ def _run(argv: Sequence[str]) -> int:
             token=token,
         ) as client:
             arguments.run(client, arguments)
-        sys.stdout.flush()
     except ClientError as error:
         print(f"client: {_printable(str(error))}", file=sys.stderr)
         return _EXIT_ERROR
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status."""
+    """Run one command, by default that of this process; return the exit status."""
     # Errors are one line, ours; gRPC would log a failed handshake on its own.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        return _run(sys.argv[1:] if argv is None else argv, hide=argv is None)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # Whoever read our output has had enough. Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except UnicodeEncodeError as error:
         print(f"client: an argument is not valid UTF-8: {error.object!r}", file=sys.stderr)
+        return _EXIT_ERROR
+    except OSError as error:
+        # What is still to be written cannot be. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read our output has had enough
+            return 128 + signal.SIGPIPE
+        print(f"client: cannot read or write: {error.strerror or error}", file=sys.stderr)
         return _EXIT_ERROR
 
 

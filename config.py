@@ -1,4 +1,4 @@
-"""Which limits a job gets: the server's defaults and ceilings, from constants or a TOML file.
+"""What jobs and users may have: the server's settings, from constants or a TOML file.
 
     [defaults]                  # for a job that asks for nothing
     cpu_cores = 0.5
@@ -8,8 +8,22 @@
     memory = "2G"
     pids = 1024
 
+    [per_user]                  # one user has at most
+    running_jobs = 100
+    kept_output = "4G"
+
+    [in_all]                    # all users together have at most
+    streams = 500
+
+    [per_job]
+    kept_output = "100M"
+
+    [requests]
+    args = 100
+
 What the file does not name keeps the value of the constants below. "unlimited" takes
-a limit away.
+a limit away, but for `streams` of all users, which cost a thread each, and for requests,
+which cost memory. A configuration is a value; it may be shared by threads.
 """
 
 from __future__ import annotations
@@ -27,9 +41,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-__all__ = ["Config", "ConfigError", "LimitError", "load_config"]
+__all__ = ["Config", "ConfigError", "LimitError", "Quota", "Requests", "load_config"]
 
-_MIB = 1024 * 1024
+_KIB = 1024
+_MIB = 1024 * _KIB
+_GIB = 1024 * _MIB
 DEFAULTS: Final = Limits()
 CEILINGS: Final = Limits(
     cpu_cores=8.0,
@@ -42,18 +58,82 @@ CEILINGS: Final = Limits(
     pids=4096,
 )
 
-# The keys of the file, the field of `Limits` each sets, and whether it is a size.
-_KEYS: Final = {
-    "cpu_cores": ("cpu_cores", False),
-    "memory": ("memory_bytes", True),
-    "swap": ("swap_bytes", True),
-    "io_read": ("io_read_bps", True),
-    "io_write": ("io_write_bps", True),
-    "io_read_iops": ("io_read_iops", False),
-    "io_write_iops": ("io_write_iops", False),
-    "pids": ("pids", False),
-}
 _UNLIMITED = "unlimited"
+_INT64_MAX = (1 << 63) - 1
+_INT32_MAX = (1 << 31) - 1  # of what gRPC takes as an option
+
+# How a value is written.
+_SIZE = 'a size like "256M"'
+_WHOLE = "a whole number"
+_NUMBER = "a number like 0.5"
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A key of the file: the field that it sets, and which values that may have."""
+
+    field: str
+    form: str
+    minimum: float = 1
+    maximum: int = _INT64_MAX
+    may_be_unlimited: bool = True
+
+    @property
+    def right_form(self) -> str:
+        return self.form + (f', or "{_UNLIMITED}"' if self.may_be_unlimited else "")
+
+    def value(self, written: Any) -> float | None:
+        """Return what `written` means. Raises ValueError."""
+        if self.may_be_unlimited and written == _UNLIMITED:
+            return None
+        if self.form == _SIZE and isinstance(written, str):
+            written = parse_size(written)
+        number = int | float if self.form == _NUMBER else int
+        if not isinstance(written, number) or isinstance(written, bool):
+            raise ValueError(f"cannot be {written!r}")  # noqa: TRY004 -- one error for all
+        if not written >= self.minimum:  # so that not-a-number is refused too
+            raise ValueError(f"must be at least {self.minimum}, not {written!r}")
+        if written > self.maximum:
+            raise ValueError(f"must be at most {self.maximum}, not {written!r}")
+        return written
+
+
+# The tables of the file and their keys. A table sets fields of the value of its name in
+# `Config`, or of `Config` itself where there is none.
+_KEYS: Final = {
+    "cpu_cores": _Key("cpu_cores", _NUMBER, minimum=0.01),
+    "memory": _Key("memory_bytes", _SIZE),
+    "swap": _Key("swap_bytes", _SIZE, minimum=0),
+    "io_read": _Key("io_read_bps", _SIZE),
+    "io_write": _Key("io_write_bps", _SIZE),
+    "io_read_iops": _Key("io_read_iops", _WHOLE),
+    "io_write_iops": _Key("io_write_iops", _WHOLE),
+    "pids": _Key("pids", _WHOLE),
+}
+_QUOTA_KEYS: Final = {
+    "running_jobs": _Key("running_jobs", _WHOLE),
+    "streams": _Key("streams", _WHOLE),
+    "starts_per_second": _Key("starts_per_second", _NUMBER, minimum=0.01),
+    "start_burst": _Key("start_burst", _WHOLE),
+    "kept_output": _Key("output_bytes", _SIZE),
+}
+_TABLES: Final = {
+    "defaults": _KEYS,
+    "ceilings": _KEYS,
+    "per_user": _QUOTA_KEYS,
+    # Each stream has a thread.
+    "in_all": {
+        **_QUOTA_KEYS,
+        "streams": _Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False),
+    },
+    "per_job": {"kept_output": _Key("job_output_bytes", _SIZE)},
+    "requests": {
+        # No less than a login may need.
+        "size": _Key("size", _SIZE, minimum=4 * _KIB, maximum=_INT32_MAX, may_be_unlimited=False),
+        "args": _Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
+        "arg_length": _Key("arg_length", _SIZE, may_be_unlimited=False),
+    },
+}
 
 
 class ConfigError(ValueError):
@@ -65,11 +145,60 @@ class LimitError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """What one user has at most, or all users together. None means no ceiling."""
+
+    running_jobs: int | None = None
+    streams: int | None = None
+    """Output streams open at once."""
+    starts_per_second: float | None = None
+    """Jobs started per second, in the long run; no ceiling either if `start_burst` has none."""
+    start_burst: int | None = None
+    """Jobs started at once, after a pause; no ceiling either if `starts_per_second` has none."""
+    output_bytes: int | None = None
+    """Output of jobs that is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """How large a request may be."""
+
+    size: int = _MIB
+    """In bytes, the whole message; gRPC itself refuses a larger one."""
+    args: int = 4096
+    """How many arguments a command may have."""
+    arg_length: int = 64 * _KIB
+    """In bytes, of the longest of them, and of the command."""
+
+
+PER_USER: Final = Quota(
+    running_jobs=1000,
+    streams=1000,
+    starts_per_second=50,
+    start_burst=1000,
+    output_bytes=16 * _GIB,
+)
+IN_ALL: Final = Quota(
+    running_jobs=2000,
+    streams=2000,
+    starts_per_second=100,
+    start_burst=2000,
+    output_bytes=32 * _GIB,
+)
+JOB_OUTPUT_BYTES: Final = _GIB
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
-    """Defaults and ceilings; None means no limit."""
+    """All settings; None means no limit."""
 
     defaults: Limits = DEFAULTS
     ceilings: Limits = CEILINGS
+    per_user: Quota = PER_USER
+    in_all: Quota = IN_ALL
+    job_output_bytes: int | None = JOB_OUTPUT_BYTES
+    """How much of one job's output is kept."""
+    requests: Requests = Requests()
 
     def limits(self, asked: Mapping[str, Any]) -> Limits:
         """Return the limits of a job that asks for `asked` (fields of `Limits`).
@@ -103,14 +232,17 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     source = _Source(path, text)
     config = Config()
     for name, table in tables.items():
-        if name not in {"defaults", "ceilings"} or not isinstance(table, dict):
-            raise source.error(name, "", "unknown; the tables are [defaults] and [ceilings]")
-        limits = getattr(config, name)
-        for key, value in table.items():
-            limits = _set(source, name, key, value, limits)
-        config = replace(config, **{name: limits})
-    for key, (field, _) in _KEYS.items():
-        default, ceiling = getattr(config.defaults, field), getattr(config.ceilings, field)
+        if name not in _TABLES or not isinstance(table, dict):
+            known = [f"[{table}]" for table in _TABLES]
+            problem = f"unknown; the tables are {', '.join(known[:-1])} and {known[-1]}"
+            raise source.error(name, "", problem)
+        values = getattr(config, name, config)
+        for key, written in table.items():
+            values = _set(source, name, key, written, values)
+        config = values if isinstance(values, Config) else replace(config, **{name: values})
+    for key, kind in _KEYS.items():
+        default = getattr(config.defaults, kind.field)
+        ceiling = getattr(config.ceilings, kind.field)
         if default is not None and ceiling is not None and default > ceiling:
             table = "defaults" if key in tables.get("defaults", {}) else "ceilings"
             problem = f"the default, {default}, is above the ceiling, {ceiling}"
@@ -118,21 +250,15 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     return config
 
 
-def _set(source: _Source, table: str, key: str, value: Any, limits: Limits) -> Limits:
-    if key not in _KEYS:
-        raise source.error(table, key, f"unknown; the keys are {', '.join(_KEYS)}")
-    field, is_size = _KEYS[key]
-    number = "a number like 0.5" if key == "cpu_cores" else "a whole number"
-    form = 'a size like "256M"' if is_size else number
+def _set(source: _Source, table: str, key: str, written: Any, values: Any) -> Any:
+    """Return `values`, a frozen dataclass, with the field that `key` sets."""
+    kind = _TABLES[table].get(key)
+    if kind is None:
+        raise source.error(table, key, f"unknown; the keys are {', '.join(_TABLES[table])}")
     try:
-        if value == _UNLIMITED:
-            value = None
-        elif is_size and isinstance(value, str):
-            value = parse_size(value)
-        return replace(limits, **{field: value})
+        return replace(values, **{kind.field: kind.value(written)})
     except ValueError as error:
-        problem = f'{error}; write {form}, or "{_UNLIMITED}"'
-        raise source.error(table, key, problem) from None
+        raise source.error(table, key, f"{error}; write {kind.right_form}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@
 This module binds what the others are: settings, users, certificates, the worker and
 a gRPC server, with the right start and the right end.
 
+Started as root it is root only until it is ready: then the process that talks to the
+network becomes an ordinary user, and what needs more is done by the worker's helper.
+
 Threads: the main thread only waits for a signal. gRPC's `_serve` thread accepts
 calls; a pool ("rpc-N") handles them. The pool is larger than the number of streams
 that are admitted, so that streams, which keep a thread each, never take the last.
@@ -21,13 +24,12 @@ import os
 import resource
 import signal
 import socket
-import ssl
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 # gRPC cannot be told a TLS version (grpc#37305). But of TLS 1.2 it is left only a
 # suite that needs a pre-shared key, which nobody has; TLS 1.3 has suites of its own,
@@ -38,24 +40,29 @@ try:
     import grpc
 
     import auth
+    from accounts import Accounts, AccountsError, parse_uids
+    from audit import AUDIT_FLAGS, AuditLog
     from config import Config, load_config
     from service import Gate, add_services
+    from tls import CertificateError, Certificates, certificate_files
+    from users import SEEDED_USERS, Role, User, has_public_password, make_user, parse_users
 except ImportError as error:
     sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
 
 import hostcheck
 import worker
+from spawner import can_change_user
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["GRPC_OPTIONS", "Server", "Settings", "SettingsError", "load_credentials", "main"]
+__all__ = ["GRPC_OPTIONS", "Server", "Settings", "SettingsError", "main"]
 
 logger = logging.getLogger("server")
 
 _HERE = Path(__file__).resolve().parent
 DEFAULT_LISTEN = "127.0.0.1:50051"
-DEFAULT_MAX_STREAMS = 1000
+DEFAULT_UIDS = "70000-79999"  # systemd and the distributions leave 65536 to 524287 free
 _UNARY_THREADS = 32
 _UNARY_BACKLOG = 256  # calls that may wait for one of those threads
 _FDS_PER_STREAM = 2
@@ -76,9 +83,16 @@ GRPC_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 9_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Larger than anything valid, so that what is too large is refused by us with a
-    # message that says so and not by gRPC.
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # Larger than any token, so that a huge one is refused by us like every other; gRPC
+    # would begin at 8 KiB to refuse some.
+    ("grpc.max_metadata_size", 1024 * 1024),
+    ("grpc.absolute_max_metadata_size", 1024 * 1024),
+)
+
+_SHARED_UID = (
+    "jobs run as uid {uid}, which is the server's own: a job can read the server's keys, its "
+    "users file and everybody's output, and can signal the server and other jobs; start the "
+    "server as root, or with CAP_SETUID and CAP_SETGID, to give each user an uid of their own"
 )
 
 
@@ -100,12 +114,22 @@ class Settings:
     users: Path | None = None
     """The users file; None for the seeded users."""
     state_dir: Path = Path("state")
-    """For the token key and the output."""
+    """For the token key, the users' uids, the tokens that were logged out, and the output."""
     enforcement: worker.Enforcement = "require"
     cgroup_root: Path | None = None
-    max_streams: int = DEFAULT_MAX_STREAMS
+    max_streams: int | None = None
+    """How many streams may be open in all; None for what the configuration says."""
     config: Path | None = None
-    """The TOML file with the limits; None for those of `config.py`."""
+    """The TOML file with limits and ceilings; None for those of `config.py`."""
+    isolation: Literal["require", "auto", "off"] = "off"
+    """Whether the jobs of each user run as an uid of their own, and this process stops
+    being root, for good: it must be so; if it can be; no."""
+    uids: str = DEFAULT_UIDS
+    """FIRST-LAST: the first for this process if it is root, the others for users."""
+    audit_log: Path | None = None
+    """None for audit.log in `state_dir`."""
+    audit_required: bool = False
+    """Whether what cannot be recorded is refused."""
 
 
 class Server:
@@ -115,55 +139,127 @@ class Server:
     """
 
     def __init__(self, settings: Settings) -> None:
-        host, port = _split_address(settings.listen)
-        users = auth.load_users(settings.users) if settings.users else auth.SEEDED_USERS
-        _check_exposure(host, users)
+        self._settings = settings
+        self._host, port = _split_address(settings.listen)
+        state = settings.state_dir
+        self._audit_path = settings.audit_log or state / "audit.log"
+        self._worker: worker.Worker | None = None
+        users = self._load_users()
+        certificates = Certificates(self._read, settings.certs)
         config = load_config(settings.config) if settings.config else Config()
-        credentials = load_credentials(settings.certs)
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._authenticator = auth.Authenticator(
-            users=users, key=auth.load_key(settings.state_dir / "token.key")
-        )
+        if settings.max_streams is not None:
+            config = replace(config, in_all=replace(config.in_all, streams=settings.max_streams))
+        own_uid, uids = _uids(settings)
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.ExitStack() as undo:
-            self._worker = undo.enter_context(
+            jobs = undo.enter_context(
                 worker.Worker(
                     limits=config.limits({}),
                     enforcement=settings.enforcement,
                     cgroup_root=settings.cgroup_root,
-                    output_dir=settings.state_dir / "output",
+                    output_dir=state / "output",
+                    uids=uids,
+                    files={str(path): flags for path, flags in self._files().items()},
                 )
             )
-            # After the worker, so that the jobs keep the limits we were started with.
-            _raise_fd_limit(settings.max_streams)
-            self._pool = ThreadPoolExecutor(
-                settings.max_streams + _UNARY_THREADS, thread_name_prefix="rpc"
+            self._worker = jobs
+            self._accounts = undo.enter_context(Accounts(state / "uids", uids)) if uids else None
+            if self._accounts is not None:
+                self._accounts.add(user.name for user in users)
+            revocations = undo.enter_context(auth.Revocations(state / "logged-out"))
+            self._authenticator = auth.Authenticator(
+                users=users, key=auth.load_key(state / "token.key"), revocations=revocations
             )
+            self._audit = undo.enter_context(
+                AuditLog(lambda: self._open(self._audit_path), required=settings.audit_required)
+            )
+            _raise_fd_limit(config.in_all.streams or 0)
+            if own_uid is not None:
+                # Before anything listens, and before there are threads.
+                jobs.drop_privileges(own_uid)
+            threads = (config.in_all.streams or 0) + _UNARY_THREADS
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
             undo.callback(self._pool.shutdown)
+            self._certificates = certificates
             self._server = grpc.server(
                 self._pool,
-                interceptors=[Gate(self._authenticator)],
-                options=GRPC_OPTIONS,
-                maximum_concurrent_rpcs=settings.max_streams + _UNARY_THREADS + _UNARY_BACKLOG,
+                interceptors=[Gate(self._authenticator, self._audit)],
+                options=(
+                    *GRPC_OPTIONS,
+                    ("grpc.max_receive_message_length", config.requests.size),
+                ),
+                maximum_concurrent_rpcs=threads + _UNARY_BACKLOG,
             )
             add_services(
-                self._server,
-                self._worker,
-                self._authenticator,
-                config=config,
-                max_streams=settings.max_streams,
+                self._server, jobs, self._authenticator, config=config, uid_of=self._uid_of
             )
-            bound_port = _bind(self._server, host, port, credentials)
-            self.address = _join_address(host, bound_port)
+            bound_port = _bind(self._server, self._host, port, certificates.credentials)
+            self.address = _join_address(self._host, bound_port)
             self._server.start()
-            undo.pop_all()
+            self._undo = undo.pop_all()
+
+    def reload(self) -> None:
+        """Take up certificates, users and the audit log's file anew; never raises.
+
+        What is wrong is logged, and what was there before stays in force. Streams go
+        on, but for those of users who are gone or have changed.
+        """
+        self._audit.reopen()
+        self._certificates.reload(self.address)
+        try:
+            users = self._load_users()
+            if self._accounts is not None:
+                self._accounts.add(user.name for user in users)
+            self._authenticator.set_users(users)
+        except (
+            SettingsError,
+            AccountsError,
+            ValueError,
+            OSError,
+            worker.SpawnerDiedError,
+        ) as error:
+            logger.error("the users stay as they were: %s", error)
+        else:
+            logger.info("%d users are in force", len(users))
 
     def stop(self) -> None:
         """Refuse new work, kill the jobs, let the streams end; blocks until all is gone."""
         stopped = self._server.stop(_STOP_GRACE_S)
         self._authenticator.close()
-        self._worker.close()
+        if self._worker is not None:
+            self._worker.close()
         stopped.wait()
-        self._pool.shutdown()
+        self._undo.close()
+
+    def _uid_of(self, user: str) -> int | None:
+        return self._accounts.uid(user) if self._accounts else None
+
+    def _load_users(self) -> tuple[User, ...]:
+        users: tuple[User, ...] = SEEDED_USERS
+        if path := self._settings.users:
+            users = parse_users(self._read(path), str(path))
+        _check_exposure(self._host, users)
+        return users
+
+    def _files(self) -> dict[Path, int]:
+        """What is opened again later, by the worker's helper, and how."""
+        files = dict.fromkeys(certificate_files(self._settings.certs), os.O_RDONLY)
+        if self._settings.users:
+            files[self._settings.users] = os.O_RDONLY
+        return {path.absolute(): flags for path, flags in files.items()} | {
+            self._audit_path.absolute(): AUDIT_FLAGS
+        }
+
+    def _open(self, path: Path) -> int:
+        """Open one of `_files`, with the rights we have or, once there is a worker, had."""
+        path = path.absolute()
+        if self._worker is None:
+            return os.open(path, self._files()[path] | os.O_CLOEXEC, 0o600)
+        return self._worker.open_file(str(path))
+
+    def _read(self, path: Path) -> bytes:
+        with open(self._open(path), "rb") as file:
+            return file.read()
 
     def __enter__(self) -> Self:
         return self
@@ -192,7 +288,7 @@ def _join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _check_exposure(host: str, users: Sequence[auth.User]) -> None:
+def _check_exposure(host: str, users: Sequence[User]) -> None:
     """Refuse to show the world users whose passwords everybody knows."""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
@@ -200,7 +296,7 @@ def _check_exposure(host: str, users: Sequence[auth.User]) -> None:
         raise SettingsError(f"--listen: cannot resolve {host!r}: {error.strerror}") from error
     if all(ip_address(str(address).partition("%")[0]).is_loopback for address in addresses):
         return
-    public = [user.name for user in users if auth.has_public_password(user)]
+    public = [user.name for user in users if has_public_password(user)]
     if public:
         raise SettingsError(
             f"the passwords of {' and '.join(public)} are public, so the server listens on "
@@ -209,35 +305,21 @@ def _check_exposure(host: str, users: Sequence[auth.User]) -> None:
         )
 
 
-def load_credentials(certs: Path) -> grpc.ServerCredentials:
-    """Return the credentials for mutual TLS with the files in `certs`.
-
-    Raises `SettingsError` when one is missing or unusable.
-    """
-    key, certificate, client_ca = (
-        certs / name for name in ("server-key.pem", "server.pem", "client-ca.pem")
-    )
-    try:
-        # gRPC would say nothing of a bad file until a client fails to connect.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        context.load_verify_locations(client_ca)
-        return grpc.ssl_server_credentials(
-            [(key.read_bytes(), certificate.read_bytes())],
-            root_certificates=client_ca.read_bytes(),
-            require_client_auth=True,
-        )
-    except FileNotFoundError:
-        missing = [str(f) for f in (key, certificate, client_ca) if not f.exists()]
-        raise SettingsError(
-            f"no certificates: {', '.join(missing)} missing; make them with `make certs`, "
-            "or name their directory with --certs"
-        ) from None
-    except ssl.SSLError as error:
-        raise SettingsError(
-            f"the certificates in {certs} are not usable: {error.reason}; "
-            "make new ones with certs/generate.sh"
-        ) from error
+def _uids(settings: Settings) -> tuple[int | None, range | None]:
+    """Return the uid to become and those for users; None for both without isolation."""
+    if settings.isolation == "off":
+        return None, None
+    uid = os.geteuid()
+    if not can_change_user():
+        warning = _SHARED_UID.format(uid=uid)
+        if settings.isolation == "require":
+            raise SettingsError(f"--require-isolation: {warning}")
+        logger.warning("%s", warning)
+        return None, None
+    uids = parse_uids(settings.uids)
+    if uid in uids:
+        raise SettingsError(f"--uids {settings.uids} includes {uid}, which the server runs as")
+    return uid or uids[0], uids[1:]
 
 
 def _raise_fd_limit(max_streams: int) -> None:
@@ -276,7 +358,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="server",
         description="Run commands for clients that log in over mutual TLS.",
-        epilog="SIGTERM or Ctrl-C stops the server and every job.",
+        epilog="SIGTERM or Ctrl-C stops the server and every job. SIGHUP has it take up new "
+        "certificates, users and a rotated audit log.",
         allow_abbrev=False,
     )
     defaults = Settings()
@@ -304,7 +387,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         type=Path,
         default=defaults.state_dir,
-        help="where the token key and the output are kept (default: ./%(default)s)",
+        help="where the token key, the users' uids and the output are kept (default: "
+        "./%(default)s)",
     )
     parser.add_argument(
         "--limits",
@@ -323,14 +407,37 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-streams",
         metavar="N",
         type=_positive,
-        default=defaults.max_streams,
-        help="how many output streams may be open at once (default: %(default)s)",
+        help="how many output streams may be open at once, whatever the configuration says",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
         type=Path,
-        help="a TOML file with the defaults and ceilings of the jobs' limits",
+        help="a TOML file with the jobs' default limits and with all ceilings",
+    )
+    parser.add_argument(
+        "--uids",
+        metavar="FIRST-LAST",
+        default=defaults.uids,
+        help="started as root, the server becomes the first of these, and the jobs of each user "
+        "run as one of the others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--require-isolation",
+        action="store_true",
+        help="refuse to start if jobs would have to run as the server's own user",
+    )
+    parser.add_argument(
+        "--audit-log",
+        metavar="FILE",
+        type=Path,
+        help="where every call is recorded, a line of JSON each (default: audit.log in the "
+        "state directory)",
+    )
+    parser.add_argument(
+        "--audit-required",
+        action="store_true",
+        help="refuse calls that cannot be recorded",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     user = commands.add_parser(
@@ -339,7 +446,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Ask for a password and print an entry for the file that --users names.",
     )
     user.add_argument("name", metavar="NAME")
-    user.add_argument("--role", choices=[role.value for role in auth.Role], default="user")
+    user.add_argument("--role", choices=[role.value for role in Role], default="user")
     check = commands.add_parser(
         "check",
         help="say which limits this host can enforce, and what to do about the rest",
@@ -366,7 +473,7 @@ def _print_user(name: str, role: str) -> None:
     else:
         password = sys.stdin.readline().rstrip("\n")
     try:
-        print(auth.make_user(name, role, password))
+        print(make_user(name, role, password))
     except ValueError as error:
         raise SettingsError(str(error)) from error
 
@@ -380,7 +487,7 @@ def _check(cgroup_root: Path | None) -> int:
 def _serve(settings: Settings) -> None:
     # Blocked here and so in every thread; a signal that comes early waits for sigwait.
     # The spawner gives the jobs an empty mask.
-    signals = {signal.SIGTERM, signal.SIGINT}
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
@@ -396,7 +503,9 @@ def _serve(settings: Settings) -> None:
         ]
         raise SettingsError("\n".join(lines)) from error
     print(f"listening on {server.address}", flush=True)
-    number = signal.sigwait(signals)
+    while (number := signal.sigwait(signals)) == signal.SIGHUP:
+        logger.info("SIGHUP: taking up certificates, users and the audit log anew")
+        server.reload()
     logger.info("%s: shutting down", signal.Signals(number).name)
     faulthandler.dump_traceback_later(_WATCHDOG_S, exit=True)
     server.stop()
@@ -422,9 +531,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     cgroup_root=arguments.cgroup_root,
                     max_streams=arguments.max_streams,
                     config=arguments.config,
+                    isolation="require" if arguments.require_isolation else "auto",
+                    uids=arguments.uids,
+                    audit_log=arguments.audit_log,
+                    audit_required=arguments.audit_required,
                 )
             )
-    except (SettingsError, auth.UsersFileError, ValueError, OSError) as error:
+    except (SettingsError, CertificateError, AccountsError, ValueError, OSError) as error:
         print(f"server: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -16,6 +16,12 @@ process that has been reaped and whose number belongs to a stranger.
 This file imports little, for every page of the helper is copied by its forks: with
 twice the modules a start took half as long again.
 
+Where the owner may change users, the helper may start jobs as other users, those of
+the range `uids` and no others, and the owner can give up its own rights: then the
+helper is what keeps them. So it believes the owner nothing. What it may do at all is
+fixed when it is started, it looks up itself which cgroup a job belongs in, and it
+keeps four capabilities.
+
 The exit pipe tells a job's end: one JSON line when its leader has exited, then
 end-of-file when its process group is gone. End-of-file without a line means that
 the helper died. When the socket to the owner closes, for whatever reason, the
@@ -34,6 +40,7 @@ import errno
 import json
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -46,13 +53,43 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["AttachError", "Exit", "Spawner", "SpawnerDiedError", "read_exit"]
+__all__ = [
+    "AttachError",
+    "Exit",
+    "Spawner",
+    "SpawnerDiedError",
+    "can_change_user",
+    "can_kill_any",
+    "drop_privileges",
+    "read_exit",
+]
 
 _MAX_MESSAGE_BYTES = 4096
 _MAX_FDS = 4
+_FD_BYTES = 4
 _CLOSE_S = 5.0
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-_UMASK = 0o022
+_MAX_PROGRAM_BYTES = 4 * 1024 * 1024  # argv and environment; execve(2) takes less
+_UMASK = 0o077
+
+# What a job may have besides its cgroup's limits: soft and hard. That many processes
+# are of all the jobs of one user together, and hold where there is no pids controller.
+_JOB_RLIMITS = (
+    (resource.RLIMIT_NOFILE, 1024, 65_536),
+    (resource.RLIMIT_NPROC, 8192, 8192),
+    (resource.RLIMIT_MEMLOCK, 8 * 1024 * 1024, 8 * 1024 * 1024),
+    (resource.RLIMIT_RTPRIO, 0, 0),
+    (resource.RLIMIT_NICE, 0, 0),
+)
+
+# linux/prctl.h, linux/capability.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_CAPBSET_DROP = 24
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_CAPABILITY_VERSION_3 = 0x20080522
+_CAP_DAC_OVERRIDE, _CAP_KILL, _CAP_SETGID, _CAP_SETUID = 1, 5, 6, 7
 
 
 class SpawnerDiedError(RuntimeError):
@@ -83,11 +120,21 @@ class Exit(NamedTuple):
 class Spawner:
     """The owner's side. Starts the helper; `close` (or leaving the context) ends it.
 
-    `kill_root`: the cgroup that holds all the jobs' cgroups, if there is one; the
-    helper kills it whole when the owner is gone.
+    `jobs_cgroup`: the cgroup that holds the cgroups of the jobs, each of which has the
+    job's name and must exist before `spawn`; the helper kills it whole when the owner
+    is gone. `uids`: jobs run as one of these users (see `can_change_user`) and not as
+    ours. `dismantle`: arguments for `cgroups.dismantle`, see `hand_over`. `files`: what
+    the helper opens for us then, each path with the flags of open(2).
     """
 
-    def __init__(self, *, kill_root: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        jobs_cgroup: Path | None = None,
+        uids: range | None = None,
+        dismantle: Sequence[Any] | None = None,
+        files: Mapping[str, int] | None = None,
+    ) -> None:
         # Guards the socket and the number: held from a request to its answer.
         self._lock = threading.Lock()
         self._number = 0
@@ -96,9 +143,15 @@ class Spawner:
             undo.callback(self._socket.close)
             # No site-packages, no PYTHON* variables, no terminal signals (own session).
             # Without preexec_fn Popen uses vfork, which is safe among threads.
+            duties = {
+                "jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None,
+                "uids": [uids.start, uids.stop] if uids else None,
+                "dismantle": dismantle,
+                "files": dict(files or {}),
+            }
+            command = [sys.executable, "-E", "-s", "-S", __file__]
             self._process = subprocess.Popen(
-                [sys.executable, "-E", "-s", "-S", __file__, str(theirs.fileno())]
-                + ([str(kill_root)] if kill_root else []),
+                [*command, str(theirs.fileno()), json.dumps(duties)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -119,30 +172,30 @@ class Spawner:
         *,
         stdout_fd: int,
         exit_fd: int,
-        cgroup_procs_fd: int | None = None,
+        uid: int | None = None,
     ) -> tuple[int, int]:
         """Execute `argv` as the leader of a new session; return its pid and a pidfd of it.
 
         stdin is /dev/null, stdout and stderr are `stdout_fd`, the directory is /, no
-        other descriptor is open, and every signal has its default disposition.
-        `exit_fd`, the write end of a pipe, will tell the end (see `read_exit`). With
-        `cgroup_procs_fd` the process joins that cgroup before it executes anything.
-        The caller keeps its descriptors, and should close its copy of `exit_fd`.
+        other descriptor is open, every signal has its default disposition, the umask is
+        077, nothing it executes can gain privileges (no_new_privs), and it dumps no
+        core. `exit_fd`, the write end of a pipe, will tell the end (see `read_exit`).
+        With `jobs_cgroup` the process joins the cgroup `job` in there before it executes
+        anything. `uid` (one of `uids`, if those were given, else None): its user and its
+        group, the only one it has. The caller keeps its descriptors, and should close
+        its copy of `exit_fd`.
 
         Blocks until the command is executing. Raises OSError with exec's errno when
-        it cannot be executed, `AttachError` when it could not join the cgroup,
-        `SpawnerDiedError`. Nothing is left behind then.
+        it cannot be executed, PermissionError for an uid or a name that is not allowed,
+        `AttachError` when it could not join the cgroup, `SpawnerDiedError`. Nothing is
+        left behind then.
         """
-        fds = [stdout_fd, exit_fd]
-        if cgroup_procs_fd is not None:
-            fds.append(cgroup_procs_fd)
         # In a file: a message may not be larger than net.core.wmem_max, an argv may.
         with open(os.memfd_create("argv"), "w+b", buffering=0) as program:
             program.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode())
-            answer, received = self._request({"op": "spawn", "job": job}, [program.fileno(), *fds])
-        if "errno" in answer:
-            kind = AttachError if answer["attach"] else OSError
-            raise kind(answer["errno"], os.strerror(answer["errno"]))
+            answer, received = self._request(
+                {"op": "spawn", "job": job, "uid": uid}, [program.fileno(), stdout_fd, exit_fd]
+            )
         if not received:  # the kernel drops a descriptor for which we have no number left
             self.kill(job)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -155,6 +208,27 @@ class Spawner:
         """
         self._request({"op": "kill", "job": job}, [])
 
+    def hand_over(self) -> None:
+        """Have the helper dismantle our cgroups at its end, for we are going to lose the right.
+
+        Raises `SpawnerDiedError`.
+        """
+        self._request({"op": "hand_over"}, [])
+
+    def open(self, path: str) -> int:
+        """Open one of `files` with the helper's rights; return the descriptor.
+
+        A file that is created has mode 0600. Raises OSError, PermissionError for
+        another path, `SpawnerDiedError`.
+        """
+        try:
+            _, received = self._request({"op": "open", "path": path}, [])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
+        if not received:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return received[0]
+
     def _request(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         with self._lock:
             self._number += 1
@@ -163,24 +237,29 @@ class Spawner:
                 while True:
                     answer, received = _receive(self._socket)
                     if answer["number"] == self._number:
-                        return answer, received
+                        break
                     # Whoever asked that did not wait for the answer, because of Ctrl-C.
                     _close_all(received)
             except (EOFError, OSError) as error:
                 raise SpawnerDiedError from error
+        if "errno" in answer:
+            kind = AttachError if answer["attach"] else OSError
+            raise kind(answer["errno"], os.strerror(answer["errno"]))
+        return answer, received
 
     def close(self) -> None:
         """End the helper, which kills every job that still runs; idempotent.
 
-        Blocks until it has ended; after 5 s it is killed.
+        Blocks until it has ended; after 5 s it is killed, or left if it may not be.
         """
         with self._lock:
             self._socket.close()
         try:
             self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(PermissionError):  # we have given up our rights
+                self._process.kill()
+                self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -208,9 +287,18 @@ def _send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ())
 
 def _receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Raises EOFError when the other side is gone."""
-    data, fds, _, _ = socket.recv_fds(sock, _MAX_MESSAGE_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    # Not socket.recv_fds, which drops the flag: then execs would inherit them.
+    data, ancillary, _, _ = sock.recvmsg(
+        _MAX_MESSAGE_BYTES, socket.CMSG_SPACE(_MAX_FDS * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+    )
     if not data:
         raise EOFError
+    fds = [
+        int.from_bytes(numbers[i : i + _FD_BYTES], sys.byteorder)
+        for level, kind, numbers in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for i in range(0, len(numbers), _FD_BYTES)
+    ]
     return json.loads(data), fds
 
 
@@ -225,9 +313,13 @@ def _close_all(fds: Sequence[int]) -> None:
 class _Helper:
     """The program that `Spawner` runs. One thread; a signal only wakes the poll."""
 
-    def __init__(self, sock: socket.socket, kill_root: str | None) -> None:
+    def __init__(self, sock: socket.socket, duties: dict[str, Any]) -> None:
         self._socket = sock
-        self._kill_root = kill_root
+        self._jobs_cgroup: str | None = duties["jobs_cgroup"]
+        self._uids = range(*duties["uids"]) if duties["uids"] else None
+        self._dismantle: list[Any] | None = duties["dismantle"]
+        self._files: dict[str, int] = duties["files"]
+        self._handed_over = False
         self._leaders: dict[str, subprocess.Popen[bytes]] = {}  # by job, not yet reaped
         self._exit_fds: dict[int, int] = {}  # by process group, until it is gone
         # Where a child that could not attach leaves its errno: after fork it shares
@@ -240,8 +332,8 @@ class _Helper:
         _set_signals()
         # Orphans of a job become our children and not init's, so that we can tell
         # when a process group is gone.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        os.umask(_UMASK)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        self._limit_ourselves_and_jobs()
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
@@ -260,32 +352,92 @@ class _Helper:
         except (EOFError, ConnectionError):
             pass  # the owner is gone
         finally:
+            # Also after a message that makes no sense: that is not our owner any more.
             self._kill_everything()
+            if self._handed_over and self._dismantle:
+                # Here, for a start should not pay for a larger helper.
+                from cgroups import dismantle
+
+                dismantle(*self._dismantle)
+
+    def _limit_ourselves_and_jobs(self) -> None:
+        """Take what neither we nor the jobs need; what is set here, forks and execs keep."""
+        os.umask(_UMASK)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each job
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        if self._uids is not None:
+            # Not to be traced, nor what we fork before it executes something.
+            _prctl(_PR_SET_DUMPABLE, 0)
+            _keep_capabilities(_CAP_SETUID, _CAP_SETGID, _CAP_KILL, _CAP_DAC_OVERRIDE)
 
     def _answer(self, request: dict[str, Any], fds: list[int]) -> None:
         answer: dict[str, Any] = {"number": request["number"]}
-        if request["op"] == "kill":
-            if leader := self._leaders.get(request["job"]):
-                _kill_group(leader.pid)
-            _send(self._socket, answer)
-            return
+        passed = []
         try:
-            pid, pidfd = self._spawn(request["job"], *fds)
-        except (OSError, ValueError) as error:
-            # ValueError: argv or environment that cannot be encoded.
+            match request["op"]:
+                case "spawn":
+                    answer["pid"], pidfd = self._spawn(request["job"], request["uid"], *fds)
+                    passed.append(pidfd)
+                case "kill":
+                    if leader := self._leaders.get(request["job"]):
+                        _kill_group(leader.pid)
+                case "open":
+                    passed.append(self._open(request["path"]))
+                case "hand_over":
+                    self._handed_over = True
+                case _:
+                    raise ValueError("unknown request")  # noqa: TRY301 -- answered like others
+        except (OSError, ValueError, TypeError) as error:
+            # Not only OSError: argv or environment may be no strings, or not to be encoded.
             answer["errno"] = getattr(error, "errno", None) or errno.EINVAL
             answer["attach"] = isinstance(error, AttachError)
-            _send(self._socket, answer)
-            return
         try:
-            _send(self._socket, answer | {"pid": pid}, [pidfd])
+            _send(self._socket, answer, passed)
         finally:
-            os.close(pidfd)
+            _close_all(passed)
+
+    def _open(self, path: str) -> int:
+        if path not in self._files:
+            raise PermissionError(errno.EPERM, "not a file of ours", path)
+        return os.open(path, self._files[path] | os.O_CLOEXEC, 0o600)
 
     def _spawn(
-        self, job: str, program_fd: int, stdout_fd: int, exit_fd: int, procs_fd: int | None = None
+        self, job: str, uid: int | None, program_fd: int, stdout_fd: int, exit_fd: int
     ) -> tuple[int, int]:
-        program = json.loads(os.pread(program_fd, os.fstat(program_fd).st_size, 0))
+        if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
+            raise PermissionError(errno.EPERM, "not an uid of ours")
+        if job in self._leaders or job != os.path.basename(job) or job in {"", ".", ".."}:
+            raise PermissionError(errno.EPERM, "not a job's name, or taken")
+        size = os.fstat(program_fd).st_size
+        if size > _MAX_PROGRAM_BYTES:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        program = json.loads(os.pread(program_fd, size, 0))
+        with contextlib.ExitStack() as stack:
+            procs_fd = None
+            if self._jobs_cgroup is not None:
+                procs_fd = self._open_procs(job)
+                stack.callback(os.close, procs_fd)
+            return self._execute(job, uid, program, procs_fd, stdout_fd, exit_fd)
+
+    def _open_procs(self, job: str) -> int:
+        # The kernel checks the rights of the opener, not of the writer, so a child that
+        # has changed its user can still join.
+        try:
+            return os.open(f"{self._jobs_cgroup}/{job}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise AttachError(error.errno, error.strerror) from error
+
+    def _execute(  # noqa: PLR0913 -- what _spawn has checked
+        self,
+        job: str,
+        uid: int | None,
+        program: dict[str, Any],
+        procs_fd: int | None,
+        stdout_fd: int,
+        exit_fd: int,
+    ) -> tuple[int, int]:
         self._attach_errno[:] = bytes(4)
         try:
             leader = subprocess.Popen(
@@ -296,8 +448,12 @@ class _Helper:
                 stderr=subprocess.STDOUT,
                 cwd="/",
                 start_new_session=True,
+                close_fds=False,  # none of ours is inheritable, so there is nothing to close
+                user=uid,
+                group=uid,
+                extra_groups=None if uid is None else [],
                 # One thread, so none can hold a lock that the child would wait for.
-                preexec_fn=None if procs_fd is None else lambda: self._attach(procs_fd),  # noqa: PLW1509
+                preexec_fn=lambda: self._prepare(procs_fd),  # noqa: PLW1509
             )
         except subprocess.SubprocessError:  # "Exception occurred in preexec_fn."
             number = int.from_bytes(self._attach_errno[:], sys.byteorder)
@@ -317,10 +473,19 @@ class _Helper:
         self._leaders[job] = leader
         return leader.pid, pidfd
 
-    def _attach(self, procs_fd: int) -> None:
-        """Join the job's cgroup; runs in the child, between fork and exec."""
+    def _prepare(self, procs_fd: int | None) -> None:
+        """Join the job's cgroup, be limited; runs in the child, as the job's user, before exec."""
         try:
-            os.write(procs_fd, b"0")
+            if procs_fd is not None:
+                os.write(procs_fd, b"0")
+            if self._uids is not None:
+                # If we are killed: an owner without rights could not kill the job. One
+                # with rights kills its group, for which the leader must live.
+                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            for kind, soft, hard in _JOB_RLIMITS:
+                _, most = resource.getrlimit(kind)
+                limit = hard if most == resource.RLIM_INFINITY else min(hard, most)
+                resource.setrlimit(kind, (min(soft, limit), limit))
         except OSError as error:
             self._attach_errno[:] = (error.errno or 0).to_bytes(4, sys.byteorder)
             raise
@@ -352,10 +517,12 @@ class _Helper:
                 os.close(self._exit_fds.pop(group))
 
     def _kill_everything(self) -> None:
-        if self._kill_root is not None:
+        if self._jobs_cgroup is not None:
             # Beats concurrent forks. A kernel before 5.14 has no such file.
-            with contextlib.suppress(OSError), open(f"{self._kill_root}/cgroup.kill", "w") as kill:
-                kill.write("1")
+            with contextlib.suppress(OSError):
+                kill_fd = os.open(f"{self._jobs_cgroup}/cgroup.kill", os.O_WRONLY)
+                os.write(kill_fd, b"1")
+                os.close(kill_fd)
         for leader in self._leaders.values():
             _kill_group(leader.pid)
         # What escaped its group or has no cgroup: as its ancestors die it becomes our
@@ -388,7 +555,7 @@ def _wake(signum: int, frame: object) -> None:
 
 
 def _kill_group(group: int) -> None:
-    # PermissionError: all of it runs set-uid programs and we are not root.
+    # PermissionError: there are cgroups, and we may change users but not kill theirs.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
@@ -422,10 +589,82 @@ def _children() -> list[int]:
     return children
 
 
+# --- privileges: capabilities(7), prctl(2) ---------------------------------------------
+
+
+def can_change_user() -> bool:
+    """Whether this process may start others as any user: root, or CAP_SETUID and CAP_SETGID."""
+    return _has_capabilities(_CAP_SETUID, _CAP_SETGID)
+
+
+def can_kill_any() -> bool:
+    """Whether this process may send signals to processes of other users (CAP_KILL)."""
+    return _has_capabilities(_CAP_KILL)
+
+
+def drop_privileges(uid: int) -> None:
+    """Become the user `uid`, with the group of that number and no other, for good.
+
+    No capability is left and none can be gained. Call it while there is one thread:
+    capabilities are a thread's. Raises OSError.
+    """
+    _clear_bounding_set()
+    if uid != os.geteuid():
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    _keep_capabilities()
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _prctl(option: int, value: int, *more: int) -> None:
+    arguments = [ctypes.c_ulong(each) for each in (value, *more, 0, 0, 0)[:4]]
+    if _libc.prctl(option, *arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def _has_capabilities(*capabilities: int) -> bool:
+    effective = _effective_capabilities()
+    return all(effective >> capability & 1 for capability in capabilities)
+
+
+def _effective_capabilities() -> int:
+    with open("/proc/thread-self/status", "rb") as status:
+        return int(status.read().partition(b"CapEff:")[2].split()[0], 16)
+
+
+def _keep_capabilities(*capabilities: int) -> None:
+    """Give up every capability but these, as far as we have them, and pass on none."""
+    _clear_bounding_set()
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    kept = sum(1 << each for each in capabilities) & _effective_capabilities()
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    low, high = kept & 0xFFFF_FFFF, kept >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)  # effective, permitted, inheritable
+    if _libc.capset(header, data):
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
+
+
+def _clear_bounding_set() -> None:
+    """Let no program that we execute have any capability, as far as we may say so."""
+    for capability in range(64):
+        try:
+            _prctl(_PR_CAPBSET_DROP, capability)
+        except OSError:  # the last one is behind us, or we lack CAP_SETPCAP
+            break
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
 def _main(argv: Sequence[str]) -> NoReturn:
-    _, fd, *kill_root = argv
+    _, fd, duties = argv
     with socket.socket(fileno=int(fd)) as sock:
-        _Helper(sock, kill_root[0] if kill_root else None).run()
+        os.set_inheritable(sock.fileno(), False)
+        _Helper(sock, json.loads(duties)).run()
     sys.exit(0)
 
 

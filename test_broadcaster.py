@@ -11,6 +11,8 @@ import hashlib
 import os
 import resource
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,10 +24,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broadcaster import OffsetError, OutputIncompleteError, OutputLog, Subscription
+from broadcaster import Budget, OffsetError, OutputIncompleteError, OutputLog, Subscription
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _GUARD_S = 60  # only a hang takes this long
 _ALL_BYTES = bytes(range(256))
@@ -530,9 +532,11 @@ def test_full_disk_is_told_where_the_stored_part_ends(
     log.append(b"c" * 5)  # there is room again, but a hole in the middle would be a lie
     assert log.size == 60
     log.complete()
-    with pytest.raises(OutputIncompleteError, match="25 bytes of output were lost") as caught:
+    with pytest.raises(OutputIncompleteError, match="not kept") as caught:
         follower.result(_GUARD_S)
+    assert str(caught.value) == "25 bytes of output were not kept: File too large"
     assert (caught.value.errno, caught.value.lost_bytes) == (errno.EFBIG, 25)
+    assert log.lost_bytes == 25
     assert b"".join(received) == b"a" * 50 + b"b" * 10
     with log.subscribe(offset=60) as late, pytest.raises(OutputIncompleteError):
         next(late)
@@ -546,3 +550,490 @@ def test_truncated_file_is_an_error_and_not_an_endless_loop(log: OutputLog, path
     os.truncate(path, 0)
     with log.subscribe() as subscription, pytest.raises(OSError, match="truncated"):
         next(subscription)
+
+
+# --- a directory instead of a path ------------------------------------------------------
+
+
+def test_log_needs_its_directory_only_and_not_the_path_to_it(tmp_path: Path) -> None:
+    """It is made, read late and removed by way of a descriptor, wherever the directory is now."""
+    (tmp_path / "before").mkdir()
+    directory = os.open(tmp_path / "before", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        (tmp_path / "before").rename(tmp_path / "after")
+        log = OutputLog("job.out", dir_fd=directory)
+        log.append(b"abc")
+        log.complete()
+        assert stat.S_IMODE((tmp_path / "after" / "job.out").stat().st_mode) == 0o600
+        assert _read(log) == b"abc"  # opens it again
+        log.remove()
+        assert list((tmp_path / "after").iterdir()) == []
+        assert not (tmp_path / "before").exists()
+        assert not Path("job.out").exists()
+    finally:
+        os.close(directory)
+
+
+_UNPRIVILEGED = """
+import os, sys
+from broadcaster import OutputLog
+
+outer, inner = sys.argv[1], sys.argv[1] + "/inner"
+directory = os.open(inner, os.O_RDONLY | os.O_DIRECTORY)
+if os.geteuid() == 0:
+    os.chown(inner, 65534, 65534)
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+else:
+    os.chmod(outer, 0)
+try:
+    OutputLog(inner + "/job.out")
+except PermissionError:
+    print("no way")
+log = OutputLog("job.out", dir_fd=directory)
+log.append(b"abc")
+log.complete()
+with log.subscribe() as subscription:
+    print(list(subscription))
+log.remove()
+print(os.listdir(directory))
+"""
+
+
+def test_log_works_where_the_path_may_no_longer_be_walked(tmp_path: Path) -> None:
+    """As in a server that has given up its rights: the directory is its own, those above not."""
+    outer = tmp_path / "outer"
+    (outer / "inner").mkdir(parents=True)
+    outer.chmod(0o700)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", _UNPRIVILEGED, str(outer)],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=_GUARD_S,
+            check=False,
+        )
+    finally:
+        outer.chmod(0o700)
+    assert (result.stdout, result.stderr) == ("no way\n[b'abc']\n[]\n", "")
+
+
+# --- budgets ----------------------------------------------------------------------------
+
+
+def _together(pool: ThreadPoolExecutor, *calls: Callable[[], object]) -> None:
+    """Run all of them at the same time, to their ends."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], object]) -> None:
+        barrier.wait(_GUARD_S)
+        call()
+
+    for future in [pool.submit(run, call) for call in calls]:
+        future.result(_GUARD_S)
+
+
+def test_budget_gives_what_it_has_and_no_more() -> None:
+    """The last of it may be part of what was asked for; what is given back can be taken again."""
+    budget = Budget(10, "ten")
+    assert budget.take(0) == (0, None)
+    assert budget.take(4) == (4, None)
+    assert budget.take(6) == (6, None)
+    assert budget.is_used_up
+    assert budget.take(0) == (0, None)
+    assert budget.take(1) == (0, budget)
+    budget.give_back(3)
+    assert (budget.used, budget.is_used_up) == (7, False)
+    assert budget.take(5) == (3, budget)
+
+
+def test_budget_without_a_limit_is_never_used_up() -> None:
+    """It counts all the same."""
+    budget = Budget(None, "none")
+    assert budget.take(1 << 62) == (1 << 62, None)
+    assert budget.take(1 << 62) == (1 << 62, None)
+    assert (budget.used, budget.is_used_up) == (1 << 63, False)
+
+
+def test_budget_of_zero_gives_nothing() -> None:
+    """And is used up from the start."""
+    budget = Budget(0, "zero")
+    assert budget.is_used_up
+    assert budget.take(1) == (0, budget)
+
+
+@pytest.mark.parametrize("size", [1, 0, -1])
+def test_giving_back_what_was_not_taken_is_an_error(size: int) -> None:
+    """It would let others have more than there is; nothing changes."""
+    parent = Budget(9, "parent")
+    child, other = Budget(9, "child", parent), Budget(9, "other", parent)
+    child.take(3)
+    other.take(3)
+    with pytest.raises(ValueError, match=r"bytes given back, of 3 taken"):
+        child.give_back(3 + size if size > 0 else size - 1)
+    assert (child.used, parent.used) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("job", "user", "everybody", "refuser"),
+    [
+        *((5, 9, 9, "job"), (9, 5, 9, "user"), (9, 9, 5, "all"), (None, 5, 9, "user")),
+        *((6, 5, 9, "user"), (6, 6, 5, "all"), (5, 6, 6, "job"), (5, 5, 5, "job")),
+    ],
+)
+def test_budget_is_taken_from_every_parent_or_from_none(
+    job: int | None, user: int, everybody: int, refuser: str
+) -> None:
+    """The least of them bounds all, is named, and the others keep what they did not give."""
+    of_all = Budget(everybody, "all")
+    of_user = Budget(user, "user", of_all)
+    of_job = Budget(job, "job", of_user)
+    taken, refused_by = of_job.take(7)
+    assert taken == 5
+    assert refused_by is not None
+    assert refused_by.what == refuser
+    assert [budget.used for budget in (of_job, of_user, of_all)] == [5, 5, 5]
+    of_job.give_back(2)
+    assert [budget.used for budget in (of_job, of_user, of_all)] == [3, 3, 3]
+
+
+def test_full_parent_takes_nothing_from_the_child() -> None:
+    """A budget whose parent is empty has all of its own left, for when the parent has some."""
+    parent = Budget(5, "parent")
+    first, second = Budget(5, "first", parent), Budget(5, "second", parent)
+    first.take(5)
+    assert second.take(5) == (0, parent)
+    assert (second.used, second.is_used_up, parent.is_used_up) == (0, False, True)
+    first.give_back(5)
+    assert second.take(5) == (5, None)
+
+
+def test_threads_together_never_take_more_than_there_is(pool: ThreadPoolExecutor) -> None:
+    """Out of a shared parent they get all of it and not a byte more, and can give all back."""
+    parent = Budget(100_003, "parent")
+    children = [Budget(30_000, str(i), parent) for i in range(8)]
+    taken = [0] * len(children)
+
+    def take_all(i: int) -> None:
+        while size := children[i].take(7)[0]:
+            taken[i] += size
+
+    _together(pool, *(lambda i=i: take_all(i) for i in range(8)))
+    assert sum(taken) == parent.used == 100_003
+    assert [child.used for child in children] == taken
+    assert max(taken) <= 30_000
+
+    _together(pool, *(lambda i=i: children[i].give_back(taken[i]) for i in range(8)))
+    assert [budget.used for budget in (parent, *children)] == [0] * 9
+
+
+def test_takes_and_returns_at_the_same_time_agree(pool: ThreadPoolExecutor) -> None:
+    """However they interleave, nobody is refused while there is enough, and all comes back."""
+    parent = Budget(8 * 3, "parent")
+    shared = [Budget(2 * 3, "child", parent) for _ in range(4)]  # by two threads each
+
+    def churn(budget: Budget) -> None:
+        for _ in range(2000):
+            assert budget.take(3) == (3, None)
+            budget.give_back(3)
+
+    _together(pool, *(lambda i=i: churn(shared[i % 4]) for i in range(8)))
+    assert [budget.used for budget in (parent, *shared)] == [0] * 5
+
+
+def test_budget_may_be_given_back_in_the_middle_of_a_take() -> None:
+    """By the same thread, as when the garbage collector closes an abandoned subscription."""
+
+    class Collecting(Budget):
+        def take(self, size: int) -> tuple[int, Budget | None]:
+            child.give_back(4)
+            return super().take(size)
+
+    parent = Collecting(None, "parent")
+    child = Budget(10, "child")
+    child.take(4)
+    child._parent = parent
+    Budget.take(parent, 4)
+    assert child.take(6) == (6, None)
+    assert (child.used, parent.used) == (6, 6)
+
+
+# --- output within a budget -------------------------------------------------------------
+
+_CEILING = "this job's ceiling of 10 bytes"
+
+
+def _follow(log: OutputLog, offset: int = 0) -> tuple[bytes, str]:
+    """Read to the end; return what was read, and the error at the end, "" if there is none."""
+    chunks: list[bytes] = []
+    try:
+        with log.subscribe(offset=offset) as subscription:
+            chunks.extend(subscription)
+    except OutputIncompleteError as error:
+        return b"".join(chunks), str(error)
+    return b"".join(chunks), ""
+
+
+@pytest.mark.parametrize("parts", [[10], [4, 6], [10, 0], [0, 1, 9]])
+def test_output_of_exactly_the_budget_is_kept(path: Path, parts: list[int]) -> None:
+    """Nothing is lost, and the stream ends as any other."""
+    budget = Budget(10, _CEILING)
+    log = OutputLog(path, budget=budget)
+    for size in parts:
+        log.append(b"x" * size)
+    log.complete()
+    assert _read(log) == b"x" * 10
+    assert (log.size, log.lost_bytes, budget.used) == (10, 0, 10)
+    log.remove()
+    assert budget.used == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "kept", "lost"),
+    [
+        ([b"0123456789a"], b"0123456789", 1),
+        ([b"0123456789", b"a"], b"0123456789", 1),
+        ([b"01234567", b"89ab", b"cdef"], b"0123456789", 6),
+    ],
+)
+def test_output_past_the_budget_is_counted_and_told_and_not_kept(
+    path: Path, pool: ThreadPoolExecutor, parts: list[bytes], kept: bytes, lost: int
+) -> None:
+    """Live and late subscribers get exactly the kept part, then an error that names the ceiling."""
+    log = OutputLog(path, budget=Budget(10, _CEILING))
+    log._changed = watched = _Watched()
+    live = pool.submit(_follow, log)
+    watched.await_waiters(1)
+    for data in parts:
+        log.append(data)
+    assert (log.size, log.lost_bytes) == (10, lost)
+    log.complete()
+    error = f"{lost} bytes of output were not kept: this job's ceiling of 10 bytes is reached"
+    assert live.result(_GUARD_S) == (kept, error)
+    assert _follow(log) == (kept, error)
+    assert _follow(log, 4) == (kept[4:], error)
+    assert _follow(log, 10) == (b"", error)
+    with pytest.raises(OffsetError):
+        log.subscribe(offset=11)
+    assert path.read_bytes() == kept
+    with log.subscribe(offset=10) as subscription, pytest.raises(OutputIncompleteError) as caught:
+        next(subscription)
+    assert (caught.value.errno, caught.value.lost_bytes) == (errno.EDQUOT, lost)
+    log.remove()
+
+
+def test_subscriber_of_a_growing_log_is_told_at_the_end_only(
+    path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """While the job runs its reader waits, as only its end says how much was lost."""
+    log = OutputLog(path, budget=Budget(1, "one"))
+    log._changed = watched = _Watched()
+    log.append(b"ab")
+    live = pool.submit(_follow, log)
+    watched.await_waiters(1)
+    log.append(b"c")
+    watched.await_waiters(1)
+    assert not live.done()
+    log.complete()
+    assert live.result(_GUARD_S) == (b"a", "2 bytes of output were not kept: one is reached")
+    log.remove()
+
+
+def test_output_without_any_budget_is_all_counted_and_none_kept(path: Path) -> None:
+    """Zero bytes are a ceiling like any other."""
+    budget = Budget(0, "nothing")
+    log = OutputLog(path, budget=budget)
+    log.append(b"")
+    assert log.lost_bytes == 0
+    log.append(b"abc")
+    log.complete()
+    error = "3 bytes of output were not kept: nothing is reached"
+    assert _follow(log) == (b"", error)
+    assert (log.size, log.lost_bytes, budget.used) == (0, 3, 0)
+    log.remove()
+
+
+def test_room_that_comes_back_does_not_make_a_gap(path: Path, tmp_path: Path) -> None:
+    """What follows lost output is lost too, and takes nothing out of the budget."""
+    shared = Budget(6, "shared")
+    other = OutputLog(tmp_path / "other.out", budget=shared)
+    other.append(b"xxxx")
+    log = OutputLog(path, budget=shared)
+    log.append(b"abc")
+    other.remove()
+    assert shared.used == 2
+    log.append(b"def")
+    log.complete()
+    assert (log.size, log.lost_bytes, shared.used) == (2, 4, 2)
+    assert path.read_bytes() == b"ab"
+    log.remove()
+
+
+@pytest.mark.parametrize("refuser", ["job", "user", "all"])
+def test_error_names_the_budget_that_refused(path: Path, refuser: str) -> None:
+    """Of those of the job, its user and all, the one that had no more."""
+    parent = None
+    for what in ("all", "user", "job"):
+        parent = Budget(3 if what == refuser else 9, f"the {what}'s ceiling", parent)
+    log = OutputLog(path, budget=parent)
+    log.append(b"abcd")
+    log.complete()
+    error = f"1 bytes of output were not kept: the {refuser}'s ceiling is reached"
+    assert _follow(log) == (b"abc", error)
+    log.remove()
+
+
+@pytest.mark.parametrize("limit", [100, 70, 60])
+def test_budget_for_what_the_disk_did_not_take_is_given_back(path: Path, limit: int) -> None:
+    """Only what is stored counts, and the error is of what came first: here the disk."""
+    budget = Budget(limit, _CEILING)
+    log = OutputLog(path, budget=budget)
+    log.append(b"a" * 50)
+    with _file_size_limit(55):
+        log.append(b"b" * 30)
+    log.append(b"c" * 30)
+    log.complete()
+    assert (log.size, log.lost_bytes, budget.used) == (55, 55, 55)
+    assert _follow(log)[1] == "55 bytes of output were not kept: File too large"
+    log.remove()
+    assert budget.used == 0
+
+
+def test_log_that_cannot_be_made_takes_nothing(path: Path) -> None:
+    """Nor does one that was not written to."""
+    budget = Budget(10, _CEILING)
+    path.touch()
+    with pytest.raises(FileExistsError):
+        OutputLog(path, budget=budget)
+    assert budget.used == 0
+    path.unlink()
+    log = OutputLog(path, budget=budget)
+    assert budget.used == 0
+    log.remove()
+    assert budget.used == 0
+
+
+def test_budget_comes_back_when_the_output_is_removed_and_once(
+    path: Path, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """Not when it is complete; and however many remove it at the same time."""
+    budget = Budget(10, _CEILING)
+    other = OutputLog(tmp_path / "other.out", budget=budget)
+    other.append(b"xx")
+    log = OutputLog(path, budget=budget)
+    log.append(b"abc")
+    log.complete()
+    assert _read(log) == b"abc"
+    assert budget.used == 5
+    _together(pool, *[log.remove] * 16)
+    log.remove()
+    assert budget.used == 2
+    other.remove()
+    assert budget.used == 0
+
+
+def test_budget_comes_back_when_the_last_subscriber_has_left(path: Path) -> None:
+    """A deleted file takes up the disk while somebody reads it."""
+    budget = Budget(10, _CEILING)
+    log = OutputLog(path, budget=budget)
+    log.append(b"abc")
+    with log.subscribe() as reading, log.subscribe() as idle:
+        log.remove()
+        assert not path.exists()
+        assert budget.used == 3
+        assert list(reading) == [b"abc"]  # to its end: it has left
+        assert budget.used == 3
+        idle.close()
+        assert budget.used == 0
+        idle.close()
+    log.remove()
+    assert budget.used == 0
+
+
+def test_budget_does_not_come_back_under_a_read(
+    path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subscription closed in the middle of a read has the file open until that returns."""
+    budget = Budget(10, _CEILING)
+    log = OutputLog(path, budget=budget)
+    log.append(b"abc")
+    entered, go_on = threading.Event(), threading.Event()
+    real = os.pread
+
+    def slow_pread(fd: int, count: int, offset: int) -> bytes:
+        entered.set()
+        assert go_on.wait(_GUARD_S)
+        return real(fd, count, offset)
+
+    monkeypatch.setattr(os, "pread", slow_pread)
+    subscription = log.subscribe()
+    chunk = pool.submit(next, subscription)
+    assert entered.wait(_GUARD_S)
+    log.remove()
+    subscription.close()
+    assert budget.used == 3
+    go_on.set()
+    assert chunk.result(_GUARD_S) == b"abc"
+    assert budget.used == 0
+
+
+def test_budget_of_a_file_that_cannot_be_deleted_stays_taken(path: Path) -> None:
+    """It still takes up the disk; whoever removes it learns why."""
+    budget = Budget(10, _CEILING)
+    log = OutputLog(path, budget=budget)
+    log.append(b"abc")
+    path.rename(path.with_suffix(".moved"))
+    path.mkdir()
+    with pytest.raises(OSError, match=os.fspath(path)):
+        log.remove()
+    log.remove()
+    assert budget.used == 3
+
+
+def test_logs_that_share_a_budget_keep_all_of_it_and_no_more(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """Written at the same time, each keeps the beginning of its own output, and counts the rest."""
+    shared = Budget(100_000, "the user's ceiling")
+    logs = [
+        OutputLog(tmp_path / f"{i}.out", budget=Budget(30_000, "the job's ceiling", shared))
+        for i in range(8)
+    ]
+    data = [os.urandom(40_000) for _ in logs]
+
+    def write(i: int) -> None:
+        for at in range(0, 40_000, 999):
+            logs[i].append(data[i][at : at + 999])
+        logs[i].complete()
+
+    _together(pool, *(lambda i=i: write(i) for i in range(8)))
+    assert sum(log.size for log in logs) == shared.used == 100_000
+    for log, whole in zip(logs, data, strict=True):
+        assert log.size <= 30_000
+        assert log.size + log.lost_bytes == 40_000
+        kept, error = _follow(log)
+        assert kept == whole[: log.size]
+        assert error.startswith(f"{log.lost_bytes} bytes of output were not kept: the ")
+    _together(pool, *(log.remove for log in logs))
+    assert shared.used == 0
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.lists(st.binary(max_size=40), max_size=8), st.integers(0, 120))
+def test_any_output_within_any_budget_is_kept_up_to_it(parts: list[bytes], limit: int) -> None:
+    """For all outputs and ceilings: the beginning is kept, the rest counted, the end told."""
+    whole = b"".join(parts)
+    with tempfile.TemporaryDirectory() as directory:
+        budget = Budget(limit, "the ceiling")
+        log = OutputLog(Path(directory, "job.out"), budget=budget)
+        for data in parts:
+            log.append(data)
+        log.complete()
+        lost = max(0, len(whole) - limit)
+        error = f"{lost} bytes of output were not kept: the ceiling is reached" if lost else ""
+        assert _follow(log) == (whole[:limit], error)
+        assert (log.lost_bytes, budget.used) == (lost, len(whole) - lost)
+        log.remove()
+        assert budget.used == 0

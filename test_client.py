@@ -20,25 +20,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
+import authservice_pb2 as auth_pb
 import client as client_module
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
 from conftest import GUARD_S, clean_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from google.protobuf.message import Message
 
     from conftest import ServerProgram
     from server import Server
 
     Connect = Callable[..., Client]
     Serve = Callable[..., Server]
+    Pretend = Callable[..., str]
 
 _HERE = Path(__file__).resolve().parent
 _ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
-_SUBCOMMANDS = ["list", "login", "start", "status", "stop", "stream"]
+_SUBCOMMANDS = ["list", "login", "logout", "start", "status", "stop", "stream"]
 _SILENT = ("sh", "-c", "echo ready; exec sleep infinity")
 
 
@@ -122,6 +127,39 @@ def run(
     return run
 
 
+class _Pretended(grpc.GenericRpcHandler):
+    """Answers each method with what its function yields, also where one message is due."""
+
+    def __init__(self, methods: dict[str, Callable[[Any], Iterable[Message]]]) -> None:
+        self._methods = methods
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        method = self._methods[handler_call_details.method.rpartition("/")[2]]
+        return grpc.unary_stream_rpc_method_handler(
+            lambda _, context: iter(method(context)),
+            response_serializer=lambda message: message.SerializeToString(),
+        )
+
+
+@pytest.fixture
+def pretend(certs: Path) -> Iterator[Pretend]:
+    """Run a server that answers what no good server of ours would; return its address."""
+    key, cert, ca = (
+        (certs / name).read_bytes() for name in ("server-key.pem", "server.pem", "client-ca.pem")
+    )
+    with contextlib.ExitStack() as servers:
+
+        def pretend(**methods: Callable[[Any], Iterable[Message]]) -> str:
+            server = grpc.server(ThreadPoolExecutor(2), handlers=[_Pretended(methods)])
+            credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
+            port = server.add_secure_port("127.0.0.1:0", credentials)
+            server.start()
+            servers.callback(lambda: server.stop(None).wait())
+            return f"127.0.0.1:{port}"
+
+        yield pretend
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Programs started inherit no ignored SIGINT, as they would from a shell's background job."""
@@ -157,7 +195,14 @@ def test_login_takes_the_password_from_stdin(
     assert stranger.read("login", "-u", "user", *arguments, stdin=stdin).count(".") == 2
 
 
-def test_login_at_a_terminal_asks_without_echo(stranger: _Program) -> None:
+@pytest.mark.parametrize(
+    ("typed", "status", "tokens", "said"),
+    [(b"user\n", 0, 1, b""), (b"\x04", 1, 0, b"client: no password was given")],
+    ids=["password", "ctrl-d"],
+)
+def test_login_at_a_terminal_asks_without_echo(
+    stranger: _Program, typed: bytes, status: int, tokens: int, said: bytes
+) -> None:
     """The question goes to the terminal, the token alone to stdout, the password nowhere."""
     ours, terminal = pty.openpty()
     with (
@@ -171,13 +216,13 @@ def test_login_at_a_terminal_asks_without_echo(stranger: _Program) -> None:
         while not shown.endswith(b"Password for user: "):
             assert select.select([keyboard], [], [], GUARD_S)[0], shown
             shown += keyboard.read(1) or b""
-        keyboard.write(b"user\n")
+        keyboard.write(typed)
         stdout, _ = process.communicate(timeout=GUARD_S)
         with contextlib.suppress(OSError):  # EIO: the other side is gone
             while more := keyboard.read(1000):
                 shown += more
-    assert (process.returncode, stdout.count(b".")) == (0, 2)
-    assert shown.split() == [b"Password", b"for", b"user:"]
+    assert (process.returncode, stdout.count(b".")) == (status, 2 * tokens)
+    assert shown.split() == [b"Password", b"for", b"user:", *said.split()]
 
 
 def test_failed_login_keeps_nothing(stranger: _Program, tmp_path: Path) -> None:
@@ -240,6 +285,231 @@ def test_kept_token_is_a_file_in_the_state_directory_whatever_the_server_is_call
     """No name of a server leads out of it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert client_module._token_path(server).parent == tmp_path / "job-worker"
+
+
+def test_login_that_yields_no_token_is_told(
+    stranger: _Program, pretend: Pretend, tmp_path: Path
+) -> None:
+    """What would steer the terminal, or could never be sent, is neither printed nor kept."""
+    address = pretend(Login=lambda _: [auth_pb.LoginResponse(access_token="a\x1b[31m")])
+    assert stranger.fail("login", "-u", "user", "-p", "x", "--server", address) == (
+        f"client: what {address} answered to the login is not a token\n"
+    )
+    assert not (tmp_path / "xdg").exists()
+
+
+@pytest.mark.parametrize("arguments", [["-p", os.fsdecode(b"hunter\xff")], []])
+def test_password_that_is_not_utf_8_is_told_without_it(
+    stranger: _Program, arguments: list[str]
+) -> None:
+    """From the command line and from stdin; the line does not repeat the password."""
+    status, stdout, stderr = stranger.run("login", "-u", "user", *arguments, stdin=b"hunter\xff")
+    assert (status, stdout) == (1, b"")
+    assert stderr == "client: the password is not valid UTF-8\n"
+
+
+def test_password_may_begin_with_a_dash(pretend: Pretend, certs: Path) -> None:
+    """Also as a word of its own, unless it looks like an option of one letter or of two dashes."""
+    sent = []
+
+    def login(context: grpc.ServicerContext) -> Iterable[Message]:
+        sent.append(dict(context.invocation_metadata()))
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+
+    address = pretend(Login=login)
+    for arguments in (["-p", "-hunter2"], ["-p-hunter2"], ["--password=-hunter2"], ["-p", "-2"]):
+        parsed = client_module._parse(["login", "-u", "user", *arguments])
+        assert parsed.password == arguments[-1].removeprefix("-p").removeprefix("--password=")
+        options = ["--server", address, "--certs", str(certs)]
+        assert main(["login", "-u", "user", *options, *arguments]) == 1
+    assert len(sent) == 4
+
+
+def test_no_home_directory_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: ServerProgram,
+    certs: Path,
+) -> None:
+    """A login succeeds, and says that the token was not kept; and nobody is logged in."""
+    for name in ("HOME", "XDG_STATE_HOME", "JOBWORKER_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # whom /etc/passwd does not know
+    options = ["--server", program.address, "--certs", str(certs)]
+    assert main(["login", *options, "-u", "user", "-p", "user"]) == 0
+    assert capsys.readouterr().err == (
+        "client: the token was not kept (~: no home directory; set XDG_STATE_HOME); use -t\n"
+    )
+    assert main(["list", *options]) == 1
+    assert "not logged in" in capsys.readouterr().err
+
+
+# --- logout -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(program: ServerProgram, tmp_path: Path) -> Path:
+    """The file of the kept token."""
+    return tmp_path / "xdg" / "job-worker" / f"token-{program.address}"
+
+
+def test_logout_makes_the_token_worthless_and_forgets_it(stranger: _Program, kept: Path) -> None:
+    """It prints nothing; a copy of the token is refused, and the next command says to log in."""
+    token = stranger.read("login", "-u", "user", "-p", "user").strip()
+    assert stranger.read("list", "-t", token)
+    assert stranger.read("logout") == ""
+    assert not kept.exists()
+    assert "log in" in stranger.fail("list", "-t", token)
+    assert "not logged in" in stranger.fail("logout")
+
+
+def test_logout_of_another_token_keeps_the_kept_one(stranger: _Program, kept: Path) -> None:
+    """Only the token that was given is worthless then; of one given twice nothing is left."""
+    other = stranger.read("login", "-u", "admin", "-p", "admin").strip()
+    token = stranger.read("login", "-u", "user", "-p", "user").strip()
+    assert stranger.read("logout", "-t", other) == ""
+    assert kept.read_text() == token
+    assert stranger.read("list")
+    assert stranger.read("logout", "--token", token) == ""
+    assert not kept.exists()
+
+
+def test_logout_with_a_token_that_is_refused_is_told_and_forgets_it(
+    stranger: _Program, kept: Path
+) -> None:
+    """Not a success: with another certificate the token may be good."""
+    kept.parent.mkdir(parents=True)
+    kept.write_text("a.b.c")
+    assert "nothing to log out of" in stranger.fail("logout", "-t", "d.e.f")
+    assert kept.read_text() == "a.b.c"
+    assert "nothing to log out of" in stranger.fail("logout")
+    assert not kept.exists()
+
+
+def test_logout_that_does_not_reach_the_server_keeps_the_token(
+    stranger: _Program, kept: Path
+) -> None:
+    """It can be tried again."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    file = kept.with_name(f"token-{address}")
+    file.parent.mkdir(parents=True)
+    file.write_text("a.b.c")
+    assert "no server listens" in stranger.fail("logout", "--server", address)
+    assert file.read_text() == "a.b.c"
+
+
+# --- what others on this machine see ----------------------------------------------------
+
+_SECRET = "hunter2-e42"
+
+
+def _arguments_of(process: subprocess.Popen[bytes]) -> list[str]:
+    """Those of `client.py`, as everybody on this machine can see them."""
+    words = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode().split("\0")
+    return words[2:-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["login", "-u", "u", "-p", _SECRET], ["login", "-u", "u", "-p", "*" * 11]),
+        (["login", f"-p{_SECRET}", "-u", "u"], ["login", "-p***********", "-u", "u"]),
+        (["login", f"-p={_SECRET}", "-u", "u"], ["login", "-p=***********", "-u", "u"]),
+        (["login", "-uu", "--password", _SECRET], ["login", "-uu", "--password", "*" * 11]),
+        (["login", "-uu", f"--password={_SECRET}"], ["login", "-uu", "--password=***********"]),
+        (["login", "-u", "u", "-p", "pä\n"], ["login", "-u", "u", "-p", "****"]),
+        (
+            ["login", "-u", _SECRET, "-p", "", "-p", "x", "-p", _SECRET],
+            ["login", "-u", _SECRET, "-p", "", "-p", "*", "-p", "*" * 11],
+        ),
+        (["list", "-t", _SECRET, "--json"], ["list", "-t", "*" * 11, "--json"]),
+        (["list", f"-t{_SECRET}"], ["list", "-t***********"]),
+        (["list", f"--token={_SECRET}"], ["list", "--token=***********"]),
+        (["stop", "-j", _SECRET, "--token", _SECRET], ["stop", "-j", _SECRET, "--token", "*" * 11]),
+        (
+            ["start", "-t", _SECRET, "-c", _SECRET, "-args", "-t", _SECRET, f"-t{_SECRET}", "-p"],
+            ["start", "-t", "*" * 11, "-c", _SECRET, "-args", "-t", _SECRET, f"-t{_SECRET}", "-p"],
+        ),
+        (
+            ["start", f"-t{_SECRET}", "--", "login", "-p", _SECRET, f"--token={_SECRET}"],
+            ["start", "-t***********", "--", "login", "-p", _SECRET, f"--token={_SECRET}"],
+        ),
+        (
+            ["start", "--token", _SECRET, "echo", "-t", _SECRET],
+            ["start", "--token", "*" * 11, "echo", "-t", _SECRET],
+        ),
+    ],
+    ids=str,
+)
+def test_password_and_token_are_not_in_the_process_list(
+    stranger: _Program, arguments: list[str], shown: list[str]
+) -> None:
+    """Before the client connects they are overwritten, and nothing but they: no job's words."""
+    del stranger.environment["JOBWORKER_SERVER"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stranger.environment["JOBWORKER_SERVER"] = f"127.0.0.1:{listener.getsockname()[1]}"
+        with stranger.start(*arguments) as process:
+            listener.settimeout(GUARD_S)
+            connection, _ = listener.accept()
+            with connection:  # which is never answered
+                assert _arguments_of(process) == shown
+                process.kill()
+
+
+def test_token_is_not_in_the_process_list_while_a_stream_waits(
+    stranger: _Program, connect: Connect, tokens: dict[str, str]
+) -> None:
+    """The token that was overwritten is the one that was sent."""
+    job_id = connect().start(_SILENT[0], _SILENT[1:])
+    with stranger.start("stream", "-t", tokens["user"], "-j", job_id) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        assert _arguments_of(process) == ["stream", "-t", "*" * len(tokens["user"]), "-j", job_id]
+        connect().stop(job_id)
+        assert process.communicate(timeout=GUARD_S) == (b"", b"")
+    assert process.returncode == 0
+
+
+def test_arguments_of_a_process_that_are_not_ours_are_left_alone() -> None:
+    """As when another program calls us with words of its own."""
+    before = Path("/proc/self/cmdline").read_bytes()
+    words = before.split(b"\0")[:-1]
+    last = words[-1].decode()
+    client_module._hide([f"{last}?"], [(0, 0)])
+    client_module._hide(["x"] * (len(words) + 1), [(0, 0)])
+    assert main(["list", "-t", last, "--certs", "/nowhere"]) == 1
+    assert Path("/proc/self/cmdline").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["login", "-t", _SECRET, "-u", "u"],
+        ["list", "-p", _SECRET],
+        ["list", f"-p{_SECRET}"],
+        ["list", f"--password={_SECRET}"],
+        ["-t", _SECRET, "list"],
+        [f"--token={_SECRET}", "list"],
+        ["list", "-t", _SECRET, "extra"],
+        ["start", "-p", _SECRET],
+        ["stop", "--", "-t", _SECRET],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_does_not_repeat_a_secret(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    """Also where it is given to the wrong subcommand; the line may end up in a log."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert _SECRET not in capsys.readouterr().err
+
+
+def test_word_that_only_looks_like_a_secret_stays_the_value_it_is() -> None:
+    """`start` has no -p, so this is a command with a space in it."""
+    arguments = client_module._parse(["start", "-t", "x", "-c", "-p x", "-args", "-t", "y"])
+    assert (arguments.command, arguments.token, arguments.args) == ("-p x", "x", ["-t", "y"])
 
 
 # --- start ------------------------------------------------------------------------------
@@ -356,6 +626,11 @@ def test_limit_that_the_server_refuses_is_told(
         ["start", "--"],
         ["start", "-c"],
         ["start", "-args", "x"],
+        ["start", "-t", "-args", "x"],
+        ["list", "-t", "--json"],
+        ["stop", "-t", "-j", "x"],
+        ["stop", "--job=--"],
+        ["start", "--cpus=--", "x"],
         ["start", "-c", "x", "--", "y"],
         ["start", "-c", "x", "y"],
         ["start", "--bogus", "x"],
@@ -433,6 +708,7 @@ def test_json_status_has_every_field_of_a_running_job(
         "ended_at": None,
         "output_bytes": 6,
         "subscribers": ["user"],
+        "output_lost_bytes": 0,
     }
     run("stop", "-j", job_id)
     fields = json.loads(run("status", "-j", job_id, "--json"))
@@ -558,14 +834,92 @@ def test_json_shows_usage_exactly() -> None:
     assert client_module._to_dict(worker_pb.Job())["usage"] is None
 
 
+def test_json_and_status_show_output_that_was_not_kept() -> None:
+    """How much there is, and how much more there was."""
+    job = worker_pb.Job(output_bytes=1 << 30, output_lost_bytes=52)
+    assert _shown(job, "output") == "1073741824 bytes (52 more were not kept)"
+    assert client_module._to_dict(job)["output_lost_bytes"] == 52
+    assert _shown(worker_pb.Job(output_bytes=1), "output") == "1 bytes"
+
+
+def test_status_and_reason_of_a_newer_server_are_shown_by_number() -> None:
+    """They are not in our .proto yet."""
+    job = worker_pb.Job()
+    job.MergeFromString(bytes([5 << 3, 99, 6 << 3, 98]))
+    fields = client_module._to_dict(job)
+    assert (fields["status"], fields["end_reason"]) == ("99", "98")
+    assert client_module._state(fields) == "99 (98)"
+
+
+# C0, DEL, C1, line ends of all kinds, what turns the direction of text around.
+_NASTY = (
+    "\x00\x07\x08\t\r\n\x0b\x1b[31mred\x1b]0;title\x07\x7f\x80\x85\x9b2Jü"
+    "\u2028\u2029\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+)
+
+
+def _is_harmless(text: str) -> bool:
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
 def test_others_words_do_not_steer_the_terminal(cli: _Program) -> None:
     """Escape sequences and line ends in a command are shown, in list, status and errors."""
-    nasty = "\x1b[31mred\x07\r\n\x9b2Jü\u202e"
+    nasty = _NASTY.replace("\0", "")
     job_id = cli.read("start", "true", nasty).strip()
     for shown in (cli.read("list"), cli.read("status", "-j", job_id), cli.fail("start", nasty)):
         assert "red" in shown
         assert "ü" in shown
-        assert all(c.isprintable() or c == "\n" for c in shown), ascii(shown)
+        assert _is_harmless(shown), ascii(shown)
+
+
+def _fail_nastily(context: grpc.ServicerContext) -> Iterable[Message]:
+    context.abort(grpc.StatusCode.NOT_FOUND, f"no job {_NASTY}")
+
+
+def test_servers_words_do_not_steer_the_terminal(cli: _Program, pretend: Pretend) -> None:
+    """Names, IDs and errors; each stays on its line. JSON is ASCII, and holds what was sent."""
+    job = worker_pb.Job(
+        job_id=_NASTY, owner=_NASTY, command=_NASTY, args=[_NASTY], subscribers=[_NASTY, _NASTY]
+    )
+    cli.environment["JOBWORKER_SERVER"] = pretend(
+        StartJob=lambda _: [worker_pb.StartJobResponse(job_id=_NASTY)],
+        GetJobStatus=lambda _: [worker_pb.GetJobStatusResponse(job=job)],
+        ListJobs=lambda _: [worker_pb.ListJobsResponse(jobs=[job])],
+        StopJob=_fail_nastily,
+        StreamOutput=_fail_nastily,
+        Login=_fail_nastily,
+        Logout=_fail_nastily,
+    )
+    lines = {
+        cli.read("start", "true"): 1,
+        cli.read("status", "-j", "x"): 10,
+        cli.read("list"): 2,
+        cli.fail("stop", "-j", "x"): 1,
+        cli.fail("stream", "-j", "x"): 1,
+        cli.fail("login", "-u", "x"): 1,
+        cli.fail("logout"): 1,
+    }
+    for shown, count in lines.items():
+        assert "red" in shown
+        assert _is_harmless(shown), ascii(shown)
+        assert shown.count("\n") == count
+    for arguments in (["status", "-j", "x", "--json"], ["list", "--json"]):
+        printed = cli.read(*arguments)
+        assert printed.isascii()
+        assert _is_harmless(printed)
+        (told,) = [json.loads(printed)] if arguments[0] == "status" else json.loads(printed)
+        assert (told["owner"], told["subscribers"]) == (_NASTY, [_NASTY, _NASTY])
+
+
+@pytest.mark.parametrize("subcommand", ["list", "status"])
+def test_character_that_stdout_cannot_show_becomes_an_escape(
+    cli: _Program, connect: Connect, subcommand: str
+) -> None:
+    """In a locale that knows ASCII only."""
+    job_id = connect().start("true", ["Jürg", "\U0001f642"])
+    cli.environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    shown = cli.read(subcommand, *(["-j", job_id] if subcommand == "status" else []))
+    assert r"true 'J\xfcrg' '\U0001f642'" in shown
 
 
 def test_list_is_a_table_with_a_line_for_each_job(run: Callable[..., str]) -> None:
@@ -583,30 +937,25 @@ def test_list_is_a_table_with_a_line_for_each_job(run: Callable[..., str]) -> No
 # --- stream -----------------------------------------------------------------------------
 
 
-def test_stream_writes_the_bytes_as_they_are(
-    cli: _Program, connect: Connect, tmp_path: Path
-) -> None:
+def test_stream_writes_the_bytes_as_they_are(cli: _Program, connect: Connect) -> None:
     """Not a byte is changed, added or left out; also from an offset, and past the end."""
-    script = 'head -c 1000000 /dev/urandom >"$0"; cat "$0"'
-    job_id = connect().start("sh", ["-c", script, str(tmp_path / "copy")])
-    assert cli.run("stream", "-j", job_id) == (0, (tmp_path / "copy").read_bytes(), "")
-    rest = cli.run("stream", "-j", job_id, "--offset", "999000")
-    assert rest == (0, (tmp_path / "copy").read_bytes()[999_000:], "")
-    assert "offset 1000001 is past the end" in cli.fail(
-        "stream", "-j", job_id, "--offset", "1000001"
-    )
+    output = Path("/bin/sh").read_bytes() * 10
+    job_id = connect().start("cat", ["/bin/sh"] * 10)
+    assert cli.run("stream", "-j", job_id) == (0, output, "")
+    rest = cli.run("stream", "-j", job_id, "--offset", str(len(output) - 1000))
+    assert rest == (0, output[-1000:], "")
+    beyond = str(len(output) + 1)
+    line = cli.fail("stream", "-j", job_id, "--offset", beyond)
+    assert f"offset {beyond} is past the end" in line
 
 
-def test_stream_writes_what_comes_when_it_comes(
-    cli: _Program, connect: Connect, tmp_path: Path
-) -> None:
+def test_stream_writes_what_comes_when_it_comes(cli: _Program, connect: Connect) -> None:
     """Half a line of a job that is blocked reaches whoever reads our stdout."""
-    os.mkfifo(tmp_path / "go")
-    job_id = connect().start("sh", ["-c", 'printf half; read x <"$0"', str(tmp_path / "go")])
+    job_id = connect().start("sh", ["-c", "printf half; exec sleep infinity"])
     with cli.start("stream", "-j", job_id) as process:
         assert process.stdout
         assert process.stdout.read(4) == b"half"
-        (tmp_path / "go").write_text("on\n")
+        connect().stop(job_id)
         assert process.communicate(timeout=GUARD_S) == (b"", b"")
     assert process.returncode == 0
 
@@ -622,6 +971,91 @@ def test_stream_into_a_pipe_that_closes_ends_quietly(cli: _Program, connect: Con
         assert process.stderr
         assert process.stderr.read() == b""
     connect().stop(job_id)
+
+
+def test_stream_that_ends_with_data_loss_writes_all_there_is_first(
+    cli: _Program, pretend: Pretend
+) -> None:
+    """Raw, whatever is in it; then one line says how much is missing, and the exit status is 1."""
+    kept = bytes(range(256)) * 1000
+
+    def stream(context: grpc.ServicerContext) -> Iterator[Message]:
+        for offset in range(0, len(kept), 64_000):
+            yield worker_pb.StreamOutputResponse(data=kept[offset : offset + 64_000], offset=offset)
+        context.abort(grpc.StatusCode.DATA_LOSS, "52 bytes of output were not kept")
+
+    address = pretend(StreamOutput=stream)
+    assert cli.run("stream", "-j", _ABSENT, "--server", address) == (
+        1,
+        kept,
+        "client: 52 bytes of output were not kept\n",
+    )
+
+
+@pytest.mark.parametrize("subcommand", ["list", "stream", "help"])
+def test_output_that_cannot_be_written_is_told(
+    cli: _Program, connect: Connect, subcommand: str
+) -> None:
+    """In one line, as on a full disk; with exit status 1."""
+    job_id = connect().start("echo", ["x"])
+    arguments = {"list": ["list"], "stream": ["stream", "-j", job_id], "help": ["--help"]}
+    cli.environment.pop("PYTHONUNBUFFERED", None)  # argparse hides errors that come at once
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [sys.executable, str(_HERE / "client.py"), *arguments[subcommand]],
+            env=cli.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (result.returncode, result.stderr) == (
+        1,
+        "client: cannot read or write: No space left on device\n",
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stream_that_fits_only_in_part_is_told(
+    cli: _Program, connect: Connect, tmp_path: Path, unbuffered: str
+) -> None:
+    """What could be written is; a write that stops half way is not taken for a whole one."""
+    job_id = connect().start("head", ["-c", "5000", "/dev/zero"])
+    cli.environment["PYTHONUNBUFFERED"] = unbuffered
+    script = 'ulimit -f 1; exec "$0" "$1" stream -j "$2" >"$3"'
+    result = subprocess.run(
+        ["sh", "-c", script, sys.executable, str(_HERE / "client.py"), job_id, tmp_path / "file"],
+        env=cli.environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert 0 < (tmp_path / "file").stat().st_size < 5000
+    assert (result.returncode, result.stderr) == (
+        1,
+        "client: cannot read or write: File too large\n",
+    )
+
+
+@pytest.mark.parametrize("redirection", ["<&-", ">&-"])
+def test_closed_standard_stream_is_told(stranger: _Program, redirection: str) -> None:
+    """With what to do about it."""
+    script = f'"$0" "$1" login -u user -p user {redirection}'
+    result = subprocess.run(
+        ["sh", "-c", script, sys.executable, str(_HERE / "client.py")],
+        env=stranger.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (
+        1,
+        "",
+        "client: stdin and stdout must be open; use </dev/null or >/dev/null\n",
+    )
 
 
 @pytest.mark.parametrize("subcommand", ["list", "status"])
@@ -787,16 +1221,80 @@ def test_unusable_certificate_is_an_error_of_one_line(
     assert f"cannot read {tmp_path}: Is a directory" in cli.fail("list", option, str(tmp_path))
 
 
-@pytest.mark.parametrize("token", ["garbage", "a.b.c", "tökén", "a\nb", "Bearer x", "x" * 5000])
+_BAD_TOKENS = ["garbage", "a.b.c", "tökén", "a\nb", "\x1b", "\x7f", "Bearer x", " ", "\udcff"]
+_BAD_TOKENS += ["x" * length for length in (5_000, 7_500, 7_501, 12_000, 17_000, 130_000)]
+
+
+@pytest.mark.parametrize("token", _BAD_TOKENS, ids=lambda token: ascii(token)[:20])
 def test_bad_token_is_told(cli: _Program, token: str) -> None:
-    """With what to do about it."""
-    assert "log in again" in cli.fail("list", "-t", token)
+    """With what to do about it, also where gRPC would refuse to send it."""
+    line = cli.fail("list", "-t", token)
+    assert "log in" in line
+    assert token.strip() == "" or token not in line
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a\n", b"\0", b"x" * 2_000_000])
+def test_kept_file_that_holds_no_token_is_told(
+    stranger: _Program, kept: Path, content: bytes
+) -> None:
+    """Whatever somebody put there; a login puts it right."""
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(content)
+    assert "the token is not one; log in again" in stranger.fail("list")
+    stranger.read("login", "-u", "user", "-p", "user")
+    assert stranger.read("list")
+
+
+def test_client_raises_its_own_error_for_what_is_not_a_token(connect: Connect) -> None:
+    """Before it calls."""
+    for token in ("x" * 8_000, "a\nb", "tökén"):
+        client = connect("", token=token)
+        for call in (client.list, client.logout, lambda c=client: next(c.stream(_ABSENT))):
+            with pytest.raises(ClientError, match="the token is not one") as caught:
+                call()
+            assert caught.value.code == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        *(("0", 0), ("7", 7), ("86400", 86400), (None, None), ("", None)),
+        *(("soon", None), ("-1", None), ("1.5", None), ("9" * 5000, None)),
+    ],
+    ids=lambda value: str(value)[:9],
+)
+def test_client_error_tells_when_to_try_again(
+    pretend: Pretend, certs: Path, value: str | None, seconds: int | None
+) -> None:
+    """In whole seconds, if the server says so in a form that can be read."""
+
+    def refuse(context: grpc.ServicerContext) -> Iterable[Message]:
+        if value is not None:
+            context.set_trailing_metadata((("retry-after", value),))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many failed logins; wait 7 s")
+
+    with Client(pretend(Login=refuse), certs=certs) as client:
+        with pytest.raises(ClientError, match=r"^too many failed logins; wait 7 s$") as caught:
+            client.login("user", "user")
+        assert (caught.value.code, caught.value.retry_after_s) == ("RESOURCE_EXHAUSTED", seconds)
+
+
+def test_when_to_try_again_is_in_the_servers_words(stranger: _Program, pretend: Pretend) -> None:
+    """The command line adds nothing to them."""
+
+    def refuse(context: grpc.ServicerContext) -> Iterable[Message]:
+        context.set_trailing_metadata((("retry-after", "7"),))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many failed logins; wait 7 s")
+
+    assert stranger.fail("login", "-u", "u", "--server", pretend(Login=refuse)) == (
+        "client: too many failed logins; wait 7 s\n"
+    )
 
 
 @pytest.mark.parametrize("subcommand", ["status", "stop", "stream"])
 def test_unknown_job_is_told(cli: _Program, subcommand: str) -> None:
     """An ID that no job has, and a text that is no ID."""
-    assert cli.fail(subcommand, "-j", _ABSENT) == f"client: no job {_ABSENT}\n"
+    assert cli.fail(subcommand, "-j", _ABSENT) == "client: no such job\n"
     assert cli.fail(subcommand, "-j", "x").startswith("client: not a job ID: 'x'; it looks like")
 
 
@@ -841,7 +1339,7 @@ def test_help_of_every_subcommand_names_all_its_options(
 
 
 def test_help_names_every_subcommand_and_variable(capsys: pytest.CaptureFixture[str]) -> None:
-    """The six of the issue and no others."""
+    """These and no others."""
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
@@ -895,6 +1393,20 @@ def test_client_does_it_all_for_another_program(connect: Connect) -> None:
     assert client.status(job_id).exit_code == 0
     assert client.stop(job_id).status == worker_pb.FINISHED
     assert job_id in [job.job_id for job in client.list()]
+
+
+def test_client_that_logged_out_has_no_token(connect: Connect) -> None:
+    """Its next call is refused, and another client's that had the same token."""
+    client = connect("")
+    token, _ = client.login("user", "user")
+    other = connect("", token=token)
+    assert other.list() is not None
+    client.logout()
+    assert client.token == ""
+    for each in (client, other):
+        with pytest.raises(ClientError) as caught:
+            each.list()
+        assert caught.value.code == "UNAUTHENTICATED"
 
 
 def test_client_error_tells_the_code(connect: Connect) -> None:

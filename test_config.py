@@ -11,7 +11,19 @@ import pytest
 
 import config
 from cgroups import NO_LIMITS, Limits
-from config import CEILINGS, DEFAULTS, Config, ConfigError, LimitError, load_config
+from config import (
+    CEILINGS,
+    DEFAULTS,
+    IN_ALL,
+    JOB_OUTPUT_BYTES,
+    PER_USER,
+    Config,
+    ConfigError,
+    LimitError,
+    Quota,
+    Requests,
+    load_config,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _MIB = 1 << 20
+_KIB = 1 << 10
 _NO_CEILINGS = Config(ceilings=NO_LIMITS)
 
 
@@ -39,7 +52,13 @@ def load(tmp_path: Path) -> Load:
 # --- what a file says ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "\n# nothing\n", "[defaults]\n[ceilings]\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "\n# nothing\n", "[defaults]\n[ceilings]\n"),
+        "[per_user]\n[in_all]\n[per_job]\n[requests]\n",
+    ],
+)
 def test_what_the_file_does_not_name_keeps_its_constant(load: Load, text: str) -> None:
     """A file may be empty."""
     assert load(text) == Config() == Config(DEFAULTS, CEILINGS)
@@ -68,7 +87,7 @@ def test_constants_are_sound() -> None:
         ("io_read_iops = 800", "io_read_iops", 800),
         ("io_write_iops = 900", "io_write_iops", 900),
         ("pids = 1000", "pids", 1000),
-        *((f'{key} = "unlimited"', field, None) for key, (field, _) in config._KEYS.items()),
+        *((f'{key} = "unlimited"', kind.field, None) for key, kind in config._KEYS.items()),
     ],
 )
 def test_key_sets_its_field_and_no_other(
@@ -81,9 +100,96 @@ def test_key_sets_its_field_and_no_other(
     )
 
 
-def test_every_limit_has_a_key() -> None:
-    """Each field of `Limits` can be set, each by one key."""
-    assert sorted(field for field, _ in config._KEYS.values()) == sorted(Limits.__slots__)
+_QUOTA_LINES: list[tuple[str, str, float | None]] = [
+    ("running_jobs = 1", "running_jobs", 1),
+    ('running_jobs = "unlimited"', "running_jobs", None),
+    ("starts_per_second = 0.5", "starts_per_second", 0.5),
+    ("starts_per_second = 7", "starts_per_second", 7),
+    ('starts_per_second = "unlimited"', "starts_per_second", None),
+    ("start_burst = 1", "start_burst", 1),
+    ('start_burst = "unlimited"', "start_burst", None),
+    ('kept_output = "1.5G"', "output_bytes", 3 << 29),
+    ("kept_output = 1", "output_bytes", 1),
+    ('kept_output = "unlimited"', "output_bytes", None),
+    ("streams = 1", "streams", 1),
+    ("streams = 100000", "streams", 100_000),
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "field", "value"),
+    [
+        *(("per_user", *quota) for quota in _QUOTA_LINES),
+        *(("in_all", *quota) for quota in _QUOTA_LINES),
+        ("per_user", "streams = 100001", "streams", 100_001),
+        ("per_user", 'streams = "unlimited"', "streams", None),
+        ("requests", 'size = "4K"', "size", 4 * _KIB),
+        ("requests", "size = 2147483647", "size", 2 * _GIB - 1),
+        ("requests", "args = 0", "args", 0),
+        ("requests", 'arg_length = "1K"', "arg_length", _KIB),
+        ("requests", "arg_length = 1", "arg_length", 1),
+    ],
+)
+def test_key_of_a_ceiling_sets_its_field_and_no_other(
+    load: Load, table: str, line: str, field: str, value: float | None
+) -> None:
+    """Of one user, of all together, of a request; up to the first and the last that makes sense."""
+    before: Any = getattr(Config(), table)
+    assert load(f"[{table}]\n{line}\n") == replace(
+        Config(), **{table: replace(before, **{field: value})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ('kept_output = "100M"', 100 * _MIB),
+        ("kept_output = 1", 1),
+        ('kept_output = "unlimited"', None),
+    ],
+)
+def test_kept_output_per_job_is_set(load: Load, line: str, value: int | None) -> None:
+    """The one key of its table."""
+    assert load(f"[per_job]\n{line}\n") == Config(job_output_bytes=value)
+
+
+def test_ceiling_of_one_user_may_be_above_that_of_all(load: Load) -> None:
+    """It has no effect then, and is no mistake."""
+    loaded = load("[per_user]\nrunning_jobs = 9\n[in_all]\nrunning_jobs = 8\n")
+    assert (loaded.per_user.running_jobs, loaded.in_all.running_jobs) == (9, 8)
+
+
+def test_no_user_can_have_all_there_is() -> None:
+    """By default whoever is at every ceiling leaves as much to the others."""
+    for field in Quota.__slots__:
+        assert getattr(IN_ALL, field) >= 2 * getattr(PER_USER, field), field
+    assert PER_USER.output_bytes is not None
+    assert PER_USER.output_bytes >= JOB_OUTPUT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("table", "fields"),
+    [
+        ("defaults", Limits.__slots__),
+        ("ceilings", Limits.__slots__),
+        ("per_user", Quota.__slots__),
+        ("in_all", Quota.__slots__),
+        ("requests", Requests.__slots__),
+    ],
+)
+def test_every_field_has_a_key(table: str, fields: tuple[str, ...]) -> None:
+    """Whatever there is can be set, each by one key."""
+    assert sorted(kind.field for kind in config._TABLES[table].values()) == sorted(fields)
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [(table, name) for table in config._TABLES for name in config._TABLES[table]]
+)
+def test_constant_is_a_value_that_the_file_may_have(table: str, name: str) -> None:
+    """The range of a key includes what it is when the file does not name it."""
+    key = config._TABLES[table][name]
+    constant = getattr(getattr(Config(), table, Config()), key.field)
+    assert key.value("unlimited" if constant is None else constant) == constant
 
 
 @pytest.mark.parametrize(
@@ -104,7 +210,12 @@ def test_every_way_to_write_toml_is_the_same(load: Load, text: str) -> None:
 # --- what is wrong with it -----------------------------------------------------------------
 
 _KEYS = "unknown; the keys are cpu_cores, memory, swap, io_read, io_write, io_read_iops"
-_TABLES = "unknown; the tables are [defaults] and [ceilings]"
+_TABLES = (
+    "unknown; the tables are [defaults], [ceilings], [per_user], [in_all], [per_job] and [requests]"
+)
+_QUOTA_KEYS = (
+    "unknown; the keys are running_jobs, streams, starts_per_second, start_burst, kept_output"
+)
 _SIZE = 'write a size like "256M", or "unlimited"'
 _WHOLE = 'write a whole number, or "unlimited"'
 _CORES = 'write a number like 0.5, or "unlimited"'
@@ -143,6 +254,32 @@ _CORES = 'write a number like 0.5, or "unlimited"'
         ("[defaults]\ncpu_cores = 0.009", 2, ["defaults.cpu_cores: ", "0.01", "0.009", _CORES]),
         ("[defaults]\ncpu_cores = nan", 2, ["defaults.cpu_cores: ", "nan", _CORES]),
         ("[defaults]\ncpu_cores = inf", 2, ["defaults.cpu_cores: ", "inf", _CORES]),
+        # Ceilings of users and requests.
+        ("[per_user]\nrunning_job = 1", 2, ["per_user.running_job: ", _QUOTA_KEYS]),
+        ("[in_all]\nkept_outputs = 1", 2, ["in_all.kept_outputs: ", _QUOTA_KEYS]),
+        ("[per_job]\nstreams = 1", 2, ["per_job.streams: unknown; the keys are kept_output"]),
+        (
+            "[requests]\nargv = 1",
+            2,
+            ["requests.argv: unknown; the keys are size, args, arg_length"],
+        ),
+        ("per_user = 3", 1, ["per_user: ", _TABLES]),
+        ("[per_user]\nrunning_jobs = 0", 2, ["per_user.running_jobs: ", "at least 1", _WHOLE]),
+        ("[per_user]\nstreams = 1.0", 2, ["per_user.streams: ", "1.0", _WHOLE]),
+        ("[per_user]\nstarts_per_second = 0", 2, ["per_user.starts_per_second: ", "0.01", _CORES]),
+        ("[in_all]\nstarts_per_second = inf", 2, ["in_all.starts_per_second: ", "inf", _CORES]),
+        ("[in_all]\nstarts_per_second = nan", 2, ["in_all.starts_per_second: ", "nan", _CORES]),
+        ("[in_all]\nstart_burst = true", 2, ["in_all.start_burst: ", "True", _WHOLE]),
+        ("[in_all]\nrunning_jobs = -1", 2, ["in_all.running_jobs: ", "at least 1, not -1", _WHOLE]),
+        ("[in_all]\nstreams = 0", 2, ["in_all.streams: ", "at least 1", "; write a whole number"]),
+        ("[in_all]\nstreams = 100001", 2, ["in_all.streams: ", "at most 100000", "a whole number"]),
+        ('[per_user]\nkept_output = "1X"', 2, ["per_user.kept_output: ", "'1X'", _SIZE]),
+        ("[per_job]\n\nkept_output = 0", 3, ["per_job.kept_output: ", "at least 1, not 0", _SIZE]),
+        ("per_job.kept_output = [1]", 1, ["per_job.kept_output: ", "[1]", _SIZE]),
+        ('[requests]\nsize = "4095"', 2, ["requests.size: ", "at least 4096, not 4095"]),
+        ('[requests]\nsize = "2G"', 2, ["requests.size: ", "at most 2147483647"]),
+        ("[requests]\nargs = -1", 2, ["requests.args: ", "at least 0, not -1"]),
+        ("[requests]\narg_length = 0", 2, ["requests.arg_length: ", "at least 1, not 0"]),
         # Defaults above ceilings, told where the file causes it.
         ('[defaults]\nmemory = "16G"', 2, ["defaults.memory: ", f"{16 * _GIB}", f"{8 * _GIB}"]),
         ('\n[ceilings]\nmemory = "1M"', 3, ["ceilings.memory: ", f"{512 * _MIB}", f"{_MIB}"]),
@@ -173,6 +310,23 @@ def test_mistake_is_told_with_its_line_and_the_right_form(
     assert told.startswith(f"{tmp_path / 'limits.toml'}, line {line}: {parts[0]}")
     assert [part for part in parts if part not in told] == []
     assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "right"),
+    [
+        ("in_all", "streams", "a whole number"),
+        ("requests", "size", 'a size like "256M"'),
+        ("requests", "args", "a whole number"),
+        ("requests", "arg_length", 'a size like "256M"'),
+    ],
+)
+def test_what_costs_threads_or_memory_cannot_be_unlimited(
+    load: Load, table: str, key: str, right: str
+) -> None:
+    """And the right form that the error tells does not offer it."""
+    with pytest.raises(ConfigError, match=rf"line 2: {table}\.{key}: .*; write {right}$"):
+        load(f'[{table}]\n{key} = "unlimited"\n')
 
 
 @pytest.mark.parametrize(

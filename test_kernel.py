@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cgroups import Cgroup, CgroupError, Limits, _physical_disks, _wait_event
+from cgroups import CgroupError, Limits, _physical_disks, _wait_event
 from conftest import GUARD_S, await_output, own_cgroup
 from spawner import Spawner
 from worker import CommandError, EndReason, ResourceError, Status, Worker
@@ -75,12 +76,14 @@ def _pause(worker: Worker, job_id: str, seconds: float) -> None:
 
 
 class _Escapees:
-    """A script that tries to get away, and the FIFO that every process of it holds."""
+    """A script that tries to get away, and the FIFO that every process of it holds.
 
-    _COUNT = 8
+    `cgroups`: by cgroups of its own too, which a job with a user of its own cannot make.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, cgroups: bool = True) -> None:
         os.mkfifo(path)
+        path.chmod(0o666)
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         up = "echo up >&9"
         self.script = f"""
@@ -90,19 +93,24 @@ class _Escapees:
             sh -c '{up}; kill -STOP $$' &
             sh -c 'exec <&- >&- 2>&-; {up}; exec sleep infinity' &
             sh -c 'trap "" {_SIGNALS}; {up}; while :; do sleep 60; done' &
+            {up}
+            """
+        self._count = 6
+        if cgroups:
+            self._count += 2
+            self.script += f"""
             job=$(sed -n 's/[^ ]* \\([^ ]*\\) cgroup2 .*/\\1/p' /proc/self/mounts)
             job=$job$(sed -n s/^0:://p /proc/self/cgroup)
             mkdir -p "$job/its/own" "$job/its/frozen" || exit
             sh -c 'echo 0 >"$0/own/cgroup.procs" && {up}; exec sleep infinity' "$job/its" &
             sh -c 'cd "$0" && echo 0 >cgroup.procs && {up}; echo 1 >cgroup.freeze
                    exec sleep infinity' "$job/its/frozen" &
-            {up}
             """
 
     def await_up(self, jobs: int = 1) -> None:
         """Block until every process of so many jobs is at large."""
         lines = b""
-        while lines.count(b"\n") < self._COUNT * jobs:
+        while lines.count(b"\n") < self._count * jobs:
             assert select.select([self._fd], [], [], GUARD_S)[0]
             lines += os.read(self._fd, 4096)
 
@@ -455,21 +463,6 @@ def test_job_with_one_limit_missing_does_not_run(
     assert f"cannot write {error.value!r} to {error.path}: Input/output error; " in str(error)
 
 
-def test_job_whose_cgroup_cannot_be_opened_does_not_run(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cgroup that is gone again before its cgroup.procs is opened fails the start."""
-    open_procs = Cgroup.open_procs
-
-    def open_too_late(cgroup: Cgroup) -> int:
-        cgroup.path.rmdir()
-        return open_procs(cgroup)
-
-    monkeypatch.setattr(Cgroup, "open_procs", open_too_late)
-    error = _await_failed_start(worker, tmp_path / "ran")
-    assert str(error).startswith(f"cannot open {error.path}: No such file or directory; ")
-
-
 def test_job_whose_cgroup_cannot_be_made_does_not_run(worker: Worker, tmp_path: Path) -> None:
     """Where no more cgroups are allowed the command is not executed; nothing is left."""
     (_cgroup(worker, "") / "cgroup.max.descendants").write_text("0")
@@ -477,19 +470,36 @@ def test_job_whose_cgroup_cannot_be_made_does_not_run(worker: Worker, tmp_path: 
     assert str(error).startswith(f"cannot make {error.path}: ")
 
 
+def _remove(path: Path) -> None:
+    path.rmdir()
+
+
+def _make_inner(path: Path) -> None:
+    """Let it hand a controller down: such a cgroup takes no process."""
+    (path / "cgroup.subtree_control").write_text("+memory")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(_remove, "No such file or directory"), (_make_inner, "Device or resource busy")],
+)
 def test_job_that_cannot_enter_its_cgroup_does_not_run(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None],
+    reason: str,
 ) -> None:
-    """Where the new process cannot join its cgroup the command is not executed."""
+    """Where its cgroup is gone again, or takes no process, the command is not executed."""
     spawn = Spawner.spawn
 
     def spawn_too_late(spawner: Spawner, job: str, *rest: Any, **options: Any) -> tuple[int, int]:
-        _cgroup(worker, job).rmdir()
+        spoil(_cgroup(worker, job))
         return spawn(spawner, job, *rest, **options)
 
     monkeypatch.setattr(Spawner, "spawn", spawn_too_late)
     error = _await_failed_start(worker, tmp_path / "ran")
-    assert str(error).startswith(f"a new process cannot enter {error.path}: No such device; ")
+    assert str(error).startswith(f"a new process cannot enter {error.path}: {reason}; ")
     assert error.value == "0"
 
 
@@ -552,9 +562,19 @@ def test_death_of_the_owner_leaves_nothing_running(base: Path, escapees: _Escape
         assert worker.wait(worker.start("true"), GUARD_S).limits == Limits()
 
 
+@pytest.fixture
+def public_escapees() -> Iterator[_Escapees]:
+    """Escapees for jobs of a server, which have users of their own."""
+    with tempfile.TemporaryDirectory() as directory:  # not pytest's, which is private
+        Path(directory).chmod(0o711)
+        escapees = _Escapees(Path(directory) / "fifo", cgroups=False)
+        yield escapees
+        escapees.close()
+
+
 def test_death_of_the_server_leaves_nothing_running(
     base: Path,
-    escapees: _Escapees,
+    public_escapees: _Escapees,
     certs: Path,
     start_server: Callable[..., ServerProgram],
     record_property: Callable[[str, object], None],
@@ -562,6 +582,7 @@ def test_death_of_the_server_leaves_nothing_running(
     """The same for the server itself with 20 jobs; its successor removes the cgroups and serves."""
     from client import Client
 
+    escapees = public_escapees
     options = ("--limits", "require", "--cgroup-root", str(base))
     server = start_server(*options)
     with Client(server.address, certs=certs) as client:

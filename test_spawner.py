@@ -7,33 +7,43 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
+import resource
 import select
 import signal
+import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import cgroups
 import spawner as spawner_module
+from cgroups import NO_LIMITS, Subtree
 from conftest import children_of, descriptors_of
-from spawner import Exit, Spawner, SpawnerDiedError, read_exit
+from spawner import Exit, Spawner, SpawnerDiedError, can_change_user, can_kill_any, read_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 _GUARD_S = 60  # only a hang takes this long
 _ENV = {"PATH": os.defpath}
 _FOREVER = "sleep infinity"
+_UIDS = range(71_001, 71_005)
+_SERVER_UID = 71_000
 
 
 class _Job:
     """A job as the spawner sees it, with the read ends of its two pipes."""
 
-    def __init__(self, spawner: Spawner, argv: list[str], name: str) -> None:
+    def __init__(
+        self, spawner: Spawner, argv: list[str], name: str, uid: int | None = None
+    ) -> None:
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self._output_fd, stdout_fd = os.pipe()
             self._exit_fd, exit_fd = os.pipe()
@@ -42,7 +52,7 @@ class _Job:
             for fd in (stdout_fd, exit_fd):
                 theirs.callback(os.close, fd)
             self.pid, self.pidfd = spawner.spawn(
-                name, argv, _ENV, stdout_fd=stdout_fd, exit_fd=exit_fd
+                name, argv, _ENV, stdout_fd=stdout_fd, exit_fd=exit_fd, uid=uid
             )
             undo.callback(os.close, self.pidfd)
             self.close = undo.pop_all().close
@@ -60,10 +70,25 @@ class _Job:
             line += byte
         return line
 
+    def has_no_process(self) -> bool:
+        """Block until nobody holds its output any more; False if that takes for ever."""
+        return _is_abandoned(self._output_fd)
+
     def exit(self) -> Exit | None:
         """How it ended, without what it used."""
         end = read_exit(self._exit_fd)
         return end and Exit(end.exit_code, end.signal)
+
+
+def _is_abandoned(read_fd: int) -> bool:
+    """Block until nobody holds the other end of a pipe that nobody writes to."""
+    return bool(select.select([read_fd], [], [], _GUARD_S)[0]) and os.read(read_fd, 1) == b""
+
+
+def _status(pid: int | str) -> dict[str, str]:
+    """The fields of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def _await_end(pidfd: int) -> None:
@@ -150,7 +175,7 @@ def test_leader_has_its_own_session_null_stdin_and_the_root_directory(
     stat, stdin, directory, umask = job.read().decode().splitlines()
     _ppid, group, session, terminal = stat.rpartition(") ")[2].split()[1:5]
     assert [int(group), int(session), int(terminal)] == [job.pid, job.pid, 0]
-    assert (stdin, directory, umask) == ("/dev/null", "/", "0022")
+    assert (stdin, directory, umask) == ("/dev/null", "/", "0077")
 
 
 def test_argument_of_100_kib_arrives_whole(spawn: Callable[..., _Job]) -> None:
@@ -283,7 +308,7 @@ signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.
 for number in signals | {signal.SIGUSR1, signal.SIGRTMIN}:
     signal.signal(number, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-os.umask(0o077)
+os.umask(0)
 os.environ["SECRET"] = "x"
 leak = os.open("/etc/passwd", os.O_RDONLY)
 os.set_inheritable(leak, True)
@@ -332,8 +357,7 @@ def test_job_has_only_the_environment_it_was_given() -> None:
 def test_helper_is_small_and_single_threaded(spawner: Spawner, spawn: Callable[..., _Job]) -> None:
     """preexec_fn is safe only where no other thread can hold a lock."""
     spawn("true").exit()
-    status = Path(f"/proc/{spawner.pid}/status").read_text()
-    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    fields = _status(spawner.pid)
     assert fields["Threads"] == "1"
     assert int(fields["VmRSS"].split()[0]) < 32 * 1024  # kB
 
@@ -449,3 +473,546 @@ def test_exit_lines_are_json_for_the_owner_only() -> None:
     assert read_exit(read_end) == Exit(signal=9)
     assert read_exit(read_end) is None
     os.close(read_end)
+
+
+# --- what no job gains ------------------------------------------------------------------------
+
+
+def _in_child(function: Callable[[], object]) -> None:
+    """Call `function` in a process of its own, which may do with its rights what it likes."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        except BaseException:  # noqa: BLE001 -- nothing may get back into pytest
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_helper_and_jobs_gain_no_privileges_and_dump_no_core(
+    spawner: Spawner, spawn: Callable[..., _Job]
+) -> None:
+    """Whoever the owner is: no_new_privs is set and the core limit is 0, soft and hard."""
+    job = spawn("sh", "-c", "grep NoNewPrivs /proc/$$/status; ulimit -Sc; ulimit -Hc")
+    assert job.read().split() == [b"NoNewPrivs:", b"1", b"0", b"0"]
+    assert _status(spawner.pid)["NoNewPrivs"] == "1"
+    assert resource.prlimit(spawner.pid, resource.RLIMIT_CORE) == (0, 0)
+
+
+def test_job_has_sane_limits(spawn: Callable[..., _Job]) -> None:
+    """Descriptors, processes, locked memory and priority are bounded, whatever the owner has."""
+    job = spawn("sh", "-c", f"echo; {_FOREVER}")
+    job.readline()
+    for kind, soft, hard in spawner_module._JOB_RLIMITS:
+        assert soft <= hard
+        _, ours = resource.getrlimit(kind)
+        most = hard if ours == resource.RLIM_INFINITY else min(hard, ours)
+        assert resource.prlimit(job.pid, kind) == (min(soft, most), most)
+
+
+def test_job_may_have_no_more_than_its_owner() -> None:
+    """A hard limit of the owner's that is lower stays."""
+
+    def lower_and_spawn() -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (600, 700))
+        with (
+            Spawner() as spawner,
+            contextlib.closing(_Job(spawner, ["cat", "/proc/self/limits"], "job")) as job,
+        ):
+            (line,) = [each for each in job.read().split(b"\n") if b"Max processes" in each]
+        assert line.split()[2:4] == [b"700", b"700"]
+
+    _in_child(lower_and_spawn)
+
+
+# --- the server's seat ------------------------------------------------------------------------
+#
+# What a server that somebody has taken over could send, which may be anything.
+
+
+@pytest.fixture
+def as_root() -> None:
+    """Need the right to change users, or say so; in CI it is an error to go without."""
+    if not (can_change_user() and can_kill_any()):
+        problem = "needs root, or CAP_SETUID, CAP_SETGID and CAP_KILL"
+        if os.environ.get("JOBWORKER_REQUIRE_KERNEL") == "1":
+            pytest.fail(f"JOBWORKER_REQUIRE_KERNEL=1, but this test {problem}")
+        pytest.skip(problem)
+
+
+class _Seat:
+    """The owner's end of the socket, in hostile hands, and an honest job that is running."""
+
+    def __init__(self, **duties: Any) -> None:
+        with contextlib.ExitStack() as undo:
+            self.spawner = undo.enter_context(Spawner(**{"uids": _UIDS} | duties))
+            self._uids = duties.get("uids", _UIDS)
+            self.uid = self._uids[0] if self._uids else None
+            script = ["sh", "-c", f"echo; exec {_FOREVER}"]
+            self.honest = _Job(self.spawner, script, "honest", self.uid)
+            undo.callback(self.honest.close)
+            self.honest.readline()
+            self.cgroup = Path(f"/proc/{self.honest.pid}/cgroup").read_text()
+            self.close = undo.pop_all().close
+
+    def ask(
+        self, message: bytes | dict[str, Any], fds: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
+        """Send a message, whole or not; return the answer, None if the helper has ended."""
+        if isinstance(message, dict):
+            message = json.dumps(message).encode()
+        with contextlib.suppress(ConnectionError):
+            socket.send_fds(self.spawner._socket, [message], list(fds))
+            data, ancillary, _, _ = self.spawner._socket.recvmsg(65_536, 1024)
+            for _, _, numbers in ancillary:
+                for i in range(0, len(numbers), 4):
+                    os.close(int.from_bytes(numbers[i : i + 4], sys.byteorder))
+            if data:
+                answer = json.loads(data)
+                assert isinstance(answer, dict)
+                return answer
+        return None
+
+    def assert_nothing_gained(self, answer: dict[str, Any] | None) -> None:
+        """An error, and nothing but the honest job runs; or the end of everything."""
+        if answer is None:
+            assert self.honest.has_no_process()
+            self.spawner._process.wait(_GUARD_S)
+            return
+        assert answer["errno"] > 0
+        assert not select.select([self.honest.pidfd], [], [], 0)[0]
+        assert children_of(self.spawner.pid) == [self.honest.pid]
+        assert children_of(self.honest.pid) == []
+        status = _status(self.honest.pid)
+        if self.uid is not None:
+            assert status["Uid"].split() == status["Gid"].split() == [str(self.uid)] * 4
+            assert status["Groups"] == ""
+        assert Path(f"/proc/{self.honest.pid}/cgroup").read_text() == self.cgroup
+
+    def attack(self, program: bytes | None = None, **request: Any) -> None:
+        """Ask for a process with something wrong about it: there may be none."""
+        if program is None:
+            program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV}).encode()
+        fields = {"number": 1, "op": "spawn", "job": "job", "uid": self.uid} | request
+        fields = {key: value for key, value in fields.items() if value is not _MISSING}
+        with _program_fds(program) as (fds, output_fd):
+            answer = self.ask(fields, fds)
+            for fd in fds[1:]:
+                os.close(fd)
+            self.assert_nothing_gained(answer)
+            assert _is_abandoned(output_fd)
+
+
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def _program_fds(program: bytes) -> Iterator[tuple[list[int], int]]:
+    """What goes with a request, all but the first to be closed by whoever uses it; its output."""
+    output_fd, stdout_fd = os.pipe()
+    exit_read_fd, exit_fd = os.pipe()
+    with open(os.memfd_create("argv"), "w+b", buffering=0) as file:
+        file.write(program)
+        try:
+            yield [file.fileno(), stdout_fd, exit_fd], output_fd
+        finally:
+            os.close(output_fd)
+            os.close(exit_read_fd)
+
+
+@pytest.fixture
+def seat(as_root: None) -> Iterator[_Seat]:  # noqa: ARG001 -- only to be run first
+    with contextlib.closing(_Seat()) as seat:
+        yield seat
+
+
+@pytest.mark.parametrize(
+    "uid",
+    [
+        *(0, 1, -1, _SERVER_UID, _UIDS.stop, _UIDS[0] - 65_536, _UIDS[0] + 2**32, 2**64, 10**4000),
+        *(float(_UIDS[0]), _UIDS[0] + 0.5, float("nan"), float("inf"), True, False, None, _MISSING),
+        *(str(_UIDS[0]), "root", "0", "", [], [_UIDS[0]], {}, {"uid": _UIDS[0]}),
+    ],
+    ids=lambda value: "missing" if value is _MISSING else repr(value)[:20],
+)
+def test_no_process_with_an_uid_that_is_not_of_the_range(seat: _Seat, uid: object) -> None:
+    """Root, the server itself, another user of the host, no user at all, and what is no uid."""
+    seat.attack(uid=uid)
+
+
+def test_range_is_there_to_be_had(seat: _Seat) -> None:
+    """Every uid of it, with its group and no other: the refusals above are not for all."""
+    for uid in _UIDS:
+        argv = ["sh", "-c", "grep -E '^(Uid|Gid|Groups|Cap)' /proc/$$/status; umask"]
+        with contextlib.closing(_Job(seat.spawner, argv, "next", uid)) as job:
+            lines = job.read().decode().splitlines()
+            fields = dict(line.replace(" ", "").split(":\t") for line in lines[:-1])
+            assert job.exit() == Exit(exit_code=0)
+        assert fields.pop("Uid").split() == fields.pop("Gid").split() == [str(uid)] * 4
+        assert fields.pop("Groups") == ""
+        assert set(fields) == {"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"}
+        assert {int(value, 16) for value in fields.values()} == {0}
+        assert lines[-1] == "0077"
+
+
+@pytest.mark.parametrize("uid", [0, _UIDS[0], -1, True, "0"])
+def test_no_process_with_another_uid_where_there_is_no_range(uid: object) -> None:
+    """A helper that was not given a range changes no user, be it root or not."""
+    with contextlib.closing(_Seat(uids=None)) as seat:
+        seat.attack(uid=uid)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        *("", ".", "..", "a/b", "/abs", "../job", "job/", "/", "job/../job", "a\0b", "honest"),
+        *(None, 5, True, [], ["job"], {}, _MISSING, "x" * 300, "x" * 5000, "\ud800"),
+    ],
+    ids=lambda value: "missing" if value is _MISSING else repr(value)[:20],
+)
+@pytest.mark.usefixtures("as_root")
+def test_no_process_under_a_name_that_is_none(job: object, tmp_path: Path) -> None:
+    """A job's name is one path component, new, and a cgroup in our own root."""
+    # Not cgroups: so that each could be opened if only the name were let through.
+    jobs = tmp_path / "jobs"
+    for directory in (tmp_path, jobs, jobs / "honest", jobs / "a"):
+        directory.mkdir(exist_ok=True)
+        (directory / "cgroup.procs").touch()
+    with contextlib.closing(_Seat(jobs_cgroup=jobs)) as seat:
+        assert (jobs / "honest/cgroup.procs").read_text() == "0"
+        seat.attack(job=job)
+    assert (tmp_path / "cgroup.procs").read_text() == ""
+    assert (jobs / "cgroup.procs").read_text() == ""
+
+
+@pytest.mark.usefixtures("as_root")
+def test_no_process_without_its_cgroup(tmp_path: Path) -> None:
+    """Where the job's cgroup does not exist, or is none, the command is not executed."""
+    jobs = tmp_path / "jobs"
+    (jobs / "honest").mkdir(parents=True)
+    (jobs / "honest/cgroup.procs").touch()
+    (jobs / "file").touch()
+    (jobs / "empty").mkdir()
+    with contextlib.closing(_Seat(jobs_cgroup=jobs)) as seat:
+        for job in ("absent", "file", "empty"):
+            seat.attack(job=job)
+    assert sorted(os.listdir(jobs)) == ["empty", "file", "honest"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        *(b"", b"\0", b"not JSON", b"{", b"[" * 100_000, b"\xff", b"5", b"null", b'"sleep"', b"[]"),
+        *(b"{}", b'{"argv": ["sleep", "9999"]}', b'{"env": {}}', b'{"argv": [], "env": {}}'),
+        b'{"argv": null, "env": {}}',
+        b'{"argv": [1, 2], "env": {}}',
+        b'{"argv": [["sleep", "9999"]], "env": {}}',
+        b'{"argv": ["/bin/sleep", 9999], "env": {}}',
+        b'{"argv": ["/bin/sleep", null], "env": {}}',
+        b'{"argv": ["/bin/sleep", "a\\u0000b"], "env": {}}',
+        b'{"argv": ["/bin/sleep", "\\ud800"], "env": {}}',
+        b'{"argv": ["/bin/sleep", "9999"], "env": {"A": 1}}',
+        b'{"argv": ["/bin/sleep", "9999"], "env": {"A=B": "c"}}',
+        b'{"argv": ["/bin/sleep", "9999"], "env": ["A"]}',
+        b'{"argv": ["/bin/sleep", "9999"], "env": 5}',
+        b'{"argv": ["/bin/sleep", "9999"], "env": {}}' + b" " * (5 << 20),
+    ],
+    ids=lambda program: program[:30].decode(errors="replace"),
+)
+def test_no_process_for_a_program_that_makes_no_sense(seat: _Seat, program: bytes) -> None:
+    """Not JSON, not strings, nested, too large: an error, or the end of the helper."""
+    seat.attack(program)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "socket", "/dev/zero", "sparse", "write"])
+def test_no_process_for_a_program_that_is_no_file(seat: _Seat, tmp_path: Path, kind: str) -> None:
+    """The helper neither waits for what never comes nor reads without end."""
+    with contextlib.ExitStack() as stack:
+        path, flags = {
+            "directory": (str(tmp_path), os.O_RDONLY),
+            "/dev/zero": ("/dev/zero", os.O_RDONLY),
+            "sparse": (str(tmp_path / "sparse"), os.O_RDWR | os.O_CREAT),
+            "write": (str(tmp_path / "write"), os.O_WRONLY | os.O_CREAT),
+        }.get(kind, ("", 0))
+        if kind == "pipe":
+            bad, other = os.pipe()
+            stack.callback(os.close, other)
+        elif kind == "socket":
+            one, two = socket.socketpair()
+            stack.enter_context(two)
+            bad = one.detach()
+        else:
+            bad = os.open(path, flags, 0o600)
+        stack.callback(os.close, bad)
+        if kind in {"sparse", "write"}:
+            os.ftruncate(bad, 1 << 40 if kind == "sparse" else 10)
+        with _program_fds(b"") as (fds, output_fd):
+            answer = seat.ask(
+                {"number": 1, "op": "spawn", "job": "job", "uid": seat.uid}, [bad, *fds[1:]]
+            )
+            for fd in fds[1:]:
+                os.close(fd)
+            seat.assert_nothing_gained(answer)
+            assert _is_abandoned(output_fd)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 20])
+def test_no_process_with_another_number_of_descriptors(seat: _Seat, count: int) -> None:
+    """Neither more nor fewer than three; and what was too many is not kept either."""
+    before = descriptors_of(seat.spawner.pid)
+    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV}).encode()
+    with _program_fds(program) as (fds, output_fd):
+        answer = seat.ask(
+            {"number": 1, "op": "spawn", "job": "job", "uid": seat.uid}, (fds * 7)[:count]
+        )
+        for fd in fds[1:]:
+            os.close(fd)
+        seat.assert_nothing_gained(answer)
+        assert _is_abandoned(output_fd)
+    if answer is not None:
+        seat.spawner.kill("nobody")
+        assert descriptors_of(seat.spawner.pid) == before
+
+
+_OPS: list[object] = [*("", "exec", "SPAWN", "dismantle", "_open", "__init__", None, 5, [])]
+_NO_NAMES: list[object] = [[], {}]
+_MESSAGES: list[bytes | dict[str, Any]] = [
+    *({"op": op} for op in _OPS),
+    *({"op": "kill", "job": job} for job in _NO_NAMES),
+    *({"op": op} for op in ("spawn", "kill", "open")),
+    *(b"", b"{", b"not JSON", b"\xff\xfe", b"[]", b"5", b"null", b'"spawn"', b"{}"),
+    *(b'{"number": 1}', b'{"op": "kill", "job": "honest"}', b"[" * 4000, b"x" * 5000),
+    json.dumps({"number": 1, "op": "kill", "job": "x" * 5000}).encode(),
+    json.dumps({"number": 1, "op": "open", "path": "/etc/shadow"}).encode()[:-3],
+]
+
+
+@pytest.mark.parametrize("message", _MESSAGES, ids=lambda message: repr(message)[:40])
+def test_message_that_makes_no_sense_gains_nothing(
+    seat: _Seat, message: bytes | dict[str, Any]
+) -> None:
+    """Unknown, incomplete, cut off, giant or no message: an error, or the end of everything."""
+    if isinstance(message, dict):
+        message = {"number": 1} | message
+    seat.assert_nothing_gained(seat.ask(message))
+
+
+def test_message_larger_than_the_socket_takes_is_refused_by_the_kernel(seat: _Seat) -> None:
+    """It never reaches the helper, which works on."""
+    with pytest.raises(OSError, match="Message too long"):
+        seat.ask(b"x" * (8 << 20))
+    seat.assert_nothing_gained(seat.ask({"number": 1, "op": "?"}))
+
+
+@pytest.mark.parametrize("uids", [_UIDS, None])
+@pytest.mark.usefixtures("as_root")
+def test_only_the_named_files_are_opened(tmp_path: Path, uids: range | None) -> None:
+    """As they were named, character by character, and never for more than was allowed."""
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "named").write_text("named")
+    named, log = str(tmp_path / "named"), str(tmp_path / "log")
+    files = {named: os.O_RDONLY, log: os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW}
+    with contextlib.closing(_Seat(uids=uids, files=files)) as seat:
+        for path in [
+            *("/etc/shadow", "/", "", ".", "..", "named", "./named", f"{tmp_path}/secret"),
+            *(
+                f"{tmp_path}/../{tmp_path.name}/named",
+                f"{tmp_path}//named",
+                f"{named}/",
+                f"/{named}",
+            ),
+            *(f"{tmp_path}/./named", f"{named}\0", f"{named}/../secret", "/proc/self/environ"),
+            *("/proc/self/fd/0", None, 0, 1, True, [named], {named: 1}),
+        ]:
+            seat.assert_nothing_gained(seat.ask({"number": 1, "op": "open", "path": path}))
+        with open(seat.spawner.open(named)) as file:
+            assert file.read() == "named"
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.write(file.fileno(), b"x")
+        with open(seat.spawner.open(log), "ab", buffering=0) as file:
+            file.write(b"line\n")
+            os.pwrite(file.fileno(), b"LINE", 0)  # appends, for so it was opened
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.read(file.fileno(), 1)
+        assert Path(log).read_bytes() == b"line\nLINE"
+        assert stat.S_IMODE(Path(log).stat().st_mode) == 0o600
+        with pytest.raises(PermissionError, match="shadow"):
+            seat.spawner.open("/etc/shadow")
+        os.unlink(log)
+        os.symlink(tmp_path / "secret", log)
+        with pytest.raises(OSError, match="symbolic links"):
+            seat.spawner.open(log)
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+@pytest.mark.parametrize("job", ["nobody", "../honest", "", "1", 1, str(os.getpid()), -1])
+def test_kill_reaches_only_jobs(seat: _Seat, job: object) -> None:
+    """Neither process numbers nor anything else but the name of a job that runs."""
+    seat.ask({"number": 1, "op": "kill", "job": job})
+    assert _status(seat.honest.pid)["State"].startswith("S")
+    assert seat.spawner._process.poll() is None
+    seat.spawner.kill("honest")
+    assert seat.honest.exit() == Exit(signal=signal.SIGKILL)
+
+
+def test_helper_has_no_more_rights_than_it_needs(seat: _Seat) -> None:
+    """Four capabilities, none to pass on, no bounding set: and it can gain none."""
+    status = _status(seat.spawner.pid)
+    kept = sum(1 << number for number in (1, 5, 6, 7))  # DAC_OVERRIDE, KILL, SETGID, SETUID
+    assert int(status["CapEff"], 16) & ~kept == 0
+    assert int(status["CapEff"], 16) >> 6 & 3 == 3
+    assert status["CapPrm"] == status["CapEff"]
+    for name in ("CapInh", "CapAmb", "CapBnd"):
+        assert int(status[name], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert status["Umask"] == "0077"
+    assert resource.prlimit(seat.spawner.pid, resource.RLIMIT_CORE) == (0, 0)
+
+
+def test_helper_cannot_be_looked_into(seat: _Seat) -> None:
+    """By a user of the range, or as the server: memory, environment, descriptors, ptrace."""
+    pid = seat.spawner.pid
+
+    def look() -> None:
+        for name in ("mem", "environ", "fd/0", "maps", "cwd", "exe", "root", "auxv", "stack"):
+            with pytest.raises(PermissionError):
+                os.readlink(f"/proc/{pid}/{name}") if name in {"cwd", "exe", "root", "fd/0"} else (
+                    Path(f"/proc/{pid}/{name}").read_bytes()
+                )
+        for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, 0):
+            with pytest.raises(PermissionError):
+                os.kill(pid, number)
+
+    def as_user(uid: int) -> None:
+        spawner_module.drop_privileges(uid)
+        look()
+
+    for uid in (_UIDS[0], _SERVER_UID):
+        _in_child(functools.partial(as_user, uid))
+    assert seat.spawner._process.poll() is None
+
+
+def test_owner_without_rights_cannot_signal_a_job_but_stop_it(seat: _Seat) -> None:
+    """drop_privileges is for good, and the helper still does what a server may ask."""
+
+    def live_without_rights() -> None:
+        spawner_module.drop_privileges(_SERVER_UID)
+        status = _status("self")
+        assert status["Uid"].split() == status["Gid"].split() == [str(_SERVER_UID)] * 4
+        assert status["Groups"] == ""
+        assert {int(value, 16) for key, value in status.items() if key.startswith("Cap")} == {0}
+        assert status["NoNewPrivs"] == "1"
+        for call in (
+            lambda: os.setuid(0),
+            lambda: os.seteuid(0),
+            lambda: os.setresuid(_UIDS[0], -1, -1),
+            lambda: os.setgid(0),
+            lambda: os.setgroups([0]),
+            lambda: os.chroot("/"),
+            lambda: os.kill(seat.honest.pid, signal.SIGKILL),
+            lambda: os.open("/etc/shadow", os.O_RDONLY),
+        ):
+            with pytest.raises(PermissionError):
+                call()
+        with contextlib.closing(_Job(seat.spawner, ["id", "-u"], "mine", _UIDS[1])) as job:
+            assert job.read() == b"%d\n" % _UIDS[1]
+        seat.spawner.kill("honest")
+
+    _in_child(live_without_rights)
+    assert seat.honest.exit() == Exit(signal=signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_death_of_the_helper_kills_the_leaders_of_other_users() -> None:
+    """An owner that has given up its rights could not, and where there is no cgroup nobody else."""
+    with contextlib.closing(_Seat()) as seat:
+        os.kill(seat.spawner.pid, signal.SIGKILL)
+        assert seat.honest.has_no_process()
+        assert seat.honest.exit() is None
+
+
+# --- in real cgroups --------------------------------------------------------------------------
+
+
+def _places(top: Path) -> dict[str, list[str]]:
+    """Each cgroup below, and the processes in it."""
+    return {
+        directory: Path(directory, "cgroup.procs").read_text().split()
+        for directory, _, _ in os.walk(top)
+    }
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("as_root")
+def test_no_process_in_a_cgroup_that_is_not_a_jobs(base: Path) -> None:
+    """Not in the parent, the server's, a neighbour's, one inside a job's, or none at all."""
+    (base / "neighbour").mkdir()
+    with contextlib.closing(Subtree.open("require", root=base)) as subtree:  # type: ignore[type-var]
+        assert subtree
+        honest = subtree.create("honest", NO_LIMITS)
+        (subtree.create("other", NO_LIMITS).path / "inner").mkdir()
+        with contextlib.closing(_Seat(jobs_cgroup=subtree.jobs)) as seat:
+            before = _places(base)
+            assert before[str(honest.path)] == [str(seat.honest.pid)]
+            for name in (
+                *(
+                    "..",
+                    ".",
+                    "",
+                    "../server",
+                    "../../neighbour",
+                    "other/inner",
+                    "other/..",
+                    "absent",
+                ),
+                *(
+                    str(base),
+                    str(base / "neighbour"),
+                    "cgroup.procs",
+                    "honest",
+                    "/",
+                    "../jobs/other",
+                ),
+            ):
+                seat.attack(job=name)
+                assert _places(base) == before
+    (base / "neighbour").rmdir()
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("as_root")
+def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
+    """When the helper ends: whatever is sent with the request, its arguments were fixed before."""
+    (base / "neighbour").mkdir()
+    with subprocess.Popen(["sleep", "infinity"]) as neighbour, contextlib.ExitStack() as undo:
+        undo.callback(neighbour.kill)
+        (base / "neighbour/cgroup.procs").write_text(str(neighbour.pid))
+        subtree = Subtree.open("require", root=base)
+        assert subtree
+        subtree.create("honest", NO_LIMITS)
+        duties = {"jobs_cgroup": subtree.jobs, "dismantle": subtree.dismantling}
+        with contextlib.closing(_Seat(**duties)) as seat:
+            request = {"number": 1, "op": "hand_over", "dismantle": [str(base / "neighbour")] * 3}
+            assert seat.ask(request) == {"number": 1}
+            assert subtree.path.exists()
+        assert seat.honest.exit() == Exit(signal=signal.SIGKILL)
+        assert [each for each in base.iterdir() if each.is_dir()] == [base / "neighbour"]
+        assert neighbour.poll() is None
+    subtree._handed_over = True
+    subtree.close()
+    cgroups._wait_event(base, "populated", "0", _GUARD_S)
+    (base / "neighbour").rmdir()
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("as_root")
+def test_without_hand_over_the_cgroups_are_the_owners_to_remove(base: Path) -> None:
+    """A helper that ends leaves the cgroups of an owner that still has its rights."""
+    with contextlib.closing(Subtree.open("require", root=base)) as subtree:  # type: ignore[type-var]
+        assert subtree
+        subtree.create("honest", NO_LIMITS)
+        duties = {"jobs_cgroup": subtree.jobs, "dismantle": subtree.dismantling}
+        with contextlib.closing(_Seat(**duties)):
+            pass
+        assert (subtree.jobs / "honest").is_dir()

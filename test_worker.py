@@ -194,6 +194,7 @@ def _await_reaped(worker: Worker) -> None:
     # It reaps all there is when this one ends.
     output_fd, stdout_fd = os.pipe()
     exit_fd, their_exit_fd = os.pipe()
+    cgroup = worker._subtree.create("last", NO_LIMITS) if worker._subtree else None
     _, leader = worker._spawner.spawn(
         "last", ["/bin/true"], {}, stdout_fd=stdout_fd, exit_fd=their_exit_fd
     )
@@ -203,6 +204,8 @@ def _await_reaped(worker: Worker) -> None:
     assert read_exit(exit_fd) is None
     for fd in (output_fd, stdout_fd, exit_fd, leader):
         os.close(fd)
+    if cgroup:
+        cgroup.remove()
 
 
 def _program(source: str, *args: str) -> list[str]:

@@ -34,7 +34,6 @@ import logging
 import os
 import pwd
 import select
-import shutil
 import signal
 import sys
 import tempfile
@@ -56,10 +55,21 @@ from broadcaster import (
     Subscription,
 )
 from cgroups import NO_LIMITS, Cgroup, CgroupError, Enforcement, Limits, Subtree, Usage
-from spawner import AttachError, Exit, Spawner, SpawnerDiedError, read_exit
+from spawner import (
+    AttachError,
+    Exit,
+    Spawner,
+    SpawnerDiedError,
+    can_change_user,
+    can_kill_any,
+    drop_privileges,
+    read_exit,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from broadcaster import Budget
 
 __all__ = [
     "CgroupError",
@@ -135,7 +145,7 @@ class StopTimeoutError(WorkerError, TimeoutError):
     def __init__(self, job_id: str, timeout: float) -> None:
         super().__init__(
             f"job {job_id} was killed, but after {timeout:g} s its processes are not all gone "
-            "(the kernel waits for a device, or they run set-uid programs); stop it again later"
+            "(the kernel waits for a device); stop it again later"
         )
 
 
@@ -188,6 +198,7 @@ class Job:
     started_at: datetime  # aware, UTC
     ended_at: datetime | None  # when the leader's end was noticed
     output_bytes: int  # stored so far
+    output_lost_bytes: int  # written after those, and not stored
     subscribers: tuple[str, ...]  # the names of those reading now, each once
     limits: Limits  # those in force; None where not
     usage: Usage | None  # None where nothing is known (yet)
@@ -204,19 +215,26 @@ class Worker:
     below `cgroup_root` (default: the cgroup it is in), and back on `close`.
     `output_dir`: where the output is kept, made with mode 0700; it belongs to one
     worker at a time, and left-over output in it is deleted; default: a temporary one.
+    `uids`: each job runs as one of these users, which `start` is told, and not as the
+    caller's; needs the right to change users (`spawner.can_change_user`). `files`: for
+    `open_file`, each path with the flags of open(2).
 
-    Raises `CgroupError`; OSError when `output_dir` cannot be used.
+    Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
+    `uids` cannot be.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- all are optional
         self,
         *,
         limits: Limits | None = None,
         enforcement: Enforcement = "auto",
         cgroup_root: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
+        uids: range | None = None,
+        files: Mapping[str, int] | None = None,
     ) -> None:
         self._limits = limits or Limits()
+        self._uids = uids
         # Guards the three below. Notified when _starting falls. Never held during I/O.
         self._idle = threading.Condition()
         self._jobs: dict[str, _Job] = {}
@@ -229,7 +247,14 @@ class Worker:
             self._subtree = Subtree.open(enforcement, root=cgroup_root, limits=self._limits)
             if self._subtree is not None:
                 undo.callback(self._subtree.close)
-            self._spawner = Spawner(kill_root=self._subtree.jobs if self._subtree else None)
+            if uids is not None:
+                self._check_rights()
+            self._spawner = Spawner(
+                jobs_cgroup=self._subtree.jobs if self._subtree else None,
+                uids=uids,
+                dismantle=self._subtree.dismantling if self._subtree else None,
+                files=files,
+            )
             undo.callback(self._spawner.close)
             self._undo = undo.pop_all()
 
@@ -238,35 +263,80 @@ class Worker:
         """The cgroups of the jobs; None without."""
         return self._subtree
 
-    def start(
+    def _check_rights(self) -> None:
+        if not can_change_user():
+            raise PermissionError(
+                errno.EPERM, "jobs as other users need root, or CAP_SETUID and CAP_SETGID"
+            )
+        if self._subtree is None and not can_kill_any():
+            raise PermissionError(
+                errno.EPERM, "jobs as other users need cgroups, root, or CAP_KILL to be stopped"
+            )
+
+    def drop_privileges(self, uid: int) -> None:
+        """Make this process the ordinary user `uid`, for good; the worker goes on working.
+
+        Its helper process keeps the rights that jobs need. `uid` must not be one that a
+        job may have. Call it before there are jobs or threads, with one open worker in
+        the process. Raises `CgroupError`, OSError, `SpawnerDiedError`; the process should
+        end then.
+        """
+        if self._uids is None or uid in self._uids:
+            raise ValueError("jobs must run as users of their own, and not as this one")
+        if os.geteuid() != uid:
+            self._output_dir.give_to(uid)
+            if self._subtree is not None:
+                self._subtree.hand_over(uid)
+                self._spawner.hand_over()
+        drop_privileges(uid)
+
+    def open_file(self, path: str) -> int:
+        """Open one of `files` with the rights the process had; return the descriptor.
+
+        Raises OSError, PermissionError for another path, `SpawnerDiedError`.
+        """
+        return self._spawner.open(path)
+
+    def start(  # noqa: PLR0913 -- all but the first are optional
         self,
         command: str,
         args: Sequence[str] = (),
         *,
         owner: str = "",
         limits: Limits | None = None,
+        uid: int | None = None,
+        budget: Budget | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> str:
         """Execute `command` with `args` as a new job and return its ID, a random UUID4.
 
         argv is passed on as it is, never through a shell; a command without a slash is
         looked up in a fixed PATH. The leader runs in /, in a session of its own, with
-        stdin /dev/null, stdout and stderr on one pipe, and only PATH, HOME, LANG, USER
-        and JOB_ID in its environment. It is in its cgroup, under every limit, before
-        its first instruction.
+        stdin /dev/null, stdout and stderr on one pipe, umask 077, no core dumps, and only
+        PATH, HOME, LANG, USER and JOB_ID in its environment. Nothing it executes gains
+        privileges. It is in its cgroup, under every limit, before its first instruction.
+
+        `uid`: who the job runs as, one of the worker's `uids`; None if it has none.
+        `budget`: how much output is kept. `on_end` is called when the job's processes are
+        gone, right before its end is told to anybody, and must not block; not if the
+        start fails.
 
         Blocks until the command is executing. Raises `CommandError` (or the more
         specific `CommandNotFoundError`, `CommandNotExecutableError`), `CgroupError`,
-        `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`; nothing of the job is
-        left then.
+        `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong
+        `uid`; nothing of the job is left then.
         """
         argv = _checked_argv(command, args)
+        if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
+            raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
         with self._idle:
             if self._closed:
                 raise WorkerClosedError
             self._starting += 1
         try:
             job_id = str(uuid.uuid4())
-            job = self._launch(job_id, argv, owner, limits or self._limits)
+            work = _Work(job_id, argv, owner, uid, limits or self._limits, budget, on_end)
+            job = self._launch(work)
             with self._idle:
                 self._jobs[job_id] = job
         finally:
@@ -275,10 +345,11 @@ class Worker:
                 self._idle.notify_all()
         return job_id
 
-    def _launch(self, job_id: str, argv: list[str], owner: str, limits: Limits) -> _Job:
+    def _launch(self, work: _Work) -> _Job:
+        job_id = work.job_id
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as ours:
             try:
-                output = OutputLog(self._output_dir.path / f"{job_id}{_OUTPUT_SUFFIX}")
+                output = self._output_dir.make_log(job_id, work.budget)
                 undo.callback(output.remove)
                 output_fd, stdout_fd = _pipe(undo, ours)
                 exit_read_fd, exit_fd = _pipe(undo, ours)
@@ -286,22 +357,22 @@ class Worker:
                 raise ResourceError(f"no room for the output of a new job: {error}") from error
             with contextlib.suppress(OSError):  # over the user's share of pipe memory
                 fcntl.fcntl(output_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            cgroup = procs_fd = None
+            # For a job that opens /dev/stdout. Only its own user gets at the pipe there.
+            os.fchmod(stdout_fd, 0o622)
+            cgroup = None
             if self._subtree is not None:
-                cgroup = self._subtree.create(job_id, limits)
+                cgroup = self._subtree.create(job_id, work.limits)
                 undo.callback(_discard, cgroup)
-                procs_fd = cgroup.open_procs()
-                ours.callback(os.close, procs_fd)
             # Before it is asked for: a Ctrl-C may come between the start and its answer.
             undo.callback(self._spawner.kill, job_id)
             try:
                 pid, pidfd = self._spawner.spawn(
                     job_id,
-                    argv,
-                    _environment(job_id),
+                    work.argv,
+                    _environment(work),
                     stdout_fd=stdout_fd,
                     exit_fd=exit_fd,
-                    cgroup_procs_fd=procs_fd,
+                    uid=work.uid,
                 )
             except AttachError as error:
                 path = cgroup.path / "cgroup.procs" if cgroup else Path()
@@ -313,12 +384,10 @@ class Worker:
                     code=error.errno or 0,
                 ) from error
             except OSError as error:
-                raise _exec_error(argv, error) from error
+                raise _exec_error(work.argv, error) from error
             undo.callback(os.close, pidfd)
             job = _Job(
-                job_id,
-                argv,
-                owner,
+                work,
                 output,
                 cgroup,
                 self._spawner,
@@ -344,6 +413,10 @@ class Worker:
         if not job.wait(_STOP_TIMEOUT_S):
             raise StopTimeoutError(job_id, _STOP_TIMEOUT_S)
         return job.snapshot()
+
+    def owner(self, job_id: str) -> str:
+        """Return whose job it is. Raises `UnknownJobError`."""
+        return self._job(job_id).owner
 
     def status(self, job_id: str) -> Job:
         """Return what is known of the job. Raises `UnknownJobError`."""
@@ -424,6 +497,18 @@ class Worker:
                 raise UnknownJobError(job_id) from None
 
 
+class _Work(NamedTuple):
+    """What a job is to be; the arguments of `start`, checked."""
+
+    job_id: str
+    argv: list[str]
+    owner: str
+    uid: int | None
+    limits: Limits
+    budget: Budget | None
+    on_end: Callable[[], None] | None
+
+
 class _Descriptors(NamedTuple):
     """A job's descriptors, owned by its thread, which closes them when the job has ended."""
 
@@ -437,21 +522,20 @@ class _Job:
 
     def __init__(  # noqa: PLR0913 -- what _launch has prepared
         self,
-        job_id: str,
-        argv: Sequence[str],
-        owner: str,
+        work: _Work,
         output: OutputLog,
         cgroup: Cgroup | None,
         spawner: Spawner,
         pid: int,
         fds: _Descriptors,
     ) -> None:
-        self.job_id = job_id
-        self.owner = owner
+        self.job_id = work.job_id
+        self.owner = work.owner
         self.output = output
         # A daemon, lest a program that forgets to close its worker hang at its end.
-        self.thread = threading.Thread(target=self._run, name=f"job-{job_id[:8]}", daemon=True)
-        self._argv = tuple(argv)
+        self.thread = threading.Thread(target=self._run, name=f"job-{self.job_id[:8]}", daemon=True)
+        self._argv = tuple(work.argv)
+        self._on_end = work.on_end
         self._cgroup = cgroup
         self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
@@ -485,6 +569,7 @@ class _Job:
                 started_at=self._started_at,
                 ended_at=self._ended_at,
                 output_bytes=self.output.size,
+                output_lost_bytes=self.output.lost_bytes,
                 subscribers=self.output.subscribers,
                 limits=self._limits,
                 usage=usage,
@@ -606,6 +691,10 @@ class _Job:
     def _end(self, leader_exit: Exit | None, ended_at: datetime) -> None:
         """Make the one transition, out of RUNNING."""
         killed = leader_exit is not None and leader_exit.signal == signal.SIGKILL
+        # Before anybody is told: who then starts the next job must find room for it.
+        if self._on_end is not None:
+            self._on_end()
+            self._on_end = None
         with self._ended:
             if self._status is not Status.RUNNING:
                 raise RuntimeError(f"job {self.job_id} has ended already")
@@ -643,28 +732,39 @@ class _OutputDir:
             raise PermissionError(
                 errno.EPERM, f"others can enter it; run: chmod 700 {self.path}", str(self.path)
             )
-        self._lock_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Everything is done through this descriptor, which works even if the process has
+        # lost the right to walk the path. Locked as long as it is open.
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock_fd)
+            os.close(self._fd)
             raise BlockingIOError(
                 errno.EWOULDBLOCK, "another worker keeps its output here", str(self.path)
             ) from None
         self._delete_output()
 
+    def make_log(self, job_id: str, budget: Budget | None) -> OutputLog:
+        """Make the output of a job. Raises OSError."""
+        return OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd, budget=budget)
+
+    def give_to(self, uid: int) -> None:
+        """Let the user `uid` keep output here. Raises OSError."""
+        os.fchown(self._fd, uid, uid)
+
     def close(self) -> None:
         """Delete the output, and the directory if it is temporary; idempotent."""
+        self._delete_output()
         if self._temporary:
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            self._delete_output()
-        os.close(self._lock_fd)
+            with contextlib.suppress(OSError):  # somebody else put something in it
+                self.path.rmdir()
+        os.close(self._fd)
 
     def _delete_output(self) -> None:
-        for path in self.path.glob(f"*{_OUTPUT_SUFFIX}"):
-            if _is_uuid(path.stem):
-                path.unlink()
+        for name in os.listdir(self._fd):
+            job_id = name.removesuffix(_OUTPUT_SUFFIX)
+            if job_id != name and _is_uuid(job_id):
+                os.unlink(name, dir_fd=self._fd)
 
 
 def _is_uuid(text: str) -> bool:
@@ -718,14 +818,18 @@ def _exec_error(argv: Sequence[str], error: OSError) -> WorkerError:
     return CommandError(command, error.strerror or str(error))
 
 
-def _environment(job_id: str) -> dict[str, str]:
+def _environment(work: _Work) -> dict[str, str]:
     """The job's whole environment: the server's own carries what is not for jobs."""
-    try:
-        user = pwd.getpwuid(os.geteuid())
-        name, home = user.pw_name, user.pw_dir
-    except KeyError:  # an uid without an account, as in many containers
-        name, home = str(os.geteuid()), "/"
-    return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "USER": name, "JOB_ID": job_id}
+    if work.uid is not None:
+        # Not an account of this host; so there is no home either.
+        name, home = work.owner or str(work.uid), "/"
+    else:
+        try:
+            user = pwd.getpwuid(os.geteuid())
+            name, home = user.pw_name, user.pw_dir
+        except KeyError:  # an uid without an account, as in many containers
+            name, home = str(os.geteuid()), "/"
+    return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "USER": name, "JOB_ID": work.job_id}
 
 
 def _shorten(text: str, length: int = 200) -> str:

@@ -1,0 +1,231 @@
+"""What one user, and all users together, have now, and whether they may have more.
+
+Counts running jobs, starts, open streams and kept output against the ceilings of
+`config.py`. What is beyond one is refused at once with `QuotaError`, which names it;
+nobody waits here, and a refusal costs nothing of any ceiling.
+
+    quotas = Quotas(config.per_user, config.in_all, config.job_output_bytes)
+    quotas.check_output("alice")
+    job_ended = quotas.start("alice")
+    log = OutputLog(path, budget=quotas.output("alice"))
+    ...
+    job_ended()
+
+User names must be those of authenticated users: what is known of a name is kept for ever.
+
+Thread safety: every method, and every function returned, may be called from any thread.
+One lock guards all counts and is held for a few instructions at a time. The budgets of
+`broadcaster.py` have their own locks, which are never taken under this one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from broadcaster import Budget
+from units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from config import Quota
+
+__all__ = ["QuotaError", "Quotas"]
+
+_EVERYBODY = "all users together"
+
+
+class QuotaError(Exception):
+    """A ceiling is reached; the message names it.
+
+    Attribute: `retry_after_s`, in whole seconds, at least 1; None when waiting alone may
+    not help.
+    """
+
+    def __init__(self, what: str, retry_after_s: int | None = None) -> None:
+        super().__init__(what)
+        self.retry_after_s = retry_after_s
+
+
+class Quotas:
+    """Counts what is had under the ceilings `per_user` and `in_all`.
+
+    `job_output_bytes`: how much of one job's output is kept; None for no ceiling.
+    `clock`: tells seconds and never goes back.
+    """
+
+    def __init__(
+        self,
+        per_user: Quota,
+        in_all: Quota,
+        job_output_bytes: int | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._per_user = per_user
+        self._job_output_bytes = job_output_bytes
+        self._clock = clock
+        # Guards all accounts. Never held while anything else is locked. Reentrant, because
+        # the garbage collector may end an abandoned stream in the middle of a start.
+        self._lock = threading.RLock()
+        all_output = Budget(in_all.output_bytes, _ceiling("the", in_all.output_bytes, _EVERYBODY))
+        self._all = _Account(in_all, all_output)
+        self._users: dict[str, _Account] = {}
+
+    def start(self, user: str) -> Callable[[], None]:
+        """Count a job of the user that is about to start, from now on as a running one.
+
+        Returns what to call when it has ended or could not be started: from any thread, as
+        often as you like; it does not wait. Raises `QuotaError` when the user, or all
+        together, have as many running jobs as they may, or have started too many lately.
+        """
+        with self._lock:
+            mine = self._account_locked(user)
+            if mine.jobs.is_full:
+                raise QuotaError(
+                    f"user {user} has {mine.jobs.count} running jobs, "
+                    "the ceiling of this server; stop one first"
+                )
+            if self._all.jobs.is_full:
+                raise QuotaError(
+                    f"{_EVERYBODY} have {self._all.jobs.count} running jobs, "
+                    "the ceiling of this server; try again later"
+                )
+            now = self._clock()
+            for account, who in ((mine, f"user {user}"), (self._all, _EVERYBODY)):
+                wait_s = account.starts.wait_s(now)
+                if wait_s:
+                    raise QuotaError(
+                        f"more than {account.starts.per_second:g} starts per second of {who}; "
+                        f"try again in {wait_s} s",
+                        wait_s,
+                    )
+            mine.starts.take(now)
+            self._all.starts.take(now)
+            return self._count_locked(mine.jobs, self._all.jobs)
+
+    def stream(self, user: str) -> Callable[[], None]:
+        """Count an output stream that the user opens; return what to call when it ends.
+
+        As `start` does. Raises `QuotaError` when the user, or all together, have as many
+        open streams as they may.
+        """
+        with self._lock:
+            mine = self._account_locked(user)
+            if mine.streams.is_full:
+                raise QuotaError(
+                    f"user {user} has {mine.streams.count} open streams, "
+                    "the ceiling of this server; close one first"
+                )
+            if self._all.streams.is_full:
+                raise QuotaError(
+                    f"all {self._all.streams.count} output streams are in use; try again later"
+                )
+            return self._count_locked(mine.streams, self._all.streams)
+
+    def output(self, user: str) -> Budget:
+        """Return a budget for the output of one job of the user."""
+        with self._lock:
+            parent = self._account_locked(user).output
+        limit = self._job_output_bytes
+        return Budget(limit, _ceiling("this job's", limit), parent)
+
+    def check_output(self, user: str) -> None:
+        """Raise `QuotaError` if not one more byte of output of the user could be kept."""
+        with self._lock:
+            mine = self._account_locked(user)
+        for budget in (mine.output, self._all.output):
+            if budget.is_used_up:
+                raise QuotaError(
+                    f"no more output can be kept: {budget.what} is reached; "
+                    "output is kept until the server is restarted"
+                )
+
+    def _account_locked(self, user: str) -> _Account:
+        account = self._users.get(user)
+        if account is None:
+            limit = self._per_user.output_bytes
+            output = Budget(limit, _ceiling(f"user {user}'s", limit), self._all.output)
+            account = self._users[user] = _Account(self._per_user, output)
+        return account
+
+    def _count_locked(self, *gauges: _Gauge) -> Callable[[], None]:
+        """Count one more in each gauge; return what takes it back, once."""
+        counted = True
+        for gauge in gauges:
+            gauge.count += 1
+
+        def release() -> None:
+            nonlocal counted
+            with self._lock:
+                if counted:
+                    counted = False
+                    for gauge in gauges:
+                        gauge.count -= 1
+
+        return release
+
+
+def _ceiling(whose: str, limit: int | None, of: str = "") -> str:
+    """Name a ceiling of kept output; one that does not exist is never named to anybody."""
+    size = "any size" if limit is None else format_size(limit)
+    return f"{whose} ceiling of {size}" + (f" for {of}" if of else "")
+
+
+@dataclass(slots=True)
+class _Gauge:
+    """How many there are now, of at most `ceiling`; None for any number."""
+
+    ceiling: int | None
+    count: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.ceiling is not None and self.count >= self.ceiling
+
+
+class _Bucket:
+    """A token bucket: `burst` tokens at most, `per_second` new ones; one token is one start.
+
+    Without a ceiling if either is None. Attribute: `per_second`.
+    """
+
+    def __init__(self, per_second: float | None, burst: int | None) -> None:
+        self.per_second = per_second
+        self._burst = burst
+        self._last_start_s = 0.0
+        # At that time; None until then: full. Computed at a start only, so that rounding
+        # does not add up over many refusals.
+        self._tokens: float | None = None
+
+    def wait_s(self, now: float) -> int:
+        """Return how many whole seconds it takes until there is a token; 0 if there is one."""
+        if self.per_second is None or self._burst is None:
+            return 0
+        missing = 1 - self._tokens_at(now, self.per_second, self._burst)
+        return max(0, math.ceil(missing / self.per_second))
+
+    def take(self, now: float) -> None:
+        if self.per_second is None or self._burst is None:
+            return
+        self._tokens = self._tokens_at(now, self.per_second, self._burst) - 1
+        self._last_start_s = now
+
+    def _tokens_at(self, now: float, per_second: float, burst: int) -> float:
+        if self._tokens is None:
+            return burst
+        return min(burst, self._tokens + (now - self._last_start_s) * per_second)
+
+
+class _Account:
+    """What one user has, or all have. The counts are guarded by the lock of `Quotas`."""
+
+    def __init__(self, quota: Quota, output: Budget) -> None:
+        self.jobs = _Gauge(quota.running_jobs)
+        self.starts = _Bucket(quota.starts_per_second, quota.start_burst)
+        self.streams = _Gauge(quota.streams)
+        self.output = output

@@ -1,0 +1,515 @@
+"""Tests of the ceilings per user and in all: real threads, and a clock that the test sets."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broadcaster import OutputIncompleteError, OutputLog
+from config import IN_ALL, JOB_OUTPUT_BYTES, PER_USER, Quota
+from quotas import QuotaError, Quotas
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    Release = Callable[[], None]
+
+_GUARD_S = 60  # only a hang takes this long
+_NONE = Quota()
+
+
+class _Clock:
+    """Stands still until the test sets `now`, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> _Clock:
+    return _Clock()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(128) as pool:
+        yield pool
+
+
+def _together(pool: ThreadPoolExecutor, *calls: Callable[[], Any]) -> list[Any]:
+    """Run all of them at the same time, to their ends; return what they return."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        barrier.wait(_GUARD_S)
+        return call()
+
+    return [future.result(_GUARD_S) for future in [pool.submit(run, call) for call in calls]]
+
+
+def _refusal(call: Callable[[str], object], user: str) -> tuple[str, int | None]:
+    with pytest.raises(QuotaError) as caught:
+        call(user)
+    return str(caught.value), caught.value.retry_after_s
+
+
+def _admit_all(call: Callable[[str], Release], user: str, at_most: int) -> list[Release]:
+    """Call until it is refused; return what was admitted, at most so many."""
+    admitted: list[Release] = []
+    try:
+        while len(admitted) < at_most:
+            admitted.append(call(user))
+    except QuotaError:
+        pass
+    return admitted
+
+
+_JOBS_OF_ALICE = "user alice has 3 running jobs, the ceiling of this server; stop one first"
+_JOBS_OF_ALL = "all users together have 3 running jobs, the ceiling of this server; try again later"
+_STREAMS_OF_ALICE = "user alice has 3 open streams, the ceiling of this server; close one first"
+_STREAMS_OF_ALL = "all 3 output streams are in use; try again later"
+
+
+# --- running jobs and streams -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "per_user", "in_all", "message"),
+    [
+        ("start", Quota(running_jobs=3), _NONE, _JOBS_OF_ALICE),
+        ("start", _NONE, Quota(running_jobs=3), _JOBS_OF_ALL),
+        ("start", Quota(running_jobs=3), Quota(running_jobs=3), _JOBS_OF_ALICE),
+        ("stream", Quota(streams=3), _NONE, _STREAMS_OF_ALICE),
+        ("stream", _NONE, Quota(streams=3), _STREAMS_OF_ALL),
+        ("stream", Quota(streams=3), Quota(streams=3), _STREAMS_OF_ALICE),
+    ],
+)
+def test_one_past_the_ceiling_is_refused_until_one_has_ended(
+    what: str, per_user: Quota, in_all: Quota, message: str
+) -> None:
+    """As many as the ceiling says, not one more, and again one for each that ends."""
+    quotas = Quotas(per_user, in_all, None)
+    call = getattr(quotas, what)
+    first, _, _ = [call("alice") for _ in range(3)]
+    assert _refusal(call, "alice") == (message, None)
+    first()
+    again = call("alice")
+    assert _refusal(call, "alice") == (message, None)
+    again()
+    call("alice")
+
+
+@pytest.mark.parametrize("what", ["start", "stream"])
+def test_without_ceilings_nothing_is_refused(what: str) -> None:
+    """None is no number that could be reached."""
+    quotas = Quotas(_NONE, _NONE, None)
+    assert len(_admit_all(getattr(quotas, what), "alice", 5000)) == 5000
+
+
+def test_jobs_and_streams_do_not_count_as_each_other() -> None:
+    """Nor does a refused stream end a job's place."""
+    quotas = Quotas(Quota(running_jobs=1, streams=1), _NONE, None)
+    quotas.start("alice")
+    quotas.stream("alice")
+    assert "running jobs" in _refusal(quotas.start, "alice")[0]
+    assert "open streams" in _refusal(quotas.stream, "alice")[0]
+
+
+@pytest.mark.parametrize(("what", "field"), [("start", "running_jobs"), ("stream", "streams")])
+def test_release_counts_once_however_often_it_is_called(
+    pool: ThreadPoolExecutor, what: str, field: str
+) -> None:
+    """From any threads at the same time: another one's place is not freed by it."""
+    quotas = Quotas(Quota(**{field: 2}), _NONE, None)
+    call = getattr(quotas, what)
+    release, _ = call("alice"), call("alice")
+    _together(pool, *[release] * 16)
+    call("alice")
+    release()
+    _refusal(call, "alice")
+
+
+@pytest.mark.parametrize(("what", "field"), [("start", "running_jobs"), ("stream", "streams")])
+def test_refusal_takes_nothing_of_any_ceiling(what: str, field: str) -> None:
+    """Neither the user's nor that of all: the next who may have one gets it."""
+    quotas = Quotas(Quota(**{field: 2}), Quota(**{field: 3}), None)
+    call = getattr(quotas, what)
+    alices = [call("alice"), call("alice")]
+    for _ in range(10):
+        _refusal(call, "alice")
+    bobs = call("bob")
+    for _ in range(10):
+        _refusal(call, "bob")  # that of all
+    alices[0]()
+    call("bob")  # his second: what was refused has not used it up
+    bobs()
+    call("alice")
+
+
+@pytest.mark.parametrize(("what", "field"), [("start", "running_jobs"), ("stream", "streams")])
+def test_threads_together_get_exactly_the_ceiling(
+    pool: ThreadPoolExecutor, what: str, field: str
+) -> None:
+    """However many try at once; and when all have ended, exactly as many again."""
+    quotas = Quotas(Quota(**{field: 50}), Quota(**{field: 120}), None)
+    call = getattr(quotas, what)
+    for _ in range(3):
+        admitted = _together(
+            pool, *(lambda i=i: (i % 4, _admit_all(call, f"user{i % 4}", 1000)) for i in range(16))
+        )
+        per_user = [sum(len(got) for j, got in admitted if j == i) for i in range(4)]
+        assert sum(per_user) == 120
+        assert max(per_user) <= 50
+        releases = [release for _, got in admitted for release in got]
+        _together(pool, *releases)
+
+
+@pytest.mark.parametrize(("what", "field"), [("start", "running_jobs"), ("stream", "streams")])
+def test_never_more_than_the_ceiling_while_threads_come_and_go(
+    pool: ThreadPoolExecutor, what: str, field: str
+) -> None:
+    """Each counts itself in after it was admitted and out before it ends."""
+    quotas = Quotas(Quota(**{field: 3}), Quota(**{field: 5}), None)
+    call = getattr(quotas, what)
+    places = {name: threading.Semaphore(count) for name, count in (("alice", 3), ("bob", 3))}
+    of_all = threading.Semaphore(5)
+
+    def churn(user: str) -> int:
+        admitted = 0
+        for _ in range(1000):
+            try:
+                release = call(user)
+            except QuotaError:
+                continue
+            admitted += 1
+            assert places[user].acquire(blocking=False)
+            assert of_all.acquire(blocking=False)
+            of_all.release()
+            places[user].release()
+            release()
+        return admitted
+
+    users = ["alice", "bob"] * 6
+    assert sum(_together(pool, *(lambda user=user: churn(user) for user in users))) > 0
+    assert len(_admit_all(call, "alice", 100)) == 3
+    assert len(_admit_all(call, "bob", 100)) == 2
+
+
+def test_place_may_be_released_in_the_middle_of_a_start(clock: _Clock) -> None:
+    """By the same thread, as when the garbage collector ends an abandoned stream."""
+    releases: list[Release] = []
+
+    def collecting_clock() -> float:
+        for release in releases:
+            release()
+        return clock()
+
+    quotas = Quotas(Quota(running_jobs=2), _NONE, None, clock=collecting_clock)
+    first = quotas.start("alice")
+    releases.append(first)
+    releases.append(quotas.start("alice"))  # ends the first
+    quotas.start("alice")  # ends the second
+    quotas.start("alice")
+    _refusal(quotas.start, "alice")
+
+
+# --- the rate of starts -----------------------------------------------------------------
+
+
+def test_burst_then_one_start_for_each_share_of_a_second(clock: _Clock) -> None:
+    """So many at once, then as many as time has passed for, and told when to come again."""
+    quotas = Quotas(Quota(starts_per_second=4, start_burst=10), _NONE, None, clock=clock)
+    refusal = ("more than 4 starts per second of user alice; try again in 1 s", 1)
+    assert len(_admit_all(quotas.start, "alice", 100)) == 10
+    assert _refusal(quotas.start, "alice") == refusal
+    clock.now += 0.125
+    assert _refusal(quotas.start, "alice") == refusal
+    clock.now += 0.125
+    quotas.start("alice")
+    assert _refusal(quotas.start, "alice") == refusal
+    clock.now += 1
+    assert len(_admit_all(quotas.start, "alice", 100)) == 4
+
+
+def test_pause_gives_the_burst_again_and_no_more(clock: _Clock) -> None:
+    """However long it is."""
+    quotas = Quotas(Quota(starts_per_second=4, start_burst=10), _NONE, None, clock=clock)
+    for pause_s in (0, 2.5, 1e6):
+        clock.now += pause_s
+        assert len(_admit_all(quotas.start, "alice", 100)) == 10
+
+
+def test_rate_counts_starts_and_not_what_runs(clock: _Clock) -> None:
+    """A job that has ended at once was started all the same."""
+    quotas = Quotas(Quota(starts_per_second=1, start_burst=2), _NONE, None, clock=clock)
+    quotas.start("alice")()
+    quotas.start("alice")()
+    assert _refusal(quotas.start, "alice")[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("per_second", "passed_s", "wait_s"),
+    [(0.5, 0, 2), (0.5, 0.5, 2), (0.5, 1, 1), (0.5, 1.5, 1), (0.25, 0, 4), (100, 0, 1)],
+)
+def test_refusal_tells_when_a_start_will_be_possible(
+    clock: _Clock, per_second: float, passed_s: float, wait_s: int
+) -> None:
+    """In whole seconds, rounded up; and whoever comes back then is not refused."""
+    quotas = Quotas(Quota(starts_per_second=per_second, start_burst=1), _NONE, None, clock=clock)
+    quotas.start("alice")
+    clock.now += passed_s
+    message, retry_after_s = _refusal(quotas.start, "alice")
+    assert retry_after_s == wait_s
+    assert message == (
+        f"more than {per_second:g} starts per second of user alice; try again in {wait_s} s"
+    )
+    clock.now += wait_s
+    quotas.start("alice")
+
+
+def test_refused_starts_do_not_put_off_the_next(clock: _Clock) -> None:
+    """Who keeps trying gets in as early as who waits, and uses up nothing of all's rate."""
+    quotas = Quotas(
+        Quota(starts_per_second=1, start_burst=1),
+        Quota(starts_per_second=1, start_burst=3),
+        None,
+        clock=clock,
+    )
+    quotas.start("alice")
+    for _ in range(8):
+        clock.now += 0.0625
+        _refusal(quotas.start, "alice")
+    clock.now += 0.5
+    quotas.start("alice")
+    quotas.start("bob")
+    quotas.start("carol")
+
+
+def test_rate_of_all_is_told_apart_from_the_users(clock: _Clock) -> None:
+    """Who has not started too many himself is told so; and his own share is not used up by it."""
+    quotas = Quotas(
+        Quota(starts_per_second=1, start_burst=1),
+        Quota(starts_per_second=0.5, start_burst=2),
+        None,
+        clock=clock,
+    )
+    quotas.start("alice")
+    quotas.start("bob")
+    assert _refusal(quotas.start, "carol") == (
+        "more than 0.5 starts per second of all users together; try again in 2 s",
+        2,
+    )
+    clock.now += 2
+    quotas.start("carol")
+
+
+@pytest.mark.parametrize(
+    "quota", [Quota(starts_per_second=1), Quota(start_burst=1)], ids=["rate", "burst"]
+)
+def test_rate_without_burst_and_burst_without_rate_are_no_ceiling(
+    clock: _Clock, quota: Quota
+) -> None:
+    """Either of them is unlimited then, and so are the starts."""
+    quotas = Quotas(quota, quota, None, clock=clock)
+    assert len(_admit_all(quotas.start, "alice", 1000)) == 1000
+
+
+def test_job_ceiling_takes_nothing_of_the_rate_and_the_other_way_round(clock: _Clock) -> None:
+    """A start that is refused for the one does not count for the other."""
+    quotas = Quotas(
+        Quota(running_jobs=2, starts_per_second=1, start_burst=3), _NONE, None, clock=clock
+    )
+    first, second = quotas.start("alice"), quotas.start("alice")
+    for _ in range(10):
+        assert "running jobs" in _refusal(quotas.start, "alice")[0]
+    first()
+    third = quotas.start("alice")  # of the rate there was one left
+    second()
+    third()
+    for _ in range(10):
+        assert "per second" in _refusal(quotas.start, "alice")[0]
+    clock.now += 2
+    assert len(_admit_all(quotas.start, "alice", 100)) == 2
+
+
+def test_threads_together_start_exactly_the_burst(pool: ThreadPoolExecutor, clock: _Clock) -> None:
+    """While the clock stands still, of one user and of all."""
+    quotas = Quotas(
+        Quota(starts_per_second=1, start_burst=40),
+        Quota(starts_per_second=1, start_burst=100),
+        None,
+        clock=clock,
+    )
+    admitted = _together(
+        pool,
+        *(lambda i=i: len(_admit_all(quotas.start, f"user{i % 4}", 1000)) for i in range(16)),
+    )
+    assert sum(admitted) == 100
+    assert max(sum(admitted[i::4]) for i in range(4)) <= 40
+
+
+# --- kept output ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "user", "everybody", "ceiling"),
+    [
+        (1024, None, None, "this job's ceiling of 1 KiB"),
+        (None, 1024, None, "user alice's ceiling of 1 KiB"),
+        (None, None, 1024, "the ceiling of 1 KiB for all users together"),
+        (1024, 4096, 8192, "this job's ceiling of 1 KiB"),
+        (4096, 1024, 8192, "user alice's ceiling of 1 KiB"),
+        (8192, 4096, 1024, "the ceiling of 1 KiB for all users together"),
+    ],
+)
+def test_output_past_a_ceiling_is_told_by_the_name_of_the_ceiling(
+    tmp_path: Path, job: int | None, user: int | None, everybody: int | None, ceiling: str
+) -> None:
+    """Of the job, its owner and all users, the lowest bounds what is kept."""
+    quotas = Quotas(Quota(output_bytes=user), Quota(output_bytes=everybody), job)
+    log = OutputLog(tmp_path / "job.out", budget=quotas.output("alice"))
+    log.append(bytes(2000))
+    log.complete()
+    assert log.size == 1024
+    with log.subscribe(offset=1024) as late, pytest.raises(OutputIncompleteError) as caught:
+        next(late)
+    assert str(caught.value) == f"976 bytes of output were not kept: {ceiling} is reached"
+    log.remove()
+
+
+def test_without_a_ceiling_all_output_is_kept(tmp_path: Path) -> None:
+    """And no start is refused for it."""
+    quotas = Quotas(_NONE, _NONE, None)
+    log = OutputLog(tmp_path / "job.out", budget=quotas.output("alice"))
+    log.append(bytes(100_000))
+    assert (log.size, log.lost_bytes) == (100_000, 0)
+    quotas.check_output("alice")
+    log.remove()
+
+
+def test_jobs_share_what_their_owner_may_keep(tmp_path: Path) -> None:
+    """Each has its own ceiling, but together they have the user's, until one is removed."""
+    quotas = Quotas(Quota(output_bytes=100), _NONE, 70)
+    logs = [OutputLog(tmp_path / f"{i}.out", budget=quotas.output("alice")) for i in range(3)]
+    for log in logs:
+        log.append(bytes(80))
+    assert [log.size for log in logs] == [70, 30, 0]
+    logs[0].remove()
+    more = OutputLog(tmp_path / "more.out", budget=quotas.output("alice"))
+    more.append(bytes(80))
+    assert more.size == 70
+    for log in (*logs, more):
+        log.remove()
+
+
+def test_check_refuses_who_can_keep_nothing_more() -> None:
+    """With the ceiling's name, from its last byte on, until there is room for one."""
+    quotas = Quotas(Quota(output_bytes=1024), _NONE, None)
+    quotas.check_output("alice")
+    budget = quotas.output("alice")
+    budget.take(1023)
+    quotas.check_output("alice")
+    budget.take(1)
+    message = (
+        "no more output can be kept: user alice's ceiling of 1 KiB is reached; "
+        "output is kept until the server is restarted"
+    )
+    assert _refusal(quotas.check_output, "alice") == (message, None)
+    quotas.check_output("bob")
+    budget.give_back(1)
+    quotas.check_output("alice")
+
+
+def test_check_refuses_everybody_when_all_is_used_up() -> None:
+    """Those who have kept nothing themselves too."""
+    quotas = Quotas(_NONE, Quota(output_bytes=2048), None)
+    alices = quotas.output("alice")
+    alices.take(2048)
+    for user in ("alice", "bob"):
+        message, _ = _refusal(quotas.check_output, user)
+        assert "the ceiling of 2 KiB for all users together is reached" in message
+    alices.give_back(1)
+    quotas.check_output("bob")
+
+
+def test_check_does_not_refuse_for_another_jobs_own_ceiling() -> None:
+    """A job that is at its ceiling says nothing of the next one."""
+    quotas = Quotas(Quota(output_bytes=100), _NONE, 10)
+    assert quotas.output("alice").take(20)[0] == 10
+    quotas.check_output("alice")
+    assert quotas.output("alice").take(20)[0] == 10
+
+
+def test_budgets_of_all_jobs_agree_when_threads_write_at_once(pool: ThreadPoolExecutor) -> None:
+    """Not a byte more than all users may keep, nor than each may, and all of it comes back."""
+    quotas = Quotas(Quota(output_bytes=4000), Quota(output_bytes=10_000), 2000)
+
+    def take_all(user: str) -> int:
+        budget, taken = quotas.output(user), 0
+        while size := budget.take(3)[0]:
+            taken += size
+        return taken
+
+    def give_back(user: str, size: int) -> None:
+        parent = quotas._users[user].output
+        parent.give_back(size)
+
+    users = [f"user{i % 4}" for i in range(16)]
+    taken = _together(pool, *(lambda user=user: take_all(user) for user in users))
+    assert sum(taken) == 10_000
+    assert max(taken) <= 2000
+    per_user = {user: sum(taken[i::4]) for i, user in enumerate(users[:4])}
+    assert max(per_user.values()) <= 4000
+    _together(pool, *(lambda item=item: give_back(*item) for item in per_user.items()))
+    assert quotas._all.output.used == 0
+
+
+# --- fairness ---------------------------------------------------------------------------
+
+
+def test_user_at_every_ceiling_leaves_the_others_all_they_may_have(clock: _Clock) -> None:
+    """With the constants of the server: what one has used up is one's own."""
+    quotas = Quotas(PER_USER, IN_ALL, JOB_OUTPUT_BYTES, clock=clock)
+    for user in ("mallory", "alice"):
+        quotas.check_output(user)
+        assert len(_admit_all(quotas.start, user, 9999)) == PER_USER.running_jobs
+        assert len(_admit_all(quotas.stream, user, 9999)) == PER_USER.streams
+        assert PER_USER.output_bytes is not None
+        for _ in range(PER_USER.output_bytes // JOB_OUTPUT_BYTES):
+            assert quotas.output(user).take(2 * JOB_OUTPUT_BYTES)[0] == JOB_OUTPUT_BYTES
+        for refused in (quotas.start, quotas.stream, quotas.check_output):
+            assert f"user {user}" in _refusal(refused, user)[0]
+
+
+def test_user_who_starts_too_fast_does_not_slow_the_others(clock: _Clock) -> None:
+    """A storm of starts is refused without a mark on the rate of all."""
+    quotas = Quotas(
+        Quota(starts_per_second=2, start_burst=2),
+        Quota(starts_per_second=4, start_burst=4),
+        None,
+        clock=clock,
+    )
+    for _ in range(50):
+        assert len(_admit_all(quotas.start, "mallory", 2)) == 2
+        for _ in range(20):
+            _refusal(quotas.start, "mallory")
+        assert len(_admit_all(quotas.start, "alice", 9)) == 2
+        clock.now += 1
+
+
+def test_what_is_known_of_a_user_does_not_grow() -> None:
+    """A thousand jobs and streams of one user cost no more than one."""
+    quotas = Quotas(_NONE, _NONE, None)
+    for _ in range(1000):
+        quotas.start("alice")()
+        quotas.stream("alice")()
+        quotas.output("alice")
+        quotas.check_output("alice")
+    assert list(quotas._users) == ["alice"]

@@ -1,0 +1,615 @@
+"""Tests of login throttling. The clock is set by hand, so no test depends on speed."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+import pytest
+
+from throttle import _BY_USER, LoginThrottle, TooManyLoginsError, _Failed
+
+_GUARD_S = 60  # only a hang takes this long
+_FORGET_AFTER_S = 900
+_MAX_ENTRIES = 10_000
+
+
+class _Clock:
+    """A clock that stands still until it is told to move."""
+
+    def __init__(self) -> None:
+        self.now = 12345.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> _Clock:
+    return _Clock()
+
+
+@pytest.fixture
+def throttle(clock: _Clock) -> LoginThrottle:
+    return LoginThrottle(clock=clock)
+
+
+def _log_in(throttle: LoginThrottle, user: str, peer: str, *, succeeded: bool) -> None:
+    with throttle.attempt(user, peer) as attempt:
+        attempt.succeeded = succeeded
+
+
+def _fail(throttle: LoginThrottle, user: str, peer: str, times: int = 1) -> None:
+    for _ in range(times):
+        _log_in(throttle, user, peer, succeeded=False)
+
+
+def _refusal(throttle: LoginThrottle, user: str, peer: str) -> TooManyLoginsError | None:
+    """Why an attempt would be refused now; None if it would be checked. Counts nothing."""
+    try:
+        with throttle.attempt(user, peer):
+            return None
+    except TooManyLoginsError as error:
+        return error
+
+
+def _wait_s(throttle: LoginThrottle, user: str, peer: str) -> int:
+    """How long an attempt would have to wait now; 0 if it would be checked. Counts nothing."""
+    refusal = _refusal(throttle, user, peer)
+    return refusal.retry_after_s if refusal else 0
+
+
+def _fail_and_wait(throttle: LoginThrottle, clock: _Clock, user: str, peer: str) -> int:
+    """Fail, and wait for as long as is asked then; return how long that is."""
+    _fail(throttle, user, peer)
+    wait_s = _wait_s(throttle, user, peer)
+    clock.now += wait_s
+    return wait_s
+
+
+# --- one user from one peer -------------------------------------------------------------
+
+
+def test_failures_of_a_pair_wait_longer_every_time_up_to_a_minute(
+    throttle: LoginThrottle, clock: _Clock
+) -> None:
+    """Three attempts are free; the waits before the next ones double up to 60 s."""
+    waits = [_fail_and_wait(throttle, clock, "alice", "p") for _ in range(10)]
+    assert waits == [0, 0, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_attempt_is_checked_when_the_wait_is_over_and_not_before(
+    throttle: LoginThrottle, clock: _Clock
+) -> None:
+    """The retry time is what is left, rounded up, so that who comes then gets in."""
+    _fail(throttle, "alice", "p", 3)
+    left = []
+    for elapsed in (0, 0.25, 0.75, 0.999):  # after the one before it
+        clock.now += elapsed
+        left.append(_wait_s(throttle, "alice", "p"))
+    assert left == [2, 2, 1, 1]
+    clock.now = 12345 + 2
+    assert _wait_s(throttle, "alice", "p") == 0
+
+
+def test_refused_attempt_is_not_checked_and_extends_nothing(
+    throttle: LoginThrottle, clock: _Clock
+) -> None:
+    """Whoever keeps trying gets in when who waits does, and waits no longer afterwards."""
+    _fail(throttle, "alice", "p", 3)
+    for _ in range(50):
+        with pytest.raises(TooManyLoginsError), throttle.attempt("alice", "p"):
+            pytest.fail("the password would be checked")
+    clock.now += 2
+    _fail(throttle, "alice", "p")
+    assert _wait_s(throttle, "alice", "p") == 4
+
+
+def test_wait_counts_from_the_last_failure(throttle: LoginThrottle, clock: _Clock) -> None:
+    """Not from the first of them."""
+    _fail(throttle, "alice", "p", 2)
+    clock.now += 100
+    _fail(throttle, "alice", "p")
+    clock.now += 1.5
+    assert _wait_s(throttle, "alice", "p") == 1
+
+
+def test_failure_counts_from_when_it_is_found_out(throttle: LoginThrottle, clock: _Clock) -> None:
+    """The time for which the password waits to be checked is not taken off the wait."""
+    _fail(throttle, "alice", "p", 2)
+    with throttle.attempt("alice", "p") as attempt:
+        clock.now += 30
+        attempt.succeeded = False
+    assert _wait_s(throttle, "alice", "p") == 2
+
+
+def test_pair_is_held_back_for_itself_only(throttle: LoginThrottle) -> None:
+    """The same user elsewhere, another user here, and names cut elsewhere are not."""
+    _fail(throttle, "ab", "c", 3)
+    assert _wait_s(throttle, "ab", "c") == 2
+    for user, peer in (("ab", "other"), ("other", "c"), ("a", "bc"), ("abc", ""), ("c", "ab")):
+        assert _wait_s(throttle, user, peer) == 0
+
+
+def test_success_clears_the_pair(throttle: LoginThrottle, clock: _Clock) -> None:
+    """Three attempts are free again."""
+    for _ in range(5):
+        _fail_and_wait(throttle, clock, "alice", "p")
+    _log_in(throttle, "alice", "p", succeeded=True)
+    waits = [_fail_and_wait(throttle, clock, "alice", "p") for _ in range(4)]
+    assert waits == [0, 0, 2, 4]
+
+
+# --- one peer, any user -----------------------------------------------------------------
+
+
+def test_failures_of_a_peer_with_many_users_wait_up_to_five_minutes(
+    throttle: LoginThrottle, clock: _Clock
+) -> None:
+    """Ten attempts are free; it does not matter which user is next."""
+    waits = []
+    for number in range(20):
+        _fail(throttle, f"user{number}", "p")
+        waits.append(_wait_s(throttle, "a new one", "p"))
+        assert _wait_s(throttle, "a new one", "other") == 0
+        clock.now += waits[-1]
+    assert waits == [0] * 9 + [2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
+
+
+def test_longer_one_of_two_waits_is_what_holds(throttle: LoginThrottle, clock: _Clock) -> None:
+    """Of the pair's and the peer's; the message is about the one that holds."""
+    for number in range(12):
+        _fail_and_wait(throttle, clock, f"user{number}", "p")
+    refusals = []
+    for _ in range(3):
+        _fail(throttle, "alice", "p")
+        refusals.append(str(_refusal(throttle, "alice", "p")))
+        clock.now += _wait_s(throttle, "alice", "p")
+    for _ in range(5):  # of ten that are free to the peer
+        _fail_and_wait(throttle, clock, "bob", "q")
+    _fail(throttle, "bob", "q")
+    refusals.append(str(_refusal(throttle, "bob", "q")))
+    assert refusals == [
+        "too many failed logins from here; try again in 16 s",
+        "too many failed logins from here; try again in 32 s",
+        "too many failed logins from here; try again in 64 s",
+        "too many failed logins for this user from here; try again in 16 s",
+    ]
+
+
+def test_valid_account_does_not_wash_away_a_peers_failures(
+    throttle: LoginThrottle, clock: _Clock
+) -> None:
+    """Successes in between change nothing for who tries a password with many names."""
+    waits = []
+    for number in range(13):
+        _fail(throttle, f"user{number}", "p")
+        waits.append(_wait_s(throttle, "mallory", "p"))
+        clock.now += waits[-1]
+        _log_in(throttle, "mallory", "p", succeeded=True)
+    assert waits == [0] * 9 + [2, 4, 8, 16]
+
+
+def test_success_takes_the_users_own_slips_off_the_peers_count(throttle: LoginThrottle) -> None:
+    """Somebody who mistypes twice every time never gets held back, nor do others there."""
+    _fail(throttle, "other", "p", 2)
+    for _ in range(50):
+        _fail(throttle, "alice", "p", 2)
+        _log_in(throttle, "alice", "p", succeeded=True)
+    for number in range(7):
+        _fail(throttle, f"user{number}", "p")
+    assert _wait_s(throttle, "new", "p") == 0  # 2 of the other one, and 7
+    _fail(throttle, "new", "p")
+    assert _wait_s(throttle, "new", "p") == 2
+
+
+def test_success_takes_the_peers_own_slips_off_the_users_count(throttle: LoginThrottle) -> None:
+    """A user's own slips, made good, do not look like guessing from many peers."""
+    for number in range(30):
+        _fail(throttle, "alice", f"p{number}", 2)
+        _log_in(throttle, "alice", f"p{number}", succeeded=True)
+    _fail(throttle, "alice", "p")
+    assert _wait_s(throttle, "alice", "p") == 0
+
+
+# --- one user, many peers ---------------------------------------------------------------
+
+
+def test_many_peers_guessing_wait_even_in_their_free_attempts(throttle: LoginThrottle) -> None:
+    """From the user's 20th failure on, every peer with one of its own: 2, 4, 8 ... 60 s."""
+    waits = []
+    for number in range(27):
+        _fail(throttle, "alice", f"p{number}")
+        waits.append(_wait_s(throttle, "alice", f"p{number}"))
+        assert _wait_s(throttle, "alice", "p0") == waits[-1]  # for the early ones too
+    assert waits == [0] * 19 + [2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_wait_after_very_many_failures_is_found_at_once() -> None:
+    """An attack that goes on for years makes no number that fills the memory."""
+    assert _BY_USER.wait_s(10**12) == 60
+
+
+def test_others_failures_never_hold_back_a_peer_without_any(throttle: LoginThrottle) -> None:
+    """However many guess for a user elsewhere, the true one gets in from where they are."""
+    for number in range(500):
+        _fail(throttle, "alice", f"p{number}")
+        assert _wait_s(throttle, "alice", "alice's") == 0
+    # Nor if there was a failure for another user there.
+    _fail(throttle, "bob", "alice's")
+    assert _wait_s(throttle, "alice", "alice's") == 0
+    _fail(throttle, "alice", "alice's")
+    assert _wait_s(throttle, "alice", "alice's") == 60
+
+
+def test_others_failures_do_not_prolong_a_peers_wait(
+    throttle: LoginThrottle, clock: _Clock
+) -> None:
+    """A slip during an attack costs a minute from then on, though the attack goes on."""
+    for number in range(30):
+        _fail(throttle, "alice", f"p{number}")
+    _fail(throttle, "alice", "alice's")
+    for second in range(60):
+        assert _wait_s(throttle, "alice", "alice's") == 60 - second
+        _fail(throttle, "alice", f"q{second}")
+        clock.now += 1
+    _log_in(throttle, "alice", "alice's", succeeded=True)
+    assert _wait_s(throttle, "alice", "alice's") == 0
+
+
+def test_success_from_one_peer_does_not_free_the_others(throttle: LoginThrottle) -> None:
+    """The true user logs in while others guess; those wait as before."""
+    for number in range(25):
+        _fail(throttle, "alice", f"p{number}")
+    _log_in(throttle, "alice", "alice's", succeeded=True)
+    assert _wait_s(throttle, "alice", "p24") == 60
+
+
+# --- names ------------------------------------------------------------------------------
+
+_NAMES = ["", "alice", "no such user", "a\0b", "\ud800", "\N{SNOWMAN}", "x" * 1_000_000, "%s{}\n"]
+
+
+@pytest.mark.parametrize("user", _NAMES, ids=lambda name: ascii(name)[:15])
+def test_refusal_has_the_same_words_for_every_name(throttle: LoginThrottle, user: str) -> None:
+    """So it does not tell whether there is such a user, nor repeats what was sent."""
+    _fail(throttle, user, "p", 3)
+    text = "too many failed logins for this user from here; try again in 2 s"
+    assert str(_refusal(throttle, user, "p")) == text
+    assert _wait_s(throttle, user, "p") == 2
+
+
+@pytest.mark.parametrize("peer", _NAMES, ids=lambda name: ascii(name)[:15])
+def test_refusal_of_a_peer_has_the_same_words_for_every_name(
+    throttle: LoginThrottle, peer: str
+) -> None:
+    """The same, when it is the peer that failed too often."""
+    for number in range(10):
+        _fail(throttle, f"user{number}", peer)
+    text = "too many failed logins from here; try again in 2 s"
+    assert str(_refusal(throttle, "alice", peer)) == text
+
+
+# --- attempts under way -----------------------------------------------------------------
+
+
+def test_one_attempt_of_a_peer_at_a_time(throttle: LoginThrottle) -> None:
+    """A second one, of whatever user, is refused at once until the first has ended."""
+    with throttle.attempt("alice", "p"):
+        for user in ("alice", "bob"):
+            text = "another login from here is under way; try again in 1 s"
+            assert str(_refusal(throttle, user, "p")) == text
+            assert _wait_s(throttle, user, "p") == 1
+        assert _wait_s(throttle, "alice", "q") == 0
+    assert _wait_s(throttle, "alice", "p") == 0
+
+
+def test_one_of_many_threads_of_a_peer_gets_in(throttle: LoginThrottle) -> None:
+    """They come at the same moment; exactly one is let in, the others do not wait for it."""
+    assert _outcomes(throttle, ["p"] * 16).count("in") == 1
+    assert _wait_s(throttle, "alice", "p") == 0
+
+
+def test_eight_of_many_peers_get_in(throttle: LoginThrottle) -> None:
+    """At the same moment; the others are refused for now, and counted nowhere."""
+    peers = [f"p{number}" for number in range(20)]
+    outcomes = _outcomes(throttle, peers)
+    assert outcomes.count("in") == 8
+    assert outcomes.count("too many logins at once; try again in 1 s") == 12
+    assert _outcomes(throttle, peers[:8]) == ["in"] * 8
+
+
+def _outcomes(throttle: LoginThrottle, peers: list[str]) -> list[str]:
+    """Let a thread of each peer try at once; who gets in stays until all have tried."""
+    start = threading.Barrier(len(peers))
+    outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
+    leave = threading.Event()
+
+    def log_in(peer: str) -> None:
+        start.wait(_GUARD_S)
+        try:
+            with throttle.attempt("alice", peer):
+                outcomes.put("in")
+                assert leave.wait(_GUARD_S)
+        except TooManyLoginsError as error:
+            outcomes.put(str(error))
+
+    with ThreadPoolExecutor(len(peers)) as pool:
+        done = [pool.submit(log_in, peer) for peer in peers]
+        try:
+            found = [outcomes.get(timeout=_GUARD_S) for _ in peers]
+        finally:
+            leave.set()
+        for each in done:
+            each.result(_GUARD_S)
+    return found
+
+
+class _Meeting:
+    """A lock for a throttle, and a place to be put where it should be held.
+
+    Who comes to the place first stays until another one comes there too, or waits for the
+    lock. So if the lock does not keep them apart, they do meet.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_first = threading.Semaphore(1)
+        self._others = threading.Semaphore(0)
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._others.release()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def come(self) -> None:
+        if self._is_first.acquire(blocking=False):
+            assert self._others.acquire(timeout=_GUARD_S)
+        else:
+            self._others.release()
+
+
+@pytest.mark.parametrize(("inside", "peers"), [(0, ["p", "p"]), (7, ["p", "q"])])
+def test_nobody_gets_in_between_another_ones_look_and_step(
+    throttle: LoginThrottle, monkeypatch: pytest.MonkeyPatch, inside: int, peers: list[str]
+) -> None:
+    """Two of a peer, or two for the last place, have both come before one is in."""
+    meeting = _Meeting()
+
+    class Peers(set[bytes]):
+        def add(self, peer: bytes) -> None:
+            meeting.come()
+            super().add(peer)
+
+    with contextlib.ExitStack() as others:
+        for number in range(inside):
+            others.enter_context(throttle.attempt("alice", f"p{number}"))
+        monkeypatch.setattr(throttle, "_lock", meeting)
+        monkeypatch.setattr(throttle, "_under_way", Peers(throttle._under_way))
+        assert _outcomes(throttle, peers).count("in") == 1
+
+
+def test_failures_of_two_peers_at_once_are_both_counted(
+    throttle: LoginThrottle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither counts on from what the other one is about to change."""
+    for number in range(19):
+        _fail(throttle, "alice", f"p{number}")
+    meeting = _Meeting()
+    look = throttle._by_user.get
+
+    def get(key: bytes) -> _Failed:
+        failed = look(key)
+        meeting.come()
+        return failed
+
+    def prepare() -> None:
+        monkeypatch.setattr(throttle, "_lock", meeting)
+        monkeypatch.setattr(throttle._by_user, "get", get)
+
+    both_are_in = threading.Barrier(2, action=prepare)
+
+    def fail(peer: str) -> None:
+        with throttle.attempt("alice", peer) as attempt:
+            both_are_in.wait(_GUARD_S)
+            attempt.succeeded = False
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(fail, peer) for peer in ("p", "q")]:
+            each.result(_GUARD_S)
+    assert _wait_s(throttle, "alice", "p") == 4  # 21 failures, of which 20 are free
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_exception_before_the_password_is_checked_counts_nothing(
+    throttle: LoginThrottle, kind: type[BaseException]
+) -> None:
+    """It comes out as it is, the place is free again, and it was no failure."""
+    for _ in range(30):
+        error = kind("closing")
+        with pytest.raises(kind) as caught, throttle.attempt("alice", "p"):
+            raise error
+        assert caught.value is error
+    assert _outcomes(throttle, [f"p{number}" for number in range(8)]) == ["in"] * 8
+    assert _wait_s(throttle, "alice", "p") == 0
+
+
+def test_exception_after_the_password_was_found_wrong_counts(throttle: LoginThrottle) -> None:
+    """Raising from inside the block does not get around the count."""
+
+    def fail() -> NoReturn:
+        with throttle.attempt("alice", "p") as attempt:
+            attempt.succeeded = False
+            raise ValueError("wrong")
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="wrong"):
+            fail()
+    assert _wait_s(throttle, "alice", "p") == 2
+
+
+def test_attempts_without_an_outcome_count_nothing(throttle: LoginThrottle) -> None:
+    """Neither as a failure nor as a success."""
+    for _ in range(30):
+        assert _wait_s(throttle, "bob", "p") == 0
+    _fail(throttle, "alice", "p", 2)
+    assert _wait_s(throttle, "alice", "p") == 0
+    _fail(throttle, "alice", "p")
+    assert _wait_s(throttle, "alice", "p") == 2
+
+
+# --- what is kept -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pause_s", "wait_s"), [(899, 4), (899.5, 4), (900, 0), (5000, 0)])
+def test_pair_is_forgotten_15_minutes_after_its_last_failure(
+    throttle: LoginThrottle, clock: _Clock, pause_s: float, wait_s: int
+) -> None:
+    """Not after its first: each failure keeps all of them."""
+    _fail(throttle, "alice", "p", 2)
+    clock.now += 600
+    _fail(throttle, "alice", "p")
+    clock.now += pause_s
+    _fail(throttle, "alice", "p")
+    assert _wait_s(throttle, "alice", "p") == wait_s
+
+
+@pytest.mark.parametrize(("pause_s", "wait_s"), [(899, 4), (900, 0)])
+def test_peer_is_forgotten_15_minutes_after_its_last_failure(
+    throttle: LoginThrottle, clock: _Clock, pause_s: float, wait_s: int
+) -> None:
+    """A success does not make it sooner or later."""
+    for number in range(10):
+        _fail(throttle, f"user{number}", "p")
+    clock.now += 300
+    _log_in(throttle, "mallory", "p", succeeded=True)
+    clock.now += pause_s - 300
+    _fail(throttle, "alice", "p")
+    assert _wait_s(throttle, "new", "p") == wait_s
+
+
+@pytest.mark.parametrize(("pause_s", "wait_s"), [(899, 4), (900, 0)])
+def test_user_is_forgotten_15_minutes_after_the_last_failure(
+    throttle: LoginThrottle, clock: _Clock, pause_s: float, wait_s: int
+) -> None:
+    """When the guessing has stopped, slips are free again."""
+    for number in range(20):
+        _fail(throttle, "alice", f"p{number}")
+    clock.now += pause_s
+    _fail(throttle, "alice", "p")
+    assert _wait_s(throttle, "alice", "p") == wait_s
+
+
+def test_tables_have_a_bound_and_drop_who_failed_least_recently(
+    throttle: LoginThrottle,
+) -> None:
+    """20,000 names leave 10,000 in each table, the later ones."""
+    for number in range(2 * _MAX_ENTRIES):
+        _fail(throttle, f"user{number}", f"p{number}")
+    tables = (throttle._by_pair, throttle._by_peer, throttle._by_user)
+    assert [len(table._failed) for table in tables] == [_MAX_ENTRIES] * 3
+    # The oldest that is left, and the youngest that is not.
+    for number, expected in ((_MAX_ENTRIES, 2), (_MAX_ENTRIES - 1, 0)):
+        _fail(throttle, f"user{number}", f"p{number}", 2)
+        assert _wait_s(throttle, f"user{number}", f"p{number}") == expected
+
+
+@pytest.mark.parametrize(("others", "kept"), [(_MAX_ENTRIES - 1, True), (_MAX_ENTRIES, False)])
+def test_failing_again_makes_a_pair_the_last_to_be_dropped(
+    throttle: LoginThrottle, others: int, kept: bool
+) -> None:
+    """It is the last failure that counts, not the first."""
+    _fail(throttle, "alice", "p")
+    for number in range(_MAX_ENTRIES - 1):
+        _fail(throttle, f"user{number}", f"p{number}")
+    _fail(throttle, "alice", "p", 2)
+    for number in range(others):
+        _fail(throttle, f"other{number}", f"q{number}")
+    assert _wait_s(throttle, "alice", "p") == (2 if kept else 0)
+
+
+@pytest.mark.parametrize(("others", "wait_s"), [(_MAX_ENTRIES - 1, 4), (_MAX_ENTRIES, 0)])
+@pytest.mark.parametrize("attack", ["from one peer", "on one user"])
+def test_peers_and_users_are_dropped_like_pairs(
+    throttle: LoginThrottle, clock: _Clock, attack: str, others: int, wait_s: int
+) -> None:
+    """With one other name fewer than the table holds they are still known."""
+    from_one_peer = attack == "from one peer"
+    for number in range(10 if from_one_peer else 20):
+        _fail(
+            throttle,
+            f"user{number}" if from_one_peer else "alice",
+            "p" if from_one_peer else f"p{number}",
+        )
+    for number in range(others):
+        _fail(throttle, f"other{number}", f"q{number}")
+    clock.now += 60
+    _fail(throttle, "alice", "p")
+    assert _wait_s(throttle, "alice", "p") == wait_s
+
+
+def test_success_after_the_counts_were_dropped_takes_back_nothing(
+    throttle: LoginThrottle,
+) -> None:
+    """And is no error."""
+    _fail(throttle, "alice", "p", 2)
+    for number in range(_MAX_ENTRIES):
+        _fail(throttle, f"user{number}", f"p{number}")
+    _log_in(throttle, "alice", "p", succeeded=True)
+    _fail(throttle, "alice", "p", 3)
+    assert _wait_s(throttle, "alice", "p") == 2
+
+
+def test_forgotten_and_cleared_entries_take_no_memory(
+    throttle: LoginThrottle, clock: _Clock
+) -> None:
+    """Tables are empty again after a quiet quarter of an hour, and after a success."""
+    tables = (throttle._by_pair, throttle._by_peer, throttle._by_user)
+    for number in range(100):
+        _fail(throttle, f"user{number}", f"p{number}")
+    clock.now += _FORGET_AFTER_S
+    _fail(throttle, "alice", "p")
+    assert [len(table._failed) for table in tables] == [1, 1, 1]
+    _log_in(throttle, "alice", "p", succeeded=True)
+    assert [len(table._failed) for table in tables] == [0, 0, 0]
+
+
+def test_long_names_take_no_more_memory_than_short_ones(throttle: LoginThrottle) -> None:
+    """The attacker chooses the name, so it is not what is kept."""
+    tracemalloc.start()
+    try:
+        for number in range(50):
+            _fail(throttle, f"{number}" + "x" * 1_000_000, f"{number}" + "y" * 1_000_000)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1_000_000
+
+
+# --- what it is for ---------------------------------------------------------------------
+
+
+def test_guesses_of_a_peer_in_a_day_are_few(throttle: LoginThrottle, clock: _Clock) -> None:
+    """Whatever number of guesses it makes in a row before it waits to be forgotten."""
+    per_day = []
+    for in_a_row in range(1, 40):
+        began = clock.now
+        for number in range(in_a_row):
+            clock.now += _wait_s(throttle, f"user{number}", "p")
+            _fail(throttle, f"user{number}", "p")
+        clock.now += _FORGET_AFTER_S
+        per_day.append(in_a_row * 86400 / (clock.now - began))
+    assert 1300 < max(per_day) < 1350
+
+
+def test_default_clock_never_goes_back() -> None:
+    """Setting the host's clock neither frees anybody nor locks anybody out."""
+    assert LoginThrottle()._clock is time.monotonic

@@ -1,0 +1,198 @@
+"""Users and their passwords: the users file, the seeded users, and the hash of a password.
+
+    user = make_user("alice", "user", "correct horse")
+    users = parse_users(f"{user}\n".encode(), "the users file")
+    password_matches("correct horse", users[0].password_hash)
+
+What a user may do, and how they log in, stands in `auth.py`. This module does no I/O.
+
+Thread safety: everything may be called from any thread; nothing is shared.
+
+Sources: OWASP Password Storage Cheat Sheet (scrypt parameters), RFC 7914 (scrypt).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+__all__ = [
+    "SEEDED_USERS",
+    "Role",
+    "User",
+    "UsersFileError",
+    "has_public_password",
+    "hash_password",
+    "make_user",
+    "parse_users",
+    "password_matches",
+]
+
+# scrypt as OWASP asks: N=2^17, r=8, p=1. One hash takes about 0.5 s and 128 MiB. No
+# other cost is accepted: the time of a login would tell whose password has it.
+_SCRYPT_LOG2_N = 17
+_SCRYPT_R = 8
+_SCRYPT_P = 1
+_SALT_BYTES = 16
+_HASH_BYTES = 32
+
+_USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_SALT_AND_HASH = re.compile(r"([A-Za-z0-9_-]{22})\$([A-Za-z0-9_-]{43})")
+
+
+class UsersFileError(ValueError):
+    """The users file is wrong; the message names the line and the right form."""
+
+
+class Role(Enum):
+    """What a user is."""
+
+    ADMIN = "admin"  # reaches every job
+    USER = "user"  # reaches their own jobs
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """An entry of the users table."""
+
+    name: str
+    role: Role
+    password_hash: str = field(repr=False)
+
+    def __str__(self) -> str:
+        """The entry as it stands in a users file."""
+        return f"{self.name}:{self.role.value}:{self.password_hash}"
+
+
+# Their passwords are their names, as the documentation tells everybody.
+SEEDED_USERS: Final = (
+    User(
+        "admin",
+        Role.ADMIN,
+        "scrypt$17$8$1$3KPeR6euCs0VcdrazV67eA$uDdjFrRiYb8y8Ua7rYVw0GOA2Wrranw3Q2aWPw4Yo-I",
+    ),
+    User(
+        "user",
+        Role.USER,
+        "scrypt$17$8$1$8rDromLblb-Hpr595lVKog$3FlVXG5vlZ73LhjAfEiWPoOhbyY9x7UJ4DCZGtWJDnA",
+    ),
+)
+
+
+def make_user(name: str, role: str, password: str) -> User:
+    """Make an entry for the users file. Raises ValueError for a bad name, role or password."""
+    if not _USER_NAME.fullmatch(name):
+        raise ValueError(
+            f"bad user name {name!r}: up to 64 letters, digits and . _ @ -, a letter or digit first"
+        )
+    if not password:
+        raise ValueError("the password must not be empty")
+    try:
+        password.encode()
+    except UnicodeEncodeError:
+        # The error's own text would show some of it.
+        raise ValueError("the password must be UTF-8: no login could send it") from None
+    return User(name, Role(role), hash_password(password))
+
+
+def parse_users(data: bytes, source: str) -> tuple[User, ...]:
+    """Return the users of a file: one `NAME:ROLE:HASH` a line, blank lines and `#` comments apart.
+
+    `data`: what is in it. `source`: its name, for errors. Raises `UsersFileError` for
+    anything that is wrong in it.
+    """
+    users: dict[str, User] = {}
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        try:
+            name, role, password_hash = entry.split(":")
+            user = User(name, Role(role), password_hash)
+        except ValueError:
+            user = None
+        if user is None or not _USER_NAME.fullmatch(user.name):
+            raise UsersFileError(
+                f"{source}, line {number}: not NAME:ROLE:HASH with the role admin or user; "
+                "make an entry with: ./server user NAME --role ROLE"
+            )
+        try:
+            _parse_hash(user.password_hash)
+        except ValueError as error:
+            raise UsersFileError(
+                f"{source}, line {number}: {error}; make a new entry with: "
+                f"./server user {user.name} --role {user.role.value}"
+            ) from None
+        if user.name in users:
+            raise UsersFileError(f"{source}, line {number}: a second entry for {user.name}")
+        users[user.name] = user
+    if not users:
+        raise UsersFileError(f"{source}: no users in it")
+    return tuple(users.values())
+
+
+def has_public_password(user: User) -> bool:
+    """Whether `user` is one of the seeded users, or has the same well-known password."""
+    return user in SEEDED_USERS or (
+        user.name in {seeded.name for seeded in SEEDED_USERS}
+        and password_matches(user.name, user.password_hash)
+    )
+
+
+# --- passwords ------------------------------------------------------------------------
+
+
+def hash_password(password: str) -> str:
+    """Return `scrypt$LOG2_N$R$P$SALT$HASH` with a new salt, both in base64url. Takes 0.5 s."""
+    salt = secrets.token_bytes(_SALT_BYTES)
+    return f"{_prefix()}{_base64(salt)}${_base64(_scrypt(password, salt))}"
+
+
+def password_matches(password: str, password_hash: str) -> bool:
+    """Whether `password` is that of the hash. Takes 0.5 s and 128 MiB, whatever they are.
+
+    Raises ValueError for what is not a hash from `hash_password`.
+    """
+    salt, digest = _parse_hash(password_hash)
+    return hmac.compare_digest(_scrypt(password, salt), digest)
+
+
+def _prefix() -> str:
+    return f"scrypt${_SCRYPT_LOG2_N}${_SCRYPT_R}${_SCRYPT_P}$"
+
+
+def _parse_hash(password_hash: str) -> tuple[bytes, bytes]:
+    """Return the salt and the hash in the result of `hash_password`. Raises ValueError."""
+    prefix = _prefix()
+    parts = _SALT_AND_HASH.fullmatch(password_hash.removeprefix(prefix))
+    if not password_hash.startswith(prefix) or parts is None:
+        raise ValueError(
+            f"not a password hash that is accepted here ({prefix}SALT$HASH, of this cost only)"
+        )
+    salt, digest = (base64.urlsafe_b64decode(part + "==") for part in parts.groups())
+    return salt, digest
+
+
+def _scrypt(password: str, salt: bytes) -> bytes:
+    n = 1 << _SCRYPT_LOG2_N
+    return hashlib.scrypt(
+        # Some lone surrogate is a wrong password like any other, and no error.
+        password.encode(errors="surrogatepass"),
+        salt=salt,
+        n=n,
+        r=_SCRYPT_R,
+        p=_SCRYPT_P,
+        dklen=_HASH_BYTES,
+        # RFC 7914 section 2, and some room
+        maxmem=128 * _SCRYPT_R * (n + _SCRYPT_P + 2) + 1024 * 1024,
+    )
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
