@@ -114,6 +114,13 @@ def _server(log: Path, *options: str | Path, before: tuple[str | Path, ...] = ()
     return _Program(log, *before, sys.executable, _HERE / "server.py", *common, *options)
 
 
+# As an administrator may start it: with groups, a lax umask and core dumps.
+_CARELESS = (
+    *("setpriv", "--groups=0,4,24", "sh", "-c"),
+    *('umask 0; ulimit -c unlimited; exec "$@"', "sh"),
+)
+
+
 def _helper_of(server: int) -> int:
     (helper,) = children_of(server)
     return helper
@@ -209,7 +216,9 @@ def house(
         users.write_text("\n".join(entries.values()) + "\n")
         log = tmp_path_factory.mktemp("log") / "server.log"
         options = ("--certs", place / "certs", "--users", users, "--state-dir", place / "state")
-        program = stack.enter_context(_server(log, *options, "--require-isolation"))
+        program = stack.enter_context(
+            _server(log, *options, "--require-isolation", before=_CARELESS)
+        )
         clients = [
             stack.enter_context(_login(program.address, place / "certs", name))
             for name in ("alice", "bob", "root")
