@@ -124,8 +124,8 @@ class Certificates:
 
     def _replace(self, new: _Set, address: str) -> None:
         # gRPC may free what it made of the old certificates while another of its threads
-        # is about to begin a handshake with them, and crashes (seen with 1.85: once in
-        # some 1000 replacements, with 16 clients connecting all the time). Handshakes
+        # is about to begin a handshake with them, and crashes (seen with 1.85: about once in
+        # 2000 replacements, with 16 clients connecting all the time). Handshakes
         # under way keep it from being freed. So one is begun and not ended before the
         # change: gRPC gives it up after 120 s, when those threads are long done.
         sock, _ = _begin_handshake(address)
