@@ -27,7 +27,8 @@ import server  # isort: skip -- before grpc: it says which TLS that may speak
 import grpc
 
 import workerservice_pb2 as worker_pb
-from client import Client
+from client import Client, ClientError
+from config import PER_USER
 from tls import Certificates
 
 if TYPE_CHECKING:
@@ -56,11 +57,6 @@ kept_output = "unlimited"
 [per_job]
 kept_output = "unlimited"
 """
-# One user's ceilings as they are by default, but for the output, which is written in full.
-_FAIR = """
-[per_user]
-kept_output = "64M"
-"""
 
 
 # --- the floor --------------------------------------------------------------------------
@@ -86,7 +82,7 @@ def _serve_floor() -> None:
     }
     floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
     floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
-    port = floor.add_secure_port("127.0.0.1:0", Certificates(Path.read_bytes, _CERTS).credentials)
+    port = floor.add_secure_port("127.0.0.1:0", Certificates(Path.read_bytes, _CERTS).credentials())
     floor.start()
     print(f"listening on 127.0.0.1:{port}", flush=True)
     sys.stdin.read()  # until the benchmark ends
@@ -238,6 +234,69 @@ def _bench_silence(client: Client, pid: int) -> None:
     print(f"{'CPU of 100 silent followers, 10 s':<52}{share:7.2f} %     ({used:.2f} s)")
 
 
+def _bench_fairness(client: Client, address: str) -> None:
+    """How much slower one user's Status is while another is at their ceilings."""
+    job_id = client.start("sleep", ["1000"])
+
+    def status_s() -> list[float]:
+        return _times(lambda: client.status(job_id), _STATUSES)
+
+    status_s()
+    before = status_s()
+    with _running(__file__, "--greedy", address):
+        loaded = status_s()
+    after = status_s()
+    for what, index in (("p50", _STATUSES // 2), ("p99", _STATUSES * 99 // 100)):
+        idle_ms = statistics.mean((before[index], after[index])) * 1e3
+        loaded_ms = loaded[index] * 1e3
+        print(
+            f"{f'Status beside a user at every ceiling, {what}':<52}{loaded_ms / idle_ms:7.2f} x"
+            f"   {loaded_ms:.2f} ms / {idle_ms:.2f} ms (at most 2)"
+        )
+
+
+def _be_greedy(address: str) -> None:
+    """Have as many jobs, streams and starts as a user may, until stdin is closed."""
+    done = threading.Event()
+    with Client(address, certs=_CERTS) as client:
+        client.login("user", "user")
+        # One less than may run, so that there is room for those that come and go.
+        sleepers = (PER_USER.running_jobs or 0) - 1
+        jobs = [_start_in_turn(client, "sleep", "1000") for _ in range(sleepers)]
+        streams = [client.stream(jobs[0]) for _ in range(PER_USER.streams or 0)]
+        readers = [threading.Thread(target=_read_on, args=(s,), daemon=True) for s in streams]
+        for reader in readers:
+            reader.start()
+
+        def start() -> None:
+            while not done.is_set():
+                _start_in_turn(client, "true")
+
+        starter = threading.Thread(target=start)
+        starter.start()
+        print(f"listening on {address}", flush=True)
+        sys.stdin.read()
+        done.set()
+        starter.join()
+
+
+def _start_in_turn(client: Client, *argv: str) -> str:
+    """Start a job as soon as the server's rate of starts allows it."""
+    while True:
+        try:
+            return client.start(argv[0], argv[1:])
+        except ClientError as error:
+            if error.code != "RESOURCE_EXHAUSTED":
+                raise
+            threading.Event().wait(error.retry_after_s or 0.02)
+
+
+def _read_on(stream: Iterator[bytes]) -> None:
+    with contextlib.suppress(ClientError):
+        for _ in stream:
+            pass
+
+
 def _memory_bytes(pid: int, field: str) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024
@@ -259,13 +318,22 @@ def _children(pid: int) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--floor", action="store_true", help="be the floor's server")
-    if parser.parse_args().floor:
+    parser.add_argument("--greedy", metavar="ADDRESS", help="be a user at their ceilings there")
+    arguments = parser.parse_args()
+    if arguments.floor:
         _serve_floor()
+        return
+    if arguments.greedy:
+        _be_greedy(arguments.greedy)
         return
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
+        config = Path(state, "config.toml")
+        config.write_text(_UNHINDERED)
         options = ("--listen", "127.0.0.1:0", "--limits", "auto", "--state-dir", state)
-        pid, address = stack.enter_context(_running(str(_HERE / "server.py"), *options))
+        pid, address = stack.enter_context(
+            _running(str(_HERE / "server.py"), *options, "--config", str(config))
+        )
         _, floor_address = stack.enter_context(_running(__file__, "--floor"))
         client = stack.enter_context(Client(address, certs=_CERTS))
         client.login("admin", "admin")
@@ -275,6 +343,14 @@ def main() -> None:
         _bench_stream(client, floor)
         _bench_memory(client, pid)
         _bench_silence(client, pid)
+    with tempfile.TemporaryDirectory() as state:
+        options = ("--listen", "127.0.0.1:0", "--limits", "auto", "--state-dir", state)
+        with (
+            _running(str(_HERE / "server.py"), *options) as (_, address),
+            Client(address, certs=_CERTS) as client,
+        ):
+            client.login("admin", "admin")
+            _bench_fairness(client, address)
 
 
 if __name__ == "__main__":

@@ -303,6 +303,8 @@ def own_cgroup() -> str:
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # failed handshakes are meant to be here
 # As in server.py: a test module may import grpc before it.
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES256-CBC-SHA"
+# Some tests fork this process; gRPC would start its threads again in the child.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 
 def clean_environment() -> dict[str, str]:

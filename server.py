@@ -193,7 +193,7 @@ class Server:
             add_services(
                 self._server, jobs, self._authenticator, config=config, uid_of=self._uid_of
             )
-            bound_port = _bind(self._server, self._host, port, certificates.credentials)
+            bound_port = _bind(self._server, self._host, port, certificates.credentials())
             self.address = _join_address(self._host, bound_port)
             self._server.start()
             self._undo = undo.pop_all()

@@ -605,9 +605,11 @@ def can_kill_any() -> bool:
 def drop_privileges(uid: int) -> None:
     """Become the user `uid`, with the group of that number and no other, for good.
 
-    No capability is left and none can be gained. Call it while there is one thread:
-    capabilities are a thread's. Raises OSError.
+    No capability is left and none can be gained. Capabilities are a thread's, so another
+    thread would keep its own: raises RuntimeError if there is one. Raises OSError.
     """
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("privileges can be given up only as long as there is one thread")
     _clear_bounding_set()
     if uid != os.geteuid():
         os.setgroups([])

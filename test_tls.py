@@ -172,10 +172,10 @@ def serve() -> Iterator[_Serve]:
 def server(request: pytest.FixtureRequest, serve: _Serve, certs: Path, live: Path) -> _Server:
     """A server with the certificates `certs`, from the start or because they were reloaded."""
     if request.param == "at the start":
-        return serve(Certificates(Path.read_bytes, certs).credentials)
+        return serve(Certificates(Path.read_bytes, certs).credentials())
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
     certificates = Certificates(Path.read_bytes, live)
-    server = serve(certificates.credentials)
+    server = serve(certificates.credentials())
     shutil.copytree(certs, live, dirs_exist_ok=True)
     assert certificates.reload(server.address)
     return server
@@ -482,7 +482,7 @@ def test_files_may_hold_text_a_chain_and_further_cas(
         + (foreign_certs / "client-ca.pem").read_bytes()
         + ca.read_bytes()
     )
-    address = serve(Certificates(Path.read_bytes, live).credentials).address
+    address = serve(Certificates(Path.read_bytes, live).credentials()).address
     for certificate in (certs / "client.pem", foreign_certs / "client.pem"):
         assert _admits(address, _context(certs, certificate))
     assert not _admits(address, _context(certs, wrong_clients["of the server's CA"]))
@@ -501,7 +501,7 @@ def test_files_may_hold_text_a_chain_and_further_cas(
 def test_usual_kinds_of_keys_work(serve: _Serve, live: Path, key: tuple[str, ...]) -> None:
     """What passes the check works."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca", key=key)
-    address = serve(Certificates(Path.read_bytes, live).credentials).address
+    address = serve(Certificates(Path.read_bytes, live).credentials()).address
     context = _context(live, live / "client.pem")
     assert _admits(address, context)
 
@@ -602,7 +602,7 @@ def certificates(live: Path) -> Certificates:
 @pytest.fixture
 def running(serve: _Serve, certificates: Certificates) -> _Server:
     """A server with `certificates`, which can be reloaded from `live`."""
-    return serve(certificates.credentials)
+    return serve(certificates.credentials())
 
 
 def _messages(caplog: pytest.LogCaptureFixture, level: int = logging.ERROR) -> list[str]:
@@ -755,7 +755,7 @@ def test_files_that_cannot_be_read_change_nothing(
         return path.read_bytes()
 
     certificates = Certificates(read, live)
-    address = serve(certificates.credentials).address
+    address = serve(certificates.credentials()).address
     errors.append(error)
     assert not certificates.reload(address)
     (message,) = _messages(caplog)
@@ -796,7 +796,7 @@ from tls import Certificates
 sets, turn = [Path(sys.argv[1]), Path(sys.argv[2])], 0
 certificates = Certificates(lambda path: (sets[turn % 2] / path.name).read_bytes(), sets[0])
 server = grpc.server(ThreadPoolExecutor(1))
-port = server.add_secure_port("127.0.0.1:0", certificates.credentials)
+port = server.add_secure_port("127.0.0.1:0", certificates.credentials())
 server.start()
 done = threading.Event()
 def connect():

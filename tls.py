@@ -1,7 +1,7 @@
 """The server's certificates: read, checked, and replaced while the server runs.
 
     certificates = Certificates(Path.read_bytes, Path("certs"))
-    server.add_secure_port("127.0.0.1:50051", certificates.credentials)
+    server.add_secure_port("127.0.0.1:50051", certificates.credentials())
     ...
     certificates.reload("127.0.0.1:50051")
 
@@ -84,21 +84,23 @@ class Certificates:
         # is used under one of gRPC's.
         self._in_force = self._load()
         self._given_to_grpc = self._in_force
-        self._credentials = grpc.dynamic_ssl_server_credentials(
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Make the credentials for mutual TLS on one port of one server; call it once.
+
+        With the first credentials gRPC starts a thread, which has for good what rights the
+        process has at that moment.
+        """
+        return grpc.dynamic_ssl_server_credentials(
             self._in_force.configuration(),
             self._fetch,  # type: ignore[arg-type]  # the stubs forget None
             require_client_authentication=True,
         )
 
-    @property
-    def credentials(self) -> grpc.ServerCredentials:
-        """For mutual TLS on one port of one server."""
-        return self._credentials
-
     def reload(self, address: str) -> bool:
         """Take up the files as they are now; whether they are in force then.
 
-        `address`: the HOST:PORT at which the server with our `credentials` is running. Blocks
+        `address`: the HOST:PORT at which the server with our credentials is running. Blocks
         for some ms; for 20 s at most if the server does not answer. What is wrong is logged,
         and what was in force stays so. Never raises.
         """
