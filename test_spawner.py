@@ -106,7 +106,9 @@ def _nothing_leaks() -> Iterator[None]:
     """Every test, whatever it does, must give back all descriptors and processes."""
     before = descriptors_of(), children_of(os.getpid())
     yield
-    assert (descriptors_of(), children_of(os.getpid())) == before
+    # Not that there are as many: gRPC, which other modules have used, may close some late.
+    assert set(descriptors_of()) <= set(before[0])
+    assert children_of(os.getpid()) == before[1]
 
 
 @pytest.fixture
