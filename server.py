@@ -24,6 +24,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -144,12 +145,16 @@ class Server:
         state = settings.state_dir
         self._audit_path = settings.audit_log or state / "audit.log"
         self._worker: worker.Worker | None = None
+        own_uid, uids = _uids(settings)
+        self._isolated = uids is not None
         users = self._load_users()
         certificates = Certificates(self._read, settings.certs)
         config = load_config(settings.config) if settings.config else Config()
         if settings.max_streams is not None:
             config = replace(config, in_all=replace(config.in_all, streams=settings.max_streams))
-        own_uid, uids = _uids(settings)
+        if self._isolated:
+            for path in (*settings.certs.glob("*-key.pem"), state / "token.key"):
+                _check_private(path)
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.ExitStack() as undo:
             jobs = undo.enter_context(
@@ -258,6 +263,8 @@ class Server:
         return self._worker.open_file(str(path))
 
     def _read(self, path: Path) -> bytes:
+        if self._isolated:
+            _check_private(path)
         with open(self._open(path), "rb") as file:
             return file.read()
 
@@ -320,6 +327,28 @@ def _uids(settings: Settings) -> tuple[int | None, range | None]:
     if uid in uids:
         raise SettingsError(f"--uids {settings.uids} includes {uid}, which the server runs as")
     return uid or uids[0], uids[1:]
+
+
+def _check_private(path: Path) -> None:
+    """Refuse what any user of this host, and so a job, could replace, change or, if secret, read.
+
+    Whoever cannot even come to it need not care for its mode.
+    """
+    public = path.suffix == ".pem" and not path.name.endswith("-key.pem")
+    forbidden, remedy = (stat.S_IWOTH, "go-w") if public else (stat.S_IRWXO, "go=")
+    try:
+        for directory in reversed(path.resolve().parents):
+            mode = directory.stat().st_mode
+            if not mode & stat.S_IXOTH:
+                return
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                raise SettingsError(
+                    f"jobs could replace what is in {directory}; run: chmod o-w {directory}"
+                )
+        if path.stat().st_mode & forbidden:
+            raise SettingsError(f"jobs could get at {path}; run: chmod {remedy} {path}")
+    except (PermissionError, FileNotFoundError):
+        return  # closed to others, of whom we are one by now; or not there, as its reader will say
 
 
 def _raise_fd_limit(max_streams: int) -> None:

@@ -1077,6 +1077,61 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
 
 
 @pytest.mark.parametrize(
+    "bad",
+    [
+        ("users", 0o644, "chmod go= "),
+        ("users", 0o602, "chmod go= "),
+        ("certs/server-key.pem", 0o644, "chmod go= "),
+        ("certs/client-ca-key.pem", 0o604, "chmod go= "),
+        ("certs/client-ca.pem", 0o646, "chmod go-w "),
+        ("certs", 0o777, "chmod o-w "),
+        (".", 0o777, "chmod o-w "),
+    ],
+)
+def test_what_jobs_could_get_at_is_an_error(
+    certs: Path, entries: dict[str, str], public: Path, bad: tuple[str, int, str]
+) -> None:
+    """The users file, the keys and the directories they are in; it says what to do about it."""
+    name, mode, remedy = bad
+    shutil.copytree(certs, public / "certs")
+    os.chmod(public / "certs", 0o755)
+    users = public / "users"
+    users.touch(0o600)
+    users.write_text(f"{entries['alice']}\n")
+    os.chmod(public / name, mode)
+    options = ("--certs", public / "certs", "--users", users, "--state-dir", public / "state")
+    run = subprocess.run(
+        [sys.executable, _HERE / "server.py", "--listen", "127.0.0.1:0", "--limits=auto", *options],
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert f"run: {remedy}{public / name}" in run.stderr
+    os.chmod(public, 0o700)  # nobody comes to it now, whatever its mode
+    with _server(public / "log", *options) as program:
+        assert program.end() == 0
+
+
+def test_users_file_that_jobs_could_read_is_not_taken_up(
+    certs: Path, entries: dict[str, str], public: Path
+) -> None:
+    """On SIGHUP; the users stay as they were, and the log says why."""
+    users = public / "users"
+    users.touch(0o600)
+    users.write_text(f"{entries['alice']}\n")
+    options = ("--certs", certs, "--users", users, "--state-dir", public / "state")
+    with _server(public / "log", *options) as program:
+        users.write_text(f"{entries['bob']}\n")
+        users.chmod(0o644)
+        program.process.send_signal(signal.SIGHUP)
+        _await_log(program, f"the users stay as they were: jobs could get at {users}")
+        _login(program.address, certs, "alice").close()
+        assert program.end() == 0
+
+
+@pytest.mark.parametrize(
     ("uids", "problem"),
     [
         ("0-10", "must be two numbers or more, from 1000 up"),
