@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import pty
@@ -1403,6 +1404,27 @@ def test_what_calls_nothing_imports_nothing_to_call_with(
     assert not roots & {"typing", "json", "tempfile", "getpass", "datetime", "dataclasses"}
 
 
+def test_garbage_collector_works_while_a_command_runs(cli: _Program) -> None:
+    """It leaves alone what was imported, and only that: a stream may run for days."""
+    script = (
+        "import atexit, gc, sys, commandline\n"
+        "atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000))\n"
+        "sys.exit(commandline.main())"
+    )
+    command = [sys.executable, "-c", script, "list", "--json"]
+    printed = subprocess.run(
+        command, cwd=_HERE, env=cli.environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.endswith("\nTrue True\n")
+
+
+def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., str]) -> None:
+    """One that runs a command by itself."""
+    before = gc.get_freeze_count()
+    run("list")
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
+
+
 @pytest.mark.parametrize("call", ["absolute", "relative", "bare", "path", "link", "chain"])
 def test_launcher_works_from_wherever_it_is_called(
     tmp_path: Path, launcher: Path, call: str
@@ -1416,7 +1438,8 @@ def test_launcher_works_from_wherever_it_is_called(
     shutil.copy(launcher, home / "client")
     here = tmp_path / "here"
     here.mkdir()
-    (here / "commandline.py").write_text("raise SystemExit('not this one')")
+    for name in ("commandline.py", "__future__.py"):
+        (here / name).write_text("raise SystemExit('not this one')")
     (here / "link").symlink_to("../a place/client")
     (here / "chain").symlink_to("link")
     calls: dict[str, tuple[list[str | Path], Path]] = {
