@@ -10,7 +10,9 @@ requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); p
 
 .PHONY: setup demo serve test check static bench certs proto
 
+# Compiled here, as whoever runs the client may not be allowed to write, or told Python not to.
 setup: .venv/runtime certs
+	@$(python) -m compileall -q $(filter-out test_% conftest.py,$(wildcard *.py))
 
 .venv/runtime: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -45,6 +45,7 @@ _BIG_OUTPUT_BYTES = 1024 * _MIB
 _FOLLOWERS = 100
 _SILENCE_S = 10.0
 _STATUSES = 500  # in a round
+_PROGRAM_RUNS = 3  # of each in a round
 
 # The benchmark is about speed, and would meet the ceilings of rate and output.
 _UNHINDERED = """
@@ -315,6 +316,70 @@ def _children(pid: int) -> list[int]:
     ]
 
 
+# --- the command line -------------------------------------------------------------------
+
+# What somebody would write who wants to know the same and nothing else.
+_BARE_CALL = """
+import os
+import sys
+import grpc
+import workerservice_pb2
+import workerservice_pb2_grpc
+
+address, job_id, *paths = sys.argv[1:]
+token = os.environ["JOBWORKER_TOKEN"]
+credentials = grpc.ssl_channel_credentials(*(open(path, "rb").read() for path in paths))
+with grpc.secure_channel(address, credentials) as channel:
+    stub = workerservice_pb2_grpc.WorkerServiceStub(channel)
+    request = workerservice_pb2.GetJobStatusRequest(job_id=job_id)
+    print(stub.GetJobStatus(request, metadata=(("authorization", f"Bearer {token}"),)).job)
+"""
+
+
+def _bench_command_line(client: Client, address: str) -> None:
+    """Whole processes, from fork to exit: the client against Python and a script that calls."""
+    job_id = client.start("true")
+    launcher = str(_HERE / "client")
+    options = ("--server", address, "--certs", str(_CERTS))
+    files = [str(_CERTS / name) for name in ("server-ca.pem", "client-key.pem", "client.pem")]
+    pairs = {
+        "client --help against python -c pass": (
+            [launcher, "--help"],
+            [sys.executable, "-c", "pass"],
+        ),
+        "client status against a bare script that calls": (
+            [launcher, "status", *options, "-j", job_id],
+            [sys.executable, "-c", _BARE_CALL, address, job_id, *files],
+        ),
+    }
+    for what, commands in pairs.items():
+        _alternate(*commands, token=client.token)  # warms up
+        rounds = [_alternate(*commands, token=client.token) for _ in range(_ROUNDS)]
+        ours, theirs = (statistics.median(column) * 1e3 for column in zip(*rounds, strict=True))
+        _report(what, [a / b for a, b in rounds], f"{ours:.1f} ms / {theirs:.1f} ms")
+
+
+def _alternate(ours: Sequence[str], theirs: Sequence[str], *, token: str) -> tuple[float, float]:
+    """Run two programs in turn; return the median of the seconds that each took."""
+    environment = os.environ | {"JOBWORKER_TOKEN": token}
+
+    def run(command: Sequence[str]) -> None:
+        subprocess.run(
+            command,
+            cwd=_HERE,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_PROGRAM_RUNS):
+        times[0].extend(_times(lambda: run(ours), 1))
+        times[1].extend(_times(lambda: run(theirs), 1))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--floor", action="store_true", help="be the floor's server")
@@ -341,6 +406,7 @@ def main() -> None:
         print(f"median of {_ROUNDS} rounds (lowest to highest)   measured / floor\n")
         _bench_start(client, floor)
         _bench_stream(client, floor)
+        _bench_command_line(client, address)
         _bench_memory(client, pid)
         _bench_silence(client, pid)
     with tempfile.TemporaryDirectory() as state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import pty
@@ -23,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
+import arguments as arguments_module
 import authservice_pb2 as auth_pb
-import client as client_module
+import commands
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
 from conftest import GUARD_S, clean_environment
+from texts import HELP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -284,7 +287,7 @@ def test_kept_token_is_a_file_in_the_state_directory_whatever_the_server_is_call
 ) -> None:
     """No name of a server leads out of it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert client_module._token_path(server).parent == tmp_path / "job-worker"
+    assert commands._token_path(server).parent == tmp_path / "job-worker"
 
 
 def test_login_that_yields_no_token_is_told(
@@ -318,7 +321,7 @@ def test_password_may_begin_with_a_dash(pretend: Pretend, certs: Path) -> None:
 
     address = pretend(Login=login)
     for arguments in (["-p", "-hunter2"], ["-p-hunter2"], ["--password=-hunter2"], ["-p", "-2"]):
-        parsed = client_module._parse(["login", "-u", "user", *arguments])
+        parsed = arguments_module.parse(["login", "-u", "user", *arguments])
         assert parsed.password == arguments[-1].removeprefix("-p").removeprefix("--password=")
         options = ["--server", address, "--certs", str(certs)]
         assert main(["login", "-u", "user", *options, *arguments]) == 1
@@ -476,8 +479,8 @@ def test_arguments_of_a_process_that_are_not_ours_are_left_alone() -> None:
     before = Path("/proc/self/cmdline").read_bytes()
     words = before.split(b"\0")[:-1]
     last = words[-1].decode()
-    client_module._hide([f"{last}?"], [(0, 0)])
-    client_module._hide(["x"] * (len(words) + 1), [(0, 0)])
+    arguments_module._hide([f"{last}?"], [(0, 0)])
+    arguments_module._hide(["x"] * (len(words) + 1), [(0, 0)])
     assert main(["list", "-t", last, "--certs", "/nowhere"]) == 1
     assert Path("/proc/self/cmdline").read_bytes() == before
 
@@ -508,7 +511,7 @@ def test_wrong_usage_does_not_repeat_a_secret(
 
 def test_word_that_only_looks_like_a_secret_stays_the_value_it_is() -> None:
     """`start` has no -p, so this is a command with a space in it."""
-    arguments = client_module._parse(["start", "-t", "x", "-c", "-p x", "-args", "-t", "y"])
+    arguments = arguments_module.parse(["start", "-t", "x", "-c", "-p x", "-args", "-t", "y"])
     assert (arguments.command, arguments.token, arguments.args) == ("-p x", "x", ["-t", "y"])
 
 
@@ -725,7 +728,7 @@ def test_json_status_has_every_field_of_a_running_job(
 def test_json_shows_zero_and_empty_as_such_and_limits_by_value() -> None:
     """Zero is not absent: an exit code, a size, no arguments, no swap."""
     job = worker_pb.Job(exit_code=0, limits=worker_pb.Limits(swap_bytes=0, cpu_cores=0.5))
-    fields = client_module._to_dict(job)
+    fields = commands._to_dict(job)
     assert (fields["exit_code"], fields["signal"]) == (0, None)
     assert (fields["output_bytes"], fields["args"], fields["started_at"]) == (0, [], None)
     assert fields["limits"] == dict.fromkeys(fields["limits"]) | {"swap_bytes": 0, "cpu_cores": 0.5}
@@ -768,7 +771,7 @@ def test_status_tells_a_human_how_the_job_ended(
 
 def _shown(job: worker_pb.Job, name: str) -> str:
     """What `status` shows on the line `name`."""
-    lines = dict(line.split(maxsplit=1) for line in client_module._describe(job).splitlines()[6:])
+    lines = dict(line.split(maxsplit=1) for line in commands._describe(job).splitlines()[6:])
     return lines[name]
 
 
@@ -828,17 +831,17 @@ def test_json_shows_usage_exactly() -> None:
     usage = worker_pb.Usage(
         source=worker_pb.RUSAGE, cpu_user_s=1.234567, memory_peak_bytes=(1 << 53) + 1, oom_kills=0
     )
-    shown = json.loads(json.dumps(client_module._to_dict(worker_pb.Job(usage=usage))))["usage"]
+    shown = json.loads(json.dumps(commands._to_dict(worker_pb.Job(usage=usage))))["usage"]
     told = {"source": "RUSAGE", "cpu_user_s": 1.234567, "memory_peak_bytes": (1 << 53) + 1}
     assert shown == dict.fromkeys(shown) | told | {"oom_kills": 0}
-    assert client_module._to_dict(worker_pb.Job())["usage"] is None
+    assert commands._to_dict(worker_pb.Job())["usage"] is None
 
 
 def test_json_and_status_show_output_that_was_not_kept() -> None:
     """How much there is, and how much more there was."""
     job = worker_pb.Job(output_bytes=1 << 30, output_lost_bytes=52)
     assert _shown(job, "output") == "1073741824 bytes (52 more were not kept)"
-    assert client_module._to_dict(job)["output_lost_bytes"] == 52
+    assert commands._to_dict(job)["output_lost_bytes"] == 52
     assert _shown(worker_pb.Job(output_bytes=1), "output") == "1 bytes"
 
 
@@ -846,9 +849,9 @@ def test_status_and_reason_of_a_newer_server_are_shown_by_number() -> None:
     """They are not in our .proto yet."""
     job = worker_pb.Job()
     job.MergeFromString(bytes([5 << 3, 99, 6 << 3, 98]))
-    fields = client_module._to_dict(job)
+    fields = commands._to_dict(job)
     assert (fields["status"], fields["end_reason"]) == ("99", "98")
-    assert client_module._state(fields) == "99 (98)"
+    assert commands._state(fields) == "99 (98)"
 
 
 # C0, DEL, C1, line ends of all kinds, what turns the direction of text around.
@@ -1319,7 +1322,7 @@ def test_argument_that_is_not_utf_8_is_told(cli: _Program) -> None:
 
 
 def _parsers() -> dict[str, Any]:
-    parser, _ = client_module._parsers()
+    parser = arguments_module.make_parser()
     return dict(next(a for a in parser._actions if a.dest == "subcommand").choices or {})
 
 
@@ -1343,28 +1346,136 @@ def test_help_names_every_subcommand_and_variable(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert sorted(_parsers()) == _SUBCOMMANDS
+    assert max(map(len, shown.splitlines())) <= 80
+    assert sorted(_parsers()) == _SUBCOMMANDS == sorted(commands.COMMANDS)
     for word in (*_SUBCOMMANDS, "JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"):
         assert word in shown
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["start"], ["list"]])
-def test_what_calls_nothing_does_not_import_grpc(
-    stranger: _Program, tmp_path: Path, arguments: list[str]
-) -> None:
-    """Help and mistakes answer at once, also where grpc is not installed."""
-    stranger.environment["JOBWORKER_CERTS"] = str(tmp_path)
+def _imported(environment: dict[str, str], *command: str | Path) -> set[str]:
+    """The names of all modules that a Python program imports, but those that Python itself does."""
     with subprocess.Popen(
-        [sys.executable, "-X", "importtime", _HERE / "client.py", *arguments],
+        command,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env=stranger.environment,
+        env=environment | {"PYTHONPROFILEIMPORTTIME": "1"},
         text=True,
     ) as process:
         _, stderr = process.communicate(timeout=GUARD_S)
-    modules = {line.rpartition("|")[2].strip() for line in stderr.splitlines()}
+    lines = [line.rpartition("|")[2].strip() for line in stderr.splitlines() if "|" in line]
+    return set(lines[lines.index("site") + 1 :])
+
+
+@pytest.fixture
+def launcher() -> Path:
+    """The file `client`; skips where it has no environment of its own."""
+    if not (_HERE / ".venv" / "bin" / "python").exists():
+        pytest.skip("the launcher needs .venv; make it with `make setup`")
+    return _HERE / "client"
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_imports_nothing_but_what_prints_it(
+    stranger: _Program, launcher: Path, option: str
+) -> None:
+    """No argparse, no typing, no re: each takes as long as the start of Python."""
+    ours = {"__future__", "client", "commandline", "gc", "texts"}
+    assert _imported(stranger.environment, launcher, option) <= ours
+    imported = _imported(stranger.environment, sys.executable, _HERE / "client.py", option)
+    assert imported - {"zipimport"} <= ours
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["--bogus"], ["start"], ["list", "extra"], ["list"]]
+    + [[subcommand, "--help"] for subcommand in _SUBCOMMANDS],
+    ids=" ".join,
+)
+def test_what_calls_nothing_imports_nothing_to_call_with(
+    stranger: _Program, tmp_path: Path, launcher: Path, arguments: list[str]
+) -> None:
+    """Help, mistakes, missing certificates and tokens: told where grpc is not installed, too."""
+    stranger.environment["JOBWORKER_CERTS"] = str(tmp_path)
+    modules = _imported(stranger.environment, launcher, *arguments)
     assert "argparse" in modules
-    assert not {"grpc", "google.protobuf", "workerservice_pb2"} & modules
+    roots = {module.partition(".")[0] for module in modules}
+    assert not roots & {"grpc", "google", "workerservice_pb2", "authservice_pb2", "asyncio"}
+    assert not roots & {"typing", "json", "tempfile", "getpass", "datetime", "dataclasses"}
+
+
+def test_garbage_collector_works_while_a_command_runs(cli: _Program) -> None:
+    """It leaves alone what was imported, and only that: a stream may run for days."""
+    script = (
+        "import atexit, gc, sys, commandline\n"
+        "atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000))\n"
+        "sys.exit(commandline.main())"
+    )
+    command = [sys.executable, "-c", script, "list", "--json"]
+    printed = subprocess.run(
+        command, cwd=_HERE, env=cli.environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.endswith("\nTrue True\n")
+
+
+def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., str]) -> None:
+    """One that runs a command by itself."""
+    before = gc.get_freeze_count()
+    run("list")
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
+
+
+@pytest.mark.parametrize("call", ["absolute", "relative", "bare", "path", "link", "chain"])
+def test_launcher_works_from_wherever_it_is_called(
+    tmp_path: Path, launcher: Path, call: str
+) -> None:
+    """By its path, its name, through PATH and links; what lies in the directory is not imported."""
+    home = tmp_path / "a place"
+    home.mkdir()
+    for name in ("client", "client.py", "commandline.py", "texts.py", ".venv"):
+        (home / name).symlink_to(_HERE / name)
+    (home / "client").unlink()
+    shutil.copy(launcher, home / "client")
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("commandline.py", "__future__.py"):
+        (here / name).write_text("raise SystemExit('not this one')")
+    (here / "link").symlink_to("../a place/client")
+    (here / "chain").symlink_to("link")
+    calls: dict[str, tuple[list[str | Path], Path]] = {
+        "absolute": ([home / "client"], here),
+        "relative": (["../a place/client"], here),
+        "bare": (["sh", "client"], home),
+        "path": (["client"], here),
+        "link": (["./link"], here),
+        "chain": ([here / "chain"], Path("/")),
+    }
+    command, cwd = calls[call]
+    result = subprocess.run(
+        [*command, "--help"],
+        cwd=cwd,
+        env=clean_environment() | {"PATH": f"{home}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, HELP, "")
+
+
+def test_launcher_hands_on_every_word_and_hides_secrets(stranger: _Program, launcher: Path) -> None:
+    """As `client.py` does: what follows is the client's, empty words and secrets included."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stranger.environment["JOBWORKER_SERVER"] = f"127.0.0.1:{listener.getsockname()[1]}"
+        arguments = ["start", "-t", _SECRET, "--", "a b", "", "-h", "*"]
+        with subprocess.Popen([launcher, *arguments], env=stranger.environment) as process:
+            listener.settimeout(GUARD_S)
+            connection, _ = listener.accept()
+            with connection:  # which is never answered
+                shown = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode().split("\0")
+                assert shown[-len(arguments) - 1 : -1] == [
+                    *("start", "-t", "*" * len(_SECRET), "--", "a b", "", "-h", "*")
+                ]
+                process.kill()
 
 
 @pytest.mark.parametrize("launcher", ["client", "server"])

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import client as client_module
+import arguments
+import commands
 import workerservice_pb2 as worker_pb
 from client import main
 
@@ -39,7 +40,7 @@ _WORDS = st.one_of(
 _PARSERS: dict[str, Any] = dict(
     next(
         action.choices or {}
-        for action in client_module._parsers()[0]._actions
+        for action in arguments.make_parser()._actions
         if action.dest == "subcommand"
     )
 )
@@ -178,9 +179,7 @@ def test_any_job_and_offset_are_sent_or_told(nobodys: list[str], job_id: str, of
 
 
 @_EXAMPLES
-@given(
-    option=st.sampled_from(sorted(client_module._LIMIT_OPTIONS)), value=st.one_of(_NUMBERS, _WORDS)
-)
+@given(option=st.sampled_from(sorted(arguments._LIMIT_OPTIONS)), value=st.one_of(_NUMBERS, _WORDS))
 def test_any_limit_is_sent_or_told(nobodys: list[str], option: str, value: str) -> None:
     """What is accepted fits into its field of the message."""
     _check(["start", *nobodys, "-t", "x", f"{option}={value}", "true"])
@@ -191,9 +190,9 @@ def test_any_limit_is_sent_or_told(nobodys: list[str], option: str, value: str) 
 def test_any_words_of_a_job_are_the_jobs(words: list[str]) -> None:
     """Whatever they are, behind each of the three signs that they begin."""
     for ours in (["-c", "x", "-args"], ["-t", "x", "-c=x", "--args"]):
-        assert client_module._parse(["start", *ours, *words]).args == words
-    arguments = client_module._parse(["start", "-t", "x", "--", *words])
-    assert [arguments.command, *arguments.args] == words
+        assert arguments.parse(["start", *ours, *words]).args == words
+    parsed = arguments.parse(["start", "-t", "x", "--", *words])
+    assert [parsed.command, *parsed.args] == words
 
 
 @_EXAMPLES
@@ -232,14 +231,14 @@ def test_hiding_secrets_changes_no_command_line(subcommand: str, words: list[str
     argv = [subcommand, *words]
     with _streams():
         try:
-            plain = vars(client_module._parsers()[0].parse_args(argv))
+            plain = vars(arguments.make_parser().parse_args(argv))
         except SystemExit:
             return
         if [] in plain.values():  # what argparse makes of --job=--
             return
-        assert vars(client_module._parse(argv)) == plain
+        assert vars(arguments.parse(argv)) == plain
     secret = plain.get("password", plain.get("token"))
-    found = [argv[index][begin:] for index, begin in client_module._find_secrets(argv)]
+    found = [argv[index][begin:] for index, begin in arguments._find_secrets(argv)]
     assert found[-1:] == ([] if secret is None else [secret])
 
 
@@ -270,13 +269,13 @@ _TEXTS = st.text(max_size=20)
 def test_any_job_is_shown_on_lines_of_its_own(job: worker_pb.Job) -> None:
     """Whatever the server says: ten lines, or one below a heading. JSON is ASCII."""
     with _streams() as (stdout, _):
-        stdout.write(client_module._describe(job) + "\n")
-        client_module._print_table([job])
+        stdout.write(commands._describe(job) + "\n")
+        commands._print_table([job])
         stdout.flush()
         shown = stdout.buffer.getvalue().decode()  # type: ignore[attr-defined]
     assert shown.count("\n") == 12
     assert all(c.isprintable() or c == "\n" for c in shown), ascii(shown)
     with _streams() as (stdout, _):
-        client_module._print_json(client_module._to_dict(job))
+        commands._print_json(commands._to_dict(job))
         stdout.flush()
         assert stdout.buffer.getvalue().isascii()  # type: ignore[attr-defined]

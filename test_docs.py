@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import arguments
 import authservice_pb2
-import client
 import config
 import server
+import texts
 import workerservice_pb2
 from conftest import GUARD_S
 
@@ -34,7 +35,7 @@ def readme() -> str:
 
 
 def _subcommands() -> dict[str, Any]:
-    parser, _ = client._parsers()
+    parser = arguments.make_parser()
     return dict(next(a for a in parser._actions if a.dest == "subcommand").choices or {})
 
 
@@ -115,9 +116,9 @@ def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"])
 def test_readme_names_every_environment_variable(readme: str, name: str) -> None:
-    """Those that the client looks at."""
+    """Those that the client looks at, as its help says."""
     assert name in readme
-    assert name in (_HERE / "client.py").read_text(encoding="utf-8")
+    assert name in texts.HELP
 
 
 def _shown_commands(text: str, program: str) -> list[list[str]]:
@@ -143,12 +144,12 @@ def test_commands_that_readme_shows_are_understood(
 ) -> None:
     """Each `./client ...` parses, and each `./server ...` uses options that there are."""
     shown = _shown_commands(readme, "client")
-    assert {arguments[0] for arguments in shown if arguments} >= {"login", "start", "stream"}
-    for arguments in shown:
-        client._parse(arguments)
+    assert {words[0] for words in shown if words} >= {"login", "start", "stream"}
+    for words in shown:
+        arguments.parse(words)
     options = _server_options(capsys) | {"--role"}
-    for arguments in _shown_commands(readme, "server"):
-        assert {word for word in arguments if word.startswith("-")} <= options
+    for words in _shown_commands(readme, "server"):
+        assert {word for word in words if word.startswith("-")} <= options
 
 
 @pytest.mark.parametrize(

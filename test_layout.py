@@ -39,13 +39,21 @@ _IMPORTS = {
         *("users", "worker", "grpc"),
     },
     "client": {
-        "units",
+        "commandline",  # only for the program, at its end
         *("grpc", "authservice_pb2", "authservice_pb2_grpc"),
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
+    "commandline": {"arguments", "client", "commands", "texts"},
+    "arguments": {"client", "texts", "units"},
+    "commands": {"arguments", "client", "texts", "units"},
+    "texts": set(),
 }
 # What a module names in annotations only, and never imports when it runs.
-_ANNOTATIONS = {"client": {"google"}, "quotas": {"config"}}
+_ANNOTATIONS = {
+    "client": {"google"},
+    "commands": {"google", "workerservice_pb2"},
+    "quotas": {"config"},
+}
 
 
 def _parse(module: str) -> ast.Module:
@@ -103,7 +111,8 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
     "path",
     [
         *("worker.py", "spawner.py", "cgroups.py", "broadcaster.py", "auth.py", "server.py"),
-        *("client.py", "workerservice.proto", "authservice.proto", "certs/generate.sh"),
+        *("client.py", "commandline.py", "arguments.py", "commands.py", "texts.py"),
+        *("workerservice.proto", "authservice.proto", "certs/generate.sh"),
         *("service.py", "config.py", "units.py", "hostcheck.py", "kernel-run"),
         *("throttle.py", "users.py", "revocations.py", "accounts.py", "audit.py", "tls.py"),
         *("quotas.py", "job-worker.service", "SECURITY.md"),
@@ -121,6 +130,6 @@ def test_file_is_where_it_is_looked_for(path: str) -> None:
 
 
 def test_every_module_has_its_tests_beside_it() -> None:
-    """`service.py` is tested with the server it is a part of."""
-    for module in set(_IMPORTS) - {"service"}:
+    """Those of the command line are tested with the client, `service.py` with the server."""
+    for module in set(_IMPORTS) - {"commandline", "arguments", "commands", "texts", "service"}:
         assert (_HERE / f"test_{module}.py").is_file(), module
