@@ -17,6 +17,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from client import Client, ClientError
-from conftest import GUARD_S, call_rpc, follow, make_fifo, run_job
+from conftest import GUARD_S, call_rpc, children_of, follow, make_fifo, run_job
 from server import Server, Settings, SettingsError
 from tls import CertificateError
 from users import SEEDED_USERS, User, make_user
@@ -183,6 +184,15 @@ def test_listen_must_be_host_and_port(certs: Path, tmp_path: Path, listen: str) 
     """What is not HOST:PORT is refused with an example, before anything is made."""
     with pytest.raises(SettingsError, match=re.escape(f"--listen {listen!r} is not HOST:PORT")):
         Server(Settings(listen=listen, certs=certs, state_dir=tmp_path / "state"))
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 300, "a\nb", "a\ud800"])
+def test_listen_must_be_a_host_that_there_is(certs: Path, tmp_path: Path, host: str) -> None:
+    """Nor can everything be the name of one."""
+    text = re.escape(f"--listen: cannot resolve {host!r}: ")
+    with pytest.raises(SettingsError, match=rf"{text}[^\n]+$"):
+        Server(Settings(listen=f"{host}:0", certs=certs, state_dir=tmp_path / "state"))
     assert not (tmp_path / "state").exists()
 
 
@@ -360,6 +370,47 @@ def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
         "state/audit.log": 0o600,
         "state/output": 0o700,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mode", "problem"),
+    [
+        ("token.key", b"short", 0o600, "is not a token key of 32 bytes"),
+        ("token.key", bytes(32), 0o640, "others can read the token key"),
+        ("logged-out", b"what\n", 0o600, "line 1: not TOKEN_ID EXPIRES_AT"),
+        ("audit.log", b"", 0o644, "others may read or write the audit log"),
+        ("output", b"", 0o600, "output"),
+    ],
+)
+def test_state_that_is_damaged_or_not_private_is_told_at_the_start(  # noqa: PLR0913
+    certs: Path, tmp_path: Path, name: str, content: bytes, mode: int, problem: str
+) -> None:
+    """With the file; it is left as it is, and nothing is served."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    path.chmod(mode)
+    options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
+    _assert_one_line(_run_server(*options, "--state-dir", tmp_path), problem)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (content, mode)
+
+
+def test_failed_start_leaves_nothing_running(
+    program: ServerProgram, certs: Path, tmp_path: Path
+) -> None:
+    """No helper and no thread, and the state directory is free for the next one."""
+    settings = Settings(
+        listen="127.0.0.1:0", certs=certs, state_dir=tmp_path / "state", enforcement="off"
+    )
+
+    def running() -> set[int | threading.Thread]:
+        return {*children_of(os.getpid()), *threading.enumerate()}
+
+    before = running()
+    with pytest.raises(SettingsError, match="Address already in use"):
+        Server(replace(settings, listen=program.address))
+    assert running() - before == set()
+    with Server(settings):
+        pass
 
 
 def test_server_that_must_enforce_limits_and_cannot_says_how_it_could(
