@@ -9,16 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections import defaultdict, deque
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from google.protobuf.descriptor import MethodDescriptor
 
     from client import Client
     from server import Server
@@ -54,6 +58,21 @@ def await_output(worker: Worker, job_id: str, text: bytes) -> None:
             if text in output:
                 return
     pytest.fail(f"the job ended without writing {text!r}: {output!r}")
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that everybody can enter, jobs of other uids too: pytest's own are private."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def make_fifo(path: Path) -> Path:
+    """Make a FIFO that everybody may use, jobs of other uids too."""
+    os.mkfifo(path)
+    os.chmod(path, 0o666)
+    return path
 
 
 # --- tests marked `kernel` ---------------------------------------------------------------
@@ -296,7 +315,7 @@ def own_cgroup() -> str:
     return path
 
 
-# --- a server, for test_server.py and test_client.py ------------------------------------
+# --- a server, and calls to it ----------------------------------------------------------
 #
 # Every server here has the same token key, and so takes the tokens of one login.
 
@@ -453,3 +472,66 @@ def connect(
             return clients.enter_context(Client(address or program.address, **settings))
 
         yield connect
+
+
+FOREVER = ("sh", ["-c", "echo ready; exec sleep infinity"])  # for `Client.start` and `follow`
+
+
+@cache
+def rpc_methods() -> Mapping[str, MethodDescriptor]:
+    """Every RPC there is, by its name."""
+    import authservice_pb2
+    import workerservice_pb2
+
+    return {
+        method.name: method
+        for file in (authservice_pb2.DESCRIPTOR, workerservice_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+
+
+def call_rpc(
+    client: Client,
+    name: str,
+    *,
+    data: bytes | None = None,
+    metadata: Sequence[tuple[str, str]] | None = None,
+    **fields: Any,
+) -> tuple[str, str]:
+    """Call any RPC to its end; return its status code and message.
+
+    A Logout that succeeds ends the client's token: do not do it to one of `tokens`.
+    """
+    import grpc
+    from google.protobuf.message_factory import GetMessageClass
+
+    method = rpc_methods()[name]
+    if data is None:
+        data = GetMessageClass(method.input_type)(**fields).SerializeToString()
+    # On the wire a single answer is a stream of one.
+    rpc: Any = client._channel.unary_stream(
+        f"/{method.containing_service.full_name}/{name}",
+        response_deserializer=GetMessageClass(method.output_type).FromString,
+    )
+    call = rpc(data, metadata=client._metadata() if metadata is None else metadata, timeout=GUARD_S)
+    with contextlib.suppress(grpc.RpcError):
+        list(call)
+    return call.code().name, call.details()
+
+
+def run_job(
+    client: Client, command: str = "true", args: Sequence[str] = (), **limits: float | None
+) -> str:
+    """Run a job to its end; return its ID."""
+    job_id = client.start(command, args, **limits)
+    list(client.stream(job_id))
+    return job_id
+
+
+def follow(client: Client, job_id: str) -> Iterator[bytes]:
+    """Open a stream of a job that was started with `FOREVER`, and is silent from then on."""
+    chunks = client.stream(job_id)
+    if next(chunks) != b"ready\n":
+        pytest.fail("the job is not ready")
+    return chunks

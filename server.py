@@ -299,8 +299,9 @@ def _check_exposure(host: str, users: Sequence[User]) -> None:
     """Refuse to show the world users whose passwords everybody knows."""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise SettingsError(f"--listen: cannot resolve {host!r}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"--listen: cannot resolve {host!r}: {reason}") from error
     if all(ip_address(str(address).partition("%")[0]).is_loopback for address in addresses):
         return
     public = [user.name for user in users if has_public_password(user)]

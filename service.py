@@ -227,7 +227,10 @@ class Gate(grpc.ServerInterceptor):
         except AuditError as audit_error:
             code, message = _status(call.method, audit_error)
         if isinstance(error, AuditError) and call.undo is not None:
-            call.undo()
+            try:
+                call.undo()
+            except worker.WorkerError as undo_error:
+                logger.error("%s: not on record, and not undone: %s", call.method, undo_error)
         retry_after_s = getattr(error, "retry_after_s", None)
         if retry_after_s is not None:
             call.context.set_trailing_metadata((("retry-after", str(retry_after_s)),))
@@ -366,6 +369,13 @@ class _WorkerServicer:
         except BaseException:
             release()
             raise
+
+        def undo() -> None:
+            # A generator that was never begun does not come to its `finally`.
+            chunks.close()
+            release()
+
+        call.undo = undo
         return self._stream(request.offset, chunks, release, call)
 
     def _stream(

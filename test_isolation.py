@@ -67,14 +67,6 @@ def entries() -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A directory that everybody can enter: pytest's own are private."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
-
-
 class _Program:
     """A server program, started in whatever way. Attributes: `process`, `address`, `log`."""
 

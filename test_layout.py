@@ -130,6 +130,6 @@ def test_file_is_where_it_is_looked_for(path: str) -> None:
 
 
 def test_every_module_has_its_tests_beside_it() -> None:
-    """Those of the command line are tested with the client, `service.py` with the server."""
-    for module in set(_IMPORTS) - {"commandline", "arguments", "commands", "texts", "service"}:
+    """Those of the command line are tested with the client."""
+    for module in set(_IMPORTS) - {"commandline", "arguments", "commands", "texts"}:
         assert (_HERE / f"test_{module}.py").is_file(), module

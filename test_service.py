@@ -1,0 +1,1038 @@
+"""Tests of the services: the gate, every RPC and its errors, over real sockets and mutual TLS.
+
+Most use one server program that they share; a server in this process is for those
+that must look inside or stage a fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+
+import auth
+import worker
+import workerservice_pb2 as worker_pb
+from audit import AUDIT_FLAGS, AuditLog
+from client import Client, ClientError
+from config import Config
+from conftest import FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
+from quotas import QuotaError, Quotas
+from service import Gate, add_services
+from users import SEEDED_USERS
+from worker import Limits, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conftest import ServerProgram
+    from server import Server
+
+    Connect = Callable[..., Client]
+    Serve = Callable[..., Server]
+
+_HERE = Path(__file__).resolve().parent
+_METHODS = rpc_methods()
+_WITH_TOKEN = [name for name in _METHODS if name != "Login"]
+_WITH_JOB = [
+    name for name, method in _METHODS.items() if "job_id" in method.input_type.fields_by_name
+]
+_ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
+_NO_TOKEN = (
+    "UNAUTHENTICATED",
+    (
+        "no valid token; log in (again), and send it as the metadata `authorization: Bearer "
+        "TOKEN`, with the client certificate of the login"
+    ),
+)
+_NO_RECORD = ("UNAVAILABLE", "the audit log cannot be written; tell the operator")
+
+
+def _worker_of(server: Server) -> Worker:
+    assert server._worker
+    return server._worker
+
+
+def _fields(name: str, job_id: str) -> dict[str, Any]:
+    """The fields of a request of the RPC that succeeds."""
+    if name == "StartJob":
+        return {"command": "true"}
+    return {"job_id": job_id} if name in _WITH_JOB else {}
+
+
+# --- who may call what ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(program: ServerProgram, certs: Path, tokens: dict[str, str]) -> str:
+    """A finished job of `user`."""
+    with Client(program.address, certs=certs, token=tokens["user"]) as client:
+        return run_job(client)
+
+
+@pytest.fixture(scope="module")
+def foreign(program: ServerProgram, certs: Path, tokens: dict[str, str]) -> str:
+    """A finished job of `admin`."""
+    with Client(program.address, certs=certs, token=tokens["admin"]) as client:
+        return run_job(client)
+
+
+@pytest.mark.parametrize("name", _WITH_TOKEN)
+@pytest.mark.parametrize("user", ["user", "admin"])
+def test_both_roles_may_call_every_rpc(connect: Connect, own: str, name: str, user: str) -> None:
+    """With a token every RPC of the service works, on one's own job and for an admin."""
+    client = connect(user)
+    if name == "Logout":
+        client.login(user, user)  # not to end the token that all share
+    assert call_rpc(client, name, **_fields(name, own)) == ("OK", "")
+
+
+@pytest.mark.parametrize("name", _WITH_TOKEN)
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        [("authorization", "")],
+        [("authorization", "Bearer")],
+        [("authorization", "Bearer ")],
+        [("authorization", "Bearer garbage")],
+        [("authorization", "Basic dXNlcjp1c2Vy")],
+        [("authorization", "TOKEN")],
+        [("authorization", "Bearer TOKEN"), ("authorization", "Bearer TOKEN")],
+        [("authorization", "Bearer TOKENx")],
+        [("token", "TOKEN")],
+    ],
+    ids=lambda metadata: " ".join(value for pair in metadata for value in pair) or "nothing",
+)
+def test_call_without_a_good_token_is_unauthenticated(
+    connect: Connect, own: str, tokens: dict[str, str], name: str, metadata: list[tuple[str, str]]
+) -> None:
+    """Streams included, and before anything else is looked at."""
+    sent = [(key, value.replace("TOKEN", tokens["user"])) for key, value in metadata]
+    assert call_rpc(connect(), name, metadata=sent, **_fields(name, own)) == _NO_TOKEN
+    assert call_rpc(connect(), name, metadata=sent, data=b"\xff") == _NO_TOKEN
+
+
+@pytest.mark.parametrize("name", _WITH_TOKEN)
+def test_token_over_another_certificate_is_unauthenticated(
+    connect: Connect, certs: Path, own: str, name: str
+) -> None:
+    """A stolen token is worth nothing, even with a certificate of the same CA."""
+    thief = connect("user", cert=certs / "other.pem", key=certs / "other-key.pem")
+    assert call_rpc(thief, name, **_fields(name, own)) == _NO_TOKEN
+
+
+@pytest.mark.parametrize("name", _WITH_JOB)
+def test_foreign_and_absent_job_cannot_be_told_apart(
+    connect: Connect, foreign: str, name: str
+) -> None:
+    """A user learns nothing of others' jobs: same code, same message. An admin reaches them."""
+    for job_id in (foreign, _ABSENT):
+        assert call_rpc(connect("user"), name, job_id=job_id) == ("NOT_FOUND", "no such job")
+    assert call_rpc(connect("admin"), name, job_id=foreign) == ("OK", "")
+    assert call_rpc(connect("admin"), name, job_id=_ABSENT) == ("NOT_FOUND", "no such job")
+
+
+def test_list_shows_a_user_their_own_and_an_admin_all(
+    connect: Connect, own: str, foreign: str
+) -> None:
+    """In the order of their start."""
+    mine = [(job.job_id, job.owner) for job in connect("user").list()]
+    everybody = [job.job_id for job in connect("admin").list()]
+    assert (own, "user") in mine
+    assert {owner for _, owner in mine} == {"user"}
+    assert foreign in everybody
+    assert [job_id for job_id in everybody if (job_id, "user") in mine] == [i for i, _ in mine]
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_rpc_that_is_not_in_the_permission_table_is_denied(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """An RPC that somebody forgets to give permissions is open to nobody, admins included."""
+    path = f"/{_METHODS[name].containing_service.full_name}/{name}"
+    monkeypatch.setattr(
+        auth, "PERMISSIONS", {p: roles for p, roles in auth.PERMISSIONS.items() if p != path}
+    )
+    client = connect("admin", serve().address)
+    assert call_rpc(client, name, **_fields(name, _ABSENT))[0] == "PERMISSION_DENIED"
+    assert call_rpc(client, name, metadata=[]) == _NO_TOKEN
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
+    certs: Path, tmp_path: Path, tokens: dict[str, str], name: str
+) -> None:
+    """Whatever port somebody should open one day: no call without, not even a login."""
+    audit_log = tmp_path / "audit.log"
+    authenticator = auth.Authenticator(users=SEEDED_USERS, key=bytes(32))
+    with (
+        AuditLog(lambda: os.open(audit_log, AUDIT_FLAGS, 0o600)) as audit,
+        Worker(enforcement="off") as jobs,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        server = grpc.server(pool, interceptors=[Gate(authenticator, audit)])
+        add_services(server, jobs, authenticator, config=Config(), uid_of=lambda _: None)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        with (
+            Client(f"127.0.0.1:{port}", certs=certs, token=tokens["user"]) as client,
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            client._channel = channel
+            assert call_rpc(client, name, **_fields(name, _ABSENT)) == (
+                "UNAUTHENTICATED",
+                "the connection must be TLS 1.3",
+            )
+        server.stop(None).wait()
+
+
+# --- login ------------------------------------------------------------------------------
+
+
+def test_login_answers_a_bound_token_and_its_expiry(connect: Connect, certs: Path) -> None:
+    """The token works for 30 days with the certificate of the login, whichever that was."""
+    client = connect("", cert=certs / "other.pem", key=certs / "other-key.pem")
+    _, expires_at = client.login("user", "user")
+    assert timedelta(days=29) < expires_at - datetime.now(UTC) <= timedelta(days=30)
+    assert {job.owner for job in client.list()} <= {"user"}
+
+
+def test_wrong_logins_are_unauthenticated_alike(serve: Serve, connect: Connect) -> None:
+    """An unknown user and a wrong password get the same answer."""
+    client = connect("", serve().address)
+    logins = [("user", "hunter2"), ("nobody", "user")]
+    assert {call_rpc(client, "Login", username=u, password=p) for u, p in logins} == {
+        ("UNAUTHENTICATED", "wrong user name or password")
+    }
+
+
+class _Hashing:
+    """Holds every hash back until it is told to go on, and counts those that have begun."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Semaphore(0)
+        self.go_on = threading.Event()
+        self._scrypt = hashlib.scrypt
+        monkeypatch.setattr(hashlib, "scrypt", self._blocked)
+
+    def _blocked(self, password: bytes, **options: Any) -> bytes:
+        self.begun.release()
+        assert self.go_on.wait(GUARD_S)
+        return self._scrypt(password, **options)
+
+    def await_begun(self, count: int) -> None:
+        for _ in range(count):
+            assert self.begun.acquire(timeout=GUARD_S)
+
+
+def _log_in(client: Client) -> tuple[str, str]:
+    return call_rpc(client, "Login", username="user", password="user")
+
+
+def test_second_login_of_a_peer_at_once_is_refused_at_once(
+    serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RESOURCE_EXHAUSTED with a time, not a queue; other calls, and other peers, go on."""
+    hashing = _Hashing(monkeypatch)
+    address = serve().address
+    client = connect("user", address)
+    other = connect("", address, cert=certs / "other.pem", key=certs / "other-key.pem")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(_log_in, client)
+        hashing.await_begun(1)
+        with pytest.raises(ClientError, match="another login from here is under way") as caught:
+            client.login("admin", "admin")
+        assert (caught.value.code, caught.value.retry_after_s) == ("RESOURCE_EXHAUSTED", 1)
+        assert client.list() == []
+        second = pool.submit(_log_in, other)
+        hashing.await_begun(1)
+        hashing.go_on.set()
+        assert {login.result(GUARD_S) for login in (first, second)} == {("OK", "")}
+
+
+def test_too_many_logins_at_once_are_refused_at_once(
+    serve: Serve, connect: Connect, tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of nine peers, each with a certificate of its own, one is refused; other calls go on."""
+    names = [f"peer-{number}" for number in range(9)]
+    for file in ("client-ca.pem", "client-ca-key.pem"):
+        shutil.copy(certs / file, tmp_path)
+    generate = [str(_HERE / "certs" / "generate.sh"), "--dir", str(tmp_path), *names]
+    subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
+    monkeypatch.setattr(auth, "_HASHES_AT_ONCE", 8)  # so that eight are known to be under way
+    hashing = _Hashing(monkeypatch)
+    address = serve().address
+    *peers, ninth = (
+        connect("", address, cert=tmp_path / f"{name}.pem", key=tmp_path / f"{name}-key.pem")
+        for name in names
+    )
+    with ThreadPoolExecutor(8) as pool:
+        logins = [pool.submit(_log_in, peer) for peer in peers]
+        hashing.await_begun(8)
+        code, details = _log_in(ninth)
+        assert (code, "too many logins" in details) == ("RESOURCE_EXHAUSTED", True)
+        assert connect("user", address).list() == []
+        hashing.go_on.set()
+        assert {login.result(GUARD_S) for login in logins} == {("OK", "")}
+    assert _log_in(ninth) == ("OK", "")
+
+
+def test_logins_that_wait_for_their_turn_are_given_up_at_the_end(
+    serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's end waits for the hash that is being made, not for those that would follow."""
+    entered, login = threading.Semaphore(0), auth.Authenticator.login
+
+    def enter(*arguments: Any) -> Any:
+        entered.release()
+        return login(*arguments)
+
+    monkeypatch.setattr(auth, "_HASHES_AT_ONCE", 1)
+    monkeypatch.setattr(auth.Authenticator, "login", enter)
+    hashing = _Hashing(monkeypatch)
+    server = serve()
+    clients = [
+        connect("", server.address, cert=certs / f"{name}.pem", key=certs / f"{name}-key.pem")
+        for name in ("client", "other")
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        logins = [pool.submit(_log_in, client) for client in clients]
+        for _ in clients:
+            assert entered.acquire(timeout=GUARD_S)
+        hashing.await_begun(1)
+        stop = pool.submit(server.stop)
+        # Broken off when the grace of the calls is over: by then every one is known to be.
+        assert "OK" not in {login.result(GUARD_S)[0] for login in logins}
+        hashing.go_on.set()
+        stop.result(GUARD_S)
+    assert not hashing.begun.acquire(blocking=False)
+
+
+# --- logout -----------------------------------------------------------------------------
+
+
+def test_logout_ends_that_token_for_every_rpc(serve: Serve, connect: Connect) -> None:
+    """At once, a second logout included; other tokens of the same user go on."""
+    address = serve().address
+    client = connect("", address)
+    client.login("user", "user")
+    job_id = run_job(client)
+    assert call_rpc(client, "Logout") == ("OK", "")
+    for name in _WITH_TOKEN:
+        assert call_rpc(client, name, **_fields(name, job_id)) == _NO_TOKEN
+    assert call_rpc(connect("user", address), "GetJobStatus", job_id=job_id) == ("OK", "")
+
+
+def test_logout_ends_the_open_streams_of_that_token(serve: Serve, connect: Connect) -> None:
+    """Silent ones too, as calls that are not authenticated any more; the job goes on."""
+    address = serve().address
+    client, other = connect("", address), connect("user", address)
+    client.login("user", "user")
+    job_id = client.start(*FOREVER)
+    ended, still = follow(client, job_id), follow(other, job_id)
+    client.logout()
+    with pytest.raises(ClientError) as caught:
+        next(ended)
+    assert caught.value.code == "UNAUTHENTICATED"
+    assert other.status(job_id).status == worker_pb.RUNNING
+    other.stop(job_id)
+    assert list(still) == []
+
+
+def test_logout_that_cannot_be_recorded_is_told_and_the_token_stays(
+    serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is told that a token is worthless which would be good again after a restart."""
+    server = serve()
+    client = connect("user", server.address)
+    server._authenticator._revocations.close()
+    code, details = call_rpc(client, "Logout")
+    assert (code, "the logout cannot be recorded" in details) == ("UNAVAILABLE", True)
+    assert [record.levelname for record in caplog.records if record.name == "service"] == ["ERROR"]
+    assert client.list() == []
+
+
+# --- errors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "problem"),
+    [
+        ("", [], "the command is empty"),
+        ("no-such-command", [], "command not found"),
+        ("/no/such/file", [], "no such file"),
+        ("/etc/passwd", [], "permission denied"),
+        ("/usr", [], "it is a directory"),
+        ("tr\0ue", [], "NUL character"),
+        ("true", ["\0"], "NUL character"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_command_that_cannot_be_executed_is_an_invalid_argument(
+    connect: Connect, command: str, args: list[str], problem: str
+) -> None:
+    """The message names the command and the problem; no job is left."""
+    before = connect().list()
+    code, details = call_rpc(connect(), "StartJob", command=command, args=args)
+    assert code == "INVALID_ARGUMENT"
+    assert details.startswith(f"cannot execute {command!r}: ")
+    assert problem in details
+    assert connect().list() == before
+
+
+_LARGE = [
+    ("true", ["x" * 130 * 1024], "an argument of 133120 bytes; this server's ceiling is 65536"),
+    ("true", ["x"] * 5000, "5000 arguments; this server's ceiling is 4096"),
+    ("x" * 130 * 1024, [], "an argument of 133120 bytes; this server's ceiling is 65536"),
+]
+
+
+@pytest.mark.parametrize(("command", "args", "problem"), _LARGE, ids=["one", "many", "command"])
+def test_command_above_a_ceiling_is_an_invalid_argument(
+    serve: Serve, connect: Connect, command: str, args: list[str], problem: str
+) -> None:
+    """The message names the ceiling, and does not repeat the command; no job is left."""
+    client = connect("user", serve().address)
+    code, details = call_rpc(client, "StartJob", command=command, args=args)
+    assert (code, problem in details, len(details) < 1000) == ("INVALID_ARGUMENT", True, True)
+    assert client.list() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("true", ["x" * 130 * 1024]),
+        ("true", ["x" * 1024] * 5 * 1024),
+        ("x" * 130 * 1024, []),
+    ],
+    ids=["one", "many", "command"],
+)
+def test_command_that_no_ceiling_keeps_out_may_be_too_long_for_the_kernel(
+    serve: Serve, connect: Connect, tmp_path: Path, command: str, args: list[str]
+) -> None:
+    """That is an invalid argument as well, with a short message; no job is left."""
+    path = tmp_path / "limits.toml"
+    path.write_text("[requests]\nsize = '8M'\nargs = 10000\narg_length = '1M'\n")
+    client = connect("user", serve(config=path).address)
+    code, details = call_rpc(client, "StartJob", command=command, args=args)
+    assert code == "INVALID_ARGUMENT"
+    assert details.startswith(f"cannot execute {command[:20]!r}"[:-1])
+    assert "the limit is 131072" in details
+    assert len(details) < 1000
+    assert client.list() == []
+
+
+@pytest.mark.parametrize("name", _WITH_JOB)
+@pytest.mark.parametrize(
+    "job_id",
+    [
+        *("", " ", "x", f" {_ABSENT}", f"{_ABSENT} ", f"{_ABSENT}\n", f"{_ABSENT}0"),
+        *(f"{{{_ABSENT}}}", f"urn:uuid:{_ABSENT}", _ABSENT.replace("-", ""), "a" * 100_000),
+        *("ü" * 36, _ABSENT.replace("0", "\u0660"), "../../etc/passwd", "\0", "\x1b[31m"),
+    ],
+    ids=lambda text: ascii(text)[:44],
+)
+def test_text_that_is_no_job_id_is_an_invalid_argument(
+    connect: Connect, name: str, job_id: str
+) -> None:
+    """It is told from an ID that no job has; the message stays short and on one line."""
+    code, details = call_rpc(connect(), name, job_id=job_id)
+    assert code == "INVALID_ARGUMENT"
+    assert details.startswith("not a job ID: ")
+    assert len(details) < 1000
+    assert details.isprintable()
+
+
+@pytest.mark.parametrize("name", _WITH_JOB)
+def test_job_id_may_be_in_upper_case(connect: Connect, own: str, name: str) -> None:
+    """As some tools print UUIDs."""
+    assert call_rpc(connect(), name, job_id=own.upper()) == ("OK", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        (name, data)
+        for name, method in _METHODS.items()
+        for data in (b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xc3\x28")
+        if method.input_type.fields or data[-1:] != b"\x28"  # text that no field is for is skipped
+    ],
+)
+def test_malformed_request_is_an_invalid_argument(connect: Connect, name: str, data: bytes) -> None:
+    """Bytes that are no message, and text that is not UTF-8."""
+    assert call_rpc(connect(), name, data=data) == (
+        "INVALID_ARGUMENT",
+        "the request is not a message of the right type",
+    )
+
+
+@pytest.mark.parametrize("offset", [5, 2**63, 2**64 - 1])
+def test_offset_past_the_end_is_out_of_range(connect: Connect, offset: int) -> None:
+    """On a finished job at once, on a running one when it ends; the end itself is in range."""
+    client = connect()
+    job_id = run_job(client, "printf", ["four"])
+    code, details = call_rpc(client, "StreamOutput", job_id=job_id, offset=offset)
+    assert (code, f"offset {offset} " in details) == ("OUT_OF_RANGE", True)
+    assert list(client.stream(job_id, 4)) == []
+    job_id = client.start("sh", ["-c", "printf four; exec sleep infinity"])
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(call_rpc, client, "StreamOutput", job_id=job_id, offset=offset)
+        assert next(client.stream(job_id)) == b"four"
+        client.stop(job_id)
+        assert ahead.result(GUARD_S)[0] == "OUT_OF_RANGE"
+
+
+def test_unknown_method_is_unimplemented(connect: Connect) -> None:
+    """With a token or without, and it does nothing else."""
+    rpc: Any = connect()._channel.unary_unary("/jobworker.v1.WorkerService/Nothing")
+    with pytest.raises(grpc.RpcError) as caught:
+        rpc(b"", timeout=GUARD_S)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("name", ["GetJobStatus", "StreamOutput"])
+@pytest.mark.parametrize(
+    ("error", "code", "in_log"),
+    [
+        (worker.ResourceError("no room"), "RESOURCE_EXHAUSTED", True),
+        (QuotaError("no more of it"), "RESOURCE_EXHAUSTED", False),
+        (worker.StopTimeoutError(_ABSENT, 10), "DEADLINE_EXCEEDED", False),
+        (worker.WorkerClosedError(), "UNAVAILABLE", False),
+        (worker.SpawnerDiedError(), "UNAVAILABLE", True),
+        (worker.OutputIncompleteError(OSError(28, "No space"), 7), "DATA_LOSS", False),
+        (
+            worker.CgroupError("cannot write 1 to /c/pids.max", path="/c", remedy="delegate it"),
+            "FAILED_PRECONDITION",
+            True,
+        ),
+        (RuntimeError("inside"), "INTERNAL", True),
+        (OSError(2, "inside", "/inside"), "INTERNAL", True),
+        (KeyError("inside"), "INTERNAL", True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_error_of_the_worker_becomes_its_status(  # noqa: PLR0913
+    serve: Serve,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    error: Exception,
+    code: str,
+    in_log: bool,
+) -> None:
+    """One table for unary calls and streams; what is not meant for callers is in the log only."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    client = connect("user", serve().address)
+    job_id = run_job(client)
+    monkeypatch.setattr(Worker, {"GetJobStatus": "status", "StreamOutput": "stream"}[name], fail)
+    answer = call_rpc(client, name, job_id=job_id)
+    assert answer[0] == code
+    assert "inside" not in answer[1]
+    assert len(answer[1]) > 5
+    if isinstance(error, worker.CgroupError):
+        assert answer[1] == "cannot write 1 to /c/pids.max; delegate it"
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert bool(errors) == in_log
+    if code == "INTERNAL":
+        assert answer[1] == "internal error; the server's log has the details"
+        assert errors[0].exc_info
+        assert errors[0].exc_info[1] is error
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_job_that_could_not_be_recorded_is_stopped(
+    serve: Serve,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stops: bool,
+) -> None:
+    """Where every call must be on record; if the kernel does not let it go, the operator hears."""
+    server = serve(audit_required=True)
+    client = connect("user", server.address)
+    server._audit.close()
+
+    def fail(_: Worker, job_id: str) -> None:
+        raise worker.StopTimeoutError(job_id, 10)
+
+    with monkeypatch.context() as patch:
+        if not stops:
+            patch.setattr(Worker, "stop", fail)
+        assert call_rpc(client, "StartJob", command="sleep", args=["infinity"]) == _NO_RECORD
+    (job,) = _worker_of(server).list()
+    assert job.status == (worker.Status.STOPPED if stops else worker.Status.RUNNING)
+    errors = [record.getMessage() for record in caplog.records if record.name == "service"]
+    assert [job.job_id in error for error in errors] == ([] if stops else [True])
+
+
+def test_job_of_a_dead_spawner_is_lost_and_no_other_can_start(
+    serve: Serve, connect: Connect
+) -> None:
+    """The end is told as it is, and the server says what to do."""
+    server = serve()
+    client = connect("user", server.address)
+    job_id = client.start(*FOREVER)
+    os.kill(_worker_of(server)._spawner.pid, signal.SIGKILL)
+    list(client.stream(job_id))
+    job = client.status(job_id)
+    assert (job.status, job.end_reason) == (worker_pb.FINISHED, worker_pb.LOST)
+    code, details = call_rpc(client, "StartJob", command="true")
+    assert (code, "restart the server" in details) == ("UNAVAILABLE", True)
+
+
+# --- jobs -------------------------------------------------------------------------------
+
+
+def test_status_tells_every_field_of_a_running_and_of_a_finished_job(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """Absent fields are absent: no exit code, signal or end before there is one, no limit."""
+    client = connect("user", serve().address)
+    make_fifo(tmp_path / "go")
+    args = ["-c", 'printf "\\200\\n"; read x <"$0"; exit 7', str(tmp_path / "go")]
+    before = datetime.now(UTC)
+    job_id = client.start("sh", args)
+    assert uuid.UUID(job_id).version == 4
+    assert str(uuid.UUID(job_id)) == job_id
+    chunks = client.stream(job_id)
+    next(chunks)
+    running = client.status(job_id)
+    started = running.started_at.ToDatetime(UTC)
+    assert before <= started <= datetime.now(UTC)
+    expected = worker_pb.Job(
+        job_id=job_id,
+        owner="user",
+        command="sh",
+        args=args,
+        status=worker_pb.RUNNING,
+        started_at=running.started_at,
+        output_bytes=2,
+        subscribers=["user"],
+        limits=worker_pb.Limits(),
+    )
+    assert running == expected
+    (tmp_path / "go").write_text("on\n")
+    assert list(chunks) == []
+    finished = client.status(job_id)
+    assert started <= finished.ended_at.ToDatetime(UTC) <= datetime.now(UTC)
+    expected.MergeFrom(
+        worker_pb.Job(
+            status=worker_pb.FINISHED,
+            end_reason=worker_pb.EXITED,
+            exit_code=7,
+            ended_at=finished.ended_at,
+            usage=worker_pb.Usage(
+                source=worker_pb.RUSAGE,
+                cpu_user_s=finished.usage.cpu_user_s,
+                cpu_system_s=finished.usage.cpu_system_s,
+                memory_peak_bytes=finished.usage.memory_peak_bytes,
+            ),
+        )
+    )
+    del expected.subscribers[:]
+    finished_subscribers = list(finished.subscribers)
+    del finished.subscribers[:]
+    assert finished == expected
+    assert finished_subscribers == []
+    assert list(client.list()) == [finished]
+
+
+def test_exit_code_0_is_present_and_a_signal_is_told(connect: Connect) -> None:
+    """Zero is not the same as absent, and a job that kills itself was not stopped."""
+    client = connect()
+    job = client.status(run_job(client))
+    assert (job.HasField("exit_code"), job.exit_code, job.HasField("signal")) == (True, 0, False)
+    job = client.status(run_job(client, "sh", ["-c", "kill -KILL $$"]))
+    assert (job.status, job.end_reason) == (worker_pb.FINISHED, worker_pb.SIGNALLED)
+    assert (job.HasField("exit_code"), job.signal) == (False, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("stopper", "reason"),
+    [("user", worker_pb.STOPPED_BY_OWNER), ("admin", worker_pb.STOPPED_BY_ADMIN)],
+)
+def test_stop_tells_who_stopped_and_is_idempotent(
+    connect: Connect, stopper: str, reason: worker_pb.EndReason
+) -> None:
+    """The job is returned as it then is; who stops it again changes nothing."""
+    job_id = connect("user").start(*FOREVER)
+    stopped = connect(stopper).stop(job_id)
+    assert (stopped.status, stopped.end_reason) == (worker_pb.STOPPED, reason)
+    assert (stopped.signal, stopped.HasField("exit_code")) == (signal.SIGKILL, False)
+    assert stopped.HasField("ended_at")
+    assert connect("user").stop(job_id) == connect("admin").stop(job_id) == stopped
+    assert connect("user").status(job_id) == stopped
+
+
+def test_admin_stopping_their_own_job_is_its_owner(connect: Connect) -> None:
+    """The reason tells the relation to the job, not the role."""
+    admin = connect("admin")
+    assert admin.stop(admin.start(*FOREVER)).end_reason == worker_pb.STOPPED_BY_OWNER
+
+
+def test_stop_of_a_finished_job_keeps_its_end(connect: Connect) -> None:
+    """A job that ended by itself was not stopped, by nobody."""
+    client = connect()
+    job_id = run_job(client, "sh", ["-c", "exit 3"])
+    finished = client.status(job_id)
+    assert (finished.status, finished.exit_code) == (worker_pb.FINISHED, 3)
+    assert client.stop(job_id) == connect("admin").stop(job_id) == finished
+
+
+def test_stop_from_many_clients_right_after_the_start_succeeds_for_all(connect: Connect) -> None:
+    """They get one and the same end."""
+    client = connect()
+    job_id = client.start("sleep", ["infinity"])
+    with ThreadPoolExecutor(20) as pool:
+        ends = list(pool.map(lambda _: client.stop(job_id).SerializeToString(), range(20)))
+    assert len(set(ends)) == 1
+
+
+# --- limits -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Limits]:
+    """The limits of each job that a server in this process hands to its worker."""
+    given: list[Limits] = []
+    start = Worker.start
+
+    def spy(jobs: Worker, *args: Any, limits: Limits, **options: Any) -> str:
+        given.append(limits)
+        return start(jobs, *args, limits=limits, **options)
+
+    monkeypatch.setattr(Worker, "start", spy)
+    return given
+
+
+_LIMITS = {
+    "cpu_cores": 0.25,
+    "memory_bytes": 300 << 20,
+    "swap_bytes": 0,
+    "io_read_bps": 1234567,
+    "io_write_bps": 7654321,
+    "io_read_iops": 21,
+    "io_write_iops": 22,
+    "pids": 33,
+}
+
+
+def test_limits_asked_for_reach_the_job_and_others_are_the_default(
+    serve: Serve, connect: Connect, given: list[Limits]
+) -> None:
+    """Each field by itself, all together, and none."""
+    assert set(_LIMITS) == {field.name for field in worker_pb.Limits.DESCRIPTOR.fields}
+    client = connect("user", serve().address)
+    requests: list[dict[str, Any]] = [{}, _LIMITS, *({k: v} for k, v in _LIMITS.items())]
+    for limits in requests:
+        run_job(client, **limits)
+    default = Config().limits({})
+    assert given == [replace(default, **limits) for limits in requests]
+
+
+def test_configuration_sets_default_and_ceiling(
+    serve: Serve, connect: Connect, given: list[Limits], tmp_path: Path
+) -> None:
+    """What a job does not ask for is the default of the file; it may ask up to the ceiling."""
+    path = tmp_path / "limits.toml"
+    path.write_text("[defaults]\npids = 10\nmemory = '100M'\n[ceilings]\npids = 20\n")
+    client = connect("user", serve(config=path).address)
+    for pids in (None, 1, 20):
+        run_job(client, pids=pids)
+    assert [(limits.pids, limits.memory_bytes) for limits in given] == [
+        (10, 100 << 20),
+        (1, 100 << 20),
+        (20, 100 << 20),
+    ]
+    assert call_rpc(client, "StartJob", command="true", limits=worker_pb.Limits(pids=21)) == (
+        "INVALID_ARGUMENT",
+        "pids 21 is above this server's ceiling of 20",
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"memory_bytes": (8 << 30) + 1}, f"{(8 << 30) + 1} .* {8 << 30}"),
+        ({"memory_bytes": 2**64 - 1}, f"{2**64 - 1} .* {8 << 30}"),
+        ({"cpu_cores": 8.5}, r"8\.5 .* 8\.0"),
+        ({"cpu_cores": float("inf")}, r"inf .* 8\.0"),
+        ({"cpu_cores": float("nan")}, r"0\.01, not nan"),
+        ({"cpu_cores": -1}, r"0\.01, not -1"),
+        ({"swap_bytes": 1}, "1 .* 0"),
+        ({"pids": 0}, "at least 1, not 0"),
+        ({"pids": 1, "io_read_iops": 0}, "at least 1, not 0"),
+    ],
+    ids=str,
+)
+def test_limit_that_is_too_high_or_senseless_is_an_invalid_argument(
+    serve: Serve, connect: Connect, limits: dict[str, Any], text: str
+) -> None:
+    """It names the field and both numbers, and no job is made."""
+    client = connect("user", serve().address)
+    code, told = call_rpc(client, "StartJob", command="true", limits=worker_pb.Limits(**limits))
+    assert code == "INVALID_ARGUMENT"
+    assert re.match(f"{list(limits)[-1]} .*{text}", told)
+    assert list(client.list()) == []
+
+
+def test_list_tells_the_usage_of_ended_jobs(connect: Connect) -> None:
+    """Of those that run `GetJobStatus` tells it."""
+    client = connect()
+    ended, running = run_job(client), client.start(*FOREVER)
+    jobs = {job.job_id: job for job in client.list()}
+    assert jobs[ended].usage == client.status(ended).usage
+    assert jobs[ended].HasField("usage")
+    assert not jobs[running].HasField("usage")
+    client.stop(running)
+
+
+# --- streams ----------------------------------------------------------------------------
+
+
+def _collect(client: Client, job_id: str, offset: int = 0) -> bytes:
+    """Read a stream to its end, and check that its chunks fit together."""
+    request = worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
+    data = bytearray()
+    for response in client._worker.StreamOutput(request, metadata=client._metadata()):
+        assert response.offset == offset + len(data)
+        assert 0 < len(response.data) <= 256 * 1024
+        data += response.data
+    return bytes(data)
+
+
+def test_every_stream_gets_the_same_bytes_whenever_and_wherever_it_begins(
+    connect: Connect, public: Path
+) -> None:
+    """Ten at once from the start, from offsets, and one after the end: binary and contiguous."""
+    client, size = connect(), 3_000_000
+    go = make_fifo(public / "go")
+    directory = public / "written to"
+    directory.mkdir()
+    directory.chmod(0o777)
+    script = (
+        'cd "$0"; head -c "$1" /dev/urandom >copy; '
+        "head -c 100000 copy; read x <../go; tail -c +100001 copy"
+    )
+    job_id = client.start("sh", ["-c", script, str(directory), str(size)])
+    offsets = [0, 0, 0, 0, 0, 1, 99_999, 100_000, 100_001, size]
+    with ThreadPoolExecutor(len(offsets)) as pool:
+        streams = [pool.submit(_collect, client, job_id, offset) for offset in offsets]
+        go.write_text("on\n")
+        data = [stream.result(GUARD_S) for stream in streams]
+    copy = (directory / "copy").read_bytes()
+    assert len(copy) == size
+    assert all(d == copy[offset:] for d, offset in zip(data, offsets, strict=True))
+    assert _collect(client, job_id) == copy
+    assert _collect(client, job_id, size - 1) == copy[-1:]
+    assert client.status(job_id).output_bytes == size
+
+
+def test_output_is_delivered_while_the_job_is_blocked_in_a_line(
+    connect: Connect, public: Path
+) -> None:
+    """Bytes come when they are written: not when a line or a buffer is full, or the job ends."""
+    client, go = connect(), make_fifo(public / "go")
+    job_id = client.start("sh", ["-c", 'printf half; read x <"$0"; echo done', str(go)])
+    chunks = client.stream(job_id)
+    assert next(chunks) == b"half"
+    go.write_text("on\n")
+    assert b"".join(chunks) == b"done\n"
+
+
+def test_stream_ends_on_stop_when_the_status_is_already_terminal(connect: Connect) -> None:
+    """Whoever has seen the end of the stream never sees the job still running."""
+    client = connect()
+    job_id = client.start(*FOREVER)
+    with ThreadPoolExecutor(1) as pool:
+        chunks = client.stream(job_id)
+        assert next(chunks) == b"ready\n"
+        stop = pool.submit(client.stop, job_id)
+        assert list(chunks) == []
+        assert client.status(job_id).status == worker_pb.STOPPED
+        stop.result(GUARD_S)
+
+
+def test_grandchild_that_holds_the_output_does_not_keep_the_stream_open(connect: Connect) -> None:
+    """When the command has exited the rest is killed and the stream ends."""
+    client = connect()
+    job_id = client.start("sh", ["-c", "sleep infinity & echo bye"])
+    assert b"".join(client.stream(job_id)) == b"bye\n"
+    assert client.status(job_id).exit_code == 0
+
+
+class _Slots:
+    """Hears of each stream that gives its slot back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        freed = self._freed = threading.Semaphore(0)
+        take = Quotas.stream
+
+        def stream(quotas: Quotas, user: str) -> Callable[[], None]:
+            release = take(quotas, user)
+
+            def free() -> None:
+                assert threading.current_thread().name.startswith("rpc")
+                release()
+                freed.release()
+
+            return free
+
+        monkeypatch.setattr(Quotas, "stream", stream)
+
+    def await_freed(self) -> None:
+        assert self._freed.acquire(timeout=GUARD_S)
+
+
+@pytest.fixture
+def slots(monkeypatch: pytest.MonkeyPatch) -> _Slots:
+    return _Slots(monkeypatch)
+
+
+def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
+    serve: Serve, connect: Connect, slots: _Slots
+) -> None:
+    """Everything else answers, one more stream is refused; a client that goes frees its slot."""
+    address = serve(max_streams=3).address
+    client = connect("user", address)
+    job_id = client.start(*FOREVER)
+    followers = [follow(client, job_id) for _ in range(3)]
+    assert client.status(job_id).status == worker_pb.RUNNING
+    assert connect("", address).login("user", "user")
+    assert client.stop(client.start(*FOREVER)).status == worker_pb.STOPPED
+    assert len(client.list()) == 2
+    assert call_rpc(client, "StreamOutput", job_id=job_id) == (
+        "RESOURCE_EXHAUSTED",
+        "all 3 output streams are in use; try again later",
+    )
+    # The job says nothing all the while; its output must not be needed to notice.
+    followers[1].close()  # type: ignore[attr-defined]
+    slots.await_freed()
+    followers[1] = follow(client, job_id)
+    client.stop(job_id)
+    assert [list(follower) for follower in followers] == [[], [], []]
+
+
+def test_killed_client_gives_its_slot_and_its_thread_back(
+    serve: Serve, connect: Connect, certs: Path, tokens: dict[str, str], slots: _Slots
+) -> None:
+    """A process that dies in the middle of a silent stream is noticed without output."""
+    address = serve(max_streams=1).address
+    client = connect("user", address)
+    job_id = client.start(*FOREVER)
+    argv = [
+        "stream",
+        "--server",
+        address,
+        "--certs",
+        str(certs),
+        "-t",
+        tokens["user"],
+        "-j",
+        job_id,
+    ]
+    with subprocess.Popen(
+        [sys.executable, str(_HERE / "client.py"), *argv], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+    slots.await_freed()
+    follow(client, job_id)
+
+
+def test_failed_streams_use_up_no_slots(serve: Serve, connect: Connect, slots: _Slots) -> None:
+    """Refused and ended streams give back what they took."""
+    client = connect("user", serve(max_streams=1).address)
+    job_id = run_job(client)
+    slots.await_freed()
+    for offset in (1, 0) * 3:
+        code, _ = call_rpc(client, "StreamOutput", job_id=job_id, offset=offset)
+        assert code == ("OUT_OF_RANGE" if offset else "OK")
+        slots.await_freed()
+
+
+def test_stream_that_could_not_be_recorded_uses_up_no_slot(
+    serve: Serve, connect: Connect, slots: _Slots
+) -> None:
+    """Where every call must be on record it is refused, and takes back all it had taken."""
+    server = serve(max_streams=1, audit_required=True)
+    client = connect("user", server.address)
+    job_id = client.start(*FOREVER)
+    server._audit.close()
+    for _ in range(2):
+        assert call_rpc(client, "StreamOutput", job_id=job_id) == _NO_RECORD
+        slots.await_freed()
+    assert _worker_of(server).status(job_id).subscribers == ()
+
+
+def test_subscribers_are_shown_while_they_stream_and_not_after(
+    serve: Serve, connect: Connect
+) -> None:
+    """Each name once, while any stream of theirs is open."""
+    server = serve()
+    user, admin = connect("user", server.address), connect("admin", server.address)
+    job_id = user.start(*FOREVER)
+    assert list(user.status(job_id).subscribers) == []
+    streams = [follow(user, job_id), follow(user, job_id), follow(admin, job_id)]
+    assert list(user.status(job_id).subscribers) == ["admin", "user"]
+    output = _worker_of(server)._job(job_id).output
+    for number, expected in ((2, ["user"]), (1, ["user"]), (0, [])):
+        streams[number].close()  # type: ignore[attr-defined]
+        with output._changed:
+            assert output._changed.wait_for(
+                lambda n=number: len(output._subscriptions) == n,  # type: ignore[misc]
+                GUARD_S,
+            )
+        assert list(user.status(job_id).subscribers) == expected
+
+
+def test_stalled_reader_holds_up_neither_the_job_nor_others(connect: Connect) -> None:
+    """A client that never reads on costs nobody anything."""
+    client, size = connect(), 20_000_000
+    job_id = client.start("head", ["-c", str(size), "/dev/zero"])
+    stalled = client.stream(job_id)
+    next(stalled)
+    assert len(_collect(connect(), job_id)) == size
+    assert client.status(job_id).status == worker_pb.FINISHED
+
+
+def test_server_gives_back_every_descriptor_and_thread(serve: Serve, connect: Connect) -> None:
+    """After jobs, failed starts, streams and refusals it has what it had before."""
+    server = serve()
+    client = connect("user", server.address)
+    run_job(client)
+
+    def used() -> tuple[int, set[str]]:
+        jobs = {thread.name for thread in threading.enumerate() if thread.name.startswith("job-")}
+        return len(os.listdir("/proc/self/fd")), jobs
+
+    before = used()
+    for _ in range(5):
+        run_job(client, "echo", ["hello"])
+        call_rpc(client, "StartJob", command="no-such-command")
+        call_rpc(client, "StreamOutput", job_id=_ABSENT)
+        client.stop(client.start(*FOREVER))
+    for job in _worker_of(server)._jobs.values():
+        job.thread.join(GUARD_S)
+    assert used() == before
