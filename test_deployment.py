@@ -23,6 +23,7 @@ import pytest
 
 import server
 import workerservice_pb2 as worker_pb
+from accounts import parse_uids
 from client import Client, ClientError
 from config import Config
 from conftest import GUARD_S, ServerProgram, children_of
@@ -148,6 +149,19 @@ def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> 
         assert path.is_absolute()
     assert arguments.state_dir == Path("/var/lib", *unit["StateDirectory"])
     assert unit["StateDirectoryMode"] == ["0700"]
+
+
+def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
+    """The places in the instructions, and the uids of jobs, are those of the deployed server."""
+    (command,) = unit["ExecStart"]
+    program, *options = shlex.split(command)
+    arguments = server._parse_arguments(options)
+    text = (_HERE / "SECURITY.md").read_text(encoding="utf-8")
+    for path in (arguments.certs, arguments.users, arguments.state_dir / "audit.log"):
+        assert str(path) in text
+    assert str(Path(program).parent) in text
+    jobs = parse_uids(arguments.uids)[1:]
+    assert f"skuid {jobs.start}-{jobs.stop - 1} " in text
 
 
 def test_systemd_waits_longer_than_the_server(unit: dict[str, list[str]]) -> None:
