@@ -828,6 +828,9 @@ def _rmdir(path: Path) -> None:
 def _mkdir(path: Path) -> None:
     try:
         path.mkdir()
+        # Whatever the umask: a server that becomes another user has to walk through it, and
+        # programs in jobs look up their own limits.
+        path.chmod(0o755)
     except OSError as error:
         remedy = _READ_ONLY if error.errno == errno.EROFS else _DELEGATE
         raise _error(error, "make", path, remedy=remedy) from error

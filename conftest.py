@@ -332,13 +332,22 @@ def clean_environment() -> dict[str, str]:
 
 
 class ServerProgram:
-    """`server.py` in a process of its own. Attributes: `process`, `address`, `log` (its stderr)."""
+    """`server.py` in a process of its own. Attributes: `process`, `address`, `log` (its stderr).
 
-    def __init__(self, log: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    `before`: a command that executes the one that is appended to it.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *options: str,
+        env: dict[str, str] | None = None,
+        before: tuple[str, ...] = (),
+    ) -> None:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, str(_HERE / "server.py"), *options],
+                [*before, sys.executable, str(_HERE / "server.py"), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

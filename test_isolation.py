@@ -985,7 +985,7 @@ def test_isolation_with_capabilities_instead_of_root(
 def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
     base: Path, certs: Path, public: Path, state_of_nobody: Path, witness: _Witness
 ) -> None:
-    """With a cgroup of its own CAP_SETUID and CAP_SETGID are enough, as in the systemd unit."""
+    """With a cgroup of its own CAP_SETUID and CAP_SETGID are enough."""
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
         os.chown(path, _NOBODY, _NOBODY)
     enter = ("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(base))

@@ -1,0 +1,312 @@
+"""Tests of how the server is deployed: the systemd unit `job-worker.service`, and SECURITY.md.
+
+What the unit says is read with a parser of our own that is strict: it knows no more of the
+form than the unit uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import server
+import workerservice_pb2 as worker_pb
+from accounts import parse_uids
+from client import Client, ClientError
+from config import Config
+from conftest import GUARD_S, ServerProgram, children_of
+from worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HERE = Path(__file__).resolve().parent
+_UNIT = _HERE / "job-worker.service"
+_UNITS_OF_SYSTEMD = Path("/usr/lib/systemd/system")
+_INSTALLED = "opt/job-worker"
+
+# What `systemd-analyze security` says of the unit, of 10; systemd 252 says 2.8. What is left
+# is what the server is for: root's start, other uids, cgroups, the network. Rather than raise
+# it, find out which line of the unit has lost its effect.
+_MAX_EXPOSURE = 3.0
+
+_SERVER_UID, _FIRST_UID = 70_000, 70_001
+_RLIMITS = {"LimitNOFILE": "nofile", "LimitCORE": "core"}
+
+
+def _parse(text: str) -> dict[str, list[str]]:
+    """Read a unit; the values of each key, whatever its section."""
+    values = defaultdict(list)
+    for line in text.replace("\\\n", "").splitlines():
+        if line and not line.startswith(("#", "[")):
+            key, equals, value = line.partition("=")
+            assert equals, line
+            values[key].append(" ".join(value.split()))
+    return dict(values)
+
+
+@pytest.fixture(scope="session")
+def unit() -> dict[str, list[str]]:
+    return _parse(_UNIT.read_text(encoding="utf-8"))
+
+
+def _analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run systemd-analyze, or skip; in CI it is an error to go without."""
+    if not shutil.which("systemd-analyze"):
+        reason = "needs systemd-analyze: install systemd (it need not run)"
+        if os.environ.get("JOBWORKER_REQUIRE_KERNEL") == "1":
+            pytest.fail(f"JOBWORKER_REQUIRE_KERNEL=1, but this test {reason}")
+        pytest.skip(reason)
+    return subprocess.run(
+        ["systemd-analyze", "--no-pager", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+
+
+def _verify(root: Path, text: str) -> tuple[int, str]:
+    """Let systemd look at the unit in a machine on which it is installed."""
+    for directory in (_INSTALLED, "etc/systemd/system", "usr/bin"):
+        (root / directory).mkdir(parents=True)
+    shutil.copytree(_UNITS_OF_SYSTEMD, root / "usr/lib/systemd/system", symlinks=True)
+    shutil.copy(_HERE / "server", root / _INSTALLED)
+    shutil.copy("/bin/true", root / "usr/bin/kill")
+    (root / "etc/systemd/system" / _UNIT.name).write_text(text, encoding="utf-8")
+    result = _analyze("--root", root, "verify", _UNIT.name)
+    return result.returncode, result.stdout + result.stderr
+
+
+# --- the unit as systemd sees it --------------------------------------------------------------
+
+
+def test_systemd_has_no_complaint(tmp_path: Path) -> None:
+    """`systemd-analyze verify`: every key and value is known, every program is there."""
+    assert _verify(tmp_path / "good", _UNIT.read_text(encoding="utf-8")) == (0, "")
+
+
+def test_complaint_of_systemd_would_be_noticed(tmp_path: Path) -> None:
+    """The check above sees an unknown key, and a program that is not there."""
+    text = _UNIT.read_text(encoding="utf-8")
+    _, said = _verify(tmp_path / "key", text.replace("NoNewPrivileges=", "NoNewPrivilege="))
+    assert "NoNewPrivilege" in said
+    status, said = _verify(tmp_path / "program", text.replace("/job-worker/server", "/server"))
+    assert status != 0
+    assert "/opt/server is not executable" in said
+
+
+def _exposure(unit: Path, *, allowed: float) -> tuple[int, float]:
+    """Exit status and figure of `systemd-analyze security`, which fails above `allowed`."""
+    threshold = f"--threshold={round(allowed * 10)}"
+    result = _analyze("security", "--offline=yes", threshold, unit)
+    (figure,) = re.findall(r"Overall exposure level for .*: ([0-9.]+)", result.stdout)
+    return result.returncode, float(figure)
+
+
+def test_exposure_is_low() -> None:
+    """`systemd-analyze security`, by the file alone."""
+    status, figure = _exposure(_UNIT, allowed=_MAX_EXPOSURE)
+    assert (status, figure <= _MAX_EXPOSURE) == (0, True), figure
+
+
+@pytest.mark.parametrize("key", ["CapabilityBoundingSet", "SystemCallFilter", "RestrictNamespaces"])
+def test_exposure_rises_without_a_protection(tmp_path: Path, key: str) -> None:
+    """So the figure above says something about these lines."""
+    weaker = tmp_path / _UNIT.name
+    weaker.write_text(re.sub(rf"^{key}=.*\n", "", _UNIT.read_text(), flags=re.MULTILINE))
+    status, figure = _exposure(weaker, allowed=_MAX_EXPOSURE)
+    assert status != 0
+    assert figure > _MAX_EXPOSURE
+
+
+# --- the unit against the program ---------------------------------------------------------------
+
+
+def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> None:
+    """Every option is one of ours; users, isolation, limits and the audit log are not left out."""
+    (command,) = unit["ExecStart"]
+    program, *options = shlex.split(command)
+    assert program == f"/{_INSTALLED}/server"
+    arguments = server._parse_arguments(options)
+    assert arguments.command is None
+    assert arguments.limits == "require"
+    assert arguments.require_isolation
+    assert arguments.audit_required
+    for path in (arguments.users, arguments.certs, arguments.state_dir):
+        assert path.is_absolute()
+    assert arguments.state_dir == Path("/var/lib", *unit["StateDirectory"])
+    assert unit["StateDirectoryMode"] == ["0700"]
+
+
+def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
+    """The places in the instructions, and the uids of jobs, are those of the deployed server."""
+    (command,) = unit["ExecStart"]
+    program, *options = shlex.split(command)
+    arguments = server._parse_arguments(options)
+    text = (_HERE / "SECURITY.md").read_text(encoding="utf-8")
+    for path in (arguments.certs, arguments.users, arguments.state_dir / "audit.log"):
+        assert str(path) in text
+    assert str(Path(program).parent) in text
+    jobs = parse_uids(arguments.uids)[1:]
+    assert f"skuid {jobs.start}-{jobs.stop - 1} " in text
+
+
+def test_systemd_waits_longer_than_the_server(unit: dict[str, list[str]]) -> None:
+    """The watchdog ends the server before systemd does; the signals are those it waits for."""
+    (timeout,) = unit["TimeoutStopSec"]
+    assert int(timeout) > server._WATCHDOG_S + server._STOP_GRACE_S
+    assert unit["KillSignal"] == ["SIGTERM"]
+    # With "+": without CAP_KILL root must not signal the server, which is somebody else.
+    assert unit["ExecReload"] == ["+kill -HUP $MAINPID"]
+
+
+def test_files_suffice_for_every_stream(unit: dict[str, list[str]]) -> None:
+    """The default ceilings fit, so that the server does not warn."""
+    (limit,) = unit["LimitNOFILE"]
+    streams = Config().in_all.streams or 0
+    assert int(limit) >= streams * server._FDS_PER_STREAM + server._FDS_SPARE
+
+
+# --- the rights of the unit, in a real kernel -------------------------------------------------
+
+
+def _capabilities(unit: dict[str, list[str]]) -> set[str]:
+    (kept,) = unit["CapabilityBoundingSet"]
+    return {name.removeprefix("CAP_").lower() for name in kept.split()}
+
+
+def _rights(unit: dict[str, list[str]], cgroup: Path, *, without: str = "") -> tuple[str, ...]:
+    """The command that takes away what the unit takes away, and enters the service's cgroup."""
+    assert unit["NoNewPrivileges"] == ["yes"]
+    (umask,) = unit["UMask"]
+    kept = sorted(_capabilities(unit) - {without})
+    bounding = ",".join(["-all", *(f"+{name}" for name in kept)])
+    limits = [f"--{option}={unit[key][0]}" for key, option in _RLIMITS.items()]
+    assert {key for key in unit if key.startswith("Limit")} == set(_RLIMITS)
+    enter = f'umask {umask}; echo 0 >"$0/cgroup.procs" && exec "$@"'
+    return (
+        *("sh", "-c", enter, str(cgroup), "prlimit", *limits),
+        *("setpriv", "--no-new-privs", f"--bounding-set={bounding}", "--inh-caps=-all"),
+    )
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state directory as systemd makes it."""
+    path = tmp_path / "state"
+    path.mkdir(0o700)
+    return path
+
+
+@contextlib.contextmanager
+def _started(
+    certs: Path, state: Path, before: tuple[str, ...]
+) -> Iterator[tuple[ServerProgram, Client]]:
+    """A server with these rights, and a client that is logged in."""
+    program = ServerProgram(
+        state.with_name("log"),
+        *("--listen", "127.0.0.1:0", "--limits", "require", "--require-isolation"),
+        *("--audit-required", "--certs", str(certs), "--state-dir", str(state)),
+        before=before,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(program.process)
+        stack.callback(program.process.kill)
+        client = stack.enter_context(Client(program.address, certs=certs))
+        client.login("user", "user")
+        yield program, client
+
+
+def _run(client: Client, script: str) -> str:
+    return b"".join(client.stream(client.start("sh", ["-c", script]))).decode()
+
+
+def _status(pid: int | str) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+@pytest.mark.kernel
+def test_rights_of_the_unit_are_enough(
+    base: Path, certs: Path, state: Path, unit: dict[str, list[str]]
+) -> None:
+    """Limited jobs, a stop, SIGTERM, a second start; no process, cgroup or output is left."""
+    for _ in range(2):  # the second finds a state directory that was in use
+        with _started(certs, state, _rights(unit, base)) as (program, user):
+            (helper,) = children_of(program.process.pid)
+            assert _status(program.process.pid)["Uid"].split() == [str(_SERVER_UID)] * 4
+            kept = sum(1 << number for number in (1, 6, 7))  # DAC_OVERRIDE, SETGID, SETUID
+            assert int(_status(helper)["CapEff"], 16) == kept
+            assert int(_status(helper)["CapBnd"], 16) == 0
+            script = "cat /proc/self/status; ulimit -Hc; umask; cat /proc/self/cgroup"
+            output = _run(user, script)
+            job = dict(line.split(":\t") for line in output.splitlines() if ":\t" in line)
+            for each in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                assert int(job[each], 16) == 0
+            assert int(job["Uid"].split()[0]) >= _FIRST_UID
+            assert output.splitlines()[-3:-1] == ["0", "0077"]
+            assert f"/{base.name}/job-worker-" in output.splitlines()[-1]
+            tree = 'trap "" TERM; sleep 1000 & setsid sleep 1000 & echo up; wait'
+            running = user.start("sh", ["-c", tree], memory_bytes=32 << 20, pids=8)
+            next(user.stream(running))
+            assert user.status(running).limits.memory_bytes == 32 << 20
+            assert user.stop(running).status == worker_pb.STOPPED
+            last = user.start("sh", ["-c", tree])
+            next(user.stream(last))
+            with open(os.pidfd_open(helper)) as pidfd:
+                assert program.end(signal.SIGTERM) == 0
+                assert select.select([pidfd], [], [], GUARD_S)[0]
+        assert [each for each in base.iterdir() if each.is_dir()] == []
+        assert os.listdir(state / "output") == []
+        assert "Traceback" not in program.log.read_text()
+    records = [json.loads(line) for line in (state / "audit.log").read_text().splitlines()]
+    rpcs = {each["rpc"].rpartition("/")[2] for each in records}
+    assert {"Login", "StartJob", "StopJob"} <= rpcs
+
+
+def _problem(certs: Path, state: Path, before: tuple[str, ...]) -> str:
+    """What a server with these rights cannot do; "" if it does all it should."""
+    try:
+        with _started(certs, state, before) as (program, user):
+            output = _run(user, "grep ^Cap /proc/self/status | grep -v 0000000000000000")
+            program.end()
+    except (pytest.fail.Exception, ClientError) as failure:
+        return str(failure)
+    return output
+
+
+# What then goes wrong. The last one is that without which a server cannot even tidy up.
+_MISSED = {
+    "setuid": "--require-isolation",
+    "setgid": "--require-isolation",
+    "chown": "Operation not permitted",
+    "setpcap": "CapBnd",
+    "dac_override": "Permission denied",
+}
+
+
+@pytest.mark.kernel
+def test_rights_of_the_unit_are_the_least(
+    base: Path, certs: Path, tmp_path: Path, unit: dict[str, list[str]]
+) -> None:
+    """Without any one of its capabilities the server does not start, or a job is not as it must."""
+    assert _capabilities(unit) == set(_MISSED)
+    for name, missed in _MISSED.items():
+        state = tmp_path / name / "state"
+        state.mkdir(0o700, parents=True)
+        assert missed in _problem(certs, state, _rights(unit, base, without=name)), name
+    with Worker(enforcement="require", cgroup_root=base):
+        pass  # sweeps what it had not the right to remove
