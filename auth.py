@@ -72,6 +72,7 @@ _KEY_BYTES = 32
 _ENTRY_BYTES = 16
 _THUMBPRINT = "x5t#S256"
 _TOKEN_MAX_CHARACTERS = 2048  # ours have some 600; nothing longer is looked at
+_KNOWN_TOKENS = 1024
 _TOKEN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # Each takes a core, 128 MiB and about 0.5 s.
@@ -159,6 +160,9 @@ class Authenticator:
         # Guards the watchers, whose keys only tell them apart. Never held while one is called.
         self._lock = threading.Lock()
         self._watchers: dict[object, tuple[Identity, Callable[[], None]]] = {}
+        # Those who came with a token that is ours, which takes a while to find out, by the
+        # digests of token and certificate; no more than _KNOWN_TOKENS.
+        self._known: dict[bytes, Identity] = {}
         # By name; only ever replaced as a whole, so whoever reads it once has one state.
         self._users: Mapping[str, User] = {}
         self.set_users(users)
@@ -216,36 +220,42 @@ class Authenticator:
 
         Raises `TokenError`, whatever is wrong.
         """
+        if len(token) <= _TOKEN_MAX_CHARACTERS and token.isascii():
+            key = _digest(token.encode()) + _digest(certificate)
+            identity = self._known.get(key) or self._decode(token, certificate)
+            if identity is not None and self.is_valid(identity):
+                if len(self._known) >= _KNOWN_TOKENS:
+                    self._known.clear()
+                self._known[key] = identity
+                return identity
+        raise TokenError
+
+    def _decode(self, token: str, certificate: bytes) -> Identity | None:
+        """Return whom a token of ours was given to; None if it is not ours."""
         # Without the key nobody gets further than the signature: what is in the payload
         # is ours. All the same, nothing but what `login` writes is accepted.
-        if len(token) <= _TOKEN_MAX_CHARACTERS and token.isascii():
-            with contextlib.suppress(jwt.InvalidTokenError):
-                claims = jwt.decode(
-                    token,
-                    self._key,
-                    algorithms=[_ALGORITHM],
-                    audience=_AUDIENCE,
-                    issuer=_ISSUER,
-                    options={"require": ["sub", "iat", "exp", "jti"]},
-                )
-                user = self._users.get(claims["sub"])
-                issued_at, token_id = claims["iat"], claims["jti"]
-                # The one comparison that covers header, role, entry, `cnf`, spelling, and
-                # claims too many, too few or of the wrong type.
-                if (
-                    user is not None
-                    and type(issued_at) is int
-                    and _TOKEN_ID.fullmatch(token_id)
-                    and hmac.compare_digest(
-                        token, self._token(user, token_id, issued_at, certificate)
-                    )
-                ):
-                    expires_at = datetime.fromtimestamp(claims["exp"], UTC)
-                    entry = self._entry(user)
-                    identity = Identity(user.name, user.role, token_id, expires_at, entry)
-                    if self.is_valid(identity):
-                        return identity
-        raise TokenError
+        with contextlib.suppress(jwt.InvalidTokenError):
+            claims = jwt.decode(
+                token,
+                self._key,
+                algorithms=[_ALGORITHM],
+                audience=_AUDIENCE,
+                issuer=_ISSUER,
+                options={"require": ["sub", "iat", "exp", "jti"]},
+            )
+            user = self._users.get(claims["sub"])
+            issued_at, token_id = claims["iat"], claims["jti"]
+            # The one comparison that covers header, role, entry, `cnf`, spelling, and
+            # claims too many, too few or of the wrong type.
+            if (
+                user is not None
+                and type(issued_at) is int
+                and _TOKEN_ID.fullmatch(token_id)
+                and hmac.compare_digest(token, self._token(user, token_id, issued_at, certificate))
+            ):
+                expires_at = datetime.fromtimestamp(claims["exp"], UTC)
+                return Identity(user.name, user.role, token_id, expires_at, self._entry(user))
+        return None
 
     def is_valid(self, identity: Identity) -> bool:
         """Whether the token of `identity` is still good: no expiry, logout or change of user."""
@@ -321,7 +331,11 @@ class Authenticator:
 
 
 def _thumbprint(certificate: bytes) -> str:
-    return _base64(hashlib.sha256(certificate).digest())
+    return _base64(_digest(certificate))
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _base64(data: bytes) -> str:

@@ -103,8 +103,10 @@ def _running(*command: str) -> Iterator[tuple[int, str]]:
         line = process.stdout.readline() if process.stdout else ""
         if not line.startswith("listening on "):
             sys.exit(f"bench: {' '.join(command)} did not start; run it to see why")
-        yield process.pid, line.removeprefix("listening on ").strip()
-        process.terminate()
+        try:
+            yield process.pid, line.removeprefix("listening on ").strip()
+        finally:
+            process.terminate()
 
 
 class _Floor:

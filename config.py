@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -210,12 +210,15 @@ class Config:
             ceiling = getattr(self.ceilings, name)
             if ceiling is not None and value > ceiling:
                 raise LimitError(f"{name} {value} is above this server's ceiling of {ceiling}")
+        values = {field.name: getattr(self.defaults, field.name) for field in fields(Limits)}
+        values |= asked
+        for name, value in values.items():
+            if value is None:
+                values[name] = getattr(self.ceilings, name)
         try:
-            limits = replace(self.defaults, **asked)
+            return Limits(**values)
         except ValueError as error:
             raise LimitError(str(error)) from None
-        unset = {name for name, value in asdict(limits).items() if value is None}
-        return replace(limits, **{name: getattr(self.ceilings, name) for name in unset})
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

@@ -3,9 +3,13 @@
 Forking from a process with threads can deadlock the child, copies the whole heap
 while holding the GIL, and with gRPC loaded crashes the child (README of grpc#43055,
 cpython#82616). So `Spawner` runs this file as a fresh program and asks it, over a
-socketpair, to start each job with `subprocess.Popen`. The helper is the jobs'
-parent: only it waits for them and signals their process groups, hence never a
-process that has been reaped and whose number belongs to a stranger.
+socketpair, to start each job. The helper is the jobs' parent: only it waits for them
+and signals their process groups, hence never a process that has been reaped and whose
+number belongs to a stranger.
+
+A job is forked by clone3(2), into its cgroup. Where that is not to be had, it is
+`subprocess.Popen` with a `preexec_fn` that moves the child there: the same for the job,
+but a move waits, for some milliseconds, until every CPU of the host has taken notice.
 
     with Spawner() as spawner:
         read_end, exit_fd = os.pipe()
@@ -13,8 +17,8 @@ process that has been reaped and whose number belongs to a stranger.
         os.close(exit_fd)
         read_exit(read_end)        # what ended the leader, once it has ended
 
-This file imports little, for every page of the helper is copied by its forks: with
-twice the modules a start took half as long again.
+The helper's part of this file imports little, for every page of the helper is copied by
+its forks: with twice the modules a start took half as long again.
 
 Where the owner may change users, the helper may start jobs as other users, those of
 the range `uids` and no others, and the owner can give up its own rights: then the
@@ -28,8 +32,11 @@ the helper died. When the socket to the owner closes, for whatever reason, the
 helper kills every job and every other descendant, and exits: nothing outlives
 the owner, not even after SIGKILL.
 
-Thread safety: `Spawner` may be used from any thread; one lock makes a request and
-its answer one unit. The helper itself has one thread.
+Each request brings a socket of its own for the answer, which ends with end-of-file. Of a
+start's the new process has a copy, tells on it what fails before the command executes,
+and closes it by executing. So the helper waits for no start, and starts not for each other.
+
+Thread safety: `Spawner` may be used from any thread. The helper itself has one thread.
 """
 
 from __future__ import annotations
@@ -38,15 +45,12 @@ import contextlib
 import ctypes
 import errno
 import json
-import mmap
 import os
 import resource
 import select
 import signal
 import socket
-import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 if TYPE_CHECKING:
@@ -65,7 +69,7 @@ __all__ = [
 ]
 
 _MAX_MESSAGE_BYTES = 4096
-_MAX_FDS = 4
+_MAX_FDS = 5
 _FD_BYTES = 4
 _CLOSE_S = 5.0
 _MAX_PROGRAM_BYTES = 4 * 1024 * 1024  # argv and environment; execve(2) takes less
@@ -73,13 +77,20 @@ _UMASK = 0o077
 
 # What a job may have besides its cgroup's limits: soft and hard. That many processes
 # are of all the jobs of one user together, and hold where there is no pids controller.
+_JOB_DESCRIPTORS = 1024, 65_536  # the helper needs more
 _JOB_RLIMITS = (
-    (resource.RLIMIT_NOFILE, 1024, 65_536),
     (resource.RLIMIT_NPROC, 8192, 8192),
     (resource.RLIMIT_MEMLOCK, 8 * 1024 * 1024, 8 * 1024 * 1024),
     (resource.RLIMIT_RTPRIO, 0, 0),
     (resource.RLIMIT_NICE, 0, 0),
 )
+
+# linux/sched.h; the numbers of system calls this new are the same everywhere
+_SYS_CLONE3 = 435
+_SYS_CLOSE_RANGE = 436
+_CLONE_PIDFD = 0x1000
+_CLONE_INTO_CGROUP = 0x2_0000_0000
+_LAST_FD = 0xFFFF_FFFF
 
 # linux/prctl.h, linux/capability.h
 _PR_SET_PDEATHSIG = 1
@@ -135,9 +146,13 @@ class Spawner:
         dismantle: Sequence[Any] | None = None,
         files: Mapping[str, int] | None = None,
     ) -> None:
-        # Guards the socket and the number: held from a request to its answer.
+        # Not for the helper, which must be small.
+        import subprocess
+        import threading
+
+        # Guards the socket, whose number is another's once it is closed. Held while a
+        # request is sent, not while its answer is awaited.
         self._lock = threading.Lock()
-        self._number = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as undo, theirs:
             undo.callback(self._socket.close)
@@ -193,27 +208,32 @@ class Spawner:
         # In a file: a message may not be larger than net.core.wmem_max, an argv may.
         with open(os.memfd_create("argv"), "w+b", buffering=0) as program:
             program.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode())
-            answer, received = self._request(
-                {"op": "spawn", "job": job, "uid": uid}, [program.fileno(), stdout_fd, exit_fd]
-            )
+            fds = [program.fileno(), stdout_fd, exit_fd]
+            answer, received = self._ask({"op": "spawn", "job": job, "uid": uid}, fds)
         if not received:  # the kernel drops a descriptor for which we have no number left
+            answer.setdefault("errno", errno.EMFILE)
+        if "errno" not in answer:
+            return answer["pid"], received[0]
+        if "pid" in answer:
+            # It is on its way out; the helper reaps it when it next hears from us.
+            for pidfd in received:
+                _await_end(pidfd)
             self.kill(job)
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return answer["pid"], received[0]
+        raise _error(answer)
 
     def kill(self, job: str) -> None:
         """SIGKILL the process group of `job`, if its leader has not been reaped.
 
         Does not wait. Raises `SpawnerDiedError`.
         """
-        self._request({"op": "kill", "job": job}, [])
+        self._request({"op": "kill", "job": job})
 
     def hand_over(self) -> None:
         """Have the helper dismantle our cgroups at its end, for we are going to lose the right.
 
         Raises `SpawnerDiedError`.
         """
-        self._request({"op": "hand_over"}, [])
+        self._request({"op": "hand_over"})
 
     def open(self, path: str) -> int:
         """Open one of `files` with the helper's rights; return the descriptor.
@@ -222,41 +242,68 @@ class Spawner:
         another path, `SpawnerDiedError`.
         """
         try:
-            _, received = self._request({"op": "open", "path": path}, [])
+            received = self._request({"op": "open", "path": path})
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
         if not received:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
         return received[0]
 
-    def _request(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        with self._lock:
-            self._number += 1
-            try:
-                _send(self._socket, {"number": self._number, **request}, fds)
-                while True:
-                    answer, received = _receive(self._socket)
-                    if answer["number"] == self._number:
-                        break
-                    # Whoever asked that did not wait for the answer, because of Ctrl-C.
-                    _close_all(received)
-            except (EOFError, OSError) as error:
-                raise SpawnerDiedError from error
+    def _request(self, request: dict[str, Any]) -> list[int]:
+        """Ask for something other than a start; return the descriptors that are the answer."""
+        answer, received = self._ask(request, [])
         if "errno" in answer:
-            kind = AttachError if answer["attach"] else OSError
-            raise kind(answer["errno"], os.strerror(answer["errno"]))
+            raise _error(answer)
+        return received
+
+    def _ask(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Send a request; return all that is said in answer to it, and the descriptors with it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        answer: dict[str, Any] | None = None
+        received: list[int] = []
+        with ours:
+            try:
+                with theirs, self._lock:
+                    _send(self._socket, request, [theirs.fileno(), *fds])
+                with contextlib.suppress(EOFError):
+                    while True:
+                        message, more = _receive(ours)
+                        received += more
+                        answer = (answer or {}) | message
+            except OSError as error:
+                _close_all(received)
+                raise SpawnerDiedError from error
+            except BaseException:
+                _close_all(received)
+                raise
+        if answer is None:
+            if self._is_dead():
+                raise SpawnerDiedError
+            answer = {"errno": errno.EMFILE}  # it had no number left for where to answer
         return answer, received
+
+    def _is_dead(self) -> bool:
+        try:
+            # It says nothing here, so this is end-of-file or nothing.
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def close(self) -> None:
         """End the helper, which kills every job that still runs; idempotent.
 
         Blocks until it has ended; after 5 s it is killed, or left if it may not be.
         """
+        from subprocess import TimeoutExpired
+
         with self._lock:
             self._socket.close()
         try:
             self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             with contextlib.suppress(PermissionError):  # we have given up our rights
                 self._process.kill()
                 self._process.wait()
@@ -276,6 +323,21 @@ def read_exit(fd: int) -> Exit | None:
     """
     line = os.read(fd, 4096)  # written in one piece, being shorter than PIPE_BUF
     return Exit(**json.loads(line)) if line else None
+
+
+def _await_end(pidfd: int) -> None:
+    """Block until the process has ended; closes its descriptor."""
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+    finally:
+        os.close(pidfd)
+
+
+def _error(answer: dict[str, Any]) -> OSError:
+    kind = AttachError if answer.get("attach") else OSError
+    return kind(answer["errno"], os.strerror(answer["errno"]))
 
 
 # --- both sides: one JSON object a message, with descriptors ------------------------------
@@ -310,6 +372,25 @@ def _close_all(fds: Sequence[int]) -> None:
 # --- the helper ---------------------------------------------------------------------
 
 
+class _Leader(NamedTuple):
+    """What the helper knows of a leader that it has not reaped."""
+
+    job: str
+    exit_fd: int
+
+
+class _Start(NamedTuple):
+    """What a new process is to become."""
+
+    uid: int | None
+    argv: list[bytes]
+    env: dict[bytes, bytes]
+    paths: list[bytes]  # where the program may be
+    cgroup_fd: int | None  # of the directory
+    stdout_fd: int
+    reply: socket.socket  # where it tells what fails
+
+
 class _Helper:
     """The program that `Spawner` runs. One thread; a signal only wakes the poll."""
 
@@ -320,11 +401,9 @@ class _Helper:
         self._dismantle: list[Any] | None = duties["dismantle"]
         self._files: dict[str, int] = duties["files"]
         self._handed_over = False
-        self._leaders: dict[str, subprocess.Popen[bytes]] = {}  # by job, not yet reaped
-        self._exit_fds: dict[int, int] = {}  # by process group, until it is gone
-        # Where a child that could not attach leaves its errno: after fork it shares
-        # nothing else with us, and Popen keeps such an exception to itself.
-        self._attach_errno = mmap.mmap(-1, 4)
+        self._leaders: dict[int, _Leader] = {}  # by pid, until they are reaped
+        self._pids: dict[str, int] = {}  # of those, by job
+        self._exit_fds: dict[int, int] = {}  # by process group without its leader, until it is gone
 
     def run(self) -> None:
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -344,11 +423,7 @@ class _Helper:
                     os.read(wake_read, 4096)
                     self._reap()
                 if self._socket.fileno() in ready:
-                    request, fds = _receive(self._socket)
-                    try:
-                        self._answer(request, fds)
-                    finally:
-                        _close_all(fds)
+                    self._serve()
         except (EOFError, ConnectionError):
             pass  # the owner is gone
         finally:
@@ -364,6 +439,8 @@ class _Helper:
         """Take what neither we nor the jobs need; what is set here, forks and execs keep."""
         os.umask(_UMASK)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for kind, soft, hard in _JOB_RLIMITS:
+            _limit(kind, soft, hard)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each job
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -372,29 +449,45 @@ class _Helper:
             _prctl(_PR_SET_DUMPABLE, 0)
             _keep_capabilities(_CAP_SETUID, _CAP_SETGID, _CAP_KILL, _CAP_DAC_OVERRIDE)
 
-    def _answer(self, request: dict[str, Any], fds: list[int]) -> None:
-        answer: dict[str, Any] = {"number": request["number"]}
+    def _serve(self) -> None:
+        """Take one request, and answer on the socket that came with it."""
+        request, fds = _receive(self._socket)
+        try:
+            if fds:  # if not, we had no number left for it
+                with socket.socket(
+                    socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=fds.pop(0)
+                ) as reply:
+                    self._answer(request, fds, reply)
+        finally:
+            _close_all(fds)
+
+    def _answer(self, request: dict[str, Any], fds: list[int], reply: socket.socket) -> None:
+        answer: dict[str, Any] = {}
         passed = []
         try:
             match request["op"]:
                 case "spawn":
-                    answer["pid"], pidfd = self._spawn(request["job"], request["uid"], *fds)
+                    pid, pidfd = self._spawn(request["job"], request["uid"], reply, *fds)
+                    answer["pid"] = pid
                     passed.append(pidfd)
                 case "kill":
-                    if leader := self._leaders.get(request["job"]):
-                        _kill_group(leader.pid)
+                    self._reap()
+                    if request["job"] in self._pids:
+                        _kill_leader(self._pids[request["job"]])
                 case "open":
                     passed.append(self._open(request["path"]))
                 case "hand_over":
                     self._handed_over = True
                 case _:
                     raise ValueError("unknown request")  # noqa: TRY301 -- answered like others
+        except _ToldError:
+            return
         except (OSError, ValueError, TypeError) as error:
             # Not only OSError: argv or environment may be no strings, or not to be encoded.
-            answer["errno"] = getattr(error, "errno", None) or errno.EINVAL
-            answer["attach"] = isinstance(error, AttachError)
+            answer = _failure(error)
         try:
-            _send(self._socket, answer, passed)
+            with contextlib.suppress(OSError):  # the caller does not wait any more
+                _send(reply, answer, passed)
         finally:
             _close_all(passed)
 
@@ -403,106 +496,61 @@ class _Helper:
             raise PermissionError(errno.EPERM, "not a file of ours", path)
         return os.open(path, self._files[path] | os.O_CLOEXEC, 0o600)
 
-    def _spawn(
-        self, job: str, uid: int | None, program_fd: int, stdout_fd: int, exit_fd: int
+    def _spawn(  # noqa: PLR0913 -- a request
+        self,
+        job: str,
+        uid: int | None,
+        reply: socket.socket,
+        program_fd: int,
+        stdout_fd: int,
+        exit_fd: int,
     ) -> tuple[int, int]:
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise PermissionError(errno.EPERM, "not an uid of ours")
-        if job in self._leaders or job != os.path.basename(job) or job in {"", ".", ".."}:
+        if job in self._pids or job != os.path.basename(job) or job in {"", ".", ".."}:
             raise PermissionError(errno.EPERM, "not a job's name, or taken")
         size = os.fstat(program_fd).st_size
         if size > _MAX_PROGRAM_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-        program = json.loads(os.pread(program_fd, size, 0))
-        with contextlib.ExitStack() as stack:
-            procs_fd = None
-            if self._jobs_cgroup is not None:
-                procs_fd = self._open_procs(job)
-                stack.callback(os.close, procs_fd)
-            return self._execute(job, uid, program, procs_fd, stdout_fd, exit_fd)
-
-    def _open_procs(self, job: str) -> int:
-        # The kernel checks the rights of the opener, not of the writer, so a child that
-        # has changed its user can still join.
+        argv, env, paths = _parse_program(os.pread(program_fd, size, 0))
+        cgroup_fd = self._open_cgroup(job)
         try:
-            return os.open(f"{self._jobs_cgroup}/{job}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            kept_fd = os.dup(exit_fd)
+            try:
+                pid, pidfd = _execute(_Start(uid, argv, env, paths, cgroup_fd, stdout_fd, reply))
+            except BaseException:
+                os.close(kept_fd)
+                raise
+        finally:
+            if cgroup_fd is not None:
+                os.close(cgroup_fd)
+        self._leaders[pid] = _Leader(job, kept_fd)
+        self._pids[job] = pid
+        return pid, pidfd
+
+    def _open_cgroup(self, job: str) -> int | None:
+        if self._jobs_cgroup is None:
+            return None
+        try:
+            return os.open(
+                f"{self._jobs_cgroup}/{job}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            )
         except OSError as error:
             raise AttachError(error.errno, error.strerror) from error
 
-    def _execute(  # noqa: PLR0913 -- what _spawn has checked
-        self,
-        job: str,
-        uid: int | None,
-        program: dict[str, Any],
-        procs_fd: int | None,
-        stdout_fd: int,
-        exit_fd: int,
-    ) -> tuple[int, int]:
-        self._attach_errno[:] = bytes(4)
-        try:
-            leader = subprocess.Popen(
-                program["argv"],
-                env=program["env"],
-                stdin=subprocess.DEVNULL,
-                stdout=stdout_fd,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                start_new_session=True,
-                close_fds=False,  # none of ours is inheritable, so there is nothing to close
-                user=uid,
-                group=uid,
-                extra_groups=None if uid is None else [],
-                # One thread, so none can hold a lock that the child would wait for.
-                preexec_fn=lambda: self._prepare(procs_fd),  # noqa: PLW1509
-            )
-        except subprocess.SubprocessError:  # "Exception occurred in preexec_fn."
-            number = int.from_bytes(self._attach_errno[:], sys.byteorder)
-            raise AttachError(number, os.strerror(number)) from None
-        try:
-            # Valid even if the leader has ended by now: nobody but us reaps it.
-            pidfd = os.pidfd_open(leader.pid)
-            try:
-                self._exit_fds[leader.pid] = os.dup(exit_fd)
-            except BaseException:
-                os.close(pidfd)
-                raise
-        except BaseException:
-            leader.kill()
-            leader.wait()
-            raise
-        self._leaders[job] = leader
-        return leader.pid, pidfd
-
-    def _prepare(self, procs_fd: int | None) -> None:
-        """Join the job's cgroup, be limited; runs in the child, as the job's user, before exec."""
-        try:
-            if procs_fd is not None:
-                os.write(procs_fd, b"0")
-            if self._uids is not None:
-                # If we are killed: an owner without rights could not kill the job. One
-                # with rights kills its group, for which the leader must live.
-                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            for kind, soft, hard in _JOB_RLIMITS:
-                _, most = resource.getrlimit(kind)
-                limit = hard if most == resource.RLIM_INFINITY else min(hard, most)
-                resource.setrlimit(kind, (min(soft, limit), limit))
-        except OSError as error:
-            self._attach_errno[:] = (error.errno or 0).to_bytes(4, sys.byteorder)
-            raise
-
     def _reap(self) -> None:
         """Reap what has ended: report leaders, close the exit pipes of vanished groups."""
-        jobs = {leader.pid: job for job, leader in self._leaders.items()}
         while (pid := _ended_child()) is not None:
-            job = jobs.get(pid)
-            if job is None:
+            leader = self._leaders.get(pid)
+            if leader is None:
                 os.waitpid(pid, 0)  # an orphan of some job
                 continue
             # As long as the leader is not reaped, its group's number is taken.
             _kill_group(pid)
             _, status, usage = os.wait4(pid, 0)
+            del self._leaders[pid], self._pids[leader.job]
+            self._exit_fds[pid] = leader.exit_fd
             code = os.waitstatus_to_exitcode(status)
-            self._leaders.pop(job).returncode = code  # Popen need not wait any more
             end: dict[str, float] = {"exit_code": code} if code >= 0 else {"signal": -code}
             end |= {
                 "cpu_user_s": usage.ru_utime,
@@ -510,9 +558,8 @@ class _Helper:
                 "max_rss_bytes": usage.ru_maxrss * 1024,
             }
             with contextlib.suppress(BrokenPipeError):  # the owner does not care any more
-                os.write(self._exit_fds[pid], json.dumps(end).encode() + b"\n")
-        running = {leader.pid for leader in self._leaders.values()}
-        for group in self._exit_fds.keys() - running:
+                os.write(leader.exit_fd, json.dumps(end).encode() + b"\n")
+        for group in list(self._exit_fds):  # those whose leader has ended: few
             if _group_is_gone(group):
                 os.close(self._exit_fds.pop(group))
 
@@ -523,8 +570,8 @@ class _Helper:
                 kill_fd = os.open(f"{self._jobs_cgroup}/cgroup.kill", os.O_WRONLY)
                 os.write(kill_fd, b"1")
                 os.close(kill_fd)
-        for leader in self._leaders.values():
-            _kill_group(leader.pid)
+        for pid in self._leaders:
+            _kill_leader(pid)
         # What escaped its group or has no cgroup: as its ancestors die it becomes our
         # child, because we are the subreaper.
         while children := _children():
@@ -536,6 +583,201 @@ class _Helper:
                 os.waitpid(-1, 0)
 
 
+# --- from fork to exec ----------------------------------------------------------------
+
+
+class _ToldError(Exception):
+    """The new process has told by itself what failed."""
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    return {
+        "errno": getattr(error, "errno", None) or errno.EINVAL,
+        "attach": isinstance(error, AttachError),
+    }
+
+
+def _parse_program(text: bytes) -> tuple[list[bytes], dict[bytes, bytes], list[bytes]]:
+    """Return argv, the environment, and the paths to try. Raises ValueError, TypeError."""
+    program = json.loads(text)
+    argv = [os.fsencode(argument) for argument in program["argv"]]
+    env = {os.fsencode(name): os.fsencode(value) for name, value in program["env"].items()}
+    if not argv or any(b"\0" in each for each in (*argv, *env, *env.values())):
+        raise ValueError("no argv, or a NUL character in it or in the environment")
+    if any(b"=" in name for name in env):
+        raise ValueError("not a name of a variable")
+    if b"/" in argv[0]:
+        return argv, env, [argv[0]]
+    path = env.get(b"PATH", os.fsencode(os.defpath))
+    return argv, env, [os.path.join(each, argv[0]) for each in path.split(b":")]
+
+
+def _execute(start: _Start) -> tuple[int, int]:
+    """Fork; the child executes the program, and tells itself if it cannot.
+
+    Returns its pid and a pidfd. Raises `_ToldError`; OSError if there is no child.
+    """
+    try:
+        pid, pidfd = _clone(start.cgroup_fd)
+    except OSError:
+        # An older kernel, a filter of system calls (seccomp), a cgroup that takes no
+        # process: what works everywhere works, or says why not.
+        return _popen(start)
+    if pid == 0:
+        _become(start)
+    return pid, pidfd
+
+
+def _clone(cgroup_fd: int | None) -> tuple[int, int]:
+    """Fork, as clone3(2): the child is born in the cgroup. Since Linux 5.7.
+
+    Returns the child's pid and a pidfd, valid even if it has ended by then; in the child
+    0, which has one thread, and for which neither Python nor the C library has done what
+    they do after fork(2): it should soon execute something. Raises OSError.
+    """
+    pidfd = ctypes.c_int(-1)
+    flags = _CLONE_PIDFD | (0 if cgroup_fd is None else _CLONE_INTO_CGROUP)
+    # flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
+    # set_tid_size, cgroup
+    arguments = (ctypes.c_uint64 * 11)(
+        flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup_fd or 0
+    )
+    pid = _libc.syscall(
+        ctypes.c_long(_SYS_CLONE3), arguments, ctypes.c_size_t(ctypes.sizeof(arguments))
+    )
+    if pid < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"clone3: {os.strerror(number)}")
+    return pid, pidfd.value
+
+
+def _become(start: _Start) -> NoReturn:
+    """Make this fork of the helper what was asked for, and execute the program.
+
+    As Popen does, in the same order. It tells what fails, and ends.
+    """
+    try:
+        signal.set_wakeup_fd(-1)  # the helper's
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(start.stdout_fd, 1)
+        os.dup2(start.stdout_fd, 2)
+        # If the exec hangs (a dead file server), what is others' must not be open here.
+        # Before Linux 5.9 it is, until the exec.
+        reply_fd = start.reply.fileno()
+        for first, last in ((3, reply_fd - 1), (reply_fd + 1, _LAST_FD)):
+            _libc.syscall(
+                ctypes.c_long(_SYS_CLOSE_RANGE),
+                ctypes.c_uint(first),
+                ctypes.c_uint(last),
+                ctypes.c_uint(0),
+            )
+        os.setsid()
+        if start.uid is not None:
+            os.setgroups([])
+            os.setresgid(start.uid, start.uid, start.uid)
+            os.setresuid(start.uid, start.uid, start.uid)
+        _prepare(start.uid)
+        _execute_first(start)
+    except BaseException as error:  # noqa: BLE001 -- nothing may get back into the helper
+        _send(start.reply, _failure(error))
+    finally:
+        os._exit(127)
+
+
+def _execute_first(start: _Start) -> NoReturn:
+    """Execute the first of the paths that can be. Raises OSError, as execvp(3) would."""
+    problem = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for path in start.paths:
+        try:
+            os.execve(path, start.argv, start.env)
+        except OSError as error:
+            # One that is there says more than all that are not.
+            if problem.errno in (errno.ENOENT, errno.ENOTDIR):
+                problem = error
+    raise problem
+
+
+def _popen(start: _Start) -> tuple[int, int]:
+    """As `_clone` and `_become`, where clone3 is not to be had."""
+    # Not for the helper that does without: it is to be small.
+    import subprocess
+
+    procs_fd = None if start.cgroup_fd is None else _open_procs(start.cgroup_fd)
+
+    def attach_and_prepare() -> None:
+        try:
+            if procs_fd is not None:
+                _attach(procs_fd)
+            _prepare(start.uid)
+        except BaseException as error:
+            # Popen would keep to itself what it was.
+            _send(start.reply, _failure(error))
+            raise
+
+    try:
+        leader = subprocess.Popen(
+            start.argv,
+            env=start.env,
+            stdin=subprocess.DEVNULL,
+            stdout=start.stdout_fd,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            start_new_session=True,
+            close_fds=False,  # none of ours is inheritable, so there is nothing to close
+            user=start.uid,
+            group=start.uid,
+            extra_groups=None if start.uid is None else [],
+            # One thread, so none can hold a lock that the child would wait for.
+            preexec_fn=attach_and_prepare,  # noqa: PLW1509
+        )
+    except subprocess.SubprocessError:  # "Exception occurred in preexec_fn."
+        raise _ToldError from None
+    finally:
+        if procs_fd is not None:
+            os.close(procs_fd)
+    try:
+        # Valid even if the leader has ended by now: nobody but us reaps it.
+        pidfd = os.pidfd_open(leader.pid)
+    except BaseException:
+        leader.kill()
+        leader.wait()
+        raise
+    leader.returncode = 0  # Popen need not wait: we do
+    return leader.pid, pidfd
+
+
+def _open_procs(cgroup_fd: int) -> int:
+    # The kernel checks the rights of the opener, not of the writer, so a child that has
+    # changed its user can still join.
+    try:
+        return os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup_fd)
+    except OSError as error:
+        raise AttachError(error.errno, error.strerror) from error
+
+
+def _attach(procs_fd: int) -> None:
+    try:
+        os.write(procs_fd, b"0")
+    except OSError as error:
+        raise AttachError(error.errno, error.strerror) from error
+
+
+def _prepare(uid: int | None) -> None:
+    """Set what a job does not have in common with the helper; runs in the child, as its user."""
+    if uid is not None:
+        # If we are killed: an owner without rights could not kill the job. One with
+        # rights kills its group, for which the leader must live.
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _limit(resource.RLIMIT_NOFILE, *_JOB_DESCRIPTORS)
+
+
+def _limit(kind: int, soft: int, hard: int) -> None:
+    """Set a limit, but not above what it is."""
+    _, most = resource.getrlimit(kind)
+    limit = hard if most == resource.RLIM_INFINITY else min(hard, most)
+    resource.setrlimit(kind, (min(soft, limit), limit))
+
+
 def _set_signals() -> None:
     """Give this process, and so the jobs, an unblocked mask and default dispositions.
 
@@ -544,10 +786,9 @@ def _set_signals() -> None:
     meant for it: a service manager sends SIGTERM to all of us at once.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    handled = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    handled = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, _wake if number in handled else signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Popen restores it for the jobs
 
 
 def _wake(signum: int, frame: object) -> None:
@@ -558,6 +799,13 @@ def _kill_group(group: int) -> None:
     # PermissionError: there are cgroups, and we may change users but not kill theirs.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
+
+
+def _kill_leader(pid: int) -> None:
+    """Kill a leader that we have not reaped, and its group, which it may not have made yet."""
+    _kill_group(pid)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _ended_child() -> int | None:

@@ -506,7 +506,8 @@ def test_job_has_sane_limits(spawn: Callable[..., _Job]) -> None:
     """Descriptors, processes, locked memory and priority are bounded, whatever the owner has."""
     job = spawn("sh", "-c", f"echo; {_FOREVER}")
     job.readline()
-    for kind, soft, hard in spawner_module._JOB_RLIMITS:
+    descriptors = (resource.RLIMIT_NOFILE, *spawner_module._JOB_DESCRIPTORS)
+    for kind, soft, hard in (descriptors, *spawner_module._JOB_RLIMITS):
         assert soft <= hard
         _, ours = resource.getrlimit(kind)
         most = hard if ours == resource.RLIM_INFINITY else min(hard, ours)
@@ -564,17 +565,20 @@ class _Seat:
         """Send a message, whole or not; return the answer, None if the helper has ended."""
         if isinstance(message, dict):
             message = json.dumps(message).encode()
-        with contextlib.suppress(ConnectionError):
-            socket.send_fds(self.spawner._socket, [message], list(fds))
-            data, ancillary, _, _ = self.spawner._socket.recvmsg(65_536, 1024)
-            for _, _, numbers in ancillary:
-                for i in range(0, len(numbers), 4):
-                    os.close(int.from_bytes(numbers[i : i + 4], sys.byteorder))
-            if data:
-                answer = json.loads(data)
-                assert isinstance(answer, dict)
-                return answer
-        return None
+        answer: dict[str, Any] | None = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, contextlib.suppress(ConnectionError):
+            with theirs:
+                socket.send_fds(self.spawner._socket, [message], [theirs.fileno(), *fds])
+            while True:
+                data, ancillary, _, _ = ours.recvmsg(65_536, 1024)
+                for _, _, numbers in ancillary:
+                    for i in range(0, len(numbers), 4):
+                        os.close(int.from_bytes(numbers[i : i + 4], sys.byteorder))
+                if not data:
+                    break
+                answer = (answer or {}) | json.loads(data)
+        return answer
 
     def assert_nothing_gained(self, answer: dict[str, Any] | None) -> None:
         """An error, and nothing but the honest job runs; or the end of everything."""
@@ -596,7 +600,7 @@ class _Seat:
         """Ask for a process with something wrong about it: there may be none."""
         if program is None:
             program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV}).encode()
-        fields = {"number": 1, "op": "spawn", "job": "job", "uid": self.uid} | request
+        fields = {"op": "spawn", "job": "job", "uid": self.uid} | request
         fields = {key: value for key, value in fields.items() if value is not _MISSING}
         with _program_fds(program) as (fds, output_fd):
             answer = self.ask(fields, fds)
@@ -750,9 +754,7 @@ def test_no_process_for_a_program_that_is_no_file(seat: _Seat, tmp_path: Path, k
         if kind in {"sparse", "write"}:
             os.ftruncate(bad, 1 << 40 if kind == "sparse" else 10)
         with _program_fds(b"") as (fds, output_fd):
-            answer = seat.ask(
-                {"number": 1, "op": "spawn", "job": "job", "uid": seat.uid}, [bad, *fds[1:]]
-            )
+            answer = seat.ask({"op": "spawn", "job": "job", "uid": seat.uid}, [bad, *fds[1:]])
             for fd in fds[1:]:
                 os.close(fd)
             seat.assert_nothing_gained(answer)
@@ -765,9 +767,7 @@ def test_no_process_with_another_number_of_descriptors(seat: _Seat, count: int) 
     before = descriptors_of(seat.spawner.pid)
     program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV}).encode()
     with _program_fds(program) as (fds, output_fd):
-        answer = seat.ask(
-            {"number": 1, "op": "spawn", "job": "job", "uid": seat.uid}, (fds * 7)[:count]
-        )
+        answer = seat.ask({"op": "spawn", "job": "job", "uid": seat.uid}, (fds * 7)[:count])
         for fd in fds[1:]:
             os.close(fd)
         seat.assert_nothing_gained(answer)
@@ -784,9 +784,9 @@ _MESSAGES: list[bytes | dict[str, Any]] = [
     *({"op": "kill", "job": job} for job in _NO_NAMES),
     *({"op": op} for op in ("spawn", "kill", "open")),
     *(b"", b"{", b"not JSON", b"\xff\xfe", b"[]", b"5", b"null", b'"spawn"', b"{}"),
-    *(b'{"number": 1}', b'{"op": "kill", "job": "honest"}', b"[" * 4000, b"x" * 5000),
-    json.dumps({"number": 1, "op": "kill", "job": "x" * 5000}).encode(),
-    json.dumps({"number": 1, "op": "open", "path": "/etc/shadow"}).encode()[:-3],
+    *(b'{"job": "honest"}', b"[" * 4000, b"x" * 5000),
+    json.dumps({"op": "kill", "job": "x" * 5000}).encode(),
+    json.dumps({"op": "open", "path": "/etc/shadow"}).encode()[:-3],
 ]
 
 
@@ -795,8 +795,6 @@ def test_message_that_makes_no_sense_gains_nothing(
     seat: _Seat, message: bytes | dict[str, Any]
 ) -> None:
     """Unknown, incomplete, cut off, giant or no message: an error, or the end of everything."""
-    if isinstance(message, dict):
-        message = {"number": 1} | message
     seat.assert_nothing_gained(seat.ask(message))
 
 
@@ -804,7 +802,7 @@ def test_message_larger_than_the_socket_takes_is_refused_by_the_kernel(seat: _Se
     """It never reaches the helper, which works on."""
     with pytest.raises(OSError, match="Message too long"):
         seat.ask(b"x" * (8 << 20))
-    seat.assert_nothing_gained(seat.ask({"number": 1, "op": "?"}))
+    seat.assert_nothing_gained(seat.ask({"op": "?"}))
 
 
 @pytest.mark.parametrize("uids", [_UIDS, None])
@@ -827,7 +825,7 @@ def test_only_the_named_files_are_opened(tmp_path: Path, uids: range | None) -> 
             *(f"{tmp_path}/./named", f"{named}\0", f"{named}/../secret", "/proc/self/environ"),
             *("/proc/self/fd/0", None, 0, 1, True, [named], {named: 1}),
         ]:
-            seat.assert_nothing_gained(seat.ask({"number": 1, "op": "open", "path": path}))
+            seat.assert_nothing_gained(seat.ask({"op": "open", "path": path}))
         with open(seat.spawner.open(named)) as file:
             assert file.read() == "named"
             with pytest.raises(OSError, match="Bad file descriptor"):
@@ -851,7 +849,7 @@ def test_only_the_named_files_are_opened(tmp_path: Path, uids: range | None) -> 
 @pytest.mark.parametrize("job", ["nobody", "../honest", "", "1", 1, str(os.getpid()), -1])
 def test_kill_reaches_only_jobs(seat: _Seat, job: object) -> None:
     """Neither process numbers nor anything else but the name of a job that runs."""
-    seat.ask({"number": 1, "op": "kill", "job": job})
+    seat.ask({"op": "kill", "job": job})
     assert not select.select([seat.honest.pidfd], [], [], 0)[0]
     assert seat.spawner._process.poll() is None
     seat.spawner.kill("honest")
@@ -1010,8 +1008,8 @@ def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
         subtree.create("honest", NO_LIMITS)
         duties = {"jobs_cgroup": subtree.jobs, "dismantle": subtree.dismantling}
         with contextlib.closing(_Seat(**duties)) as seat:
-            request = {"number": 1, "op": "hand_over", "dismantle": [str(base / "neighbour")] * 3}
-            assert seat.ask(request) == {"number": 1}
+            request = {"op": "hand_over", "dismantle": [str(base / "neighbour")] * 3}
+            assert seat.ask(request) == {}
             assert subtree.path.exists()
             seat.spawner.close()
             assert seat.honest.has_no_process()
