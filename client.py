@@ -167,6 +167,10 @@ class Client:
         job: worker_pb.Job = self._call(self._worker.GetJobStatus, request).job
         return job
 
+    def remove(self, job_id: str) -> None:
+        """Forget a finished job and delete its output; those who read it still get all."""
+        self._call(self._worker.RemoveJob, self._worker_pb.RemoveJobRequest(job_id=job_id))
+
     def list(self) -> Sequence[worker_pb.Job]:
         """Return the jobs the user reaches, in the order they were started."""
         jobs: Sequence[worker_pb.Job] = self._call(
@@ -532,6 +536,10 @@ def _stream(client: Client, arguments: argparse.Namespace) -> None:
         raise
 
 
+def _remove(client: Client, arguments: argparse.Namespace) -> None:
+    client.remove(arguments.job)
+
+
 def _list(client: Client, arguments: argparse.Namespace) -> None:
     jobs = client.list()
     if arguments.json:
@@ -627,6 +635,8 @@ def _parsers() -> tuple[_Parser, _Parser]:
         metavar="N",
         help="begin with byte N, counted from 0 (default: 0)",
     )
+    sub = add("remove", _remove, "Forget a finished job and delete its output")
+    _add_job(sub)
     sub = add("list", _list, "List the jobs you may see")
     _add_json(sub)
     return parser, start

@@ -85,6 +85,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (auth.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED, None),
     (_PermissionError, grpc.StatusCode.PERMISSION_DENIED, None),
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
+    (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (worker.OffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
     (worker.OutputIncompleteError, grpc.StatusCode.DATA_LOSS, None),
     (QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
@@ -298,7 +299,9 @@ class _WorkerServicer:
         self._authenticator = authenticator
         self._config = config
         self._uid_of = uid_of
-        self._quotas = Quotas(config.per_user, config.in_all, config.job_output_bytes)
+        self._quotas = Quotas(
+            config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
+        )
 
     def StartJob(  # noqa: N802
         self, request: worker_pb.StartJobRequest, call: _Call
@@ -348,6 +351,13 @@ class _WorkerServicer:
         is_owner = owner == call.caller.name
         reason = EndReason.STOPPED_BY_OWNER if is_owner else EndReason.STOPPED_BY_ADMIN
         return worker_pb.StopJobResponse(job=_job(self._worker.stop(job_id, reason=reason)))
+
+    def RemoveJob(  # noqa: N802
+        self, request: worker_pb.RemoveJobRequest, call: _Call
+    ) -> worker_pb.RemoveJobResponse:
+        job_id, _ = self._reach(request.job_id, call)
+        self._worker.remove(job_id)
+        return worker_pb.RemoveJobResponse()
 
     def GetJobStatus(  # noqa: N802
         self, request: worker_pb.GetJobStatusRequest, call: _Call
