@@ -782,10 +782,10 @@ class _Job:
             for fd in self._fds:
                 os.close(fd)
             # In here, so that nobody sees the one without the other: a job that has
-            # ended has all its output, and where the output ends the job has ended; and
-            # it can be removed.
-            self.output.complete()
+            # ended has all its output, and where the output ends the job has ended. Who
+            # learns of either can remove it.
             self._registry.finish(self, self.snapshot(live_usage=False))
+            self.output.complete()
             self._ended.notify_all()
 
 
