@@ -16,7 +16,7 @@ import hashlib
 import logging
 import ssl
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 
@@ -33,7 +33,7 @@ import workerservice_pb2_grpc
 from audit import AuditError, AuditLog
 from config import Config, LimitError
 from quotas import QuotaError, Quotas
-from worker import EndReason, Job, Status, UsageSource, Worker
+from worker import EndReason, Job, Limits, Status, Usage, UsageSource, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -441,7 +441,7 @@ def _job(job: Job) -> worker_pb.Job:
     # The messages Limits and Usage have the fields of the classes of the same names.
     usage = None
     if job.usage is not None and job.usage_source is not None:
-        usage = worker_pb.Usage(source=_USAGE_SOURCES[job.usage_source], **asdict(job.usage))
+        usage = worker_pb.Usage(source=_USAGE_SOURCES[job.usage_source], **_fields(job.usage))
     return worker_pb.Job(
         job_id=job.job_id,
         owner=job.owner,
@@ -456,9 +456,14 @@ def _job(job: Job) -> worker_pb.Job:
         output_bytes=job.output_bytes,
         output_lost_bytes=job.output_lost_bytes,
         subscribers=job.subscribers,
-        limits=worker_pb.Limits(**asdict(job.limits)),
+        limits=worker_pb.Limits(**_fields(job.limits)),
         usage=usage,
     )
+
+
+def _fields(value: Limits | Usage) -> dict[str, Any]:
+    # A list may have ten thousand jobs, and with dataclasses.asdict it took twice as long.
+    return {name: getattr(value, name) for name in value.__slots__}
 
 
 def _timestamp(moment: datetime) -> Timestamp:
