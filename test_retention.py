@@ -166,6 +166,44 @@ def test_whoever_learns_of_the_end_can_remove_the_job(worker: Worker, learn: str
     assert worker.list() == ()
 
 
+def test_job_can_be_removed_from_the_moment_its_output_ends(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the one that reads it may be faster than the thread that ends the job."""
+    job_id = worker.start(*_FOREVER)
+    outcomes: list[str] = []
+    output = worker._job(job_id).output
+    real_complete = output.complete
+
+    def complete() -> None:
+        real_complete()
+        if not outcomes:
+            outcomes.append("began")
+            worker.remove(job_id)
+            outcomes.append("removed")
+
+    monkeypatch.setattr(output, "complete", complete)
+    assert worker.stop(job_id).status is Status.STOPPED
+    assert outcomes == ["began", "removed"]
+    assert _kept(worker) == []
+
+
+def test_stream_of_a_job_that_is_removed_meanwhile_is_of_an_unknown_job(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of a worker that is closed."""
+    job_id, real_job = _finish(worker), worker._job
+
+    def remove_meanwhile(job_id: str) -> object:
+        job = real_job(job_id)
+        worker.remove(job_id)
+        return job
+
+    monkeypatch.setattr(worker, "_job", remove_meanwhile)
+    with pytest.raises(UnknownJobError):
+        worker.stream(job_id)
+
+
 def test_readers_of_a_removed_job_get_all_of_its_output(worker: Worker) -> None:
     """Wherever in it they are; the room comes back with the last of them."""
     size, budget = 3_000_000, Budget(None, "none")
@@ -263,6 +301,40 @@ def test_removal_that_races_with_close_leaves_nothing(
         assert len(worker.list()) == results.count(WorkerClosedError)
         assert list((tmp_path / "output").iterdir()) == []
         assert set(descriptors_of()) <= set(descriptors)
+
+
+class _Watched(threading.Condition):
+    """Sets `event` when somebody waits."""
+
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__()
+        self._event = event
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._event.set()
+        return super().wait(timeout)
+
+
+def test_close_waits_for_a_removal(
+    worker: Worker, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which needs the directory that close gives up."""
+    job_id, closing = _finish(worker), threading.Event()
+    worker._idle = _Watched(closing)
+    output = worker._job(job_id).output
+    real_remove = output.remove
+    was_closed = []
+
+    def remove() -> None:
+        close = pool.submit(worker.close)
+        close.add_done_callback(lambda _: closing.set())
+        assert closing.wait(GUARD_S)
+        was_closed.append(close.done())
+        real_remove()
+
+    monkeypatch.setattr(output, "remove", remove)
+    worker.remove(job_id)
+    assert was_closed == [False]
 
 
 def test_closed_worker_removes_nothing(worker: Worker) -> None:
