@@ -88,7 +88,7 @@ def _add_options(parser: argparse.ArgumentParser, name: str) -> None:
         )
     if name == "start":
         _add_start(parser)
-    if name in {"stop", "status", "stream"}:
+    if name in {"stop", "status", "stream", "remove"}:
         parser.add_argument("-j", "--job", required=True, metavar="JOB_ID", help="the job's ID")
     if name in {"status", "list"}:
         parser.add_argument(

@@ -133,6 +133,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.WorkerService/GetJobStatus": _EVERYONE,
     "/jobworker.v1.WorkerService/StreamOutput": _EVERYONE,
     "/jobworker.v1.WorkerService/ListJobs": _EVERYONE,
+    "/jobworker.v1.WorkerService/RemoveJob": _EVERYONE,
 }
 
 

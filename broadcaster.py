@@ -18,12 +18,13 @@ This module knows nothing of jobs, users' rights or networks.
 How much is kept can be bounded by a `Budget`, which several logs may share. What is
 written beyond it is counted and dropped, and every subscriber is told so at the end.
 
+A complete log that nobody reads has no descriptor open and costs some 300 bytes.
+
 Thread safety: every method may be called from any thread; there is one writer
-at a time (`append` is not atomic against another `append`). One condition per
-log guards all its state. It is held for a few instructions at a time, never
-while reading or writing the file or while running a caller's code, so
-`Subscription.close` may be called where blocking is not allowed. Lock order: a log,
-its budget, that budget's parent.
+at a time (`append` is not atomic against another `append`). One lock per log guards
+all its state. It is held for a few instructions at a time, never while reading or
+writing the file or while running a caller's code, so `Subscription.close` may be called
+where blocking is not allowed. Lock order: a log, its budget, that budget's parent.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import threading
 from typing import TYPE_CHECKING, NoReturn, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "Budget",
@@ -49,6 +50,8 @@ __all__ = [
 # The largest chunk a subscriber is given. Measured over gRPC with mutual TLS:
 # 64 KiB messages reach 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
 _CHUNK_BYTES = 256 * 1024
+
+_NOBODY: frozenset[Subscription] = frozenset()
 
 
 class OffsetError(ValueError):
@@ -92,13 +95,24 @@ class Budget:
 
     `limit`: in bytes, at least 0; None for any number. `what`: names the limit in
     messages: "this job's ceiling of 1 GiB". `parent`: a budget out of which all of this
-    one's bytes are taken too. Attributes: `limit`, `what`.
+    one's bytes are taken too. `make_room`: is told which budget has no more, and returns
+    whether it has made others give back some of it; not for a budget that is a parent.
+    Attributes: `limit`, `what`.
     """
 
-    def __init__(self, limit: int | None, what: str, parent: Budget | None = None) -> None:
+    __slots__ = ("_lock", "_make_room", "_parent", "_used", "limit", "what")
+
+    def __init__(
+        self,
+        limit: int | None,
+        what: str,
+        parent: Budget | None = None,
+        make_room: Callable[[Budget], bool] | None = None,
+    ) -> None:
         self.limit = limit
         self.what = what
         self._parent = parent
+        self._make_room = make_room
         # Guards _used. Held while the parent's is taken (child before parent), so that all
         # of them agree, and never during I/O. Reentrant, because the garbage collector may
         # close an abandoned subscription, and so give back, in the middle of a take.
@@ -120,7 +134,15 @@ class Budget:
         """Take up to `size` bytes from this budget and from every parent alike.
 
         Returns how many, and the budget that had no more: None if that is all of `size`.
+        Blocks only while `make_room` does, holding no lock.
         """
+        taken, refuser = self._take(size)
+        while refuser is not None and self._make_room is not None and self._make_room(refuser):
+            more, refuser = self._take(size - taken)
+            taken += more
+        return taken, refuser
+
+    def _take(self, size: int) -> tuple[int, Budget | None]:
         with self._lock:
             room = size if self.limit is None else min(size, self.limit - self._used)
             taken, refuser = self._parent.take(room) if self._parent else (room, None)
@@ -158,10 +180,12 @@ class OutputLog:
         self._path = os.fspath(path)
         self._dir_fd = dir_fd
         self._budget = budget
-        # Guards every attribute below. Notified when bytes were appended, when the
-        # log is complete and when a subscription is closed. Never held while reading or
-        # writing the file.
-        self._changed = threading.Condition()
+        # Guards every attribute below. Never held while reading or writing the file.
+        # Reentrant, because the garbage collector may close an abandoned subscription.
+        self._lock = threading.RLock()
+        # Notified when bytes were appended, when the log is complete and when a subscription
+        # is closed. None once it is complete: nobody waits any more, and it is large.
+        self._changed: threading.Condition | None = threading.Condition(self._lock)
         # Open while the log can grow or has subscribers; shared by all of them (pread).
         self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._size = 0
@@ -171,25 +195,32 @@ class OutputLog:
         self._unlinked = False
         self._failure: OSError | None = None  # why the rest is not kept
         self._lost_bytes = 0
-        self._subscriptions: set[Subscription] = set()
+        # Replaced, never changed: most logs have none, and share the one that is empty.
+        self._subscriptions: frozenset[Subscription] = _NOBODY
 
     @property
     def size(self) -> int:
         """How many bytes are stored and can be read."""
-        with self._changed:
+        with self._lock:
             return self._size
 
     @property
     def lost_bytes(self) -> int:
         """How many bytes were appended but not kept: all that came after the first such."""
-        with self._changed:
+        with self._lock:
             return self._lost_bytes
 
     @property
     def subscribers(self) -> tuple[str, ...]:
         """The names of those who are reading now, sorted, each once."""
-        with self._changed:
+        with self._lock:
             return tuple(sorted({s.subscriber for s in self._subscriptions if s.subscriber}))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether anybody is reading now."""
+        with self._lock:
+            return bool(self._subscriptions)
 
     def append(self, data: bytes | memoryview) -> None:
         """Store `data` and wake the subscribers. Blocks for the file write only.
@@ -200,7 +231,7 @@ class OutputLog:
         again: what is stored has no gaps. Every subscriber is told with
         `OutputIncompleteError` where it ends. Raises ValueError when the log is complete.
         """
-        with self._changed:
+        with self._lock:
             if self._complete:
                 raise ValueError("the output log is complete")
             offset, failure = self._size, self._failure
@@ -217,22 +248,23 @@ class OutputLog:
                     break
         if self._budget and stored < granted:
             self._budget.give_back(granted - stored)
-        with self._changed:
+        with self._lock:
             self._size += stored
             self._taken += stored
             self._failure = failure
             self._lost_bytes += len(data) - stored
-            self._changed.notify_all()
+            self._notify_locked()
 
     def complete(self) -> None:
         """Declare that nothing more will be appended; idempotent.
 
         Subscribers that have read everything end.
         """
-        with self._changed:
+        with self._lock:
             self._complete = True
             self._let_go_locked()
-            self._changed.notify_all()
+            self._notify_locked()
+            self._changed = None
 
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
@@ -242,13 +274,13 @@ class OutputLog:
         are reading ends; not at all if the file cannot be deleted, which raises OSError.
         """
         self.complete()
-        with self._changed:
+        with self._lock:
             if self._removed:
                 return
             self._removed = True
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path, dir_fd=self._dir_fd)
-        with self._changed:
+        with self._lock:
             self._unlinked = True
             self._let_go_locked()
 
@@ -261,7 +293,7 @@ class OutputLog:
         """
         if offset < 0:
             raise ValueError(f"offset must not be negative: {offset}")
-        with self._changed:
+        with self._lock:
             if self._removed:
                 raise OutputRemovedError
             if self._complete and offset > self._size:
@@ -269,11 +301,15 @@ class OutputLog:
             if self._fd < 0:
                 self._fd = self._open(os.O_RDONLY)
             subscription = Subscription(self, subscriber, offset)
-            self._subscriptions.add(subscription)
+            self._subscriptions |= {subscription}
             return subscription
 
     def _open(self, flags: int) -> int:
         return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+
+    def _notify_locked(self) -> None:
+        if self._changed is not None:
+            self._changed.notify_all()
 
     def _let_go_locked(self) -> None:
         """Close the file if nobody needs it, and give back its bytes if it is gone then."""
@@ -297,7 +333,7 @@ class Subscription:
         self.subscriber = subscriber
         self.offset = offset
         self._log = log
-        # Both guarded by the log's condition.
+        # Both guarded by the log's lock.
         self._closed = False
         self._reading = False
 
@@ -313,8 +349,11 @@ class Subscription:
         for, `OutputIncompleteError` when some output was not kept.
         """
         log = self._log
-        with log._changed:
-            log._changed.wait_for(lambda: self._closed or log._complete or log._size > self.offset)
+        with log._lock:
+            if log._changed is not None:
+                log._changed.wait_for(
+                    lambda: self._closed or log._complete or log._size > self.offset
+                )
             if self._closed:
                 raise StopIteration
             count = min(log._size - self.offset, _CHUNK_BYTES)
@@ -335,11 +374,11 @@ class Subscription:
     def close(self) -> None:
         """Stop reading; idempotent. Wakes a thread that waits in `next`."""
         log = self._log
-        with log._changed:
+        with log._lock:
             self._closed = True
             if not self._reading:
                 self._release_locked()
-            log._changed.notify_all()
+            log._notify_locked()
 
     def __enter__(self) -> Self:
         return self
@@ -348,7 +387,7 @@ class Subscription:
         self.close()
 
     def _done_reading(self) -> None:
-        with self._log._changed:
+        with self._log._lock:
             self._reading = False
             if self._closed:  # while we read
                 self._release_locked()
@@ -365,5 +404,5 @@ class Subscription:
         raise StopIteration
 
     def _release_locked(self) -> None:
-        self._log._subscriptions.discard(self)
+        self._log._subscriptions = self._log._subscriptions - {self} or _NOBODY
         self._log._let_go_locked()

@@ -154,6 +154,10 @@ class Client:
         job: worker_pb.Job = self._call(self._worker.GetJobStatus, request).job
         return job
 
+    def remove(self, job_id: str) -> None:
+        """Forget a finished job and delete its output; those who read it still get all."""
+        self._call(self._worker.RemoveJob, self._worker_pb.RemoveJobRequest(job_id=job_id))
+
     def list(self) -> Sequence[worker_pb.Job]:
         """Return the jobs the user reaches, in the order they were started."""
         jobs: Sequence[worker_pb.Job] = self._call(

@@ -301,6 +301,10 @@ def _stream(client: Client, arguments: argparse.Namespace) -> None:
         raise
 
 
+def _remove(client: Client, arguments: argparse.Namespace) -> None:
+    client.remove(arguments.job)
+
+
 def _list(client: Client, arguments: argparse.Namespace) -> None:
     jobs = client.list()
     if arguments.json:
@@ -316,5 +320,6 @@ COMMANDS: dict[str, Callable[[Client, argparse.Namespace], None]] = {
     "stop": _stop,
     "status": _status,
     "stream": _stream,
+    "remove": _remove,
     "list": _list,
 }

@@ -21,6 +21,9 @@
     [requests]
     args = 100
 
+    [retention]                 # finished jobs are kept no longer
+    age = "12h"
+
 What the file does not name keeps the value of the constants below. "unlimited" takes
 a limit away, but for `streams` of all users, which cost a thread each, and for requests,
 which cost memory. A configuration is a value; it may be shared by threads.
@@ -35,7 +38,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from cgroups import Limits
-from units import parse_size
+from units import parse_duration, parse_size
+from worker import Retention
 
 if TYPE_CHECKING:
     import os
@@ -66,6 +70,7 @@ _INT32_MAX = (1 << 31) - 1  # of what gRPC takes as an option
 _SIZE = 'a size like "256M"'
 _WHOLE = "a whole number"
 _NUMBER = "a number like 0.5"
+_TIME = 'a time like "7d"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,9 @@ class _Key:
             return None
         if self.form == _SIZE and isinstance(written, str):
             written = parse_size(written)
-        number = int | float if self.form == _NUMBER else int
+        if self.form == _TIME and isinstance(written, str):
+            written = parse_duration(written)
+        number = int | float if self.form in {_NUMBER, _TIME} else int
         if not isinstance(written, number) or isinstance(written, bool):
             raise ValueError(f"cannot be {written!r}")  # noqa: TRY004 -- one error for all
         if not written >= self.minimum:  # so that not-a-number is refused too
@@ -132,6 +139,12 @@ _TABLES: Final = {
         "size": _Key("size", _SIZE, minimum=4 * _KIB, maximum=_INT32_MAX, may_be_unlimited=False),
         "args": _Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
         "arg_length": _Key("arg_length", _SIZE, may_be_unlimited=False),
+    },
+    "retention": {
+        "age": _Key("age_s", _TIME, minimum=0),
+        "jobs": _Key("jobs", _WHOLE),
+        "output": _Key("output_bytes", _SIZE, minimum=0),
+        "argv": _Key("argv_bytes", _SIZE, minimum=0),
     },
 }
 
@@ -186,6 +199,11 @@ IN_ALL: Final = Quota(
     output_bytes=32 * _GIB,
 )
 JOB_OUTPUT_BYTES: Final = _GIB
+# A finished job takes 1.5 KB of memory besides its argv: these take 30 MB. The output is half
+# of what one user may have, so that those jobs of theirs that run have room for as much.
+RETENTION: Final = Retention(
+    age_s=7 * 24 * 3600, jobs=10_000, output_bytes=8 * _GIB, argv_bytes=16 * _MIB
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +217,7 @@ class Config:
     job_output_bytes: int | None = JOB_OUTPUT_BYTES
     """How much of one job's output is kept."""
     requests: Requests = Requests()
+    retention: Retention = RETENTION
 
     def limits(self, asked: Mapping[str, Any]) -> Limits:
         """Return the limits of a job that asks for `asked` (fields of `Limits`).

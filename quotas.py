@@ -2,7 +2,8 @@
 
 Counts running jobs, starts, open streams and kept output against the ceilings of
 `config.py`. What is beyond one is refused at once with `QuotaError`, which names it;
-nobody waits here, and a refusal costs nothing of any ceiling.
+nobody waits here, and a refusal costs nothing of any ceiling. Only output of finished
+jobs is in nobody's way: some of it is removed where room is needed.
 
     quotas = Quotas(config.per_user, config.in_all, config.job_output_bytes)
     quotas.check_output("alice")
@@ -15,11 +16,13 @@ User names must be those of authenticated users: what is known of a name is kept
 
 Thread safety: every method, and every function returned, may be called from any thread.
 One lock guards all counts and is held for a few instructions at a time. The budgets of
-`broadcaster.py` have their own locks, which are never taken under this one.
+`broadcaster.py` have their own locks, which are never taken under this one; nor is
+output removed under any.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -55,6 +58,7 @@ class Quotas:
     """Counts what is had under the ceilings `per_user` and `in_all`.
 
     `job_output_bytes`: how much of one job's output is kept; None for no ceiling.
+    `make_room`: removes some output of a user's finished jobs; returns whether it could.
     `clock`: tells seconds and never goes back.
     """
 
@@ -64,16 +68,19 @@ class Quotas:
         in_all: Quota,
         job_output_bytes: int | None,
         *,
+        make_room: Callable[[str], bool] = lambda _: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._per_user = per_user
         self._job_output_bytes = job_output_bytes
+        self._job_ceiling = _ceiling("this job's", job_output_bytes)
+        self._remove_output = make_room
         self._clock = clock
         # Guards all accounts. Never held while anything else is locked. Reentrant, because
         # the garbage collector may end an abandoned stream in the middle of a start.
         self._lock = threading.RLock()
         all_output = Budget(in_all.output_bytes, _ceiling("the", in_all.output_bytes, _EVERYBODY))
-        self._all = _Account(in_all, all_output)
+        self._all = _Account(_EVERYBODY, in_all, all_output)
         self._users: dict[str, _Account] = {}
 
     def start(self, user: str) -> Callable[[], None]:
@@ -130,27 +137,47 @@ class Quotas:
     def output(self, user: str) -> Budget:
         """Return a budget for the output of one job of the user."""
         with self._lock:
-            parent = self._account_locked(user).output
-        limit = self._job_output_bytes
-        return Budget(limit, _ceiling("this job's", limit), parent)
+            mine = self._account_locked(user)
+        return Budget(self._job_output_bytes, self._job_ceiling, mine.output, mine.make_room)
 
     def check_output(self, user: str) -> None:
-        """Raise `QuotaError` if not one more byte of output of the user could be kept."""
+        """Raise `QuotaError` if not one more byte of output of the user could be kept.
+
+        Finished jobs may have to be removed for that byte.
+        """
         with self._lock:
             mine = self._account_locked(user)
         for budget in (mine.output, self._all.output):
-            if budget.is_used_up:
-                raise QuotaError(
-                    f"no more output can be kept: {budget.what} is reached; "
-                    "output is kept until the server is restarted"
-                )
+            while budget.is_used_up:
+                if not mine.make_room(budget):
+                    raise QuotaError(
+                        f"no more output can be kept: {budget.what} is reached; "
+                        "stop or remove jobs that are no longer needed, or end their streams"
+                    )
+
+    def _make_room(self, mine: _Account, full: Budget) -> bool:
+        """Have output of finished jobs removed that is in the way of one of `mine`'s.
+
+        Who has most output gives first, and nobody gives to somebody who has more.
+        """
+        if full is mine.output:
+            return self._remove_output(mine.user)
+        if full is not self._all.output:
+            return False  # the job's own ceiling
+        with self._lock:
+            accounts = list(self._users.values())
+        used = {account: account.output.used for account in accounts}
+        givers = [account for account in accounts if used[account] >= used[mine]]
+        givers.sort(key=lambda account: -used[account])
+        return any(self._remove_output(account.user) for account in givers)
 
     def _account_locked(self, user: str) -> _Account:
         account = self._users.get(user)
         if account is None:
             limit = self._per_user.output_bytes
             output = Budget(limit, _ceiling(f"user {user}'s", limit), self._all.output)
-            account = self._users[user] = _Account(self._per_user, output)
+            account = self._users[user] = _Account(user, self._per_user, output)
+            account.make_room = functools.partial(self._make_room, account)
         return account
 
     def _count_locked(self, *gauges: _Gauge) -> Callable[[], None]:
@@ -224,8 +251,10 @@ class _Bucket:
 class _Account:
     """What one user has, or all have. The counts are guarded by the lock of `Quotas`."""
 
-    def __init__(self, quota: Quota, output: Budget) -> None:
+    def __init__(self, user: str, quota: Quota, output: Budget) -> None:
+        self.user = user
         self.jobs = _Gauge(quota.running_jobs)
         self.starts = _Bucket(quota.starts_per_second, quota.start_burst)
         self.streams = _Gauge(quota.streams)
         self.output = output
+        self.make_room: Callable[[Budget], bool] = lambda _: False

@@ -165,6 +165,7 @@ class Server:
                     output_dir=state / "output",
                     uids=uids,
                     files={str(path): flags for path, flags in self._files().items()},
+                    retention=config.retention,
                 )
             )
             self._worker = jobs

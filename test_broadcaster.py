@@ -36,8 +36,8 @@ _ALL_BYTES = bytes(range(256))
 class _Watched(threading.Condition):
     """Tells when a thread waits: `waiting` is released with the lock held, just before."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, log: OutputLog) -> None:
+        super().__init__(log._lock)
         self.waiting = threading.Semaphore(0)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -80,8 +80,8 @@ def log(path: Path) -> Iterator[OutputLog]:
 @pytest.fixture
 def watched(log: OutputLog) -> _Watched:
     """The log's condition, replaced by one that tells of waiters."""
-    log._changed = _Watched()
-    return log._changed
+    log._changed = watched = _Watched(log)
+    return watched
 
 
 @pytest.fixture
@@ -803,7 +803,7 @@ def test_output_past_the_budget_is_counted_and_told_and_not_kept(
 ) -> None:
     """Live and late subscribers get exactly the kept part, then an error that names the ceiling."""
     log = OutputLog(path, budget=Budget(10, _CEILING))
-    log._changed = watched = _Watched()
+    log._changed = watched = _Watched(log)
     live = pool.submit(_follow, log)
     watched.await_waiters(1)
     for data in parts:
@@ -829,7 +829,7 @@ def test_subscriber_of_a_growing_log_is_told_at_the_end_only(
 ) -> None:
     """While the job runs its reader waits, as only its end says how much was lost."""
     log = OutputLog(path, budget=Budget(1, "one"))
-    log._changed = watched = _Watched()
+    log._changed = watched = _Watched(log)
     log.append(b"ab")
     live = pool.submit(_follow, log)
     watched.await_waiters(1)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).resolve().parent
 _ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
-_SUBCOMMANDS = ["list", "login", "logout", "start", "status", "stop", "stream"]
+_SUBCOMMANDS = ["list", "login", "logout", "remove", "start", "status", "stop", "stream"]
 _SILENT = ("sh", "-c", "echo ready; exec sleep infinity")
 
 
@@ -1294,7 +1294,7 @@ def test_when_to_try_again_is_in_the_servers_words(stranger: _Program, pretend: 
     )
 
 
-@pytest.mark.parametrize("subcommand", ["status", "stop", "stream"])
+@pytest.mark.parametrize("subcommand", ["remove", "status", "stop", "stream"])
 def test_unknown_job_is_told(cli: _Program, subcommand: str) -> None:
     """An ID that no job has, and a text that is no ID."""
     assert cli.fail(subcommand, "-j", _ABSENT) == "client: no such job\n"

@@ -24,6 +24,7 @@ from config import (
     Requests,
     load_config,
 )
+from worker import Retention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,7 @@ def load(tmp_path: Path) -> Load:
     "text",
     [
         *("", "\n# nothing\n", "[defaults]\n[ceilings]\n"),
-        "[per_user]\n[in_all]\n[per_job]\n[requests]\n",
+        "[per_user]\n[in_all]\n[per_job]\n[requests]\n[retention]\n",
     ],
 )
 def test_what_the_file_does_not_name_keeps_its_constant(load: Load, text: str) -> None:
@@ -128,6 +129,17 @@ _QUOTA_LINES: list[tuple[str, str, float | None]] = [
         ("requests", "args = 0", "args", 0),
         ("requests", 'arg_length = "1K"', "arg_length", _KIB),
         ("requests", "arg_length = 1", "arg_length", 1),
+        ("retention", 'age = "12h"', "age_s", 12 * 3600),
+        ("retention", "age = 0.5", "age_s", 0.5),
+        ("retention", "age = 0", "age_s", 0),
+        ("retention", 'age = "unlimited"', "age_s", None),
+        ("retention", "jobs = 1", "jobs", 1),
+        ("retention", 'jobs = "unlimited"', "jobs", None),
+        ("retention", 'output = "2G"', "output_bytes", 2 * _GIB),
+        ("retention", "output = 0", "output_bytes", 0),
+        ("retention", 'output = "unlimited"', "output_bytes", None),
+        ("retention", 'argv = "1M"', "argv_bytes", _MIB),
+        ("retention", 'argv = "unlimited"', "argv_bytes", None),
     ],
 )
 def test_key_of_a_ceiling_sets_its_field_and_no_other(
@@ -167,6 +179,14 @@ def test_no_user_can_have_all_there_is() -> None:
     assert PER_USER.output_bytes >= JOB_OUTPUT_BYTES
 
 
+def test_finished_jobs_leave_room_for_output_of_running_ones() -> None:
+    """By default what is kept of all that is less than one user may have."""
+    kept = Config().retention.output_bytes
+    assert kept is not None
+    assert PER_USER.output_bytes is not None
+    assert JOB_OUTPUT_BYTES <= kept <= PER_USER.output_bytes - JOB_OUTPUT_BYTES
+
+
 @pytest.mark.parametrize(
     ("table", "fields"),
     [
@@ -175,6 +195,7 @@ def test_no_user_can_have_all_there_is() -> None:
         ("per_user", Quota.__slots__),
         ("in_all", Quota.__slots__),
         ("requests", Requests.__slots__),
+        ("retention", Retention.__slots__),
     ],
 )
 def test_every_field_has_a_key(table: str, fields: tuple[str, ...]) -> None:
@@ -211,7 +232,8 @@ def test_every_way_to_write_toml_is_the_same(load: Load, text: str) -> None:
 
 _KEYS = "unknown; the keys are cpu_cores, memory, swap, io_read, io_write, io_read_iops"
 _TABLES = (
-    "unknown; the tables are [defaults], [ceilings], [per_user], [in_all], [per_job] and [requests]"
+    "unknown; the tables are [defaults], [ceilings], [per_user], [in_all], [per_job], [requests] "
+    "and [retention]"
 )
 _QUOTA_KEYS = (
     "unknown; the keys are running_jobs, streams, starts_per_second, start_burst, kept_output"
@@ -219,6 +241,7 @@ _QUOTA_KEYS = (
 _SIZE = 'write a size like "256M", or "unlimited"'
 _WHOLE = 'write a whole number, or "unlimited"'
 _CORES = 'write a number like 0.5, or "unlimited"'
+_TIME = 'write a time like "7d", or "unlimited"'
 
 
 @pytest.mark.parametrize(
@@ -280,6 +303,18 @@ _CORES = 'write a number like 0.5, or "unlimited"'
         ('[requests]\nsize = "2G"', 2, ["requests.size: ", "at most 2147483647"]),
         ("[requests]\nargs = -1", 2, ["requests.args: ", "at least 0, not -1"]),
         ("[requests]\narg_length = 0", 2, ["requests.arg_length: ", "at least 1, not 0"]),
+        # How long finished jobs are kept.
+        (
+            "[retention]\ncount = 1",
+            2,
+            ["retention.count: ", "the keys are age, jobs, output, argv"],
+        ),
+        ('[retention]\nage = "7 days"', 2, ["retention.age: ", "'7 days' is not a time", _TIME]),
+        ("[retention]\nage = -1", 2, ["retention.age: ", "at least 0, not -1", _TIME]),
+        ("[retention]\nage = nan", 2, ["retention.age: ", "nan", _TIME]),
+        ("[retention]\njobs = 0", 2, ["retention.jobs: ", "at least 1, not 0", _WHOLE]),
+        ('[retention]\noutput = "1X"', 2, ["retention.output: ", "'1X'", _SIZE]),
+        ('[retention]\nargv = "1d"', 2, ["retention.argv: ", "'1d'", _SIZE]),
         # Defaults above ceilings, told where the file causes it.
         ('[defaults]\nmemory = "16G"', 2, ["defaults.memory: ", f"{16 * _GIB}", f"{8 * _GIB}"]),
         ('\n[ceilings]\nmemory = "1M"', 3, ["ceilings.memory: ", f"{512 * _MIB}", f"{_MIB}"]),

@@ -97,12 +97,21 @@ def test_readme_names_every_rpc(readme: str, method: str) -> None:
     assert _is_named(method, readme)
 
 
-@pytest.mark.parametrize("key", config._KEYS)
-def test_readme_names_every_key_of_the_configuration(readme: str, key: str) -> None:
-    """As it stands in the file, where each of the two tables is shown, too."""
+@pytest.mark.parametrize(
+    ("table", "key"), [(table, key) for table in config._TABLES for key in config._TABLES[table]]
+)
+def test_readme_names_every_key_of_the_configuration(readme: str, table: str, key: str) -> None:
+    """As it stands in the file, where each of the tables is shown, too."""
     assert re.search(rf"^\s*#?\s*{key} = ", readme, re.MULTILINE)
-    assert "[defaults]" in readme
-    assert "[ceilings]" in readme
+    assert re.search(rf"^\[{table}\]", readme, re.MULTILINE)
+
+
+def test_retention_that_readme_shows_is_the_default(readme: str, tmp_path: Path) -> None:
+    """Of all its numbers."""
+    (block,) = re.findall(r"```toml\n(\[retention\].*?)```", readme, re.DOTALL)
+    (tmp_path / "retention.toml").write_text(block)
+    assert config.load_config(tmp_path / "retention.toml") == config.Config()
+    assert set(re.findall(r"^(\w+) = ", block, re.MULTILINE)) == set(config._TABLES["retention"])
 
 
 def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import pytest
 from cgroups import CgroupError, Limits, _physical_disks, _wait_event
 from conftest import GUARD_S, await_output, own_cgroup
 from spawner import Spawner
-from worker import CommandError, EndReason, ResourceError, Status, Worker
+from worker import CommandError, EndReason, ResourceError, Status, Worker, _Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -252,7 +252,9 @@ def test_pressing_against_the_memory_limit_is_not_out_of_memory(worker: Worker) 
     job = worker.start("sh", ["-c", script], limits=limits)
     await_output(worker, job, b"%d\n" % (60 * _MIB))
     assert _counters(_cgroup(worker, job) / "memory.events")["max"] > 0
-    os.kill(worker._job(job)._pid, signal.SIGKILL)
+    inside = worker._job(job)
+    assert isinstance(inside, _Job)
+    os.kill(inside._pid, signal.SIGKILL)
     assert worker.wait(job, GUARD_S).end_reason is EndReason.SIGNALLED
 
 

@@ -32,7 +32,7 @@ _IMPORTS = {
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
     "units": set(),
-    "config": {"cgroups", "units"},
+    "config": {"cgroups", "units", "worker"},
     "hostcheck": {"cgroups", "worker"},
     "server": {
         *("accounts", "audit", "auth", "config", "hostcheck", "service", "spawner", "tls"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from broadcaster import Budget
+
     Release = Callable[[], None]
 
 _GUARD_S = 60  # only a hang takes this long
@@ -419,7 +421,7 @@ def test_check_refuses_who_can_keep_nothing_more() -> None:
     budget.take(1)
     message = (
         "no more output can be kept: user alice's ceiling of 1 KiB is reached; "
-        "output is kept until the server is restarted"
+        "stop or remove jobs that are no longer needed, or end their streams"
     )
     assert _refusal(quotas.check_output, "alice") == (message, None)
     quotas.check_output("bob")
@@ -469,6 +471,100 @@ def test_budgets_of_all_jobs_agree_when_threads_write_at_once(pool: ThreadPoolEx
     assert max(per_user.values()) <= 4000
     _together(pool, *(lambda item=item: give_back(*item) for item in per_user.items()))
     assert quotas._all.output.used == 0
+
+
+# --- room for output ------------------------------------------------------------------------
+
+
+class _Kept:
+    """Output of finished jobs, which quotas may have removed, one job at a time."""
+
+    def __init__(self, user: int | None, everybody: int | None, job: int | None = None) -> None:
+        self.jobs: dict[str, list[tuple[Budget, int]]] = {}
+        self.quotas = Quotas(
+            Quota(output_bytes=user), Quota(output_bytes=everybody), job, make_room=self.make_room
+        )
+
+    def add(self, user: str, *sizes: int) -> None:
+        for size in sizes:
+            budget = self.quotas.output(user)
+            assert budget.take(size) == (size, None)
+            self.jobs.setdefault(user, []).append((budget, size))
+
+    def make_room(self, user: str) -> bool:
+        if not self.jobs.get(user):
+            return False
+        budget, size = self.jobs[user].pop(0)
+        budget.give_back(size)
+        return True
+
+    def sizes(self, user: str) -> list[int]:
+        return [size for _, size in self.jobs[user]]
+
+
+def test_output_of_finished_jobs_makes_room_for_that_of_running_ones() -> None:
+    """As much as is needed of the same user's, oldest first, and nothing of others'."""
+    kept = _Kept(100, None)
+    kept.add("alice", 10, 20, 30, 40)
+    kept.add("bob", 50)
+    budget = kept.quotas.output("alice")
+    assert budget.take(15) == (15, None)
+    assert kept.sizes("alice") == [30, 40]
+    assert budget.take(15) == (15, None)
+    assert kept.sizes("alice") == [30, 40]
+    taken, refuser = budget.take(500)
+    assert taken == 70
+    assert refuser is not None
+    assert refuser.what == "user alice's ceiling of 100 bytes"
+    assert kept.sizes("alice") == []
+    assert kept.sizes("bob") == [50]
+
+
+def test_start_is_not_refused_for_output_of_finished_jobs() -> None:
+    """One of them goes, and the next start finds room without that."""
+    kept = _Kept(100, None)
+    kept.add("alice", 60, 40)
+    kept.quotas.check_output("alice")
+    assert kept.sizes("alice") == [40]
+    kept.quotas.check_output("alice")
+    assert kept.sizes("alice") == [40]
+
+
+def test_a_jobs_own_ceiling_removes_nothing() -> None:
+    """More room for all would not help it."""
+    kept = _Kept(100, 100, 50)
+    kept.add("alice", 40)
+    assert kept.quotas.output("alice").take(60)[0] == 50
+    assert kept.sizes("alice") == [40]
+
+
+def test_room_for_all_is_made_by_who_has_most() -> None:
+    """Oldest first; and in the end by oneself."""
+    kept = _Kept(None, 100)
+    kept.add("alice", 30, 30)
+    kept.add("bob", 20, 10)
+    kept.add("carol", 10)
+    budget = kept.quotas.output("carol")
+    assert budget.take(30) == (30, None)  # carol: 40
+    assert (kept.sizes("alice"), kept.sizes("bob")) == ([30], [20, 10])
+    assert budget.take(1) == (1, None)  # alice and bob have less than carol now
+    assert kept.sizes("carol") == []
+    assert (kept.sizes("alice"), kept.sizes("bob")) == ([30], [20, 10])
+    assert budget.take(1000)[0] == 9
+
+
+def test_nobody_makes_room_for_who_has_more() -> None:
+    """Who fills all there is removes no output but their own."""
+    kept = _Kept(None, 100)
+    kept.add("bob", 20)
+    budget = kept.quotas.output("alice")
+    taken, refuser = budget.take(1000)
+    assert taken == 80
+    assert refuser is not None
+    assert "for all users together" in refuser.what
+    assert kept.sizes("bob") == [20]
+    kept.quotas.check_output("carol")  # who has nothing
+    assert kept.sizes("bob") == []
 
 
 # --- fairness ---------------------------------------------------------------------------

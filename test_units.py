@@ -1,4 +1,4 @@
-"""Tests of sizes as people write them."""
+"""Tests of sizes and times as people write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from units import format_size, parse_size
+from units import format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,32 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     """With the text and the right form; so is what no kernel could count."""
     with pytest.raises(ValueError, match=r"is not a size; write .* 64K, 256M, 1\.5G") as caught:
         parse_size(text)
+    assert str(caught.value).startswith(repr(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("0", 0), ("90", 90), ("1.5", 1.5), ("30s", 30), ("30m", 1800), ("12h", 43_200)),
+        *(("7d", 604_800), ("2w", 1_209_600), ("7 D", 604_800), (" 0.5h ", 1800)),
+    ],
+)
+def test_time_is_understood(text: str, seconds: float) -> None:
+    """A number, perhaps with a point, and a unit from seconds to weeks; seconds without."""
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "d", "7x", "-1", "+1", "1e3", "1_000", "1,5h", ".5h", "1.", "1 2", "7 days"),
+        *("1h30m", "7dd", "nan", "inf", "unlimited", "\u0663", "9" * 400, "1M\n1", str(1 << 63)),
+    ],
+)
+def test_what_is_no_time_is_refused(text: str) -> None:
+    """With the text and the right form."""
+    with pytest.raises(ValueError, match=r"is not a time; write .* 30m, 12h, 7d") as caught:
+        parse_duration(text)
     assert str(caught.value).startswith(repr(text))
 
 

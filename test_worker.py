@@ -53,6 +53,7 @@ from worker import (
     Worker,
     WorkerClosedError,
     WorkerError,
+    _Job,
 )
 
 if TYPE_CHECKING:
@@ -160,6 +161,13 @@ def _first_line(worker: Worker, job_id: str) -> bytes:
         while b"\n" not in output:
             output += next(chunks)
     return output.partition(b"\n")[0]
+
+
+def _running(worker: Worker, job_id: str) -> _Job:
+    """The inside of a job that has not ended."""
+    job = worker._job(job_id)
+    assert isinstance(job, _Job)
+    return job
 
 
 def _end(job: Job) -> tuple[Status, EndReason | None, int | None, int | None]:
@@ -514,7 +522,7 @@ def test_job_that_closes_its_output_runs_on(worker: Worker, gate: Path) -> None:
     """The end of the output is not the end of the job, nor a reason to spin."""
     job_id = _sh(worker, 'echo hi; exec >&- 2>&-; read x <"$1"; exit 7', gate)
     with gate.open("w") as release:  # blocks until the job has closed its output
-        ident = worker._jobs[job_id].thread.ident
+        ident = _running(worker, job_id).thread.ident
         assert ident is not None
         clock = time.pthread_getcpuclockid(ident)
         before, ours = time.clock_gettime(clock), time.thread_time()
@@ -549,7 +557,7 @@ def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
     """Whatever was written before the end is read, though nobody had read it until then."""
     script = 'exec 3<"$1"; read n <&3; printf x; read m <&3; head -c "$n" /dev/zero; exit 7'
     job_id = _sh(worker, script, gate)
-    job, entered = worker._jobs[job_id], threading.Event()
+    job, entered = _running(worker, job_id), threading.Event()
     real_append = job.output.append
 
     def append(data: memoryview) -> None:  # holds the job's thread until the end is told
@@ -615,7 +623,7 @@ def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
     """The race, staged: the leader is dead, nobody knows yet, and a stop comes in."""
     script = f'exec 3>"$1"; sleep infinity & read x <"$2"; {script}'
     job_id = _sh(worker, script, fifo.path, gate)
-    job, helper = worker._jobs[job_id], worker._spawner.pid
+    job, helper = _running(worker, job_id), worker._spawner.pid
     real_kill = job._kill_processes
 
     def kill_processes() -> None:  # the stop has by now decided whose end it is
@@ -703,7 +711,7 @@ def test_a_stop_that_takes_long_holds_up_nobody_else(
     worker: Worker, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one job's stop hangs, others are started, listed, streamed and stopped."""
-    slow = worker._jobs[_sh(worker, _FOREVER, owner="slow")]
+    slow = _running(worker, _sh(worker, _FOREVER, owner="slow"))
     entered, go_on = threading.Event(), threading.Event()
     real_kill = slow._kill_processes
 
@@ -758,7 +766,7 @@ def test_processes_that_will_not_die_are_reported(
     job_id = _sh(worker, _FOREVER)
     with monkeypatch.context() as patch:
         patch.setattr("worker._STOP_TIMEOUT_S", 0.01)
-        patch.setattr(worker._jobs[job_id], "_kill_processes", lambda: None)
+        patch.setattr(_running(worker, job_id), "_kill_processes", lambda: None)
         with pytest.raises(StopTimeoutError, match=job_id):
             worker.stop(job_id)
     assert worker.status(job_id).status is Status.RUNNING

@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "stop": "Kill every process of a job; returns when they are gone",
     "status": "Show how a job is doing",
     "stream": "Write a job's output to stdout, from its start until it ends",
+    "remove": "Forget a finished job and delete its output",
     "list": "List the jobs you may see",
 }
 

@@ -20,9 +20,13 @@ With `cgroups.py`, `spawner.py` and `broadcaster.py` beside it this is a library
 that needs nothing but the standard library, on Linux 5.4 or newer. It knows no
 roles and no network, prints nothing, and logs to `logging.getLogger(__name__)`.
 
+A finished job is kept until it is removed, by `Worker.remove` or by a rule: `Retention`.
+
 Thread safety: every method of `Worker` may be called from any thread. Each running
 job has a thread of its own, which moves its output and is the only one that ends
-it. Locks are taken one at a time, except a job's before its output log's.
+it; with an age in the rule one more thread waits for finished jobs to be too old.
+Locks are taken one at a time, except in this order: a job's, the registry's, an
+output log's.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import heapq
 import logging
 import os
 import pwd
@@ -41,7 +46,8 @@ import termios
 import threading
 import time
 import uuid
-from dataclasses import dataclass, replace
+from collections import OrderedDict, deque
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -67,7 +73,7 @@ from spawner import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from broadcaster import Budget
 
@@ -79,10 +85,12 @@ __all__ = [
     "EndReason",
     "Enforcement",
     "Job",
+    "JobRunningError",
     "Limits",
     "OffsetError",
     "OutputIncompleteError",
     "ResourceError",
+    "Retention",
     "SpawnerDiedError",
     "Status",
     "StopTimeoutError",
@@ -116,6 +124,14 @@ class UnknownJobError(WorkerError, LookupError):
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"no job {job_id}")
+        self.job_id = job_id
+
+
+class JobRunningError(WorkerError):
+    """The job has not ended, so it cannot be removed. Attribute: `job_id`."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"job {job_id} is still running; stop it first")
         self.job_id = job_id
 
 
@@ -205,6 +221,32 @@ class Job:
     usage_source: UsageSource | None  # None when `usage` is
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long finished jobs and their output are kept. None means no bound.
+
+    What is too old is removed. What is too much, of all jobs together, is taken from the
+    owner who has the most of it, oldest first; so nobody's jobs push out those of somebody
+    who has fewer. The job that ended last is never too much. Jobs that run do not count.
+    Raises ValueError for numbers that make no sense.
+    """
+
+    age_s: float | None = None
+    """Seconds since the job's end."""
+    jobs: int | None = None
+    output_bytes: int | None = None
+    """What is stored of their output."""
+    argv_bytes: int | None = None
+    """Their commands and arguments, which are kept in memory, as Python stores them."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            minimum = 1 if field.name == "jobs" else 0
+            if value is not None and not value >= minimum:  # so that not-a-number is refused too
+                raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
+
+
 class Worker:
     """Runs jobs until it is closed. A context manager.
 
@@ -217,7 +259,8 @@ class Worker:
     worker at a time, and left-over output in it is deleted; default: a temporary one.
     `uids`: each job runs as one of these users, which `start` is told, and not as the
     caller's; needs the right to change users (`spawner.can_change_user`). `files`: for
-    `open_file`, each path with the flags of open(2).
+    `open_file`, each path with the flags of open(2). `retention`: how long finished jobs
+    are kept; default: until they are removed.
 
     Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
     `uids` cannot be.
@@ -232,13 +275,14 @@ class Worker:
         output_dir: str | os.PathLike[str] | None = None,
         uids: range | None = None,
         files: Mapping[str, int] | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._uids = uids
-        # Guards the three below. Notified when _starting falls. Never held during I/O.
+        self._registry = _Registry(retention or Retention())
+        # Guards the two below. Notified when _busy falls. Never held during I/O.
         self._idle = threading.Condition()
-        self._jobs: dict[str, _Job] = {}
-        self._starting = 0
+        self._busy = 0  # calls that are starting or removing jobs
         self._closed = False
         with contextlib.ExitStack() as undo:
             self._output_dir = _OutputDir(output_dir)
@@ -329,21 +373,25 @@ class Worker:
         argv = _checked_argv(command, args)
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
+        with self._open():
+            job_id = str(uuid.uuid4())
+            work = _Work(job_id, argv, owner, uid, limits or self._limits, budget, on_end)
+            self._registry.add(self._launch(work))
+        return job_id
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """Hold `close` back. Raises `WorkerClosedError` if it has begun."""
         with self._idle:
             if self._closed:
                 raise WorkerClosedError
-            self._starting += 1
+            self._busy += 1
         try:
-            job_id = str(uuid.uuid4())
-            work = _Work(job_id, argv, owner, uid, limits or self._limits, budget, on_end)
-            job = self._launch(work)
-            with self._idle:
-                self._jobs[job_id] = job
+            yield
         finally:
             with self._idle:
-                self._starting -= 1
+                self._busy -= 1
                 self._idle.notify_all()
-        return job_id
 
     def _launch(self, work: _Work) -> _Job:
         job_id = work.job_id
@@ -393,6 +441,7 @@ class Worker:
                 self._spawner,
                 pid,
                 _Descriptors(output_fd, exit_read_fd, pidfd),
+                self._registry,
             )
             try:
                 job.thread.start()
@@ -414,6 +463,29 @@ class Worker:
             raise StopTimeoutError(job_id, _STOP_TIMEOUT_S)
         return job.snapshot()
 
+    def remove(self, job_id: str) -> None:
+        """Forget a finished job and delete its output.
+
+        Those who are reading the output still get all of it; the disk has its room back
+        when the last of them ends. From now on the job is unknown, to a second removal too.
+        Raises `UnknownJobError`, `JobRunningError`, `WorkerClosedError`; OSError when the
+        job is forgotten but its output could not be deleted: `close` tries again.
+        """
+        with self._open():
+            self._registry.remove(job_id)
+
+    def make_room(self, owner: str) -> bool:
+        """Remove finished jobs of `owner`, oldest first, until that gives back output.
+
+        Jobs whose output somebody is reading are passed over. Returns False when there is
+        none left, or the worker is closed.
+        """
+        try:
+            with self._open():
+                return self._registry.make_room(owner)
+        except WorkerClosedError:
+            return False
+
     def owner(self, job_id: str) -> str:
         """Return whose job it is. Raises `UnknownJobError`."""
         return self._job(job_id).owner
@@ -427,10 +499,10 @@ class Worker:
 
         `usage` is None for those that are running; `status` reads it.
         """
-        with self._idle:
-            jobs = tuple(self._jobs.values())
         return tuple(
-            job.snapshot(live_usage=False) for job in jobs if owner is None or job.owner == owner
+            job.snapshot(live_usage=False)
+            for job in self._registry.all()
+            if owner is None or job.owner == owner
         )
 
     def stream(self, job_id: str, *, subscriber: str = "", offset: int = 0) -> Subscription:
@@ -447,6 +519,7 @@ class Worker:
         try:
             return self._job(job_id).output.subscribe(subscriber, offset)
         except OutputRemovedError:
+            self._job(job_id)  # has been removed
             raise WorkerClosedError from None
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
@@ -470,17 +543,10 @@ class Worker:
             if self._closed:
                 return
             self._closed = True
-            self._idle.wait_for(lambda: not self._starting)
-            jobs = tuple(self._jobs.values())
-        for job in jobs:
+            self._idle.wait_for(lambda: not self._busy)
+        for job in self._registry.all():
             job.kill(EndReason.SERVER_SHUTDOWN)
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
-        for job in jobs:
-            job.thread.join(max(0.0, deadline - time.monotonic()))
-            if job.thread.is_alive():
-                logger.error("job %s: its processes cannot be killed; left behind", job.job_id)
-            else:
-                job.output.remove()
+        self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)
         self._undo.close()
 
     def __enter__(self) -> Self:
@@ -489,12 +555,8 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _job(self, job_id: str) -> _Job:
-        with self._idle:
-            try:
-                return self._jobs[job_id]
-            except KeyError:
-                raise UnknownJobError(job_id) from None
+    def _job(self, job_id: str) -> _Job | _FinishedJob:
+        return self._registry.get(job_id)
 
 
 class _Work(NamedTuple):
@@ -528,6 +590,7 @@ class _Job:
         spawner: Spawner,
         pid: int,
         fds: _Descriptors,
+        registry: _Registry,
     ) -> None:
         self.job_id = work.job_id
         self.owner = work.owner
@@ -541,6 +604,8 @@ class _Job:
         self._spawner = spawner
         self._pid = pid
         self._fds = fds  # closed, and not to be used, once the job has ended
+        self._registry = registry
+        self.is_finished = False  # the registry's to write and to read
         self._started_at = datetime.now(UTC)
         # Guards all below. Notified when the job has ended. Never held during I/O.
         self._ended = threading.Condition()
@@ -624,6 +689,7 @@ class _Job:
             with contextlib.suppress(Exception):
                 self._kill_processes()
             self._end(None, datetime.now(UTC))
+        self._registry.trim()
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None when the spawner died."""
@@ -716,9 +782,282 @@ class _Job:
             for fd in self._fds:
                 os.close(fd)
             # In here, so that nobody sees the one without the other: a job that has
-            # ended has all its output, and where the output ends the job has ended.
+            # ended has all its output, and where the output ends the job has ended. Who
+            # learns of either can remove it.
+            self._registry.finish(self, self.snapshot(live_usage=False))
             self.output.complete()
             self._ended.notify_all()
+
+
+class _FinishedJob:
+    """What is kept of a job that has ended; it answers as a `_Job` does."""
+
+    __slots__ = ("_job", "argv_bytes", "ended_s", "number", "output")
+
+    def __init__(self, job: Job, output: OutputLog, number: int) -> None:
+        self._job = replace(job, subscribers=()) if job.subscribers else job
+        self.output = output
+        self.number = number  # of its end: 1 is the first
+        self.ended_s = time.monotonic()
+        self.argv_bytes = sum(map(sys.getsizeof, (job.command, job.args, *job.args)))
+
+    @property
+    def job_id(self) -> str:
+        return self._job.job_id
+
+    @property
+    def owner(self) -> str:
+        return self._job.owner
+
+    @property
+    def output_bytes(self) -> int:
+        return self._job.output_bytes
+
+    def snapshot(self, *, live_usage: bool = True) -> Job:  # noqa: ARG002 -- it is final
+        subscribers = self.output.subscribers
+        return replace(self._job, subscribers=subscribers) if subscribers else self._job
+
+    def wait(self, timeout: float | None) -> bool:  # noqa: ARG002 -- as of a _Job
+        return True
+
+    def kill(self, reason: EndReason) -> None:
+        pass
+
+
+class _Holding:
+    """What one owner has of finished jobs. Attributes: `jobs`, in the order of their ends."""
+
+    __slots__ = ("amounts", "jobs")
+
+    def __init__(self) -> None:
+        self.jobs: OrderedDict[str, _FinishedJob] = OrderedDict()
+        self.amounts = [0, 0, 0]  # as `_amounts` has them
+
+    @property
+    def oldest(self) -> _FinishedJob:
+        return next(iter(self.jobs.values()))
+
+
+def _amounts(job: _FinishedJob) -> tuple[int, int, int]:
+    """What a job counts for: the bounds of `Retention`, but for the age, in their order."""
+    return 1, job.output_bytes, job.argv_bytes
+
+
+class _FinishedJobs:
+    """The finished jobs and what the rule says of them. The registry's lock guards it.
+
+    No operation takes longer the more jobs there are or were, but for the logarithm of
+    the number of owners.
+    """
+
+    def __init__(self, rule: Retention) -> None:
+        self._age_s = rule.age_s
+        self._bounds = (rule.jobs, rule.output_bytes, rule.argv_bytes)
+        # In the order of their ends. Not plain dicts, whose first item is found by
+        # going past all that were deleted before it.
+        self._jobs: OrderedDict[str, _FinishedJob] = OrderedDict()
+        self._holdings: dict[str, _Holding] = {}
+        self._totals = [0, 0, 0]
+        # For each bound the owners, those with the most first and, of as much, those
+        # whose oldest job is older. An entry that is no longer true is passed over.
+        self._ranks: tuple[list[tuple[int, int, str]], ...] = ([], [], [])
+
+    def add(self, job: _FinishedJob) -> None:
+        """Add one that ended after all others."""
+        self._jobs[job.job_id] = job
+        holding = self._holdings.setdefault(job.owner, _Holding())
+        holding.jobs[job.job_id] = job
+        self._count(job, holding, 1)
+
+    def discard(self, job: _FinishedJob) -> None:
+        del self._jobs[job.job_id]
+        holding = self._holdings[job.owner]
+        del holding.jobs[job.job_id]
+        if not holding.jobs:
+            del self._holdings[job.owner]
+        self._count(job, holding, -1)
+
+    def of(self, owner: str) -> Iterable[_FinishedJob]:
+        """Return the jobs of the owner, oldest first."""
+        holding = self._holdings.get(owner)
+        return holding.jobs.values() if holding else ()
+
+    def seconds_left(self) -> float | None:
+        """How long it is until the oldest job is too old; None for ever."""
+        if self._age_s is None or not self._jobs:
+            return None
+        oldest = next(iter(self._jobs.values()))
+        return max(0.0, oldest.ended_s + self._age_s - time.monotonic())
+
+    def excess(self) -> Iterator[_FinishedJob]:
+        """Yield what is too old or too much; the caller discards each before the next."""
+        while self.seconds_left() == 0:
+            yield next(iter(self._jobs.values()))
+        for i, bound in enumerate(self._bounds):
+            while bound is not None and self._totals[i] > bound:
+                job = self._who_has_most(i).oldest
+                if job is next(reversed(self._jobs.values())):
+                    break  # it has just ended, and somebody may be about to look at it
+                yield job
+
+    def _count(self, job: _FinishedJob, holding: _Holding, sign: int) -> None:
+        for i, amount in enumerate(_amounts(job)):
+            holding.amounts[i] += sign * amount
+            self._totals[i] += sign * amount
+            if self._bounds[i] is None:
+                continue
+            ranks = self._ranks[i]
+            if holding.jobs:
+                heapq.heappush(ranks, self._rank(i, job.owner, holding))
+            if len(ranks) > 2 * len(self._holdings) + 8:  # rarely, as it grows by one a time
+                ranks[:] = [self._rank(i, *item) for item in self._holdings.items()]
+                heapq.heapify(ranks)
+
+    @staticmethod
+    def _rank(i: int, owner: str, holding: _Holding) -> tuple[int, int, str]:
+        return -holding.amounts[i], holding.oldest.number, owner
+
+    def _who_has_most(self, i: int) -> _Holding:
+        while True:
+            rank = self._ranks[i][0]
+            holding = self._holdings.get(rank[2])
+            if holding is not None and self._rank(i, rank[2], holding) == rank:
+                return holding
+            heapq.heappop(self._ranks[i])
+
+
+class _Registry:
+    """All jobs by their IDs, and the removal of finished ones.
+
+    Files are deleted by whoever finds that a job is to go: its remover, the thread of
+    the job whose end made it too much, or one that waits until it is too old.
+    """
+
+    def __init__(self, rule: Retention) -> None:
+        self._has_age = rule.age_s is not None
+        # Guards all below. Never held during I/O.
+        self._lock = threading.RLock()
+        # Notified when there is a finished job and was none, and by close.
+        self._changed = threading.Condition(self._lock)
+        self._jobs: dict[str, _Job | _FinishedJob] = {}  # as they were started
+        self._finished = _FinishedJobs(rule)
+        self._ends = 0
+        self._leaving: deque[threading.Thread] = deque()  # of jobs that have ended
+        self._ager: threading.Thread | None = None
+        self._closed = False
+
+    def add(self, job: _Job) -> None:
+        with self._lock:
+            if not job.is_finished:  # before we came here
+                self._jobs[job.job_id] = job
+
+    def get(self, job_id: str) -> _Job | _FinishedJob:
+        with self._lock:
+            try:
+                return self._jobs[job_id]
+            except KeyError:
+                raise UnknownJobError(job_id) from None
+
+    def all(self) -> tuple[_Job | _FinishedJob, ...]:
+        with self._lock:
+            return tuple(self._jobs.values())
+
+    def finish(self, job: _Job, final: Job) -> None:
+        """Keep of the job, whose thread calls this, what is of use after its end."""
+        with self._lock:
+            job.is_finished = True
+            self._ends += 1
+            finished = _FinishedJob(final, job.output, self._ends)
+            self._jobs[job.job_id] = finished
+            if self._finished.seconds_left() is None:
+                self._changed.notify_all()
+            self._finished.add(finished)
+            while self._leaving and not self._leaving[0].is_alive():
+                self._leaving.popleft()
+            self._leaving.append(job.thread)
+
+    def remove(self, job_id: str) -> None:
+        with self._lock:
+            job = self.get(job_id)
+            if isinstance(job, _Job):
+                raise JobRunningError(job_id)
+            self._forget_locked(job)
+        job.output.remove()
+
+    def make_room(self, owner: str) -> bool:
+        while True:
+            with self._lock:
+                jobs = self._finished.of(owner)
+                job = next((job for job in jobs if not job.output.is_read), None)
+                if job is None:
+                    return False
+                self._forget_locked(job)
+            _delete(job)
+            if job.output_bytes:
+                return True
+
+    def trim(self) -> None:
+        """Remove what is too old or too much; see that the rest is when it gets too old."""
+        excess = []
+        with self._lock:
+            if self._closed:
+                return
+            for job in self._finished.excess():
+                self._forget_locked(job)
+                excess.append(job)
+            if self._ager is None and self._has_age:
+                self._start_ager_locked()
+        for job in excess:
+            _delete(job)
+
+    def close(self, deadline: float) -> None:
+        """Forget nothing, but wait for the threads and delete all output.
+
+        The jobs must have been killed; those that have not ended by `deadline` (monotonic)
+        are left behind.
+        """
+        with self._lock:
+            self._closed = True
+            self._changed.notify_all()
+            threads = [*self._leaving, *([self._ager] if self._ager else [])]
+            running = [job for job in self._jobs.values() if isinstance(job, _Job)]
+        for each in running:
+            each.thread.join(max(0.0, deadline - time.monotonic()))
+        for thread in threads:
+            thread.join()
+        for job in self.all():
+            if isinstance(job, _Job):
+                logger.error("job %s: its processes cannot be killed; left behind", job.job_id)
+            else:
+                _delete(job)
+
+    def _forget_locked(self, job: _FinishedJob) -> None:
+        del self._jobs[job.job_id]
+        self._finished.discard(job)
+
+    def _start_ager_locked(self) -> None:
+        self._ager = threading.Thread(target=self._remove_aged, name="retention", daemon=True)
+        try:
+            self._ager.start()
+        except RuntimeError as error:
+            self._ager = None  # the next job that ends tries again
+            logger.warning("no room for the thread that removes old jobs: %s", error)
+
+    def _remove_aged(self) -> None:
+        while True:
+            with self._lock:
+                while not self._closed and (left := self._finished.seconds_left()) != 0:
+                    self._changed.wait(left and min(left, threading.TIMEOUT_MAX))
+                if self._closed:
+                    return
+            self.trim()
+
+
+def _delete(job: _FinishedJob) -> None:
+    try:
+        job.output.remove()
+    except OSError as error:
+        logger.error("job %s: its output stays until the worker is closed: %s", job.job_id, error)
 
 
 class _OutputDir:

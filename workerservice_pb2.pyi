@@ -115,6 +115,16 @@ class ListJobsResponse(_message.Message):
     jobs: _containers.RepeatedCompositeFieldContainer[Job]
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ...) -> None: ...
 
+class RemoveJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class RemoveJobResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Job(_message.Message):
     __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage", "output_lost_bytes")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]

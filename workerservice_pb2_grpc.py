@@ -59,6 +59,11 @@ class WorkerServiceStub:
                 request_serializer=workerservice__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=workerservice__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
+        self.RemoveJob = channel.unary_unary(
+                '/jobworker.v1.WorkerService/RemoveJob',
+                request_serializer=workerservice__pb2.RemoveJobRequest.SerializeToString,
+                response_deserializer=workerservice__pb2.RemoveJobResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -118,6 +123,17 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveJob(self, request, context):
+        """Forgets a finished job and deletes its output. Streams that are open still get all
+        of it.
+
+        Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, FAILED_PRECONDITION (the job is
+        running; stop it first).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +161,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.ListJobs,
                     request_deserializer=workerservice__pb2.ListJobsRequest.FromString,
                     response_serializer=workerservice__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'RemoveJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveJob,
+                    request_deserializer=workerservice__pb2.RemoveJobRequest.FromString,
+                    response_serializer=workerservice__pb2.RemoveJobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -282,6 +303,33 @@ class WorkerService:
             '/jobworker.v1.WorkerService/ListJobs',
             workerservice__pb2.ListJobsRequest.SerializeToString,
             workerservice__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jobworker.v1.WorkerService/RemoveJob',
+            workerservice__pb2.RemoveJobRequest.SerializeToString,
+            workerservice__pb2.RemoveJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,953 @@
+"""Tests of the removal of finished jobs: by their users, and by the rule that bounds them.
+
+First of the library, with real jobs and files, then over the API and the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import time
+import uuid
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broadcaster import Budget, OutputLog
+from cgroups import NO_LIMITS
+from client import ClientError, main
+from conftest import GUARD_S, await_output, children_of, descriptors_of
+from worker import (
+    EndReason,
+    Job,
+    JobRunningError,
+    Retention,
+    Status,
+    UnknownJobError,
+    Worker,
+    WorkerClosedError,
+    WorkerError,
+    _FinishedJob,
+    _FinishedJobs,
+    _Job,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from client import Client
+    from server import Server
+
+    Connect = Callable[..., Client]
+    Serve = Callable[..., Server]
+
+_FOREVER = ("sh", ["-c", "echo ready; exec sleep infinity"])
+_ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """One that keeps everything until it is told otherwise."""
+    with Worker(enforcement="off") as worker:
+        yield worker
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+def _keeping(**bounds: float) -> Worker:
+    return Worker(enforcement="off", retention=Retention(**bounds))  # type: ignore[arg-type]
+
+
+def _settle(worker: Worker | None) -> None:
+    """Block until all that the ends of jobs have brought about is done."""
+    assert worker is not None
+    for thread in tuple(worker._registry._leaving):
+        thread.join(GUARD_S)
+
+
+def _finish(worker: Worker, *argv: str, owner: str = "", budget: Budget | None = None) -> str:
+    """Run a job to its end and to what follows from it; return its ID."""
+    command, *args = argv or ("true",)
+    job_id = worker.start(command, args, owner=owner, budget=budget)
+    worker.wait(job_id, GUARD_S)
+    _settle(worker)
+    return job_id
+
+
+def _write(worker: Worker, size: int, owner: str = "", budget: Budget | None = None) -> str:
+    """Finish a job that has written `size` bytes."""
+    return _finish(worker, "head", "-c", str(size), "/dev/zero", owner=owner, budget=budget)
+
+
+def _kept(worker: Worker) -> list[str]:
+    """The jobs that are known, each of which must have its file, and no other job one."""
+    job_ids = [job.job_id for job in worker.list()]
+    files = os.listdir(worker._output_dir.path)
+    assert sorted(files) == sorted(f"{job_id}.out" for job_id in job_ids)
+    return job_ids
+
+
+def _together(pool: ThreadPoolExecutor, *calls: Callable[[], Any]) -> list[Any]:
+    """Run all of them at the same time, to their ends; return what they return or raise."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        barrier.wait(GUARD_S)
+        try:
+            return call()
+        except (WorkerError, OSError) as error:
+            return type(error)
+
+    return [future.result(GUARD_S) for future in [pool.submit(run, call) for call in calls]]
+
+
+# --- removal ------------------------------------------------------------------------------------
+
+
+def test_removed_job_is_unknown_and_its_output_is_gone(worker: Worker) -> None:
+    """To every method, a second removal too; the others stay."""
+    budget = Budget(None, "none")
+    others = [_finish(worker), _finish(worker)]
+    job_id = _write(worker, 1000, budget=budget)
+    assert (len(_kept(worker)), budget.used) == (3, 1000)
+    worker.remove(job_id)
+    assert (_kept(worker), budget.used) == (others, 0)
+    methods = (worker.remove, worker.status, worker.stop, worker.wait, worker.stream, worker.owner)
+    for method in methods:
+        with pytest.raises(UnknownJobError, match=job_id):
+            method(job_id)
+
+
+@pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
+def test_removal_of_an_unknown_job_is_an_error(worker: Worker, job_id: str) -> None:
+    """As every method has it."""
+    with pytest.raises(UnknownJobError):
+        worker.remove(job_id)
+
+
+def test_running_job_is_not_removed(worker: Worker) -> None:
+    """The error says what to do; when that is done it works."""
+    job_id = worker.start(*_FOREVER)
+    with pytest.raises(JobRunningError, match=f"{job_id} is still running; stop it first") as error:
+        worker.remove(job_id)
+    assert error.value.job_id == job_id
+    assert worker.status(job_id).status is Status.RUNNING
+    worker.stop(job_id)
+    worker.remove(job_id)
+    assert _kept(worker) == []
+
+
+@pytest.mark.parametrize("learn", ["stop", "wait", "stream"])
+def test_whoever_learns_of_the_end_can_remove_the_job(worker: Worker, learn: str) -> None:
+    """At once: by a stop, by waiting, or by the end of the output."""
+    for _ in range(20):
+        job_id = worker.start("echo", ["x"])
+        if learn == "stream":
+            with worker.stream(job_id) as chunks:
+                assert list(chunks) == [b"x\n"]
+        else:
+            getattr(worker, learn)(job_id)
+        worker.remove(job_id)
+    assert worker.list() == ()
+
+
+def test_job_can_be_removed_from_the_moment_its_output_ends(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the one that reads it may be faster than the thread that ends the job."""
+    job_id = worker.start(*_FOREVER)
+    outcomes: list[str] = []
+    output = worker._job(job_id).output
+    real_complete = output.complete
+
+    def complete() -> None:
+        real_complete()
+        if not outcomes:
+            outcomes.append("began")
+            worker.remove(job_id)
+            outcomes.append("removed")
+
+    monkeypatch.setattr(output, "complete", complete)
+    assert worker.stop(job_id).status is Status.STOPPED
+    assert outcomes == ["began", "removed"]
+    assert _kept(worker) == []
+
+
+def test_stream_of_a_job_that_is_removed_meanwhile_is_of_an_unknown_job(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of a worker that is closed."""
+    job_id, real_job = _finish(worker), worker._job
+
+    def remove_meanwhile(job_id: str) -> object:
+        job = real_job(job_id)
+        worker.remove(job_id)
+        return job
+
+    monkeypatch.setattr(worker, "_job", remove_meanwhile)
+    with pytest.raises(UnknownJobError):
+        worker.stream(job_id)
+
+
+def test_readers_of_a_removed_job_get_all_of_its_output(worker: Worker) -> None:
+    """Wherever in it they are; the room comes back with the last of them."""
+    size, budget = 3_000_000, Budget(None, "none")
+    job_id = worker.start(
+        sys.executable,
+        ["-c", f"import sys,random; sys.stdout.buffer.write(random.Random(7).randbytes({size}))"],
+        budget=budget,
+    )
+    worker.wait(job_id, GUARD_S)
+    expected = random.Random(7).randbytes(size)
+    descriptors = descriptors_of()
+    readers = [worker.stream(job_id, subscriber=f"reader{i}") for i in range(5)]
+    received = [b"".join(next(reader) for _ in range(i)) for i, reader in enumerate(readers)]
+    assert len(worker.status(job_id).subscribers) == 5
+    worker.remove(job_id)
+    assert os.listdir(worker._output_dir.path) == []
+    with pytest.raises(UnknownJobError):
+        worker.stream(job_id)
+    for i, reader in enumerate(readers):
+        assert budget.used == size
+        assert received[i] + b"".join(reader) == expected
+    assert budget.used == 0
+    assert descriptors_of() == descriptors
+
+
+def test_removal_that_races_with_everything_is_one_removal(
+    worker: Worker, pool: ThreadPoolExecutor
+) -> None:
+    """One remover succeeds; readers get all or nothing; nothing is left behind."""
+    _finish(worker)
+    descriptors = descriptors_of()
+    for _ in range(20):
+        job_id = _write(worker, 600_000)
+
+        def read(job_id: str = job_id) -> int:
+            with worker.stream(job_id) as chunks:
+                return sum(map(len, chunks))
+
+        def status(job_id: str = job_id) -> int:
+            return worker.status(job_id).output_bytes + worker.stop(job_id).output_bytes
+
+        results = _together(
+            pool, *[functools.partial(worker.remove, job_id)] * 4, *[read] * 6, *[status] * 3
+        )
+        assert sorted(map(str, results[:4])) == sorted(map(str, [None, *[UnknownJobError] * 3]))
+        assert set(results[4:10]) <= {600_000, UnknownJobError}
+        assert set(results[10:]) <= {1_200_000, UnknownJobError}
+    assert len(_kept(worker)) == 1
+    assert descriptors_of() == descriptors
+
+
+def test_removal_that_races_with_the_end_removes_or_is_refused(
+    worker: Worker, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """A job that was still running stays as it is; the other is gone with all it had."""
+    gate, outcomes = tmp_path / "gate", set()
+    os.mkfifo(gate)
+    for _ in range(20):
+        job_id = worker.start("sh", ["-c", f"echo x; read line <{gate}; echo y"])
+        with worker.stream(job_id) as chunks:
+            assert next(chunks) == b"x\n"
+            # The first waits in its open for the job to come, and then lets it end.
+            results = _together(
+                pool,
+                lambda: gate.write_text("\n"),
+                *[functools.partial(worker.remove, job_id)] * 4,
+            )
+            assert b"".join(chunks) == b"y\n"
+        outcomes |= set(results[1:])
+        if None in results[1:]:
+            with pytest.raises(UnknownJobError):
+                worker.status(job_id)
+        else:
+            worker.remove(job_id)
+    assert outcomes <= {None, UnknownJobError, JobRunningError}
+    assert worker.list() == ()
+    _settle(worker)
+    assert _kept(worker) == []
+
+
+def test_removal_that_races_with_close_leaves_nothing(
+    pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """It is done, or refused because the worker is closing; the directory is empty."""
+    pool.submit(int).result(GUARD_S)
+    for _ in range(10):
+        descriptors = descriptors_of()
+        with _keeping(jobs=4, age_s=0.001) as worker:
+            pass
+        worker = Worker(enforcement="off", output_dir=tmp_path / "output")
+        job_ids = [_finish(worker) for _ in range(6)]
+        removals = [functools.partial(worker.remove, job_id) for job_id in job_ids]
+        results = _together(pool, worker.close, *removals)
+        assert set(results) <= {None, WorkerClosedError}
+        assert len(worker.list()) == results.count(WorkerClosedError)
+        assert list((tmp_path / "output").iterdir()) == []
+        assert set(descriptors_of()) <= set(descriptors)
+
+
+class _Watched(threading.Condition):
+    """Sets `event` when somebody waits."""
+
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__()
+        self._event = event
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._event.set()
+        return super().wait(timeout)
+
+
+def test_close_waits_for_a_removal(
+    worker: Worker, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which needs the directory that close gives up."""
+    job_id, closing = _finish(worker), threading.Event()
+    worker._idle = _Watched(closing)
+    output = worker._job(job_id).output
+    real_remove = output.remove
+    was_closed = []
+
+    def remove() -> None:
+        close = pool.submit(worker.close)
+        close.add_done_callback(lambda _: closing.set())
+        assert closing.wait(GUARD_S)
+        was_closed.append(close.done())
+        real_remove()
+
+    monkeypatch.setattr(output, "remove", remove)
+    worker.remove(job_id)
+    assert was_closed == [False]
+
+
+def test_closed_worker_removes_nothing(worker: Worker) -> None:
+    """What is known can still be asked."""
+    job_id = _finish(worker)
+    worker.close()
+    with pytest.raises(WorkerClosedError):
+        worker.remove(job_id)
+    assert not worker.make_room("")
+    assert worker.status(job_id).exit_code == 0
+
+
+def test_output_that_cannot_be_deleted_is_told(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To who removes the job, which is forgotten, and by the log where nobody asked."""
+    job_id = _write(worker, 10)
+    path = Path(worker._output_dir.path, f"{job_id}.out")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=job_id):
+        worker.remove(job_id)
+    with pytest.raises(UnknownJobError):
+        worker.status(job_id)
+    path.rmdir()
+
+    job_id = _write(worker, 10, owner="alice")
+    path = Path(worker._output_dir.path, f"{job_id}.out")
+    path.unlink()
+    path.mkdir()
+    assert worker.make_room("alice")
+    path.rmdir()
+    assert f"job {job_id}: its output stays until the worker is closed" in caplog.text
+
+
+def test_end_that_comes_before_the_start_has_returned_is_kept_in_mind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job that has ended, and even one that was too much, is not taken for a running one."""
+    with _keeping(jobs=1) as worker:
+        real_add = worker._registry.add
+
+        def add(job: _Job) -> None:
+            job.thread.join(GUARD_S)
+            if another:
+                another.pop()
+                _finish(worker)
+            real_add(job)
+
+        monkeypatch.setattr(worker._registry, "add", add)
+        another: list[bool] = []
+        job_id = worker.start("true")
+        assert worker.status(job_id).status is Status.FINISHED
+        another.append(True)
+        gone = worker.start("true")
+        with pytest.raises(UnknownJobError):
+            worker.status(gone)
+        assert len(_kept(worker)) == 1
+
+
+def test_finished_job_is_what_it_was_and_who_reads_it(worker: Worker) -> None:
+    """Its state after the end is the one that waiting told, but for the subscribers of now."""
+    job_id = worker.start("sh", ["-c", "echo hi; exit 7"], owner="alice")
+    job = worker.wait(job_id, GUARD_S)
+    assert (job.exit_code, job.output_bytes, job.args) == (7, 3, ("-c", "echo hi; exit 7"))
+    assert worker.status(job_id) == worker.stop(job_id) == worker.list()[0] == job
+    with worker.stream(job_id, subscriber="bob"):
+        assert worker.status(job_id).subscribers == ("bob",)
+    assert worker.status(job_id) == job
+
+
+def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
+    """Neither the thread nor what it worked with; and no more descriptors."""
+    _finish(worker)
+    descriptors = descriptors_of()
+    parts: list[weakref.ref[Any]] = []
+    for _ in range(5):
+        job_id = worker.start(*_FOREVER)
+        job = worker._job(job_id)
+        assert isinstance(job, _Job)
+        parts += [weakref.ref(job), weakref.ref(job.thread), weakref.ref(job.output._changed)]
+        del job
+        worker.stop(job_id)
+    _settle(worker)
+    _finish(worker)  # as it ends, those before are let go
+    gc.collect()
+    assert [part() for part in parts] == [None] * len(parts)
+    assert descriptors_of() == descriptors
+
+
+# --- the rule -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"age_s": -1}, {"age_s": float("nan")}, {"jobs": 0}, {"output_bytes": -1}, {"argv_bytes": -1}],
+)
+def test_senseless_rule_is_an_error(bounds: dict[str, Any]) -> None:
+    """It names the bound."""
+    ((name, value),) = bounds.items()
+    with pytest.raises(ValueError, match=rf"{name} must be at least [01], not {value}"):
+        Retention(**bounds)
+
+
+def test_without_a_rule_everything_is_kept() -> None:
+    """And no thread waits for anything."""
+    threads = threading.active_count()
+    with Worker(enforcement="off") as worker:
+        job_ids = [_finish(worker) for _ in range(10)]
+        assert _kept(worker) == job_ids
+        assert threading.active_count() == threads
+
+
+def test_too_many_jobs_lose_those_that_ended_first() -> None:
+    """Whenever they were started; those that run do not count."""
+    with _keeping(jobs=2) as worker:
+        running = worker.start(*_FOREVER)
+        last = worker.start(*_FOREVER)
+        job_ids = [_finish(worker) for _ in range(3)]
+        assert _kept(worker) == [running, last, *job_ids[1:]]
+        worker.stop(last)
+        _settle(worker)
+        assert _kept(worker) == [running, last, job_ids[2]]
+
+
+def test_too_much_output_loses_the_oldest() -> None:
+    """As many as it takes; what was removed by hand does not count."""
+    with _keeping(output_bytes=100) as worker:
+        first, second, third = (_write(worker, 30) for _ in range(3))
+        worker.remove(second)
+        fourth = _write(worker, 30)
+        assert _kept(worker) == [first, third, fourth]
+        fifth = _write(worker, 60)
+        assert _kept(worker) == [fourth, fifth]
+
+
+def test_job_that_has_just_ended_is_never_too_much() -> None:
+    """Its owner can look at it until the next job ends, however large it is."""
+    with _keeping(output_bytes=100, argv_bytes=0) as worker:
+        large = _write(worker, 1000)
+        assert _kept(worker) == [large]
+        small = _write(worker, 1)
+        assert _kept(worker) == [small]
+
+
+def test_too_much_argv_loses_the_oldest() -> None:
+    """It is in memory, where a character may take four bytes and an argument fifty."""
+    with _keeping(argv_bytes=300_000) as worker:
+        first = _finish(worker, "true", "x" * 100_000)
+        second = _finish(worker, "true", "x" * 100_000)
+        assert _kept(worker) == [first, second]
+        third = _finish(worker, "true", *(f"{i}" for i in range(10, 2500)))
+        assert _kept(worker) == [second, third]
+        fourth = _finish(worker, "true", "x" * 30_000 + "\N{PILE OF POO}")
+        assert _kept(worker) == [third, fourth]
+
+
+@pytest.mark.parametrize("bound", ["jobs", "output_bytes"])
+def test_one_owners_flood_does_not_push_out_anothers_jobs(bound: str) -> None:
+    """The owner with the most loses their oldest."""
+    with _keeping(**{bound: 5 if bound == "jobs" else 50}) as worker:
+        alices = [_write(worker, 10, "alice") for _ in range(2)]
+        floods = [_write(worker, 10, "mallory") for _ in range(12)]
+        assert _kept(worker) == alices + floods[-3:]
+
+
+def test_owners_with_as_many_each_lose_the_oldest_of_all() -> None:
+    """So somebody who has just come has their first job."""
+    with _keeping(jobs=3) as worker:
+        job_ids = [_finish(worker, owner=f"owner{i}") for i in range(6)]
+        assert _kept(worker) == job_ids[3:]
+
+
+class _Tell(Budget):
+    """Sets `told` when its bytes are given back, that is when the job's file is gone."""
+
+    __slots__ = ("told",)
+
+    def __init__(self) -> None:
+        super().__init__(None, "none")
+        self.told = threading.Event()
+
+    def give_back(self, size: int) -> None:
+        super().give_back(size)
+        self.told.set()
+
+
+def test_job_that_is_too_old_is_removed() -> None:
+    """Not before; each in its turn, without anybody asking, and after a pause too."""
+    with _keeping(age_s=0.2) as worker:
+        for _ in range(3):
+            budgets = [_Tell(), _Tell()]
+            before = time.monotonic()
+            for budget in budgets:
+                _write(worker, 10, budget=budget)
+            for budget in budgets:
+                assert budget.told.wait(GUARD_S)
+            assert time.monotonic() - before >= 0.2
+            assert _kept(worker) == []
+
+
+def test_old_job_that_is_read_is_read_to_its_end() -> None:
+    """It is unknown to all others."""
+    with _keeping(age_s=0.2) as worker:
+        budget = _Tell()
+        job_id = worker.start("head", ["-c", "1000000", "/dev/zero"], budget=budget)
+        with worker.stream(job_id) as chunks:
+            size = len(next(chunks))
+            removed = _Tell()
+            _write(worker, 1, budget=removed)  # ends after the other
+            assert removed.told.wait(GUARD_S)
+            with pytest.raises(UnknownJobError):
+                worker.stream(job_id)
+            assert not budget.told.is_set()
+            assert size + sum(map(len, chunks)) == 1_000_000
+        assert budget.told.is_set()
+
+
+def test_thread_that_waits_for_age_ends_with_the_worker() -> None:
+    """There is one, from the first end on; and it begins no earlier."""
+
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "retention"]
+
+    for age_s in (3600, 1e300):
+        with _keeping(age_s=age_s) as worker:
+            assert threads() == []
+            job_ids = [_finish(worker) for _ in range(3)]
+            assert threads() == ["retention"]
+            assert _kept(worker) == job_ids
+        assert threads() == []
+
+
+def test_no_room_for_that_thread_is_told_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The job whose end it was is kept meanwhile."""
+    real_start = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "retention":
+            raise RuntimeError("can't start new thread")
+        real_start(thread)
+
+    with _keeping(age_s=0.1) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            job_id = _write(worker, 1)
+            assert _kept(worker) == [job_id]
+        assert "no room for the thread that removes old jobs: can't start" in caplog.text
+        budget = _Tell()
+        _write(worker, 1, budget=budget)
+        assert budget.told.wait(GUARD_S)
+        assert _kept(worker) == []
+
+
+def test_a_thousand_jobs_later_there_is_no_more_than_the_rule_says(
+    pool: ThreadPoolExecutor,
+) -> None:
+    """No thread, descriptor, file or process; ends, removals and readers all at once."""
+    with _keeping(jobs=20, age_s=3600) as worker:
+        _finish(worker)
+
+        def held() -> tuple[object, ...]:
+            worker._spawner.kill("nobody")  # once it answers, it has cleaned up before
+            spawner = worker._spawner.pid
+            threads = sorted(thread.name for thread in threading.enumerate())
+            return len(descriptors_of()), descriptors_of(spawner), threads, children_of(spawner)
+
+        def use(owner: str) -> None:
+            for i in range(40):
+                job_id = worker.start("echo", [owner], owner=owner)
+                with contextlib.suppress(UnknownJobError), worker.stream(job_id) as chunks:
+                    assert b"".join(chunks) == f"{owner}\n".encode()
+                if i % 3 == 0:
+                    with contextlib.suppress(UnknownJobError):
+                        worker.remove(job_id)
+
+        _together(pool, *[int] * 32)  # so that all threads of the pool are there
+        before = held()
+        _together(pool, *(lambda i=i: use(f"owner{i % 5}") for i in range(24)))
+        _settle(worker)
+        assert held() == before
+        assert len(_kept(worker)) <= 20
+        for _ in range(24):  # as many as may have been removed last
+            _finish(worker)
+        assert len(_kept(worker)) == 20
+
+
+# --- the rule, without jobs ---------------------------------------------------------------------
+
+
+class _Model:
+    """What the rule says, in the plainest words, and slowly."""
+
+    def __init__(self, rule: Retention) -> None:
+        self.bounds = (rule.jobs, rule.output_bytes, rule.argv_bytes)
+        self.jobs: list[_FinishedJob] = []
+
+    @staticmethod
+    def counts(job: _FinishedJob) -> tuple[int, int, int]:
+        return 1, job.output_bytes, job.argv_bytes
+
+    def excess(self) -> list[_FinishedJob]:
+        left, gone = list(self.jobs), []
+        for i, bound in enumerate(self.bounds):
+            while bound is not None and sum(self.counts(job)[i] for job in left) > bound:
+                owners = {job.owner: 0 for job in left}  # by their oldest
+                for job in left:
+                    owners[job.owner] += self.counts(job)[i]
+                most = max(owners, key=lambda owner: owners[owner])
+                oldest = next(job for job in left if job.owner == most)
+                if oldest is left[-1]:
+                    break
+                left.remove(oldest)
+                gone.append(oldest)
+        return gone
+
+
+def _record(number: int, owner: str, size: int, args: tuple[str, ...], log: OutputLog) -> Any:
+    now = datetime.now(UTC)
+    job = Job(
+        *(str(uuid.uuid4()), owner, "true", args, Status.FINISHED, EndReason.EXITED, 0, None),
+        *(now, now, size, 0, (), NO_LIMITS, None, None),
+    )
+    return _FinishedJob(job, log, number)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rule_says_the_same_in_plain_words(seed: int, tmp_path: Path) -> None:
+    """For many jobs of some owners, ending and removed in any order."""
+    dice = random.Random(seed)
+    rule = Retention(
+        jobs=dice.choice([None, 1, 7]),
+        output_bytes=dice.choice([None, 0, 50]),
+        argv_bytes=dice.choice([None, 0, 2000]),
+    )
+    model, jobs, log = _Model(rule), _FinishedJobs(rule), OutputLog(tmp_path / "log")
+    owners = "abcdefgh"[: dice.randint(1, 8)]
+    for number in range(300):
+        args = ("x" * dice.randint(1, 200),) * dice.randint(0, 2)
+        job = _record(number, dice.choice(owners), dice.choice([0, 1, 10, 60]), args, log)
+        jobs.add(job)
+        model.jobs.append(job)
+        expected = model.excess()
+        for gone in jobs.excess():
+            assert gone is expected.pop(0)
+            jobs.discard(gone)
+            model.jobs.remove(gone)
+        assert expected == []
+        while model.jobs and dice.random() < 0.3:
+            by_hand = dice.choice(model.jobs)
+            jobs.discard(by_hand)
+            model.jobs.remove(by_hand)
+        assert sorted(job.number for owner in owners for job in jobs.of(owner)) == [
+            job.number for job in model.jobs
+        ]
+        assert all(len(ranks) <= 2 * len(owners) + 9 for ranks in jobs._ranks)
+    log.remove()
+
+
+def test_cost_of_an_end_does_not_grow_with_the_jobs_there_were(tmp_path: Path) -> None:
+    """Counted in steps of the interpreter, of which a clock knows nothing."""
+    log = OutputLog(tmp_path / "log")
+
+    def steps(kept: int, owners: int) -> int:
+        jobs, number, count = _FinishedJobs(Retention(jobs=kept)), 0, 0
+
+        def trace(*_: object) -> Any:
+            nonlocal count
+            count += 1
+            return trace
+
+        def end() -> None:
+            nonlocal number
+            number += 1
+            jobs.add(_record(number, f"owner{number % owners}", 1, (), log))
+            for gone in jobs.excess():
+                jobs.discard(gone)
+
+        for _ in range(2 * kept):
+            end()
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            for _ in range(200):
+                end()
+        finally:
+            sys.settrace(before)
+        return count
+
+    # With more owners the heap is rebuilt less often, and each time at once.
+    assert steps(5000, 10) <= 1.2 * steps(50, 10)
+    assert steps(5000, 1000) <= 1.2 * steps(50, 10)
+    log.remove()
+
+
+# --- room for others ----------------------------------------------------------------------------
+
+
+def test_room_is_made_by_the_oldest_of_the_owner(worker: Worker) -> None:
+    """Until one had output; until none is left."""
+    empty, large, small = (_write(worker, size, "alice") for size in (0, 100, 10))
+    bobs = _write(worker, 5, "bob")
+    running = worker.start(*_FOREVER, owner="alice")
+    assert _kept(worker) == [empty, large, small, bobs, running]
+    assert worker.make_room("alice")
+    assert _kept(worker) == [small, bobs, running]
+    assert worker.make_room("alice")
+    assert not worker.make_room("alice")
+    assert not worker.make_room("carol")
+    assert _kept(worker) == [bobs, running]
+
+
+def test_output_that_is_read_makes_no_room(worker: Worker) -> None:
+    """It would give back nothing; so it is passed over."""
+    first, _ = (_write(worker, 10, "alice") for _ in range(2))
+    with worker.stream(first):
+        assert worker.make_room("alice")
+        assert _kept(worker) == [first]
+        assert not worker.make_room("alice")
+    assert worker.make_room("alice")
+
+
+# --- over the API -------------------------------------------------------------------------------
+
+
+def _run(client: Client, *argv: str) -> str:
+    """Run a job to its end; return its ID."""
+    command, *args = argv or ("true",)
+    job_id = client.start(command, args)
+    list(client.stream(job_id))
+    return job_id
+
+
+def _refusal(call: Callable[..., Any], *args: Any) -> tuple[str, str]:
+    with pytest.raises(ClientError) as caught:
+        call(*args)
+    return caught.value.code, str(caught.value)
+
+
+def test_removed_unknown_and_foreign_look_alike(connect: Connect) -> None:
+    """To every call that names a job."""
+    client, admin = connect("user"), connect("admin")
+    removed, foreign = _run(client, "echo", "x"), _run(admin)
+    client.remove(removed)
+    for job_id in (removed, foreign, _ABSENT):
+        for call in (client.remove, client.status, client.stop, lambda i: list(client.stream(i))):
+            assert _refusal(call, job_id) == ("NOT_FOUND", "no such job")
+    assert removed not in [job.job_id for job in admin.list()]
+    assert admin.status(foreign).job_id == foreign
+
+
+def test_admin_removes_anybodys_job(connect: Connect) -> None:
+    """A user only their own."""
+    client, admin = connect("user"), connect("admin")
+    job_id = _run(client)
+    admin.remove(job_id)
+    assert _refusal(client.status, job_id)[0] == "NOT_FOUND"
+
+
+def test_running_job_must_be_stopped_before_it_is_removed(connect: Connect) -> None:
+    """The answer says so; a user's foreign running job is not there at all."""
+    client, admin = connect("user"), connect("admin")
+    job_id, foreign = client.start(*_FOREVER), admin.start(*_FOREVER)
+    told = f"job {job_id} is still running; stop it first"
+    assert _refusal(client.remove, job_id) == ("FAILED_PRECONDITION", told)
+    assert _refusal(client.remove, foreign) == ("NOT_FOUND", "no such job")
+    client.stop(job_id)
+    client.remove(job_id)
+    admin.stop(foreign)
+    admin.remove(foreign)
+
+
+@pytest.mark.parametrize("job_id", ["", "x", _ABSENT + "0"])
+def test_what_is_no_job_id_is_an_invalid_argument(connect: Connect, job_id: str) -> None:
+    """As for every call."""
+    code, told = _refusal(connect().remove, job_id)
+    assert code == "INVALID_ARGUMENT"
+    assert told.startswith("not a job ID")
+
+
+def test_open_streams_of_a_removed_job_get_all_of_it(connect: Connect) -> None:
+    """Far more than is on its way already when it is removed; the end is a good one."""
+    client, size = connect(), 30_000_000
+    script = f"head -c {size} /dev/zero | tr '\\0' x"
+    job_id = client.start("sh", ["-c", script])
+    assert sum(map(len, client.stream(job_id))) == size
+    streams = [client.stream(job_id) for _ in range(3)]
+    digests = [hashlib.sha256(next(stream)) for stream in streams]
+    client.remove(job_id)
+    for stream, digest in zip(streams, digests, strict=True):
+        for data in stream:
+            digest.update(data)
+    assert {digest.digest() for digest in digests} == {hashlib.sha256(b"x" * size).digest()}
+
+
+def test_removals_are_on_record(serve: Serve, connect: Connect, tmp_path: Path) -> None:
+    """With the job, whether they succeed or not."""
+    server = serve(audit_log=tmp_path / "audit.log")
+    client = connect("user", server.address)
+    job_id, running = _run(client), client.start(*_FOREVER)
+    client.remove(job_id)
+    for refused in (job_id, running):
+        _refusal(client.remove, refused)
+    records = [json.loads(line) for line in (tmp_path / "audit.log").read_text().splitlines()]
+    assert [
+        (record["user"], record["job"], record["outcome"])
+        for record in records
+        if record["rpc"].endswith("/RemoveJob")
+    ] == [
+        ("user", job_id, "OK"),
+        ("user", job_id, "NOT_FOUND"),
+        ("user", running, "FAILED_PRECONDITION"),
+    ]
+
+
+def test_server_keeps_what_its_configuration_says(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """The oldest of who has most is unknown then, and the rest is all there."""
+    config = tmp_path / "config.toml"
+    config.write_text('[retention]\njobs = 3\nage = "1h"\n')
+    server = serve(config=config)
+    client, admin = connect("user", server.address), connect("admin", server.address)
+    admins = _run(admin)
+    _settle(server._worker)
+    users = []
+    for _ in range(4):
+        users.append(_run(client))
+        _settle(server._worker)
+    assert [job.job_id for job in admin.list()] == [admins, *users[2:]]
+    assert _refusal(client.status, users[0]) == ("NOT_FOUND", "no such job")
+
+
+def _server_with_ceiling(serve: Serve, tmp_path: Path) -> Server:
+    config = tmp_path / "config.toml"
+    config.write_text('[per_user]\nkept_output = "100K"\n')
+    return serve(config=config)
+
+
+def test_kept_output_of_finished_jobs_blocks_nothing(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """At the ceiling the oldest give way, to a start as to what a running job writes."""
+    server = _server_with_ceiling(serve, tmp_path)
+    client = connect("user", server.address)
+    write = ("head", "-c", "102400", "/dev/zero")
+    first = _run(client, *write)
+    second = _run(client, *write)
+    assert [job.job_id for job in client.list()] == [second]
+    assert client.status(second).output_lost_bytes == 0
+    assert _refusal(client.status, first)[0] == "NOT_FOUND"
+
+
+def test_kept_output_of_running_jobs_blocks_starts_until_it_is_removed(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """The refusal says what to do, and that helps."""
+    server = _server_with_ceiling(serve, tmp_path)
+    client = connect("user", server.address)
+    job_id = client.start("sh", ["-c", "head -c 102400 /dev/zero; echo ready; sleep infinity"])
+    await_output(server._worker, job_id, b"\0" * 102_400)  # type: ignore[arg-type]
+    code, told = _refusal(client.start, "true")
+    assert code == "RESOURCE_EXHAUSTED"
+    assert "ceiling of 100 KiB is reached; stop or remove jobs" in told
+    client.stop(job_id)
+    client.remove(job_id)
+    assert [job.job_id for job in client.list()] == []
+    _run(client)
+
+
+def test_restart_begins_with_nothing(
+    serve: Serve, connect: Connect, make_state: Callable[[], Path]
+) -> None:
+    """What was kept by the server before is gone, whatever its rule."""
+    state = make_state()
+    server = serve(state_dir=state)
+    job_id = _run(connect("user", server.address), "echo", "x")
+    assert [path.name for path in (state / "output").iterdir()] == [f"{job_id}.out"]
+    server.stop()
+    server = serve(state_dir=state)
+    client = connect("user", server.address)
+    assert list(client.list()) == []
+    assert _refusal(client.remove, job_id)[0] == "NOT_FOUND"
+    assert list((state / "output").iterdir()) == []
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_remove_on_the_command_line(
+    connect: Connect,
+    certs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Silent when it has worked, as rm; else one line and 1; 2 without a job."""
+    client = connect()
+    monkeypatch.setenv("JOBWORKER_TOKEN", client.token)
+    options = ["--server", client._server, "--certs", str(certs)]
+
+    def remove(*arguments: str) -> tuple[int, str, str]:
+        status = main(["remove", *options, *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    job_id, running = _run(client), client.start(*_FOREVER)
+    assert remove("-j", job_id) == (0, "", "")
+    assert remove("-j", job_id) == (1, "", "client: no such job\n")
+    told = f"client: job {running} is still running; stop it first\n"
+    assert remove("--job", running) == (1, "", told)
+    client.stop(running)
+    assert remove("--job", running) == (0, "", "")
+    with pytest.raises(SystemExit, match="2"):
+        remove()
