@@ -19,13 +19,13 @@ import socket
 import ssl
 import statistics
 import subprocess
+import tempfile
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
-import jwt
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
@@ -488,3 +488,470 @@ def test_ceiling_of_streams_is_looked_at_after_the_owner(
         assert stream(own).code == "RESOURCE_EXHAUSTED"
         assert {stream(job_id) for job_id in (theirs, str(uuid.uuid4()))} == {_NO_JOB}
         output.close()
+
+
+# --- the same, on the wire --------------------------------------------------------------
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _GOAWAY = 0, 1, 3, 4, 7
+_END_STREAM, _END_HEADERS = 1, 4
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    head = len(payload).to_bytes(3, "big") + bytes([kind, flags])
+    return head + stream.to_bytes(4, "big") + payload
+
+
+def _hpack(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """RFC 7541: literals without indexing, not Huffman-coded."""
+
+    def text(data: bytes) -> bytes:
+        if len(data) < 0x7F:
+            return bytes([len(data)]) + data
+        return b"\x7f" + _varint(len(data) - 0x7F) + data
+
+    return b"".join(b"\0" + text(name) + text(value) for name, value in headers)
+
+
+def _read(sock: ssl.SSLSocket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = sock.recv(size - len(data))
+        if not chunk:
+            raise ConnectionError
+        data += chunk
+    return data
+
+
+def _wire(house: _House, name: str, request: bytes, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Make a call on a connection of its own, without gRPC; return the frames of the answer.
+
+    They end with the stream, or with the connection where the server breaks it off.
+    """
+    host, _, port = house.program.address.rpartition(":")
+    context = ssl.create_default_context(cafile=house.certs / "server-ca.pem")
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(house.certs / "client.pem", house.certs / "client-key.pem")
+    block = _hpack(
+        [
+            *((b":method", b"POST"), (b":scheme", b"https"), (b":path", _path(name).encode())),
+            *((b":authority", b"localhost"), (b"te", b"trailers")),
+            (b"content-type", b"application/grpc"),
+            *headers,
+        ]
+    )
+    message = b"\0" + len(request).to_bytes(4, "big") + request
+    answer = b""
+    with (
+        socket.create_connection((host, int(port)), GUARD_S) as plain,
+        context.wrap_socket(plain, server_hostname=host) as sock,
+        contextlib.suppress(ConnectionError),
+    ):
+        sock.sendall(
+            _PREFACE
+            + _frame(_SETTINGS, 0, 0)
+            + _frame(_HEADERS, _END_HEADERS, 1, block)
+            + _frame(_DATA, _END_STREAM, 1, message)
+        )
+        while True:
+            head = _read(sock, 9)
+            payload = _read(sock, int.from_bytes(head[:3], "big"))
+            kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
+            if stream == 1:
+                answer += head + payload
+            if kind == _GOAWAY or (
+                stream == 1
+                and (kind == _RST_STREAM or (kind in {_DATA, _HEADERS} and flags & _END_STREAM))
+            ):
+                break
+    return answer
+
+
+def _wire_token(token: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", b"Bearer " + token.encode())]
+
+
+@pytest.mark.parametrize("name", _WITH_JOB)
+def test_foreign_and_absent_are_the_same_bytes_in_the_same_frames(
+    house: _House, foreign: dict[str, str], name: str
+) -> None:
+    """Nothing that gRPC's client would not show tells them apart either."""
+    token = house.token("alice")
+    answers = {
+        _wire(house, name, _request(name, job_id), _wire_token(token))
+        for job_id in [*foreign.values(), str(uuid.uuid4())]
+    }
+    (answer,) = answers
+    assert b"no such job" in answer
+
+
+# --- their times ------------------------------------------------------------------------
+
+_TRIES = 1000
+_Z_MAX = 5.0  # a false alarm in 1.7 million runs
+
+
+def _z(differences: Sequence[float]) -> float:
+    """The sign test: how many standard deviations more are positive than by chance."""
+    signs = [difference > 0 for difference in differences if difference]
+    return (2 * sum(signs) - len(signs)) / len(signs) ** 0.5
+
+
+@pytest.mark.parametrize("name", _WITH_JOB)
+@pytest.mark.parametrize("state", ["running", "finished"])
+def test_foreign_and_absent_take_the_same_time(
+    house: _House,
+    foreign: dict[str, str],
+    name: str,
+    state: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """In 1,000 pairs of calls neither is the slower one more often than a coin would be.
+
+    Which of a pair comes first is random. So where there is no difference both signs are
+    equally likely in every pair, whatever else the machine is doing: a busy one makes this
+    test less sharp, but never makes it fail.
+    """
+    rpc = house.channel.unary_unary(_path(name))
+    metadata = tuple(_bearer(house.token("alice")))
+    requests = [_request(name, job) for job in (foreign[f"{state}, of bob"], str(uuid.uuid4()))]
+
+    def time_of(request: bytes) -> float:
+        start = time.perf_counter()
+        with contextlib.suppress(grpc.RpcError):
+            rpc(request, metadata=metadata, timeout=GUARD_S)
+        return time.perf_counter() - start
+
+    def times() -> tuple[float, float]:
+        order = random.sample((0, 1), 2)
+        taken = {which: time_of(requests[which]) for which in order}
+        return taken[0], taken[1]
+
+    for _ in range(_TRIES // 10):
+        times()
+    pairs = [times() for _ in range(_TRIES)]
+    differences = [theirs - absent for theirs, absent in pairs]
+    typical = statistics.median(absent for _, absent in pairs)
+    z, difference = _z(differences), statistics.median(differences)
+    record_property("z", z)
+    told = f"z {z:.1f}, median difference {difference * 1e6:.1f} us of {typical * 1e6:.0f} us"
+    assert abs(z) < _Z_MAX, told
+    # It is sharp enough to mean something: a quarter of a call more would have been seen.
+    assert _z([each + typical / 4 for each in differences]) > _Z_MAX, told
+
+
+# --- forged tokens ----------------------------------------------------------------------
+
+
+def _issued(seconds_ago: int) -> dict[str, int]:
+    issued = int(time.time()) - seconds_ago
+    return {"iat": issued, "exp": issued + _LIFETIME_S}
+
+
+def _number(mint: _Mint, claim: str, literal: str) -> str:
+    """A claim that is `literal` in the JSON, whether or not that is JSON."""
+    payload = mint.payload(**{claim: "LITERAL"})
+    return mint.assemble(payload.replace(b'"LITERAL"', literal.encode()))
+
+
+def _with_rsa(mint: _Mint) -> str:
+    """A true RS256 signature, by a key of the forger's."""
+    header = _base64(b'{"alg":"RS256","typ":"JWT"}')
+    signed = f"{header}.{_base64(mint.payload())}"
+    with tempfile.NamedTemporaryFile() as key:
+        command = ["openssl", "genrsa", "-out", key.name, "2048"]
+        subprocess.run(command, check=True, capture_output=True)
+        command = ["openssl", "dgst", "-sha256", "-sign", key.name]
+        signature = subprocess.run(
+            command, input=signed.encode(), check=True, capture_output=True
+        ).stdout
+    return f"{signed}.{_base64(signature)}"
+
+
+def _with_detached_payload(mint: _Mint) -> str:
+    """RFC 7797: the payload is signed as it is, and not in the token."""
+    header = _base64(b'{"alg":"HS256","b64":false,"crit":["b64"]}')
+    mac = hmac.digest(mint.key, f"{header}.".encode() + mint.payload(), "sha256")
+    return f"{header}..{_base64(mac)}"
+
+
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+def _respelt(token: str, step: int) -> str:
+    """The same bytes: of the last character of a signature nobody reads the last two bits."""
+    return token[:-1] + _ALPHABET[_ALPHABET.index(token[-1]) + step]
+
+
+def _changed(mint: _Mint, part: int) -> str:
+    """The token with one bit of the first byte of a part turned over."""
+    parts = mint.token().split(".")
+    data = bytearray(_unbase64(parts[part]))
+    data[0] ^= 1
+    parts[part] = _base64(bytes(data))
+    return ".".join(parts)
+
+
+_FORGERIES: dict[str, Callable[[_Mint], str]] = {
+    # The algorithm
+    **{
+        f"alg {alg!r}": lambda mint, alg=alg: mint.headed(alg=alg)  # type: ignore[misc]
+        for alg in (
+            *("none", "None", "NONE", "nOnE", "", "hs256", "HS256 ", "RS256", "ES256", "PS256"),
+            *(None, ["HS256"], {"HS256": 1}, 256),
+        )
+    },
+    **{
+        f"alg {alg}, unsigned": lambda mint, alg=alg: (  # type: ignore[misc]
+            mint.headed(alg=alg).rpartition(".")[0] + "."
+        )
+        for alg in ("none", "None", "NONE", "HS256")
+    },
+    "alg missing": lambda mint: mint.headed(alg=...),
+    "HS384": lambda mint: mint.headed(alg="HS384", digest="sha384"),
+    "HS512": lambda mint: mint.headed(alg="HS512", digest="sha512"),
+    "HS512 signature, HS256 header": lambda mint: mint.headed(digest="sha512"),
+    "RS256": _with_rsa,
+    # The key
+    "zero key": lambda mint: mint.headed(key=bytes(32)),
+    "empty key": lambda mint: mint.headed(key=b""),
+    "the key twice": lambda mint: mint.headed(key=mint.key * 2),
+    "the key without its end": lambda mint: mint.headed(key=mint.key[:-1]),
+    "the key in hexadecimal": lambda mint: mint.headed(key=mint.key.hex().encode()),
+    # The header
+    "crit": lambda mint: mint.headed(crit=["exp"]),
+    "crit empty": lambda mint: mint.headed(crit=[]),
+    "b64 false": lambda mint: mint.headed(b64=False),
+    "b64 false, critical": lambda mint: mint.headed(b64=False, crit=["b64"]),
+    "b64 false, detached": _with_detached_payload,
+    "kid": lambda mint: mint.headed(kid="../../../dev/null"),
+    "jku": lambda mint: mint.headed(jku="https://localhost/keys"),
+    "jwk": lambda mint: mint.headed(jwk={"kty": "oct", "k": _base64(mint.key)}),
+    "another typ": lambda mint: mint.headed(typ="at+jwt"),
+    "typ missing": lambda mint: mint.headed(typ=...),
+    "header with a name twice": lambda mint: mint.assemble(
+        mint.payload(), b'{"alg":"none","alg":"HS256","typ":"JWT"}'
+    ),
+    "header not an object": lambda mint: mint.assemble(mint.payload(), b'["HS256"]'),
+    "header nested deeply": lambda mint: mint.assemble(b"{}", b"[" * 1000),
+    # The signature
+    "last bits changed": lambda mint: _respelt(mint.token(), 1),
+    "last bits changed otherwise": lambda mint: _respelt(mint.token(), 3),
+    "header changed": lambda mint: _changed(mint, 0),
+    "payload changed": lambda mint: _changed(mint, 1),
+    "signature changed": lambda mint: _changed(mint, 2),
+    "signature cut": lambda mint: mint.token()[:-1],
+    "signature of another token": lambda mint: (
+        mint.token().rpartition(".")[0] + "." + mint.token().rpartition(".")[2]
+    ),
+    "padded": lambda mint: f"{mint.token()}=",
+    # The claims
+    "another issuer": lambda mint: mint.token(iss="someone"),
+    "issuer a list": lambda mint: mint.assemble(mint.payload(iss=["job-worker"])),
+    "another audience": lambda mint: mint.token(aud="jobworker.v2"),
+    "audience a list": lambda mint: mint.token(aud=["jobworker.v1"]),
+    "audience a longer list": lambda mint: mint.token(aud=["jobworker.v1", "x"]),
+    "iat in the future": lambda mint: mint.token(**_issued(-3600)),
+    "expired": lambda mint: mint.token(**_issued(_LIFETIME_S + 3600)),
+    "expired in this second": lambda mint: mint.token(**_issued(_LIFETIME_S)),
+    "valid for a second longer": lambda mint: mint.token(exp=mint.claims["exp"] + 1),
+    "valid for a second less": lambda mint: mint.token(exp=mint.claims["exp"] - 1),
+    **{
+        f"{claim} {literal[:9]}": lambda mint, claim=claim, literal=literal: _number(  # type: ignore[misc]
+            mint, claim, literal
+        )
+        for claim in ("exp", "iat", "nbf")
+        for literal in (
+            *("null", "true", "false", "0", "-1", '"later"', '"9999999999"', "9999999999.0"),
+            *("1e10", "1e400", "NaN", "Infinity", "9" * 400, "-" + "9" * 400, "[9999999999]"),
+            *("{}", "9999999999", "0x7fffffff"),
+        )
+    },
+    "iat and exp fractions": lambda mint: mint.token(
+        iat=float(mint.claims["iat"]), exp=float(mint.claims["exp"])
+    ),
+    **{
+        f"sub {sub!r}": lambda mint, sub=sub: mint.assemble(mint.payload(sub=sub))  # type: ignore[misc]
+        for sub in (
+            *("mallory", "Alice", "ALICE", "alice ", "", "root", "bob", "leaver", "\ud800"),
+            *(7, None, True, ["alice"], {"alice": 1}),
+        )
+    },
+    **{
+        f"role {role!r}": lambda mint, role=role: mint.token(role=role)  # type: ignore[misc]
+        for role in ("admin", "USER", "User", "", "user ", None, True, ["user"], ["user", "admin"])
+    },
+    **{
+        f"jti {jti!r}": lambda mint, jti=jti: mint.assemble(mint.payload(jti=jti))  # type: ignore[misc]
+        for jti in (
+            *("", "x", 1, None, ["x"], {}, "0E4FD4A6-4b0c-4c4e-9f6e-2f1d3c5b7a98"),
+            *("0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98\n", "x" * 1000),
+        )
+    },
+    "cnf empty": lambda mint: mint.token(cnf={}),
+    "cnf of another certificate": lambda mint: mint.token(
+        cnf={"x5t#S256": _base64(hashlib.sha256(b"").digest())}
+    ),
+    "cnf of two kinds": lambda mint: mint.token(cnf=mint.claims["cnf"] | {"jkt": "x"}),
+    "one more claim": lambda mint: mint.token(admin=True),
+    "not before, long ago": lambda mint: mint.token(nbf=1),
+    "payload with a name twice": lambda mint: mint.assemble(
+        mint.payload().replace(b'"sub":"alice"', b'"sub":"root","sub":"alice"')
+    ),
+    "payload with a name twice, the other way": lambda mint: mint.assemble(
+        mint.payload().replace(b'"sub":"alice"', b'"sub":"alice","sub":"root"')
+    ),
+    "payload with spaces": lambda mint: mint.assemble(mint.payload().replace(b",", b", ")),
+    "payload not an object": lambda mint: mint.assemble(b"[]"),
+    "payload not JSON": lambda mint: mint.assemble(b"x"),
+    "payload not UTF-8": lambda mint: mint.assemble(b'{"\xff":1}'),
+    "payload nested deeply": lambda mint: mint.assemble(b"[" * 1000),
+    **{
+        f"{claim} missing": lambda mint, claim=claim: mint.token(**{claim: ...})  # type: ignore[misc]
+        for claim in ("iss", "aud", "sub", "role", "entry", "iat", "exp", "jti", "cnf")
+    },
+    # Not tokens
+    "nothing": lambda _: "",
+    "spaces": lambda _: "    ",
+    "not a JWT": lambda _: "garbage",
+    "dots": lambda _: "..",
+    "no payload and signature": lambda mint: mint.token().partition(".")[0],
+    "four parts": lambda mint: f"{mint.token()}.",
+    "five parts": lambda mint: f"{mint.token()}.AA.AA",
+    "space before": lambda mint: f" {mint.token()}",
+    "space within": lambda mint: mint.token().replace(".", ". ", 1),
+    "rubbish after": lambda mint: f"{mint.token()} x",
+    "two in one": lambda mint: f"{mint.token()}, Bearer {mint.token()}",
+    "in quotes": lambda mint: f'"{mint.token()}"',
+    "2048 characters": lambda _: "a" * 2048,
+    "8 KiB, signed": lambda mint: mint.token(more="x" * 8192),
+    "nearly 1 MiB, signed": lambda mint: mint.token(more="x" * 700_000),
+    "nearly 1 MiB": lambda _: "a" * 1_000_000,
+}
+
+
+@pytest.fixture
+def mint(house: _House, foreign: dict[str, str]) -> _Mint:
+    """Makes tokens of alice's, in a server that has seen some users come and go."""
+    del foreign
+    return house.mints["alice"]
+
+
+def _refused(house: _House, metadata: Metadata) -> None:
+    """Fail unless every RPC answers as if there were no token, whatever is in the request."""
+    own = house.run("alice", forever=False)
+    for name in _WITH_TOKEN:
+        for data in (_request(name, own), b"\xff"):
+            answer = _call(house.channel, name, data, metadata)
+            assert answer == _NO_TOKEN, name
+
+
+def test_forgeries_begin_with_what_is_accepted(house: _House, mint: _Mint) -> None:
+    """So each of those below fails for its own reason."""
+    for token in (
+        mint.token(),
+        mint.headed(),
+        _number(mint, "iat", str(mint.claims["iat"])),
+        mint.token(**_issued(_LIFETIME_S - 3600)),
+    ):
+        assert _call(house.channel, "ListJobs", b"", _bearer(token)).code == "OK"
+        assert _unbase64(_respelt(token, 1)[-43:]) == _unbase64(token[-43:])
+
+
+@pytest.mark.parametrize("forgery", _FORGERIES)
+def test_forged_token_is_refused_in_the_same_words(
+    house: _House, mint: _Mint, forgery: str
+) -> None:
+    """Every RPC, streams included; and neither the caller nor the audit log has it from whom."""
+    metadata = [("authorization", f"Bearer {_FORGERIES[forgery](mint)}")]
+    _refused(house, metadata)
+    record = house.record()
+    told = ("user", "role", "job", "argv", "outcome", "reason")
+    assert [record[key] for key in told] == [None, None, None, None, *_NO_TOKEN[:2]]
+
+
+# Metadata made of a valid token T and an invalid one, X.
+_METADATA: dict[str, list[tuple[str, str | bytes]]] = {
+    "nothing": [],
+    "empty": [("authorization", "")],
+    "only the scheme": [("authorization", "Bearer")],
+    "only the scheme and a space": [("authorization", "Bearer ")],
+    "no scheme": [("authorization", "T")],
+    "no space": [("authorization", "BearerT")],
+    "two spaces": [("authorization", "Bearer  T")],
+    "space before": [("authorization", " Bearer T")],
+    "colon": [("authorization", "Bearer: T")],
+    "equals sign": [("authorization", "Bearer token=T")],
+    "scheme twice": [("authorization", "Bearer Bearer T")],
+    "Basic": [("authorization", "Basic T")],
+    "Basic of name and password": [("authorization", "Basic YWxpY2U6dXNlcg==")],
+    "Token": [("authorization", "Token T")],
+    "DPoP": [("authorization", "DPoP T")],
+    "twice the same": [("authorization", "Bearer T"), ("authorization", "Bearer T")],
+    "valid and invalid": [("authorization", "Bearer T"), ("authorization", "Bearer X")],
+    "invalid and valid": [("authorization", "Bearer X"), ("authorization", "Bearer T")],
+    "valid and empty": [("authorization", "Bearer T"), ("authorization", "")],
+    "thrice": [("authorization", "Bearer T")] * 3,
+    "binary": [("authorization-bin", b"Bearer T")],
+    "binary, not text": [("authorization-bin", bytes(range(256)))],
+    "proxy": [("proxy-authorization", "Bearer T")],
+    "another name": [("x-authorization", "Bearer T"), ("token", "T"), ("access_token", "T")],
+    "cookie": [("cookie", "authorization=Bearer T; token=T")],
+    "forwarded": [("grpcgateway-authorization", "Bearer T"), ("x-forwarded-access-token", "T")],
+}
+
+
+@pytest.mark.parametrize("form", _METADATA)
+def test_token_in_another_form_is_refused_in_the_same_words(
+    house: _House, mint: _Mint, form: str
+) -> None:
+    """A valid token counts in the one place, and only if it is alone there."""
+
+    def put(value: str | bytes) -> str | bytes:
+        if isinstance(value, bytes):
+            return value.replace(b" T", b" " + mint.token().encode())
+        return re.sub(r"\b[TX]\b|(?<=Bearer)T", lambda found: tokens[found[0]], value)
+
+    tokens = {"T": mint.token(), "X": mint.headed(key=bytes(32))}
+    _refused(house, [(key, put(value)) for key, value in _METADATA[form]])
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_case_of_the_scheme_does_not_matter(house: _House, mint: _Mint, scheme: str) -> None:
+    """RFC 9110, 11.1."""
+    metadata = [("authorization", f"{scheme} {mint.token()}"), ("authorization-bin", b"x")]
+    assert _call(house.channel, "ListJobs", b"", metadata).code == "OK"
+
+
+# What gRPC's client would not send.
+_RAW: dict[str, Callable[[bytes], list[tuple[bytes, bytes]]]] = {
+    "tab": lambda token: [(b"authorization", b"Bearer\t" + token)],
+    "newline after": lambda token: [(b"authorization", b"Bearer " + token + b"\n")],
+    "newline within": lambda token: [(b"authorization", b"Bearer " + token + b"\nx-user: root")],
+    "return and newline": lambda token: [(b"authorization", b"Bearer\r\n " + token)],
+    "NUL after": lambda token: [(b"authorization", b"Bearer " + token + b"\0")],
+    "tab after": lambda token: [(b"authorization", b"Bearer " + token + b"\t")],
+    "not ASCII": lambda token: [(b"authorization", b"Bearer " + token + "é".encode())],
+    "not UTF-8": lambda token: [(b"authorization", b"Bearer " + token + b"\xff")],
+    "another dot": lambda token: [(b"authorization", b"Bearer " + token.replace(b".", b"\xb7"))],
+    "name in upper case": lambda token: [(b"Authorization", b"Bearer " + token)],
+    "name and space": lambda token: [(b"authorization ", b"Bearer " + token)],
+    "name with a NUL": lambda token: [(b"authorization\0", b"Bearer " + token)],
+    "twice": lambda token: [(b"authorization", b"Bearer " + token)] * 2,
+}
+
+
+@pytest.mark.parametrize("form", _RAW)
+def test_what_no_client_would_send_is_no_token_either(
+    house: _House, mint: _Mint, form: str
+) -> None:
+    """Unary and stream: refused, by us or by HTTP/2 before us; and the server goes on."""
+    for name in ("ListJobs", "StreamOutput"):
+        request = _request(name, house.run("alice", forever=False))
+        token = mint.token().encode()
+        good = _wire(house, name, request, _wire_token(mint.token()))
+        answer = _wire(house, name, request, _RAW[form](token))
+        assert b"grpc-status\x010" in good
+        assert b"grpc-status\x010" not in answer
+        assert b"ready" not in answer
+    assert house.call("alice", "ListJobs", b"").code == "OK"
