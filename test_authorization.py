@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import hmac
 import json
+import math
+import os
 import random
 import re
 import signal
@@ -100,7 +102,8 @@ def _request(name: str, job_id: str = "", **fields: Any) -> bytes:
 
 def _begin(channel: grpc.Channel, name: str, data: bytes, metadata: Metadata) -> Any:
     # On the wire a single answer is a stream of one.
-    return channel.unary_stream(_path(name))(data, metadata=tuple(metadata), timeout=GUARD_S)
+    rpc: Any = channel.unary_stream(_path(name))
+    return rpc(data, metadata=tuple(metadata), timeout=GUARD_S)
 
 
 def _call(channel: grpc.Channel, name: str, data: bytes, metadata: Metadata) -> _Answer:
@@ -203,10 +206,15 @@ class _House:
         self.mints[name] = _Mint(token, (self.state / "token.key").read_bytes())
         return token
 
-    def client(self, name: str = "", **options: Any) -> Client:
+    def client(self, name: str = "", *, certificate: str = "client") -> Client:
         """A connection with a token of its own; "" for none."""
-        token = self.token(name)
-        return Client(self.program.address, token=token, **{"certs": self.certs} | options)
+        return Client(
+            self.program.address,
+            certs=self.certs,
+            cert=self.certs / f"{certificate}.pem",
+            key=self.certs / f"{certificate}-key.pem",
+            token=self.token(name),
+        )
 
     def token(self, name: str) -> str:
         return self.mints[name].token() if name else ""
@@ -523,7 +531,9 @@ def _read(sock: ssl.SSLSocket, size: int) -> bytes:
     return data
 
 
-def _wire(house: _House, name: str, request: bytes, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+def _wire(
+    house: _House, name: str, request: bytes, headers: Sequence[tuple[bytes, bytes]]
+) -> bytes:
     """Make a call on a connection of its own, without gRPC; return the frames of the answer.
 
     They end with the stream, or with the connection where the server breaks it off.
@@ -594,7 +604,7 @@ _Z_MAX = 5.0  # a false alarm in 1.7 million runs
 def _z(differences: Sequence[float]) -> float:
     """The sign test: how many standard deviations more are positive than by chance."""
     signs = [difference > 0 for difference in differences if difference]
-    return (2 * sum(signs) - len(signs)) / len(signs) ** 0.5
+    return (2 * sum(signs) - len(signs)) / math.sqrt(len(signs))
 
 
 @pytest.mark.parametrize("name", _WITH_JOB)
@@ -612,7 +622,7 @@ def test_foreign_and_absent_take_the_same_time(
     equally likely in every pair, whatever else the machine is doing: a busy one makes this
     test less sharp, but never makes it fail.
     """
-    rpc = house.channel.unary_unary(_path(name))
+    rpc: Any = house.channel.unary_unary(_path(name))
     metadata = tuple(_bearer(house.token("alice")))
     requests = [_request(name, job) for job in (foreign[f"{state}, of bob"], str(uuid.uuid4()))]
 
@@ -783,7 +793,7 @@ _FORGERIES: dict[str, Callable[[_Mint], str]] = {
     },
     **{
         f"jti {jti!r}": lambda mint, jti=jti: mint.assemble(mint.payload(jti=jti))  # type: ignore[misc]
-        for jti in (
+        for jti in (  # type: ignore[var-annotated]
             *("", "x", 1, None, ["x"], {}, "0E4FD4A6-4b0c-4c4e-9f6e-2f1d3c5b7a98"),
             *("0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98\n", "x" * 1000),
         )
@@ -919,39 +929,318 @@ def test_token_in_another_form_is_refused_in_the_same_words(
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_case_of_the_scheme_does_not_matter(house: _House, mint: _Mint, scheme: str) -> None:
     """RFC 9110, 11.1."""
-    metadata = [("authorization", f"{scheme} {mint.token()}"), ("authorization-bin", b"x")]
+    metadata: Metadata = [
+        ("authorization", f"{scheme} {mint.token()}"),
+        ("authorization-bin", b"x"),
+    ]
     assert _call(house.channel, "ListJobs", b"", metadata).code == "OK"
 
 
 # What gRPC's client would not send.
 _RAW: dict[str, Callable[[bytes], list[tuple[bytes, bytes]]]] = {
     "tab": lambda token: [(b"authorization", b"Bearer\t" + token)],
+    "tab after": lambda token: [(b"authorization", b"Bearer " + token + b"\t")],
     "newline after": lambda token: [(b"authorization", b"Bearer " + token + b"\n")],
     "newline within": lambda token: [(b"authorization", b"Bearer " + token + b"\nx-user: root")],
     "return and newline": lambda token: [(b"authorization", b"Bearer\r\n " + token)],
     "NUL after": lambda token: [(b"authorization", b"Bearer " + token + b"\0")],
-    "tab after": lambda token: [(b"authorization", b"Bearer " + token + b"\t")],
     "not ASCII": lambda token: [(b"authorization", b"Bearer " + token + "é".encode())],
     "not UTF-8": lambda token: [(b"authorization", b"Bearer " + token + b"\xff")],
     "another dot": lambda token: [(b"authorization", b"Bearer " + token.replace(b".", b"\xb7"))],
-    "name in upper case": lambda token: [(b"Authorization", b"Bearer " + token)],
-    "name and space": lambda token: [(b"authorization ", b"Bearer " + token)],
-    "name with a NUL": lambda token: [(b"authorization\0", b"Bearer " + token)],
     "twice": lambda token: [(b"authorization", b"Bearer " + token)] * 2,
+}
+# Those never get as far as to us.
+_RAW_NAMES: dict[str, bytes] = {
+    "in upper case": b"Authorization",
+    "with a space": b"authorization ",
+    "with a NUL": b"authorization\0",
+    "with a newline": b"x\nauthorization",
+    "empty": b"",
 }
 
 
-@pytest.mark.parametrize("form", _RAW)
+@pytest.mark.parametrize("name", ["ListJobs", "StreamOutput"])
+@pytest.mark.parametrize("form", [*_RAW, *_RAW_NAMES])
 def test_what_no_client_would_send_is_no_token_either(
-    house: _House, mint: _Mint, form: str
+    house: _House, mint: _Mint, name: str, form: str
 ) -> None:
-    """Unary and stream: refused, by us or by HTTP/2 before us; and the server goes on."""
-    for name in ("ListJobs", "StreamOutput"):
-        request = _request(name, house.run("alice", forever=False))
-        token = mint.token().encode()
-        good = _wire(house, name, request, _wire_token(mint.token()))
-        answer = _wire(house, name, request, _RAW[form](token))
-        assert b"grpc-status\x010" in good
-        assert b"grpc-status\x010" not in answer
+    """Unary and stream: the bytes of the answer are those of a call without a token."""
+    request = _request(name, house.run("alice", forever=False))
+    token = mint.token().encode()
+    ok = b"grpc-status\x010"
+    assert ok in _wire(house, name, request, _wire_token(mint.token()))
+    if form in _RAW:
+        nothing = _wire(house, name, request, [])
+        assert _NO_TOKEN.details.encode() in nothing
+        assert _wire(house, name, request, _RAW[form](token)) == nothing
+    else:
+        answer = _wire(house, name, request, [(_RAW_NAMES[form], b"Bearer " + token)])
+        assert ok not in answer
         assert b"ready" not in answer
     assert house.call("alice", "ListJobs", b"").code == "OK"
+
+
+# --- tokens that end --------------------------------------------------------------------
+
+
+def _assert_ended(house: _House, token: str, certificate: str = "client") -> None:
+    """Fail unless the token is refused by every RPC like one that never was."""
+    with house.client(certificate=certificate) as client:
+        for name in _WITH_TOKEN:
+            data = _request(name, str(uuid.uuid4()))
+            assert _call(client._channel, name, data, _bearer(token)) == _NO_TOKEN, name
+
+
+def _is_accepted(house: _House, token: str) -> bool:
+    return _call(house.channel, "ListJobs", b"", _bearer(token)).code == "OK"
+
+
+@pytest.fixture
+def build(
+    start_server: Callable[..., ServerProgram], certs: Path, tmp_path: Path
+) -> Iterator[Callable[[Path], _House]]:
+    """Start a server with a state directory and the users root (admin) and alice."""
+    users = tmp_path / "users"
+    _write_users(users, root="admin", alice="user")
+    with contextlib.ExitStack() as channels:
+
+        def start(state: Path) -> _House:
+            program = start_server("--users", str(users), state=state)
+            house = _House(program, certs, state, users)
+            channels.enter_context(contextlib.closing(house.channel))
+            return house
+
+        yield start
+
+
+def test_stolen_token_is_useless_with_another_certificate(house: _House, mint: _Mint) -> None:
+    """Of the same CA; and the thief's own certificate does not become useless by it."""
+    _assert_ended(house, mint.token(), "other")
+    assert _is_accepted(house, mint.token())
+    with house.client(certificate="other") as client:
+        token, _ = client.login("bob", _PASSWORD)
+        assert client.list() is not None
+    assert not _is_accepted(house, token)
+    _assert_ended(house, token)
+
+
+@pytest.mark.parametrize("user", ["alice", "root"])
+def test_token_ends_with_its_time(house: _House, mint: _Mint, user: str) -> None:
+    """An hour before it is good, at its end it is not, and a stream does not go on after it."""
+    del mint
+    of_user = house.mints[user]
+    assert _is_accepted(house, of_user.token(**_issued(_LIFETIME_S - 3600)))
+    _assert_ended(house, of_user.token(**_issued(_LIFETIME_S)))
+    token = of_user.token(**_issued(_LIFETIME_S - 3))
+    with Client(house.program.address, certs=house.certs, token=token) as client:
+        job_id = client.start("sh", ["-c", "while echo x; do sleep 0.1; done"])
+        with pytest.raises(ClientError) as caught:
+            list(client.stream(job_id))
+        assert (caught.value.code, str(caught.value)) == _NO_TOKEN[:2]
+    _assert_ended(house, token)
+
+
+# Whose token is to end, and the users file that ends it.
+_OTHER_HASH = SEEDED_USERS[0].password_hash
+_CHANGES: dict[str, tuple[str, str]] = {
+    "removed": ("alice", f"root:admin:{_HASH}\n"),
+    "promoted": ("alice", f"root:admin:{_HASH}\nalice:admin:{_HASH}\n"),
+    "demoted": ("root", f"root:user:{_HASH}\nalice:user:{_HASH}\n"),
+    "password changed": ("alice", f"root:admin:{_HASH}\nalice:user:{_OTHER_HASH}\n"),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_token_ends_with_a_change_of_its_user(
+    build: Callable[[Path], _House], make_state: Callable[[], Path], change: str
+) -> None:
+    """With a SIGHUP and for good; others, and the job, go on."""
+    state = make_state()
+    house = build(state)
+    user, text = _CHANGES[change]
+    (other,) = {"root", "alice"} - {user}
+    tokens = {name: house.login(name) for name in (user, other)}
+    job_id = house.run(user, forever=True)
+    house.users.write_text(text)
+    house.reload(user)
+    _assert_ended(house, tokens[user])
+    assert _is_accepted(house, tokens[other])
+    if other == "root":
+        with house.client("root") as root:
+            assert root.status(job_id).status == worker_pb.RUNNING
+    assert house.program.end() == 0
+    house = build(state)
+    _assert_ended(house, tokens[user])
+    assert _is_accepted(house, tokens[other])
+
+
+def test_token_does_not_come_back_with_the_name(
+    build: Callable[[Path], _House], make_state: Callable[[], Path]
+) -> None:
+    """Somebody else who is given the name of a removed user is not reached by their tokens."""
+    house = build(make_state())
+    token = house.login("alice")
+    house.login("root")
+    _write_users(house.users, root="admin")
+    house.reload("alice")
+    _assert_ended(house, token)
+    house.users.write_text(f"root:user:{_HASH}\nalice:user:{_OTHER_HASH}\n")
+    house.reload("root")  # whose role has changed, which shows that the file was taken up
+    _assert_ended(house, token)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_token_ends_with_its_logout_for_good(
+    build: Callable[[Path], _House], make_state: Callable[[], Path], number: signal.Signals
+) -> None:
+    """Its streams too; not the other tokens of the user; and no end of the server undoes it."""
+    state = make_state()
+    house = build(state)
+    token = house.login("alice")
+    other = house.token("alice")
+    job_id = house.run("alice", forever=True)
+    with Client(house.program.address, certs=house.certs, token=token) as client:
+        output = client.stream(job_id)
+        next(output)
+        client.logout()
+        with pytest.raises(ClientError) as caught:
+            list(output)
+    assert (caught.value.code, str(caught.value)) == _NO_TOKEN[:2]
+    _assert_ended(house, token)
+    assert _is_accepted(house, other)
+    house.program.end(number)
+    house = build(state)
+    _assert_ended(house, token)
+    assert _is_accepted(house, other)
+
+
+# --- who the caller is ------------------------------------------------------------------
+
+# What proxies send, and frameworks believe.
+_CLAIMED: Metadata = [
+    *((f"x-{name}", "root") for name in ("user", "user-id", "remote-user", "forwarded-user")),
+    *((f"x-{name}", "admin") for name in ("role", "roles", "forwarded-role", "is-admin")),
+    ("x-forwarded-client-cert", "Hash=00;Subject=CN=root;URI=spiffe://job-worker/root"),
+    ("x-client-cert", "CN=root"),
+    ("x-ssl-client-verify", "SUCCESS"),
+    ("x-forwarded-for", "192.0.2.99"),
+    ("x-real-ip", "192.0.2.99"),
+    ("forwarded", "for=192.0.2.99;host=localhost"),
+    ("x-endpoint-api-userinfo", "eyJzdWIiOiJyb290In0"),
+    ("x-original-method", "/jobworker.v1.AuthService/Login"),
+    ("x-http-method-override", "GET"),
+    ("user", "root"),
+    ("username", "root"),
+    ("owner", "root"),
+    ("role", "admin"),
+    ("sub", "root"),
+    ("cookie", "user=root; role=admin"),
+    ("from", "root@localhost"),
+    ("grpc-previous-rpc-attempts", "1"),
+    ("x-user-bin", b"root"),
+]
+
+
+def test_metadata_says_nothing_about_who_the_caller_is(
+    house: _House, foreign: dict[str, str]
+) -> None:
+    """All of it at once changes no answer, with a token and without, and nothing on record."""
+    own = house.run("alice", forever=False)
+    for name in _WITH_JOB:
+        for user in ("alice", "", "leaver"):
+            for job_id in (own, foreign["running, of root"], str(uuid.uuid4())):
+                data = _request(name, job_id)
+                plain = house.call(user, name, data)
+                assert house.call(user, name, data, _CLAIMED) == plain
+    records = []
+    for more in ([], _CLAIMED):
+        listed = house.call("alice", "ListJobs", b"", more)
+        jobs = worker_pb.ListJobsResponse.FromString(listed.messages[0]).jobs
+        assert {job.owner for job in jobs} == {"alice"}
+        records.append(house.record())
+        assert (records[-1].pop("user"), records[-1].pop("role")) == ("alice", "user")
+        del records[-1]["time"]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("claimed", ["root", "bob"])
+def test_user_agent_and_authority_say_nothing_about_who_the_caller_is(
+    house: _House, foreign: dict[str, str], claimed: str
+) -> None:
+    """Not even with HTTP's own headers, on the wire."""
+    agents = [[], [(b"user-agent", f"{claimed}/1.0 (role=admin)".encode())]]
+    more = [(b"x-user", claimed.encode()), (b"host", claimed.encode())]
+    answers = {
+        _wire(
+            house,
+            "GetJobStatus",
+            _request("GetJobStatus", foreign[f"finished, of {claimed}"]),
+            [*_wire_token(house.token("alice")), *agent, *extra],
+        )
+        for agent in agents
+        for extra in ([], more)
+    }
+    (answer,) = answers
+    assert _NO_JOB.details.encode() in answer
+
+
+@pytest.mark.parametrize("user", ["alice", "root"])
+def test_owner_of_a_job_is_the_tokens_subject_whatever_is_asked(house: _House, user: str) -> None:
+    """No field, known or not, and no metadata names another; the job's own USER included."""
+    for field in worker_pb.StartJobRequest.DESCRIPTOR.fields:
+        assert field.name in {"command", "args", "limits"}, "may it name an owner? try it here"
+    plain = _request("StartJob", command="sh", args=["-c", "echo $USER"])
+    unknown = b"".join(_text_field(number, b"bob") for number in range(4, 100))
+    for data in (plain, plain + unknown, unknown + plain):
+        for more in ([], _CLAIMED, [("owner", "bob"), ("x-owner", "bob"), ("x-user", "bob")]):
+            answer = house.call(user, "StartJob", data, more)
+            job_id = worker_pb.StartJobResponse.FromString(answer.messages[0]).job_id
+            record = house.record()
+            assert (record["user"], record["job"]) == (user, job_id)
+            with house.client(user) as client:
+                output = b"".join(client.stream(job_id))
+                assert client.status(job_id).owner == user
+            if os.geteuid() == 0:  # else all jobs run as the server's own user
+                assert output == f"{user}\n".encode()
+            data_of_status = _request("GetJobStatus", job_id)
+            assert house.call("bob", "GetJobStatus", data_of_status) == _NO_JOB
+
+
+def test_certificate_says_nothing_about_the_role(house: _House) -> None:
+    """It is the user who has a role: a login with any certificate of the CA is theirs alone."""
+    job_id = house.run("alice", forever=False)
+    with house.client(certificate="other") as client:
+        client.login("alice", _PASSWORD)
+        assert client.status(job_id).owner == "alice"
+        client.login("bob", _PASSWORD)
+        with pytest.raises(ClientError) as caught:
+            client.status(job_id)
+    assert (caught.value.code, str(caught.value)) == _NO_JOB[:2]
+
+
+# --- what is left behind ----------------------------------------------------------------
+
+
+def test_no_log_has_a_token_or_password(house: _House, mint: _Mint) -> None:
+    """Good, forged, ended or misplaced; nor the parts of one. Each call is on record, though."""
+    good, forged, out = mint.token(), mint.headed(key=bytes(32)), mint.token()
+    ended = mint.token(**_issued(_LIFETIME_S))
+    assert house.call("alice", "ListJobs", b"", _bearer(good)) == _NO_TOKEN  # two of them
+    assert _is_accepted(house, good)
+    assert not _is_accepted(house, forged)
+    assert not _is_accepted(house, ended)
+    assert _call(house.channel, "Logout", b"", _bearer(out)).code == "OK"
+    assert not _is_accepted(house, out)
+    with house.client(certificate="other") as client:
+        assert _call(client._channel, "ListJobs", b"", _bearer(good)) == _NO_TOKEN
+    secret = f"hunter2-{uuid.uuid4()}"
+    login = _request("Login", username="alice", password=secret)
+    assert _call(house.channel, "Login", login, _bearer(good)).code == "UNAUTHENTICATED"
+    assert house.record()["outcome"] == "UNAUTHENTICATED"
+    for form in _RAW.values():  # gRPC has things to say about what is not UTF-8
+        _wire(house, "ListJobs", b"", form(good.encode()))
+    assert "Traceback" not in house.program.log.read_text()
+    logs = house.program.log.read_text() + (house.state / "audit.log").read_text()
+    parts = [part for token in (good, forged, ended, out) for part in token.split(".")]
+    for text in [secret, _HASH, mint.claims["entry"], mint.key.hex(), *parts]:
+        assert text not in logs
