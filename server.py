@@ -515,6 +515,14 @@ def _check(cgroup_root: Path | None) -> int:
     return 0 if all(finding.works for finding in findings) else 1
 
 
+def _is_not_about_metadata(record: logging.LogRecord) -> bool:
+    """Keep out what gRPC logs of metadata that is not UTF-8: the whole value and a traceback.
+
+    The value may be a token, or 1 MiB of anything. The gate records the call anyway.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
+
+
 def _serve(settings: Settings) -> None:
     # Blocked here and so in every thread; a signal that comes early waits for sigwait.
     # The spawner gives the jobs an empty mask.
@@ -523,6 +531,7 @@ def _serve(settings: Settings) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_about_metadata)
     try:
         server = Server(settings)
     except worker.CgroupError as error:
