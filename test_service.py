@@ -997,10 +997,12 @@ def test_subscribers_are_shown_while_they_stream_and_not_after(
     streams = [follow(user, job_id), follow(user, job_id), follow(admin, job_id)]
     assert list(user.status(job_id).subscribers) == ["admin", "user"]
     output = _worker_of(server)._job(job_id).output
+    changed = output._changed
+    assert changed is not None
     for number, expected in ((2, ["user"]), (1, ["user"]), (0, [])):
         streams[number].close()  # type: ignore[attr-defined]
-        with output._changed:
-            assert output._changed.wait_for(
+        with changed:
+            assert changed.wait_for(
                 lambda n=number: len(output._subscriptions) == n,  # type: ignore[misc]
                 GUARD_S,
             )
