@@ -277,7 +277,7 @@ class Gate(grpc.ServerInterceptor):
         except grpc.RpcError as error:  # what gRPC raises for a call that is over
             raise _NoRequestError from error
         if data is None:
-            raise _BadRequestError("there is no request in this call")
+            raise _BadRequestError("there is no request in this call, or a far too large one")
         if len(data) > self._request_bytes:
             raise _RequestSizeError(
                 f"a request of {len(data)} bytes; this server's ceiling is "
