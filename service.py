@@ -16,11 +16,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import ssl
 import threading
+import time
 import uuid
+from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 from urllib.parse import unquote
 
 import grpc
@@ -47,7 +50,12 @@ __all__ = ["Gate", "add_services"]
 logger = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 64  # of what should be a name or an ID, and may be anything
-_ARRIVAL_S = 2.0  # a call that has not sent its request after twice that is cancelled
+
+# A call that has not sent its request after twice that is cancelled. It normally comes in
+# one packet with the call.
+_ARRIVAL_S = 3.0
+_OVERDUE_CALLS = 32  # more than that of one caller at a time are no accident
+_BLOCKED_S = 60
 
 _STATUSES = {
     Status.RUNNING: worker_pb.RUNNING,
@@ -163,6 +171,10 @@ class _Call:
         _, _, address = unquote(str(self.context.peer())).partition(":")
         return address.rpartition(":")[0].strip("[]")
 
+    @property
+    def fingerprint(self) -> str | None:
+        return hashlib.sha256(self.certificate).hexdigest() if self.certificate else None
+
     def record(self, outcome: str = "OK", reason: str | None = None) -> None:
         """Write a line about this call. Raises `AuditError` if it must be and cannot.
 
@@ -172,7 +184,7 @@ class _Call:
         self.recorded = True
         self.audit.record(
             peer=str(self.context.peer()),
-            certificate=hashlib.sha256(self.certificate).hexdigest() if self.certificate else None,
+            certificate=self.fingerprint,
             user=self.user,
             role=self.identity.role.value if self.identity else None,
             rpc=self.method,
@@ -224,7 +236,7 @@ class Gate(grpc.ServerInterceptor):
             call = _Call(method, context, self._audit)
             try:
                 self._admit(call, handler)
-                answer = handler.unary_unary(self._receive(handler, requests, context), call)
+                answer = handler.unary_unary(self._receive(handler, requests, call), call)
                 if not call.recorded:
                     call.record()
             except Exception as error:  # noqa: BLE001 -- the one place that translates them
@@ -235,7 +247,7 @@ class Gate(grpc.ServerInterceptor):
             call = _Call(method, context, self._audit)
             try:
                 self._admit(call, handler)
-                yield from handler.unary_stream(self._receive(handler, requests, context), call)
+                yield from handler.unary_stream(self._receive(handler, requests, call), call)
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
 
@@ -267,12 +279,12 @@ class Gate(grpc.ServerInterceptor):
         if not auth.may_call(call.method, identity.role):
             raise _PermissionError(f"the role {identity.role.value} may not call {call.method}")
 
-    def _receive(
-        self, handler: Any, requests: Iterator[bytes], context: grpc.ServicerContext
-    ) -> Any:
+    def _receive(self, handler: Any, requests: Iterator[bytes], call: _Call) -> Any:
         """Wait for the request and return it as a message."""
         try:
-            with self._arrivals.expected(context.cancel):
+            # Before a login there is nothing but the certificate to know somebody by.
+            caller = call.user or f"certificate {call.fingerprint}"
+            with self._arrivals.expected(caller, call.context.cancel):
                 data = next(requests, None)
         except grpc.RpcError as error:  # what gRPC raises for a call that is over
             raise _NoRequestError from error
@@ -306,27 +318,43 @@ class Gate(grpc.ServerInterceptor):
         raise AssertionError("abort has raised")
 
 
+class _Waiting(NamedTuple):
+    caller: str
+    cancel: Callable[[], object]
+
+
 class _Arrivals:
     """The calls whose request is not there yet, each of which keeps a thread waiting.
 
     A client can make any number of calls and send no request, so those that wait for too
-    long are cancelled, by a thread of our own: gRPC's may all be waiting.
+    long are cancelled, by a thread of our own: gRPC's may all be waiting. Whoever makes
+    many such calls is not waited for again for a while.
     """
 
     def __init__(self) -> None:
-        # Guards the dictionary, whose keys only tell the calls apart. Held for microseconds.
+        # Guards the dictionaries. Held for microseconds.
         self._lock = threading.Lock()
-        self._waiting: dict[object, Callable[[], object]] = {}
+        self._waiting: dict[object, _Waiting] = {}  # the keys only tell them apart
+        self._blocked: dict[str, float] = {}  # callers, and until when
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="arrivals", daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def expected(self, cancel: Callable[[], object]) -> Iterator[None]:
-        """Wait for a request within this context; `cancel` makes that fail, and must not block."""
+    def expected(self, caller: str, cancel: Callable[[], object]) -> Iterator[None]:
+        """Wait for a request within this context; `cancel` makes that fail, and must not block.
+
+        Raises `QuotaError` if this caller is not waited for now.
+        """
         key = object()
         with self._lock:
-            self._waiting[key] = cancel
+            left_s = math.ceil(self._blocked.get(caller, 0) - time.monotonic())
+            if left_s > 0:
+                raise QuotaError(
+                    f"too many of your calls did not send their request; try again in {left_s} s",
+                    left_s,
+                )
+            self._waiting[key] = _Waiting(caller, cancel)
         try:
             yield
         finally:
@@ -338,13 +366,24 @@ class _Arrivals:
         self._thread.join()
 
     def _run(self) -> None:
-        before: dict[object, Callable[[], object]] = {}
+        before: set[object] = set()
         while not self._closed.wait(_ARRIVAL_S):
-            with self._lock:
-                now = dict(self._waiting)
-            for key in before.keys() & now.keys():
-                now[key]()
-            before = now
+            before = self._cancel_overdue(before)
+
+    def _cancel_overdue(self, before: set[object]) -> set[object]:
+        """Cancel what was waiting at the last look already; return what is waiting now."""
+        now = time.monotonic()
+        with self._lock:
+            waiting = dict(self._waiting)
+            overdue = before & waiting.keys()
+            counts = Counter(waiting[key].caller for key in overdue)
+            blocked = [caller for caller, count in counts.items() if count > _OVERDUE_CALLS]
+            self._blocked = {who: end for who, end in self._blocked.items() if end > now}
+            self._blocked |= dict.fromkeys(blocked, now + _BLOCKED_S)
+        for key, each in waiting.items():
+            if key in overdue or each.caller in blocked:
+                each.cancel()
+        return set(waiting)
 
 
 def _bearer_token(context: grpc.ServicerContext) -> str:

@@ -669,7 +669,7 @@ def test_requests_have_a_size_and_arguments_a_number_and_a_length(
 
 
 def test_calls_that_send_no_request_hold_up_nobody(start: Start, connect: Connect) -> None:
-    """More of them than the server has threads, by one who is logged in: they are ended."""
+    """More of them than the server has threads: they are ended, and their user is held off."""
     program = start("--max-streams", "1")
     client = connect("admin", program.address)
     job_id = client.start(*_FOREVER)
@@ -683,8 +683,13 @@ def test_calls_that_send_no_request_hold_up_nobody(start: Start, connect: Connec
     rpc: Any = attacker._channel.stream_unary(f"{_WORKER}/ListJobs")
     try:
         calls = [rpc.future(no_requests(), metadata=attacker._metadata()) for _ in range(150)]
-        for call in calls[:20]:
-            assert call.code() is grpc.StatusCode.CANCELLED  # blocks until it is over
+        codes = [call.code().name for call in calls]  # blocks until they are over
+        assert set(codes) <= {"CANCELLED", "RESOURCE_EXHAUSTED"}
+        assert codes.count("CANCELLED") > 32
+        error = _refusal(attacker.list)
+        assert error.code == "RESOURCE_EXHAUSTED"
+        assert error.retry_after_s
+        assert 0 < error.retry_after_s <= 60
         assert client.stop(job_id).end_reason == worker_pb.STOPPED_BY_OWNER
     finally:
         held.set()
