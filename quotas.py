@@ -1,8 +1,8 @@
 """What one user, and all users together, have now, and whether they may have more.
 
 Counts running jobs, starts, open streams and kept output against the ceilings of
-`config.py`. What is beyond one is refused at once with `QuotaError`, which names it;
-nobody waits here, and a refusal costs nothing of any ceiling. Only output of finished
+`config.py`. What is beyond one is refused at once with `QuotaError`, which names it by its
+key there; nobody waits here, and a refusal costs nothing of any ceiling. Only output of finished
 jobs is in nobody's way: some of it is removed where room is needed.
 
     quotas = Quotas(config.per_user, config.in_all, config.job_output_bytes)
@@ -73,13 +73,15 @@ class Quotas:
     ) -> None:
         self._per_user = per_user
         self._job_output_bytes = job_output_bytes
-        self._job_ceiling = _ceiling("this job's", job_output_bytes)
+        self._job_ceiling = _ceiling("this job's", job_output_bytes, "per_job")
         self._remove_output = make_room
         self._clock = clock
         # Guards all accounts. Never held while anything else is locked. Reentrant, because
         # the garbage collector may end an abandoned stream in the middle of a start.
         self._lock = threading.RLock()
-        all_output = Budget(in_all.output_bytes, _ceiling("the", in_all.output_bytes, _EVERYBODY))
+        all_output = Budget(
+            in_all.output_bytes, _ceiling("the", in_all.output_bytes, "in_all", _EVERYBODY)
+        )
         self._all = _Account(_EVERYBODY, in_all, all_output)
         self._users: dict[str, _Account] = {}
 
@@ -95,20 +97,23 @@ class Quotas:
             if mine.jobs.is_full:
                 raise QuotaError(
                     f"user {user} has {mine.jobs.count} running jobs, "
-                    "the ceiling of this server; stop one first"
+                    "the ceiling of this server (per_user.running_jobs); stop one first"
                 )
             if self._all.jobs.is_full:
                 raise QuotaError(
                     f"{_EVERYBODY} have {self._all.jobs.count} running jobs, "
-                    "the ceiling of this server; try again later"
+                    "the ceiling of this server (in_all.running_jobs); try again later"
                 )
             now = self._clock()
-            for account, who in ((mine, f"user {user}"), (self._all, _EVERYBODY)):
+            for account, who, table in (
+                (mine, f"user {user}", "per_user"),
+                (self._all, _EVERYBODY, "in_all"),
+            ):
                 wait_s = account.starts.wait_s(now)
                 if wait_s:
                     raise QuotaError(
-                        f"more than {account.starts.per_second:g} starts per second of {who}; "
-                        f"try again in {wait_s} s",
+                        f"more than {account.starts.per_second:g} starts per second of {who} "
+                        f"({table}.starts_per_second); try again in {wait_s} s",
                         wait_s,
                     )
             mine.starts.take(now)
@@ -126,11 +131,12 @@ class Quotas:
             if mine.streams.is_full:
                 raise QuotaError(
                     f"user {user} has {mine.streams.count} open streams, "
-                    "the ceiling of this server; close one first"
+                    "the ceiling of this server (per_user.streams); close one first"
                 )
             if self._all.streams.is_full:
                 raise QuotaError(
-                    f"all {self._all.streams.count} output streams are in use; try again later"
+                    f"all {self._all.streams.count} output streams are in use (in_all.streams); "
+                    "try again later"
                 )
             return self._count_locked(mine.streams, self._all.streams)
 
@@ -175,7 +181,7 @@ class Quotas:
         account = self._users.get(user)
         if account is None:
             limit = self._per_user.output_bytes
-            output = Budget(limit, _ceiling(f"user {user}'s", limit), self._all.output)
+            output = Budget(limit, _ceiling(f"user {user}'s", limit, "per_user"), self._all.output)
             account = self._users[user] = _Account(user, self._per_user, output)
             account.make_room = functools.partial(self._make_room, account)
         return account
@@ -197,10 +203,10 @@ class Quotas:
         return release
 
 
-def _ceiling(whose: str, limit: int | None, of: str = "") -> str:
+def _ceiling(whose: str, limit: int | None, table: str, of: str = "") -> str:
     """Name a ceiling of kept output; one that does not exist is never named to anybody."""
     size = "any size" if limit is None else format_size(limit)
-    return f"{whose} ceiling of {size}" + (f" for {of}" if of else "")
+    return f"{whose} ceiling of {size}" + (f" for {of}" if of else "") + f" ({table}.kept_output)"
 
 
 @dataclass(slots=True)

@@ -64,12 +64,15 @@ logger = logging.getLogger("server")
 _HERE = Path(__file__).resolve().parent
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_UIDS = "70000-79999"  # systemd and the distributions leave 65536 to 524287 free
-_UNARY_THREADS = 32
+_UNARY_THREADS = 128  # made when they are needed
 _UNARY_BACKLOG = 256  # calls that may wait for one of those threads
+_MESSAGE_FACTOR = 2  # what gRPC reads, of what a request may have: see `Gate`
 _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
 
 _MAX_PORT = 65_535
+# Without O_NONBLOCK a fifo of that name would stop the helper, and with it every job's start.
+_READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 _STOP_GRACE_S = 1.0  # for streams to hand over their last chunks
 _WATCHDOG_S = 4.5  # then the process ends, whatever it is still doing
@@ -187,12 +190,13 @@ class Server:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
             undo.callback(self._pool.shutdown)
             self._certificates = certificates
+            gate = undo.enter_context(Gate(self._authenticator, self._audit, config.requests.size))
             self._server = grpc.server(
                 self._pool,
-                interceptors=[Gate(self._authenticator, self._audit)],
+                interceptors=[gate],
                 options=(
                     *GRPC_OPTIONS,
-                    ("grpc.max_receive_message_length", config.requests.size),
+                    ("grpc.max_receive_message_length", config.requests.size * _MESSAGE_FACTOR),
                 ),
                 maximum_concurrent_rpcs=threads + _UNARY_BACKLOG,
             )
@@ -211,7 +215,10 @@ class Server:
         on, but for those of users who are gone or have changed.
         """
         self._audit.reopen()
-        self._certificates.reload(self.address)
+        self._reload_users()
+        self._certificates.reload(self.address)  # may take some time
+
+    def _reload_users(self) -> None:
         try:
             users = self._load_users()
             if self._accounts is not None:
@@ -249,9 +256,9 @@ class Server:
 
     def _files(self) -> dict[Path, int]:
         """What is opened again later, by the worker's helper, and how."""
-        files = dict.fromkeys(certificate_files(self._settings.certs), os.O_RDONLY)
+        files = dict.fromkeys(certificate_files(self._settings.certs), _READ_FLAGS)
         if self._settings.users:
-            files[self._settings.users] = os.O_RDONLY
+            files[self._settings.users] = _READ_FLAGS
         return {path.absolute(): flags for path, flags in files.items()} | {
             self._audit_path.absolute(): AUDIT_FLAGS
         }
@@ -267,6 +274,7 @@ class Server:
         if self._isolated:
             _check_private(path)
         with open(self._open(path), "rb") as file:
+            os.set_blocking(file.fileno(), True)
             return file.read()
 
     def __enter__(self) -> Self:

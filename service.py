@@ -7,17 +7,23 @@ and every call a line in the audit log.
 
 Threads: gRPC's `_serve` thread runs interceptors and the callbacks of ended calls,
 so nothing may block there. A servicer's method runs in a thread of the pool, a
-stream for as long as it lasts.
+stream for as long as it lasts. A thread also waits for the request of its call, which a
+client may never send: `_Arrivals` bounds that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import math
 import ssl
+import threading
+import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 from urllib.parse import unquote
 
 import grpc
@@ -44,6 +50,12 @@ __all__ = ["Gate", "add_services"]
 logger = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 64  # of what should be a name or an ID, and may be anything
+
+# A call that has not sent its request after twice that is cancelled. It normally comes in
+# one packet with the call.
+_ARRIVAL_S = 3.0
+_OVERDUE_CALLS = 32  # more than that of one caller at a time are no accident
+_BLOCKED_S = 60
 
 _STATUSES = {
     Status.RUNNING: worker_pb.RUNNING,
@@ -76,6 +88,24 @@ class _PermissionError(Exception):
     """The caller's role does not allow the call."""
 
 
+class _UnknownMethodError(Exception):
+    """There is no such RPC."""
+
+    def __init__(self) -> None:
+        super().__init__("this server has no such method")
+
+
+class _RequestSizeError(Exception):
+    """The request is larger than it may be."""
+
+
+class _NoRequestError(Exception):
+    """The call is over before its request was there. Nobody is left to be told."""
+
+    def __init__(self) -> None:
+        super().__init__("the client went, was too slow, or sent more than is read")
+
+
 # The first line that matches says how an error is told to the client: the code, and
 # the message if not the error's own. Anything else is INTERNAL.
 _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
@@ -84,6 +114,9 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (LimitError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (auth.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED, None),
     (_PermissionError, grpc.StatusCode.PERMISSION_DENIED, None),
+    (_UnknownMethodError, grpc.StatusCode.UNIMPLEMENTED, None),
+    (_RequestSizeError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (_NoRequestError, grpc.StatusCode.CANCELLED, None),
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
     (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (worker.OffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
@@ -117,6 +150,7 @@ class _Call:
 
     method: str
     context: grpc.ServicerContext
+    audit: AuditLog
     certificate: bytes = b""  # the client's, DER
     identity: auth.Identity | None = None  # None only where no token is needed
     user: str | None = None  # who the caller is, or says to be
@@ -138,63 +172,106 @@ class _Call:
         _, _, address = unquote(str(self.context.peer())).partition(":")
         return address.rpartition(":")[0].strip("[]")
 
+    @property
+    def fingerprint(self) -> str | None:
+        return hashlib.sha256(self.certificate).hexdigest() if self.certificate else None
+
+    def record(self, outcome: str = "OK", reason: str | None = None) -> None:
+        """Write a line about this call. Raises `AuditError` if it must be and cannot.
+
+        A servicer does it before what cannot be undone, else the gate when the outcome is
+        known. What fails after its line has another one.
+        """
+        self.recorded = True
+        self.audit.record(
+            peer=str(self.context.peer()),
+            certificate=self.fingerprint,
+            user=self.user,
+            role=self.identity.role.value if self.identity else None,
+            rpc=self.method,
+            job=self.job_id,
+            argv=self.argv,
+            outcome=outcome,
+            reason=self.reason or reason,
+        )
+
 
 class Gate(grpc.ServerInterceptor):
     """Admits calls, records and translates what becomes of them, for every RPC alike.
 
     The interceptor itself runs on the `_serve` thread, for which any work is too much;
     so it only wraps the handler, and the wrapper does the rest in the handler's thread.
+
+    A context manager, for it has a thread of its own. `request_bytes`: the largest request
+    that is not refused. gRPC should let pass some more, for it refuses without saying
+    which setting is in the way.
     """
 
-    def __init__(self, authenticator: auth.Authenticator, audit: AuditLog) -> None:
+    def __init__(
+        self, authenticator: auth.Authenticator, audit: AuditLog, request_bytes: int
+    ) -> None:
         self._authenticator = authenticator
         self._audit = audit
+        self._request_bytes = request_bytes
+        self._arrivals = _Arrivals()
+
+    def close(self) -> None:
+        """End the gate's thread, when no more calls come."""
+        self._arrivals.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Any],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = continuation(handler_call_details)
-        if handler is None:
-            return None  # gRPC answers UNIMPLEMENTED
-        method = handler_call_details.method
+        handler = continuation(handler_call_details)  # None: there is none
+        method = handler_call_details.method[:_SHOWN_CHARACTERS]
 
-        def unary(data: bytes, context: grpc.ServicerContext) -> Any:
-            call = _Call(method, context)
+        def unary(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+            call = _Call(method, context, self._audit)
             try:
-                self._admit(call)
-                answer = handler.unary_unary(_parse(handler, data), call)
-                self._record(call)
+                self._admit(call, handler)
+                answer = handler.unary_unary(self._receive(handler, requests, call), call)
+                if not call.recorded:
+                    call.record()
             except Exception as error:  # noqa: BLE001 -- the one place that translates them
                 self._refuse(call, error)
             return answer
 
-        def stream(data: bytes, context: grpc.ServicerContext) -> Iterator[Any]:
-            call = _Call(method, context)
+        def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+            call = _Call(method, context, self._audit)
             try:
-                self._admit(call)
-                answers = handler.unary_stream(_parse(handler, data), call)
-                self._record(call)
-                yield from answers
+                self._admit(call, handler)
+                yield from handler.unary_stream(self._receive(handler, requests, call), call)
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
 
-        # No deserializer: who may not call learns nothing about the request's form.
+        # As if for a stream of requests, of which one is read, when the call is admitted; and
+        # no deserializer: who may not call learns nothing about the request's form.
+        if handler is None:
+            return grpc.stream_unary_rpc_method_handler(unary)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
+            return grpc.stream_stream_rpc_method_handler(
                 stream, response_serializer=handler.response_serializer
             )
-        return grpc.unary_unary_rpc_method_handler(
+        return grpc.stream_unary_rpc_method_handler(
             unary, response_serializer=handler.response_serializer
         )
 
-    def _admit(self, call: _Call) -> None:
-        """Raise unless TLS, the token and the role allow this call."""
+    def _admit(self, call: _Call, handler: Any) -> None:
+        """Raise unless TLS, the token and the role allow this call, and there is a handler."""
         connection: Any = call.context.auth_context()  # str to list of bytes
         if connection.get("ssl_tls_version") != [b"TLSv1.3"]:
             raise auth.AuthenticationError("the connection must be TLS 1.3")
         call.certificate = ssl.PEM_cert_to_DER_cert(connection["x509_pem_cert"][0].decode())
+        if handler is None:
+            raise _UnknownMethodError
         if auth.PERMISSIONS.get(call.method, frozenset()) is None:
             return
         identity = self._authenticator.authenticate(_bearer_token(call.context), call.certificate)
@@ -203,31 +280,36 @@ class Gate(grpc.ServerInterceptor):
         if not auth.may_call(call.method, identity.role):
             raise _PermissionError(f"the role {identity.role.value} may not call {call.method}")
 
-    def _record(self, call: _Call, outcome: str = "OK", reason: str | None = None) -> None:
-        """Write the one line of this call. Raises `AuditError` if it must be and cannot."""
-        if call.recorded:
-            return
-        call.recorded = True
-        self._audit.record(
-            peer=str(call.context.peer()),
-            certificate=hashlib.sha256(call.certificate).hexdigest() if call.certificate else None,
-            user=call.user,
-            role=call.identity.role.value if call.identity else None,
-            rpc=call.method,
-            job=call.job_id,
-            argv=call.argv,
-            outcome=outcome,
-            reason=call.reason or reason,
-        )
+    def _receive(self, handler: Any, requests: Iterator[bytes], call: _Call) -> Any:
+        """Wait for the request and return it as a message."""
+        try:
+            # Before a login there is nothing but the certificate to know somebody by.
+            caller = call.user or f"certificate {call.fingerprint}"
+            with self._arrivals.expected(caller, call.context.cancel):
+                data = next(requests, None)
+        except grpc.RpcError as error:  # what gRPC raises for a call that is over
+            raise _NoRequestError from error
+        if data is None:
+            raise _BadRequestError("there is no request in this call, or a far too large one")
+        if len(data) > self._request_bytes:
+            raise _RequestSizeError(
+                f"a request of {len(data)} bytes; this server's ceiling is "
+                f"{self._request_bytes} (requests.size)"
+            )
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            raise _BadRequestError("the request is not a message of the right type") from error
 
     def _refuse(self, call: _Call, error: Exception) -> NoReturn:
         """End the call with the status that `_ERRORS` has for `error`."""
         code, message = _status(call.method, error)
-        try:
-            self._record(call, code.name, message)
-        except AuditError as audit_error:
-            code, message = _status(call.method, audit_error)
-        if isinstance(error, AuditError) and call.undo is not None:
+        if not isinstance(error, AuditError):
+            try:
+                call.record(code.name, message)
+            except AuditError as audit_error:
+                code, message = _status(call.method, audit_error)
+        elif call.undo is not None:
             try:
                 call.undo()
             except worker.WorkerError as undo_error:
@@ -239,6 +321,74 @@ class Gate(grpc.ServerInterceptor):
         raise AssertionError("abort has raised")
 
 
+class _Waiting(NamedTuple):
+    caller: str
+    cancel: Callable[[], object]
+
+
+class _Arrivals:
+    """The calls whose request is not there yet, each of which keeps a thread waiting.
+
+    A client can make any number of calls and send no request, so those that wait for too
+    long are cancelled, by a thread of our own: gRPC's may all be waiting. Whoever makes
+    many such calls is not waited for again for a while.
+    """
+
+    def __init__(self) -> None:
+        # Guards the dictionaries. Held for microseconds.
+        self._lock = threading.Lock()
+        self._waiting: dict[object, _Waiting] = {}  # the keys only tell them apart
+        self._blocked: dict[str, float] = {}  # callers, and until when
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="arrivals", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def expected(self, caller: str, cancel: Callable[[], object]) -> Iterator[None]:
+        """Wait for a request within this context; `cancel` makes that fail, and must not block.
+
+        Raises `QuotaError` if this caller is not waited for now.
+        """
+        key = object()
+        with self._lock:
+            left_s = math.ceil(self._blocked.get(caller, 0) - time.monotonic())
+            if left_s > 0:
+                raise QuotaError(
+                    f"too many of your calls did not send their request; try again in {left_s} s",
+                    left_s,
+                )
+            self._waiting[key] = _Waiting(caller, cancel)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._waiting[key]
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        before: set[object] = set()
+        while not self._closed.wait(_ARRIVAL_S):
+            before = self._cancel_overdue(before)
+
+    def _cancel_overdue(self, before: set[object]) -> set[object]:
+        """Cancel what was waiting at the last look already; return what is waiting now."""
+        now = time.monotonic()
+        with self._lock:
+            waiting = dict(self._waiting)
+            overdue = before & waiting.keys()
+            counts = Counter(waiting[key].caller for key in overdue)
+            blocked = [caller for caller, count in counts.items() if count > _OVERDUE_CALLS]
+            self._blocked = {who: end for who, end in self._blocked.items() if end > now}
+            self._blocked |= dict.fromkeys(blocked, now + _BLOCKED_S)
+        for key, each in waiting.items():
+            if key in overdue or each.caller in blocked:
+                each.cancel()
+        return set(waiting)
+
+
 def _bearer_token(context: grpc.ServicerContext) -> str:
     values = [value for key, value in context.invocation_metadata() if key == "authorization"]
     if len(values) == 1 and isinstance(values[0], str):
@@ -246,13 +396,6 @@ def _bearer_token(context: grpc.ServicerContext) -> str:
         if scheme.lower() == "bearer":
             return token
     raise auth.TokenError
-
-
-def _parse(handler: Any, data: bytes) -> Any:
-    try:
-        return handler.request_deserializer(data)
-    except DecodeError as error:
-        raise _BadRequestError("the request is not a message of the right type") from error
 
 
 def _status(method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
@@ -286,6 +429,7 @@ class _AuthServicer:
         request: auth_pb.LogoutRequest,  # noqa: ARG002 -- has no fields
         call: _Call,
     ) -> auth_pb.LogoutResponse:
+        call.record()
         self._authenticator.logout(call.caller)
         return auth_pb.LogoutResponse()
 
@@ -353,12 +497,14 @@ class _WorkerServicer:
         job_id, owner = self._reach(request.job_id, call)
         is_owner = owner == call.caller.name
         reason = EndReason.STOPPED_BY_OWNER if is_owner else EndReason.STOPPED_BY_ADMIN
+        call.record()
         return worker_pb.StopJobResponse(job=_job(self._worker.stop(job_id, reason=reason)))
 
     def RemoveJob(  # noqa: N802
         self, request: worker_pb.RemoveJobRequest, call: _Call
     ) -> worker_pb.RemoveJobResponse:
         job_id, _ = self._reach(request.job_id, call)
+        call.record()
         self._worker.remove(job_id)
         return worker_pb.RemoveJobResponse()
 
@@ -371,44 +517,35 @@ class _WorkerServicer:
     def StreamOutput(  # noqa: N802
         self, request: worker_pb.StreamOutputRequest, call: _Call
     ) -> Iterator[worker_pb.StreamOutputResponse]:
-        """Return the generator only if the stream is admitted."""
+        """Return the generator only if the stream is admitted, and that is recorded."""
         job_id, _ = self._reach(request.job_id, call)
-        release = self._quotas.stream(call.caller.name)
-        try:
-            chunks = self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
-        except BaseException:
-            release()
-            raise
-
-        def undo() -> None:
-            # A generator that was never begun does not come to its `finally`.
-            chunks.close()
-            release()
-
-        call.undo = undo
-        return self._stream(request.offset, chunks, release, call)
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._quotas.stream(call.caller.name))
+            chunks = ending.enter_context(
+                self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
+            )
+            call.record()
+            return self._stream(request.offset, chunks, ending.pop_all(), call)
 
     def _stream(
-        self, offset: int, chunks: worker.Subscription, release: Callable[[], None], call: _Call
+        self,
+        offset: int,
+        chunks: worker.Subscription,
+        ending: contextlib.ExitStack,
+        call: _Call,
     ) -> Iterator[worker_pb.StreamOutputResponse]:
-        forget = None
-        try:
-            with chunks:
-                # A generator that waits is not told that its client is gone; this wakes it.
-                if not call.context.add_callback(chunks.close):
-                    return
-                forget = self._authenticator.watch(call.caller, chunks.close)
-                for chunk in chunks:
-                    if not self._authenticator.is_valid(call.caller):
-                        break  # it may have expired
-                    yield worker_pb.StreamOutputResponse(data=chunk, offset=offset)
-                    offset += len(chunk)
+        with ending:
+            # A generator that waits is not told that its client is gone; this wakes it.
+            if not call.context.add_callback(chunks.close):
+                return
+            ending.callback(self._authenticator.watch(call.caller, chunks.close))
+            for chunk in chunks:
+                if not self._authenticator.is_valid(call.caller):
+                    break  # it may have expired
+                yield worker_pb.StreamOutputResponse(data=chunk, offset=offset)
+                offset += len(chunk)
             if not self._authenticator.is_valid(call.caller):
                 raise auth.TokenError
-        finally:
-            if forget is not None:
-                forget()
-            release()
 
     def ListJobs(  # noqa: N802
         self,

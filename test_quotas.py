@@ -73,10 +73,18 @@ def _admit_all(call: Callable[[str], Release], user: str, at_most: int) -> list[
     return admitted
 
 
-_JOBS_OF_ALICE = "user alice has 3 running jobs, the ceiling of this server; stop one first"
-_JOBS_OF_ALL = "all users together have 3 running jobs, the ceiling of this server; try again later"
-_STREAMS_OF_ALICE = "user alice has 3 open streams, the ceiling of this server; close one first"
-_STREAMS_OF_ALL = "all 3 output streams are in use; try again later"
+_JOBS_OF_ALICE = (
+    "user alice has 3 running jobs, the ceiling of this server (per_user.running_jobs); "
+    "stop one first"
+)
+_JOBS_OF_ALL = (
+    "all users together have 3 running jobs, the ceiling of this server "
+    "(in_all.running_jobs); try again later"
+)
+_STREAMS_OF_ALICE = (
+    "user alice has 3 open streams, the ceiling of this server (per_user.streams); close one first"
+)
+_STREAMS_OF_ALL = "all 3 output streams are in use (in_all.streams); try again later"
 
 
 # --- running jobs and streams -----------------------------------------------------------
@@ -228,7 +236,13 @@ def test_place_may_be_released_in_the_middle_of_a_start(clock: _Clock) -> None:
 def test_burst_then_one_start_for_each_share_of_a_second(clock: _Clock) -> None:
     """So many at once, then as many as time has passed for, and told when to come again."""
     quotas = Quotas(Quota(starts_per_second=4, start_burst=10), _NONE, None, clock=clock)
-    refusal = ("more than 4 starts per second of user alice; try again in 1 s", 1)
+    refusal = (
+        (
+            "more than 4 starts per second of user alice (per_user.starts_per_second); "
+            "try again in 1 s"
+        ),
+        1,
+    )
     assert len(_admit_all(quotas.start, "alice", 100)) == 10
     assert _refusal(quotas.start, "alice") == refusal
     clock.now += 0.125
@@ -270,7 +284,8 @@ def test_refusal_tells_when_a_start_will_be_possible(
     message, retry_after_s = _refusal(quotas.start, "alice")
     assert retry_after_s == wait_s
     assert message == (
-        f"more than {per_second:g} starts per second of user alice; try again in {wait_s} s"
+        f"more than {per_second:g} starts per second of user alice "
+        f"(per_user.starts_per_second); try again in {wait_s} s"
     )
     clock.now += wait_s
     quotas.start("alice")
@@ -305,7 +320,10 @@ def test_rate_of_all_is_told_apart_from_the_users(clock: _Clock) -> None:
     quotas.start("alice")
     quotas.start("bob")
     assert _refusal(quotas.start, "carol") == (
-        "more than 0.5 starts per second of all users together; try again in 2 s",
+        (
+            "more than 0.5 starts per second of all users together "
+            "(in_all.starts_per_second); try again in 2 s"
+        ),
         2,
     )
     clock.now += 2
@@ -363,12 +381,12 @@ def test_threads_together_start_exactly_the_burst(pool: ThreadPoolExecutor, cloc
 @pytest.mark.parametrize(
     ("job", "user", "everybody", "ceiling"),
     [
-        (1024, None, None, "this job's ceiling of 1 KiB"),
-        (None, 1024, None, "user alice's ceiling of 1 KiB"),
-        (None, None, 1024, "the ceiling of 1 KiB for all users together"),
-        (1024, 4096, 8192, "this job's ceiling of 1 KiB"),
-        (4096, 1024, 8192, "user alice's ceiling of 1 KiB"),
-        (8192, 4096, 1024, "the ceiling of 1 KiB for all users together"),
+        (1024, None, None, "this job's ceiling of 1 KiB (per_job.kept_output)"),
+        (None, 1024, None, "user alice's ceiling of 1 KiB (per_user.kept_output)"),
+        (None, None, 1024, "the ceiling of 1 KiB for all users together (in_all.kept_output)"),
+        (1024, 4096, 8192, "this job's ceiling of 1 KiB (per_job.kept_output)"),
+        (4096, 1024, 8192, "user alice's ceiling of 1 KiB (per_user.kept_output)"),
+        (8192, 4096, 1024, "the ceiling of 1 KiB for all users together (in_all.kept_output)"),
     ],
 )
 def test_output_past_a_ceiling_is_told_by_the_name_of_the_ceiling(
@@ -420,7 +438,8 @@ def test_check_refuses_who_can_keep_nothing_more() -> None:
     quotas.check_output("alice")
     budget.take(1)
     message = (
-        "no more output can be kept: user alice's ceiling of 1 KiB is reached; "
+        "no more output can be kept: user alice's ceiling of 1 KiB (per_user.kept_output) is "
+        "reached; "
         "stop or remove jobs that are no longer needed, or end their streams"
     )
     assert _refusal(quotas.check_output, "alice") == (message, None)
@@ -436,7 +455,9 @@ def test_check_refuses_everybody_when_all_is_used_up() -> None:
     alices.take(2048)
     for user in ("alice", "bob"):
         message, _ = _refusal(quotas.check_output, user)
-        assert "the ceiling of 2 KiB for all users together is reached" in message
+        assert (
+            "the ceiling of 2 KiB for all users together (in_all.kept_output) is reached" in message
+        )
     alices.give_back(1)
     quotas.check_output("bob")
 
