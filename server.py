@@ -43,6 +43,7 @@ try:
     from accounts import Accounts, AccountsError, parse_uids
     from audit import AUDIT_FLAGS, AuditLog
     from config import Config, load_config
+    from quotas import Calls
     from service import Gate, add_services
     from tls import CertificateError, Certificates, certificate_files
     from users import SEEDED_USERS, Role, User, has_public_password, make_user, parse_users
@@ -63,7 +64,7 @@ logger = logging.getLogger("server")
 _HERE = Path(__file__).resolve().parent
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_UIDS = "70000-79999"  # systemd and the distributions leave 65536 to 524287 free
-_UNARY_THREADS = 32
+_UNARY_THREADS = 32  # for each of two callers who do their worst
 _UNARY_BACKLOG = 256  # calls that may wait for one of those threads
 _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
@@ -177,13 +178,16 @@ class Server:
             if own_uid is not None:
                 # Before anything listens, and before there are threads.
                 jobs.drop_privileges(own_uid)
-            threads = (config.in_all.streams or 0) + _UNARY_THREADS
+            streams = config.in_all.streams or 0
+            # Nobody, with calls that do not end or never begin, gets the last threads.
+            threads = streams + 2 * _UNARY_THREADS
+            calls = min(streams, config.per_user.streams or streams) + _UNARY_THREADS
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
             undo.callback(self._pool.shutdown)
             self._certificates = certificates
             self._server = grpc.server(
                 self._pool,
-                interceptors=[Gate(self._authenticator, self._audit)],
+                interceptors=[Gate(self._authenticator, self._audit, Calls(calls))],
                 options=(
                     *GRPC_OPTIONS,
                     ("grpc.max_receive_message_length", config.requests.size),
@@ -491,6 +495,11 @@ def _serve(settings: Settings) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    # With a traceback, for every piece of metadata that is not UTF-8: no fault of ours, and
+    # as often and as long as clients like.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(
+        lambda record: record.msg != "Invalid encoding on %s"
     )
     try:
         server = Server(settings)

@@ -32,7 +32,7 @@ import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
 from audit import AuditError, AuditLog
 from config import Config, LimitError
-from quotas import QuotaError, Quotas
+from quotas import Calls, QuotaError, Quotas
 from worker import EndReason, Job, Status, UsageSource, Worker
 
 if TYPE_CHECKING:
@@ -132,6 +132,11 @@ class _Call:
         return self.identity
 
     @property
+    def key(self) -> str | bytes:
+        """Whose call it is, where calls are counted."""
+        return self.identity.name if self.identity else self.certificate
+
+    @property
     def address(self) -> str:
         """Where it comes from, without the port."""
         _, _, address = unquote(str(self.context.peer())).partition(":")
@@ -145,9 +150,10 @@ class Gate(grpc.ServerInterceptor):
     so it only wraps the handler, and the wrapper does the rest in the handler's thread.
     """
 
-    def __init__(self, authenticator: auth.Authenticator, audit: AuditLog) -> None:
+    def __init__(self, authenticator: auth.Authenticator, audit: AuditLog, calls: Calls) -> None:
         self._authenticator = authenticator
         self._audit = audit
+        self._calls = calls
 
     def intercept_service(
         self,
@@ -159,32 +165,41 @@ class Gate(grpc.ServerInterceptor):
             return None  # gRPC answers UNIMPLEMENTED
         method = handler_call_details.method
 
-        def unary(data: bytes, context: grpc.ServicerContext) -> Any:
+        def unary(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
             call = _Call(method, context)
             try:
                 self._admit(call)
-                answer = handler.unary_unary(_parse(handler, data), call)
-                self._record(call)
+                with self._calls.under_way(call.key):
+                    answer = handler.unary_unary(_receive(handler, requests), call)
+                    self._record(call)
+            except grpc.RpcError:  # the client has gone before it had asked anything
+                raise
             except Exception as error:  # noqa: BLE001 -- the one place that translates them
                 self._refuse(call, error)
             return answer
 
-        def stream(data: bytes, context: grpc.ServicerContext) -> Iterator[Any]:
+        def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
             call = _Call(method, context)
             try:
                 self._admit(call)
-                answers = handler.unary_stream(_parse(handler, data), call)
-                self._record(call)
-                yield from answers
+                with self._calls.under_way(call.key):
+                    answers = handler.unary_stream(_receive(handler, requests), call)
+                    self._record(call)
+                    yield from answers
+            except grpc.RpcError:
+                raise
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
 
+        # The one request is taken for a stream of them, which gRPC hands over before
+        # anything of it has come. So a call is admitted or refused at once; otherwise
+        # calls without a request would keep their threads, whoever they are from.
         # No deserializer: who may not call learns nothing about the request's form.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
+            return grpc.stream_stream_rpc_method_handler(
                 stream, response_serializer=handler.response_serializer
             )
-        return grpc.unary_unary_rpc_method_handler(
+        return grpc.stream_unary_rpc_method_handler(
             unary, response_serializer=handler.response_serializer
         )
 
@@ -244,7 +259,11 @@ def _bearer_token(context: grpc.ServicerContext) -> str:
     raise auth.TokenError
 
 
-def _parse(handler: Any, data: bytes) -> Any:
+def _receive(handler: Any, requests: Iterator[bytes]) -> Any:
+    """Wait for the request and parse it. Raises grpc.RpcError if the client goes away first."""
+    data = next(requests, None)
+    if data is None:
+        raise _BadRequestError("there is no request")
     try:
         return handler.request_deserializer(data)
     except DecodeError as error:
