@@ -191,6 +191,9 @@ class Server:
                 options=(
                     *GRPC_OPTIONS,
                     ("grpc.max_receive_message_length", config.requests.size),
+                    # When calls of one connection wait by the thousand, as when it opens and
+                    # resets them, gRPC drops some of others' as well.
+                    ("grpc.max_concurrent_streams", calls),
                 ),
                 maximum_concurrent_rpcs=threads + _UNARY_BACKLOG,
             )
