@@ -11,6 +11,8 @@ nobody waits here, and a refusal costs nothing of any ceiling.
     ...
     job_ended()
 
+`Calls` counts the calls that a caller has under way, for the gate of `service.py`.
+
 User names must be those of authenticated users: what is known of a name is kept for ever.
 
 Thread safety: every method, and every function returned, may be called from any thread.
