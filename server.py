@@ -44,6 +44,7 @@ try:
     from accounts import Accounts, AccountsError, parse_uids
     from audit import AUDIT_FLAGS, AuditLog
     from config import Config, load_config
+    from quotas import Calls
     from service import Gate, add_services
     from tls import CertificateError, Certificates, certificate_files
     from users import SEEDED_USERS, Role, User, has_public_password, make_user, parse_users
@@ -64,7 +65,8 @@ logger = logging.getLogger("server")
 _HERE = Path(__file__).resolve().parent
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_UIDS = "70000-79999"  # systemd and the distributions leave 65536 to 524287 free
-_UNARY_THREADS = 128  # made when they are needed
+_UNARY_THREADS = 128  # beside those of streams; made when they are needed
+_CALLS_OF_ONE = 32  # of one caller, beside their streams
 _UNARY_BACKLOG = 256  # calls that may wait for one of those threads
 _MESSAGE_FACTOR = 2  # what gRPC reads, of what a request may have: see `Gate`
 _FDS_PER_STREAM = 2
@@ -186,17 +188,30 @@ class Server:
             if own_uid is not None:
                 # Before anything listens, and before there are threads.
                 jobs.drop_privileges(own_uid)
-            threads = (config.in_all.streams or 0) + _UNARY_THREADS
+            streams = config.in_all.streams or 0
+            # Nobody, with calls that do not end or never begin, gets the last threads.
+            threads = streams + _UNARY_THREADS
+            calls = min(streams, config.per_user.streams or streams) + _CALLS_OF_ONE
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
             undo.callback(self._pool.shutdown)
             self._certificates = certificates
-            gate = undo.enter_context(Gate(self._authenticator, self._audit, config.requests.size))
+            gate = undo.enter_context(
+                Gate(
+                    self._authenticator,
+                    self._audit,
+                    Calls(calls),
+                    request_bytes=config.requests.size,
+                )
+            )
             self._server = grpc.server(
                 self._pool,
                 interceptors=[gate],
                 options=(
                     *GRPC_OPTIONS,
                     ("grpc.max_receive_message_length", config.requests.size * _MESSAGE_FACTOR),
+                    # When calls of one connection wait by the thousand, as when it opens and
+                    # resets them, gRPC drops some of others' as well.
+                    ("grpc.max_concurrent_streams", calls),
                 ),
                 maximum_concurrent_rpcs=threads + _UNARY_BACKLOG,
             )

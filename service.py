@@ -38,7 +38,7 @@ import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
 from audit import AuditError, AuditLog
 from config import Config, LimitError
-from quotas import QuotaError, Quotas
+from quotas import Calls, QuotaError, Quotas
 from worker import EndReason, Job, Limits, Status, Usage, UsageSource, Worker
 
 if TYPE_CHECKING:
@@ -167,6 +167,11 @@ class _Call:
         return self.identity
 
     @property
+    def caller_key(self) -> str | bytes:
+        """Whose call it is, where calls are counted: before a login, the certificate's."""
+        return self.identity.name if self.identity else self.certificate
+
+    @property
     def address(self) -> str:
         """Where it comes from, without the port."""
         _, _, address = unquote(str(self.context.peer())).partition(":")
@@ -208,10 +213,16 @@ class Gate(grpc.ServerInterceptor):
     """
 
     def __init__(
-        self, authenticator: auth.Authenticator, audit: AuditLog, request_bytes: int
+        self,
+        authenticator: auth.Authenticator,
+        audit: AuditLog,
+        calls: Calls,
+        *,
+        request_bytes: int,
     ) -> None:
         self._authenticator = authenticator
         self._audit = audit
+        self._calls = calls
         self._request_bytes = request_bytes
         self._arrivals = _Arrivals()
 
@@ -237,9 +248,10 @@ class Gate(grpc.ServerInterceptor):
             call = _Call(method, context, self._audit)
             try:
                 self._admit(call, handler)
-                answer = handler.unary_unary(self._receive(handler, requests, call), call)
-                if not call.recorded:
-                    call.record()
+                with self._calls.under_way(call.caller_key):
+                    answer = handler.unary_unary(self._receive(handler, requests, call), call)
+                    if not call.recorded:
+                        call.record()
             except Exception as error:  # noqa: BLE001 -- the one place that translates them
                 self._refuse(call, error)
             return answer
@@ -248,12 +260,14 @@ class Gate(grpc.ServerInterceptor):
             call = _Call(method, context, self._audit)
             try:
                 self._admit(call, handler)
-                yield from handler.unary_stream(self._receive(handler, requests, call), call)
+                with self._calls.under_way(call.caller_key):
+                    yield from handler.unary_stream(self._receive(handler, requests, call), call)
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
 
-        # As if for a stream of requests, of which one is read, when the call is admitted; and
-        # no deserializer: who may not call learns nothing about the request's form.
+        # As if for a stream of requests, of which one is read, when the call is admitted: a
+        # call that is not does not keep a thread until its request has come. And no
+        # deserializer: who may not call learns nothing about the request's form.
         if handler is None:
             return grpc.stream_unary_rpc_method_handler(unary)
         if handler.response_streaming:
@@ -283,9 +297,7 @@ class Gate(grpc.ServerInterceptor):
     def _receive(self, handler: Any, requests: Iterator[bytes], call: _Call) -> Any:
         """Wait for the request and return it as a message."""
         try:
-            # Before a login there is nothing but the certificate to know somebody by.
-            caller = call.user or f"certificate {call.fingerprint}"
-            with self._arrivals.expected(caller, call.context.cancel):
+            with self._arrivals.expected(call.caller_key, call.context.cancel):
                 data = next(requests, None)
         except grpc.RpcError as error:  # what gRPC raises for a call that is over
             raise _NoRequestError from error
@@ -322,7 +334,7 @@ class Gate(grpc.ServerInterceptor):
 
 
 class _Waiting(NamedTuple):
-    caller: str
+    caller: str | bytes
     cancel: Callable[[], object]
 
 
@@ -335,22 +347,24 @@ class _Arrivals:
     """
 
     def __init__(self) -> None:
-        # Guards the dictionaries. Held for microseconds.
-        self._lock = threading.Lock()
+        # Guards all below. Notified when a call begins to wait while the thread has nothing to
+        # look after, and when this is closed. Held for microseconds.
+        self._changed = threading.Condition()
         self._waiting: dict[object, _Waiting] = {}  # the keys only tell them apart
-        self._blocked: dict[str, float] = {}  # callers, and until when
-        self._closed = threading.Event()
+        self._blocked: dict[str | bytes, float] = {}  # callers, and until when
+        self._idle = False
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="arrivals", daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def expected(self, caller: str, cancel: Callable[[], object]) -> Iterator[None]:
+    def expected(self, caller: str | bytes, cancel: Callable[[], object]) -> Iterator[None]:
         """Wait for a request within this context; `cancel` makes that fail, and must not block.
 
         Raises `QuotaError` if this caller is not waited for now.
         """
         key = object()
-        with self._lock:
+        with self._changed:
             left_s = math.ceil(self._blocked.get(caller, 0) - time.monotonic())
             if left_s > 0:
                 raise QuotaError(
@@ -358,25 +372,37 @@ class _Arrivals:
                     left_s,
                 )
             self._waiting[key] = _Waiting(caller, cancel)
+            if self._idle:
+                self._idle = False
+                self._changed.notify()
         try:
             yield
         finally:
-            with self._lock:
+            with self._changed:
                 del self._waiting[key]
 
     def close(self) -> None:
-        self._closed.set()
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
         before: set[object] = set()
-        while not self._closed.wait(_ARRIVAL_S):
+        while True:
+            with self._changed:
+                # One look for all that came since the last, and none when nothing came: most
+                # requests are there at once, and should not have to wake anybody.
+                self._idle = not self._waiting
+                self._changed.wait_for(lambda: self._closed or not self._idle)
+                if self._changed.wait_for(lambda: self._closed, _ARRIVAL_S):
+                    return
             before = self._cancel_overdue(before)
 
     def _cancel_overdue(self, before: set[object]) -> set[object]:
         """Cancel what was waiting at the last look already; return what is waiting now."""
         now = time.monotonic()
-        with self._lock:
+        with self._changed:
             waiting = dict(self._waiting)
             overdue = before & waiting.keys()
             counts = Counter(waiting[key].caller for key in overdue)

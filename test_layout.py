@@ -35,8 +35,8 @@ _IMPORTS = {
     "config": {"cgroups", "units", "worker"},
     "hostcheck": {"cgroups", "worker"},
     "server": {
-        *("accounts", "audit", "auth", "config", "hostcheck", "service", "spawner", "tls"),
-        *("users", "worker", "grpc"),
+        *("accounts", "audit", "auth", "config", "hostcheck", "quotas", "service"),
+        *("spawner", "tls", "users", "worker", "grpc"),
     },
     "client": {
         "commandline",  # only for the program, at its end

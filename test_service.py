@@ -32,7 +32,7 @@ from audit import AUDIT_FLAGS, AuditLog
 from client import Client, ClientError
 from config import Config
 from conftest import FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
-from quotas import QuotaError, Quotas
+from quotas import Calls, QuotaError, Quotas
 from service import Gate, add_services
 from users import SEEDED_USERS
 from worker import Limits, Worker
@@ -185,8 +185,9 @@ def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
         AuditLog(lambda: os.open(audit_log, AUDIT_FLAGS, 0o600)) as audit,
         Worker(enforcement="off") as jobs,
         ThreadPoolExecutor(2) as pool,
+        Gate(authenticator, audit, Calls(10), request_bytes=1024) as gate,
     ):
-        server = grpc.server(pool, interceptors=[Gate(authenticator, audit)])
+        server = grpc.server(pool, interceptors=[gate])
         add_services(server, jobs, authenticator, config=Config(), uid_of=lambda _: None)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
