@@ -215,7 +215,7 @@ def state(tmp_path: Path) -> Path:
 def _started(
     certs: Path, state: Path, before: tuple[str, ...]
 ) -> Iterator[tuple[ServerProgram, Client]]:
-    """A server with these rights, and a client that is logged in."""
+    """A server with these rights, and a client that is logged in; its helper ends with it."""
     program = ServerProgram(
         state.with_name("log"),
         *("--listen", "127.0.0.1:0", "--limits", "require", "--require-isolation"),
@@ -223,6 +223,9 @@ def _started(
         before=before,
     )
     with contextlib.ExitStack() as stack:
+        (helper,) = children_of(program.process.pid)
+        pidfd = stack.enter_context(open(os.pidfd_open(helper)))
+        stack.callback(select.select, [pidfd], [], [], GUARD_S)
         stack.enter_context(program.process)
         stack.callback(program.process.kill)
         client = stack.enter_context(Client(program.address, certs=certs))
