@@ -431,8 +431,9 @@ def test_server_that_must_enforce_limits_and_cannot_says_how_it_could(
             pytest.skip("this host can enforce the limits")
         _, stderr = process.communicate(timeout=GUARD_S)
     assert process.returncode == 1
-    log, _, told = stderr.partition("server: ")  # it may have swept what others left
-    assert all(" INFO " in line for line in log.splitlines())
+    log, _, told = stderr.partition("server: ")
+    # It may have swept what others left, or tried to.
+    assert [line for line in log.splitlines() if " left-over cgroup " not in line] == []
     first, *failures, last = told.splitlines()
     assert first == "not every limit can be enforced here:"
     assert last == "or accept weaker limits with --limits auto"
