@@ -529,22 +529,28 @@ def test_job_that_is_too_old_is_removed() -> None:
             budgets = [_Tell(), _Tell()]
             before = time.monotonic()
             for budget in budgets:
-                _write(worker, 10, budget=budget)
+                worker.start("echo", budget=budget)
             for budget in budgets:
                 assert budget.told.wait(GUARD_S)
             assert time.monotonic() - before >= 0.2
             assert _kept(worker) == []
 
 
-def test_old_job_that_is_read_is_read_to_its_end() -> None:
+def test_old_job_that_is_read_is_read_to_its_end(tmp_path: Path) -> None:
     """It is unknown to all others."""
-    with _keeping(age_s=0.2) as worker:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with _keeping(age_s=0.1) as worker:
         budget = _Tell()
-        job_id = worker.start("head", ["-c", "1000000", "/dev/zero"], budget=budget)
+        script = f"read line <{gate}; head -c 1000000 /dev/zero"
+        job_id = worker.start("sh", ["-c", script], budget=budget)
+        job = worker._job(job_id)
         with worker.stream(job_id) as chunks:
+            gate.write_text("\n")
             size = len(next(chunks))
+            assert job.wait(GUARD_S)
             removed = _Tell()
-            _write(worker, 1, budget=removed)  # ends after the other
+            worker.start("echo", budget=removed)  # is removed after the other
             assert removed.told.wait(GUARD_S)
             with pytest.raises(UnknownJobError):
                 worker.stream(job_id)
@@ -586,7 +592,7 @@ def test_no_room_for_that_thread_is_told_and_tried_again(
             assert _kept(worker) == [job_id]
         assert "no room for the thread that removes old jobs: can't start" in caplog.text
         budget = _Tell()
-        _write(worker, 1, budget=budget)
+        worker.start("echo", budget=budget)
         assert budget.told.wait(GUARD_S)
         assert _kept(worker) == []
 
