@@ -537,7 +537,7 @@ def test_output_of_finished_jobs_makes_room_for_that_of_running_ones() -> None:
     taken, refuser = budget.take(500)
     assert taken == 70
     assert refuser is not None
-    assert refuser.what == "user alice's ceiling of 100 bytes"
+    assert refuser.what == "user alice's ceiling of 100 bytes (per_user.kept_output)"
     assert kept.sizes("alice") == []
     assert kept.sizes("bob") == [50]
 

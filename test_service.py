@@ -40,7 +40,6 @@ from worker import Limits, Worker
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import ServerProgram
     from server import Server
 
     Connect = Callable[..., Client]
@@ -78,18 +77,16 @@ def _fields(name: str, job_id: str) -> dict[str, Any]:
 # --- who may call what ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def own(program: ServerProgram, certs: Path, tokens: dict[str, str]) -> str:
+@pytest.fixture
+def own(connect: Connect) -> str:
     """A finished job of `user`."""
-    with Client(program.address, certs=certs, token=tokens["user"]) as client:
-        return run_job(client)
+    return run_job(connect("user"))
 
 
-@pytest.fixture(scope="module")
-def foreign(program: ServerProgram, certs: Path, tokens: dict[str, str]) -> str:
+@pytest.fixture
+def foreign(connect: Connect) -> str:
     """A finished job of `admin`."""
-    with Client(program.address, certs=certs, token=tokens["admin"]) as client:
-        return run_job(client)
+    return run_job(connect("admin"))
 
 
 @pytest.mark.parametrize("name", _WITH_TOKEN)
@@ -924,7 +921,7 @@ def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
     assert len(client.list()) == 2
     assert call_rpc(client, "StreamOutput", job_id=job_id) == (
         "RESOURCE_EXHAUSTED",
-        "all 3 output streams are in use; try again later",
+        "all 3 output streams are in use (in_all.streams); try again later",
     )
     # The job says nothing all the while; its output must not be needed to notice.
     followers[1].close()  # type: ignore[attr-defined]

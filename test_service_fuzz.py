@@ -33,6 +33,7 @@ from auth import Authenticator
 from client import Client, ClientError
 from config import Requests
 from conftest import GUARD_S, ServerProgram, children_of, descriptors_of
+from server import _CALLS_OF_ONE, _UNARY_BACKLOG, _UNARY_THREADS
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:
@@ -66,9 +67,8 @@ _LONGEST_MESSAGE = 3000  # characters: 200 of somebody's words, escaped, and our
 _REQUEST_BYTES = Requests().size
 
 _STREAMS = 20
-_THREADS = _STREAMS + 64  # in the pool
-_BACKLOG = 256
-_CALLS = _STREAMS + 32  # of one caller
+_THREADS = _STREAMS + _UNARY_THREADS  # in the pool
+_CALLS = _STREAMS + _CALLS_OF_ONE  # of one caller
 _RPCS_TO_WAIT = 3000  # for what gRPC closes late
 _CONFIG = """
 [per_user]
@@ -673,7 +673,7 @@ def test_calls_without_a_request_take_nobodys_place(server: _Server, name: str) 
     """Of more of them than the server has threads, the caller's share is kept, the rest refused."""
     token = "" if name == "Login" else server.token("user")
     calls = _HELLO + _calls(_CALLS, _request_headers(name, token=token))
-    count = (_THREADS + _BACKLOG) // _CALLS + 2  # of connections, each with all it may have
+    count = (_THREADS + _UNARY_BACKLOG) // _CALLS + 2  # of connections, each with all it may have
     with contextlib.ExitStack() as connections:
         received = {connections.enter_context(_tls(server)): b"" for _ in range(count)}
         for sock in received:
