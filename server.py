@@ -36,6 +36,9 @@ from typing import TYPE_CHECKING, Literal, Self
 # suite that needs a pre-shared key, which nobody has; TLS 1.3 has suites of its own,
 # all strong. Must be set before grpc is imported; `Gate` checks what came of it.
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES256-CBC-SHA"
+# gRPC would write to stderr, as they are, some of the bytes that anybody sends it: a server
+# name with line ends and terminal escapes, for one. So it writes nothing, unless told to.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
     import grpc

@@ -125,7 +125,7 @@ class _Server:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def log(self) -> str:
-        return self._program.log.read_text()
+        return self._program.log.read_text(errors="surrogateescape")
 
     def await_used(self, before: dict[str, int]) -> None:
         """Wait until no more is in use than before; gRPC does not say when it has closed all."""
@@ -169,9 +169,8 @@ def server(program: _Server) -> Iterator[_Server]:
     program.await_used(before)
     # The pool may have grown to its ceiling; gRPC's own threads are some ten.
     assert program.threads() <= max(threads, _THREADS + 20)
-    written = program.log()[len(log) :]
-    assert "Traceback" not in written
-    assert not re.search(r"^\S+ \S+ (ERROR|CRITICAL) ", written, re.MULTILINE), written
+    # Of faults nothing is logged, and of what others sent neither.
+    assert program.log() == log
 
 
 @pytest.fixture
@@ -591,10 +590,11 @@ def test_any_frames_disturb_nobody(server: _Server) -> None:
 def test_any_bytes_that_are_no_tls_disturb_nobody(server: _Server) -> None:
     """Plain text, records with garbage, a handshake that breaks off or goes wrong anywhere."""
     outgoing = ssl.MemoryBIO()
-    tls = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="x")
+    tls = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="x" * 20)
     with contextlib.suppress(ssl.SSLWantReadError):
         tls.do_handshake()
     greeting = outgoing.read()
+    forging = greeting.replace(b"x" * 20, b"\n\x1b[31m2026 INFO fine")
 
     @_SETTINGS
     @given(
@@ -617,6 +617,7 @@ def test_any_bytes_that_are_no_tls_disturb_nobody(server: _Server) -> None:
             st.binary(max_size=1000).map(greeting.__add__),
         )
     )
+    @example(data=forging)
     def check(data: bytes) -> None:
         with _tcp(server) as sock:
             _send(sock, data)
