@@ -820,6 +820,12 @@ def _ended_child() -> int | None:
 
 def _group_is_gone(group: int) -> bool:
     try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True  # so it is mostly, and waitid looks through all of our children
+    except PermissionError:
+        pass
+    try:
         os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return True
