@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import statistics
 import subprocess
@@ -21,18 +22,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import server  # isort: skip -- before grpc: it says which TLS that may speak
 
 import grpc
 
+import cgroups
+import spawner
+import worker
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError
 from config import PER_USER
 from tls import Certificates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _HERE = Path(__file__).resolve().parent
 _CERTS = _HERE / "certs"
@@ -180,6 +185,183 @@ def _bench_start(client: Client, floor: _Floor) -> None:
             [ours / theirs for ours, theirs in zip(p50["start"], p50[name], strict=True)],
             f"{median['start']:.2f} ms / {median[name]:.2f} ms",
         )
+
+
+# --- where a start's time goes ------------------------------------------------------------
+
+# The cheapest safe start of a process by hand: no server, no messages, a small program with
+# one thread, but the same process: in a cgroup of its own, as another user, with the limits
+# of a job. It does as many as it is told, by clone3 or with Popen, and says what took how long.
+_BY_HAND = """
+import json, os, socket, sys, time
+here, jobs, way, uid = sys.argv[1:]
+sys.path.insert(0, here)
+import spawner
+
+def start(name):
+    uid_, cgroup = json.loads(uid), None
+    out = os.open(os.devnull, os.O_WRONLY)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    times = [time.perf_counter()]
+    if jobs:
+        os.mkdir(f"{jobs}/{name}")
+    times.append(time.perf_counter())
+    if jobs:
+        cgroup = os.open(f"{jobs}/{name}", os.O_RDONLY | os.O_DIRECTORY)
+    times.append(time.perf_counter())
+    work = spawner._Start(uid_, [b"/bin/true"], {}, [b"/bin/true"], cgroup, out, theirs)
+    pid, pidfd = getattr(spawner, way)(work)
+    times.append(time.perf_counter())
+    theirs.close()
+    assert ours.recv(1) == b""  # closed by the exec
+    times.append(time.perf_counter())
+    assert os.waitpid(pid, 0)[1] == 0
+    ours.close()
+    for fd in (out, pidfd, *([cgroup] if jobs else [])):
+        os.close(fd)
+    if jobs:
+        os.rmdir(f"{jobs}/{name}")
+    return [end - begin for begin, end in zip(times, times[1:])]
+
+os.chdir("/")
+spawner._set_signals()
+for line in sys.stdin:
+    count, gap = json.loads(line)
+    steps = []
+    for i in range(count):
+        time.sleep(gap)
+        steps.append(start(f"by-hand-{os.getpid()}-{i}"))
+    print(json.dumps(steps), flush=True)
+"""
+_HAND_STEPS = ("make the cgroup", "open it", "fork", "child, to its exec")
+_WORKER_STEPS: tuple[tuple[str, object, str], ...] = (
+    ("output file", worker._OutputDir, "make_log"),  # noqa: SLF001 -- what is to be measured
+    ("two pipes", worker, "_pipe"),
+    ("cgroup and limits", cgroups.Subtree, "create"),
+    ("helper, from the request to the exec", spawner.Spawner, "spawn"),
+    ("argv in a memfd", os, "memfd_create"),
+    ("thread", threading.Thread, "start"),
+)
+_APART_S = 0.02
+
+
+class _ByHand:
+    """The program that starts processes by hand, in one of the ways."""
+
+    def __init__(self, way: str, jobs: Path | None, uid: int | None) -> None:
+        arguments = (str(_HERE), str(jobs or ""), way, json.dumps(uid))
+        self._process = subprocess.Popen(
+            [sys.executable, "-E", "-s", "-S", "-c", _BY_HAND, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, count: int, gap_s: float = 0.0) -> list[list[float]]:
+        """Start that many; return, of each, the seconds of each step."""
+        if self._process.stdin is None or self._process.stdout is None:
+            raise AssertionError("both are pipes")
+        print(json.dumps([count, gap_s]), file=self._process.stdin, flush=True)
+        times: list[list[float]] = json.loads(self._process.stdout.readline())
+        return times
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@contextlib.contextmanager
+def _timed(steps: dict[str, list[float]]) -> Iterator[None]:
+    """Have the steps of `Worker.start` timed, in seconds, each call of each."""
+    with contextlib.ExitStack() as undo:
+        for what, owner, name in _WORKER_STEPS:
+            undo.enter_context(
+                mock.patch.object(owner, name, _timer(getattr(owner, name), what, steps))
+            )
+        yield
+
+
+def _timer(function: Any, what: str, steps: dict[str, list[float]]) -> Any:
+    def timed(*args: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            steps.setdefault(what, []).append(time.perf_counter() - begin)
+
+    return timed
+
+
+def _p50(times: Iterable[float]) -> float:
+    return float(statistics.median(times)) * 1e3
+
+
+def _bench_start_steps(client: Client, floor: _Floor) -> None:
+    """StartJob against (a) a bare unary call plus (b) a start by hand; and what it consists of."""
+    uid = 71_001 if spawner.can_change_user() and spawner.can_kill_any() else None
+    uids = None if uid is None else range(uid, uid + 1)
+    p50: dict[str, list[float]] = {}  # of each round, in ms
+    steps: dict[str, list[float]] = {}  # seconds, of each start
+    with contextlib.ExitStack() as stack:
+        jobs = stack.enter_context(worker.Worker(uids=uids))
+        directory = jobs.subtree.jobs if jobs.subtree else None
+        hand, popen = (
+            stack.enter_context(contextlib.closing(_ByHand(way, directory, uid)))
+            for way in ("_execute", "_popen")
+        )
+        measures: dict[str, Callable[[], Iterable[float]]] = {
+            "StartJob": lambda: _start_jobs(client),
+            "(a) a bare unary call": lambda: _times(lambda: floor.unary(b""), _STARTS),
+            "(b) by hand": lambda: map(sum, hand.start(_STARTS)),
+            "by hand, Popen with preexec_fn": lambda: map(sum, popen.start(_STARTS)),
+            "by hand, 20 ms apart": lambda: map(sum, hand.start(_STARTS // 4, _APART_S)),
+            "by hand, Popen, 20 ms apart": lambda: map(sum, popen.start(_STARTS // 4, _APART_S)),
+            "Worker.start": lambda: _start_in_worker(jobs, uid, steps),
+        }
+        for number in range(_ROUNDS + 1):
+            for name, measure in measures.items():
+                times = list(measure())
+                if number:  # the first round warms up
+                    p50.setdefault(name, []).append(_p50(times))
+        hand_steps = list(zip(*hand.start(_STARTS), strict=True))
+    ours, a, b = list(p50.values())[:3]
+    _report(
+        "StartJob against (a) + (b), p50",
+        [start / (unary + by_hand) for start, unary, by_hand in zip(ours, a, b, strict=True)],
+        "",
+    )
+    for name, values in p50.items():
+        _print_ms(name, statistics.median(values))
+    print("  of Worker.start:")
+    for what, times in steps.items():
+        _print_ms(what, _p50(times) * len(times) / len(steps["thread"]))
+    print("  of the start by hand:")
+    for what, step in zip(_HAND_STEPS, hand_steps, strict=True):
+        _print_ms(what, _p50(step))
+
+
+def _start_jobs(client: Client) -> Iterator[float]:
+    """Of each the end is awaited, as it is by hand, and not measured."""
+    for _ in range(_STARTS):
+        begin = time.perf_counter()
+        job_id = client.start("/bin/true")
+        yield time.perf_counter() - begin
+        for _data in client.stream(job_id):
+            pass
+
+
+def _start_in_worker(
+    jobs: worker.Worker, uid: int | None, steps: dict[str, list[float]]
+) -> Iterator[float]:
+    for _ in range(_STARTS):
+        with _timed(steps):
+            begin = time.perf_counter()
+            job_id = jobs.start("/bin/true", uid=uid)
+            yield time.perf_counter() - begin
+        jobs.wait(job_id)
+
+
+def _print_ms(what: str, ms: float) -> None:
+    print(f"    {what:<48}{ms:7.2f} ms")
 
 
 def _bench_stream(client: Client, floor: _Floor) -> None:
@@ -407,6 +589,7 @@ def main() -> None:
         floor = stack.enter_context(contextlib.closing(_Floor(floor_address)))
         print(f"median of {_ROUNDS} rounds (lowest to highest)   measured / floor\n")
         _bench_start(client, floor)
+        _bench_start_steps(client, floor)
         _bench_stream(client, floor)
         _bench_command_line(client, address)
         _bench_memory(client, pid)

@@ -13,7 +13,7 @@ controllers to its children have processes of its own. v1 is not supported.
 
     subtree = Subtree.open("require")
     cgroup = subtree.create("some-job", Limits(cpu_cores=0.5))
-    ...                        # start a process that writes 0 to its cgroup.procs
+    ...                        # start a process in it: clone3, or write 0 to its cgroup.procs
     cgroup.kill()
     cgroup.wait_empty()
     cgroup.remove()

@@ -216,8 +216,11 @@ class Spawner:
             return answer["pid"], received[0]
         if "pid" in answer:
             # It is on its way out; the helper reaps it when it next hears from us.
-            for pidfd in received:
-                _await_end(pidfd)
+            try:
+                for pidfd in received:
+                    _await(pidfd, select.POLLIN)
+            finally:
+                _close_all(received)
             self.kill(job)
         raise _error(answer)
 
@@ -265,6 +268,8 @@ class Spawner:
             try:
                 with theirs, self._lock:
                     _send(self._socket, request, [theirs.fileno(), *fds])
+                # Awake once, when all has been said: a start's answer comes in two parts.
+                _await(ours.fileno(), select.POLLHUP)
                 with contextlib.suppress(EOFError):
                     while True:
                         message, more = _receive(ours)
@@ -325,14 +330,10 @@ def read_exit(fd: int) -> Exit | None:
     return Exit(**json.loads(line)) if line else None
 
 
-def _await_end(pidfd: int) -> None:
-    """Block until the process has ended; closes its descriptor."""
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll()
-    finally:
-        os.close(pidfd)
+def _await(fd: int, events: int) -> None:
+    poll = select.poll()
+    poll.register(fd, events)
+    poll.poll()
 
 
 def _error(answer: dict[str, Any]) -> OSError:
@@ -818,6 +819,12 @@ def _ended_child() -> int | None:
 
 
 def _group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True  # so it is mostly, and waitid looks through all of our children
+    except PermissionError:
+        pass
     try:
         os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

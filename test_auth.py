@@ -623,9 +623,20 @@ def test_token_with_any_character_changed_is_refused(data: st.DataObject) -> Non
 def test_token_is_worth_nothing_with_another_certificate(authenticator: Authenticator) -> None:
     """A stolen token does not work without the certificate of its login."""
     token = _login(authenticator)
-    for certificate in (_OTHER_CERTIFICATE, b"", _CERTIFICATE + b"\0"):
-        _assert_refused(authenticator, token, certificate)
-    assert authenticator.authenticate(token, _CERTIFICATE)
+    for _ in range(2):  # before it is known, and after
+        for certificate in (_OTHER_CERTIFICATE, b"", _CERTIFICATE + b"\0"):
+            _assert_refused(authenticator, token, certificate)
+        assert authenticator.authenticate(token, _CERTIFICATE)
+
+
+def test_tokens_that_are_known_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever logs in again and again does not fill the memory; all the tokens stay good."""
+    monkeypatch.setattr("auth._KNOWN_TOKENS", 3)
+    authenticator = Authenticator(users=[_ALICE], key=_KEY)
+    tokens = [_token(jti=str(uuid.uuid4())) for _ in range(5)]
+    for token in tokens * 2:
+        assert authenticator.authenticate(token, _CERTIFICATE)
+        assert len(authenticator._known) <= 3
 
 
 _ALICE_IS_ADMIN = replace(_ALICE, role=Role.ADMIN)

@@ -5,6 +5,7 @@ That a process is dead is proved by end-of-file on a pipe that it held open.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import functools
@@ -17,6 +18,7 @@ import socket
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -351,6 +353,142 @@ def test_job_has_no_descriptor_but_the_three() -> None:
 def test_job_has_only_the_environment_it_was_given() -> None:
     """No secret of the owner's environment reaches a job."""
     assert _from_hostile_owner("/usr/bin/env") == "ONLY=this\n"
+
+
+# --- how they are forked ----------------------------------------------------------------------
+
+# A filter of system calls that refuses clone3, as some container runtimes have it.
+_REFUSE_CLONE3 = """
+import ctypes, errno, struct
+number = errno.ENOSYS
+# The system call's number; unless it is 435, two on: SECCOMP_RET_ERRNO; SECCOMP_RET_ALLOW.
+code = (0x20, 0, 0, 0), (0x15, 0, 1, 435), (6, 0, 0, 0x5_0000 | number), (6, 0, 0, 0x7FFF_0000)
+rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(rules))
+assert libc.prctl(22, 2, program) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+assert libc.syscall(435, None, 0) == -1
+assert ctypes.get_errno() == number
+"""
+
+_TELL_OF_JOBS = """
+import logging, re
+logging.disable()  # a host without controllers is said to be one
+from spawner import can_change_user, can_kill_any
+from worker import CgroupError, CommandError, Worker
+
+uid = 71_001 if can_change_user() and can_kill_any() else None
+
+def output(command, *args):
+    job_id = worker.start(command, args, uid=uid)
+    with worker.stream(job_id) as chunks:
+        return b"".join(chunks).decode().replace(job_id, "JOB")
+
+def error(command):
+    try:
+        worker.start(command, uid=uid)
+    except (CommandError, CgroupError) as error:
+        return re.sub("[-0-9a-f]{36}", "JOB", f"{type(error).__name__}: {error}")
+
+with Worker(uids=None if uid is None else range(uid, uid + 1)) as worker:
+    told = [output("sh", "-c", "ls -l /proc/self/fd | grep -c ' [0-9]* -> '; env; pwd; ulimit -a")]
+    told += output("cat", "/proc/self/cgroup").split("/")[-2:]
+    told += map(error, ("no-such-command", "/etc/passwd", "/etc/passwd/x", "/no/such", "/", "/etc"))
+    kept = ("Umask", "Uid", "Gid", "Groups", "SigI", "SigB", "SigC", "Cap", "NoNewPrivs", "Threads")
+    told += [x for x in output("cat", "/proc/self/status").splitlines() if x.startswith(kept)]
+    stat = output("cat", "/proc/self/stat").rpartition(") ")[2].split()
+    told += [len(set(stat[2:4])), stat[4]]  # group and session; terminal
+    if worker.subtree:
+        create = worker.subtree.create
+        def make_and_remove(job_id, limits):
+            cgroup = create(job_id, limits)
+            cgroup.path.rmdir()
+            return cgroup
+        worker.subtree.create = make_and_remove
+        told.append(error("true").replace(str(worker.subtree.jobs), "JOBS"))
+print(told)
+"""
+
+
+def test_job_is_the_same_where_clone3_is_refused() -> None:
+    """Its cgroup, user, rights, signals, limits and descriptors, and the errors of a start."""
+
+    def tell(source: str) -> list[Any]:
+        program = _program(source + _TELL_OF_JOBS)
+        told: list[Any] = ast.literal_eval(
+            subprocess.check_output(program, text=True, timeout=_GUARD_S)
+        )
+        return told
+
+    assert tell(_REFUSE_CLONE3) == tell("")
+
+
+@contextlib.contextmanager
+def _subtree() -> Iterator[Subtree]:
+    subtree = Subtree.open("auto")
+    if subtree is None:
+        pytest.skip("needs a cgroup v2 hierarchy that can be written to")
+    with contextlib.closing(subtree):
+        yield subtree
+
+
+def test_start_that_hangs_holds_up_no_other() -> None:
+    """Whatever keeps a new process from executing its command, the helper serves the others."""
+    with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
+        frozen = subtree.create("frozen", NO_LIMITS)
+        (frozen.path / "cgroup.freeze").write_text("1")
+        subtree.create("other", NO_LIMITS)
+        with ThreadPoolExecutor(1) as pool:
+            hanging = pool.submit(_Job, spawner, ["echo", "late"], "frozen")
+            assert cgroups._wait_event(frozen.path, "populated", "1", _GUARD_S)
+            try:
+                with contextlib.closing(_Job(spawner, ["echo", "fine"], "other")) as other:
+                    assert other.read() == b"fine\n"
+                    assert [other.exit(), other.exit()] == [Exit(exit_code=0), None]
+                assert not hanging.done()
+            finally:
+                (frozen.path / "cgroup.freeze").write_text("0")
+            with contextlib.closing(hanging.result(_GUARD_S)) as job:
+                assert job.read() == b"late\n"
+                assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
+
+
+def test_process_that_dies_before_its_command_is_told_as_its_end() -> None:
+    """Killed after the fork and before the exec: no error is made up, and nothing hangs."""
+    with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
+        frozen = subtree.create("frozen", NO_LIMITS)
+        (frozen.path / "cgroup.freeze").write_text("1")
+        with ThreadPoolExecutor(1) as pool:
+            hanging = pool.submit(_Job, spawner, ["echo", "never"], "frozen")
+            assert cgroups._wait_event(frozen.path, "populated", "1", _GUARD_S)
+            spawner.kill("frozen")
+            with contextlib.closing(hanging.result(_GUARD_S)) as job:
+                assert job.read() == b""
+                assert [job.exit(), job.exit()] == [Exit(signal=signal.SIGKILL), None]
+
+
+def test_many_starts_at_once_keep_apart(spawner: Spawner) -> None:
+    """Good ones and bad ones from 16 threads: each gets its own pid, output, end or error."""
+    spawner.kill("warm-up")
+    before = descriptors_of(spawner.pid)
+
+    def start(number: int) -> None:
+        for i in range(5):
+            name = f"{number}-{i}"
+            if i % 2:
+                with pytest.raises(FileNotFoundError):
+                    _Job(spawner, [f"/no/such/{name}"], name)
+                continue
+            with contextlib.closing(_Job(spawner, ["sh", "-c", f"echo {name} $$"], name)) as job:
+                assert job.read() == f"{name} {job.pid}\n".encode()
+                assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(start, range(16)))
+    spawner.kill("nobody")
+    assert descriptors_of(spawner.pid) == before
+    assert children_of(spawner.pid) == []
 
 
 # --- the helper ------------------------------------------------------------------------------

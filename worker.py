@@ -36,6 +36,7 @@ import errno
 import fcntl
 import heapq
 import logging
+import mmap
 import os
 import pwd
 import select
@@ -693,7 +694,8 @@ class _Job:
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None when the spawner died."""
-        buffer = memoryview(bytearray(_READ_BYTES))
+        # Memory that is there only once it has been written to: most jobs say little.
+        buffer = memoryview(mmap.mmap(-1, _READ_BYTES))
         poll = select.poll()
         poll.register(self._fds.output, select.POLLIN)
         poll.register(self._fds.exit, select.POLLIN)
