@@ -530,6 +530,8 @@ class _WorkerServicer:
         self, request: worker_pb.RemoveJobRequest, call: _Call
     ) -> worker_pb.RemoveJobResponse:
         job_id, _ = self._reach(request.job_id, call)
+        if self._worker.status(job_id).status is Status.RUNNING:
+            raise worker.JobRunningError(job_id)  # before it is on record as removed
         call.record()
         self._worker.remove(job_id)
         return worker_pb.RemoveJobResponse()

@@ -906,7 +906,7 @@ def test_kept_output_of_running_jobs_blocks_starts_until_it_is_removed(
     await_output(server._worker, job_id, b"\0" * 102_400)  # type: ignore[arg-type]
     code, told = _refusal(client.start, "true")
     assert code == "RESOURCE_EXHAUSTED"
-    assert "ceiling of 100 KiB is reached; stop or remove jobs" in told
+    assert "ceiling of 100 KiB (per_user.kept_output) is reached; stop or remove jobs" in told
     client.stop(job_id)
     client.remove(job_id)
     assert [job.job_id for job in client.list()] == []
