@@ -163,7 +163,9 @@ class _Guest:
             self._process = subprocess.Popen(
                 [
                     *(str(_HERE / "kernel-run"), sys.executable, "-m", "pytest"),
-                    *("-p", "no:cacheprovider", "--color=no", *self.tests),
+                    *("-p", "no:cacheprovider", "--color=no"),
+                    # A hang ends all tests after it, and on a busy machine much is slow in there.
+                    *("-o", "faulthandler_timeout=600", *self.tests),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
