@@ -482,7 +482,7 @@ class _WorkerServicer:
     ) -> worker_pb.StartJobResponse:
         user = call.caller.name
         argv = [request.command, *request.args]
-        call.argv = _beginning(argv)  # for refusals nobody can count should not fill the disk
+        call.argv = _beginning(argv)  # no ceiling holds for refusals: they may not fill the disk
         self._check_argv(argv)
         asked = {field.name: value for field, value in request.limits.ListFields()}
         limits = self._config.limits(asked)
