@@ -32,6 +32,7 @@ Documentation/admin-guide/cgroup-v2.rst.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import logging
@@ -75,6 +76,9 @@ _RETRY_MS = 10
 _FREEZE_S = 0.5
 _READ_BYTES = 64 * 1024
 _DEATH_S = 5.0  # how long killed processes of a dead or closing owner may take to be gone
+
+_PR_SET_NAME = 15  # linux/prctl.h
+_DISMANTLER = b"job-worker-end"  # the name (/proc/PID/comm) of who is in `dismantle`
 
 _DELEGATE = (
     "run the server as root, or in a delegated cgroup of its own: "
@@ -263,9 +267,10 @@ class Subtree:
             _write(self.path / "server/cgroup.procs", "0", remedy=_DELEGATE)
             self._moved_from = base
         available = _read(base / "cgroup.controllers").split()
+        deadline = time.monotonic() + _DEATH_S
         for controller in _CONTROLLERS:
             try:
-                self._enable(base, controller, available)
+                self._enable_or_wait(base, controller, available, deadline)
                 self.controllers |= {controller}
             except CgroupError as error:
                 self._give_up_or_note(controller, error)
@@ -279,6 +284,20 @@ class Subtree:
                 _describe(probe.limits) or "none",
                 "; ".join(dict.fromkeys(texts)),  # each once
             )
+
+    def _enable_or_wait(
+        self, base: Path, controller: str, available: list[str], deadline: float
+    ) -> None:
+        """Enable, and if what is left of a dead owner is in the way, wait for its end."""
+        while True:
+            try:
+                return self._enable(base, controller, available)
+            except CgroupError as error:
+                # A process is in `base`. It is, but `base` has let pass +cpu and become a
+                # threaded domain. What `base` handed down has just been taken back.
+                reasons = (errno.EBUSY, errno.EOPNOTSUPP, errno.ENOENT)
+                if error.errno not in reasons or not _await_dismantlers(base, deadline):
+                    raise
 
     def _enable(self, base: Path, controller: str, available: list[str]) -> None:
         """Hand `controller` down from `base` to the jobs."""
@@ -407,7 +426,11 @@ def dismantle(path: str, base: str | None, controllers: list[str]) -> None:
     Kills and removes the jobs; moves the owner, if it still lives, and whatever it
     started back to `base`, if that is where it came from; hands no `controllers` down
     from there any more. What cannot be done is left for the next start to sweep.
+
+    The calling thread, which should be all of its process, gets a name by which a
+    successor knows whom to wait for; the process should end then.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, _DISMANTLER)
     with contextlib.suppress(CgroupError):
         _kill_and_remove(Path(path, "jobs"))
     with contextlib.suppress(CgroupError):
@@ -622,6 +645,37 @@ def _sweep(base: Path) -> None:
             logger.warning("a left-over cgroup could not be removed: %s", error)
         finally:
             os.close(fd)
+
+
+def _await_dismantlers(base: Path, deadline: float) -> bool:
+    """Block until somebody who dismantles the subtree of a dead owner has left `base`.
+
+    They move there to remove the cgroup that they were in, and end. False, at once, if
+    anybody else is in `base`, and after `deadline`: then trying again is of no use.
+    """
+    _sweep(base)  # waits for those who are not there yet
+    with contextlib.ExitStack() as opened:
+        ends = select.poll()
+        pids = _read(base / "cgroup.procs").split()
+        for pid in pids:
+            try:
+                pidfd = os.pidfd_open(int(pid))
+                opened.callback(os.close, pidfd)
+                name = Path(f"/proc/{pid}/comm").read_bytes()
+            except (ProcessLookupError, FileNotFoundError):
+                return time.monotonic() < deadline  # it has just ended
+            except OSError:  # of another PID namespace, say
+                return False
+            if name != _DISMANTLER + b"\n":
+                return False
+            ends.register(pidfd, select.POLLIN)
+        if pids:
+            return bool(ends.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    # They were gone before we looked. As in `_rmdir`, the kernel can be late to notice.
+    with _Events(base) as events:
+        events.read()
+        events.wait_change(_RETRY_MS)
+    return time.monotonic() < deadline
 
 
 def _physical_disks() -> list[str]:

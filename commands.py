@@ -152,12 +152,46 @@ def _print_table(jobs: Sequence[worker_pb.Job]) -> None:
         fields = _to_dict(job)
         started, state = _moment(fields["started_at"]), _state(fields)
         cells = (job.job_id, job.owner, started, state, _command_line(job))
-        rows.append(tuple(map(printable, cells)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        rows.append(tuple(map(_shown, cells)))
+    widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     columns = shutil.get_terminal_size((100_000, 24)).columns if sys.stdout.isatty() else None
     for row in rows:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*padded, row[-1]])[:columns])
+        padded = [
+            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=False)
+        ]
+        line = "  ".join([*padded, row[-1]])
+        # The rest of a line that wraps would look like another row.
+        print(line if columns is None else _cut(line, columns))
+
+
+def _shown(text: str) -> str:
+    """Return what stdout makes of it: an escape of what its encoding does not have."""
+    encoding = sys.stdout.encoding
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _width(text: str) -> int:
+    """How many cells of a terminal it takes at most."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def _cells(character: str) -> int:
+    import unicodedata
+
+    if character == "\N{VARIATION SELECTOR-16}":
+        return 1  # there are terminals where it makes the character before it wide
+    if unicodedata.category(character) in {"Mn", "Me"}:  # drawn onto the one before
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
+
+
+def _cut(text: str, width: int) -> str:
+    """Return as much of the beginning as `width` cells have room for."""
+    for end, character in enumerate(text):
+        width -= _cells(character)
+        if width < 0:
+            return text[:end]
+    return text
 
 
 def _print_json(value: Any) -> None:

@@ -45,7 +45,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-__all__ = ["Config", "ConfigError", "LimitError", "Quota", "Requests", "load_config"]
+__all__ = [
+    "STREAMS_IN_ALL",
+    "Config",
+    "ConfigError",
+    "LimitError",
+    "Quota",
+    "Requests",
+    "load_config",
+]
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -124,15 +132,13 @@ _QUOTA_KEYS: Final = {
     "start_burst": _Key("start_burst", _WHOLE),
     "kept_output": _Key("output_bytes", _SIZE),
 }
+# Each stream has a thread.
+STREAMS_IN_ALL: Final = _Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
 _TABLES: Final = {
     "defaults": _KEYS,
     "ceilings": _KEYS,
     "per_user": _QUOTA_KEYS,
-    # Each stream has a thread.
-    "in_all": {
-        **_QUOTA_KEYS,
-        "streams": _Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False),
-    },
+    "in_all": {**_QUOTA_KEYS, "streams": STREAMS_IN_ALL},
     "per_job": {"kept_output": _Key("job_output_bytes", _SIZE)},
     "requests": {
         # No less than a login may need.

@@ -46,7 +46,7 @@ try:
     import auth
     from accounts import Accounts, AccountsError, parse_uids
     from audit import AUDIT_FLAGS, AuditLog
-    from config import Config, load_config
+    from config import STREAMS_IN_ALL, Config, load_config
     from quotas import Calls
     from service import Gate, add_services
     from tls import CertificateError, Certificates, certificate_files
@@ -463,7 +463,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-streams",
         metavar="N",
-        type=_positive,
+        type=_streams,
         help="how many output streams may be open at once, whatever the configuration says",
     )
     parser.add_argument(
@@ -516,9 +516,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+def _streams(text: str) -> int:
+    try:
+        STREAMS_IN_ALL.value(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; write {STREAMS_IN_ALL.right_form}") from None
     return int(text)
 
 

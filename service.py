@@ -50,6 +50,7 @@ __all__ = ["Gate", "add_services"]
 logger = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 64  # of what should be a name or an ID, and may be anything
+_REFUSED_ARGV_BYTES = 4096  # of a refused start, in the audit log
 
 # A call that has not sent its request after twice that is cancelled. It normally comes in
 # one packet with the call.
@@ -480,8 +481,9 @@ class _WorkerServicer:
         self, request: worker_pb.StartJobRequest, call: _Call
     ) -> worker_pb.StartJobResponse:
         user = call.caller.name
-        call.argv = [request.command, *request.args]
-        self._check_argv(call.argv)
+        argv = [request.command, *request.args]
+        call.argv = _beginning(argv)  # no ceiling holds for refusals: they may not fill the disk
+        self._check_argv(argv)
         asked = {field.name: value for field, value in request.limits.ListFields()}
         limits = self._config.limits(asked)
         self._quotas.check_output(user)
@@ -499,7 +501,7 @@ class _WorkerServicer:
         except BaseException:
             release()
             raise
-        call.job_id = job_id
+        call.job_id, call.argv = job_id, argv
         call.undo = lambda: self._worker.stop(job_id)
         return worker_pb.StartJobResponse(job_id=job_id)
 
@@ -596,6 +598,19 @@ class _WorkerServicer:
             call.reason = "the job is not theirs"
             raise worker.UnknownJobError(job_id)
         return job_id, owner
+
+
+def _beginning(argv: list[str]) -> list[str]:
+    """Return argv, or its first bytes and, as one more argument, how much there was besides."""
+    encoded = [argument.encode(errors="surrogatepass") + b"\0" for argument in argv]
+    left = _REFUSED_ARGV_BYTES
+    for number, argument in enumerate(encoded):
+        if len(argument) > left:
+            more = sum(map(len, encoded[number:])) - left
+            cut = argument[:left].decode(errors="ignore")
+            return [*argv[:number], cut, f"... and {more} bytes more"]
+        left -= len(argument)
+    return argv
 
 
 def _job_id(text: str) -> str:

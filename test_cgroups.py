@@ -24,7 +24,7 @@ import pytest
 
 import cgroups
 from cgroups import NO_LIMITS, Cgroup, CgroupError, Limits, Subtree
-from conftest import GUARD_S, own_cgroup
+from conftest import GUARD_S, joined, own_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -472,6 +472,64 @@ def test_subtree_of_a_live_owner_is_left_alone(base: Path) -> None:
         owner.kill()
         owner.wait()
         _open(base).close()
+
+
+_DISMANTLER = """
+import os, sys
+from pathlib import Path
+from cgroups import Subtree, dismantle
+base, moment = sys.argv[1:]
+Path(base, "cgroup.procs").write_text("0")
+subtree = Subtree.open("require", root=base)
+os.close(subtree._lock_fd)  # for the owner is to be somebody else, who is dead
+
+def pause(at):
+    if at == moment:
+        print("in the way", flush=True)
+        sys.stdin.read()
+
+sys.addaudithook(lambda name, args: name == "os.rmdir" and pause(Path(args[0]).name))
+dismantle(*subtree.dismantling)
+pause("removed")
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("moment", ["server", "removed"])
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_successor_waits_for_the_helper_of_a_dead_owner(
+    base: Path, monkeypatch: pytest.MonkeyPatch, moment: str, place: str
+) -> None:
+    """Which is in the root, where it removes the old cgroups, or has, and is about to end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _DISMANTLER, base, moment],
+        cwd=_HERE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as helper:
+        assert helper.stdin
+        assert helper.stdout
+        awaited: set[int] = set()
+        stdin, pidfd_open = helper.stdin, os.pidfd_open
+
+        def let_go(pid: int) -> int:
+            awaited.add(pid)
+            pidfd = pidfd_open(pid)
+            stdin.close()
+            return pidfd
+
+        monkeypatch.setattr(os, "pidfd_open", let_go)
+        try:
+            assert helper.stdout.readline() == b"in the way\n"
+            assert (base / "cgroup.procs").read_text() == f"{helper.pid}\n"
+            with (
+                joined(base) if place == "inside" else contextlib.nullcontext(),
+                contextlib.closing(_open(base)) as subtree,
+            ):
+                assert subtree.create("job", Limits()).limits == Limits()
+            assert awaited == {helper.pid}
+        finally:
+            helper.kill()
 
 
 @pytest.mark.kernel

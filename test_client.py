@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -14,8 +15,10 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +30,7 @@ import pytest
 import arguments as arguments_module
 import authservice_pb2 as auth_pb
 import commands
+import texts
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
 from conftest import GUARD_S, clean_environment
@@ -60,13 +64,14 @@ class _Program:
         self,
         *arguments: str,
         stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
         stderr: int = subprocess.PIPE,
         start_new_session: bool = False,
     ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, str(_HERE / "client.py"), *arguments],
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
             env=self.environment,
             start_new_session=start_new_session,
@@ -854,10 +859,11 @@ def test_status_and_reason_of_a_newer_server_are_shown_by_number() -> None:
     assert commands._state(fields) == "99 (98)"
 
 
-# C0, DEL, C1, line ends of all kinds, what turns the direction of text around.
+# C0, DEL, C1, line ends of all kinds, what turns the direction of text around, what is not seen.
 _NASTY = (
     "\x00\x07\x08\t\r\n\x0b\x1b[31mred\x1b]0;title\x07\x7f\x80\x85\x9b2Jü"
     "\u2028\u2029\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+    "\u200b\u200c\u200d\u2060\u00ad"
 )
 
 
@@ -873,6 +879,12 @@ def test_others_words_do_not_steer_the_terminal(cli: _Program) -> None:
         assert "red" in shown
         assert "ü" in shown
         assert _is_harmless(shown), ascii(shown)
+
+
+def test_lone_surrogate_is_shown_as_an_escape(cli: _Program) -> None:
+    """Which an argument that is not UTF-8 becomes, and no message of a server can hold."""
+    assert texts.printable("\ud800\udcff") == r"\ud800\udcff"
+    assert r"\udcff" in cli.fail("start", "true", os.fsdecode(b"\xff"))
 
 
 def _fail_nastily(context: grpc.ServicerContext) -> Iterable[Message]:
@@ -935,6 +947,54 @@ def test_list_is_a_table_with_a_line_for_each_job(run: Callable[..., str]) -> No
     assert row[heading.index("OWNER") :].startswith("user ")
     assert row[heading.index("STATUS") :].startswith("FINISHED (exited with code 0) ")
     assert row[heading.index("COMMAND") :] == "echo 'a b'"
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [
+        ("abc", 3),
+        ("", 0),
+        ("Jürg", 4),
+        ("e\u0301", 1),
+        ("漢字", 4),
+        ("\uff21", 2),
+        ("\U0001f642", 2),
+    ],
+)
+def test_width_of_text_is_in_cells_of_a_terminal(text: str, cells: int) -> None:
+    """Wide characters have two, combining ones none."""
+    assert commands._width(text) == cells
+
+
+def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
+    cli: _Program, pretend: Pretend
+) -> None:
+    """Wide characters count twice where columns line up and where a line is cut."""
+    names = ["x" * 100, "漢" * 100, "x" + "漢" * 100, "\U0001f642" * 100, "e\u0301" * 100]
+    jobs = [
+        worker_pb.Job(job_id="1", owner="漢字" if i % 2 else "abcd", command="ls", args=[name])
+        for i, name in enumerate(names)
+    ]
+    cli.environment["JOBWORKER_SERVER"] = pretend(
+        ListJobs=lambda _: [worker_pb.ListJobsResponse(jobs=jobs)]
+    )
+    cli.environment.pop("COLUMNS", None)
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with open(ours, "rb", buffering=0) as screen:
+        with cli.start("list", stdout=terminal) as process:
+            os.close(terminal)
+            shown = b""
+            with contextlib.suppress(OSError):  # EIO: the other side is gone
+                while more := screen.read(1000):
+                    shown += more
+        assert process.returncode == 0
+    heading, *rows = shown.decode().splitlines()
+    assert len(rows) == len(names)
+    before = {commands._width(row[: row.index("ls ")]) for row in rows}
+    assert before == {heading.index("COMMAND")}
+    widths = [commands._width(row) for row in rows]
+    assert sorted(set(widths)) == [79, 80]
 
 
 # --- stream -----------------------------------------------------------------------------

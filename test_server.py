@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from client import Client, ClientError
+from config import ConfigError, load_config
 from conftest import GUARD_S, call_rpc, children_of, follow, make_fifo, run_job
 from server import Server, Settings, SettingsError
 from tls import CertificateError
@@ -473,6 +474,29 @@ def test_wrong_usage_of_the_server_exits_with_2(options: list[str]) -> None:
     """Options are not guessed at."""
     result = _run_server(*options)
     assert (result.returncode, result.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("0", "must be at least 1, not 0; write a whole number"),
+        ("100001", "must be at most 100000, not 100001; write a whole number"),
+        ("1.5", "cannot be '1.5'; write a whole number"),
+    ],
+)
+def test_max_streams_has_the_bounds_of_the_configuration(
+    tmp_path: Path, written: str, problem: str
+) -> None:
+    """And the same words: each stream has a thread, whoever says how many there may be."""
+    path = tmp_path / "limits.toml"
+    path.write_text(f"[in_all]\nstreams = {written}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    by_option = _run_server("--max-streams", written)
+    in_file = problem.replace("'", "")  # there it is a number
+    assert str(caught.value).endswith(f": {in_file}")
+    assert by_option.returncode == 2
+    assert by_option.stderr.endswith(f"argument --max-streams: {problem}\n")
 
 
 # --- the program: users -----------------------------------------------------------------

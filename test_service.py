@@ -7,6 +7,7 @@ that must look inside or stage a fault.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -410,6 +411,43 @@ def test_command_above_a_ceiling_is_an_invalid_argument(
     code, details = call_rpc(client, "StartJob", command=command, args=args)
     assert (code, problem in details, len(details) < 1000) == ("INVALID_ARGUMENT", True, True)
     assert client.list() == []
+
+
+_MANY_BYTES = 1023 * 1024  # a request has no more than 1 MiB
+
+
+@pytest.mark.parametrize(
+    ("argv", "recorded"),
+    [
+        (["true", "\0" * _MANY_BYTES], ["true", "\0" * 4091, "... and 1043462 bytes more"]),
+        (["\N{SNOWMAN}" * 9000], ["\N{SNOWMAN}" * 1365, "... and 22905 bytes more"]),
+        (["true", *[""] * 200_000], ["true", *[""] * 4091, "", "... and 195909 bytes more"]),
+        (["x" * 4001, "\0" * 93], ["x" * 4001, "\0" * 93]),
+        (["x" * 4001, "\0" * 94], ["x" * 4001, "\0" * 94, "... and 1 bytes more"]),
+    ],
+    ids=["one", "command", "many", "just-all", "a-byte-more"],
+)
+def test_of_a_refused_start_the_audit_log_has_4_kib_of_argv(
+    serve: Serve, connect: Connect, tmp_path: Path, argv: list[str], recorded: list[str]
+) -> None:
+    """And what it left out; no more, for nobody counts calls that are refused."""
+    client = connect("user", serve(audit_log=tmp_path / "audit.log").address)
+    command, *args = argv
+    assert call_rpc(client, "StartJob", command=command, args=args)[0] == "INVALID_ARGUMENT"
+    (line,) = (tmp_path / "audit.log").read_text().splitlines()
+    assert json.loads(line)["argv"] == recorded
+    assert len(line) < 6 * 4096 + 1000
+
+
+def test_of_a_start_the_audit_log_has_all_of_argv(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """As long as it may be: it is on record what was executed."""
+    client = connect("user", serve(audit_log=tmp_path / "audit.log").address)
+    args = ["x" * 60_000, "\x1b" * 60_000, "the end"]
+    assert call_rpc(client, "StartJob", command="true", args=args)[0] == "OK"
+    (line,) = (tmp_path / "audit.log").read_text().splitlines()
+    assert json.loads(line)["argv"] == ["true", *args]
 
 
 @pytest.mark.parametrize(
