@@ -379,8 +379,8 @@ class _WorkerServicer:
                     return
                 forget = self._authenticator.watch(call.caller, chunks.close)
                 for chunk in chunks:
-                    if not self._authenticator.is_valid(call.caller):
-                        break  # it may have expired
+                    if call.caller.has_expired():
+                        break  # which is all that the watch does not tell
                     yield worker_pb.StreamOutputResponse(data=chunk, offset=offset)
                     offset += len(chunk)
             if not self._authenticator.is_valid(call.caller):

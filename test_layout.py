@@ -23,6 +23,7 @@ _IMPORTS = {
     "revocations": set(),
     "auth": {"jwt", "revocations", "throttle", "users"},
     "accounts": set(),
+    "admission": {"grpc"},
     "audit": set(),
     "tls": {"grpc"},
     "quotas": {"broadcaster", "units"},
@@ -35,8 +36,8 @@ _IMPORTS = {
     "config": {"cgroups", "units"},
     "hostcheck": {"cgroups", "worker"},
     "server": {
-        *("accounts", "audit", "auth", "config", "hostcheck", "service", "spawner", "tls"),
-        *("users", "worker", "grpc"),
+        *("accounts", "admission", "audit", "auth", "config", "hostcheck", "service"),
+        *("spawner", "tls", "users", "worker", "grpc"),
     },
     "client": {
         "commandline",  # only for the program, at its end
