@@ -120,6 +120,10 @@ class Identity:
         """Whether this caller may see and stop the jobs of `owner`."""
         return self.role is Role.ADMIN or self.name == owner
 
+    def has_expired(self) -> bool:
+        """Whether the token's time is over."""
+        return datetime.now(UTC) >= self.expires_at
+
 
 _EVERYONE = frozenset(Role)
 
@@ -265,7 +269,7 @@ class Authenticator:
             user is not None
             and hmac.compare_digest(identity.entry, self._entry(user))
             and identity.token_id not in self._revocations
-            and datetime.now(UTC) < identity.expires_at
+            and not identity.has_expired()
         )
 
     def logout(self, identity: Identity) -> None:
@@ -280,7 +284,7 @@ class Authenticator:
     def watch(self, identity: Identity, on_invalid: Callable[[], None]) -> Callable[[], None]:
         """Have `on_invalid` called once when a logout or `set_users` ends the token of `identity`.
 
-        At once if it is not valid now. Expiry alone calls nothing: ask `is_valid`. The
+        At once if it is not valid now. Expiry alone calls nothing: ask `Identity.has_expired`. The
         call comes from the thread that ended the token; it must not block or raise. Returns
         a function, idempotent, that takes this back; a call that has begun goes on.
         """

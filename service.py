@@ -55,7 +55,7 @@ _REFUSED_ARGV_BYTES = 4096  # of a refused start, in the audit log
 # A call that has not sent its request after twice that is cancelled. It normally comes in
 # one packet with the call.
 _ARRIVAL_S = 3.0
-_OVERDUE_CALLS = 32  # more than that of one caller at a time are no accident
+_OVERDUE_CALLS = 32  # of one caller at a time; more are no accident
 _BLOCKED_S = 60
 
 _STATUSES = {
@@ -208,22 +208,24 @@ class Gate(grpc.ServerInterceptor):
     The interceptor itself runs on the `_serve` thread, for which any work is too much;
     so it only wraps the handler, and the wrapper does the rest in the handler's thread.
 
-    A context manager, for it has a thread of its own. `request_bytes`: the largest request
-    that is not refused. gRPC should let pass some more, for it refuses without saying
-    which setting is in the way.
+    A context manager, for it has a thread of its own. `calls`, `streams`: how many of these
+    one caller may have under way. `request_bytes`: the largest request that is not refused.
+    gRPC should let pass some more, for it refuses without saying which setting is in the way.
     """
 
     def __init__(
         self,
         authenticator: auth.Authenticator,
         audit: AuditLog,
-        calls: Calls,
         *,
+        calls: Calls,
+        streams: Calls,
         request_bytes: int,
     ) -> None:
         self._authenticator = authenticator
         self._audit = audit
         self._calls = calls
+        self._streams = streams
         self._request_bytes = request_bytes
         self._arrivals = _Arrivals()
 
@@ -261,7 +263,7 @@ class Gate(grpc.ServerInterceptor):
             call = _Call(method, context, self._audit)
             try:
                 self._admit(call, handler)
-                with self._calls.under_way(call.caller_key):
+                with self._streams.under_way(call.caller_key):
                     yield from handler.unary_stream(self._receive(handler, requests, call), call)
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
@@ -570,8 +572,8 @@ class _WorkerServicer:
                 return
             ending.callback(self._authenticator.watch(call.caller, chunks.close))
             for chunk in chunks:
-                if not self._authenticator.is_valid(call.caller):
-                    break  # it may have expired
+                if call.caller.has_expired():
+                    break  # which is all that the watch does not tell
                 yield worker_pb.StreamOutputResponse(data=chunk, offset=offset)
                 offset += len(chunk)
             if not self._authenticator.is_valid(call.caller):

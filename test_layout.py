@@ -23,6 +23,7 @@ _IMPORTS = {
     "revocations": set(),
     "auth": {"jwt", "revocations", "throttle", "users"},
     "accounts": set(),
+    "admission": {"grpc"},
     "audit": set(),
     "tls": {"grpc"},
     "quotas": {"broadcaster", "units"},
@@ -35,7 +36,7 @@ _IMPORTS = {
     "config": {"cgroups", "units", "worker"},
     "hostcheck": {"cgroups", "worker"},
     "server": {
-        *("accounts", "audit", "auth", "config", "hostcheck", "quotas", "service"),
+        *("accounts", "admission", "audit", "auth", "config", "hostcheck", "quotas", "service"),
         *("spawner", "tls", "users", "worker", "grpc"),
     },
     "client": {

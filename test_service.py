@@ -183,7 +183,7 @@ def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
         AuditLog(lambda: os.open(audit_log, AUDIT_FLAGS, 0o600)) as audit,
         Worker(enforcement="off") as jobs,
         ThreadPoolExecutor(2) as pool,
-        Gate(authenticator, audit, Calls(10), request_bytes=1024) as gate,
+        Gate(authenticator, audit, calls=Calls(9), streams=Calls(9), request_bytes=1024) as gate,
     ):
         server = grpc.server(pool, interceptors=[gate])
         add_services(server, jobs, authenticator, config=Config(), uid_of=lambda _: None)

@@ -33,7 +33,7 @@ from auth import Authenticator
 from client import Client, ClientError
 from config import Requests
 from conftest import GUARD_S, ServerProgram, children_of, descriptors_of
-from server import _CALLS_OF_ONE, _UNARY_BACKLOG, _UNARY_THREADS
+from server import _CALLS_OF_ONE, _STREAMS_SPARE, _THREADS
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ _LONGEST_MESSAGE = 3000  # characters: 200 of somebody's words, escaped, and our
 _REQUEST_BYTES = Requests().size
 
 _STREAMS = 20
-_THREADS = _STREAMS + _UNARY_THREADS  # in the pool
-_CALLS = _STREAMS + _CALLS_OF_ONE  # of one caller
+_STREAMS_OF_ONE = _STREAMS + _STREAMS_SPARE // 2  # under way, of one caller
+_CALLS = _STREAMS_OF_ONE + _CALLS_OF_ONE  # of one connection
+_MOST_THREADS = _STREAMS + _STREAMS_SPARE + 5 * _THREADS  # in all pools
 _RPCS_TO_WAIT = 3000  # for what gRPC closes late
 _CONFIG = """
 [per_user]
@@ -167,8 +168,8 @@ def server(program: _Server) -> Iterator[_Server]:
     before, threads, log = program.used(), program.threads(), program.log()
     yield program
     program.await_used(before)
-    # The pool may have grown to its ceiling; gRPC's own threads are some ten.
-    assert program.threads() <= max(threads, _THREADS + 20)
+    # The pools may have grown to their ceilings; gRPC's own threads are some ten.
+    assert program.threads() <= max(threads, _MOST_THREADS + 20)
     # Of faults nothing is logged, and of what others sent neither.
     assert program.log() == log
 
@@ -674,12 +675,13 @@ def test_calls_without_a_request_take_nobodys_place(server: _Server, name: str) 
     """Of more of them than the server has threads, the caller's share is kept, the rest refused."""
     token = "" if name == "Login" else server.token("user")
     calls = _HELLO + _calls(_CALLS, _request_headers(name, token=token))
-    count = (_THREADS + _UNARY_BACKLOG) // _CALLS + 2  # of connections, each with all it may have
+    count = _THREADS // _CALLS + 2  # of connections, each with all it may have
+    share = _STREAMS_OF_ONE if name == "StreamOutput" else _CALLS_OF_ONE
     with contextlib.ExitStack() as connections:
         received = {connections.enter_context(_tls(server)): b"" for _ in range(count)}
         for sock in received:
             sock.sendall(calls)
-        while _ended(received.values()) < (count - 1) * _CALLS:
+        while _ended(received.values()) < count * _CALLS - share:
             for sock in select.select(received, [], [], GUARD_S)[0]:
                 received[sock] += sock.recv(1 << 16)
         job_id = server.admin.start("sleep", ["infinity"])
@@ -688,9 +690,9 @@ def test_calls_without_a_request_take_nobodys_place(server: _Server, name: str) 
         if token:
             with (
                 Client(server.address, certs=server.certs, token=token) as client,
-                pytest.raises(ClientError, match=f"{_CALLS} of your calls are under way") as caught,
+                pytest.raises(ClientError, match=f"{share} of your calls are under way") as caught,
             ):
-                client.list()
+                list(client.stream(job_id)) if name == "StreamOutput" else client.list()
             assert caught.value.code == "RESOURCE_EXHAUSTED"
         for sock in received:
             _await_end(sock)

@@ -558,14 +558,14 @@ def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
     script = 'exec 3<"$1"; read n <&3; printf x; read m <&3; head -c "$n" /dev/zero; exit 7'
     job_id = _sh(worker, script, gate)
     job, entered = _running(worker, job_id), threading.Event()
-    real_append = job.output.append
+    real_append = job.output.append_from
 
-    def append(data: memoryview) -> None:  # holds the job's thread until the end is told
+    def append(pipe_fd: int, size: int) -> None:  # holds the job's thread until the end is told
         entered.set()
         assert select.select([job._fds.exit], [], [], _GUARD_S)[0]
-        real_append(data)
+        real_append(pipe_fd, size)
 
-    monkeypatch.setattr(job.output, "append", append)
+    monkeypatch.setattr(job.output, "append_from", append)
     size = fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) - 16 * 1024  # fits into the pipe
     with gate.open("w", buffering=1) as orders:
         orders.write(f"{size}\n")
@@ -573,6 +573,83 @@ def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
         orders.write("\n")
     job_after = worker.wait(job_id, _GUARD_S)
     assert (job_after.output_bytes, _end(job_after)) == (1 + size, _EXITED_7)
+
+
+def test_tiny_writes_are_taken_together_and_the_first_at_once(
+    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a line that is there at once, what follows in the pause is one chunk at its end.
+
+    The pause is endless here, so only the end of the job can have ended it.
+    """
+    monkeypatch.setattr("worker._REST_MS", 1_000_000_000)
+    script = 'echo first; read x <"$1"; for x in $(seq 1000); do echo $x; done; exit 7'
+    job_id = _sh(worker, script, gate)
+    with worker.stream(job_id) as chunks:
+        assert next(chunks) == b"first\n"
+        gate.write_text("\n")
+        assert list(chunks) == [b"".join(b"%d\n" % number for number in range(1, 1001))]
+    assert _end(worker.status(job_id)) == _EXITED_7
+
+
+def test_line_after_a_silence_is_taken_at_once(
+    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause is over with its time, whether there was anything to take or not."""
+    monkeypatch.setattr("worker._REST_MS", 1)
+    job_id = _sh(worker, 'exec 3<"$1"; while read x <&3; do echo "$x"; done; exit 7', gate)
+    with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
+        for number in range(100):
+            orders.write(f"{number}\n")
+            assert next(chunks) == b"%d\n" % number
+
+
+def test_job_that_writes_much_at_a_time_gets_no_pause(
+    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pause would hold it up, with its pipe full; this one would be endless."""
+    monkeypatch.setattr("worker._REST_MS", 1_000_000_000)
+    size = 10_000_000
+    job_id = _sh(worker, f'exec 3<"$1"; head -c {size} /dev/zero; read x <&3', gate)
+    with gate.open("w") as orders, worker.stream(job_id) as chunks:
+        offset = 0
+        while offset < size:
+            offset += len(next(chunks))
+        orders.write("\n")
+    assert worker.wait(job_id, _GUARD_S).output_bytes == size
+
+
+def test_pipe_grows_for_a_job_that_fills_it(
+    worker: Worker, gate: Path, fifo: _Fifo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before: all pipes of the server's user have only so much memory together."""
+    script = (
+        'exec 3<"$2"; read x <&3; printf x; read x <&3; head -c 65536 /dev/zero; echo >"$1"; '
+        "read x <&3; printf y; read x <&3"
+    )
+    job_id = _sh(worker, script, fifo.path, gate)
+    job, moved, go_on = _running(worker, job_id), threading.Semaphore(0), threading.Event()
+    real_append = job.output.append_from
+
+    def append(pipe_fd: int, size: int) -> None:
+        real_append(pipe_fd, size)
+        moved.release()
+        assert go_on.wait(_GUARD_S)
+
+    monkeypatch.setattr(job.output, "append_from", append)
+    with gate.open("w", buffering=1) as orders:
+        orders.write("\n")
+        assert moved.acquire(timeout=_GUARD_S)  # one byte
+        assert fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) == 65536
+        orders.write("\n")
+        fifo.readline()  # the pipe is full
+        go_on.set()
+        assert moved.acquire(timeout=_GUARD_S)
+        orders.write("\n")
+        assert moved.acquire(timeout=_GUARD_S)  # after the pipe has been looked at
+        assert fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) == 1024 * 1024
+        orders.write("\n")
+    assert worker.wait(job_id, _GUARD_S).output_bytes == 1 + 65536 + 1
 
 
 # --- stop -----------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ import errno
 import fcntl
 import heapq
 import logging
-import mmap
 import os
 import pwd
 import select
@@ -111,7 +110,11 @@ MAX_ARGV_BYTES: Final = 128 * 1024
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PIPE_BYTES = 1024 * 1024  # as much as an unprivileged process may ask for (pipe(7))
-_READ_BYTES = 256 * 1024
+_PIPE_DEFAULT_BYTES = 64 * 1024
+# A job that writes less than this at a time is left alone for a moment after each time, so
+# that what it writes meanwhile is taken, stored and sent as one.
+_TINY_BYTES = 4096
+_REST_MS = 4
 _STOP_TIMEOUT_S = 10.0
 _OUTPUT_SUFFIX = ".out"
 
@@ -401,11 +404,11 @@ class Worker:
                 output = self._output_dir.make_log(job_id, work.budget)
                 undo.callback(output.remove)
                 output_fd, stdout_fd = _pipe(undo, ours)
+                # A job that runs as our own user can read its pipe, too.
+                os.set_blocking(output_fd, False)
                 exit_read_fd, exit_fd = _pipe(undo, ours)
             except OSError as error:
                 raise ResourceError(f"no room for the output of a new job: {error}") from error
-            with contextlib.suppress(OSError):  # over the user's share of pipe memory
-                fcntl.fcntl(output_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             # For a job that opens /dev/stdout. Only its own user gets at the pipe there.
             os.fchmod(stdout_fd, 0o622)
             cgroup = None
@@ -607,6 +610,7 @@ class _Job:
         self._fds = fds  # closed, and not to be used, once the job has ended
         self._registry = registry
         self.is_finished = False  # the registry's to write and to read
+        self._pipe_is_large = False  # the thread's own
         self._started_at = datetime.now(UTC)
         # Guards all below. Notified when the job has ended. Never held during I/O.
         self._ended = threading.Condition()
@@ -680,7 +684,10 @@ class _Job:
             usage = self._final_usage(leader_exit)
             with self._ended:
                 self._usage = usage  # from now on nobody reads the cgroup, which goes
-            self._drain()
+            # All that the job wrote, for none of it lives now. Not until end-of-file: a process
+            # that is not of the job, or that escaped where there are no cgroups, may hold the
+            # other end for ever.
+            self._move_output()
             if self._cgroup is not None:
                 self._remove_cgroup(self._cgroup)
             self._end(leader_exit, ended_at)
@@ -694,21 +701,36 @@ class _Job:
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None when the spawner died."""
-        # Memory that is there only once it has been written to: most jobs say little.
-        buffer = memoryview(mmap.mmap(-1, _READ_BYTES))
+        output, leader = self._fds.output, self._fds.exit
+        end = select.poll()
+        end.register(leader, select.POLLIN)
         poll = select.poll()
-        poll.register(self._fds.output, select.POLLIN)
-        poll.register(self._fds.exit, select.POLLIN)
+        poll.register(leader, select.POLLIN)
+        poll.register(output, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll()]
-            if self._fds.output in ready:
-                count = os.readv(self._fds.output, [buffer])
-                if count:
-                    self.output.append(buffer[:count])
-                else:
-                    poll.unregister(self._fds.output)  # the job closed its output, and runs on
-            if self._fds.exit in ready:
-                return read_exit(self._fds.exit)
+            events = dict(poll.poll())
+            size = self._move_output() if output in events else None
+            if leader in events:
+                return read_exit(leader)
+            if size == 0 and events[output] & select.POLLHUP:
+                poll.unregister(output)  # the job closed its output, and runs on
+            elif size is not None and size < _TINY_BYTES:
+                end.poll(_REST_MS)
+
+    def _move_output(self) -> int:
+        """Store what is in the job's pipe now; return how many bytes that was."""
+        output = self._fds.output
+        answer = fcntl.ioctl(output, termios.FIONREAD, bytes(4))
+        size = int.from_bytes(answer, sys.byteorder)
+        if size:
+            self.output.append_from(output, size)
+        if size >= _PIPE_DEFAULT_BYTES and not self._pipe_is_large:
+            # Now, and not at the start: all pipes of a user have only so much memory in
+            # all, and who goes beyond it gets pipes of 8 KiB (pipe(7)).
+            self._pipe_is_large = True
+            with contextlib.suppress(OSError):  # beyond it
+                fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        return size
 
     def _finish_processes(self, *, lost: bool) -> None:
         """Kill what the leader left behind and block until it is gone."""
@@ -734,21 +756,6 @@ class _Job:
                 memory_peak_bytes=leader_exit.max_rss_bytes,
             )
         return None
-
-    def _drain(self) -> None:
-        """Take what is left in the pipe: all the job wrote, for none of it lives now.
-
-        Not until end-of-file: a process that is not of the job, or that escaped where
-        there are no cgroups, may hold the other end for ever.
-        """
-        answer = fcntl.ioctl(self._fds.output, termios.FIONREAD, bytes(4))
-        left = int.from_bytes(answer, sys.byteorder)
-        while left > 0:
-            data = os.read(self._fds.output, min(left, _READ_BYTES))
-            if not data:
-                return
-            self.output.append(data)
-            left -= len(data)
 
     def _remove_cgroup(self, cgroup: Cgroup) -> None:
         try:

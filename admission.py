@@ -1,0 +1,198 @@
+"""Admission control: how many calls may be under way, so that overload is refused, not suffered.
+
+Each kind of call has threads of its own. A call beyond them is refused at once, before
+anything is known of it but its method. Where calls compute, few have their turn at a time,
+and when some have had to wait for theirs for a while already, no more than so many may: a
+burst is served, a queue that stands is not made longer.
+
+    streams = CallPool("streams", threads=1000)
+    others = CallPool("other calls", threads=128, turns=4, places=32)
+    with streams, others, Admission({"/package.Service/Follow": streams}, others) as admission:
+        server = grpc.server(others, interceptors=[admission, ...])
+
+It comes before all other interceptors, and knows nothing of users: who may have how much
+of what is for `quotas.py` to say, once a caller is known.
+
+Threads: `intercept_service` runs on gRPC's `_serve` thread, which alone submits to the
+pools; so nobody comes between its look and the taking.
+
+Source: Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10 (5), 2012 (what is
+wrong with a queue is not that it is long but that it stays).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from concurrent.futures import Future
+
+__all__ = ["Admission", "CallPool"]
+
+_BURST_S = 0.25  # for so long calls may wait, one behind the other
+_RETRY_AFTER_S = 1
+
+
+class CallPool(ThreadPoolExecutor):
+    """The threads of one kind of call. A context manager, as every executor.
+
+    `what`: the calls, in the plural, for messages. `threads`: at most, and so calls; made
+    when they are needed. `turns`: how many may compute at a time; None for all. `places`:
+    for calls that have their turn or wait for it, when others have waited for `_BURST_S`
+    without a break. `clock`: tells seconds and never goes back. Attribute: `what`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        threads: int,
+        turns: int | None = None,
+        places: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(threads, thread_name_prefix=f"rpc-{what}")
+        self.what = what
+        self._call_ceiling = threads
+        self._turn_count = threads if turns is None else turns
+        self._places = threads if places is None else places
+        self._clock = clock
+        self._turns = threading.Semaphore(self._turn_count)
+        # Guards the three below.
+        self._lock = threading.Lock()
+        self._calls = 0  # under way, each with a thread
+        self._places_taken = 0  # by those of them that do not wait for their client
+        self._waiting_since: float | None = None  # since when some always waited for their turn
+
+    def why_full(self) -> str | None:
+        """Return why the next call is one too many; None if it is not."""
+        with self._lock:
+            calls, taken, since = self._calls, self._places_taken, self._waiting_since
+        if calls >= self._call_ceiling:
+            return f"{calls} {self.what} are under way"
+        if taken >= self._places and since is not None and self._clock() - since >= _BURST_S:
+            return f"{taken} {self.what} wait to be handled"
+        return None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call in a thread; it counts from now until it is over, whatever becomes of it."""
+
+        def run() -> Any:
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                self._count(-1, -1)
+
+        self._count(1, 1)
+        try:
+            return super().submit(run)
+        except BaseException:
+            self._count(-1, -1)  # the executor has shut down
+            raise
+
+    def in_turn(self, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Make a unary call's behavior wait for its turn, and give it up while it waits itself.
+
+        That is while its client lets it wait for a request (if it takes an iterator of them).
+        """
+
+        def behave(request: Any, context: Any) -> Any:
+            with self._turns:
+                if hasattr(request, "__next__"):
+                    request = self._given_up_meanwhile(request)
+                return behavior(request, context)
+
+        return behave
+
+    def _given_up_meanwhile(self, requests: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            self._count(0, -1)
+            self._turns.release()
+            try:
+                request = next(requests, None)
+            finally:
+                self._turns.acquire()
+                self._count(0, 1)
+            if request is None:
+                return
+            yield request
+
+    def _count(self, calls: int, places: int) -> None:
+        with self._lock:
+            self._calls += calls
+            self._places_taken += places
+            if self._places_taken <= self._turn_count:
+                self._waiting_since = None
+            elif self._waiting_since is None:
+                self._waiting_since = self._clock()
+
+
+class Admission(grpc.ServerInterceptor):
+    """Gives every call to the pool of its kind, or refuses it if that is full.
+
+    `pools`: by method ("/package.Service/Method"); `others`: for all other methods. They are
+    the caller's to shut down. A context manager, for it has a thread of its own.
+    """
+
+    def __init__(self, pools: Mapping[str, CallPool], others: CallPool) -> None:
+        self._pools = pools
+        self._others = others
+        # One thread is enough: to refuse takes some 0.1 ms.
+        self._refusals = ThreadPoolExecutor(1, thread_name_prefix="rpc-refusals")
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Any],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        pool = self._pools.get(handler_call_details.method, self._others)
+        reason = pool.why_full()
+        if reason is not None:
+            return self._refusal(reason)
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        behavior: Any
+        if handler.response_streaming:
+            make = grpc.unary_stream_rpc_method_handler
+            if handler.request_streaming:
+                make = grpc.stream_stream_rpc_method_handler
+            # A stream has no turn, which it might never give up.
+            behavior = functools.partial(handler.stream_stream or handler.unary_stream)
+        else:
+            make = grpc.unary_unary_rpc_method_handler
+            if handler.request_streaming:
+                make = grpc.stream_unary_rpc_method_handler
+            behavior = pool.in_turn(handler.stream_unary or handler.unary_unary)
+        # gRPC looks for this attribute; it is undocumented, so a test looks at the threads.
+        behavior.experimental_thread_pool = pool
+        return make(behavior, handler.request_deserializer, handler.response_serializer)
+
+    def close(self) -> None:
+        """End the thread, when no more calls come."""
+        self._refusals.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _refusal(self, reason: str) -> Any:
+        def refuse(_requests: Iterator[bytes], context: grpc.ServicerContext) -> None:
+            context.set_trailing_metadata((("retry-after", str(_RETRY_AFTER_S)),))
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the server is overloaded: {reason}; try again in {_RETRY_AFTER_S} s",
+            )
+
+        refuse.experimental_thread_pool = self._refusals  # type: ignore[attr-defined]
+        # As if for a stream of requests, so that nobody waits for one.
+        return grpc.stream_unary_rpc_method_handler(refuse)
