@@ -11,7 +11,8 @@ burst is served, a queue that stands is not made longer.
         server = grpc.server(others, interceptors=[admission, ...])
 
 It comes before all other interceptors, and knows nothing of users: who may have how much
-of what is for `quotas.py` to say, once a caller is known.
+of what is for `quotas.py` to say, once a caller is known. `Arrivals` is for then, too: it
+bounds how long a call waits for its request.
 
 Threads: `intercept_service` runs on gRPC's `_serve` thread, which alone submits to the
 pools; so nobody comes between its look and the taking.
@@ -22,22 +23,33 @@ wrong with a queue is not that it is long but that it stays).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import grpc
+
+from quotas import QuotaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
-__all__ = ["Admission", "CallPool"]
+__all__ = ["Admission", "Arrivals", "CallPool"]
 
 _BURST_S = 0.25  # for so long calls may wait, one behind the other
 _RETRY_AFTER_S = 1
+
+# A call that has not sent its request after twice that is cancelled. It normally comes in
+# one packet with the call.
+_ARRIVAL_S = 3.0
+_OVERDUE_CALLS = 32  # of one caller at a time; more are no accident
+_BLOCKED_S = 60
 
 
 class CallPool(ThreadPoolExecutor):
@@ -196,3 +208,86 @@ class Admission(grpc.ServerInterceptor):
         refuse.experimental_thread_pool = self._refusals  # type: ignore[attr-defined]
         # As if for a stream of requests, so that nobody waits for one.
         return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+class _Waiting(NamedTuple):
+    caller: str | bytes
+    cancel: Callable[[], object]
+
+
+class Arrivals:
+    """The calls whose request is not there yet, each of which keeps a thread waiting.
+
+    A client can make any number of calls and send no request, so those that wait for too
+    long are cancelled, by a thread of our own: gRPC's may all be waiting. Whoever makes
+    many such calls is not waited for again for a while.
+    """
+
+    def __init__(self) -> None:
+        # Guards all below. Notified when a call begins to wait while the thread has nothing to
+        # look after, and when this is closed. Held for microseconds.
+        self._changed = threading.Condition()
+        self._waiting: dict[object, _Waiting] = {}  # the keys only tell them apart
+        self._blocked: dict[str | bytes, float] = {}  # callers, and until when
+        self._idle = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="arrivals", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def expected(self, caller: str | bytes, cancel: Callable[[], object]) -> Iterator[None]:
+        """Wait for a request within this context; `cancel` makes that fail, and must not block.
+
+        Raises `QuotaError` if this caller is not waited for now.
+        """
+        key = object()
+        with self._changed:
+            left_s = math.ceil(self._blocked.get(caller, 0) - time.monotonic())
+            if left_s > 0:
+                raise QuotaError(
+                    f"too many of your calls did not send their request; try again in {left_s} s",
+                    left_s,
+                )
+            self._waiting[key] = _Waiting(caller, cancel)
+            if self._idle:
+                self._idle = False
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._waiting[key]
+
+    def close(self) -> None:
+        """End the thread; what still waits is not cancelled any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        before: set[object] = set()
+        while True:
+            with self._changed:
+                # One look for all that came since the last, and none when nothing came: most
+                # requests are there at once, and should not have to wake anybody.
+                self._idle = not self._waiting
+                self._changed.wait_for(lambda: self._closed or not self._idle)
+                if self._changed.wait_for(lambda: self._closed, _ARRIVAL_S):
+                    return
+            before = self._cancel_overdue(before)
+
+    def _cancel_overdue(self, before: set[object]) -> set[object]:
+        """Cancel what was waiting at the last look already; return what is waiting now."""
+        now = time.monotonic()
+        with self._changed:
+            waiting = dict(self._waiting)
+            overdue = before & waiting.keys()
+            counts = Counter(waiting[key].caller for key in overdue)
+            blocked = [caller for caller, count in counts.items() if count > _OVERDUE_CALLS]
+            self._blocked = {who: end for who, end in self._blocked.items() if end > now}
+            self._blocked |= dict.fromkeys(blocked, now + _BLOCKED_S)
+        for key, each in waiting.items():
+            if key in overdue or each.caller in blocked:
+                each.cancel()
+        return set(waiting)

@@ -48,8 +48,9 @@ try:
     from admission import Admission, CallPool
     from audit import AUDIT_FLAGS, AuditLog
     from config import STREAMS_IN_ALL, Config, load_config
+    from gate import Gate
     from quotas import Calls
-    from service import Gate, add_services
+    from service import add_services
     from tls import CertificateError, Certificates, certificate_files
     from users import SEEDED_USERS, Role, User, has_public_password, make_user, parse_users
 except ImportError as error:

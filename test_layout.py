@@ -23,12 +23,13 @@ _IMPORTS = {
     "revocations": set(),
     "auth": {"jwt", "revocations", "throttle", "users"},
     "accounts": set(),
-    "admission": {"grpc"},
+    "admission": {"grpc", "quotas"},
     "audit": set(),
     "tls": {"grpc"},
     "quotas": {"broadcaster", "units"},
+    "gate": {"admission", "audit", "auth", "config", "quotas", "worker", "grpc", "google"},
     "service": {
-        *("audit", "auth", "config", "quotas", "worker", "grpc", "google"),
+        *("auth", "gate", "quotas", "worker", "google"),
         *("authservice_pb2", "authservice_pb2_grpc"),
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
@@ -36,8 +37,8 @@ _IMPORTS = {
     "config": {"cgroups", "units", "worker"},
     "hostcheck": {"cgroups", "worker"},
     "server": {
-        *("accounts", "admission", "audit", "auth", "config", "hostcheck", "quotas", "service"),
-        *("spawner", "tls", "users", "worker", "grpc"),
+        *("accounts", "admission", "audit", "auth", "config", "gate", "hostcheck", "quotas"),
+        *("service", "spawner", "tls", "users", "worker", "grpc"),
     },
     "client": {
         "commandline",  # only for the program, at its end
@@ -54,6 +55,7 @@ _ANNOTATIONS = {
     "client": {"google"},
     "commands": {"google", "workerservice_pb2"},
     "quotas": {"config"},
+    "service": {"config", "grpc"},
 }
 
 
@@ -114,7 +116,15 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
         *("worker.py", "spawner.py", "cgroups.py", "broadcaster.py", "auth.py", "server.py"),
         *("client.py", "commandline.py", "arguments.py", "commands.py", "texts.py"),
         *("workerservice.proto", "authservice.proto", "certs/generate.sh"),
-        *("service.py", "config.py", "units.py", "hostcheck.py", "kernel-run"),
+        *(
+            "service.py",
+            "gate.py",
+            "admission.py",
+            "config.py",
+            "units.py",
+            "hostcheck.py",
+            "kernel-run",
+        ),
         *("throttle.py", "users.py", "revocations.py", "accounts.py", "audit.py", "tls.py"),
         *("quotas.py", "job-worker.service", "SECURITY.md"),
         *("workerservice_pb2.py", "workerservice_pb2_grpc.py"),
@@ -131,6 +141,6 @@ def test_file_is_where_it_is_looked_for(path: str) -> None:
 
 
 def test_every_module_has_its_tests_beside_it() -> None:
-    """Those of the command line are tested with the client."""
-    for module in set(_IMPORTS) - {"commandline", "arguments", "commands", "texts"}:
+    """Those of the command line are tested with the client, the gate with the services."""
+    for module in set(_IMPORTS) - {"commandline", "arguments", "commands", "texts", "gate"}:
         assert (_HERE / f"test_{module}.py").is_file(), module

@@ -33,8 +33,9 @@ from audit import AUDIT_FLAGS, AuditLog
 from client import Client, ClientError
 from config import Config
 from conftest import FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
+from gate import Gate
 from quotas import Calls, QuotaError, Quotas
-from service import Gate, add_services
+from service import add_services
 from users import SEEDED_USERS
 from worker import Limits, Worker
 
@@ -363,7 +364,7 @@ def test_logout_that_cannot_be_recorded_is_told_and_the_token_stays(
     server._authenticator._revocations.close()
     code, details = call_rpc(client, "Logout")
     assert (code, "the logout cannot be recorded" in details) == ("UNAVAILABLE", True)
-    assert [record.levelname for record in caplog.records if record.name == "service"] == ["ERROR"]
+    assert [record.levelname for record in caplog.records if record.name == "gate"] == ["ERROR"]
     assert client.list() == []
 
 
@@ -617,7 +618,7 @@ def test_job_that_could_not_be_recorded_is_stopped(
         assert call_rpc(client, "StartJob", command="sleep", args=["infinity"]) == _NO_RECORD
     (job,) = _worker_of(server).list()
     assert job.status == (worker.Status.STOPPED if stops else worker.Status.RUNNING)
-    errors = [record.getMessage() for record in caplog.records if record.name == "service"]
+    errors = [record.getMessage() for record in caplog.records if record.name == "gate"]
     assert [job.job_id in error for error in errors] == ([] if stops else [True])
 
 

@@ -1,0 +1,313 @@
+"""The gate that every call goes through: it admits calls, and records and translates their end.
+
+Who a caller is and what they may do stands in `auth.py`, what becomes of a call that is
+admitted in `service.py`. Here its connection, token and role are checked, its request is
+received, its errors become status codes (one table), and what became of it a line in the
+audit log.
+
+Threads: gRPC's `_serve` thread runs the interceptor and the callbacks of ended calls, so
+nothing may block there. The rest runs in the thread of the call, a stream's for as long as
+it lasts. It also waits for the request of its call, which a client may never send:
+`admission.Arrivals` bounds that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.message import DecodeError
+
+import auth
+import worker
+from admission import Arrivals
+from audit import AuditError, AuditLog
+from config import LimitError
+from quotas import Calls, QuotaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate"]
+
+logger = logging.getLogger(__name__)
+
+SHOWN_CHARACTERS = 64
+"""Of what should be a name or an ID, and may be anything."""
+
+
+class BadRequestError(Exception):
+    """The request makes no sense."""
+
+
+class _PermissionError(Exception):
+    """The caller's role does not allow the call."""
+
+
+class _UnknownMethodError(Exception):
+    """There is no such RPC."""
+
+    def __init__(self) -> None:
+        super().__init__("this server has no such method")
+
+
+class _RequestSizeError(Exception):
+    """The request is larger than it may be."""
+
+
+class _NoRequestError(Exception):
+    """The call is over before its request was there. Nobody is left to be told."""
+
+    def __init__(self) -> None:
+        super().__init__("the client went, was too slow, or sent more than is read")
+
+
+# The first line that matches says how an error is told to the client: the code, and
+# the message if not the error's own. Anything else is INTERNAL.
+_ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
+    (BadRequestError, grpc.StatusCode.INVALID_ARGUMENT, None),
+    (worker.CommandError, grpc.StatusCode.INVALID_ARGUMENT, None),
+    (LimitError, grpc.StatusCode.INVALID_ARGUMENT, None),
+    (auth.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED, None),
+    (_PermissionError, grpc.StatusCode.PERMISSION_DENIED, None),
+    (_UnknownMethodError, grpc.StatusCode.UNIMPLEMENTED, None),
+    (_RequestSizeError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (_NoRequestError, grpc.StatusCode.CANCELLED, None),
+    (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
+    (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
+    (worker.OffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
+    (worker.OutputIncompleteError, grpc.StatusCode.DATA_LOSS, None),
+    (QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (auth.TooManyLoginsError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (worker.ResourceError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (auth.LoginsClosedError, grpc.StatusCode.UNAVAILABLE, None),
+    (worker.StopTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
+    (worker.WorkerClosedError, grpc.StatusCode.UNAVAILABLE, "the server is shutting down"),
+    (worker.SpawnerDiedError, grpc.StatusCode.UNAVAILABLE, None),
+    (worker.CgroupError, grpc.StatusCode.FAILED_PRECONDITION, None),
+    (auth.RevocationError, grpc.StatusCode.UNAVAILABLE, None),
+    (AuditError, grpc.StatusCode.UNAVAILABLE, "the audit log cannot be written; tell the operator"),
+)
+# Those of the above that the operator must hear of. (The audit log tells of itself.)
+_OPERATOR_ERRORS = (
+    worker.CgroupError,
+    worker.SpawnerDiedError,
+    worker.ResourceError,
+    auth.RevocationError,
+)
+
+
+@dataclass(slots=True)
+class Call:
+    """One call: what a servicer gets beside the request, and what the audit log is told."""
+
+    method: str
+    context: grpc.ServicerContext
+    audit: AuditLog
+    certificate: bytes = b""  # the client's, DER
+    identity: auth.Identity | None = None  # None only where no token is needed
+    user: str | None = None  # who the caller is, or says to be
+    job_id: str | None = None
+    argv: list[str] | None = None  # of a start
+    reason: str | None = None  # what the caller is not told
+    recorded: bool = False
+    undo: Callable[[], object] | None = None  # if it cannot be recorded
+
+    @property
+    def caller(self) -> auth.Identity:
+        if self.identity is None:
+            raise auth.TokenError
+        return self.identity
+
+    @property
+    def caller_key(self) -> str | bytes:
+        """Whose call it is, where calls are counted: before a login, the certificate's."""
+        return self.identity.name if self.identity else self.certificate
+
+    @property
+    def address(self) -> str:
+        """Where it comes from, without the port."""
+        _, _, address = unquote(str(self.context.peer())).partition(":")
+        return address.rpartition(":")[0].strip("[]")
+
+    @property
+    def fingerprint(self) -> str | None:
+        return hashlib.sha256(self.certificate).hexdigest() if self.certificate else None
+
+    def record(self, outcome: str = "OK", reason: str | None = None) -> None:
+        """Write a line about this call. Raises `AuditError` if it must be and cannot.
+
+        A servicer does it before what cannot be undone, else the gate when the outcome is
+        known. What fails after its line has another one.
+        """
+        self.recorded = True
+        self.audit.record(
+            peer=str(self.context.peer()),
+            certificate=self.fingerprint,
+            user=self.user,
+            role=self.identity.role.value if self.identity else None,
+            rpc=self.method,
+            job=self.job_id,
+            argv=self.argv,
+            outcome=outcome,
+            reason=self.reason or reason,
+        )
+
+
+class Gate(grpc.ServerInterceptor):
+    """Admits calls, records and translates what becomes of them, for every RPC alike.
+
+    The interceptor itself runs on the `_serve` thread, for which any work is too much;
+    so it only wraps the handler, and the wrapper does the rest in the handler's thread.
+
+    A context manager, for it has a thread of its own. `calls`, `streams`: how many of these
+    one caller may have under way. `request_bytes`: the largest request that is not refused.
+    gRPC should let pass some more, for it refuses without saying which setting is in the way.
+    """
+
+    def __init__(
+        self,
+        authenticator: auth.Authenticator,
+        audit: AuditLog,
+        *,
+        calls: Calls,
+        streams: Calls,
+        request_bytes: int,
+    ) -> None:
+        self._authenticator = authenticator
+        self._audit = audit
+        self._calls = calls
+        self._streams = streams
+        self._request_bytes = request_bytes
+        self._arrivals = Arrivals()
+
+    def close(self) -> None:
+        """End the gate's thread, when no more calls come."""
+        self._arrivals.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Any],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = continuation(handler_call_details)  # None: there is none
+        method = handler_call_details.method[:SHOWN_CHARACTERS]
+
+        def unary(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+            call = Call(method, context, self._audit)
+            try:
+                self._admit(call, handler)
+                with self._calls.under_way(call.caller_key):
+                    answer = handler.unary_unary(self._receive(handler, requests, call), call)
+                    if not call.recorded:
+                        call.record()
+            except Exception as error:  # noqa: BLE001 -- the one place that translates them
+                self._refuse(call, error)
+            return answer
+
+        def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+            call = Call(method, context, self._audit)
+            try:
+                self._admit(call, handler)
+                with self._streams.under_way(call.caller_key):
+                    yield from handler.unary_stream(self._receive(handler, requests, call), call)
+            except Exception as error:  # noqa: BLE001 -- the same
+                self._refuse(call, error)
+
+        # As if for a stream of requests, of which one is read, when the call is admitted: a
+        # call that is not does not keep a thread until its request has come. And no
+        # deserializer: who may not call learns nothing about the request's form.
+        if handler is None:
+            return grpc.stream_unary_rpc_method_handler(unary)
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                stream, response_serializer=handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(
+            unary, response_serializer=handler.response_serializer
+        )
+
+    def _admit(self, call: Call, handler: Any) -> None:
+        """Raise unless TLS, the token and the role allow this call, and there is a handler."""
+        connection: Any = call.context.auth_context()  # str to list of bytes
+        if connection.get("ssl_tls_version") != [b"TLSv1.3"]:
+            raise auth.AuthenticationError("the connection must be TLS 1.3")
+        call.certificate = ssl.PEM_cert_to_DER_cert(connection["x509_pem_cert"][0].decode())
+        if handler is None:
+            raise _UnknownMethodError
+        if auth.PERMISSIONS.get(call.method, frozenset()) is None:
+            return
+        identity = self._authenticator.authenticate(_bearer_token(call.context), call.certificate)
+        call.identity = identity
+        call.user = identity.name
+        if not auth.may_call(call.method, identity.role):
+            raise _PermissionError(f"the role {identity.role.value} may not call {call.method}")
+
+    def _receive(self, handler: Any, requests: Iterator[bytes], call: Call) -> Any:
+        """Wait for the request and return it as a message."""
+        try:
+            with self._arrivals.expected(call.caller_key, call.context.cancel):
+                data = next(requests, None)
+        except grpc.RpcError as error:  # what gRPC raises for a call that is over
+            raise _NoRequestError from error
+        if data is None:
+            raise BadRequestError("there is no request in this call, or a far too large one")
+        if len(data) > self._request_bytes:
+            raise _RequestSizeError(
+                f"a request of {len(data)} bytes; this server's ceiling is "
+                f"{self._request_bytes} (requests.size)"
+            )
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            raise BadRequestError("the request is not a message of the right type") from error
+
+    def _refuse(self, call: Call, error: Exception) -> NoReturn:
+        """End the call with the status that `_ERRORS` has for `error`."""
+        code, message = _status(call.method, error)
+        if not isinstance(error, AuditError):
+            try:
+                call.record(code.name, message)
+            except AuditError as audit_error:
+                code, message = _status(call.method, audit_error)
+        elif call.undo is not None:
+            try:
+                call.undo()
+            except worker.WorkerError as undo_error:
+                logger.error("%s: not on record, and not undone: %s", call.method, undo_error)
+        retry_after_s = getattr(error, "retry_after_s", None)
+        if retry_after_s is not None:
+            call.context.set_trailing_metadata((("retry-after", str(retry_after_s)),))
+        call.context.abort(code, message)
+        raise AssertionError("abort has raised")
+
+
+def _bearer_token(context: grpc.ServicerContext) -> str:
+    values = [value for key, value in context.invocation_metadata() if key == "authorization"]
+    if len(values) == 1 and isinstance(values[0], str):
+        scheme, _, token = values[0].partition(" ")
+        if scheme.lower() == "bearer":
+            return token
+    raise auth.TokenError
+
+
+def _status(method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+    """Look up in `_ERRORS` how the client is told, and tell the operator what concerns them."""
+    if isinstance(error, _OPERATOR_ERRORS):
+        logger.error("%s: %s", method, error)
+    for kind, code, message in _ERRORS:
+        if isinstance(error, kind):
+            return code, message or str(error)
+    logger.error("%s: internal error", method, exc_info=error)
+    return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
