@@ -277,9 +277,7 @@ def test_call_too_many_is_refused_at_once_and_says_when_to_try_again(
     assert [each.result(GUARD_S) for each in held] == [b"done"] * 2
 
 
-def test_each_kind_of_call_runs_in_its_own_threads(
-    channel: Any, service: _Service
-) -> None:
+def test_each_kind_of_call_runs_in_its_own_threads(channel: Any, service: _Service) -> None:
     """Unary or stream, what is given to a pool runs in it."""
     service.go_on.set()
     assert channel.unary_unary("/S/Call")(b"", timeout=GUARD_S) == b"done"
