@@ -472,7 +472,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
         config = Path(state, "config.toml")
-        config.write_text(_UNHINDERED)
+        more = '[per_user]\nrunning_jobs = "unlimited"\nstreams = "unlimited"'
+        config.write_text(_UNHINDERED.replace("[per_user]", more))
         options = ("--listen", "127.0.0.1:0", "--limits", "off", "--state-dir", state)
         pid, address = stack.enter_context(
             _running(arguments.server, *options, "--config", str(config))

@@ -611,7 +611,7 @@ def _keep_memory() -> None:
     """Have malloc keep what the messages of a stream need, instead of asking again for each.
 
     By itself glibc gives the memory of each message back to the kernel, which then has to
-    clear it for the next: measured, half of the CPU time of a stream. It keeps up to 2 MiB
+    clear it for the next: measured, a third of the CPU time of a stream. It keeps up to 2 MiB
     more now in each of its arenas, of which there are eight for a processor at most.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -1102,11 +1102,12 @@ def test_full_disk_takes_what_it_can_from_a_pipe_and_the_rest_is_counted(
     log: OutputLog, pipe: tuple[int, int]
 ) -> None:
     """What does not fit is read from the pipe all the same."""
-    os.write(pipe[1], bytes(10_000))
+    fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 1024 * 1024)
+    os.write(pipe[1], bytes(1_000_000))
     with _file_size_limit(6000):
-        log.append_from(pipe[0], 10_000)
+        log.append_from(pipe[0], 1_000_000)
     assert fcntl.ioctl(pipe[0], termios.FIONREAD, bytes(4)) == bytes(4)
-    assert (log.size, log.lost_bytes) == (6000, 4000)
+    assert (log.size, log.lost_bytes) == (6000, 994_000)
     log.complete()
 
 
