@@ -150,12 +150,19 @@ class Admission(grpc.ServerInterceptor):
     """Gives every call to the pool of its kind, or refuses it if that is full.
 
     `pools`: by method ("/package.Service/Method"); `others`: for all other methods. They are
-    the caller's to shut down. A context manager, for it has a thread of its own.
+    the caller's to shut down. `on_refusal`: is told the method, the context and the message of
+    a refusal, one at a time. A context manager, for it has a thread of its own.
     """
 
-    def __init__(self, pools: Mapping[str, CallPool], others: CallPool) -> None:
+    def __init__(
+        self,
+        pools: Mapping[str, CallPool],
+        others: CallPool,
+        on_refusal: Callable[[str, grpc.ServicerContext, str], object] = lambda *_: None,
+    ) -> None:
         self._pools = pools
         self._others = others
+        self._on_refusal = on_refusal
         # One thread is enough: to refuse takes some 0.1 ms.
         self._refusals = ThreadPoolExecutor(1, thread_name_prefix="rpc-refusals")
 
@@ -167,7 +174,7 @@ class Admission(grpc.ServerInterceptor):
         pool = self._pools.get(handler_call_details.method, self._others)
         reason = pool.why_full()
         if reason is not None:
-            return self._refusal(reason)
+            return self._refusal(handler_call_details.method, reason)
         handler = continuation(handler_call_details)
         if handler is None:
             return None
@@ -197,13 +204,13 @@ class Admission(grpc.ServerInterceptor):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refusal(self, reason: str) -> Any:
+    def _refusal(self, method: str, reason: str) -> Any:
+        message = f"the server is overloaded: {reason}; try again in {_RETRY_AFTER_S} s"
+
         def refuse(_requests: Iterator[bytes], context: grpc.ServicerContext) -> None:
+            self._on_refusal(method, context, message)
             context.set_trailing_metadata((("retry-after", str(_RETRY_AFTER_S)),))
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the server is overloaded: {reason}; try again in {_RETRY_AFTER_S} s",
-            )
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
         refuse.experimental_thread_pool = self._refusals  # type: ignore[attr-defined]
         # As if for a stream of requests, so that nobody waits for one.

@@ -13,6 +13,7 @@ it lasts. It also waits for the request of its call, which a client may never se
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import ssl
@@ -238,12 +239,17 @@ class Gate(grpc.ServerInterceptor):
             unary, response_serializer=handler.response_serializer
         )
 
+    def record_overload(self, method: str, context: grpc.ServicerContext, message: str) -> None:
+        """Record a call that was refused before it came here. Never raises."""
+        call = Call(method[:SHOWN_CHARACTERS], context, self._audit)
+        # Refused it is in any case.
+        with contextlib.suppress(auth.AuthenticationError, AuditError):
+            call.certificate = _certificate(context)
+            call.record(grpc.StatusCode.RESOURCE_EXHAUSTED.name, message)
+
     def _admit(self, call: Call, handler: Any) -> None:
         """Raise unless TLS, the token and the role allow this call, and there is a handler."""
-        connection: Any = call.context.auth_context()  # str to list of bytes
-        if connection.get("ssl_tls_version") != [b"TLSv1.3"]:
-            raise auth.AuthenticationError("the connection must be TLS 1.3")
-        call.certificate = ssl.PEM_cert_to_DER_cert(connection["x509_pem_cert"][0].decode())
+        call.certificate = _certificate(call.context)
         if handler is None:
             raise _UnknownMethodError
         if auth.PERMISSIONS.get(call.method, frozenset()) is None:
@@ -291,6 +297,14 @@ class Gate(grpc.ServerInterceptor):
             call.context.set_trailing_metadata((("retry-after", str(retry_after_s)),))
         call.context.abort(code, message)
         raise AssertionError("abort has raised")
+
+
+def _certificate(context: grpc.ServicerContext) -> bytes:
+    """Return the client's certificate, DER. Raises unless the connection is TLS 1.3."""
+    connection: Any = context.auth_context()  # str to list of bytes
+    if connection.get("ssl_tls_version") != [b"TLSv1.3"]:
+        raise auth.AuthenticationError("the connection must be TLS 1.3")
+    return ssl.PEM_cert_to_DER_cert(connection["x509_pem_cert"][0].decode())
 
 
 def _bearer_token(context: grpc.ServicerContext) -> str:

@@ -206,7 +206,6 @@ class Server:
             pools, others = _call_pools(streams)
             for pool in (*pools.values(), others):
                 undo.enter_context(pool)
-            admission = undo.enter_context(Admission(pools, others))
             self._certificates = certificates
             gate = undo.enter_context(
                 Gate(
@@ -217,6 +216,7 @@ class Server:
                     request_bytes=config.requests.size,
                 )
             )
+            admission = undo.enter_context(Admission(pools, others, gate.record_overload))
             self._server = grpc.server(
                 others,
                 interceptors=[admission, gate],

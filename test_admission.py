@@ -196,6 +196,7 @@ class _Service:
         self.entered = threading.Semaphore(0)
         self.go_on = threading.Event()
         self.threads: set[str] = set()
+        self.refused: list[tuple[str, str]] = []  # as the server is told
         self.handlers = grpc.method_handlers_generic_handler(
             "S",
             {
@@ -234,7 +235,11 @@ def channel(service: _Service, held_pool: _Pool) -> Iterator[Any]:
     with (
         CallPool("others", threads=2) as others,
         held_pool,
-        Admission({"/S/Call": held_pool, "/S/Stream": held_pool}, others) as admission,
+        Admission(
+            {"/S/Call": held_pool, "/S/Stream": held_pool},
+            others,
+            lambda method, _, message: service.refused.append((method, message)),
+        ) as admission,
     ):
         server = grpc.server(others, interceptors=[admission])
         server.add_generic_rpc_handlers((service.handlers,))
@@ -273,6 +278,7 @@ def test_call_too_many_is_refused_at_once_and_says_when_to_try_again(
         assert dict(error.trailing_metadata())["retry-after"] == "1"
         assert channel.unary_unary("/S/Other")(b"", timeout=GUARD_S) == b"other"
     assert not service.entered.acquire(blocking=False)
+    assert service.refused == [(f"/S/{kind}", error.details())] * 10
     service.go_on.set()
     assert [each.result(GUARD_S) for each in held] == [b"done"] * 2
 

@@ -37,7 +37,7 @@ from gate import Gate
 from quotas import Calls, QuotaError, Quotas
 from service import add_services
 from users import SEEDED_USERS
-from worker import Limits, Worker
+from worker import Job, Limits, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -594,6 +594,37 @@ def test_error_of_the_worker_becomes_its_status(  # noqa: PLR0913
         assert answer[1] == "internal error; the server's log has the details"
         assert errors[0].exc_info
         assert errors[0].exc_info[1] is error
+
+
+def test_call_that_is_refused_for_overload_is_on_record(
+    serve: Serve, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its certificate, though nobody has looked at its token."""
+    monkeypatch.setattr("server._THREADS", 1)
+    server = serve(audit_log=tmp_path / "audit.log")
+    client = connect("user", server.address)
+    job_id = run_job(client)
+    entered, go_on, status = threading.Event(), threading.Event(), Worker.status
+
+    def slow(self: Worker, job_id: str) -> Job:
+        entered.set()
+        assert go_on.wait(GUARD_S)
+        return status(self, job_id)
+
+    monkeypatch.setattr(Worker, "status", slow)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(client.status, job_id)
+        assert entered.wait(GUARD_S)
+        code, message = call_rpc(client, "GetJobStatus", job_id=job_id)
+        go_on.set()
+        assert held.result(GUARD_S).job_id == job_id
+    assert (code, "overloaded" in message) == ("RESOURCE_EXHAUSTED", True)
+    records = [json.loads(line) for line in (tmp_path / "audit.log").read_text().splitlines()]
+    (refused,) = [record for record in records if record["outcome"] != "OK"]
+    assert refused["rpc"] == "/jobworker.v1.WorkerService/GetJobStatus"
+    assert (refused["outcome"], refused["reason"]) == (code, message)
+    assert refused["certificate"] == records[0]["certificate"] is not None
+    assert refused["user"] is None
 
 
 @pytest.mark.parametrize("stops", [True, False])
