@@ -506,7 +506,8 @@ class _Helper:
         stdout_fd: int,
         exit_fd: int,
     ) -> tuple[int, int]:
-        if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
+        # A range has floats in it, too, which would fail only in the child.
+        if not (uid is None if self._uids is None else type(uid) is int and uid in self._uids):
             raise PermissionError(errno.EPERM, "not an uid of ours")
         if job in self._pids or job != os.path.basename(job) or job in {"", ".", ".."}:
             raise PermissionError(errno.EPERM, "not a job's name, or taken")

@@ -726,7 +726,10 @@ class _Seat:
             return
         assert answer["errno"] > 0
         assert not select.select([self.honest.pidfd], [], [], 0)[0]
-        assert children_of(self.spawner.pid) == [self.honest.pid]
+        for pid in set(children_of(self.spawner.pid)) - {self.honest.pid}:
+            # One that has told what it cannot do, and is about to end.
+            with contextlib.suppress(ProcessLookupError), contextlib.closing(_Pidfd(pid)) as pidfd:
+                _await_end(pidfd.fd)
         assert children_of(self.honest.pid) == []
         status = _status(self.honest.pid)
         if self.uid is not None:
