@@ -1,0 +1,527 @@
+"""Measures what streams cost, and silence, and what becomes of overload; see `bench.py`.
+
+python bench_stream.py --follow ADDRESS JOB COUNT    # follow a job that many times at once
+python bench_stream.py --load ADDRESS JOB RATE       # ask for a job's status at that rate
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchlib import (
+    CERTS,
+    MIB,
+    Service,
+    cpu_s,
+    fail,
+    in_turn,
+    memory_bytes,
+    percentile,
+    print_heading,
+    report,
+    report_ratio,
+    seconds,
+    start_program,
+)
+from client import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from bench_floor import Floor
+
+__all__ = [
+    "bench_delay",
+    "bench_followers",
+    "bench_job_rate",
+    "bench_merging",
+    "bench_overload",
+    "bench_silence",
+    "bench_stream",
+]
+
+_STREAM_BYTES = 256 * MIB
+_LINES_BYTES = 32 * MIB
+_FOLLOWERS = (1, 10, 100, 1000)
+_SHARED_BYTES = 1024 * MIB  # of all followers together
+_SHARED_ROUNDS = 3
+_DELAY_LINES = 50
+_DELAY_PAUSE_S = 0.1
+_TINY_WRITES_S = 3
+_SILENCE_S = 30.0
+_SILENT = 1000
+
+# What makes lines as a compiler or a test run does, and no faster.
+_MAKE_LINES = """
+import sys
+for number in range(int(sys.argv[1]) // 64):
+    sys.stdout.write(f"{number:063d}\\n")
+"""
+_MAKE_STAMPS = """
+import sys, time
+for _ in range(int(sys.argv[1])):
+    time.sleep(float(sys.argv[2]))
+    sys.stdout.write(f"{time.monotonic_ns()}\\n")
+    sys.stdout.flush()
+"""
+# 10,000 writes per second for so many seconds, ten in each millisecond.
+_MAKE_TINY_WRITES = """
+import os, sys, time
+start = time.monotonic()
+for number in range(1, int(sys.argv[1]) * 10_000 + 1):
+    os.write(1, b"%09d\\n" % number)
+    if number % 10 == 0:
+        time.sleep(max(0, start + number / 10_000 - time.monotonic()))
+"""
+
+
+def _python(program: str, *arguments: object) -> list[str]:
+    # Not the one of this program, which the user that jobs run as may not get at.
+    return ["/usr/bin/python3", "-c", program, *map(str, arguments)]
+
+
+# --- one follower -------------------------------------------------------------------------
+
+
+def bench_stream(service: Service, floor: Floor) -> None:
+    """Output that is there already, and output from the job's write to the client's read."""
+    client = service.client
+    argv = ["head", "-c", str(_STREAM_BYTES), "/dev/zero"]
+    lines = _python(_MAKE_LINES, _STREAM_BYTES // 4)
+    kept = client.start(argv[0], argv[1:])
+    size = _STREAM_BYTES
+
+    def follow(job_id: str, size: int = size) -> None:
+        if sum(map(len, client.stream(job_id))) != size:
+            fail("the stream is not complete")
+
+    measures: dict[str, Callable[[], object]] = {
+        "kept": lambda: follow(kept),
+        "floor": lambda: floor.read_stream(size),
+        "bytes": lambda: floor.read_stream_bytes(size),
+        "job": lambda: follow(client.start(argv[0], argv[1:])),
+        "cat": lambda: _through_cat(argv),
+        "lines": lambda: follow(client.start(lines[0], lines[1:]), size // 4),
+        "lines cat": lambda: _through_cat(lines),
+    }
+    found = in_turn({name: lambda c=call: seconds(c) for name, call in measures.items()})  # type: ignore[misc]
+    print_heading(f"One follower of {size // MIB} MiB: rate / rate of the floor")
+    for what, ours, theirs, bytes_, aim in (
+        ("kept output / bare gRPC stream", "kept", "floor", size, ">= 0.9"),
+        ("kept output / one without protobuf", "kept", "bytes", size, ""),
+        ("job to client / job | cat >file", "job", "cat", size, ">= 0.8"),
+        ("the same of a job that makes lines", "lines", "lines cat", size // 4, ">= 0.8"),
+        ("(bare gRPC stream / job | cat >file)", "floor", "cat", size, ""),
+    ):
+        _report_rates(what, found[ours], found[theirs], bytes_, aim)
+
+
+def _report_rates(
+    what: str, ours_s: list[float], theirs_s: list[float], size: int, aim: str
+) -> None:
+    ours, theirs = ([size / s / 1e6 for s in taken] for taken in (ours_s, theirs_s))
+    detail = f"{statistics.median(ours):.0f} / {statistics.median(theirs):.0f} MB/s"
+    report_ratio(what, ours, theirs, detail, aim)
+
+
+def _through_cat(argv: Sequence[str]) -> None:
+    with tempfile.TemporaryFile() as file, subprocess.Popen(argv, stdout=subprocess.PIPE) as job:
+        subprocess.run(["cat"], stdin=job.stdout, stdout=file, check=True)
+    if job.returncode:
+        fail(f"{argv[0]} failed")
+
+
+# --- many followers -----------------------------------------------------------------------
+
+
+class _Followed(NamedTuple):
+    """What followers saw. `delays_s`: of lines that are the time they were written at."""
+
+    digests: set[str]
+    ended: int
+    messages: int
+    delays_s: list[float]
+
+
+@contextlib.contextmanager
+def _waiting_job(service: Service, argv: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Start a job that says something and waits; yield its ID and what has it become `argv`."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)  # noqa: S103 -- the job is another user
+        fifo = Path(name, "go")
+        os.mkfifo(fifo)
+        os.chmod(fifo, 0o666)  # noqa: S103 -- the same
+        script = 'echo; read _ <"$0"; exec "$@"'
+        job_id = service.client.start("sh", ["-c", script, str(fifo), *argv])
+
+        def go() -> None:
+            fifo.write_text("\n")
+
+        yield job_id, go
+
+
+@contextlib.contextmanager
+def _following(service: Service, job_id: str, count: int) -> Iterator[Callable[[], _Followed]]:
+    """Have another program follow the job; yield what waits for the end. All have subscribed."""
+    with start_program(
+        service.client, __file__, "--follow", service.address, job_id, count
+    ) as program:
+
+        def result() -> _Followed:
+            words = program.stdout.readline().split() if program.stdout else []
+            if not words:
+                fail("the followers failed")
+            digests, ended, messages, *delays = words
+            return _Followed(
+                set(digests.split(",")), int(ended), int(messages), [int(d) / 1e9 for d in delays]
+            )
+
+        yield result
+
+
+def _follow(address: str, job_id: str, count: int) -> None:
+    ready = threading.Semaphore(0)
+    digests: list[str] = []
+    delays: list[int] = []
+    messages = 0
+
+    def follow() -> None:
+        nonlocal messages
+        stream = client.stream(job_id)
+        digest = hashlib.blake2b(next(stream))
+        ready.release()
+        for chunk in stream:
+            now = time.monotonic_ns()
+            digest.update(chunk)
+            messages += 1
+            if len(chunk) < 64 and chunk.strip().isdigit():  # noqa: PLR2004 -- a time
+                delays.append(now - int(chunk))
+        digests.append(digest.hexdigest())
+
+    with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
+        threads = [threading.Thread(target=follow) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            ready.acquire()
+        print("ready", flush=True)
+        for thread in threads:
+            thread.join()
+    print(",".join(set(digests)), len(digests), messages, *delays, flush=True)
+
+
+def bench_followers(service: Service) -> None:
+    """What many followers of one live job get together, each of them every byte."""
+    rates = {}
+    for count in _FOLLOWERS:
+        size = _SHARED_BYTES // max(count, 4)
+        expected = hashlib.blake2b(b"\n" + bytes(size)).hexdigest()
+        found = []
+        for _ in range(_SHARED_ROUNDS):
+            argv = ["head", "-c", str(size), "/dev/zero"]
+            with (
+                _waiting_job(service, argv) as (job_id, go),
+                _following(service, job_id, count) as result,
+            ):
+                begin = time.perf_counter()
+                go()
+                followed = result()
+                found.append(size * count / (time.perf_counter() - begin) / 1e6)
+            if followed.digests != {expected} or followed.ended != count:
+                fail("a follower did not get every byte")
+        rates[count] = found
+    print_heading("Followers of one live job, all byte-exact: rate of all together")
+    highest = max(statistics.median(found) for found in rates.values())
+    for count, found in rates.items():
+        rate = statistics.median(found)
+        bar = "#" * round(23 * rate / highest)
+        spread = f"{min(found):.0f} to {max(found):.0f}"
+        report(f"{count:,} followers", f"{rate:.0f} MB/s", spread, bar)
+
+
+def bench_job_rate(service: Service) -> None:
+    """How long a job's writing takes, while nobody, somebody or many follow, read or not."""
+    lines = _python(_MAKE_LINES, _LINES_BYTES)
+
+    def job_s(count: int, *, stalled: bool = False) -> float:
+        timed = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d" $((e-s))'
+        with (
+            _waiting_job(service, ["sh", "-c", timed, *lines]) as (job_id, go),
+            contextlib.ExitStack() as stack,
+        ):
+            if stalled:
+                # A connection of their own, for what is not read there.
+                lazy = Client(service.address, certs=CERTS, token=service.client.token)
+                stack.enter_context(lazy)
+                for _ in range(count):
+                    stream = lazy.stream(job_id)
+                    next(stream)
+                    stack.callback(stream.close)
+            else:
+                result = stack.enter_context(_following(service, job_id, count))
+            go()
+            if not stalled:
+                result()
+            # Its tail comes when it has ended.
+            tail = b"".join(service.client.stream(job_id, offset=1 + _LINES_BYTES))
+            return int(tail) / 1e9
+
+    found = in_turn(
+        {
+            "1 follower": lambda: job_s(1),
+            "10 followers": lambda: job_s(10),
+            "100 followers that do not read": lambda: job_s(100, stalled=True),
+            "floor": lambda: seconds(lambda: _through_cat(lines)),
+        }
+    )
+    floor = found.pop("floor")
+    print_heading("A job that makes lines: its own rate / into a plain pipe to cat >file")
+    for what, taken in found.items():
+        _report_rates(what, taken, floor, _LINES_BYTES, ">= 0.9")
+
+
+def bench_delay(service: Service) -> None:
+    """From the write of a line on a quiet job to each follower."""
+    print_heading(f"Delay of a line from the job's write to the follower, {_DELAY_LINES} lines")
+    for count in (1, 100, 1000):
+        argv = _python(_MAKE_STAMPS, _DELAY_LINES, _DELAY_PAUSE_S)
+        with (
+            _waiting_job(service, argv) as (job_id, go),
+            _following(service, job_id, count) as result,
+        ):
+            go()
+            delays = result().delays_s
+        # Where two lines come together the second has not been measured.
+        p50, p99 = (percentile(delays, percent) * 1e3 for percent in (50, 99))
+        share = len(delays) / (count * _DELAY_LINES)
+        report(
+            f"{count:,} followers, p99",
+            f"{p99:.1f} ms",
+            f"p50 {p50:.1f} ms",
+            f"{share:.0%} came alone",
+        )
+
+
+def bench_merging(service: Service) -> None:
+    """10,000 writes per second, of 10 bytes each."""
+    argv = _python(_MAKE_TINY_WRITES, _TINY_WRITES_S)
+    with _waiting_job(service, argv) as (job_id, go), _following(service, job_id, 1) as result:
+        before = cpu_s(service.pid)
+        go()
+        messages = result().messages
+        used = cpu_s(service.pid) - before
+    report(
+        "10,000 tiny writes per second",
+        f"{messages / _TINY_WRITES_S:.0f} /s",
+        "messages to the follower",
+        f"server CPU {used / _TINY_WRITES_S:.0%}",
+    )
+
+
+# --- silence ------------------------------------------------------------------------------
+
+
+class _Held(NamedTuple):
+    server: int  # bytes
+    helper: int
+    threads: int
+    descriptors: int
+
+    @classmethod
+    def by(cls, service: Service) -> _Held:
+        server, helper = map(memory_bytes, service.processes)
+        return cls(server, helper, service.threads, len(os.listdir(f"/proc/{service.pid}/fd")))
+
+
+def bench_silence(service: Service) -> None:
+    """What sleeping jobs and silent followers cost, in CPU and in memory."""
+    client = service.client
+    first = client.start("sh", ["-c", "echo; exec sleep 1000000"])
+    next(client.stream(first))
+    held = [_Held.by(service)]
+    for _ in range(_SILENT):
+        client.start("sleep", ["1000000"])
+    held.append(_Held.by(service))
+    followers = [client.stream(first) for _ in range(_SILENT)]
+    for follower in followers:
+        next(follower)  # so that every one of them is subscribed
+    held.append(_Held.by(service))
+    before = sum(map(cpu_s, service.processes))
+    threading.Event().wait(_SILENCE_S)
+    used = sum(map(cpu_s, service.processes)) - before
+    print_heading(f"{_SILENT:,} silent followers and {_SILENT:,} sleeping jobs")
+    report(
+        f"CPU of server and helper over {_SILENCE_S:.0f} s",
+        f"{used / _SILENCE_S:.2%}",
+        "",
+        f"{used:.2f} s",
+        "<= 0.5 %",
+    )
+    for what, old, new, aim in (
+        ("a job", held[0], held[1], ""),
+        ("a follower", held[1], held[2], "<= 64 KiB"),
+    ):
+        each = [(b - a) / _SILENT for a, b in zip(old, new, strict=True)]
+        kib = [size / 1024 for size in each[:2]]
+        report(
+            f"{what} costs",
+            f"{sum(kib):.1f} KiB",
+            f"{kib[0]:.1f} server, {kib[1]:.1f} helper",
+            f"{each[2]:.2f} threads, {each[3]:.2f} fds",
+            aim,
+        )
+    for follower in followers:
+        follower.close()
+
+
+# --- overload -----------------------------------------------------------------------------
+
+_LOADERS = 4  # programs
+_LOADER_THREADS = 4
+_LOAD_S = 3.0
+_LATE_S = 0.3
+
+
+def bench_overload(service: Service) -> None:
+    """Status at twice the rate that can be served, against half of it."""
+    job_id = service.client.start("true")
+
+    def load(rate: float) -> dict[str, list[float]]:
+        return _load(service, job_id, rate)
+
+    load(0)
+    capacity = len(load(0)["OK"]) / _LOAD_S
+    normal, over, back = load(capacity / 2), load(capacity * 2), load(capacity / 2)
+    served, refused = over["OK"], over.get("RESOURCE_EXHAUSTED", [])
+    other = Counter({code: len(each) for code, each in over.items()})
+    del other["OK"], other["RESOURCE_EXHAUSTED"]
+    print_heading(f"Overload: Status at twice {capacity:.0f} calls per second, which can be served")
+    p99 = percentile(normal["OK"], 99)
+    report("p99 at half of what can be served", f"{p99 * 1e3:.1f} ms")
+    report(
+        "p99 of what is served / that",
+        f"{percentile(served, 99) / p99:.2f} x",
+        f"{len(served)} served",
+        f"{percentile(served, 99) * 1e3:.1f} ms",
+        "<= 2",
+    )
+    if refused:
+        report(
+            "refused",
+            f"{len(refused) / sum(map(len, over.values())):.0%}",
+            f"p99 {percentile(refused, 99) * 1e3:.1f} ms",
+        )
+    for code, count in other.items():
+        report(f"  {code}", str(count))
+    report(
+        "p99 at half, right after / that before",
+        f"{percentile(back['OK'], 99) / p99:.2f} x",
+        f"{sum(map(len, back.values())) - len(back['OK'])} refused",
+        f"{percentile(back['OK'], 99) * 1e3:.1f} ms",
+    )
+
+
+def _load(service: Service, job_id: str, rate: float) -> dict[str, list[float]]:
+    """Have programs make `rate` calls per second together, or as many as get answered if 0.
+
+    Returns how long each took in seconds, by status.
+    """
+    loaders = [
+        start_program(service.client, __file__, "--load", service.address, job_id, rate / _LOADERS)
+        for _ in range(_LOADERS)
+    ]
+    for loader in loaders:
+        if loader.stdin:
+            loader.stdin.write("\n")
+            loader.stdin.flush()
+    taken: dict[str, list[float]] = {"OK": []}
+    for loader in loaders:
+        output, _ = loader.communicate()
+        for line in output.splitlines():
+            code, call_s = line.split()
+            taken.setdefault(code, []).append(float(call_s))
+    return taken
+
+
+def _make_load(address: str, job_id: str, rate: float) -> None:
+    with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
+        client.status(job_id)  # connects
+        method = client._worker.GetJobStatus  # noqa: SLF001 -- calls that nobody waits for
+        request = client._worker_pb.GetJobStatusRequest(job_id=job_id)  # noqa: SLF001
+        metadata = client._metadata()  # noqa: SLF001
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+        def call() -> Any:
+            return method.future(request, metadata=metadata, timeout=30)
+
+        taken = _call_at_rate(call, rate) if rate else _call_in_turn(call)
+    for code, call_s in taken:
+        print(code, call_s)
+
+
+def _call_at_rate(call: Callable[[], Any], rate: float) -> list[tuple[str, float]]:
+    """Whether or not the calls before have been answered."""
+    taken: list[tuple[str, float]] = []
+    over = threading.Semaphore(0)
+    calls = []  # one that nobody holds is cancelled
+    start = time.monotonic()
+
+    def note(call: Any, since: float) -> None:
+        taken.append((call.code().name, time.monotonic() - since))
+        over.release()
+
+    count = int(rate * _LOAD_S)
+    for number in range(count):
+        time.sleep(max(0, start + number / rate - time.monotonic()))
+        since = time.monotonic()  # that we may be late is not the server's
+        calls.append(call())
+        calls[-1].add_done_callback(lambda call, since=since: note(call, since))
+    if (late := time.monotonic() - start - _LOAD_S) > _LATE_S:
+        print(f"bench: the load came {late:.1f} s late", file=sys.stderr)
+    for _ in range(count):
+        over.acquire()
+    return taken
+
+
+def _call_in_turn(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """By several threads, each with one call at a time."""
+    taken: list[tuple[str, float]] = []
+    end = time.monotonic() + _LOAD_S
+
+    def call_on() -> None:
+        while (since := time.monotonic()) < end:
+            code = call().code().name  # waits
+            taken.append((code, time.monotonic() - since))
+
+    threads = [threading.Thread(target=call_on) for _ in range(_LOADER_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return taken
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--follow", nargs=3, metavar=("ADDRESS", "JOB", "COUNT"))
+    parser.add_argument("--load", nargs=3, metavar=("ADDRESS", "JOB", "RATE"))
+    arguments = parser.parse_args()
+    if arguments.follow:
+        address, job_id, count = arguments.follow
+        _follow(address, job_id, int(count))
+    else:
+        address, job_id, rate = arguments.load
+        _make_load(address, job_id, float(rate))
