@@ -8,7 +8,7 @@ protoc = $(python) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --g
 # pyproject.toml is the only place that names what we depend on.
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")
 
-.PHONY: setup demo serve test check static bench certs proto
+.PHONY: setup demo serve test check static bench bench-long certs proto
 
 # Compiled here, as whoever runs the client may not be allowed to write, or told Python not to.
 setup: .venv/runtime certs
@@ -50,8 +50,13 @@ static: .venv/dev
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && $(call protoc,"$$d") \
 	  && for f in "$$d"/*; do diff -u "$${f##*/}" "$$f" || { echo "run: make proto" >&2; exit 1; }; done
 
+# In under five minutes.
 bench: setup
 	$(python) bench.py
+
+# In half an hour. Its exit status tells whether something has piled up.
+bench-long: setup
+	$(python) bench_long.py
 
 proto: .venv/dev
 	$(call protoc,.)

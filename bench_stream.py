@@ -1,6 +1,7 @@
-"""Measures what streams and overload cost, against floors, in one run; see `bench.py`.
+"""Measures what streams cost, and silence, and what becomes of overload; see `bench.py`.
 
-python bench_stream.py [PART ...]
+python bench_stream.py --follow ADDRESS JOB COUNT    # follow a job that many times at once
+python bench_stream.py --load ADDRESS JOB RATE       # ask for a job's status at that rate
 """
 
 from __future__ import annotations
@@ -15,54 +16,67 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import bench  # isort: skip -- before grpc
-from bench import (
-    _CERTS,
-    _HERE,
-    _MIB,
-    _UNHINDERED,
-    _children,
-    _cpu_s,
-    _Floor,
-    _report,
-    _running,
-    _times,
+from benchlib import (
+    CERTS,
+    MIB,
+    Service,
+    cpu_s,
+    fail,
+    in_turn,
+    memory_bytes,
+    percentile,
+    print_heading,
+    report,
+    report_ratio,
+    seconds,
+    start_program,
 )
-from client import Client, ClientError
+from client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_ROUNDS = 7
-_JOB_BYTES = 256 * _MIB
-_LINES_BYTES = 64 * _MIB
+    from bench_floor import Floor
+
+__all__ = [
+    "bench_delay",
+    "bench_followers",
+    "bench_job_rate",
+    "bench_merging",
+    "bench_overload",
+    "bench_silence",
+    "bench_stream",
+]
+
+_STREAM_BYTES = 256 * MIB
+_LINES_BYTES = 32 * MIB
 _FOLLOWERS = (1, 10, 100, 1000)
-_SHARED_BYTES = 1024 * _MIB  # of all followers together
-_DELAY_LINES = 30
-_DELAY_MESSAGES_PER_S = 1000  # to all followers together; far more cannot be sent here
+_SHARED_BYTES = 1024 * MIB  # of all followers together
+_SHARED_ROUNDS = 3
+_DELAY_LINES = 50
+_DELAY_PAUSE_S = 0.1
 _TINY_WRITES_S = 3
 _SILENCE_S = 30.0
 _SILENT = 1000
-_LINE_BYTES = 4096  # no chunk of lines of stamps is longer
 
-# A job of a realistic rate: makes lines, as a compiler or a test run does, and no faster.
+# What makes lines as a compiler or a test run does, and no faster.
 _MAKE_LINES = """
 import sys
 for number in range(int(sys.argv[1]) // 64):
-    sys.stdout.write(f"{number:062d}.\\n")
+    sys.stdout.write(f"{number:063d}\\n")
 """
 _MAKE_STAMPS = """
 import sys, time
 for _ in range(int(sys.argv[1])):
     time.sleep(float(sys.argv[2]))
-    sys.stdout.buffer.write(b"%d\\n" % time.monotonic_ns())
-    sys.stdout.buffer.flush()
+    sys.stdout.write(f"{time.monotonic_ns()}\\n")
+    sys.stdout.flush()
 """
-# 10,000 writes per second for so many seconds, in bursts of a millisecond.
+# 10,000 writes per second for so many seconds, ten in each millisecond.
 _MAKE_TINY_WRITES = """
 import os, sys, time
 start = time.monotonic()
@@ -81,75 +95,103 @@ def _python(program: str, *arguments: object) -> list[str]:
 # --- one follower -------------------------------------------------------------------------
 
 
-def _bench_end_to_end(client: Client, floor: _Floor) -> None:
-    """From a job's write to the client's read, against the same bytes through cat to a file."""
-    jobs = {
-        "as fast as it can": (["head", "-c", str(_JOB_BYTES), "/dev/zero"], _JOB_BYTES),
-        "making lines": (_python(_MAKE_LINES, _LINES_BYTES), _LINES_BYTES),
+def bench_stream(service: Service, floor: Floor) -> None:
+    """Output that is there already, and output from the job's write to the client's read."""
+    client = service.client
+    argv = ["head", "-c", str(_STREAM_BYTES), "/dev/zero"]
+    lines = _python(_MAKE_LINES, _STREAM_BYTES // 4)
+    kept = client.start(argv[0], argv[1:])
+    size = _STREAM_BYTES
+
+    def follow(job_id: str, size: int = size) -> None:
+        if sum(map(len, client.stream(job_id))) != size:
+            fail("the stream is not complete")
+
+    measures: dict[str, Callable[[], object]] = {
+        "kept": lambda: follow(kept),
+        "floor": lambda: floor.read_stream(size),
+        "bytes": lambda: floor.read_stream_bytes(size),
+        "job": lambda: follow(client.start(argv[0], argv[1:])),
+        "cat": lambda: _through_cat(argv),
+        "lines": lambda: follow(client.start(lines[0], lines[1:]), size // 4),
+        "lines cat": lambda: _through_cat(lines),
     }
-    for what, (argv, size) in jobs.items():
-        job = argv
+    found = in_turn({name: lambda c=call: seconds(c) for name, call in measures.items()})  # type: ignore[misc]
+    print_heading(f"One follower of {size // MIB} MiB: rate / rate of the floor")
+    for what, ours, theirs, bytes_, aim in (
+        ("kept output / bare gRPC stream", "kept", "floor", size, ">= 0.9"),
+        ("kept output / one without protobuf", "kept", "bytes", size, ""),
+        ("job to client / job | cat >file", "job", "cat", size, ">= 0.8"),
+        ("the same of a job that makes lines", "lines", "lines cat", size // 4, ">= 0.8"),
+        ("(bare gRPC stream / job | cat >file)", "floor", "cat", size, ""),
+    ):
+        _report_rates(what, found[ours], found[theirs], bytes_, aim)
 
-        def follow(job: Sequence[str] = job, size: int = size) -> None:
-            _check(sum(map(len, client.stream(client.start(job[0], job[1:])))) == size)
 
-        rounds = _in_turn(follow, lambda job=job: _through_cat(job))  # type: ignore[misc]
-        ours, theirs = map(statistics.median, zip(*rounds, strict=True))
-        _report(
-            f"job {what} to client, against cat > file",
-            [their / our for our, their in rounds],
-            f"{size / ours / 1e6:.0f} MB/s / {size / theirs / 1e6:.0f} MB/s",
-        )
-    argv = jobs["as fast as it can"][0]
-    rounds = _in_turn(floor.read_stream, lambda: _through_cat(argv))
-    _report(
-        "(a bare gRPC stream, against the same cat > file)",
-        [their / our for our, their in rounds],
-        "the most there can be of the first",
-    )
+def _report_rates(
+    what: str, ours_s: list[float], theirs_s: list[float], size: int, aim: str
+) -> None:
+    ours, theirs = ([size / s / 1e6 for s in taken] for taken in (ours_s, theirs_s))
+    detail = f"{statistics.median(ours):.0f} / {statistics.median(theirs):.0f} MB/s"
+    report_ratio(what, ours, theirs, detail, aim)
 
 
 def _through_cat(argv: Sequence[str]) -> None:
-    with tempfile.NamedTemporaryFile() as file:
-        with subprocess.Popen(argv, stdout=subprocess.PIPE) as job:
-            subprocess.run(["cat"], stdin=job.stdout, stdout=file, check=True)
-        _check(job.returncode == 0)
-
-
-def _in_turn(*calls: Callable[[], object]) -> list[list[float]]:
-    """Let the calls take turns; return how many seconds each took in each round."""
-    rounds = [[_times(call, 1)[0] for call in calls] for _ in range(_ROUNDS + 1)]
-    return rounds[1:]  # the first warms up
-
-
-def _check(right: bool) -> None:
-    if not right:
-        sys.exit("bench: the stream is not complete")
+    with tempfile.TemporaryFile() as file, subprocess.Popen(argv, stdout=subprocess.PIPE) as job:
+        subprocess.run(["cat"], stdin=job.stdout, stdout=file, check=True)
+    if job.returncode:
+        fail(f"{argv[0]} failed")
 
 
 # --- many followers -----------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _following(client: Client, address: str, job_id: str, count: int) -> Iterator[Any]:
-    """Have a process of its own follow the job `count` times; yield what waits for its report.
+class _Followed(NamedTuple):
+    """What followers saw. `delays_s`: of lines that are the time they were written at."""
 
-    It is ready when all of them are subscribed.
-    """
-    token = {"JOBWORKER_TOKEN": client.token}
-    with subprocess.Popen(
-        [sys.executable, __file__, "--follow", address, job_id, str(count)],
-        env=os.environ | token,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        output = process.stdout
-        _check(output is not None and output.readline() == "ready\n")
-        yield lambda: output.readline().split() if output else []
+    digests: set[str]
+    ended: int
+    messages: int
+    delays_s: list[float]
+
+
+@contextlib.contextmanager
+def _waiting_job(service: Service, argv: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Start a job that says something and waits; yield its ID and what has it become `argv`."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)  # noqa: S103 -- the job is another user
+        fifo = Path(name, "go")
+        os.mkfifo(fifo)
+        os.chmod(fifo, 0o666)  # noqa: S103 -- the same
+        script = 'echo; read _ <"$0"; exec "$@"'
+        job_id = service.client.start("sh", ["-c", script, str(fifo), *argv])
+
+        def go() -> None:
+            fifo.write_text("\n")
+
+        yield job_id, go
+
+
+@contextlib.contextmanager
+def _following(service: Service, job_id: str, count: int) -> Iterator[Callable[[], _Followed]]:
+    """Have another program follow the job; yield what waits for the end. All have subscribed."""
+    with start_program(
+        service.client, __file__, "--follow", service.address, job_id, count
+    ) as program:
+
+        def result() -> _Followed:
+            words = program.stdout.readline().split() if program.stdout else []
+            if not words:
+                fail("the followers failed")
+            digests, ended, messages, *delays = words
+            return _Followed(
+                set(digests.split(",")), int(ended), int(messages), [int(d) / 1e9 for d in delays]
+            )
+
+        yield result
 
 
 def _follow(address: str, job_id: str, count: int) -> None:
-    """Read the job's output `count` times at once; report what was read and how late."""
     ready = threading.Semaphore(0)
     digests: list[str] = []
     delays: list[int] = []
@@ -164,13 +206,11 @@ def _follow(address: str, job_id: str, count: int) -> None:
             now = time.monotonic_ns()
             digest.update(chunk)
             messages += 1
-            if len(chunk) < _LINE_BYTES and chunk.endswith(b"\n"):
-                stamp = chunk.split()[-1]
-                if stamp.isdigit():
-                    delays.append(now - int(stamp))
+            if len(chunk) < 64 and chunk.strip().isdigit():  # noqa: PLR2004 -- a time
+                delays.append(now - int(chunk))
         digests.append(digest.hexdigest())
 
-    with Client(address, certs=_CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
+    with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
         threads = [threading.Thread(target=follow) for _ in range(count)]
         for thread in threads:
             thread.start()
@@ -179,323 +219,309 @@ def _follow(address: str, job_id: str, count: int) -> None:
         print("ready", flush=True)
         for thread in threads:
             thread.join()
-    delays.sort()
-    p50, p99 = (delays[len(delays) * p // 100] if delays else 0 for p in (50, 99))
-    print(len(set(digests)), len(digests), digests[0], messages, p50, p99, flush=True)
+    print(",".join(set(digests)), len(digests), messages, *delays, flush=True)
 
 
-@contextlib.contextmanager
-def _gate() -> Iterator[Path]:
-    """A file that jobs, which are another user, wait for; it does not exist yet."""
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory).chmod(0o755)
-        yield Path(directory, "go")
-
-
-def _start_at(client: Client, go: Path, argv: Sequence[str]) -> str:
-    """Start a job that says something, waits for the file and then executes `argv`."""
-    script = 'echo; until [ -e "$0" ]; do sleep 0.05; done; exec "$@"'
-    return client.start("sh", ["-c", script, str(go), *argv])
-
-
-def _bench_followers(client: Client, address: str) -> None:
-    """Many followers of one live job: byte-exact, and how fast together."""
+def bench_followers(service: Service) -> None:
+    """What many followers of one live job get together, each of them every byte."""
+    rates = {}
     for count in _FOLLOWERS:
         size = _SHARED_BYTES // max(count, 4)
         expected = hashlib.blake2b(b"\n" + bytes(size)).hexdigest()
-        rates = []
-        for _ in range(3):
-            with _gate() as go:
-                job_id = _start_at(client, go, ["head", "-c", str(size), "/dev/zero"])
-                with _following(client, address, job_id, count) as report:
-                    start = time.perf_counter()
-                    go.touch()
-                    kinds, ended, digest, *_ = report()
-                    seconds = time.perf_counter() - start
-            _check((kinds, ended, digest) == ("1", str(count), expected))
-            rates.append(size * count / seconds / 1e6)
-        print(
-            f"{count:5} followers, all byte-exact{statistics.median(rates):10.0f} MB/s together",
-            flush=True,
-        )
+        found = []
+        for _ in range(_SHARED_ROUNDS):
+            argv = ["head", "-c", str(size), "/dev/zero"]
+            with (
+                _waiting_job(service, argv) as (job_id, go),
+                _following(service, job_id, count) as result,
+            ):
+                begin = time.perf_counter()
+                go()
+                followed = result()
+                found.append(size * count / (time.perf_counter() - begin) / 1e6)
+            if followed.digests != {expected} or followed.ended != count:
+                fail("a follower did not get every byte")
+        rates[count] = found
+    print_heading("Followers of one live job, all byte-exact: rate of all together")
+    highest = max(statistics.median(found) for found in rates.values())
+    for count, found in rates.items():
+        rate = statistics.median(found)
+        bar = "#" * round(23 * rate / highest)
+        spread = f"{min(found):.0f} to {max(found):.0f}"
+        report(f"{count:,} followers", f"{rate:.0f} MB/s", spread, bar)
 
 
-def _bench_job_rate(client: Client, address: str) -> None:
-    """How fast a job writes while it is followed, against a plain pipe to cat > file."""
-    jobs = {
-        "as fast as it can": (["head", "-c", str(_JOB_BYTES), "/dev/zero"], _JOB_BYTES),
-        "making lines": (_python(_MAKE_LINES, _LINES_BYTES), _LINES_BYTES),
-    }
-    for what, (argv, size) in jobs.items():
-        for count in (0, 1, 10, 100):
-            rounds = [
-                (_job_s(client, address, argv, count), _times(partial(_through_cat, argv), 1)[0])
-                for _ in range(5 + 1)
-            ][1:]  # the first warms up
-            ours, theirs = map(statistics.median, zip(*rounds, strict=True))
-            _report(
-                f"rate of a job {what}, {count} followers",
-                [their / our for our, their in rounds],
-                f"{size / ours / 1e6:.0f} MB/s / {size / theirs / 1e6:.0f} MB/s",
-            )
+def bench_job_rate(service: Service) -> None:
+    """How long a job's writing takes, while nobody, somebody or many follow, read or not."""
+    lines = _python(_MAKE_LINES, _LINES_BYTES)
+
+    def job_s(count: int, *, stalled: bool = False) -> float:
+        timed = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d" $((e-s))'
+        with (
+            _waiting_job(service, ["sh", "-c", timed, *lines]) as (job_id, go),
+            contextlib.ExitStack() as stack,
+        ):
+            if stalled:
+                # A connection of their own, for what is not read there.
+                lazy = Client(service.address, certs=CERTS, token=service.client.token)
+                stack.enter_context(lazy)
+                for _ in range(count):
+                    stream = lazy.stream(job_id)
+                    next(stream)
+                    stack.callback(stream.close)
+            else:
+                result = stack.enter_context(_following(service, job_id, count))
+            go()
+            if not stalled:
+                result()
+            # Its tail comes when it has ended.
+            tail = b"".join(service.client.stream(job_id, offset=1 + _LINES_BYTES))
+            return int(tail) / 1e9
+
+    found = in_turn(
+        {
+            "1 follower": lambda: job_s(1),
+            "10 followers": lambda: job_s(10),
+            "100 followers that do not read": lambda: job_s(100, stalled=True),
+            "floor": lambda: seconds(lambda: _through_cat(lines)),
+        }
+    )
+    floor = found.pop("floor")
+    print_heading("A job that makes lines: its own rate / into a plain pipe to cat >file")
+    for what, taken in found.items():
+        _report_rates(what, taken, floor, _LINES_BYTES, ">= 0.9")
 
 
-def _job_s(client: Client, address: str, argv: Sequence[str], count: int) -> float:
-    """How long the job's command takes, while `count` followers read."""
-    with _gate() as go, contextlib.ExitStack() as stack:
-        script = (
-            'echo; until [ -e "$0" ]; do sleep 0.02; done; '
-            's=$(date +%s%N); "$@"; e=$(date +%s%N); printf "%020d" $((e-s))'
-        )
-        job_id = client.start("sh", ["-c", script, str(go), *argv])
-        report = None
-        if count:
-            report = stack.enter_context(_following(client, address, job_id, count))
-        go.touch()
-        # Past its output, so that nothing is read until it has ended.
-        with contextlib.suppress(ClientError):
-            list(client.stream(job_id, offset=1 << 40))
-        size = client.status(job_id).output_bytes
-        tail = b"".join(client.stream(job_id, offset=size - 20))
-        if report:
-            report()
-    return int(tail) / 1e9
-
-
-def _bench_delay(client: Client, address: str) -> None:
-    """From a job's write of a line to the followers' having it."""
+def bench_delay(service: Service) -> None:
+    """From the write of a line on a quiet job to each follower."""
+    print_heading(f"Delay of a line from the job's write to the follower, {_DELAY_LINES} lines")
     for count in (1, 100, 1000):
-        pause_s = max(0.1, count / _DELAY_MESSAGES_PER_S)
-        argv = _python(_MAKE_STAMPS, _DELAY_LINES, pause_s)
-        with _gate() as go:
-            job_id = _start_at(client, go, argv)
-            with _following(client, address, job_id, count) as report:
-                go.touch()
-                kinds, _, _, _, p50, p99 = report()
-            _check(kinds == "1")
-        print(
-            f"delay of a line with {count:4} followers: p50 {int(p50) / 1e6:8.2f} ms,"
-            f" p99 {int(p99) / 1e6:8.2f} ms",
-            flush=True,
+        argv = _python(_MAKE_STAMPS, _DELAY_LINES, _DELAY_PAUSE_S)
+        with (
+            _waiting_job(service, argv) as (job_id, go),
+            _following(service, job_id, count) as result,
+        ):
+            go()
+            delays = result().delays_s
+        # Where two lines come together the second has not been measured.
+        p50, p99 = (percentile(delays, percent) * 1e3 for percent in (50, 99))
+        share = len(delays) / (count * _DELAY_LINES)
+        report(
+            f"{count:,} followers, p99",
+            f"{p99:.1f} ms",
+            f"p50 {p50:.1f} ms",
+            f"{share:.0%} came alone",
         )
 
 
-def _bench_merging(client: Client, address: str, pid: int) -> None:
-    """What 10,000 writes per second cost."""
+def bench_merging(service: Service) -> None:
+    """10,000 writes per second, of 10 bytes each."""
     argv = _python(_MAKE_TINY_WRITES, _TINY_WRITES_S)
-    with _gate() as go:
-        job_id = _start_at(client, go, argv)
-        with _following(client, address, job_id, 1) as report:
-            before = _cpu_s(pid)
-            go.touch()
-            _, _, _, messages, _, _ = report()
-            used = _cpu_s(pid) - before
-    print(
-        f"10,000 tiny writes per second: {int(messages) / _TINY_WRITES_S:.0f} messages per second, "
-        f"server CPU {used / _TINY_WRITES_S * 100:.0f} %"
+    with _waiting_job(service, argv) as (job_id, go), _following(service, job_id, 1) as result:
+        before = cpu_s(service.pid)
+        go()
+        messages = result().messages
+        used = cpu_s(service.pid) - before
+    report(
+        "10,000 tiny writes per second",
+        f"{messages / _TINY_WRITES_S:.0f} /s",
+        "messages to the follower",
+        f"server CPU {used / _TINY_WRITES_S:.0%}",
     )
 
 
-def _bench_silence(client: Client, pid: int) -> None:
-    """What 1,000 sleeping jobs and 1,000 silent followers cost."""
+# --- silence ------------------------------------------------------------------------------
 
-    def cost() -> tuple[int, int, int]:
-        processes = [pid, *_children(pid)]
-        return (
-            sum(_pss_bytes(p) for p in processes[:2]),
-            len(os.listdir(f"/proc/{pid}/task")),
-            len(os.listdir(f"/proc/{pid}/fd")),
-        )
 
-    first = client.start("sh", ["-c", "echo; exec sleep 1000"])
+class _Held(NamedTuple):
+    server: int  # bytes
+    helper: int
+    threads: int
+    descriptors: int
+
+    @classmethod
+    def by(cls, service: Service) -> _Held:
+        server, helper = map(memory_bytes, service.processes)
+        return cls(server, helper, service.threads, len(os.listdir(f"/proc/{service.pid}/fd")))
+
+
+def bench_silence(service: Service) -> None:
+    """What sleeping jobs and silent followers cost, in CPU and in memory."""
+    client = service.client
+    first = client.start("sh", ["-c", "echo; exec sleep 1000000"])
     next(client.stream(first))
-    spawner = _children(pid)[0]
-    processes = [pid, spawner]
-    a = cost()
-    jobs = [client.start("sleep", ["1000"]) for _ in range(_SILENT)]
-    b = cost()
+    held = [_Held.by(service)]
+    for _ in range(_SILENT):
+        client.start("sleep", ["1000000"])
+    held.append(_Held.by(service))
     followers = [client.stream(first) for _ in range(_SILENT)]
     for follower in followers:
-        next(follower)
-    c = cost()
-    before = sum(map(_cpu_s, processes))
-    time.sleep(_SILENCE_S)
-    used = sum(map(_cpu_s, processes)) - before
-    share = used / _SILENCE_S * 100
-    print(f"CPU of {_SILENT} silent followers and as many sleeping jobs: {share:.2f} %")
-    for what, x, y in (("job", a, b), ("follower", b, c)):
-        memory, threads, fds = ((q - p) / _SILENT for p, q in zip(x, y, strict=True))
-        print(f"each {what}: {memory / 1024:.1f} KiB, {threads:.2f} threads, {fds:.2f} descriptors")
+        next(follower)  # so that every one of them is subscribed
+    held.append(_Held.by(service))
+    before = sum(map(cpu_s, service.processes))
+    threading.Event().wait(_SILENCE_S)
+    used = sum(map(cpu_s, service.processes)) - before
+    print_heading(f"{_SILENT:,} silent followers and {_SILENT:,} sleeping jobs")
+    report(
+        f"CPU of server and helper over {_SILENCE_S:.0f} s",
+        f"{used / _SILENCE_S:.2%}",
+        "",
+        f"{used:.2f} s",
+        "<= 0.5 %",
+    )
+    for what, old, new, aim in (
+        ("a job", held[0], held[1], ""),
+        ("a follower", held[1], held[2], "<= 64 KiB"),
+    ):
+        each = [(b - a) / _SILENT for a, b in zip(old, new, strict=True)]
+        kib = [size / 1024 for size in each[:2]]
+        report(
+            f"{what} costs",
+            f"{sum(kib):.1f} KiB",
+            f"{kib[0]:.1f} server, {kib[1]:.1f} helper",
+            f"{each[2]:.2f} threads, {each[3]:.2f} fds",
+            aim,
+        )
     for follower in followers:
         follower.close()
-    for job in jobs:
-        client.stop(job)
-    client.stop(first)
 
 
 # --- overload -----------------------------------------------------------------------------
 
-_LOADERS = 4  # processes
+_LOADERS = 4  # programs
 _LOADER_THREADS = 4
 _LOAD_S = 3.0
+_LATE_S = 0.3
 
 
-def _bench_overload(client: Client, address: str) -> None:
-    """Calls at twice the rate that can be served, and at half of it before and after."""
-    for what, job_id in (("Status", client.start("true")), ("Start", "-")):
-        load = partial(_load, client, address, job_id)
-        load(rate=0)  # warms up
-        served = load(rate=0)["OK"]
-        rate = len(served) / _LOAD_S
-        clients = _LOADERS * _LOADER_THREADS
-        print(f"{what}: {rate:.0f}/s, by {clients} clients that wait for their answers")
-        for name, share in (("half", 0.5), ("twice", 2), ("half again", 0.5)):
-            outcomes = load(rate=rate * share)
-            counts = {code: len(times) for code, times in outcomes.items()}
-            print(
-                f"  at {name} of that: {counts}; "
-                f"served {_percentiles(outcomes['OK'])}; "
-                f"refused {_percentiles(outcomes.get('RESOURCE_EXHAUSTED', []))}",
-                flush=True,
-            )
+def bench_overload(service: Service) -> None:
+    """Status at twice the rate that can be served, against half of it."""
+    job_id = service.client.start("true")
 
+    def load(rate: float) -> dict[str, list[float]]:
+        return _load(service, job_id, rate)
 
-def _percentiles(times: Sequence[float]) -> str:
-    return f"p50 {_ms(times, 50)} p99 {_ms(times, 99)}"
-
-
-def _ms(times: Sequence[float], percent: int) -> str:
-    return f"{sorted(times)[len(times) * percent // 100] * 1e3:.1f} ms" if times else "-"
-
-
-def _load(client: Client, address: str, job_id: str, *, rate: float) -> dict[str, list[float]]:
-    """Have processes make calls, `rate` per second together, or as many as they get answered.
-
-    Returns how long each took, by status.
-    """
-    command = [sys.executable, __file__, "--load", address, job_id, str(rate / _LOADERS)]
-    environment = os.environ | {"JOBWORKER_TOKEN": client.token}
-    loaders = [
-        subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    load(0)
+    capacity = len(load(0)["OK"]) / _LOAD_S
+    normal, over, back = load(capacity / 2), load(capacity * 2), load(capacity / 2)
+    served, refused = over["OK"], over.get("RESOURCE_EXHAUSTED", [])
+    other = Counter({code: len(each) for code, each in over.items()})
+    del other["OK"], other["RESOURCE_EXHAUSTED"]
+    print_heading(f"Overload: Status at twice {capacity:.0f} calls per second, which can be served")
+    p99 = percentile(normal["OK"], 99)
+    report("p99 at half of what can be served", f"{p99 * 1e3:.1f} ms")
+    report(
+        "p99 of what is served / that",
+        f"{percentile(served, 99) / p99:.2f} x",
+        f"{len(served)} served",
+        f"{percentile(served, 99) * 1e3:.1f} ms",
+        "<= 2",
+    )
+    if refused:
+        report(
+            "refused",
+            f"{len(refused) / sum(map(len, over.values())):.0%}",
+            f"p99 {percentile(refused, 99) * 1e3:.1f} ms",
         )
+    for code, count in other.items():
+        report(f"  {code}", str(count))
+    report(
+        "p99 at half, right after / that before",
+        f"{percentile(back['OK'], 99) / p99:.2f} x",
+        f"{sum(map(len, back.values())) - len(back['OK'])} refused",
+        f"{percentile(back['OK'], 99) * 1e3:.1f} ms",
+    )
+
+
+def _load(service: Service, job_id: str, rate: float) -> dict[str, list[float]]:
+    """Have programs make `rate` calls per second together, or as many as get answered if 0.
+
+    Returns how long each took in seconds, by status.
+    """
+    loaders = [
+        start_program(service.client, __file__, "--load", service.address, job_id, rate / _LOADERS)
         for _ in range(_LOADERS)
     ]
-    times: dict[str, list[float]] = {"OK": []}
     for loader in loaders:
-        _check(loader.stdout is not None and loader.stdout.readline() == "ready\n")
+        if loader.stdin:
+            loader.stdin.write("\n")
+            loader.stdin.flush()
+    taken: dict[str, list[float]] = {"OK": []}
     for loader in loaders:
-        print(file=loader.stdin, flush=True)
-    for loader in loaders:
-        with loader:
-            for line in loader.stdout or ():
-                code, seconds = line.split()
-                times.setdefault(code, []).append(float(seconds))
-    return times
+        output, _ = loader.communicate()
+        for line in output.splitlines():
+            code, call_s = line.split()
+            taken.setdefault(code, []).append(float(call_s))
+    return taken
 
 
 def _make_load(address: str, job_id: str, rate: float) -> None:
-    """Call when told to; print the status of each call and how long it took."""
-    times: list[tuple[str, float]] = []
-    with Client(address, certs=_CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
-        if job_id == "-":
-            method = client._worker.StartJob
-            request: Any = client._worker_pb.StartJobRequest(command="/bin/true")
-        else:
-            method = client._worker.GetJobStatus
-            request = client._worker_pb.GetJobStatusRequest(job_id=job_id)
-        client.list()  # connects
-        call = partial(method.future, request, metadata=client._metadata(), timeout=30)
+    with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
+        client.status(job_id)  # connects
+        method = client._worker.GetJobStatus
+        request = client._worker_pb.GetJobStatusRequest(job_id=job_id)
+        metadata = client._metadata()
         print("ready", flush=True)
         sys.stdin.readline()
-        if rate:
-            _call_at(call, rate, times)
-        else:
-            threads = [
-                threading.Thread(target=_call_in_turn, args=(call, times))
-                for _ in range(_LOADER_THREADS)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    for code, seconds in times:
-        print(code, seconds)
+
+        def call() -> Any:
+            return method.future(request, metadata=metadata, timeout=30)
+
+        taken = _call_at_rate(call, rate) if rate else _call_in_turn(call)
+    for code, call_s in taken:
+        print(code, call_s)
 
 
-def _call_at(call: Callable[[], Any], rate: float, times: list[tuple[str, float]]) -> None:
-    """Call `rate` times per second, whether there are answers or not; wait for all of them."""
-    ended = threading.Semaphore(0)
-
-    def note(answer: Any, since: float) -> None:
-        times.append((answer.code().name, time.monotonic() - since))
-        ended.release()
-
+def _call_at_rate(call: Callable[[], Any], rate: float) -> list[tuple[str, float]]:
+    """Whether or not the calls before have been answered."""
+    taken: list[tuple[str, float]] = []
+    over = threading.Semaphore(0)
+    calls = []  # one that nobody holds is cancelled
     start = time.monotonic()
-    answers = []  # one that nobody holds is cancelled
-    for number in range(int(rate * _LOAD_S)):
-        time.sleep(max(0.0, start + number / rate - time.monotonic()))
-        since = time.monotonic()
-        answers.append(call())
-        answers[-1].add_done_callback(partial(note, since=since))
-    for _ in answers:
-        ended.acquire()
+
+    def note(call: Any, since: float) -> None:
+        taken.append((call.code().name, time.monotonic() - since))
+        over.release()
+
+    count = int(rate * _LOAD_S)
+    for number in range(count):
+        time.sleep(max(0, start + number / rate - time.monotonic()))
+        since = time.monotonic()  # that we may be late is not the server's
+        calls.append(call())
+        calls[-1].add_done_callback(lambda call, since=since: note(call, since))
+    if (late := time.monotonic() - start - _LOAD_S) > _LATE_S:
+        print(f"bench: the load came {late:.1f} s late", file=sys.stderr)
+    for _ in range(count):
+        over.acquire()
+    return taken
 
 
-def _call_in_turn(call: Callable[[], Any], times: list[tuple[str, float]]) -> None:
+def _call_in_turn(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """By several threads, each with one call at a time."""
+    taken: list[tuple[str, float]] = []
     end = time.monotonic() + _LOAD_S
-    while (since := time.monotonic()) < end:
-        code = call().code().name  # blocks
-        times.append((code, time.monotonic() - since))
 
+    def call_on() -> None:
+        while (since := time.monotonic()) < end:
+            code = call().code().name  # waits
+            taken.append((code, time.monotonic() - since))
 
-def _pss_bytes(pid: int) -> int:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(text.partition("\nPss:")[2].split()[0]) * 1024
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--follow", nargs=3, metavar=("ADDRESS", "JOB", "COUNT"))
-    parser.add_argument("--load", nargs=3, metavar=("ADDRESS", "JOB", "RATE"))
-    parser.add_argument("--server", default=str(_HERE / "server.py"))
-    parser.add_argument("parts", nargs="*")
-    arguments = parser.parse_args()
-    if arguments.load:
-        address, job_id, rate = arguments.load
-        _make_load(address, job_id, float(rate))
-        return
-    if arguments.follow:
-        address, job_id, count = arguments.follow
-        _follow(address, job_id, int(count))
-        return
-    with contextlib.ExitStack() as stack:
-        state = stack.enter_context(tempfile.TemporaryDirectory())
-        config = Path(state, "config.toml")
-        more = '[per_user]\nrunning_jobs = "unlimited"\nstreams = "unlimited"'
-        config.write_text(_UNHINDERED.replace("[per_user]", more))
-        options = ("--listen", "127.0.0.1:0", "--limits", "off", "--state-dir", state)
-        pid, address = stack.enter_context(
-            _running(arguments.server, *options, "--config", str(config))
-        )
-        _, floor_address = stack.enter_context(_running(bench.__file__, "--floor"))
-        client = stack.enter_context(Client(address, certs=_CERTS))
-        client.login("admin", "admin")
-        floor = stack.enter_context(contextlib.closing(_Floor(floor_address)))
-        parts: dict[str, Callable[[], None]] = {
-            "stream": lambda: bench._bench_stream(client, floor),
-            "end": lambda: _bench_end_to_end(client, floor),
-            "rate": lambda: _bench_job_rate(client, address),
-            "followers": lambda: _bench_followers(client, address),
-            "delay": lambda: _bench_delay(client, address),
-            "merge": lambda: _bench_merging(client, address, pid),
-            "overload": lambda: _bench_overload(client, address),
-            "silence": lambda: _bench_silence(client, pid),
-        }
-        for name, part in parts.items():
-            if not arguments.parts or name in arguments.parts:
-                part()
+    threads = [threading.Thread(target=call_on) for _ in range(_LOADER_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return taken
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--follow", nargs=3, metavar=("ADDRESS", "JOB", "COUNT"))
+    parser.add_argument("--load", nargs=3, metavar=("ADDRESS", "JOB", "RATE"))
+    arguments = parser.parse_args()
+    if arguments.follow:
+        address, job_id, count = arguments.follow
+        _follow(address, job_id, int(count))
+    else:
+        address, job_id, rate = arguments.load
+        _make_load(address, job_id, float(rate))

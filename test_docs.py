@@ -162,7 +162,7 @@ def test_commands_that_readme_shows_are_understood(
 
 
 @pytest.mark.parametrize(
-    "target", ["setup", "demo", "serve", "test", "check", "bench", "certs", "proto"]
+    "target", ["setup", "demo", "serve", "test", "check", "bench", "bench-long", "certs", "proto"]
 )
 def test_make_target_exists(target: str) -> None:
     """Those that the documents, the launchers and the errors name."""

@@ -127,6 +127,8 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
         ),
         *("throttle.py", "users.py", "revocations.py", "accounts.py", "audit.py", "tls.py"),
         *("quotas.py", "job-worker.service", "SECURITY.md"),
+        *("bench.py", "benchlib.py", "bench_floor.py", "bench_start.py", "bench_stream.py"),
+        *("bench_load.py", "bench_fair.py", "bench_cli.py", "bench_soak.py", "bench_long.py"),
         *("workerservice_pb2.py", "workerservice_pb2_grpc.py"),
         *("authservice_pb2.py", "authservice_pb2_grpc.py"),
         *("Makefile", "pyproject.toml", "README.md", "DESIGN.md", "CHANGELOG.md", ".ci/run"),

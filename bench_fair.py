@@ -1,0 +1,142 @@
+"""Measures how much one user who has all they may slows another; see `bench.py`.
+
+python bench_fair.py --greedy ADDRESS    # be that user
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from benchlib import (
+    CERTS,
+    Service,
+    percentile,
+    print_heading,
+    report_ratio,
+    sampled,
+    start_program,
+    times,
+)
+from client import Client, ClientError
+from config import PER_USER
+
+if TYPE_CHECKING:
+    import subprocess
+
+__all__ = ["GREEDY_CONFIG", "bench_fairness"]
+
+_STATUSES = 125  # in a turn, of which a round has four
+_TURNS = 4
+_ROUNDS = 7
+_SHOWN = (50, 99)
+# So that the user is at this one too, and each start has to make room. The rest is as it is.
+GREEDY_CONFIG = """
+[per_user]
+kept_output = "1M"
+"""
+_OUTPUT = ("head", "-c", "16384", "/dev/zero")
+
+
+def bench_fairness(service: Service) -> None:
+    """Status of the admin: alone; beside the jobs and streams of a user; beside their starts."""
+    client = service.client
+    job_id = client.start("sleep", ["1000000"])
+
+    def statuses() -> list[float]:
+        return times(lambda: client.status(job_id), _STATUSES)
+
+    alone = sampled({"alone": statuses}, _ROUNDS, _TURNS)["alone"]
+    greedy = start_program(client, __file__, "--greedy", service.address)
+    with greedy:
+
+        def beside(what: str) -> list[float]:
+            _tell(greedy, what)
+            return statuses()
+
+        found = sampled(
+            {what: functools.partial(beside, what) for what in ("rest", "start")}, _ROUNDS, _TURNS
+        )
+        greedy.communicate()
+    resting, loaded = found.values()
+    jobs, streams, starts = PER_USER.running_jobs, PER_USER.streams, PER_USER.starts_per_second
+    print_heading(
+        f"Status beside a user at every ceiling ({jobs:,} jobs, {streams:,} streams, "
+        f"{starts} starts/s, kept output): time / time"
+    )
+    for what, ours, theirs, aim in (
+        ("jobs and streams / alone", resting, alone, ""),
+        ("jobs, streams and starts / jobs and streams", loaded, resting, ""),
+        ("all / alone", loaded, alone, "<= 2"),
+    ):
+        for percent in _SHOWN:
+            a, b = ([percentile(each, percent) for each in rounds] for rounds in (ours, theirs))
+            detail = f"{percentile(a, 50) * 1e3:.2f} ms / {percentile(b, 50) * 1e3:.2f} ms"
+            report_ratio(f"{what}, p{percent}", a, b, detail, aim)
+
+
+def _tell(program: subprocess.Popen[str], what: str) -> None:
+    """Have it start or rest; return when it does."""
+    if program.stdin is None or program.stdout is None:
+        raise AssertionError("both are pipes")
+    program.stdin.write(f"{what}\n")
+    program.stdin.flush()
+    program.stdout.readline()
+
+
+def _be_greedy(address: str) -> None:
+    """Have as many jobs and streams as a user may, and starts when told, until stdin ends."""
+    starting, done = threading.Event(), threading.Event()
+    with Client(address, certs=CERTS) as client:
+        client.login("user", "user")
+        # One less than may run, so that there is room for those that come and go.
+        sleepers = (PER_USER.running_jobs or 0) - 1
+        script = "echo; exec sleep 1000000"
+        jobs = [_start_in_turn(client, "sh", "-c", script) for _ in range(sleepers)]
+        streams = [client.stream(jobs[0]) for _ in range(PER_USER.streams or 0)]
+        for stream in streams:
+            next(stream)  # so that it is open; nothing more comes
+
+        def start() -> None:
+            pause_s = 1 / (PER_USER.starts_per_second or 1)
+            while not done.is_set():
+                if not starting.wait(0.1):
+                    continue
+                due = time.monotonic() + pause_s
+                _start_in_turn(client, *_OUTPUT)
+                done.wait(max(0, due - time.monotonic()))
+
+        starter = threading.Thread(target=start)
+        starter.start()
+        print("ready", flush=True)
+        with suppress(EOFError):
+            while True:
+                if input() == "start":
+                    starting.set()
+                else:
+                    starting.clear()
+                print("so be it", flush=True)
+        starting.set()
+        done.set()
+        starter.join()
+
+
+def _start_in_turn(client: Client, *argv: str) -> str:
+    """Start a job as soon as the server's rate of starts allows it."""
+    while True:
+        try:
+            return client.start(argv[0], argv[1:])
+        except ClientError as error:
+            if error.code != "RESOURCE_EXHAUSTED":
+                raise
+            threading.Event().wait(error.retry_after_s or 0.02)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--greedy", required=True, metavar="ADDRESS")
+    _be_greedy(parser.parse_args().greedy)

@@ -1,0 +1,182 @@
+"""The floors of the benchmark: a gRPC server that does nothing, and starts by hand.
+
+The server has our TLS, options and message size. A start by hand is the cheapest safe start
+of a process: no server, no messages, a small program with one thread, but the same process:
+in a cgroup of its own, as another user, with the limits of a job.
+
+    python bench_floor.py       # the server
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import benchlib  # isort: skip -- before grpc
+
+import grpc
+
+import server
+import workerservice_pb2 as worker_pb
+from tls import Certificates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["HAND_STEPS", "ByHand", "Floor"]
+
+_MESSAGE_BYTES = 256 * 1024
+
+_BY_HAND = """
+import json, os, socket, sys, time
+here, jobs, way, uid = sys.argv[1:]
+sys.path.insert(0, here)
+import spawner
+
+def start(name, argv, read):
+    uid_, cgroup = json.loads(uid), None
+    argv = [word.encode() for word in argv]
+    output, out = os.pipe()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    times = [time.perf_counter()]
+    if jobs:
+        os.mkdir(f"{jobs}/{name}")
+    times.append(time.perf_counter())
+    if jobs:
+        cgroup = os.open(f"{jobs}/{name}", os.O_RDONLY | os.O_DIRECTORY)
+    times.append(time.perf_counter())
+    work = spawner._Start(uid_, argv, {}, [argv[0]], cgroup, out, theirs)
+    pid, pidfd = getattr(spawner, way)(work)
+    times.append(time.perf_counter())
+    theirs.close()
+    assert ours.recv(1) == b""  # closed by the exec
+    times.append(time.perf_counter())
+    if read:
+        assert os.read(output, 1)
+        times.append(time.perf_counter())
+    assert os.waitpid(pid, 0)[1] == 0
+    ours.close()
+    for fd in (output, out, pidfd, *([cgroup] if jobs else [])):
+        os.close(fd)
+    if jobs:
+        os.rmdir(f"{jobs}/{name}")
+    return [end - begin for begin, end in zip(times, times[1:])]
+
+os.chdir("/")
+spawner._set_signals()
+for line in sys.stdin:
+    count, gap, argv, read = json.loads(line)
+    steps = []
+    for i in range(count):
+        time.sleep(gap)
+        steps.append(start(f"by-hand-{os.getpid()}-{i}", argv, read))
+    print(json.dumps(steps), flush=True)
+"""
+HAND_STEPS = ("make the cgroup", "open it", "fork", "child, to its exec")
+
+
+class ByHand:
+    """The program that starts processes by hand.
+
+    `way`: the function of `spawner.py` that forks. `jobs`: where cgroups are made, if they
+    are. `uid`: who the processes run as; None for ourselves.
+    """
+
+    def __init__(self, way: str, jobs: Path | None, uid: int | None) -> None:
+        arguments = (str(benchlib.HERE), str(jobs or ""), way, json.dumps(uid))
+        self._process = subprocess.Popen(
+            [sys.executable, "-E", "-s", "-S", "-c", _BY_HAND, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(
+        self,
+        count: int,
+        argv: Sequence[str] = ("/bin/true",),
+        *,
+        gap_s: float = 0.0,
+        first_byte: bool = False,
+    ) -> list[list[float]]:
+        """Start that many, one after the other; return, of each, the seconds of each step.
+
+        The last step is the wait for the first byte of output, if that is wanted.
+        """
+        if self._process.stdin is None or self._process.stdout is None:
+            raise AssertionError("both are pipes")
+        print(json.dumps([count, gap_s, argv, first_byte]), file=self._process.stdin, flush=True)
+        steps: list[list[float]] = json.loads(self._process.stdout.readline())
+        return steps
+
+    def close(self) -> None:
+        """End the program."""
+        self._process.communicate()
+
+
+class Floor:
+    """The floor's client."""
+
+    def __init__(self, address: str) -> None:
+        names = ("server-ca.pem", "client-key.pem", "client.pem")
+        contents = ((benchlib.CERTS / name).read_bytes() for name in names)
+        self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*contents))
+        self._unary: Any = self._channel.unary_unary("/Floor/Unary")
+        self._stream: Any = self._channel.unary_stream(
+            "/Floor/Stream", response_deserializer=worker_pb.StreamOutputResponse.FromString
+        )
+        self._stream_bytes: Any = self._channel.unary_stream("/Floor/StreamBytes")
+
+    def unary(self) -> None:
+        """A call with neither a request nor an answer of any length."""
+        self._unary(b"")
+
+    def read_stream(self, size: int) -> int:
+        """Read that many bytes, in messages of 256 KiB but for the last; return how many came."""
+        return sum(len(message.data) for message in self._stream(str(size).encode()))
+
+    def read_stream_bytes(self, size: int) -> int:
+        """The same without protobuf."""
+        return sum(len(data) for data in self._stream_bytes(str(size).encode()))
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._channel.close()
+
+
+def _serve() -> None:
+    zeros = bytes(_MESSAGE_BYTES)
+    message = worker_pb.StreamOutputResponse(data=zeros)
+
+    def stream(request: bytes, _: grpc.ServicerContext) -> Iterator[Any]:
+        count, rest = divmod(int(request), _MESSAGE_BYTES)
+        yield from itertools.repeat(message, count)
+        if rest:
+            yield worker_pb.StreamOutputResponse(data=bytes(rest))
+
+    def stream_bytes(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
+        yield from itertools.repeat(zeros, int(request) // _MESSAGE_BYTES)
+
+    handlers: dict[str, Any] = {
+        "Unary": grpc.unary_unary_rpc_method_handler(lambda _request, _context: b""),
+        "Stream": grpc.unary_stream_rpc_method_handler(
+            stream, response_serializer=worker_pb.StreamOutputResponse.SerializeToString
+        ),
+        "StreamBytes": grpc.unary_stream_rpc_method_handler(stream_bytes),
+    }
+    floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
+    floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
+    credentials = Certificates(Path.read_bytes, benchlib.CERTS).credentials()
+    port = floor.add_secure_port("127.0.0.1:0", credentials)
+    floor.start()
+    print(f"listening on 127.0.0.1:{port}", flush=True)
+    sys.stdin.read()  # until the benchmark ends
+
+
+if __name__ == "__main__":
+    _serve()

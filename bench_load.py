@@ -1,0 +1,188 @@
+"""Measures a server under many starts, and its memory with much to keep; see `bench.py`.
+
+python bench_load.py --start ADDRESS COUNT THREADS    # be clients that start jobs
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+
+from benchlib import (
+    CERTS,
+    MIB,
+    Service,
+    fail,
+    memory_bytes,
+    percentile,
+    print_heading,
+    report,
+    seconds,
+    settle,
+    start_program,
+)
+from client import Client
+
+__all__ = ["bench_memory", "bench_sustained", "fill"]
+
+_CLIENTS = {1: 1, 16: 4}  # clients that start jobs one after the other: in how many processes
+_JOBS = 10_000
+_WARM_UP = 500
+_STATUS_PAUSE_S = 0.005
+_STALLED = 100
+_JOB_OUTPUT_BYTES = 1024 * MIB
+_MEMORY_AIM = "<= 150"
+
+
+def bench_sustained(service: Service) -> None:
+    """Starts per second, and Status meanwhile; what the jobs cost when they have ended."""
+    client = service.client
+    job_id = client.start("true")
+    fill(service, _WARM_UP, clients=16)
+    settled = [memory_bytes(pid) for pid in service.processes]
+    alone = _StatusTimes(client, job_id)
+    with alone:
+        threading.Event().wait(3)
+    print_heading("Starts one after the other (/bin/true), and Status every 5 ms meanwhile")
+    left = _JOBS - _WARM_UP
+    for clients, count in ((1, left // 10), (16, left - left // 10)):
+        status = _StatusTimes(client, job_id)
+        with status:
+            rate = fill(service, count, clients=clients, settled=False)
+        p50, p99 = (
+            f"{percentile(status.seconds, p) * 1e3:.1f} ({percentile(alone.seconds, p) * 1e3:.1f})"
+            for p in (50, 99)
+        )
+        report(
+            f"{clients} client{'s' * (clients > 1)}",
+            f"{rate:.0f} /s",
+            f"{count:,} jobs",
+            f"Status (alone), ms: p50 {p50}, p99 {p99}",
+        )
+    settle(client)
+    grown = [
+        memory_bytes(pid) - before for pid, before in zip(service.processes, settled, strict=True)
+    ]
+    server, helper = (max(0, each) / left for each in grown)
+    report(
+        "one finished job costs",
+        f"{server + helper:.0f} B",
+        f"{server:.0f} server, {helper:.0f} helper",
+    )
+
+
+class _StatusTimes:
+    """How long a Status takes, in `seconds`, while the context lasts."""
+
+    def __init__(self, client: Client, job_id: str) -> None:
+        self.seconds: list[float] = []
+        self._client = client
+        self._job_id = job_id
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._done.wait(_STATUS_PAUSE_S):
+            self.seconds.append(seconds(lambda: self._client.status(self._job_id)))
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def fill(service: Service, count: int, *, clients: int, settled: bool = True) -> float:
+    """Have that many jobs started by so many clients; return how many in a second.
+
+    Waits until they have ended, if they are to be `settled`.
+    """
+    programs = _CLIENTS[clients]
+    shares = [count // programs + (i < count % programs) for i in range(programs)]
+    starters = [
+        start_program(
+            service.client, __file__, "--start", service.address, share, clients // programs
+        )
+        for share in shares
+    ]
+    begin = time.perf_counter()
+    for starter in starters:
+        if starter.stdin:
+            starter.stdin.write("go\n")
+            starter.stdin.flush()
+    answers = [starter.stdout.readline() if starter.stdout else "" for starter in starters]
+    took = time.perf_counter() - begin
+    for starter in starters:
+        starter.communicate()
+    if answers != ["done\n"] * programs:
+        fail("not all jobs could be started")
+    if settled:
+        settle(service.client)
+    return count / took
+
+
+def _start_jobs(address: str, count: int, threads: int) -> None:
+    counted = threading.Semaphore(count)
+
+    def start() -> None:
+        while counted.acquire(blocking=False):
+            client.start("/bin/true")
+
+    with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
+        client.list()  # connects
+        print("ready", flush=True)
+        starters = [threading.Thread(target=start) for _ in range(threads)]
+        input()
+        for starter in starters:
+            starter.start()
+        for starter in starters:
+            starter.join()
+    print("done", flush=True)
+
+
+def bench_memory(service: Service, gibibytes: int) -> None:
+    """The peak while jobs write 1 GiB each, one follower reads all of it and 100 stall."""
+    peaks = {pid: _forget_peak(pid) for pid in service.processes}
+    with contextlib.ExitStack() as stack:
+        # A connection of their own, for what they do not read keeps no other waiting.
+        lazy = stack.enter_context(Client(service.address, certs=CERTS, token=service.client.token))
+        for number in range(gibibytes):
+            job_id = service.client.start("head", ["-c", str(_JOB_OUTPUT_BYTES), "/dev/zero"])
+            for _ in range(_STALLED * (number == 0)):
+                stalled = lazy.stream(job_id)
+                next(stalled)
+                stack.callback(stalled.close)
+            if sum(map(len, service.client.stream(job_id))) != _JOB_OUTPUT_BYTES:
+                fail("the stream is not complete")
+        server, helper = (memory_bytes(pid, "VmHWM") / MIB for pid in service.processes)
+    count = len(service.client.list())
+    print_heading(
+        f"Memory through {gibibytes} GiB of output, {count:,} jobs finished, "
+        f"{_STALLED} stalled followers"
+    )
+    before = sum(peaks.values()) / MIB
+    report(
+        "server and helper, peak",
+        f"{server + helper:.0f} MiB",
+        f"{server:.0f} server, {helper:.0f} helper",
+        f"{before:.0f} MiB before",
+        _MEMORY_AIM,
+    )
+
+
+def _forget_peak(pid: int) -> int:
+    """Forget the peak so far, proc(5); return what is in use."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return memory_bytes(pid)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--start", nargs=3, required=True, metavar=("ADDRESS", "COUNT", "THREADS"))
+    address, count, threads = parser.parse_args().start
+    _start_jobs(address, int(count), int(threads))

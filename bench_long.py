@@ -1,0 +1,58 @@
+"""The part of the benchmark that takes half an hour: a soak, and much more of everything.
+
+    python bench_long.py [--jobs N] [--only-soak]      # `make bench-long`
+
+Exit status 1 if something has piled up in the soak, or is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import time
+
+from bench_load import bench_memory, bench_sustained, fill
+from bench_soak import SOAK_CONFIG, soak
+from bench_start import bench_growth
+from benchlib import serving
+
+_JOBS = 50_000
+_PAST_JOBS = 100_000
+_OUTPUT_GIB = 10
+
+
+def _bench_much() -> None:
+    with serving() as old, serving() as fresh:
+        bench_sustained(old)  # the first 10,000 jobs
+        bench_memory(old, _OUTPUT_GIB)
+        more = _PAST_JOBS - len(old.client.list())
+        print(f"  ({more:,} jobs more)", flush=True)
+        fill(old, more, clients=16)
+        bench_growth(fresh, old)
+
+
+def main() -> None:
+    """Run all of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--jobs", type=int, default=_JOBS, help="of the soak (default: %(default)s)"
+    )
+    parser.add_argument("--only-soak", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # which limits this host cannot enforce
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+    )
+    if not arguments.only_soak:
+        _bench_much()
+    with serving(SOAK_CONFIG) as service:
+        nothing_piled_up = soak(service, arguments.jobs)
+    sys.exit(0 if nothing_piled_up else 1)
+
+
+if __name__ == "__main__":
+    main()
