@@ -76,6 +76,10 @@ class Load:
         return {name: each for name, each in more.items() if each > getattr(_SLACK, name)}
 
 
+_COLUMNS = (
+    *("descriptors", "of helper", "threads", "memory, MiB", "of helper"),
+    *("cgroups", "files", "processes"),
+)
 # What may be more at the end than after the first thousand. How many threads and connections
 # are there at once is chance, and a heap has holes; a job that left something behind would
 # show fifty thousand times.
@@ -124,7 +128,7 @@ def soak(service: Service, jobs: int) -> bool:
     """Run that many jobs; return whether nothing has piled up."""
     print_heading(f"A soak of {jobs:,} jobs, of which {_KEPT} are kept when they have ended")
     names = [field.name for field in fields(Load)]
-    print("".join(f"{name.replace('_', ' '):>20}" for name in ("jobs", *names)), flush=True)
+    print("  " + "".join(f"{word:>13}" for word in ("jobs", *_COLUMNS)), flush=True)
     programs = [
         start_program(service.client, __file__, "--clients", service.address, number)
         for number in range(_PROGRAMS)
@@ -138,7 +142,8 @@ def soak(service: Service, jobs: int) -> bool:
         first = first or last
         if batch in {1, 2, batches} or batch % (batches // 10 or 1) == 0:
             figures = [f"{getattr(last, name):.1f}".removesuffix(".0") for name in names]
-            print("".join(f"{text:>20}" for text in (f"{batch * _BATCH:,}", *figures)), flush=True)
+            line = "".join(f"{word:>13}" for word in (f"{batch * _BATCH:,}", *figures))
+            print(f"  {line}", flush=True)
     for program in programs:
         program.communicate()
     if first is None or last is None:
