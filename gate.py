@@ -217,12 +217,14 @@ class Gate(grpc.ServerInterceptor):
                 self._refuse(call, error)
             return answer
 
-        def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+        def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             call = Call(method, context, self._audit)
             try:
                 self._admit(call, handler)
                 with self._streams.under_way(call.caller_key):
-                    yield from handler.unary_stream(self._receive(handler, requests, call), call)
+                    messages = handler.unary_stream(self._receive(handler, requests, call), call)
+                    # Not by gRPC, which keeps the message too, until the client reads on.
+                    yield from map(handler.response_serializer, messages)
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
 
@@ -232,9 +234,7 @@ class Gate(grpc.ServerInterceptor):
         if handler is None:
             return grpc.stream_unary_rpc_method_handler(unary)
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                stream, response_serializer=handler.response_serializer
-            )
+            return grpc.stream_stream_rpc_method_handler(stream)
         return grpc.stream_unary_rpc_method_handler(
             unary, response_serializer=handler.response_serializer
         )

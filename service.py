@@ -195,8 +195,11 @@ class _WorkerServicer:
             for chunk in chunks:
                 if call.caller.has_expired():
                     break  # which is all that the watch does not tell
-                yield worker_pb.StreamOutputResponse(data=chunk, offset=offset)
+                message = [worker_pb.StreamOutputResponse(data=chunk, offset=offset)]
                 offset += len(chunk)
+                # Here we wait for a client that does not read, and hold nothing meanwhile.
+                del chunk
+                yield message.pop()
             if not self._authenticator.is_valid(call.caller):
                 raise auth.TokenError
 
