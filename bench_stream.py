@@ -57,11 +57,15 @@ _LINES_BYTES = 32 * MIB
 _FOLLOWERS = (1, 10, 100, 1000)
 _SHARED_BYTES = 1024 * MIB  # of all followers together
 _SHARED_ROUNDS = 3
-_DELAY_LINES = 20
+_JOB_ROUNDS = 5
+_DELAY_LINES = 10
 _DELAY_MESSAGES_PER_S = 1000  # to all followers together; far more cannot be sent here
 _TINY_WRITES_S = 3
 _SILENCE_S = 30.0
 _SILENT = 1000
+
+# What a job has. Ours may make the floor another program: PYTHONUNBUFFERED, for one.
+_JOB_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 
 # What makes lines as a compiler or a test run does, and no faster.
 _MAKE_LINES = """
@@ -137,7 +141,10 @@ def _report_rates(
 
 
 def _through_cat(argv: Sequence[str]) -> None:
-    with tempfile.TemporaryFile() as file, subprocess.Popen(argv, stdout=subprocess.PIPE) as job:
+    with (
+        tempfile.TemporaryFile() as file,
+        subprocess.Popen(argv, env=_JOB_ENVIRONMENT, stdout=subprocess.PIPE) as job,
+    ):
         subprocess.run(["cat"], stdin=job.stdout, stdout=file, check=True)
     if job.returncode:
         fail(f"{argv[0]} failed")
@@ -284,7 +291,8 @@ def bench_job_rate(service: Service) -> None:
             "10 followers": lambda: job_s(10),
             "100 followers that do not read": lambda: job_s(100, stalled=True),
             "floor": lambda: seconds(lambda: _through_cat(lines)),
-        }
+        },
+        _JOB_ROUNDS,
     )
     floor = found.pop("floor")
     print_heading("A job that makes lines: its own rate / into a plain pipe to cat >file")
@@ -393,7 +401,7 @@ def bench_silence(service: Service) -> None:
 
 _LOADERS = 4  # programs
 _LOADER_THREADS = 4
-_LOAD_S = 3.0
+_LOAD_S = 2.0
 _LATE_S = 0.3
 
 
@@ -412,27 +420,27 @@ def bench_overload(service: Service) -> None:
     del other["OK"], other["RESOURCE_EXHAUSTED"]
     print_heading(f"Overload: Status at twice {capacity:.0f} calls per second, which can be served")
     p99 = percentile(normal["OK"], 99)
-    report("p99 at half of what can be served", f"{p99 * 1e3:.1f} ms")
+    # One run each, so no ratios: the reader sees both sides.
+    report("at half of that: p99", f"{p99 * 1e3:.1f} ms")
     report(
-        "p99 of what is served / that",
-        f"{percentile(served, 99) / p99:.2f} x",
-        f"{len(served)} served",
+        "at twice that: p99 of what is served",
         f"{percentile(served, 99) * 1e3:.1f} ms",
-        "<= 2",
+        f"{len(served)} served",
+        "",
+        f"<= {2 * p99 * 1e3:.1f} ms",
     )
     if refused:
+        share = len(refused) / sum(map(len, over.values()))
         report(
-            "refused",
-            f"{len(refused) / sum(map(len, over.values())):.0%}",
-            f"p99 {percentile(refused, 99) * 1e3:.1f} ms",
+            "  p99 of refusals", f"{percentile(refused, 99) * 1e3:.1f} ms", f"{share:.0%} refused"
         )
     for code, count in other.items():
         report(f"  {code}", str(count))
+    late = sum(map(len, back.values())) - len(back["OK"])
     report(
-        "p99 at half, right after / that before",
-        f"{percentile(back['OK'], 99) / p99:.2f} x",
-        f"{sum(map(len, back.values())) - len(back['OK'])} refused",
+        "at half again, right after: p99",
         f"{percentile(back['OK'], 99) * 1e3:.1f} ms",
+        f"{late} not served",
     )
 
 
