@@ -512,8 +512,13 @@ def kill_tree(path: str | os.PathLike[str]) -> None:
     except CgroupError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):
             raise
-        if path.exists():
-            _freeze_and_kill(path)  # a kernel before 5.14 has no cgroup.kill
+        # A kernel before 5.14 has no cgroup.kill; or there is no such cgroup, or not any more:
+        # once its processes are dead, its owner's other thread may remove it at any moment.
+        try:
+            _freeze_and_kill(path)
+        except CgroupError as failure:
+            if failure.errno not in (errno.ENOENT, errno.ENODEV) or path.exists():
+                raise
 
 
 def _freeze_and_kill(path: Path) -> None:
@@ -523,7 +528,7 @@ def _freeze_and_kill(path: Path) -> None:
         _write(path / "cgroup.freeze", "1", remedy=_DELEGATE)
         frozen = _wait_event(path, "frozen", "1", _FREEZE_S)
         for directory, _, _ in os.walk(path):
-            for pid in _read(Path(directory, "cgroup.procs")).split():
+            for pid in _read_if_there(Path(directory, "cgroup.procs")).split():
                 if pid == "0":  # of another PID namespace; to kill(2) it means our own group
                     continue
                 with contextlib.suppress(ProcessLookupError):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import cgroups
 from cgroups import CgroupError, Limits, _physical_disks, _wait_event
 from conftest import GUARD_S, await_output, own_cgroup
 from spawner import Spawner
@@ -345,6 +346,27 @@ def test_stop_reaches_a_frozen_job(
     assert worker.stop(job).status is Status.STOPPED
     assert escapees.are_dead()
     assert not _cgroup(worker, job).exists()
+
+
+def test_stop_without_cgroup_kill_is_none_the_worse_for_a_cgroup_that_is_gone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's thread removes it between our kill and our thaw; that is no error."""
+    job = worker.start("sleep", ["infinity"])
+    _refuse(monkeypatch, "cgroup.kill", errno.ENOENT)
+    real, waited = cgroups._write, threading.Event()
+
+    def write(path: Path, value: str, **options: Any) -> None:
+        thaws = (path.name, value) == ("cgroup.freeze", "0")
+        if thaws and threading.current_thread() is threading.main_thread():
+            worker.wait(job, GUARD_S)
+            assert not path.exists()
+            waited.set()
+        real(path, value, **options)
+
+    monkeypatch.setattr(cgroups, "_write", write)
+    assert worker.stop(job).status is Status.STOPPED
+    assert waited.is_set()
 
 
 def test_leaders_exit_ends_every_escapee_without_cgroup_kill(
