@@ -50,8 +50,8 @@ def start(name, argv, read):
     if jobs:
         cgroup = os.open(f"{jobs}/{name}", os.O_RDONLY | os.O_DIRECTORY)
     times.append(time.perf_counter())
-    work = spawner._Start(uid_, argv, {}, [argv[0]], cgroup, out, theirs)
-    pid, pidfd = getattr(spawner, way)(work)
+    work = spawner._Start(uid_, spawner._Program(argv, {}, [argv[0]]), out, theirs)
+    pid, pidfd = getattr(spawner, way)(work, cgroup)
     times.append(time.perf_counter())
     theirs.close()
     assert ours.recv(1) == b""  # closed by the exec

@@ -49,6 +49,17 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def job_processes(helper: int) -> list[int]:
+    """The children of a worker's helper, but for the spare that waits for the next job."""
+    program = Path(f"/proc/{helper}/cmdline").read_bytes()
+    found = []
+    for pid in children_of(helper):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes() != program:
+                found.append(pid)
+    return found
+
+
 def await_output(worker: Worker, job_id: str, text: bytes) -> None:
     """Block until the job has written `text`."""
     output = b""

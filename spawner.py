@@ -36,6 +36,11 @@ Each request brings a socket of its own for the answer, which ends with end-of-f
 start's the new process has a copy, tells on it what fails before the command executes,
 and closes it by executing. So the helper waits for no start, and starts not for each other.
 
+A start can be prepared: then its process is forked before it is asked for, and waits. Such
+a spare is in its job's cgroup already, has run once through what it will have to do, so
+that it has its own copies of the memory pages for that, and has the helper's rights until
+it executes the job's command.
+
 Thread safety: `Spawner` may be used from any thread. The helper itself has one thread.
 """
 
@@ -54,7 +59,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -224,10 +229,21 @@ class Spawner:
             self.kill(job)
         raise _error(answer)
 
+    def prepare(self, job: str) -> None:
+        """Have the process for `job`, which is to be started next, forked by now.
+
+        With `jobs_cgroup` the cgroup of that name must exist. There is one such process at
+        a time: the one before, if it still waits, ends. Does not wait, and who starts the
+        job need not know whether it was of use. Raises OSError, `SpawnerDiedError`.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            self._send(theirs, {"op": "prepare", "job": job}, [])
+
     def kill(self, job: str) -> None:
         """SIGKILL the process group of `job`, if its leader has not been reaped.
 
-        Does not wait. Raises `SpawnerDiedError`.
+        A job that has only been prepared is so no more. Does not wait. Raises `SpawnerDiedError`.
         """
         self._request({"op": "kill", "job": job})
 
@@ -265,9 +281,8 @@ class Spawner:
         answer: dict[str, Any] | None = None
         received: list[int] = []
         with ours:
+            self._send(theirs, request, fds)
             try:
-                with theirs, self._lock:
-                    _send(self._socket, request, [theirs.fileno(), *fds])
                 # Awake once, when all has been said: a start's answer comes in two parts.
                 _await(ours.fileno(), select.POLLHUP)
                 with contextlib.suppress(EOFError):
@@ -286,6 +301,14 @@ class Spawner:
                 raise SpawnerDiedError
             answer = {"errno": errno.EMFILE}  # it had no number left for where to answer
         return answer, received
+
+    def _send(self, reply: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
+        """Send a request, and with it `reply`, our copy of which is closed."""
+        try:
+            with reply, self._lock:
+                _send(self._socket, request, [reply.fileno(), *fds])
+        except OSError as error:
+            raise SpawnerDiedError from error
 
     def _is_dead(self) -> bool:
         try:
@@ -380,16 +403,28 @@ class _Leader(NamedTuple):
     exit_fd: int
 
 
+class _Spare(NamedTuple):
+    """A process that waits to be told what to become."""
+
+    job: str
+    pid: int
+    pidfd: int
+    socket: socket.socket  # where it is told; end-of-file is its end
+
+
 class _Start(NamedTuple):
     """What a new process is to become."""
 
     uid: int | None
-    argv: list[bytes]
-    env: dict[bytes, bytes]
-    paths: list[bytes]  # where the program may be
-    cgroup_fd: int | None  # of the directory
+    program: _Program
     stdout_fd: int
     reply: socket.socket  # where it tells what fails
+
+
+class _Program(NamedTuple):
+    argv: list[bytes]
+    env: dict[bytes, bytes]
+    paths: list[bytes]  # where the file may be
 
 
 class _Helper:
@@ -402,6 +437,7 @@ class _Helper:
         self._dismantle: list[Any] | None = duties["dismantle"]
         self._files: dict[str, int] = duties["files"]
         self._handed_over = False
+        self._spare: _Spare | None = None
         self._leaders: dict[int, _Leader] = {}  # by pid, until they are reaped
         self._pids: dict[str, int] = {}  # of those, by job
         self._exit_fds: dict[int, int] = {}  # by process group without its leader, until it is gone
@@ -471,10 +507,14 @@ class _Helper:
                     pid, pidfd = self._spawn(request["job"], request["uid"], reply, *fds)
                     answer["pid"] = pid
                     passed.append(pidfd)
+                case "prepare":
+                    self._prepare(request["job"])
                 case "kill":
                     self._reap()
                     if request["job"] in self._pids:
                         _kill_leader(self._pids[request["job"]])
+                    elif self._spare is not None and self._spare.job == request["job"]:
+                        self._drop_spare()
                 case "open":
                     passed.append(self._open(request["path"]))
                 case "hand_over":
@@ -509,43 +549,86 @@ class _Helper:
         # A range has floats in it, too, which would fail only in the child.
         if not (uid is None if self._uids is None else type(uid) is int and uid in self._uids):
             raise PermissionError(errno.EPERM, "not an uid of ours")
-        if job in self._pids or job != os.path.basename(job) or job in {"", ".", ".."}:
-            raise PermissionError(errno.EPERM, "not a job's name, or taken")
-        size = os.fstat(program_fd).st_size
-        if size > _MAX_PROGRAM_BYTES:
-            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-        argv, env, paths = _parse_program(os.pread(program_fd, size, 0))
-        cgroup_fd = self._open_cgroup(job)
+        self._check_name(job)
+        kept_fd = os.dup(exit_fd)
         try:
-            kept_fd = os.dup(exit_fd)
-            try:
-                pid, pidfd = _execute(_Start(uid, argv, env, paths, cgroup_fd, stdout_fd, reply))
-            except BaseException:
-                os.close(kept_fd)
-                raise
-        finally:
-            if cgroup_fd is not None:
-                os.close(cgroup_fd)
+            pid, pidfd = self._use_spare(job, uid, reply, program_fd, stdout_fd) or self._fork(
+                job, _Start(uid, _read_program(program_fd), stdout_fd, reply)
+            )
+        except BaseException:
+            os.close(kept_fd)
+            raise
         self._leaders[pid] = _Leader(job, kept_fd)
         self._pids[job] = pid
         return pid, pidfd
 
-    def _open_cgroup(self, job: str) -> int | None:
-        if self._jobs_cgroup is None:
+    def _check_name(self, job: str) -> None:
+        if job in self._pids or job != os.path.basename(job) or job in {"", ".", ".."}:
+            raise PermissionError(errno.EPERM, "not a job's name, or taken")
+
+    def _fork(self, job: str, start: _Start) -> tuple[int, int]:
+        """Start the job, and return pid and pidfd."""
+        with self._open_cgroup(job) as cgroup_fd:
+            return _execute(start, cgroup_fd)
+
+    def _prepare(self, job: str) -> None:
+        """Fork the spare for the job."""
+        self._check_name(job)
+        self._drop_spare()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.ExitStack() as undo, theirs, self._open_cgroup(job) as cgroup_fd:
+            undo.callback(ours.close)
+            pid, pidfd = _clone(cgroup_fd)
+            if pid == 0:
+                _wait(theirs)
+            self._spare = _Spare(job, pid, pidfd, ours)
+            undo.pop_all()
+
+    def _use_spare(
+        self, job: str, uid: int | None, reply: socket.socket, program_fd: int, stdout_fd: int
+    ) -> tuple[int, int] | None:
+        """Have the spare become the job, if there is one for it; return its pid and pidfd."""
+        if self._spare is None or self._spare.job != job:
             return None
         try:
-            return os.open(
-                f"{self._jobs_cgroup}/{job}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            )
+            fds = [reply.fileno(), program_fd, stdout_fd]
+            _send(self._spare.socket, {"uid": uid}, fds)
+        except OSError:  # it has been killed
+            self._drop_spare()
+            return None
+        spare, self._spare = self._spare, None
+        spare.socket.close()
+        return spare.pid, spare.pidfd
+
+    def _drop_spare(self) -> None:
+        """Forget the spare, which ends, if it has not been told what to become."""
+        if self._spare is not None:
+            self._spare.socket.close()
+            os.close(self._spare.pidfd)
+            self._spare = None
+
+    @contextlib.contextmanager
+    def _open_cgroup(self, job: str) -> Iterator[int | None]:
+        if self._jobs_cgroup is None:
+            yield None
+            return
+        try:
+            fd = os.open(f"{self._jobs_cgroup}/{job}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise AttachError(error.errno, error.strerror) from error
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def _reap(self) -> None:
         """Reap what has ended: report leaders, close the exit pipes of vanished groups."""
         while (pid := _ended_child()) is not None:
             leader = self._leaders.get(pid)
             if leader is None:
-                os.waitpid(pid, 0)  # an orphan of some job
+                if self._spare is not None and self._spare.pid == pid:
+                    self._drop_spare()
+                os.waitpid(pid, 0)  # that, or an orphan of some job
                 continue
             # As long as the leader is not reaped, its group's number is taken.
             _kill_group(pid)
@@ -599,9 +682,12 @@ def _failure(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _parse_program(text: bytes) -> tuple[list[bytes], dict[bytes, bytes], list[bytes]]:
-    """Return argv, the environment, and the paths to try. Raises ValueError, TypeError."""
-    program = json.loads(text)
+def _read_program(fd: int) -> _Program:
+    """Raises OSError, ValueError, TypeError."""
+    size = os.fstat(fd).st_size
+    if size > _MAX_PROGRAM_BYTES:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    program = json.loads(os.pread(fd, size, 0))
     argv = [os.fsencode(argument) for argument in program["argv"]]
     env = {os.fsencode(name): os.fsencode(value) for name, value in program["env"].items()}
     if not argv or any(b"\0" in each for each in (*argv, *env, *env.values())):
@@ -609,24 +695,29 @@ def _parse_program(text: bytes) -> tuple[list[bytes], dict[bytes, bytes], list[b
     if any(b"=" in name for name in env):
         raise ValueError("not a name of a variable")
     if b"/" in argv[0]:
-        return argv, env, [argv[0]]
+        return _Program(argv, env, [argv[0]])
     path = env.get(b"PATH", os.fsencode(os.defpath))
-    return argv, env, [os.path.join(each, argv[0]) for each in path.split(b":")]
+    return _Program(argv, env, [os.path.join(each, argv[0]) for each in path.split(b":")])
 
 
-def _execute(start: _Start) -> tuple[int, int]:
-    """Fork; the child executes the program, and tells itself if it cannot.
+def _execute(start: _Start, cgroup_fd: int | None) -> tuple[int, int]:
+    """Fork into the cgroup; the child executes the program, and tells itself if it cannot.
 
     Returns its pid and a pidfd. Raises `_ToldError`; OSError if there is no child.
     """
     try:
-        pid, pidfd = _clone(start.cgroup_fd)
+        pid, pidfd = _clone(cgroup_fd)
     except OSError:
         # An older kernel, a filter of system calls (seccomp), a cgroup that takes no
         # process: what works everywhere works, or says why not.
-        return _popen(start)
+        return _popen(start, cgroup_fd)
     if pid == 0:
-        _become(start)
+        try:
+            with _telling(start.reply):
+                _detach(start.reply.fileno(), start.stdout_fd)
+                _become(start)
+        finally:  # nothing may get back into the helper
+            os._exit(127)
     return pid, pidfd
 
 
@@ -653,45 +744,92 @@ def _clone(cgroup_fd: int | None) -> tuple[int, int]:
     return pid, pidfd.value
 
 
-def _become(start: _Start) -> NoReturn:
-    """Make this fork of the helper what was asked for, and execute the program.
-
-    As Popen does, in the same order. It tells what fails, and ends.
-    """
+def _wait(sock: socket.socket) -> NoReturn:
+    """Be the spare, in a fork of the helper: become what `sock` says when it does."""
     try:
-        signal.set_wakeup_fd(-1)  # the helper's
-        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-        os.dup2(start.stdout_fd, 1)
-        os.dup2(start.stdout_fd, 2)
-        # If the exec hangs (a dead file server), what is others' must not be open here.
-        # Before Linux 5.9 it is, until the exec.
-        reply_fd = start.reply.fileno()
-        for first, last in ((3, reply_fd - 1), (reply_fd + 1, _LAST_FD)):
-            _libc.syscall(
-                ctypes.c_long(_SYS_CLOSE_RANGE),
-                ctypes.c_uint(first),
-                ctypes.c_uint(last),
-                ctypes.c_uint(0),
-            )
-        os.setsid()
-        if start.uid is not None:
-            os.setgroups([])
-            os.setresgid(start.uid, start.uid, start.uid)
-            os.setresuid(start.uid, start.uid, start.uid)
-        _prepare(start.uid)
-        _execute_first(start)
-    except BaseException as error:  # noqa: BLE001 -- nothing may get back into the helper
-        _send(start.reply, _failure(error))
-    finally:
+        _detach(sock.fileno())
+        _rehearse()
+        _obey(sock)
+    finally:  # nothing may get back into the helper
         os._exit(127)
 
 
-def _execute_first(start: _Start) -> NoReturn:
+def _rehearse() -> None:
+    """Do all that a start does, but for what cannot be done twice.
+
+    The first write to a memory page that the helper has, too, copies it. There are some 200
+    of them, which then takes longer than all the rest.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
+        program.write(b'{"argv": ["/"], "env": {"A": "B"}}')
+        _send(ours, {"uid": None}, [ours.fileno(), program.fileno(), 1])
+        _obey(theirs)
+
+
+def _obey(sock: socket.socket) -> None:
+    """Become what the next message says. Returns only if it cannot be. Raises EOFError."""
+    message, (reply_fd, *fds) = _receive(sock)
+    try:
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=reply_fd) as reply,
+            _telling(reply),
+        ):
+            program_fd, stdout_fd = fds
+            _become(_Start(message["uid"], _read_program(program_fd), stdout_fd, reply))
+    finally:
+        _close_all(fds)
+
+
+@contextlib.contextmanager
+def _telling(reply: socket.socket) -> Iterator[None]:
+    """Tell whoever waits for the start what fails in the new process."""
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 -- nothing may get back into the helper
+        _send(reply, _failure(error))
+
+
+def _detach(*kept_fds: int) -> None:
+    """Give up what this fork has of the helper, but for these, in a session of its own."""
+    signal.set_wakeup_fd(-1)  # the helper's
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    # If the exec hangs (a dead file server), what is others' must not be open here.
+    # Before Linux 5.9 it is, until the exec.
+    first = 3
+    for kept in (*sorted(kept_fds), _LAST_FD + 1):
+        if first < kept:
+            _libc.syscall(
+                ctypes.c_long(_SYS_CLOSE_RANGE),
+                ctypes.c_uint(first),
+                ctypes.c_uint(kept - 1),
+                ctypes.c_uint(0),
+            )
+        first = kept + 1
+    os.setsid()
+
+
+def _become(start: _Start) -> NoReturn:
+    """Make this process what was asked for, as Popen does, and execute the program.
+
+    Raises OSError.
+    """
+    os.dup2(start.stdout_fd, 1)
+    os.dup2(start.stdout_fd, 2)
+    if start.uid is not None:
+        os.setgroups([])
+        os.setresgid(start.uid, start.uid, start.uid)
+        os.setresuid(start.uid, start.uid, start.uid)
+    _prepare(start.uid)
+    _execute_first(start.program)
+
+
+def _execute_first(program: _Program) -> NoReturn:
     """Execute the first of the paths that can be. Raises OSError, as execvp(3) would."""
     problem = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-    for path in start.paths:
+    for path in program.paths:
         try:
-            os.execve(path, start.argv, start.env)
+            os.execve(path, program.argv, program.env)
         except OSError as error:
             # One that is there says more than all that are not.
             if problem.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -699,12 +837,12 @@ def _execute_first(start: _Start) -> NoReturn:
     raise problem
 
 
-def _popen(start: _Start) -> tuple[int, int]:
+def _popen(start: _Start, cgroup_fd: int | None) -> tuple[int, int]:
     """As `_clone` and `_become`, where clone3 is not to be had."""
     # Not for the helper that does without: it is to be small.
     import subprocess
 
-    procs_fd = None if start.cgroup_fd is None else _open_procs(start.cgroup_fd)
+    procs_fd = None if cgroup_fd is None else _open_procs(cgroup_fd)
 
     def attach_and_prepare() -> None:
         try:
@@ -718,8 +856,8 @@ def _popen(start: _Start) -> tuple[int, int]:
 
     try:
         leader = subprocess.Popen(
-            start.argv,
-            env=start.env,
+            start.program.argv,
+            env=start.program.env,
             stdin=subprocess.DEVNULL,
             stdout=start.stdout_fd,
             stderr=subprocess.STDOUT,

@@ -27,7 +27,7 @@ import pytest
 from broadcaster import Budget, OutputLog
 from cgroups import NO_LIMITS
 from client import ClientError, main
-from conftest import GUARD_S, await_output, children_of, descriptors_of
+from conftest import GUARD_S, await_output, children_of, descriptors_of, job_processes
 from worker import (
     EndReason,
     Job,
@@ -608,7 +608,8 @@ def test_a_thousand_jobs_later_there_is_no_more_than_the_rule_says(
             worker._spawner.kill("nobody")  # once it answers, it has cleaned up before
             spawner = worker._spawner.pid
             threads = sorted(thread.name for thread in threading.enumerate())
-            return len(descriptors_of()), descriptors_of(spawner), threads, children_of(spawner)
+            processes = len(children_of(spawner)), job_processes(spawner)
+            return len(descriptors_of()), len(descriptors_of(spawner)), threads, processes
 
         def use(owner: str) -> None:
             for i in range(40):

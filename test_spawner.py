@@ -44,8 +44,16 @@ class _Job:
     """A job as the spawner sees it, with the read ends of its two pipes."""
 
     def __init__(
-        self, spawner: Spawner, argv: list[str], name: str, uid: int | None = None
+        self,
+        spawner: Spawner,
+        argv: list[str],
+        name: str,
+        uid: int | None = None,
+        *,
+        prepared: bool = False,
     ) -> None:
+        if prepared:
+            spawner.prepare(name)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self._output_fd, stdout_fd = os.pipe()
             self._exit_fd, exit_fd = os.pipe()
@@ -119,13 +127,19 @@ def spawner() -> Iterator[Spawner]:
         yield spawner
 
 
+@pytest.fixture(params=[False, True], ids=["forked", "prepared"])
+def prepared(request: pytest.FixtureRequest) -> bool:
+    """Whether a job's process is there before its start."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def spawn(spawner: Spawner) -> Iterator[Callable[..., _Job]]:
+def spawn(spawner: Spawner, prepared: bool) -> Iterator[Callable[..., _Job]]:
     """Start `argv` as a job and close its pipes after the test."""
     with contextlib.ExitStack() as jobs:
 
         def spawn(*argv: str, name: str = "job") -> _Job:
-            job = _Job(spawner, list(argv), name)
+            job = _Job(spawner, list(argv), name, prepared=prepared)
             jobs.callback(job.close)
             return job
 
@@ -376,7 +390,7 @@ _TELL_OF_JOBS = """
 import logging, re
 logging.disable()  # a host without controllers is said to be one
 from spawner import can_change_user, can_kill_any
-from worker import CgroupError, CommandError, Worker
+from worker import CgroupError, CommandError, Limits, Worker
 
 uid = 71_001 if can_change_user() and can_kill_any() else None
 
@@ -385,9 +399,9 @@ def output(command, *args):
     with worker.stream(job_id) as chunks:
         return b"".join(chunks).decode().replace(job_id, "JOB")
 
-def error(command):
+def error(command, limits=None):
     try:
-        worker.start(command, uid=uid)
+        worker.start(command, limits=limits, uid=uid)
     except (CommandError, CgroupError) as error:
         return re.sub("[-0-9a-f]{36}", "JOB", f"{type(error).__name__}: {error}")
 
@@ -406,7 +420,8 @@ with Worker(uids=None if uid is None else range(uid, uid + 1)) as worker:
             cgroup.path.rmdir()
             return cgroup
         worker.subtree.create = make_and_remove
-        told.append(error("true").replace(str(worker.subtree.jobs), "JOBS"))
+        # With limits of its own, for there is a cgroup with the usual ones already.
+        told.append(error("true", Limits(pids=7)).replace(str(worker.subtree.jobs), "JOBS"))
 print(told)
 """
 
@@ -433,14 +448,14 @@ def _subtree() -> Iterator[Subtree]:
         yield subtree
 
 
-def test_start_that_hangs_holds_up_no_other() -> None:
+def test_start_that_hangs_holds_up_no_other(*, prepared: bool) -> None:
     """Whatever keeps a new process from executing its command, the helper serves the others."""
     with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
         frozen = subtree.create("frozen", NO_LIMITS)
         (frozen.path / "cgroup.freeze").write_text("1")
         subtree.create("other", NO_LIMITS)
         with ThreadPoolExecutor(1) as pool:
-            hanging = pool.submit(_Job, spawner, ["echo", "late"], "frozen")
+            hanging = pool.submit(_Job, spawner, ["echo", "late"], "frozen", prepared=prepared)
             assert cgroups._wait_event(frozen.path, "populated", "1", _GUARD_S)
             try:
                 with contextlib.closing(_Job(spawner, ["echo", "fine"], "other")) as other:
@@ -454,13 +469,13 @@ def test_start_that_hangs_holds_up_no_other() -> None:
                 assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
 
 
-def test_process_that_dies_before_its_command_is_told_as_its_end() -> None:
+def test_process_that_dies_before_its_command_is_told_as_its_end(*, prepared: bool) -> None:
     """Killed after the fork and before the exec: no error is made up, and nothing hangs."""
     with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
         frozen = subtree.create("frozen", NO_LIMITS)
         (frozen.path / "cgroup.freeze").write_text("1")
         with ThreadPoolExecutor(1) as pool:
-            hanging = pool.submit(_Job, spawner, ["echo", "never"], "frozen")
+            hanging = pool.submit(_Job, spawner, ["echo", "never"], "frozen", prepared=prepared)
             assert cgroups._wait_event(frozen.path, "populated", "1", _GUARD_S)
             spawner.kill("frozen")
             with contextlib.closing(hanging.result(_GUARD_S)) as job:
@@ -468,7 +483,95 @@ def test_process_that_dies_before_its_command_is_told_as_its_end() -> None:
                 assert [job.exit(), job.exit()] == [Exit(signal=signal.SIGKILL), None]
 
 
-def test_many_starts_at_once_keep_apart(spawner: Spawner) -> None:
+def test_prepared_process_becomes_the_job(spawner: Spawner) -> None:
+    """It is there before the start, which forks nothing; the next job has nothing of it."""
+    spawner.prepare("job")
+    spawner.kill("nobody")  # once it answers, it has done what was asked before
+    (spare,) = children_of(spawner.pid)
+    job = _Job(spawner, ["sh", "-c", "echo $$"], "job")
+    with contextlib.closing(job):
+        assert job.pid == spare
+        assert job.read() == f"{spare}\n".encode()
+        assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
+    with contextlib.closing(_Job(spawner, ["true"], "job")) as job:
+        assert job.pid != spare
+
+
+def test_only_the_job_it_was_prepared_for_gets_a_process(spawner: Spawner) -> None:
+    """One of another name is forked as ever, and the one that waits goes on waiting."""
+    spawner.prepare("late")
+    spawner.kill("nobody")
+    (spare,) = children_of(spawner.pid)
+    for name, is_spare in (("early", False), ("late", True)):
+        with contextlib.closing(_Job(spawner, ["true"], name)) as job:
+            assert (job.pid == spare) is is_spare
+            assert job.exit() == Exit(exit_code=0)
+
+
+@pytest.mark.parametrize("way", ["prepared anew", "killed", "its process has died"])
+def test_prepared_process_that_is_not_needed_ends(spawner: Spawner, way: str) -> None:
+    """None is left, the helper keeps nothing of it, and its job can be started all the same."""
+    spawner.kill("warm-up")
+    before = descriptors_of(spawner.pid)
+    spawner.prepare("job")
+    spawner.kill("nobody")
+    (spare,) = children_of(spawner.pid)
+    with contextlib.closing(_Pidfd(spare)) as pidfd:
+        if way == "prepared anew":
+            spawner.prepare("other")
+        elif way == "killed":
+            spawner.kill("job")
+        else:
+            os.kill(spare, signal.SIGKILL)
+        _await_end(pidfd.fd)
+    with contextlib.closing(_Job(spawner, ["true"], "job")) as job:
+        assert job.pid != spare
+        assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
+    spawner.kill("other")
+    for pid in children_of(spawner.pid):
+        with contextlib.suppress(ProcessLookupError), contextlib.closing(_Pidfd(pid)) as pidfd:
+            _await_end(pidfd.fd)
+    spawner.kill("nobody")  # reaps what has ended
+    assert children_of(spawner.pid) == []
+    assert descriptors_of(spawner.pid) == before
+
+
+def test_prepared_process_has_nothing_but_its_socket(spawner: Spawner) -> None:
+    """No descriptor of the helper's or of other jobs', and it is in a session of its own."""
+    with contextlib.closing(_Job(spawner, ["sh", "-c", _FOREVER], "running")) as running:
+        spawner.prepare("job")
+        spawner.kill("nobody")
+        (spare,) = set(children_of(spawner.pid)) - {running.pid}
+        assert os.getsid(spare) == spare
+        links = [os.readlink(f"/proc/{spare}/fd/{fd}") for fd in descriptors_of(spare)]
+        assert links[:3] == [os.devnull] * 3
+        assert [link.partition(":")[0] for link in links[3:]] == ["socket"]
+
+
+def test_prepared_process_is_in_its_jobs_cgroup() -> None:
+    """Before it is told what to do; so the job is there from its first instruction on."""
+    with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
+        cgroup = subtree.create("job", NO_LIMITS)
+        spawner.prepare("job")
+        spawner.kill("nobody")
+        procs = (cgroup.path / "cgroup.procs").read_text().split()
+        with contextlib.closing(_Job(spawner, ["true"], "job")) as job:
+            assert procs == [str(job.pid)]
+            assert job.exit() == Exit(exit_code=0)
+
+
+def test_death_of_the_helper_ends_the_prepared_process() -> None:
+    """It waits for nobody then."""
+    with Spawner() as spawner:
+        spawner.prepare("job")
+        spawner.kill("nobody")
+        (spare,) = children_of(spawner.pid)
+        with contextlib.closing(_Pidfd(spare)) as pidfd:
+            os.kill(spawner.pid, signal.SIGKILL)
+            _await_end(pidfd.fd)
+
+
+def test_many_starts_at_once_keep_apart(spawner: Spawner, *, prepared: bool) -> None:
     """Good ones and bad ones from 16 threads: each gets its own pid, output, end or error."""
     spawner.kill("warm-up")
     before = descriptors_of(spawner.pid)
@@ -478,9 +581,10 @@ def test_many_starts_at_once_keep_apart(spawner: Spawner) -> None:
             name = f"{number}-{i}"
             if i % 2:
                 with pytest.raises(FileNotFoundError):
-                    _Job(spawner, [f"/no/such/{name}"], name)
+                    _Job(spawner, [f"/no/such/{name}"], name, prepared=prepared)
                 continue
-            with contextlib.closing(_Job(spawner, ["sh", "-c", f"echo {name} $$"], name)) as job:
+            echo = ["sh", "-c", f"echo {name} $$"]
+            with contextlib.closing(_Job(spawner, echo, name, prepared=prepared)) as job:
                 assert job.read() == f"{name} {job.pid}\n".encode()
                 assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
 
@@ -743,12 +847,18 @@ class _Seat:
             program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV}).encode()
         fields = {"op": "spawn", "job": "job", "uid": self.uid} | request
         fields = {key: value for key, value in fields.items() if value is not _MISSING}
-        with _program_fds(program) as (fds, output_fd):
-            answer = self.ask(fields, fds)
-            for fd in fds[1:]:
-                os.close(fd)
-            self.assert_nothing_gained(answer)
-            assert _is_abandoned(output_fd)
+        job = {"job": fields["job"]} if "job" in fields else {}
+        for prepared in (False, True):
+            if prepared and self.ask({"op": "prepare"} | job) is None:
+                break  # the helper has ended
+            with _program_fds(program) as (fds, output_fd):
+                answer = self.ask(fields, fds)
+                for fd in fds[1:]:
+                    os.close(fd)
+                if prepared and job != {"job": "honest"}:
+                    self.ask({"op": "kill"} | job)  # what would wait for the next attempt
+                self.assert_nothing_gained(answer)
+                assert _is_abandoned(output_fd)
 
 
 _MISSING = object()
@@ -922,8 +1032,9 @@ _OPS: list[object] = [*("", "exec", "SPAWN", "dismantle", "_open", "__init__", N
 _NO_NAMES: list[object] = [[], {}]
 _MESSAGES: list[bytes | dict[str, Any]] = [
     *({"op": op} for op in _OPS),
-    *({"op": "kill", "job": job} for job in _NO_NAMES),
-    *({"op": op} for op in ("spawn", "kill", "open")),
+    *({"op": op, "job": job} for op in ("kill", "prepare") for job in _NO_NAMES),
+    *({"op": "prepare", "job": job} for job in ("", ".", "..", "a/b", "/abs", "honest", 5, None)),
+    *({"op": op} for op in ("spawn", "kill", "open", "prepare")),
     *(b"", b"{", b"not JSON", b"\xff\xfe", b"[]", b"5", b"null", b'"spawn"', b"{}"),
     *(b'{"job": "honest"}', b"[" * 4000, b"x" * 5000),
     json.dumps({"op": "kill", "job": "x" * 5000}).encode(),

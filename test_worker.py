@@ -25,12 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from cgroups import NO_LIMITS
-from conftest import children_of, descriptors_of
+from conftest import children_of, descriptors_of, job_processes
 from spawner import read_exit
 from worker import (
     MAX_ARGV_BYTES,
@@ -183,22 +183,24 @@ _LOST = (Status.FINISHED, EndReason.LOST, None, None)
 def _traces(worker: Worker) -> dict[str, object]:
     """Everything a job could leave behind."""
     spawner = worker._spawner
+    worker._prepare_place()  # if there is none, as after a start that found nothing left
     spawner.kill("nobody")  # once it answers, the helper has cleaned up after the last request
     jobs = worker._subtree.jobs if worker._subtree else None
     return {
         "descriptors": descriptors_of(),
-        "helper's descriptors": descriptors_of(spawner.pid),
+        "helper's descriptors": len(descriptors_of(spawner.pid)),  # the spare's vary
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "files": sorted(os.listdir(worker._output_dir.path)),
-        "cgroups": sorted(path.name for path in jobs.iterdir() if path.is_dir()) if jobs else [],
-        "processes": children_of(spawner.pid),
+        "cgroups": len([path for path in jobs.iterdir() if path.is_dir()]) if jobs else 0,
+        "processes": job_processes(spawner.pid),
+        "spares": len(children_of(spawner.pid)) - len(job_processes(spawner.pid)),
         "jobs": worker.list(),
     }
 
 
 def _await_reaped(worker: Worker) -> None:
     """Block until the helper has reaped its children, which are about to die."""
-    for pid in children_of(worker._spawner.pid):
+    for pid in job_processes(worker._spawner.pid):
         with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as pidfd:
             assert select.select([pidfd], [], [], _GUARD_S)[0]
     # It reaps all there is when this one ends.
@@ -470,6 +472,61 @@ def test_ended_jobs_keep_their_output_and_nothing_else(worker: Worker) -> None:
     assert after.pop("files") == sorted(f"{job_id}.out" for job_id in job_ids)
     assert len(cast("tuple[Job, ...]", after.pop("jobs"))) == 50
     assert after == {key: before[key] for key in after}
+
+
+# --- the place that is prepared for the next job ------------------------------------------------
+
+
+def _spare(worker: Worker) -> int:
+    """The one process that waits for its job."""
+    worker._spawner.kill("nobody")  # once it answers, the helper has done what was asked before
+    (spare,) = set(children_of(worker._spawner.pid)) - set(job_processes(worker._spawner.pid))
+    return spare
+
+
+def _pid(worker: Worker, **options: Any) -> int:
+    """Start a job, await its end, and return its leader's pid."""
+    job_id = worker.start("sh", ["-c", "echo $$"], **options)
+    pid = int(_output(worker, job_id))
+    worker.wait(job_id, _GUARD_S)
+    return pid
+
+
+def test_the_next_jobs_process_is_there_before_its_start(worker: Worker) -> None:
+    """From the first job on, and for each: it becomes the job, and another waits."""
+    for _ in range(5):
+        spare = _spare(worker)
+        assert _pid(worker) == spare
+
+
+def test_job_with_limits_of_its_own_leaves_the_prepared_place(worker: Worker) -> None:
+    """That has the usual limits, and is the next one's that has them."""
+    spare = _spare(worker)
+    assert _pid(worker, limits=Limits(pids=100)) != spare
+    assert _spare(worker) == spare
+    assert _pid(worker, limits=Limits()) == spare
+
+
+def test_failed_start_has_another_place_prepared(worker: Worker) -> None:
+    """The process it was to have is gone, and nothing else of it is there."""
+    before, spare = _traces(worker), _spare(worker)
+    for command in ("/no/such", "/etc", "no-such-command"):
+        with pytest.raises(CommandError):
+            worker.start(command)
+    _await_reaped(worker)
+    assert _traces(worker) == before
+    assert _spare(worker) != spare
+
+
+def test_dead_process_of_a_prepared_place_is_no_trouble(worker: Worker) -> None:
+    """Whoever has killed it: the job is forked then, in the same cgroup."""
+    spare = _spare(worker)
+    pidfd = os.pidfd_open(spare)
+    os.kill(spare, signal.SIGKILL)
+    assert select.select([pidfd], [], [], _GUARD_S)[0]
+    os.close(pidfd)
+    assert _pid(worker) != spare
+    assert _pid(worker) != spare
 
 
 # --- ends ---------------------------------------------------------------------------------
@@ -768,7 +825,7 @@ def test_stop_leaves_no_process_of_a_big_tree(worker: Worker, fifo: _Fifo) -> No
         fifo.readline()
     assert _end(worker.stop(job_id)) == _STOPPED
     assert not fifo.is_held()
-    assert children_of(worker._spawner.pid) == []
+    assert job_processes(worker._spawner.pid) == []
 
 
 def test_stop_reaches_escapees(fifo: _Fifo) -> None:
@@ -833,7 +890,7 @@ def test_starts_and_stops_in_parallel_leave_nothing(
     for future in [pool.submit(live, i) for i in range(8)]:
         future.result(_GUARD_S)
     assert not fifo.is_held()
-    assert children_of(worker._spawner.pid) == []
+    assert job_processes(worker._spawner.pid) == []
 
 
 def test_processes_that_will_not_die_are_reported(

@@ -284,10 +284,12 @@ class Worker:
         self._limits = limits or Limits()
         self._uids = uids
         self._registry = _Registry(retention or Retention())
-        # Guards the two below. Notified when _busy falls. Never held during I/O.
+        # Guards the four below. Notified when _busy falls. Never held during I/O.
         self._idle = threading.Condition()
         self._busy = 0  # calls that are starting or removing jobs
         self._closed = False
+        self._place: _Place | None = None  # prepared for the next job
+        self._place_is_wanted = True  # and nobody is preparing one
         with contextlib.ExitStack() as undo:
             self._output_dir = _OutputDir(output_dir)
             undo.callback(self._output_dir.close)
@@ -305,6 +307,8 @@ class Worker:
             )
             undo.callback(self._spawner.close)
             self._undo = undo.pop_all()
+        if uids is None:
+            self._prepare_place()
 
     @property
     def subtree(self) -> Subtree | None:
@@ -337,6 +341,7 @@ class Worker:
                 self._subtree.hand_over(uid)
                 self._spawner.hand_over()
         drop_privileges(uid)
+        self._prepare_place()  # not before, for the cgroup is to be ours
 
     def open_file(self, path: str) -> int:
         """Open one of `files` with the rights the process had; return the descriptor.
@@ -378,10 +383,9 @@ class Worker:
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
         with self._open():
-            job_id = str(uuid.uuid4())
-            work = _Work(job_id, argv, owner, uid, limits or self._limits, budget, on_end)
-            self._registry.add(self._launch(work))
-        return job_id
+            job = self._launch(_Work(argv, owner, uid, budget, on_end), limits or self._limits)
+            self._registry.add(job)
+        return job.job_id
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -397,9 +401,55 @@ class Worker:
                 self._busy -= 1
                 self._idle.notify_all()
 
-    def _launch(self, work: _Work) -> _Job:
-        job_id = work.job_id
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as ours:
+    def _take_place(self, limits: Limits) -> _Place:
+        """Return a place for a job: the one that is prepared, if it has these limits."""
+        with self._idle:
+            if self._place is not None and limits == self._limits:
+                place, self._place = self._place, None
+                self._place_is_wanted = True
+                return place
+        return self._make_place(limits)
+
+    def _make_place(self, limits: Limits) -> _Place:
+        job_id = str(uuid.uuid4())
+        cgroup = self._subtree.create(job_id, limits) if self._subtree is not None else None
+        return _Place(job_id, limits, cgroup)
+
+    def _put_back(self, place: _Place) -> None:
+        """Keep for the next job what this one did not come to use."""
+        with self._idle:
+            if self._place_is_wanted and place.limits == self._limits:
+                self._place, self._place_is_wanted = place, False
+                return
+        place.discard()
+
+    def _prepare_place(self) -> None:
+        """Prepare the next job's place, if nobody has. What fails fails again at its start."""
+        with self._idle:
+            if not self._place_is_wanted:
+                return
+            self._place_is_wanted = False
+        try:
+            with self._open(), contextlib.ExitStack() as undo:
+                place = self._make_place(self._limits)
+                undo.callback(place.discard)
+                self._spawner.prepare(place.job_id)
+                undo.pop_all()
+                with self._idle:
+                    self._place = place
+        except (WorkerClosedError, SpawnerDiedError, OSError):
+            with self._idle:
+                self._place_is_wanted = True
+
+    def _launch(self, work: _Work, limits: Limits) -> _Job:
+        with (
+            contextlib.ExitStack() as undo,
+            contextlib.ExitStack() as ours,
+            contextlib.ExitStack() as unused,
+        ):
+            place = self._take_place(limits)
+            unused.callback(self._put_back, place)
+            job_id = place.job_id
             try:
                 output = self._output_dir.make_log(job_id, work.budget)
                 undo.callback(output.remove)
@@ -411,23 +461,22 @@ class Worker:
                 raise ResourceError(f"no room for the output of a new job: {error}") from error
             # For a job that opens /dev/stdout. Only its own user gets at the pipe there.
             os.fchmod(stdout_fd, 0o622)
-            cgroup = None
-            if self._subtree is not None:
-                cgroup = self._subtree.create(job_id, work.limits)
-                undo.callback(_discard, cgroup)
             # Before it is asked for: a Ctrl-C may come between the start and its answer.
+            unused.pop_all()
+            undo.callback(self._prepare_place)
+            undo.callback(place.discard)
             undo.callback(self._spawner.kill, job_id)
             try:
                 pid, pidfd = self._spawner.spawn(
                     job_id,
                     work.argv,
-                    _environment(work),
+                    _environment(job_id, work),
                     stdout_fd=stdout_fd,
                     exit_fd=exit_fd,
                     uid=work.uid,
                 )
             except AttachError as error:
-                path = cgroup.path / "cgroup.procs" if cgroup else Path()
+                path = place.cgroup.path / "cgroup.procs" if place.cgroup else Path()
                 raise CgroupError(
                     f"a new process cannot enter {path}: {error.strerror}",
                     path=path,
@@ -439,13 +488,14 @@ class Worker:
                 raise _exec_error(work.argv, error) from error
             undo.callback(os.close, pidfd)
             job = _Job(
+                place,
                 work,
                 output,
-                cgroup,
                 self._spawner,
                 pid,
                 _Descriptors(output_fd, exit_read_fd, pidfd),
                 self._registry,
+                self._prepare_place,
             )
             try:
                 job.thread.start()
@@ -563,14 +613,27 @@ class Worker:
         return self._registry.get(job_id)
 
 
+class _Place(NamedTuple):
+    """Where a job is going to be. The spawner may have a process there already."""
+
+    job_id: str
+    limits: Limits
+    cgroup: Cgroup | None
+
+    def discard(self) -> None:
+        """Take it down, with what is in it."""
+        if self.cgroup is not None:
+            self.cgroup.kill()
+            self.cgroup.wait_empty()
+            self.cgroup.remove()
+
+
 class _Work(NamedTuple):
     """What a job is to be; the arguments of `start`, checked."""
 
-    job_id: str
     argv: list[str]
     owner: str
     uid: int | None
-    limits: Limits
     budget: Budget | None
     on_end: Callable[[], None] | None
 
@@ -588,27 +651,29 @@ class _Job:
 
     def __init__(  # noqa: PLR0913 -- what _launch has prepared
         self,
+        place: _Place,
         work: _Work,
         output: OutputLog,
-        cgroup: Cgroup | None,
         spawner: Spawner,
         pid: int,
         fds: _Descriptors,
         registry: _Registry,
+        prepare_place: Callable[[], None],
     ) -> None:
-        self.job_id = work.job_id
+        self.job_id = place.job_id
         self.owner = work.owner
         self.output = output
         # A daemon, lest a program that forgets to close its worker hang at its end.
         self.thread = threading.Thread(target=self._run, name=f"job-{self.job_id[:8]}", daemon=True)
         self._argv = tuple(work.argv)
         self._on_end = work.on_end
-        self._cgroup = cgroup
-        self._limits = cgroup.limits if cgroup else NO_LIMITS
+        self._cgroup = place.cgroup
+        self._limits = place.cgroup.limits if place.cgroup else NO_LIMITS
         self._spawner = spawner
         self._pid = pid
         self._fds = fds  # closed, and not to be used, once the job has ended
         self._registry = registry
+        self._prepare_place = prepare_place
         self.is_finished = False  # the registry's to write and to read
         self._pipe_is_large = False  # the thread's own
         self._started_at = datetime.now(UTC)
@@ -678,6 +743,7 @@ class _Job:
     def _run(self) -> None:
         leader_exit = None
         try:
+            self._prepare_place()  # here, for whoever has started us need not wait for it
             leader_exit = self._await_leader()
             ended_at = datetime.now(UTC)
             self._finish_processes(lost=leader_exit is None)
@@ -1166,7 +1232,7 @@ def _exec_error(argv: Sequence[str], error: OSError) -> WorkerError:
     return CommandError(command, error.strerror or str(error))
 
 
-def _environment(work: _Work) -> dict[str, str]:
+def _environment(job_id: str, work: _Work) -> dict[str, str]:
     """The job's whole environment: the server's own carries what is not for jobs."""
     if work.uid is not None:
         # Not an account of this host; so there is no home either.
@@ -1177,7 +1243,7 @@ def _environment(work: _Work) -> dict[str, str]:
             name, home = user.pw_name, user.pw_dir
         except KeyError:  # an uid without an account, as in many containers
             name, home = str(os.geteuid()), "/"
-    return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "USER": name, "JOB_ID": work.job_id}
+    return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "USER": name, "JOB_ID": job_id}
 
 
 def _shorten(text: str, length: int = 200) -> str:
@@ -1190,13 +1256,6 @@ def _pipe(undo: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, 
     undo.callback(os.close, read_fd)
     ours.callback(os.close, write_fd)
     return read_fd, write_fd
-
-
-def _discard(cgroup: Cgroup) -> None:
-    """Undo a start: the process may be in its cgroup already."""
-    cgroup.kill()
-    cgroup.wait_empty()
-    cgroup.remove()
 
 
 def _is_readable(pidfd: int, timeout: float | None = 0) -> bool:
