@@ -50,8 +50,17 @@ def start(name, argv, read):
     if jobs:
         cgroup = os.open(f"{jobs}/{name}", os.O_RDONLY | os.O_DIRECTORY)
     times.append(time.perf_counter())
-    work = spawner._Start(uid_, spawner._Program(argv, {}, [argv[0]]), out, theirs)
-    pid, pidfd = getattr(spawner, way)(work, cgroup)
+    program = spawner._Program(argv, {}, [argv[0]], uid_)
+    if way == "clone3":
+        pid, pidfd = spawner._clone(cgroup)
+        if pid == 0:
+            try:
+                spawner._detach(theirs.fileno(), out)
+                spawner._become(program)
+            finally:
+                os._exit(127)
+    else:
+        pid, pidfd = spawner._popen(program, out, theirs, cgroup)
     times.append(time.perf_counter())
     theirs.close()
     assert ours.recv(1) == b""  # closed by the exec
@@ -83,7 +92,7 @@ HAND_STEPS = ("make the cgroup", "open it", "fork", "child, to its exec")
 class ByHand:
     """The program that starts processes by hand.
 
-    `way`: the function of `spawner.py` that forks. `jobs`: where cgroups are made, if they
+    `way`: "clone3", or "popen" for one with a `preexec_fn`. `jobs`: where cgroups are made, if they
     are. `uid`: who the processes run as; None for ourselves.
     """
 

@@ -11,7 +11,6 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import cgroups
 import spawner
 import worker
 from bench_floor import HAND_STEPS, ByHand, Floor
@@ -45,9 +44,7 @@ _SAY = ("/bin/echo", "x")
 
 _STEPS: tuple[tuple[str, object, str], ...] = (
     ("output file", worker._OutputDir, "make_log"),  # noqa: SLF001 -- what is to be measured
-    ("two pipes", worker, "_pipe"),
-    ("cgroup and limits", cgroups.Subtree, "create"),
-    ("helper, from the request to the exec", spawner.Spawner, "spawn"),
+    ("from the command to the exec", spawner.Process, "execute"),
     ("argv in a memfd", os, "memfd_create"),
     ("thread", threading.Thread, "start"),
 )
@@ -66,8 +63,7 @@ def bench_start(service: Service, floor: Floor) -> None:
         jobs = stack.enter_context(worker.Worker(uids=uids))
         directory = jobs.subtree.jobs if jobs.subtree else None
         hand, popen = (
-            stack.enter_context(closing(ByHand(way, directory, uid)))
-            for way in ("_execute", "_popen")
+            stack.enter_context(closing(ByHand(way, directory, uid))) for way in ("clone3", "popen")
         )
         measures: dict[str, Callable[[], list[float]]] = {
             "StartJob": lambda: _start_jobs(service.client, _STARTS),

@@ -328,25 +328,28 @@ class Subtree:
         _mkdir(path)
         cgroup = Cgroup(path, NO_LIMITS)
         try:
-            return Cgroup(path, self._apply(path, limits))
+            return self.limit(cgroup, limits)
         except BaseException:
             cgroup.remove()
             raise
 
-    def _apply(self, path: Path, limits: Limits) -> Limits:
-        """Write the limits and return those in force."""
+    def limit(self, cgroup: Cgroup, limits: Limits) -> Cgroup:
+        """Write every limit of a cgroup that has none, and return it with those in force.
+
+        Raises as `create`; then some may have been written.
+        """
         unlimited: list[str] = []
         for controller, names in _CONTROLLERS.items():
             if all(getattr(limits, name) is None for name in names):
                 continue
             if controller in self.controllers:
                 try:
-                    _WRITERS[controller](path, limits)
+                    _WRITERS[controller](cgroup.path, limits)
                     continue
                 except CgroupError as error:
                     self._give_up_or_note(controller, error)
             unlimited += names
-        return replace(limits, **dict.fromkeys(unlimited)) if unlimited else limits
+        return Cgroup(cgroup.path, replace(limits, **dict.fromkeys(unlimited)))
 
     def _give_up_or_note(self, controller: str, error: CgroupError) -> None:
         if self._enforcement == "require":

@@ -50,13 +50,26 @@ def children_of(pid: int) -> list[int]:
 
 
 def job_processes(helper: int) -> list[int]:
-    """The children of a worker's helper, but for the spare that waits for the next job."""
+    """The children of a worker's helper, but for the process that waits for the next job."""
     program = Path(f"/proc/{helper}/cmdline").read_bytes()
     found = []
     for pid in children_of(helper):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes() != program:
                 found.append(pid)
+    return found
+
+
+def job_cgroups(jobs: Path) -> list[Path]:
+    """The cgroups in there, but for that of the process that waits for the next job."""
+    found = []
+    for path in jobs.iterdir():
+        if path.is_dir():
+            with contextlib.suppress(OSError):
+                pids = (path / "cgroup.procs").read_text().split()
+                programs = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
+                if not programs or not all("spawner.py" in program for program in programs):
+                    found.append(path)
     return found
 
 

@@ -8,14 +8,22 @@ and signals their process groups, hence never a process that has been reaped and
 number belongs to a stranger.
 
 A job is forked by clone3(2), into its cgroup. Where that is not to be had, it is
-`subprocess.Popen` with a `preexec_fn` that moves the child there: the same for the job,
-but a move waits, for some milliseconds, until every CPU of the host has taken notice.
+`subprocess.Popen` with a `preexec_fn` that moves the child there: the same for the job, but
+it cannot be forked beforehand, and a move waits, for some milliseconds, until every CPU of
+the host has taken notice.
 
     with Spawner() as spawner:
         read_end, exit_fd = os.pipe()
-        pid, pidfd = spawner.spawn("a", ["echo", "hi"], {}, stdout_fd=1, exit_fd=exit_fd)
+        process = spawner.fork("a", stdout_fd=1, exit_fd=exit_fd)
         os.close(exit_fd)
+        pid, pidfd = process.execute(["/bin/echo", "hi"], {})
         read_exit(read_end)        # what ended the leader, once it has ended
+
+Fork and exec are apart, as in Unix itself, so that the first can be done before a job is
+asked for. The new process waits in its job's cgroup for what to execute, and has the helper's
+rights until then. Meanwhile it runs once through all that it will have to do: the first write
+to each memory page that it shares with the helper copies that page, some 200 of them, which
+takes longer than all the rest of a start.
 
 The helper's part of this file imports little, for every page of the helper is copied by
 its forks: with twice the modules a start took half as long again.
@@ -33,13 +41,9 @@ helper kills every job and every other descendant, and exits: nothing outlives
 the owner, not even after SIGKILL.
 
 Each request brings a socket of its own for the answer, which ends with end-of-file. Of a
-start's the new process has a copy, tells on it what fails before the command executes,
-and closes it by executing. So the helper waits for no start, and starts not for each other.
-
-A start can be prepared: then its process is forked before it is asked for, and waits. Such
-a spare is in its job's cgroup already, has run once through what it will have to do, so
-that it has its own copies of the memory pages for that, and has the helper's rights until
-it executes the job's command.
+fork's the new process has a copy, is told on it what to execute, tells what fails before it
+does, and closes it by executing. So the helper waits for no start, and starts not for each
+other.
 
 Thread safety: `Spawner` may be used from any thread. The helper itself has one thread.
 """
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttachError",
     "Exit",
+    "Process",
     "Spawner",
     "SpawnerDiedError",
     "can_change_user",
@@ -184,66 +189,25 @@ class Spawner:
     def pid(self) -> int:
         return self._process.pid
 
-    def spawn(  # noqa: PLR0913 -- one request, all of it needed
-        self,
-        job: str,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        *,
-        stdout_fd: int,
-        exit_fd: int,
-        uid: int | None = None,
-    ) -> tuple[int, int]:
-        """Execute `argv` as the leader of a new session; return its pid and a pidfd of it.
+    def fork(self, job: str, *, stdout_fd: int, exit_fd: int) -> Process:
+        """Have a process forked that can be told what to execute; it will lead a session.
 
-        stdin is /dev/null, stdout and stderr are `stdout_fd`, the directory is /, no
+        Its stdin is /dev/null, its stdout and stderr are `stdout_fd`, its directory is /, no
         other descriptor is open, every signal has its default disposition, the umask is
         077, nothing it executes can gain privileges (no_new_privs), and it dumps no
-        core. `exit_fd`, the write end of a pipe, will tell the end (see `read_exit`).
-        With `jobs_cgroup` the process joins the cgroup `job` in there before it executes
-        anything. `uid` (one of `uids`, if those were given, else None): its user and its
-        group, the only one it has. The caller keeps its descriptors, and should close
-        its copy of `exit_fd`.
+        core. `exit_fd`, the write end of a pipe, will tell its end (see `read_exit`).
+        With `jobs_cgroup` it is in the cgroup `job` in there from its first instruction on.
+        The caller keeps its descriptors, and should close its copy of `exit_fd`.
 
-        Blocks until the command is executing. Raises OSError with exec's errno when
-        it cannot be executed, PermissionError for an uid or a name that is not allowed,
-        `AttachError` when it could not join the cgroup, `SpawnerDiedError`. Nothing is
-        left behind then.
+        Does not wait: what fails is told by `Process.execute`. Raises OSError when there is
+        no descriptor left, `SpawnerDiedError`.
         """
-        # In a file: a message may not be larger than net.core.wmem_max, an argv may.
-        with open(os.memfd_create("argv"), "w+b", buffering=0) as program:
-            program.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode())
-            fds = [program.fileno(), stdout_fd, exit_fd]
-            answer, received = self._ask({"op": "spawn", "job": job, "uid": uid}, fds)
-        if not received:  # the kernel drops a descriptor for which we have no number left
-            answer.setdefault("errno", errno.EMFILE)
-        if "errno" not in answer:
-            return answer["pid"], received[0]
-        if "pid" in answer:
-            # It is on its way out; the helper reaps it when it next hears from us.
-            try:
-                for pidfd in received:
-                    _await(pidfd, select.POLLIN)
-            finally:
-                _close_all(received)
-            self.kill(job)
-        raise _error(answer)
-
-    def prepare(self, job: str) -> None:
-        """Have the process for `job`, which is to be started next, forked by now.
-
-        With `jobs_cgroup` the cgroup of that name must exist. There is one such process at
-        a time: the one before, if it still waits, ends. Does not wait, and who starts the
-        job need not know whether it was of use. Raises OSError, `SpawnerDiedError`.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            self._send(theirs, {"op": "prepare", "job": job}, [])
+        return Process(self, job, self._ask({"op": "fork", "job": job}, [stdout_fd, exit_fd]))
 
     def kill(self, job: str) -> None:
         """SIGKILL the process group of `job`, if its leader has not been reaped.
 
-        A job that has only been prepared is so no more. Does not wait. Raises `SpawnerDiedError`.
+        Does not wait. Raises `SpawnerDiedError`.
         """
         self._request({"op": "kill", "job": job})
 
@@ -269,27 +233,40 @@ class Spawner:
         return received[0]
 
     def _request(self, request: dict[str, Any]) -> list[int]:
-        """Ask for something other than a start; return the descriptors that are the answer."""
-        answer, received = self._ask(request, [])
+        """Ask for something other than a process; return the descriptors that are the answer."""
+        answer, received = self._collect(self._ask(request, []))
         if "errno" in answer:
             raise _error(answer)
         return received
 
-    def _ask(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Send a request; return all that is said in answer to it, and the descriptors with it."""
+    def _ask(self, request: dict[str, Any], fds: list[int]) -> socket.socket:
+        """Send a request; return the socket on which the answer will come."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, self._lock:
+                _send(self._socket, request, [theirs.fileno(), *fds])
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise SpawnerDiedError from error
+            raise
+        return ours
+
+    def _collect(self, ours: socket.socket) -> tuple[dict[str, Any], list[int]]:
+        """Return all that is said in answer, and the descriptors with it, when it has been."""
         answer: dict[str, Any] | None = None
         received: list[int] = []
         with ours:
-            self._send(theirs, request, fds)
             try:
-                # Awake once, when all has been said: a start's answer comes in two parts.
+                # Awake once, when all has been said: a process's answer comes in two parts.
                 _await(ours.fileno(), select.POLLHUP)
                 with contextlib.suppress(EOFError):
                     while True:
-                        message, more = _receive(ours)
-                        received += more
-                        answer = (answer or {}) | message
+                        # Said once, and no end, when what we had to say was not read.
+                        with contextlib.suppress(ConnectionResetError):
+                            message, more = _receive(ours)
+                            received += more
+                            answer = (answer or {}) | message
             except OSError as error:
                 _close_all(received)
                 raise SpawnerDiedError from error
@@ -301,14 +278,6 @@ class Spawner:
                 raise SpawnerDiedError
             answer = {"errno": errno.EMFILE}  # it had no number left for where to answer
         return answer, received
-
-    def _send(self, reply: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
-        """Send a request, and with it `reply`, our copy of which is closed."""
-        try:
-            with reply, self._lock:
-                _send(self._socket, request, [reply.fileno(), *fds])
-        except OSError as error:
-            raise SpawnerDiedError from error
 
     def _is_dead(self) -> bool:
         try:
@@ -343,6 +312,72 @@ class Spawner:
         self.close()
 
 
+class Process:
+    """A process that waits to be told what to execute; made by `Spawner.fork`.
+
+    Who does not tell it must `close` it, or leave its context: then it ends.
+    """
+
+    def __init__(self, spawner: Spawner, job: str, sock: socket.socket) -> None:
+        self._spawner = spawner
+        self._job = job
+        self._socket = sock
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it can still be told, as far as is known: it may be about to be forked."""
+        if self._socket.fileno() < 0 or self._spawner._is_dead():  # noqa: SLF001 -- its other half
+            return False
+        poll = select.poll()
+        poll.register(self._socket, 0)
+        return not poll.poll(0)  # somebody has the other end
+
+    def execute(
+        self, argv: Sequence[str], env: Mapping[str, str], *, uid: int | None = None
+    ) -> tuple[int, int]:
+        """Have it execute `argv`; return its pid and a pidfd of it.
+
+        `uid` (one of the spawner's `uids`, if those were given, else None): its user and its
+        group, the only one it has.
+
+        Blocks until the command is executing. Raises OSError with the errno of fork or exec
+        when it cannot be executed, PermissionError for an uid or a name that is not allowed,
+        `AttachError` when it could not join the cgroup, `SpawnerDiedError`. It is gone then.
+        One that has been killed before is told as having executed: its end tells.
+        """
+        # In a file: a message may not be larger than net.core.wmem_max, an argv may.
+        with self, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
+            work = {"argv": list(argv), "env": dict(env), "uid": uid}
+            program.write(json.dumps(work).encode())
+            # If nobody is there, the helper has said why.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                _send(self._socket, {}, [program.fileno()])
+            answer, received = self._spawner._collect(self._socket)  # noqa: SLF001 -- its other half
+        if not received:  # the kernel drops a descriptor for which we have no number left
+            answer.setdefault("errno", errno.EMFILE)
+        if "errno" not in answer:
+            return answer["pid"], received[0]
+        if "pid" in answer:
+            # It is on its way out; the helper reaps it when it next hears from us.
+            try:
+                for pidfd in received:
+                    _await(pidfd, select.POLLIN)
+            finally:
+                _close_all(received)
+            self._spawner.kill(self._job)
+        raise _error(answer)
+
+    def close(self) -> None:
+        """Give it up; idempotent."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def read_exit(fd: int) -> Exit | None:
     """Read a job's exit pipe, of which `fd` is the read end, as far as it has been written.
 
@@ -351,6 +386,12 @@ def read_exit(fd: int) -> Exit | None:
     """
     line = os.read(fd, 4096)  # written in one piece, being shorter than PIPE_BUF
     return Exit(**json.loads(line)) if line else None
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _await(fd: int, events: int) -> None:
@@ -403,28 +444,26 @@ class _Leader(NamedTuple):
     exit_fd: int
 
 
-class _Spare(NamedTuple):
-    """A process that waits to be told what to become."""
+class _Fork(NamedTuple):
+    """A process that is to be, or waits to be told what to execute."""
 
     job: str
-    pid: int
-    pidfd: int
-    socket: socket.socket  # where it is told; end-of-file is its end
-
-
-class _Start(NamedTuple):
-    """What a new process is to become."""
-
-    uid: int | None
-    program: _Program
+    sock: socket.socket  # where it is told, and tells what fails
     stdout_fd: int
-    reply: socket.socket  # where it tells what fails
+    exit_fd: int
+
+    def close(self) -> None:
+        self.sock.close()
+        _close_all([self.stdout_fd, self.exit_fd])
 
 
 class _Program(NamedTuple):
+    """What a process is to execute."""
+
     argv: list[bytes]
     env: dict[bytes, bytes]
     paths: list[bytes]  # where the file may be
+    uid: int | None
 
 
 class _Helper:
@@ -437,7 +476,8 @@ class _Helper:
         self._dismantle: list[Any] | None = duties["dismantle"]
         self._files: dict[str, int] = duties["files"]
         self._handed_over = False
-        self._spare: _Spare | None = None
+        self._poll = select.poll()
+        self._put_off: dict[int, _Fork] = {}  # those that are forked when they are told, by socket
         self._leaders: dict[int, _Leader] = {}  # by pid, until they are reaped
         self._pids: dict[str, int] = {}  # of those, by job
         self._exit_fds: dict[int, int] = {}  # by process group without its leader, until it is gone
@@ -450,17 +490,20 @@ class _Helper:
         # when a process group is gone.
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._limit_ourselves_and_jobs()
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        poll.register(wake_read, select.POLLIN)
+        self._poll.register(self._socket, select.POLLIN)
+        self._poll.register(wake_read, select.POLLIN)
         try:
             while True:
-                ready = dict(poll.poll())
+                ready = dict(self._poll.poll())
                 if wake_read in ready:
                     os.read(wake_read, 4096)
                     self._reap()
                 if self._socket.fileno() in ready:
                     self._serve()
+                for fd in ready.keys() & self._put_off.keys():
+                    self._poll.unregister(fd)
+                    with contextlib.closing(self._put_off.pop(fd)) as fork:
+                        self._fork_told(fork)
         except (EOFError, ConnectionError):
             pass  # the owner is gone
         finally:
@@ -503,28 +546,23 @@ class _Helper:
         passed = []
         try:
             match request["op"]:
-                case "spawn":
-                    pid, pidfd = self._spawn(request["job"], request["uid"], reply, *fds)
+                case "fork":
+                    pid, pidfd = self._fork(request["job"], reply, *fds)
                     answer["pid"] = pid
                     passed.append(pidfd)
-                case "prepare":
-                    self._prepare(request["job"])
                 case "kill":
                     self._reap()
                     if request["job"] in self._pids:
                         _kill_leader(self._pids[request["job"]])
-                    elif self._spare is not None and self._spare.job == request["job"]:
-                        self._drop_spare()
                 case "open":
                     passed.append(self._open(request["path"]))
                 case "hand_over":
                     self._handed_over = True
                 case _:
                     raise ValueError("unknown request")  # noqa: TRY301 -- answered like others
-        except _ToldError:
+        except _PutOffError:
             return
         except (OSError, ValueError, TypeError) as error:
-            # Not only OSError: argv or environment may be no strings, or not to be encoded.
             answer = _failure(error)
         try:
             with contextlib.suppress(OSError):  # the caller does not wait any more
@@ -537,75 +575,64 @@ class _Helper:
             raise PermissionError(errno.EPERM, "not a file of ours", path)
         return os.open(path, self._files[path] | os.O_CLOEXEC, 0o600)
 
-    def _spawn(  # noqa: PLR0913 -- a request
-        self,
-        job: str,
-        uid: int | None,
-        reply: socket.socket,
-        program_fd: int,
-        stdout_fd: int,
-        exit_fd: int,
+    def _fork(
+        self, job: str, reply: socket.socket, stdout_fd: int, exit_fd: int
     ) -> tuple[int, int]:
-        # A range has floats in it, too, which would fail only in the child.
-        if not (uid is None if self._uids is None else type(uid) is int and uid in self._uids):
-            raise PermissionError(errno.EPERM, "not an uid of ours")
+        """Fork a process that waits; return its pid and a pidfd. Raises `_PutOffError`."""
         self._check_name(job)
-        kept_fd = os.dup(exit_fd)
-        try:
-            pid, pidfd = self._use_spare(job, uid, reply, program_fd, stdout_fd) or self._fork(
-                job, _Start(uid, _read_program(program_fd), stdout_fd, reply)
-            )
-        except BaseException:
-            os.close(kept_fd)
-            raise
-        self._leaders[pid] = _Leader(job, kept_fd)
-        self._pids[job] = pid
+        with contextlib.ExitStack() as undo, self._open_cgroup(job) as cgroup_fd:
+            kept_fd = os.dup(exit_fd)
+            undo.callback(os.close, kept_fd)
+            try:
+                pid, pidfd = _clone(cgroup_fd)
+            except OSError:
+                # An older kernel, a filter of system calls (seccomp), a cgroup that takes no
+                # process: what works everywhere works, or says why not.
+                sock = undo.enter_context(reply.dup())
+                own_stdout_fd = os.dup(stdout_fd)
+                undo.callback(os.close, own_stdout_fd)
+                self._put_off_fork(_Fork(job, sock, own_stdout_fd, kept_fd))
+                undo.pop_all()
+                raise _PutOffError from None
+            if pid == 0:
+                _wait(reply, stdout_fd, self._uids)
+            self._add_leader(pid, _Leader(job, kept_fd))
+            undo.pop_all()
         return pid, pidfd
 
     def _check_name(self, job: str) -> None:
         if job in self._pids or job != os.path.basename(job) or job in {"", ".", ".."}:
             raise PermissionError(errno.EPERM, "not a job's name, or taken")
 
-    def _fork(self, job: str, start: _Start) -> tuple[int, int]:
-        """Start the job, and return pid and pidfd."""
-        with self._open_cgroup(job) as cgroup_fd:
-            return _execute(start, cgroup_fd)
+    def _add_leader(self, pid: int, leader: _Leader) -> None:
+        self._leaders[pid] = leader
+        self._pids[leader.job] = pid
 
-    def _prepare(self, job: str) -> None:
-        """Fork the spare for the job."""
-        self._check_name(job)
-        self._drop_spare()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with contextlib.ExitStack() as undo, theirs, self._open_cgroup(job) as cgroup_fd:
-            undo.callback(ours.close)
-            pid, pidfd = _clone(cgroup_fd)
-            if pid == 0:
-                _wait(theirs)
-            self._spare = _Spare(job, pid, pidfd, ours)
-            undo.pop_all()
+    def _put_off_fork(self, fork: _Fork) -> None:
+        self._put_off[fork.sock.fileno()] = fork
+        self._poll.register(fork.sock, select.POLLIN)
 
-    def _use_spare(
-        self, job: str, uid: int | None, reply: socket.socket, program_fd: int, stdout_fd: int
-    ) -> tuple[int, int] | None:
-        """Have the spare become the job, if there is one for it; return its pid and pidfd."""
-        if self._spare is None or self._spare.job != job:
-            return None
+    def _fork_told(self, fork: _Fork) -> None:
+        """Fork what has been put off, now that it has been told what to execute, or given up."""
         try:
-            fds = [reply.fileno(), program_fd, stdout_fd]
-            _send(self._spare.socket, {"uid": uid}, fds)
-        except OSError:  # it has been killed
-            self._drop_spare()
-            return None
-        spare, self._spare = self._spare, None
-        spare.socket.close()
-        return spare.pid, spare.pidfd
-
-    def _drop_spare(self) -> None:
-        """Forget the spare, which ends, if it has not been told what to become."""
-        if self._spare is not None:
-            self._spare.socket.close()
-            os.close(self._spare.pidfd)
-            self._spare = None
+            program = _receive_program(fork.sock, self._uids)
+            self._check_name(fork.job)
+            with contextlib.ExitStack() as undo, self._open_cgroup(fork.job) as cgroup_fd:
+                exit_fd = os.dup(fork.exit_fd)
+                undo.callback(os.close, exit_fd)
+                pid, pidfd = _popen(program, fork.stdout_fd, fork.sock, cgroup_fd)
+                undo.pop_all()
+            self._add_leader(pid, _Leader(fork.job, exit_fd))
+            try:
+                _send(fork.sock, {"pid": pid}, [pidfd])
+            finally:
+                os.close(pidfd)
+        except (EOFError, BrokenPipeError, ConnectionResetError, _ToldError):
+            pass
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            # Not only OSError: argv or environment may be no strings, or not to be encoded.
+            with contextlib.suppress(OSError):  # the caller does not wait any more
+                _send(fork.sock, _failure(error))
 
     @contextlib.contextmanager
     def _open_cgroup(self, job: str) -> Iterator[int | None]:
@@ -626,9 +653,7 @@ class _Helper:
         while (pid := _ended_child()) is not None:
             leader = self._leaders.get(pid)
             if leader is None:
-                if self._spare is not None and self._spare.pid == pid:
-                    self._drop_spare()
-                os.waitpid(pid, 0)  # that, or an orphan of some job
+                os.waitpid(pid, 0)  # an orphan of some job
                 continue
             # As long as the leader is not reaped, its group's number is taken.
             _kill_group(pid)
@@ -671,6 +696,10 @@ class _Helper:
 # --- from fork to exec ----------------------------------------------------------------
 
 
+class _PutOffError(Exception):
+    """The process is forked when it is told what to execute."""
+
+
 class _ToldError(Exception):
     """The new process has told by itself what failed."""
 
@@ -682,12 +711,23 @@ def _failure(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _read_program(fd: int) -> _Program:
-    """Raises OSError, ValueError, TypeError."""
-    size = os.fstat(fd).st_size
-    if size > _MAX_PROGRAM_BYTES:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-    program = json.loads(os.pread(fd, size, 0))
+def _receive_program(sock: socket.socket, uids: range | None) -> _Program:
+    """Wait for what is to be executed.
+
+    Raises EOFError if nothing is, OSError, ValueError, TypeError, LookupError.
+    """
+    _, (fd,) = _receive(sock)
+    try:
+        size = os.fstat(fd).st_size
+        if size > _MAX_PROGRAM_BYTES:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        program = json.loads(os.pread(fd, size, 0))
+    finally:
+        os.close(fd)
+    uid = program["uid"]
+    # A range has floats in it, too.
+    if not (uid is None if uids is None else type(uid) is int and uid in uids):
+        raise PermissionError(errno.EPERM, "not an uid of ours")
     argv = [os.fsencode(argument) for argument in program["argv"]]
     env = {os.fsencode(name): os.fsencode(value) for name, value in program["env"].items()}
     if not argv or any(b"\0" in each for each in (*argv, *env, *env.values())):
@@ -695,30 +735,11 @@ def _read_program(fd: int) -> _Program:
     if any(b"=" in name for name in env):
         raise ValueError("not a name of a variable")
     if b"/" in argv[0]:
-        return _Program(argv, env, [argv[0]])
-    path = env.get(b"PATH", os.fsencode(os.defpath))
-    return _Program(argv, env, [os.path.join(each, argv[0]) for each in path.split(b":")])
-
-
-def _execute(start: _Start, cgroup_fd: int | None) -> tuple[int, int]:
-    """Fork into the cgroup; the child executes the program, and tells itself if it cannot.
-
-    Returns its pid and a pidfd. Raises `_ToldError`; OSError if there is no child.
-    """
-    try:
-        pid, pidfd = _clone(cgroup_fd)
-    except OSError:
-        # An older kernel, a filter of system calls (seccomp), a cgroup that takes no
-        # process: what works everywhere works, or says why not.
-        return _popen(start, cgroup_fd)
-    if pid == 0:
-        try:
-            with _telling(start.reply):
-                _detach(start.reply.fileno(), start.stdout_fd)
-                _become(start)
-        finally:  # nothing may get back into the helper
-            os._exit(127)
-    return pid, pidfd
+        paths = [argv[0]]
+    else:
+        path = env.get(b"PATH", os.fsencode(os.defpath))
+        paths = [os.path.join(each, argv[0]) for each in path.split(b":")]
+    return _Program(argv, env, paths, uid)
 
 
 def _clone(cgroup_fd: int | None) -> tuple[int, int]:
@@ -744,84 +765,61 @@ def _clone(cgroup_fd: int | None) -> tuple[int, int]:
     return pid, pidfd.value
 
 
-def _wait(sock: socket.socket) -> NoReturn:
-    """Be the spare, in a fork of the helper: become what `sock` says when it does."""
+def _wait(sock: socket.socket, stdout_fd: int, uids: range | None) -> NoReturn:
+    """What a fork of the helper does: execute what `sock` says, when it does."""
     try:
-        _detach(sock.fileno())
-        _rehearse()
-        _obey(sock)
-    finally:  # nothing may get back into the helper
+        _detach(sock.fileno(), stdout_fd)
+        if not _is_readable(sock):
+            _rehearse()
+        # If the helper is killed: the socket's other end is not its own.
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        try:
+            _become(_receive_program(sock, uids))
+        except BaseException as error:  # noqa: BLE001 -- nothing may get back into the helper
+            _send(sock, _failure(error))
+    finally:
         os._exit(127)
 
 
 def _rehearse() -> None:
-    """Do all that a start does, but for what cannot be done twice.
+    """Do all that is to be done, but for what cannot be done twice.
 
-    The first write to a memory page that the helper has, too, copies it. There are some 200
-    of them, which then takes longer than all the rest.
+    So that the memory pages that are written to then have been copied by now.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
-        program.write(b'{"argv": ["/"], "env": {"A": "B"}}')
-        _send(ours, {"uid": None}, [ours.fileno(), program.fileno(), 1])
-        _obey(theirs)
+    with ours, theirs, open(os.memfd_create("argv"), "w+b", buffering=0) as file:
+        file.write(b'{"argv": ["/"], "env": {"A": "B"}, "uid": null}')
+        _send(ours, {}, [file.fileno()])
+        with contextlib.suppress(OSError):  # it is a directory
+            _become(_receive_program(theirs, None))
 
 
-def _obey(sock: socket.socket) -> None:
-    """Become what the next message says. Returns only if it cannot be. Raises EOFError."""
-    message, (reply_fd, *fds) = _receive(sock)
-    try:
-        with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=reply_fd) as reply,
-            _telling(reply),
-        ):
-            program_fd, stdout_fd = fds
-            _become(_Start(message["uid"], _read_program(program_fd), stdout_fd, reply))
-    finally:
-        _close_all(fds)
-
-
-@contextlib.contextmanager
-def _telling(reply: socket.socket) -> Iterator[None]:
-    """Tell whoever waits for the start what fails in the new process."""
-    try:
-        yield
-    except BaseException as error:  # noqa: BLE001 -- nothing may get back into the helper
-        _send(reply, _failure(error))
-
-
-def _detach(*kept_fds: int) -> None:
-    """Give up what this fork has of the helper, but for these, in a session of its own."""
+def _detach(sock_fd: int, stdout_fd: int) -> None:
+    """Give up what this fork has of the helper, but for the socket; lead a session."""
     signal.set_wakeup_fd(-1)  # the helper's
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(stdout_fd, 1)
+    os.dup2(stdout_fd, 2)
     # If the exec hangs (a dead file server), what is others' must not be open here.
     # Before Linux 5.9 it is, until the exec.
-    first = 3
-    for kept in (*sorted(kept_fds), _LAST_FD + 1):
-        if first < kept:
-            _libc.syscall(
-                ctypes.c_long(_SYS_CLOSE_RANGE),
-                ctypes.c_uint(first),
-                ctypes.c_uint(kept - 1),
-                ctypes.c_uint(0),
-            )
-        first = kept + 1
+    for first, last in ((3, sock_fd - 1), (sock_fd + 1, _LAST_FD)):
+        _libc.syscall(
+            ctypes.c_long(_SYS_CLOSE_RANGE),
+            ctypes.c_uint(first),
+            ctypes.c_uint(last),
+            ctypes.c_uint(0),
+        )
     os.setsid()
 
 
-def _become(start: _Start) -> NoReturn:
-    """Make this process what was asked for, as Popen does, and execute the program.
-
-    Raises OSError.
-    """
-    os.dup2(start.stdout_fd, 1)
-    os.dup2(start.stdout_fd, 2)
-    if start.uid is not None:
+def _become(program: _Program) -> NoReturn:
+    """Change the user, if it is to be changed, and execute the program. Raises OSError."""
+    if program.uid is not None:
         os.setgroups([])
-        os.setresgid(start.uid, start.uid, start.uid)
-        os.setresuid(start.uid, start.uid, start.uid)
-    _prepare(start.uid)
-    _execute_first(start.program)
+        os.setresgid(program.uid, program.uid, program.uid)
+        os.setresuid(program.uid, program.uid, program.uid)
+    _prepare(program.uid)
+    _execute_first(program)
 
 
 def _execute_first(program: _Program) -> NoReturn:
@@ -837,8 +835,13 @@ def _execute_first(program: _Program) -> NoReturn:
     raise problem
 
 
-def _popen(start: _Start, cgroup_fd: int | None) -> tuple[int, int]:
-    """As `_clone` and `_become`, where clone3 is not to be had."""
+def _popen(
+    program: _Program, stdout_fd: int, reply: socket.socket, cgroup_fd: int | None
+) -> tuple[int, int]:
+    """Fork and execute, where clone3 is not to be had; return pid and pidfd.
+
+    The new process tells on `reply` what fails in it. Raises OSError, `_ToldError`.
+    """
     # Not for the helper that does without: it is to be small.
     import subprocess
 
@@ -848,25 +851,25 @@ def _popen(start: _Start, cgroup_fd: int | None) -> tuple[int, int]:
         try:
             if procs_fd is not None:
                 _attach(procs_fd)
-            _prepare(start.uid)
+            _prepare(program.uid)
         except BaseException as error:
             # Popen would keep to itself what it was.
-            _send(start.reply, _failure(error))
+            _send(reply, _failure(error))
             raise
 
     try:
         leader = subprocess.Popen(
-            start.program.argv,
-            env=start.program.env,
+            program.argv,
+            env=program.env,
             stdin=subprocess.DEVNULL,
-            stdout=start.stdout_fd,
+            stdout=stdout_fd,
             stderr=subprocess.STDOUT,
             cwd="/",
             start_new_session=True,
             close_fds=False,  # none of ours is inheritable, so there is nothing to close
-            user=start.uid,
-            group=start.uid,
-            extra_groups=None if start.uid is None else [],
+            user=program.uid,
+            group=program.uid,
+            extra_groups=None if program.uid is None else [],
             # One thread, so none can hold a lock that the child would wait for.
             preexec_fn=attach_and_prepare,  # noqa: PLW1509
         )
@@ -904,10 +907,9 @@ def _attach(procs_fd: int) -> None:
 
 def _prepare(uid: int | None) -> None:
     """Set what a job does not have in common with the helper; runs in the child, as its user."""
-    if uid is not None:
-        # If we are killed: an owner without rights could not kill the job. One with
-        # rights kills its group, for which the leader must live.
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # If the helper is killed: an owner without rights could not kill the job. One with
+    # rights kills its group, for which the leader must live.
+    _prctl(_PR_SET_PDEATHSIG, 0 if uid is None else signal.SIGKILL)
     _limit(resource.RLIMIT_NOFILE, *_JOB_DESCRIPTORS)
 
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import cgroups
-from cgroups import CgroupError, Limits, _physical_disks, _wait_event
-from conftest import GUARD_S, await_output, own_cgroup
-from spawner import Spawner
+from cgroups import NO_LIMITS, CgroupError, Limits, _physical_disks, _wait_event
+from conftest import GUARD_S, await_output, job_cgroups, own_cgroup
+from spawner import Process, Spawner
 from worker import CommandError, EndReason, ResourceError, Status, Worker, _Job
 
 if TYPE_CHECKING:
@@ -408,11 +408,14 @@ def test_cgroup_that_is_busy_for_a_moment_is_removed(
 
 def _held(worker: Worker | None = None) -> tuple[object, ...]:
     """What a failed start must give back."""
+    if worker is not None:
+        worker._prepare_place()  # if there is none, as after a start that could not have one
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    held = sorted(os.listdir("/proc/self/fd")), threading.active_count(), children, own_cgroup()
+    held = len(os.listdir("/proc/self/fd")), threading.active_count(), children, own_cgroup()
     if worker is None:
         return held
-    cgroups = [each for each in _cgroup(worker, "").iterdir() if each.is_dir()]
+    worker._spawner.kill("nobody")  # once it answers, it has done what was asked before
+    cgroups = job_cgroups(_cgroup(worker, ""))
     return *held, worker.list(), cgroups, os.listdir(worker._output_dir.path)
 
 
@@ -489,6 +492,7 @@ def test_job_with_one_limit_missing_does_not_run(
 
 def test_job_whose_cgroup_cannot_be_made_does_not_run(worker: Worker, tmp_path: Path) -> None:
     """Where no more cgroups are allowed the command is not executed; nothing is left."""
+    worker._discard_place()  # there is one for the next job
     (_cgroup(worker, "") / "cgroup.max.descendants").write_text("0")
     error = _await_failed_start(worker, tmp_path / "ran")
     assert str(error).startswith(f"cannot make {error.path}: ")
@@ -515,14 +519,16 @@ def test_job_that_cannot_enter_its_cgroup_does_not_run(
     reason: str,
 ) -> None:
     """Where its cgroup is gone again, or takes no process, the command is not executed."""
-    spawn = Spawner.spawn
+    fork = Spawner.fork
 
-    def spawn_too_late(spawner: Spawner, job: str, *rest: Any, **options: Any) -> tuple[int, int]:
+    def fork_too_late(spawner: Spawner, job: str, **options: Any) -> Process:
         spoil(_cgroup(worker, job))
-        return spawn(spawner, job, *rest, **options)
+        return fork(spawner, job, **options)
 
-    monkeypatch.setattr(Spawner, "spawn", spawn_too_late)
-    error = _await_failed_start(worker, tmp_path / "ran")
+    worker._discard_place()  # there is one for the next job
+    monkeypatch.setattr(worker, "_prepare_place", lambda: None)
+    monkeypatch.setattr(Spawner, "fork", fork_too_late)
+    error = _await_failed_start(worker, tmp_path / "ran", NO_LIMITS)
     assert str(error).startswith(f"a new process cannot enter {error.path}: {reason}; ")
     assert error.value == "0"
 

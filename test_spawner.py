@@ -52,8 +52,6 @@ class _Job:
         *,
         prepared: bool = False,
     ) -> None:
-        if prepared:
-            spawner.prepare(name)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self._output_fd, stdout_fd = os.pipe()
             self._exit_fd, exit_fd = os.pipe()
@@ -61,9 +59,10 @@ class _Job:
                 undo.callback(os.close, fd)
             for fd in (stdout_fd, exit_fd):
                 theirs.callback(os.close, fd)
-            self.pid, self.pidfd = spawner.spawn(
-                name, argv, _ENV, stdout_fd=stdout_fd, exit_fd=exit_fd, uid=uid
-            )
+            with spawner.fork(name, stdout_fd=stdout_fd, exit_fd=exit_fd) as process:
+                if prepared:
+                    spawner.kill("nobody")  # once it answers, it has done what was asked before
+                self.pid, self.pidfd = process.execute(argv, _ENV, uid=uid)
             undo.callback(os.close, self.pidfd)
             self.close = undo.pop_all().close
 
@@ -129,7 +128,7 @@ def spawner() -> Iterator[Spawner]:
 
 @pytest.fixture(params=[False, True], ids=["forked", "prepared"])
 def prepared(request: pytest.FixtureRequest) -> bool:
-    """Whether a job's process is there before its start."""
+    """Whether a job's process is there before it is told what to execute."""
     return bool(request.param)
 
 
@@ -335,7 +334,7 @@ from spawner import Spawner, read_exit
 with Spawner() as spawner:
     read_end, exit_fd = os.pipe()
     os.set_inheritable(read_end, True)
-    spawner.spawn("job", sys.argv[1:], {"ONLY": "this"}, stdout_fd=1, exit_fd=exit_fd)
+    spawner.fork("job", stdout_fd=1, exit_fd=exit_fd).execute(sys.argv[1:], {"ONLY": "this"})
     os.close(exit_fd)
     read_exit(read_end)
 """
@@ -390,7 +389,7 @@ _TELL_OF_JOBS = """
 import logging, re
 logging.disable()  # a host without controllers is said to be one
 from spawner import can_change_user, can_kill_any
-from worker import CgroupError, CommandError, Limits, Worker
+from worker import CgroupError, CommandError, Worker
 
 uid = 71_001 if can_change_user() and can_kill_any() else None
 
@@ -399,9 +398,9 @@ def output(command, *args):
     with worker.stream(job_id) as chunks:
         return b"".join(chunks).decode().replace(job_id, "JOB")
 
-def error(command, limits=None):
+def error(command):
     try:
-        worker.start(command, limits=limits, uid=uid)
+        worker.start(command, uid=uid)
     except (CommandError, CgroupError) as error:
         return re.sub("[-0-9a-f]{36}", "JOB", f"{type(error).__name__}: {error}")
 
@@ -420,8 +419,8 @@ with Worker(uids=None if uid is None else range(uid, uid + 1)) as worker:
             cgroup.path.rmdir()
             return cgroup
         worker.subtree.create = make_and_remove
-        # With limits of its own, for there is a cgroup with the usual ones already.
-        told.append(error("true", Limits(pids=7)).replace(str(worker.subtree.jobs), "JOBS"))
+        worker.start("true", uid=uid)  # has the place that was prepared
+        told.append(error("true").replace(str(worker.subtree.jobs), "JOBS"))
 print(told)
 """
 
@@ -483,92 +482,142 @@ def test_process_that_dies_before_its_command_is_told_as_its_end(*, prepared: bo
                 assert [job.exit(), job.exit()] == [Exit(signal=signal.SIGKILL), None]
 
 
-def test_prepared_process_becomes_the_job(spawner: Spawner) -> None:
-    """It is there before the start, which forks nothing; the next job has nothing of it."""
-    spawner.prepare("job")
-    spawner.kill("nobody")  # once it answers, it has done what was asked before
-    (spare,) = children_of(spawner.pid)
-    job = _Job(spawner, ["sh", "-c", "echo $$"], "job")
-    with contextlib.closing(job):
-        assert job.pid == spare
-        assert job.read() == f"{spare}\n".encode()
-        assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
+# --- a process that waits ---------------------------------------------------------------------
+
+
+class _Waiting:
+    """A process that has been forked and not been told what to execute."""
+
+    def __init__(self, spawner: Spawner, name: str = "job") -> None:
+        before = set(children_of(spawner.pid))
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            self.output_fd, stdout_fd = os.pipe()
+            self.exit_fd, exit_fd = os.pipe()
+            for fd in (self.output_fd, self.exit_fd):
+                undo.callback(os.close, fd)
+            for fd in (stdout_fd, exit_fd):
+                theirs.callback(os.close, fd)
+            self.process = undo.enter_context(
+                spawner.fork(name, stdout_fd=stdout_fd, exit_fd=exit_fd)
+            )
+            spawner.kill("nobody")
+            (self.pid,) = set(children_of(spawner.pid)) - before
+            self.pidfd = os.pidfd_open(self.pid)
+            undo.callback(os.close, self.pidfd)
+            self.close = undo.pop_all().close
+
+
+@pytest.fixture
+def waiting(spawner: Spawner) -> Iterator[_Waiting]:
+    with contextlib.closing(_Waiting(spawner)) as waiting:
+        yield waiting
+
+
+def test_process_that_waits_becomes_the_job(waiting: _Waiting) -> None:
+    """The process that is there is the one that executes."""
+    assert waiting.process.is_waiting
+    pid, pidfd = waiting.process.execute(["sh", "-c", "echo $$"], _ENV)
+    os.close(pidfd)
+    assert pid == waiting.pid
+    assert os.read(waiting.output_fd, 100) == f"{pid}\n".encode()
+    assert read_exit(waiting.exit_fd)
+    assert read_exit(waiting.exit_fd) is None
+    assert not waiting.process.is_waiting
+
+
+def test_processes_wait_for_what_they_are_told(spawner: Spawner) -> None:
+    """Each is told on its own socket, in whatever order."""
+    with contextlib.ExitStack() as stack:
+        several = [
+            stack.enter_context(contextlib.closing(_Waiting(spawner, str(i)))) for i in range(5)
+        ]
+        for i in (3, 0, 4, 1, 2):
+            _, pidfd = several[i].process.execute(["echo", str(i)], _ENV)
+            os.close(pidfd)
+            assert os.read(several[i].output_fd, 100) == b"%d\n" % i
+
+
+@pytest.mark.parametrize("way", ["given up", "killed by name", "killed by somebody"])
+def test_process_that_is_not_told_anything_ends(
+    spawner: Spawner, waiting: _Waiting, way: str
+) -> None:
+    """The helper keeps nothing of it, and its name can be another's."""
+    if way == "given up":
+        waiting.process.close()
+    elif way == "killed by name":
+        spawner.kill("job")
+    else:
+        os.kill(waiting.pid, signal.SIGKILL)
+    _await_end(waiting.pidfd)
+    assert read_exit(waiting.exit_fd)
+    assert read_exit(waiting.exit_fd) is None
+    if way != "given up":
+        assert not waiting.process.is_waiting
     with contextlib.closing(_Job(spawner, ["true"], "job")) as job:
-        assert job.pid != spare
-
-
-def test_only_the_job_it_was_prepared_for_gets_a_process(spawner: Spawner) -> None:
-    """One of another name is forked as ever, and the one that waits goes on waiting."""
-    spawner.prepare("late")
-    spawner.kill("nobody")
-    (spare,) = children_of(spawner.pid)
-    for name, is_spare in (("early", False), ("late", True)):
-        with contextlib.closing(_Job(spawner, ["true"], name)) as job:
-            assert (job.pid == spare) is is_spare
-            assert job.exit() == Exit(exit_code=0)
-
-
-@pytest.mark.parametrize("way", ["prepared anew", "killed", "its process has died"])
-def test_prepared_process_that_is_not_needed_ends(spawner: Spawner, way: str) -> None:
-    """None is left, the helper keeps nothing of it, and its job can be started all the same."""
-    spawner.kill("warm-up")
-    before = descriptors_of(spawner.pid)
-    spawner.prepare("job")
-    spawner.kill("nobody")
-    (spare,) = children_of(spawner.pid)
-    with contextlib.closing(_Pidfd(spare)) as pidfd:
-        if way == "prepared anew":
-            spawner.prepare("other")
-        elif way == "killed":
-            spawner.kill("job")
-        else:
-            os.kill(spare, signal.SIGKILL)
-        _await_end(pidfd.fd)
-    with contextlib.closing(_Job(spawner, ["true"], "job")) as job:
-        assert job.pid != spare
         assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
-    spawner.kill("other")
-    for pid in children_of(spawner.pid):
-        with contextlib.suppress(ProcessLookupError), contextlib.closing(_Pidfd(pid)) as pidfd:
-            _await_end(pidfd.fd)
-    spawner.kill("nobody")  # reaps what has ended
+    spawner.kill("nobody")
     assert children_of(spawner.pid) == []
-    assert descriptors_of(spawner.pid) == before
 
 
-def test_prepared_process_has_nothing_but_its_socket(spawner: Spawner) -> None:
+def test_killed_process_that_is_told_to_execute_is_told_as_its_end(
+    spawner: Spawner, waiting: _Waiting
+) -> None:
+    """Nobody can tell whether it had begun; so that it has ended is all there is to say."""
+    os.kill(waiting.pid, signal.SIGKILL)
+    _await_end(waiting.pidfd)
+    pid, pidfd = waiting.process.execute(["echo", "never"], _ENV)
+    os.close(pidfd)
+    assert pid == waiting.pid
+    assert os.read(waiting.output_fd, 1) == b""
+    end = read_exit(waiting.exit_fd)
+    assert end is not None
+    assert end.signal == signal.SIGKILL
+    spawner.kill("nobody")
+    assert children_of(spawner.pid) == []
+
+
+def test_process_that_waits_has_nothing_but_its_socket(spawner: Spawner) -> None:
     """No descriptor of the helper's or of other jobs', and it is in a session of its own."""
-    with contextlib.closing(_Job(spawner, ["sh", "-c", _FOREVER], "running")) as running:
-        spawner.prepare("job")
-        spawner.kill("nobody")
-        (spare,) = set(children_of(spawner.pid)) - {running.pid}
-        assert os.getsid(spare) == spare
-        links = [os.readlink(f"/proc/{spare}/fd/{fd}") for fd in descriptors_of(spare)]
-        assert links[:3] == [os.devnull] * 3
-        assert [link.partition(":")[0] for link in links[3:]] == ["socket"]
+    tell = ["sh", "-c", "ls -l /proc/self/fd | grep -c ' [0-9]* -> '; ps -o sid= $$"]
+    with (
+        contextlib.closing(_Job(spawner, ["sleep", "infinity"], "running")),
+        contextlib.closing(_Waiting(spawner)) as waiting,
+    ):
+        # Not before it has been told, for until then it may be giving up what it has.
+        pid, pidfd = waiting.process.execute(tell, _ENV)
+        os.close(pidfd)
+        with open(waiting.output_fd, "rb", closefd=False) as output:
+            count, sid = output.read().split()
+    assert int(sid) == pid
+    assert int(count) == 4  # the three, and that of the directory
 
 
-def test_prepared_process_is_in_its_jobs_cgroup() -> None:
+def test_process_that_waits_is_in_its_jobs_cgroup() -> None:
     """Before it is told what to do; so the job is there from its first instruction on."""
     with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
         cgroup = subtree.create("job", NO_LIMITS)
-        spawner.prepare("job")
-        spawner.kill("nobody")
-        procs = (cgroup.path / "cgroup.procs").read_text().split()
-        with contextlib.closing(_Job(spawner, ["true"], "job")) as job:
-            assert procs == [str(job.pid)]
-            assert job.exit() == Exit(exit_code=0)
+        with contextlib.closing(_Waiting(spawner)) as waiting:
+            assert (cgroup.path / "cgroup.procs").read_text().split() == [str(waiting.pid)]
+        assert cgroups._wait_event(cgroup.path, "populated", "0", _GUARD_S)
 
 
-def test_death_of_the_helper_ends_the_prepared_process() -> None:
-    """It waits for nobody then."""
-    with Spawner() as spawner:
-        spawner.prepare("job")
-        spawner.kill("nobody")
-        (spare,) = children_of(spawner.pid)
-        with contextlib.closing(_Pidfd(spare)) as pidfd:
-            os.kill(spawner.pid, signal.SIGKILL)
-            _await_end(pidfd.fd)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_death_of_the_helper_ends_the_process_that_waits(
+    spawner: Spawner, waiting: _Waiting, number: signal.Signals
+) -> None:
+    """It would wait for us, and be nobody's child; and a signal meant for the helper is not."""
+    if number == signal.SIGTERM:
+        os.kill(waiting.pid, number)  # as to the whole service
+        spawner.close()
+    else:
+        os.kill(spawner.pid, number)
+    _await_end(waiting.pidfd)
+    assert not waiting.process.is_waiting
+    with pytest.raises(SpawnerDiedError):
+        spawner.fork("other", stdout_fd=1, exit_fd=1).execute(["true"], _ENV)
+
+
+# --- many -----------------------------------------------------------------------------------------
 
 
 def test_many_starts_at_once_keep_apart(spawner: Spawner, *, prepared: bool) -> None:
@@ -662,7 +711,7 @@ from spawner import Spawner, read_exit
 with Spawner() as spawner:
     read_end, exit_fd = os.pipe()
     env = {"PATH": os.defpath}
-    spawner.spawn("job", sys.argv[1:], env, stdout_fd=1, exit_fd=exit_fd)
+    spawner.fork("job", stdout_fd=1, exit_fd=exit_fd).execute(sys.argv[1:], env)
     os.close(exit_fd)
     read_exit(read_end)
 """
@@ -802,9 +851,15 @@ class _Seat:
             self.close = undo.pop_all().close
 
     def ask(
-        self, message: bytes | dict[str, Any], fds: Sequence[int] = ()
+        self,
+        message: bytes | dict[str, Any],
+        fds: Sequence[int] = (),
+        told: tuple[bytes, Sequence[int]] | None = None,
     ) -> dict[str, Any] | None:
-        """Send a message, whole or not; return the answer, None if the helper has ended."""
+        """Send a message, whole or not, and what a process is told, with descriptors.
+
+        Returns the answer, None if the helper has ended.
+        """
         if isinstance(message, dict):
             message = json.dumps(message).encode()
         answer: dict[str, Any] | None = None
@@ -812,8 +867,14 @@ class _Seat:
         with ours, contextlib.suppress(ConnectionError):
             with theirs:
                 socket.send_fds(self.spawner._socket, [message], [theirs.fileno(), *fds])
+            if told is not None:
+                with contextlib.suppress(ConnectionError):
+                    socket.send_fds(ours, [told[0]], list(told[1]))
             while True:
-                data, ancillary, _, _ = ours.recvmsg(65_536, 1024)
+                try:
+                    data, ancillary, _, _ = ours.recvmsg(65_536, 1024)
+                except ConnectionResetError:  # once, if what was told has not been read
+                    continue
                 for _, _, numbers in ancillary:
                     for i in range(0, len(numbers), 4):
                         os.close(int.from_bytes(numbers[i : i + 4], sys.byteorder))
@@ -844,38 +905,38 @@ class _Seat:
     def attack(self, program: bytes | None = None, **request: Any) -> None:
         """Ask for a process with something wrong about it: there may be none."""
         if program is None:
-            program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV}).encode()
-        fields = {"op": "spawn", "job": "job", "uid": self.uid} | request
+            uid = request.pop("uid", self.uid)
+            work = {"argv": ["sleep", "infinity"], "env": _ENV, "uid": uid}
+            program = json.dumps({k: v for k, v in work.items() if v is not _MISSING}).encode()
+        fields = {"op": "fork", "job": "job"} | request
         fields = {key: value for key, value in fields.items() if value is not _MISSING}
-        job = {"job": fields["job"]} if "job" in fields else {}
-        for prepared in (False, True):
-            if prepared and self.ask({"op": "prepare"} | job) is None:
-                break  # the helper has ended
-            with _program_fds(program) as (fds, output_fd):
-                answer = self.ask(fields, fds)
-                for fd in fds[1:]:
-                    os.close(fd)
-                if prepared and job != {"job": "honest"}:
-                    self.ask({"op": "kill"} | job)  # what would wait for the next attempt
-                self.assert_nothing_gained(answer)
-                assert _is_abandoned(output_fd)
+        with open(os.memfd_create("argv"), "w+b", buffering=0) as file:
+            file.write(program)
+            self.attack_with(fields, (b"{}", [file.fileno()]))
+
+    def attack_with(self, request: dict[str, Any], told: tuple[bytes, Sequence[int]]) -> None:
+        """The same, whatever it is told."""
+        with _pipes() as (fds, output_fd):
+            answer = self.ask(request, fds, told)
+            for fd in fds:
+                os.close(fd)
+            self.assert_nothing_gained(answer)
+            assert _is_abandoned(output_fd)
 
 
 _MISSING = object()
 
 
 @contextlib.contextmanager
-def _program_fds(program: bytes) -> Iterator[tuple[list[int], int]]:
-    """What goes with a request, all but the first to be closed by whoever uses it; its output."""
+def _pipes() -> Iterator[tuple[list[int], int]]:
+    """What goes with a request, to be closed by whoever uses it; and the output."""
     output_fd, stdout_fd = os.pipe()
     exit_read_fd, exit_fd = os.pipe()
-    with open(os.memfd_create("argv"), "w+b", buffering=0) as file:
-        file.write(program)
-        try:
-            yield [file.fileno(), stdout_fd, exit_fd], output_fd
-        finally:
-            os.close(output_fd)
-            os.close(exit_read_fd)
+    try:
+        yield [stdout_fd, exit_fd], output_fd
+    finally:
+        os.close(output_fd)
+        os.close(exit_read_fd)
 
 
 @pytest.fixture
@@ -1004,22 +1065,19 @@ def test_no_process_for_a_program_that_is_no_file(seat: _Seat, tmp_path: Path, k
         stack.callback(os.close, bad)
         if kind in {"sparse", "write"}:
             os.ftruncate(bad, 1 << 40 if kind == "sparse" else 10)
-        with _program_fds(b"") as (fds, output_fd):
-            answer = seat.ask({"op": "spawn", "job": "job", "uid": seat.uid}, [bad, *fds[1:]])
-            for fd in fds[1:]:
-                os.close(fd)
-            seat.assert_nothing_gained(answer)
-            assert _is_abandoned(output_fd)
+        seat.attack_with({"op": "fork", "job": "job"}, (b"{}", [bad]))
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 20])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 20])
 def test_no_process_with_another_number_of_descriptors(seat: _Seat, count: int) -> None:
-    """Neither more nor fewer than three; and what was too many is not kept either."""
+    """Neither more nor fewer than two; and what was too many is not kept either."""
     before = descriptors_of(seat.spawner.pid)
-    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV}).encode()
-    with _program_fds(program) as (fds, output_fd):
-        answer = seat.ask({"op": "spawn", "job": "job", "uid": seat.uid}, (fds * 7)[:count])
-        for fd in fds[1:]:
+    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV, "uid": seat.uid}).encode()
+    with open(os.memfd_create("argv"), "w+b", buffering=0) as file, _pipes() as (fds, output_fd):
+        file.write(program)
+        request = {"op": "fork", "job": "job"}
+        answer = seat.ask(request, (fds * 10)[:count], (b"{}", [file.fileno()]))
+        for fd in fds:
             os.close(fd)
         seat.assert_nothing_gained(answer)
         assert _is_abandoned(output_fd)
@@ -1028,14 +1086,24 @@ def test_no_process_with_another_number_of_descriptors(seat: _Seat, count: int) 
         assert descriptors_of(seat.spawner.pid) == before
 
 
-_OPS: list[object] = [*("", "exec", "SPAWN", "dismantle", "_open", "__init__", None, 5, [])]
+@pytest.mark.parametrize("count", [0, 2, 5, 20])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_process_that_is_told_no_sense_ends(seat: _Seat, count: int, *, is_whole: bool) -> None:
+    """Not one descriptor, or not what we say; it has the helper's rights, so it does nothing."""
+    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV, "uid": seat.uid}).encode()
+    with open(os.memfd_create("argv"), "w+b", buffering=0) as file:
+        file.write(program)
+        told = b"{}" if is_whole else b"\xff{"
+        seat.attack_with({"op": "fork", "job": "job"}, (told, [file.fileno()] * count))
+
+
+_OPS: list[object] = [*("", "exec", "spawn", "FORK", "dismantle", "_open", "__init__", None, 5, [])]
 _NO_NAMES: list[object] = [[], {}]
 _MESSAGES: list[bytes | dict[str, Any]] = [
     *({"op": op} for op in _OPS),
-    *({"op": op, "job": job} for op in ("kill", "prepare") for job in _NO_NAMES),
-    *({"op": "prepare", "job": job} for job in ("", ".", "..", "a/b", "/abs", "honest", 5, None)),
-    *({"op": op} for op in ("spawn", "kill", "open", "prepare")),
-    *(b"", b"{", b"not JSON", b"\xff\xfe", b"[]", b"5", b"null", b'"spawn"', b"{}"),
+    *({"op": "kill", "job": job} for job in _NO_NAMES),
+    *({"op": op} for op in ("fork", "kill", "open")),
+    *(b"", b"{", b"not JSON", b"\xff\xfe", b"[]", b"5", b"null", b'"fork"', b"{}"),
     *(b'{"job": "honest"}', b"[" * 4000, b"x" * 5000),
     json.dumps({"op": "kill", "job": "x" * 5000}).encode(),
     json.dumps({"op": "open", "path": "/etc/shadow"}).encode()[:-3],

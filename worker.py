@@ -64,6 +64,7 @@ from cgroups import NO_LIMITS, Cgroup, CgroupError, Enforcement, Limits, Subtree
 from spawner import (
     AttachError,
     Exit,
+    Process,
     Spawner,
     SpawnerDiedError,
     can_change_user,
@@ -306,6 +307,7 @@ class Worker:
                 files=files,
             )
             undo.callback(self._spawner.close)
+            undo.callback(self._discard_place)
             self._undo = undo.pop_all()
         if uids is None:
             self._prepare_place()
@@ -383,7 +385,7 @@ class Worker:
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
         with self._open():
-            job = self._launch(_Work(argv, owner, uid, budget, on_end), limits or self._limits)
+            job = self._launch(_Work(argv, owner, uid, limits or self._limits, budget, on_end))
             self._registry.add(job)
         return job.job_id
 
@@ -401,24 +403,46 @@ class Worker:
                 self._busy -= 1
                 self._idle.notify_all()
 
-    def _take_place(self, limits: Limits) -> _Place:
-        """Return a place for a job: the one that is prepared, if it has these limits."""
-        with self._idle:
-            if self._place is not None and limits == self._limits:
-                place, self._place = self._place, None
-                self._place_is_wanted = True
-                return place
-        return self._make_place(limits)
+    def _take_place(self) -> _Place:
+        """Return the place that is prepared, or a new one."""
+        place = self._prepared_place()
+        if place is not None and not place.process.is_waiting:
+            place.discard()  # somebody has killed it
+            place = None
+        return place or self._make_place()
 
-    def _make_place(self, limits: Limits) -> _Place:
+    def _prepared_place(self) -> _Place | None:
+        with self._idle:
+            place, self._place = self._place, None
+            if place is not None:
+                self._place_is_wanted = True
+            return place
+
+    def _make_place(self) -> _Place:
+        """Raises as `start` does."""
         job_id = str(uuid.uuid4())
-        cgroup = self._subtree.create(job_id, limits) if self._subtree is not None else None
-        return _Place(job_id, limits, cgroup)
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            cgroup = None
+            if self._subtree is not None:
+                cgroup = self._subtree.create(job_id, NO_LIMITS)
+                undo.callback(_discard, cgroup)
+            try:
+                output_fd, stdout_fd = _pipe(undo, theirs)
+                # A job that runs as our own user can read its pipe, too.
+                os.set_blocking(output_fd, False)
+                exit_read_fd, exit_fd = _pipe(undo, theirs)
+                # For a job that opens /dev/stdout. Only its own user gets at the pipe there.
+                os.fchmod(stdout_fd, 0o622)
+                process = self._spawner.fork(job_id, stdout_fd=stdout_fd, exit_fd=exit_fd)
+            except OSError as error:
+                raise ResourceError(f"no room for the output of a new job: {error}") from error
+            undo.callback(process.close)
+            return _Place(job_id, cgroup, process, output_fd, exit_read_fd, undo.pop_all().close)
 
     def _put_back(self, place: _Place) -> None:
         """Keep for the next job what this one did not come to use."""
         with self._idle:
-            if self._place_is_wanted and place.limits == self._limits:
+            if self._place_is_wanted:
                 self._place, self._place_is_wanted = place, False
                 return
         place.discard()
@@ -430,53 +454,44 @@ class Worker:
                 return
             self._place_is_wanted = False
         try:
-            with self._open(), contextlib.ExitStack() as undo:
-                place = self._make_place(self._limits)
-                undo.callback(place.discard)
-                self._spawner.prepare(place.job_id)
-                undo.pop_all()
+            with self._open():
+                place = self._make_place()
                 with self._idle:
                     self._place = place
-        except (WorkerClosedError, SpawnerDiedError, OSError):
+        except (WorkerError, CgroupError, SpawnerDiedError):
             with self._idle:
                 self._place_is_wanted = True
 
-    def _launch(self, work: _Work, limits: Limits) -> _Job:
-        with (
-            contextlib.ExitStack() as undo,
-            contextlib.ExitStack() as ours,
-            contextlib.ExitStack() as unused,
-        ):
-            place = self._take_place(limits)
+    def _discard_place(self) -> None:
+        place = self._prepared_place()
+        if place is not None:
+            with contextlib.suppress(CgroupError):  # the subtree's end will tell
+                place.discard()
+
+    def _launch(self, work: _Work) -> _Job:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as unused:
+            place = self._take_place()
             unused.callback(self._put_back, place)
-            job_id = place.job_id
             try:
-                output = self._output_dir.make_log(job_id, work.budget)
-                undo.callback(output.remove)
-                output_fd, stdout_fd = _pipe(undo, ours)
-                # A job that runs as our own user can read its pipe, too.
-                os.set_blocking(output_fd, False)
-                exit_read_fd, exit_fd = _pipe(undo, ours)
+                output = self._output_dir.make_log(place.job_id, work.budget)
             except OSError as error:
                 raise ResourceError(f"no room for the output of a new job: {error}") from error
-            # For a job that opens /dev/stdout. Only its own user gets at the pipe there.
-            os.fchmod(stdout_fd, 0o622)
-            # Before it is asked for: a Ctrl-C may come between the start and its answer.
+            undo.callback(output.remove)
             unused.pop_all()
             undo.callback(self._prepare_place)
+            # Before it is told: a Ctrl-C may come between that and the answer.
+            undo.callback(self._spawner.kill, place.job_id)
             undo.callback(place.discard)
-            undo.callback(self._spawner.kill, job_id)
+            cgroup = None
+            if self._subtree is not None and place.cgroup is not None:
+                # Not when it was made: what could be enforced then need not be still.
+                cgroup = self._subtree.limit(place.cgroup, work.limits)
             try:
-                pid, pidfd = self._spawner.spawn(
-                    job_id,
-                    work.argv,
-                    _environment(job_id, work),
-                    stdout_fd=stdout_fd,
-                    exit_fd=exit_fd,
-                    uid=work.uid,
+                pid, pidfd = place.process.execute(
+                    work.argv, _environment(place.job_id, work), uid=work.uid
                 )
             except AttachError as error:
-                path = place.cgroup.path / "cgroup.procs" if place.cgroup else Path()
+                path = cgroup.path / "cgroup.procs" if cgroup else Path()
                 raise CgroupError(
                     f"a new process cannot enter {path}: {error.strerror}",
                     path=path,
@@ -488,14 +503,15 @@ class Worker:
                 raise _exec_error(work.argv, error) from error
             undo.callback(os.close, pidfd)
             job = _Job(
-                place,
+                place.job_id,
                 work,
                 output,
+                cgroup,
                 self._spawner,
                 pid,
-                _Descriptors(output_fd, exit_read_fd, pidfd),
+                _Descriptors(place.output_fd, place.exit_read_fd, pidfd),
                 self._registry,
-                self._prepare_place,
+                prepare_place=self._prepare_place,
             )
             try:
                 job.thread.start()
@@ -614,18 +630,15 @@ class Worker:
 
 
 class _Place(NamedTuple):
-    """Where a job is going to be. The spawner may have a process there already."""
+    """Where a job is going to be, and the process that is going to be it."""
 
     job_id: str
-    limits: Limits
-    cgroup: Cgroup | None
-
-    def discard(self) -> None:
-        """Take it down, with what is in it."""
-        if self.cgroup is not None:
-            self.cgroup.kill()
-            self.cgroup.wait_empty()
-            self.cgroup.remove()
+    cgroup: Cgroup | None  # without limits yet
+    process: Process
+    output_fd: int  # of two pipes, the read ends; see _Descriptors
+    exit_read_fd: int
+    discard: Callable[[], None]
+    """Takes it all down again."""
 
 
 class _Work(NamedTuple):
@@ -634,6 +647,7 @@ class _Work(NamedTuple):
     argv: list[str]
     owner: str
     uid: int | None
+    limits: Limits
     budget: Budget | None
     on_end: Callable[[], None] | None
 
@@ -651,24 +665,26 @@ class _Job:
 
     def __init__(  # noqa: PLR0913 -- what _launch has prepared
         self,
-        place: _Place,
+        job_id: str,
         work: _Work,
         output: OutputLog,
+        cgroup: Cgroup | None,
         spawner: Spawner,
         pid: int,
         fds: _Descriptors,
         registry: _Registry,
+        *,
         prepare_place: Callable[[], None],
     ) -> None:
-        self.job_id = place.job_id
+        self.job_id = job_id
         self.owner = work.owner
         self.output = output
         # A daemon, lest a program that forgets to close its worker hang at its end.
         self.thread = threading.Thread(target=self._run, name=f"job-{self.job_id[:8]}", daemon=True)
         self._argv = tuple(work.argv)
         self._on_end = work.on_end
-        self._cgroup = place.cgroup
-        self._limits = place.cgroup.limits if place.cgroup else NO_LIMITS
+        self._cgroup = cgroup
+        self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
         self._pid = pid
         self._fds = fds  # closed, and not to be used, once the job has ended
@@ -1256,6 +1272,13 @@ def _pipe(undo: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, 
     undo.callback(os.close, read_fd)
     ours.callback(os.close, write_fd)
     return read_fd, write_fd
+
+
+def _discard(cgroup: Cgroup) -> None:
+    """Remove a cgroup with what is in it."""
+    cgroup.kill()
+    cgroup.wait_empty()
+    cgroup.remove()
 
 
 def _is_readable(pidfd: int, timeout: float | None = 0) -> bool:
