@@ -1141,7 +1141,7 @@ def test_messages_are_smaller_the_more_of_them_are_not_taken(
     assert [size // 1024 for size in first] == [256, 192, 144, 108]
     assert len(_collect(client, job_id)) == size
     for stream in stalled:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     messages.await_that(lambda: messages.untaken == 0)
     assert len(next(client.stream(job_id))) == 256 * 1024
 
