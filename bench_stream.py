@@ -20,6 +20,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import benchlib  # noqa: F401  isort: skip -- before grpc
+
+import grpc
+
+import workerservice_pb2 as worker_pb
+import workerservice_pb2_grpc
 from benchlib import (
     CERTS,
     MIB,
@@ -60,6 +66,7 @@ _SHARED_ROUNDS = 3
 _JOB_ROUNDS = 5
 _DELAY_LINES = 10
 _DELAY_MESSAGES_PER_S = 1000  # to all followers together; far more cannot be sent here
+_STALLED_S = 0.5  # until all that can be sent to followers that do not read has been
 _TINY_WRITES_S = 3
 _SILENCE_S = 30.0
 _SILENT = 1000
@@ -163,14 +170,19 @@ class _Followed(NamedTuple):
 
 
 @contextlib.contextmanager
-def _waiting_job(service: Service, argv: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Start a job that says something and waits; yield its ID and what has it become `argv`."""
+def _waiting_job(
+    service: Service, argv: Sequence[str], first_bytes: int = 0
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Start a job that says something and waits; yield its ID and what has it become `argv`.
+
+    `first_bytes`: how many it says after a line end, which is there in any case.
+    """
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)  # noqa: S103 -- the job is another user
         fifo = Path(name, "go")
         os.mkfifo(fifo)
         os.chmod(fifo, 0o666)  # noqa: S103 -- the same
-        script = 'echo; read _ <"$0"; exec "$@"'
+        script = f'echo; head -c {first_bytes} /dev/zero; read _ <"$0"; exec "$@"'
         job_id = service.client.start("sh", ["-c", script, str(fifo), *argv])
 
         def go() -> None:
@@ -229,6 +241,31 @@ def _follow(address: str, job_id: str, count: int) -> None:
     print(",".join(set(digests)), len(digests), messages, *delays, flush=True)
 
 
+@contextlib.contextmanager
+def _stalling(service: Service, job_id: str, count: int) -> Iterator[None]:
+    """Have so many streams of the job open, none of which is read after its first message.
+
+    They have stalled when the job has written more than fits in their windows.
+
+    By itself gRPC widens the window of each stream to many megabytes, and receives as much
+    for a program that reads nothing: all there is of a short job. Here it keeps to 64 KiB.
+    """
+    names = ("server-ca.pem", "client-key.pem", "client.pem")
+    credentials = grpc.ssl_channel_credentials(*((CERTS / name).read_bytes() for name in names))
+    options = (("grpc.http2.bdp_probe", 0),)
+    request = worker_pb.StreamOutputRequest(job_id=job_id)
+    token = (("authorization", f"Bearer {service.client.token}"),)
+    with grpc.secure_channel(service.address, credentials, options) as channel:
+        stub: Any = workerservice_pb2_grpc.WorkerServiceStub(channel)
+        streams = [stub.StreamOutput(request, metadata=token) for _ in range(count)]
+        for stream in streams:
+            next(stream)
+        threading.Event().wait(_STALLED_S)
+        yield
+        for stream in streams:
+            stream.cancel()
+
+
 def bench_followers(service: Service) -> None:
     """What many followers of one live job get together, each of them every byte."""
     rates = {}
@@ -265,24 +302,19 @@ def bench_job_rate(service: Service) -> None:
     def job_s(count: int, *, stalled: bool = False) -> float:
         timed = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d" $((e-s))'
         with (
-            _waiting_job(service, ["sh", "-c", timed, *lines]) as (job_id, go),
+            _waiting_job(service, ["sh", "-c", timed, *lines], MIB * stalled) as (job_id, go),
             contextlib.ExitStack() as stack,
         ):
             if stalled:
-                # A connection of their own, for what is not read there.
-                lazy = Client(service.address, certs=CERTS, token=service.client.token)
-                stack.enter_context(lazy)
-                for _ in range(count):
-                    stream = lazy.stream(job_id)
-                    next(stream)
-                    stack.callback(stream.close)
+                stack.enter_context(_stalling(service, job_id, count))
             else:
                 result = stack.enter_context(_following(service, job_id, count))
             go()
             if not stalled:
                 result()
             # Its tail comes when it has ended.
-            tail = b"".join(service.client.stream(job_id, offset=1 + _LINES_BYTES))
+            first = 1 + MIB * stalled
+            tail = b"".join(service.client.stream(job_id, offset=first + _LINES_BYTES))
             return int(tail) / 1e9
 
     found = in_turn(

@@ -175,6 +175,17 @@ def test_chunks_are_bounded_and_never_empty(log: OutputLog) -> None:
     assert all(0 < size <= 256 * 1024 for size in sizes)
 
 
+def test_each_chunk_is_as_large_as_its_reader_says_then(log: OutputLog) -> None:
+    """The reader is asked when there are bytes for it, and every byte comes all the same."""
+    data = os.urandom(40)
+    sizes = iter([16, 1, 20, 100])
+    with log.subscribe() as subscription:
+        subscription.chunk_bytes = lambda: next(sizes)
+        log.append(data)
+        log.complete()
+        assert list(subscription) == [data[:16], data[16:17], data[17:37], data[37:]]
+
+
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.lists(st.binary(max_size=300), max_size=8), st.integers(0, 2500), st.integers(0, 8))
 def test_any_subscriber_gets_what_follows_its_offset(

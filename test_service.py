@@ -6,6 +6,7 @@ that must look inside or stage a fault.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,6 +28,8 @@ import grpc
 import pytest
 
 import auth
+import client as client_module
+import service
 import worker
 import workerservice_pb2 as worker_pb
 from audit import AUDIT_FLAGS, AuditLog
@@ -40,7 +43,7 @@ from users import SEEDED_USERS
 from worker import Job, Limits, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from server import Server
 
@@ -1085,6 +1088,62 @@ def test_stalled_reader_holds_up_neither_the_job_nor_others(connect: Connect) ->
     next(stalled)
     assert len(_collect(connect(), job_id)) == size
     assert client.status(job_id).status == worker_pb.FINISHED
+
+
+class _Messages:
+    """Tells how many messages were given to gRPC so far, and of how many it is not rid yet."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._changed = threading.Condition()
+        self.given = self.untaken = 0
+        hold = service._Untaken.held
+
+        @contextlib.contextmanager
+        def held(untaken: service._Untaken, size: int) -> Iterator[None]:
+            try:
+                with hold(untaken, size):
+                    self._count(given=1, untaken=1)
+                    yield
+            finally:
+                self._count(untaken=-1)
+
+        monkeypatch.setattr(service._Untaken, "held", held)
+
+    def _count(self, given: int = 0, untaken: int = 0) -> None:
+        with self._changed:
+            self.given += given
+            self.untaken += untaken
+            self._changed.notify_all()
+
+    def await_that(self, predicate: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(predicate, GUARD_S)
+
+
+def test_messages_are_smaller_the_more_of_them_are_not_taken(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Followers that do not read leave the others smaller messages, all bytes, and then larger."""
+    monkeypatch.setattr(service, "_UNTAKEN_BYTES", 4 * 256 * 1024)
+    monkeypatch.setattr(service, "_UNTAKEN_SHARE", 4)
+    # By itself a client's gRPC receives many megabytes that nobody reads.
+    windows = (*client_module._OPTIONS, ("grpc.http2.bdp_probe", 0))
+    monkeypatch.setattr(client_module, "_OPTIONS", windows)
+    client, size = connect("user", serve().address), 2_000_000
+    job_id = client.start("head", ["-c", str(size), "/dev/zero"])
+    assert len(_collect(client, job_id)) == size
+    messages = _Messages(monkeypatch)
+    stalled, first = [], []
+    for number in range(1, 5):
+        stalled.append(client.stream(job_id))
+        first.append(len(next(stalled[-1])))
+        messages.await_that(lambda: messages.given == 2 * number)  # noqa: B023 -- done with then
+    assert [size // 1024 for size in first] == [256, 192, 144, 108]
+    assert len(_collect(client, job_id)) == size
+    for stream in stalled:
+        stream.close()
+    messages.await_that(lambda: messages.untaken == 0)
+    assert len(next(client.stream(job_id))) == 256 * 1024
 
 
 def test_server_gives_back_every_descriptor_and_thread(serve: Serve, connect: Connect) -> None:
