@@ -1,12 +1,10 @@
 """Admission control: how many calls may be under way, so that overload is refused, not suffered.
 
-Each kind of call has threads of its own. A call beyond them is refused at once, before
-anything is known of it but its method. Where calls compute, few have their turn at a time,
-and when some have had to wait for theirs for a while already, no more than so many may: a
-burst is served, a queue that stands is not made longer.
+Each kind of call has threads of its own (`callpool.py`). A call beyond them is refused at
+once, before anything is known of it but its method.
 
     streams = CallPool("streams", threads=1000)
-    others = CallPool("other calls", threads=128, turns=4, places=32)
+    others = CallPool("other calls", threads=128, turns=1, places=64)
     with streams, others, Admission({"/package.Service/Follow": streams}, others) as admission:
         server = grpc.server(others, interceptors=[admission, ...])
 
@@ -15,10 +13,8 @@ of what is for `quotas.py` to say, once a caller is known. `Arrivals` is for the
 bounds how long a call waits for its request.
 
 Threads: `intercept_service` runs on gRPC's `_serve` thread, which alone submits to the
-pools; so nobody comes between its look and the taking.
-
-Source: Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10 (5), 2012 (what is
-wrong with a queue is not that it is long but that it stays).
+pools; so nobody comes between its look and the taking. That thread also refuses: the less a
+refusal costs, the more is left to serve the others, and handing it over would cost more.
 """
 
 from __future__ import annotations
@@ -29,8 +25,8 @@ import math
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
@@ -38,11 +34,11 @@ from quotas import QuotaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from concurrent.futures import Future
 
-__all__ = ["Admission", "Arrivals", "CallPool"]
+    from callpool import CallPool
 
-_BURST_S = 0.25  # for so long calls may wait, one behind the other
+__all__ = ["Admission", "Arrivals"]
+
 _RETRY_AFTER_S = 1
 
 # A call that has not sent its request after twice that is cancelled. It normally comes in
@@ -52,98 +48,13 @@ _OVERDUE_CALLS = 32  # of one caller at a time; more are no accident
 _BLOCKED_S = 60
 
 
-class CallPool(ThreadPoolExecutor):
-    """The threads of one kind of call. A context manager, as every executor.
-
-    `what`: the calls, in the plural, for messages. `threads`: at most, and so calls; made
-    when they are needed. `turns`: how many may compute at a time; None for all. `places`:
-    for calls that have their turn or wait for it, when others have waited for `_BURST_S`
-    without a break. `clock`: tells seconds and never goes back. Attribute: `what`.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        threads: int,
-        turns: int | None = None,
-        places: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(threads, thread_name_prefix=f"rpc-{what}")
-        self.what = what
-        self._call_ceiling = threads
-        self._turn_count = threads if turns is None else turns
-        self._places = threads if places is None else places
-        self._clock = clock
-        self._turns = threading.Semaphore(self._turn_count)
-        # Guards the three below.
-        self._lock = threading.Lock()
-        self._calls = 0  # under way, each with a thread
-        self._places_taken = 0  # by those of them that do not wait for their client
-        self._waiting_since: float | None = None  # since when some always waited for their turn
-
-    def why_full(self) -> str | None:
-        """Return why the next call is one too many; None if it is not."""
-        with self._lock:
-            calls, taken, since = self._calls, self._places_taken, self._waiting_since
-        if calls >= self._call_ceiling:
-            return f"{calls} {self.what} are under way"
-        if taken >= self._places and since is not None and self._clock() - since >= _BURST_S:
-            return f"{taken} {self.what} wait to be handled"
-        return None
+class _OnTheSpot(ThreadPoolExecutor):
+    """Runs what does not wait in the thread that submits it. gRPC takes no other executor."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a call in a thread; it counts from now until it is over, whatever becomes of it."""
-
-        def run() -> Any:
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                self._count(-1, -1)
-
-        self._count(1, 1)
-        try:
-            return super().submit(run)
-        except BaseException:
-            self._count(-1, -1)  # the executor has shut down
-            raise
-
-    def in_turn(self, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """Make a unary call's behavior wait for its turn, and give it up while it waits itself.
-
-        That is while its client lets it wait for a request (if it takes an iterator of them).
-        """
-
-        def behave(request: Any, context: Any) -> Any:
-            with self._turns:
-                if hasattr(request, "__next__"):
-                    request = self._given_up_meanwhile(request)
-                return behavior(request, context)
-
-        return behave
-
-    def _given_up_meanwhile(self, requests: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            self._count(0, -1)
-            self._turns.release()
-            try:
-                request = next(requests, None)
-            finally:
-                self._turns.acquire()
-                self._count(0, 1)
-            if request is None:
-                return
-            yield request
-
-    def _count(self, calls: int, places: int) -> None:
-        with self._lock:
-            self._calls += calls
-            self._places_taken += places
-            if self._places_taken <= self._turn_count:
-                self._waiting_since = None
-            elif self._waiting_since is None:
-                self._waiting_since = self._clock()
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 class Admission(grpc.ServerInterceptor):
@@ -151,7 +62,7 @@ class Admission(grpc.ServerInterceptor):
 
     `pools`: by method ("/package.Service/Method"); `others`: for all other methods. They are
     the caller's to shut down. `on_refusal`: is told the method, the context and the message of
-    a refusal, one at a time. A context manager, for it has a thread of its own.
+    a refusal, one at a time, and must not block.
     """
 
     def __init__(
@@ -163,8 +74,7 @@ class Admission(grpc.ServerInterceptor):
         self._pools = pools
         self._others = others
         self._on_refusal = on_refusal
-        # One thread is enough: to refuse takes some 0.1 ms.
-        self._refusals = ThreadPoolExecutor(1, thread_name_prefix="rpc-refusals")
+        self._on_the_spot = _OnTheSpot()
 
     def intercept_service(
         self,
@@ -189,20 +99,10 @@ class Admission(grpc.ServerInterceptor):
             make = grpc.unary_unary_rpc_method_handler
             if handler.request_streaming:
                 make = grpc.stream_unary_rpc_method_handler
-            behavior = pool.in_turn(handler.stream_unary or handler.unary_unary)
+            behavior = pool.patient(handler.stream_unary or handler.unary_unary)
         # gRPC looks for this attribute; it is undocumented, so a test looks at the threads.
         behavior.experimental_thread_pool = pool
         return make(behavior, handler.request_deserializer, handler.response_serializer)
-
-    def close(self) -> None:
-        """End the thread, when no more calls come."""
-        self._refusals.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _refusal(self, method: str, reason: str) -> Any:
         message = f"the server is overloaded: {reason}; try again in {_RETRY_AFTER_S} s"
@@ -212,7 +112,7 @@ class Admission(grpc.ServerInterceptor):
             context.set_trailing_metadata((("retry-after", str(_RETRY_AFTER_S)),))
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
-        refuse.experimental_thread_pool = self._refusals  # type: ignore[attr-defined]
+        refuse.experimental_thread_pool = self._on_the_spot  # type: ignore[attr-defined]
         # As if for a stream of requests, so that nobody waits for one.
         return grpc.stream_unary_rpc_method_handler(refuse)
 

@@ -23,13 +23,13 @@ from bench_cli import bench_command_line
 from bench_fair import GREEDY_CONFIG, bench_fairness
 from bench_floor import Floor
 from bench_load import bench_memory, bench_sustained
+from bench_overload import bench_overload
 from bench_start import bench_growth, bench_start
 from bench_stream import (
     bench_delay,
     bench_followers,
     bench_job_rate,
     bench_merging,
-    bench_overload,
     bench_silence,
     bench_stream,
 )

@@ -1,7 +1,6 @@
-"""Measures what streams cost, and silence, and what becomes of overload; see `bench.py`.
+"""Measures what streams cost, and silence; see `bench.py`.
 
 python bench_stream.py --follow ADDRESS JOB COUNT    # follow a job that many times at once
-python bench_stream.py --load ADDRESS JOB RATE       # ask for a job's status at that rate
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import hashlib
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,7 +50,6 @@ __all__ = [
     "bench_followers",
     "bench_job_rate",
     "bench_merging",
-    "bench_overload",
     "bench_silence",
     "bench_stream",
 ]
@@ -429,142 +425,8 @@ def bench_silence(service: Service) -> None:
         follower.close()
 
 
-# --- overload -----------------------------------------------------------------------------
-
-_LOADERS = 4  # programs
-_LOADER_THREADS = 4
-_LOAD_S = 2.0
-_LATE_S = 0.3
-
-
-def bench_overload(service: Service) -> None:
-    """Status at twice the rate that can be served, against half of it."""
-    job_id = service.client.start("true")
-
-    def load(rate: float) -> dict[str, list[float]]:
-        return _load(service, job_id, rate)
-
-    load(0)
-    capacity = len(load(0)["OK"]) / _LOAD_S
-    normal, over, back = load(capacity / 2), load(capacity * 2), load(capacity / 2)
-    served, refused = over["OK"], over.get("RESOURCE_EXHAUSTED", [])
-    other = Counter({code: len(each) for code, each in over.items()})
-    del other["OK"], other["RESOURCE_EXHAUSTED"]
-    print_heading(f"Overload: Status at twice {capacity:.0f} calls per second, which can be served")
-    p99 = percentile(normal["OK"], 99)
-    # One run each, so no ratios: the reader sees both sides.
-    report("at half of that: p99", f"{p99 * 1e3:.1f} ms")
-    report(
-        "at twice that: p99 of what is served",
-        f"{percentile(served, 99) * 1e3:.1f} ms",
-        f"{len(served)} served",
-        "",
-        f"<= {2 * p99 * 1e3:.1f} ms",
-    )
-    if refused:
-        share = len(refused) / sum(map(len, over.values()))
-        report(
-            "  p99 of refusals", f"{percentile(refused, 99) * 1e3:.1f} ms", f"{share:.0%} refused"
-        )
-    for code, count in other.items():
-        report(f"  {code}", str(count))
-    late = sum(map(len, back.values())) - len(back["OK"])
-    report(
-        "at half again, right after: p99",
-        f"{percentile(back['OK'], 99) * 1e3:.1f} ms",
-        f"{late} not served",
-    )
-
-
-def _load(service: Service, job_id: str, rate: float) -> dict[str, list[float]]:
-    """Have programs make `rate` calls per second together, or as many as get answered if 0.
-
-    Returns how long each took in seconds, by status.
-    """
-    loaders = [
-        start_program(service.client, __file__, "--load", service.address, job_id, rate / _LOADERS)
-        for _ in range(_LOADERS)
-    ]
-    for loader in loaders:
-        if loader.stdin:
-            loader.stdin.write("\n")
-            loader.stdin.flush()
-    taken: dict[str, list[float]] = {"OK": []}
-    for loader in loaders:
-        output, _ = loader.communicate()
-        for line in output.splitlines():
-            code, call_s = line.split()
-            taken.setdefault(code, []).append(float(call_s))
-    return taken
-
-
-def _make_load(address: str, job_id: str, rate: float) -> None:
-    with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
-        client.status(job_id)  # connects
-        method = client._worker.GetJobStatus
-        request = client._worker_pb.GetJobStatusRequest(job_id=job_id)
-        metadata = client._metadata()
-        print("ready", flush=True)
-        sys.stdin.readline()
-
-        def call() -> Any:
-            return method.future(request, metadata=metadata, timeout=30)
-
-        taken = _call_at_rate(call, rate) if rate else _call_in_turn(call)
-    for code, call_s in taken:
-        print(code, call_s)
-
-
-def _call_at_rate(call: Callable[[], Any], rate: float) -> list[tuple[str, float]]:
-    """Whether or not the calls before have been answered."""
-    taken: list[tuple[str, float]] = []
-    over = threading.Semaphore(0)
-    calls = []  # one that nobody holds is cancelled
-    start = time.monotonic()
-
-    def note(call: Any, since: float) -> None:
-        taken.append((call.code().name, time.monotonic() - since))
-        over.release()
-
-    count = int(rate * _LOAD_S)
-    for number in range(count):
-        time.sleep(max(0, start + number / rate - time.monotonic()))
-        since = time.monotonic()  # that we may be late is not the server's
-        calls.append(call())
-        calls[-1].add_done_callback(lambda call, since=since: note(call, since))
-    if (late := time.monotonic() - start - _LOAD_S) > _LATE_S:
-        print(f"bench: the load came {late:.1f} s late", file=sys.stderr)
-    for _ in range(count):
-        over.acquire()
-    return taken
-
-
-def _call_in_turn(call: Callable[[], Any]) -> list[tuple[str, float]]:
-    """By several threads, each with one call at a time."""
-    taken: list[tuple[str, float]] = []
-    end = time.monotonic() + _LOAD_S
-
-    def call_on() -> None:
-        while (since := time.monotonic()) < end:
-            code = call().code().name  # waits
-            taken.append((code, time.monotonic() - since))
-
-    threads = [threading.Thread(target=call_on) for _ in range(_LOADER_THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return taken
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--follow", nargs=3, metavar=("ADDRESS", "JOB", "COUNT"))
-    parser.add_argument("--load", nargs=3, metavar=("ADDRESS", "JOB", "RATE"))
-    arguments = parser.parse_args()
-    if arguments.follow:
-        address, job_id, count = arguments.follow
-        _follow(address, job_id, int(count))
-    else:
-        address, job_id, rate = arguments.load
-        _make_load(address, job_id, float(rate))
+    parser.add_argument("--follow", nargs=3, metavar=("ADDRESS", "JOB", "COUNT"), required=True)
+    address, job_id, count = parser.parse_args().follow
+    _follow(address, job_id, int(count))

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import logging
 import ssl
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import unquote
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate"]
 
 logger = logging.getLogger(__name__)
+
+_TOGETHER_S = 1.0  # refusals for overload are recorded
 
 SHOWN_CHARACTERS = 64
 """Of what should be a name or an ID, and may be anything."""
@@ -140,7 +143,7 @@ class Call:
     def fingerprint(self) -> str | None:
         return hashlib.sha256(self.certificate).hexdigest() if self.certificate else None
 
-    def record(self, outcome: str = "OK", reason: str | None = None) -> None:
+    def record(self, outcome: str = "OK", reason: str | None = None, **more: str | int) -> None:
         """Write a line about this call. Raises `AuditError` if it must be and cannot.
 
         A servicer does it before what cannot be undone, else the gate when the outcome is
@@ -157,7 +160,49 @@ class Call:
             argv=self.argv,
             outcome=outcome,
             reason=self.reason or reason,
+            **more,
         )
+
+
+class _Overload:
+    """Records the calls that are refused for overload: those alike, of a second, in one line."""
+
+    def __init__(self) -> None:
+        # Guards all below. Notified when there is something to record, and when it is closed.
+        self._changed = threading.Condition()
+        # By connection and method: the first call, why it was refused, and how many there were.
+        self._refused: dict[tuple[str, str], tuple[Call, str, int]] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="overload", daemon=True)
+        self._thread.start()
+
+    def add(self, call: Call, message: str) -> None:
+        key = (str(call.context.peer()), call.method)
+        with self._changed:
+            first, reason, count = self._refused.get(key, (call, message, 0))
+            if not count:
+                with contextlib.suppress(auth.AuthenticationError):
+                    call.certificate = _certificate(call.context)
+                self._changed.notify()
+            self._refused[key] = (first, reason, count + 1)
+
+    def close(self) -> None:
+        """Record what is left, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        closed = False
+        while not closed:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._refused)
+                closed = self._changed.wait_for(lambda: self._closed, _TOGETHER_S)
+                refused, self._refused = self._refused, {}
+            for call, reason, count in refused.values():
+                with contextlib.suppress(AuditError):  # refused they are in any case
+                    call.record(grpc.StatusCode.RESOURCE_EXHAUSTED.name, reason, calls=count)
 
 
 class Gate(grpc.ServerInterceptor):
@@ -166,7 +211,7 @@ class Gate(grpc.ServerInterceptor):
     The interceptor itself runs on the `_serve` thread, for which any work is too much;
     so it only wraps the handler, and the wrapper does the rest in the handler's thread.
 
-    A context manager, for it has a thread of its own. `calls`, `streams`: how many of these
+    A context manager, for it has threads of its own. `calls`, `streams`: how many of these
     one caller may have under way. `request_bytes`: the largest request that is not refused.
     gRPC should let pass some more, for it refuses without saying which setting is in the way.
     """
@@ -186,10 +231,12 @@ class Gate(grpc.ServerInterceptor):
         self._streams = streams
         self._request_bytes = request_bytes
         self._arrivals = Arrivals()
+        self._overload = _Overload()
 
     def close(self) -> None:
-        """End the gate's thread, when no more calls come."""
+        """End the gate's threads, when no more calls come."""
         self._arrivals.close()
+        self._overload.close()
 
     def __enter__(self) -> Self:
         return self
@@ -240,12 +287,12 @@ class Gate(grpc.ServerInterceptor):
         )
 
     def record_overload(self, method: str, context: grpc.ServicerContext, message: str) -> None:
-        """Record a call that was refused before it came here. Never raises."""
-        call = Call(method[:SHOWN_CHARACTERS], context, self._audit)
-        # Refused it is in any case.
-        with contextlib.suppress(auth.AuthenticationError, AuditError):
-            call.certificate = _certificate(context)
-            call.record(grpc.StatusCode.RESOURCE_EXHAUSTED.name, message)
+        """Record a call that was refused before it came here. Never raises, and never blocks.
+
+        It comes into the audit log within a second, with the others of the same connection
+        and method: in an overload there is no time for a line each.
+        """
+        self._overload.add(Call(method[:SHOWN_CHARACTERS], context, self._audit), message)
 
     def _admit(self, call: Call, handler: Any) -> None:
         """Raise unless TLS, the token and the role allow this call, and there is a handler."""

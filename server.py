@@ -45,8 +45,9 @@ try:
 
     import auth
     from accounts import Accounts, AccountsError, parse_uids
-    from admission import Admission, CallPool
+    from admission import Admission
     from audit import AUDIT_FLAGS, AuditLog
+    from callpool import Acceptor, CallPool
     from config import STREAMS_IN_ALL, Config, load_config
     from gate import Gate
     from quotas import Calls
@@ -74,8 +75,12 @@ DEFAULT_UIDS = "70000-79999"  # systemd and the distributions leave 65536 to 524
 # faster together, and the more there are at a time, the less often the thread that accepts
 # and refuses calls has its turn at the interpreter. Starts wait for the helper, mostly.
 _THREADS = 256
-_PLACES = 32
 _STARTS_AT_ONCE = 4
+# As many clients as that, each with one call after the other, are all served: a Status computes
+# for half a millisecond. Starts and lists take longer.
+_PLACES = 64
+_BURST_S = 0.1
+_SLOW_PLACES = 32
 _STREAMS_SPARE = 32  # for those that are one too many, to be told whose ceiling it is
 _CALLS_OF_ONE = 64  # of one caller, beside their streams
 _CALLS_IN_ALL = 2048  # and that many streams; beyond, gRPC refuses in its own words
@@ -203,7 +208,8 @@ class Server:
                 jobs.drop_privileges(own_uid)
             streams = config.in_all.streams or 0
             streams_of_one = min(streams, config.per_user.streams or streams) + _STREAMS_SPARE // 2
-            pools, others = _call_pools(streams)
+            acceptor = Acceptor()
+            pools, others = _call_pools(streams, acceptor)
             for pool in (*pools.values(), others):
                 undo.enter_context(pool)
             self._certificates = certificates
@@ -216,10 +222,9 @@ class Server:
                     request_bytes=config.requests.size,
                 )
             )
-            admission = undo.enter_context(Admission(pools, others, gate.record_overload))
             self._server = grpc.server(
                 others,
-                interceptors=[admission, gate],
+                interceptors=[Admission(pools, others, gate.record_overload), gate],
                 options=(
                     *GRPC_OPTIONS,
                     ("grpc.max_receive_message_length", config.requests.size * _MESSAGE_FACTOR),
@@ -229,6 +234,7 @@ class Server:
                 ),
                 maximum_concurrent_rpcs=streams + _CALLS_IN_ALL,
             )
+            acceptor.attach(self._server)
             add_services(
                 self._server, jobs, self._authenticator, config=config, uid_of=self._uid_of
             )
@@ -313,18 +319,31 @@ class Server:
         self.stop()
 
 
-def _call_pools(streams: int) -> tuple[dict[str, CallPool], CallPool]:
+def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], CallPool]:
     """Return the pools by method, and that of all other methods."""
     pools = {
         "WorkerService/StreamOutput": CallPool("streams", threads=streams + _STREAMS_SPARE),
         "WorkerService/StartJob": CallPool(
-            "starts", threads=_THREADS, turns=_STARTS_AT_ONCE, places=_PLACES
+            "starts",
+            threads=_THREADS,
+            turns=_STARTS_AT_ONCE,
+            places=_SLOW_PLACES,
+            acceptor=acceptor,
         ),
-        "WorkerService/ListJobs": CallPool("lists", threads=_THREADS, turns=1, places=_PLACES),
+        "WorkerService/ListJobs": CallPool(
+            "lists", threads=_THREADS, turns=1, places=_SLOW_PLACES, acceptor=acceptor
+        ),
         "WorkerService/StopJob": CallPool("stops", threads=_THREADS),
         "AuthService/Login": CallPool("logins", threads=_THREADS),
     }
-    others = CallPool("calls", threads=_THREADS, turns=1, places=_PLACES)
+    others = CallPool(
+        "calls",
+        threads=_THREADS,
+        turns=1,
+        places=_PLACES,
+        burst_s=_BURST_S,
+        acceptor=acceptor,
+    )
     return {f"/jobworker.v1.{method}": pool for method, pool in pools.items()}, others
 
 

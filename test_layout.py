@@ -24,6 +24,7 @@ _IMPORTS = {
     "auth": {"jwt", "revocations", "throttle", "users"},
     "accounts": set(),
     "admission": {"grpc", "quotas"},
+    "callpool": {"grpc"},
     "audit": set(),
     "tls": {"grpc"},
     "quotas": {"broadcaster", "units"},
@@ -37,7 +38,8 @@ _IMPORTS = {
     "config": {"cgroups", "units", "worker"},
     "hostcheck": {"cgroups", "worker"},
     "server": {
-        *("accounts", "admission", "audit", "auth", "config", "gate", "hostcheck", "quotas"),
+        *("accounts", "admission", "audit", "auth", "callpool", "config", "gate", "hostcheck"),
+        "quotas",
         *("service", "spawner", "tls", "users", "worker", "grpc"),
     },
     "client": {
@@ -52,6 +54,7 @@ _IMPORTS = {
 }
 # What a module names in annotations only, and never imports when it runs.
 _ANNOTATIONS = {
+    "admission": {"callpool"},
     "client": {"google"},
     "commands": {"google", "workerservice_pb2"},
     "quotas": {"config"},

@@ -38,14 +38,13 @@ from config import Config
 from conftest import FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
 from gate import Gate
 from quotas import Calls, QuotaError, Quotas
+from server import Server, Settings
 from service import add_services
 from users import SEEDED_USERS
 from worker import Job, Limits, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from server import Server
 
     Connect = Callable[..., Client]
     Serve = Callable[..., Server]
@@ -599,14 +598,23 @@ def test_error_of_the_worker_becomes_its_status(  # noqa: PLR0913
         assert errors[0].exc_info[1] is error
 
 
-def test_call_that_is_refused_for_overload_is_on_record(
-    serve: Serve, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_calls_that_are_refused_for_overload_are_on_record(
+    certs: Path,
+    make_state: Callable[[], Path],
+    connect: Connect,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With its certificate, though nobody has looked at its token."""
+    """Those alike in one line, with their number, and the certificate, though no user."""
     monkeypatch.setattr("server._THREADS", 1)
-    server = serve(audit_log=tmp_path / "audit.log")
-    client = connect("user", server.address)
-    job_id = run_job(client)
+    monkeypatch.setattr("gate._TOGETHER_S", GUARD_S)  # they are recorded at the end
+    settings = Settings(
+        listen="127.0.0.1:0",
+        certs=certs,
+        state_dir=make_state(),
+        enforcement="off",
+        audit_log=tmp_path / "audit.log",
+    )
     entered, go_on, status = threading.Event(), threading.Event(), Worker.status
 
     def slow(self: Worker, job_id: str) -> Job:
@@ -614,46 +622,28 @@ def test_call_that_is_refused_for_overload_is_on_record(
         assert go_on.wait(GUARD_S)
         return status(self, job_id)
 
-    monkeypatch.setattr(Worker, "status", slow)
-    with ThreadPoolExecutor(1) as pool:
+    with Server(settings) as server, ThreadPoolExecutor(1) as pool:
+        client = connect("user", server.address)
+        job_id = run_job(client)
+        monkeypatch.setattr(Worker, "status", slow)
         held = pool.submit(client.status, job_id)
         assert entered.wait(GUARD_S)
-        code, message = call_rpc(client, "GetJobStatus", job_id=job_id)
+        methods = ["GetJobStatus"] * 3 + ["RemoveJob"]
+        answers = [call_rpc(client, method, job_id=job_id) for method in methods]
         go_on.set()
         assert held.result(GUARD_S).job_id == job_id
-    assert (code, "overloaded" in message) == ("RESOURCE_EXHAUSTED", True)
-    records = [json.loads(line) for line in (tmp_path / "audit.log").read_text().splitlines()]
-    (refused,) = [record for record in records if record["outcome"] != "OK"]
-    assert refused["rpc"] == "/jobworker.v1.WorkerService/GetJobStatus"
-    assert (refused["outcome"], refused["reason"]) == (code, message)
-    assert refused["certificate"] == records[0]["certificate"] is not None
-    assert refused["user"] is None
-
-
-@pytest.mark.parametrize("stops", [True, False])
-def test_job_that_could_not_be_recorded_is_stopped(
-    serve: Serve,
-    connect: Connect,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    stops: bool,
-) -> None:
-    """Where every call must be on record; if the kernel does not let it go, the operator hears."""
-    server = serve(audit_required=True)
-    client = connect("user", server.address)
-    server._audit.close()
-
-    def fail(_: Worker, job_id: str) -> None:
-        raise worker.StopTimeoutError(job_id, 10)
-
-    with monkeypatch.context() as patch:
-        if not stops:
-            patch.setattr(Worker, "stop", fail)
-        assert call_rpc(client, "StartJob", command="sleep", args=["infinity"]) == _NO_RECORD
-    (job,) = _worker_of(server).list()
-    assert job.status == (worker.Status.STOPPED if stops else worker.Status.RUNNING)
-    errors = [record.getMessage() for record in caplog.records if record.name == "gate"]
-    assert [job.job_id in error for error in errors] == ([] if stops else [True])
+    lines = (tmp_path / "audit.log").read_text().splitlines()
+    served, *refused = sorted(map(json.loads, lines[-3:]), key=lambda record: record["outcome"])
+    assert served["rpc"] == "/jobworker.v1.WorkerService/GetJobStatus"
+    assert [(each["rpc"].rpartition("/")[2], each["calls"]) for each in refused] == [
+        ("GetJobStatus", 3),
+        ("RemoveJob", 1),
+    ]
+    for record in refused:
+        assert (record["outcome"], record["reason"]) == answers[0]
+        assert "overloaded" in record["reason"]
+        assert record["certificate"] == served["certificate"]
+        assert record["peer"] == served["peer"]
 
 
 def test_job_of_a_dead_spawner_is_lost_and_no_other_can_start(

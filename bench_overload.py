@@ -1,0 +1,287 @@
+"""Measures what becomes of overload; see `bench.py`.
+
+    python bench_overload.py ADDRESS REQUEST RATE SECONDS    # be the clients
+
+The clients speak HTTP/2 by themselves, as far as it takes to make calls that are all alike.
+Those of gRPC need as much of the machine as the server does, and would, at twice the rate that
+it can serve, measure themselves; these need a third of a core.
+
+Sources: RFC 9113 (HTTP/2), RFC 7541 (its headers), gRPC's PROTOCOL-HTTP2.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import ssl
+import struct
+import sys
+import time
+from typing import NamedTuple
+
+import workerservice_pb2 as worker_pb
+from benchlib import CERTS, Service, fail, percentile, print_heading, report, start_program
+
+__all__ = ["bench_overload"]
+
+_METHOD = "/jobworker.v1.WorkerService/GetJobStatus"
+_LOAD_S = 4.0
+_ONSET_S = 0.5  # when it may still be a burst
+_PATIENCE_S = 30.0
+_LATE_S = 0.1
+_CONNECTIONS = 4
+_AT_ONCE = 3  # calls, where the next is made when one is answered: it keeps the server busy
+_CALLS_BETWEEN_LOOKS = 32
+
+# The status as it is in HTTP/2.
+_OK, _RESOURCE_EXHAUSTED = "0", "8"
+
+_HEADER_BYTES = 9
+_DATA, _HEADERS, _RESET, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_ACK = _END_STREAM = 1
+_END_HEADERS = 4
+_MAX_WINDOW, _FIRST_WINDOW = 2**31 - 1, 65_535
+_TABLE_SIZE, _PUSHES, _STREAM_WINDOW = 1, 2, 4  # settings
+_WITH_INDEXING, _INDEXED, _FIRST_INDEX = 0x40, 0x80, 62
+_ONE_BYTE = 0x7F  # a length of less than that takes one
+
+
+class _Answer(NamedTuple):
+    """When the call was made, in seconds after the first, and how long it took."""
+
+    status: str
+    since: float
+    took: float
+
+
+def bench_overload(service: Service) -> None:
+    """Status at twice the rate that can be served, against half of it."""
+    request = worker_pb.GetJobStatusRequest(job_id=service.client.start("true"))
+
+    def load(rate: float) -> list[_Answer]:
+        return _run_load(service, request.SerializeToString(), rate)
+
+    load(0)  # warms up
+    capacity = len(_took(load(0), _OK)) / _LOAD_S
+    normal, over, back = (load(capacity * share) for share in (0.5, 2, 0.5))
+    print_heading(f"Overload: Status at twice {capacity:.0f} calls per second, which can be served")
+    usual = percentile(_took(normal, _OK), 99)
+    # One run each, so no ratios: the reader sees both sides.
+    report("at half of that: p99", f"{usual * 1e3:.1f} ms", "", f"{len(normal)} calls")
+    for what, since in (("from the start", 0.0), (f"after {_ONSET_S} s", _ONSET_S)):
+        served = _took(over, _OK, since)
+        report(
+            f"at twice that, {what}: p99 if served",
+            f"{percentile(served, 99) * 1e3:.1f} ms",
+            f"p50 {percentile(served, 50) * 1e3:.1f} ms",
+            f"{len(served)} calls",
+            f"<= {2 * usual * 1e3:.1f} ms",
+        )
+        if refused := _took(over, _RESOURCE_EXHAUSTED, since):
+            report(
+                "  p99 if refused",
+                f"{percentile(refused, 99) * 1e3:.1f} ms",
+                f"p50 {percentile(refused, 50) * 1e3:.1f} ms",
+                f"{len(refused)} calls",
+            )
+    others = len(over) - len(_took(over, _OK)) - len(_took(over, _RESOURCE_EXHAUSTED))
+    report("  neither", str(others), "", "", "0")
+    served = _took(back, _OK)
+    report(
+        "at half again, right after: p99",
+        f"{percentile(served, 99) * 1e3:.1f} ms",
+        "",
+        f"{len(back) - len(served)} not served",
+    )
+
+
+def _took(answers: list[_Answer], status: str, since: float = 0.0) -> list[float]:
+    return [each.took for each in answers if each.status == status and each.since >= since]
+
+
+def _run_load(service: Service, request: bytes, rate: float) -> list[_Answer]:
+    """Have a program make `rate` calls per second, or as many as get answered if 0."""
+    arguments = (service.address, request.hex(), rate, _LOAD_S)
+    program = start_program(service.client, __file__, *arguments)
+    output, _ = program.communicate("\n")
+    if program.returncode:
+        fail("the clients of the overload failed")
+    fields = (line.split() for line in output.splitlines())
+    return [_Answer(status, float(since), float(took)) for status, since, took in fields]
+
+
+# --- the clients --------------------------------------------------------------------------
+
+
+class _Connection:
+    """A connection over which calls are made that are all alike."""
+
+    def __init__(self, address: str, request: bytes, token: str) -> None:
+        host, _, port = address.rpartition(":")
+        context = ssl.create_default_context(cafile=str(CERTS / "server-ca.pem"))
+        context.load_cert_chain(CERTS / "client.pem", CERTS / "client-key.pem")
+        context.set_alpn_protocols(["h2"])
+        plain = socket.create_connection((host, int(port)))
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = context.wrap_socket(plain, server_hostname=host)
+        self._socket.setblocking(False)
+        headers = {
+            ":method": "POST",
+            ":scheme": "https",
+            ":path": _METHOD,
+            ":authority": address,
+            "te": "trailers",
+            "content-type": "application/grpc",
+            "authorization": f"Bearer {token}",
+        }
+        # The server keeps them in its table, where the last is the first.
+        self._headers = b"".join(itertools.starmap(_header, headers.items()))
+        self._same_headers = bytes(_INDEXED + _FIRST_INDEX + i for i in range(len(headers)))[::-1]
+        self._data = b"\0" + len(request).to_bytes(4, "big") + request
+        self._next_stream = 1
+        self._unsent = bytearray()
+        self._received = b""
+        self._begun: dict[int, float] = {}  # by stream
+        # A window that never closes, and no table for answers, so that a status is in full.
+        settings = {_TABLE_SIZE: 0, _PUSHES: 0, _STREAM_WINDOW: _MAX_WINDOW}
+        self._send(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+            + _frame(_SETTINGS, b"".join(struct.pack(">HI", *each) for each in settings.items()))
+            + _frame(_WINDOW_UPDATE, struct.pack(">I", _MAX_WINDOW - _FIRST_WINDOW))
+        )
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._socket.fileno()
+
+    @property
+    def open_calls(self) -> int:
+        """How many are not answered."""
+        return len(self._begun)
+
+    def call(self) -> None:
+        """Begin a call."""
+        stream, self._next_stream = self._next_stream, self._next_stream + 2
+        self._begun[stream] = time.monotonic()
+        self._send(
+            _frame(_HEADERS, self._headers, _END_HEADERS, stream)
+            + _frame(_DATA, self._data, _END_STREAM, stream)
+        )
+        self._headers = self._same_headers
+
+    def answers(self) -> list[_Answer]:
+        """Return what has been answered; does not block."""
+        data = self._received
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while more := self._socket.recv(1 << 18):
+                data += more
+            fail("the server has closed a connection")
+        now = time.monotonic()
+        answers = []
+        begin = 0
+        while len(data) - begin >= _HEADER_BYTES:
+            end = begin + _HEADER_BYTES + int.from_bytes(data[begin : begin + 3], "big")
+            if end > len(data):
+                break
+            kind, flags = data[begin + 3 : begin + 5]
+            stream = int.from_bytes(data[begin + 5 : begin + _HEADER_BYTES], "big")
+            status = self._handle(kind, flags, data[begin + _HEADER_BYTES : end])
+            begin = end
+            if status and (since := self._begun.pop(stream, None)):
+                answers.append(_Answer(status, since, now - since))
+        self._received = data[begin:]
+        return answers
+
+    def _handle(self, kind: int, flags: int, payload: bytes) -> str:
+        """Do what a frame wants; return the status of its call, if that is in it."""
+        if kind == _HEADERS and flags & _END_STREAM:
+            value = payload.partition(b"grpc-status")[2]
+            return value[1 : 1 + value[0]].decode()
+        if kind == _RESET:
+            return f"reset-{int.from_bytes(payload, 'big')}"
+        if kind == _GOAWAY:
+            fail(f"the server ends a connection: {payload!r}")
+        if not flags & _ACK and kind in {_PING, _SETTINGS}:
+            self._send(_frame(kind, payload if kind == _PING else b"", _ACK))
+        return ""
+
+    def _send(self, data: bytes) -> None:
+        self._unsent += data
+        with contextlib.suppress(ssl.SSLWantWriteError):
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+
+
+def _frame(kind: int, payload: bytes, flags: int = 0, stream: int = 0) -> bytes:
+    length = len(payload).to_bytes(3, "big")
+    return length + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def _header(name: str, value: str) -> bytes:
+    return bytes([_WITH_INDEXING]) + _string(name) + _string(value)
+
+
+def _string(text: str) -> bytes:
+    length = len(text)
+    if length < _ONE_BYTE:
+        return bytes([length]) + text.encode()
+    encoded = bytes([_ONE_BYTE])
+    length -= _ONE_BYTE
+    while length > _ONE_BYTE:
+        encoded += bytes([_INDEXED | length & _ONE_BYTE])
+        length >>= 7
+    return encoded + bytes([length]) + text.encode()
+
+
+def _make_load(address: str, request: bytes, rate: float, seconds: float) -> None:
+    connections = _connect(address, request)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    taken: list[_Answer] = []
+    turn = itertools.cycle(connections)
+    begin = time.monotonic()
+    made, late_s = 0, 0.0
+    while (now := time.monotonic() - begin) < seconds or (
+        len(taken) < made and now < seconds + _PATIENCE_S
+    ):
+        wait_s, due = _PATIENCE_S, made
+        if rate:
+            due = int(min(now, seconds) * rate)
+            late_s = max(late_s, now - made / rate if due > made else 0)
+        elif now < seconds:
+            due = len(taken) + _AT_ONCE
+        for _ in range(min(due - made, _CALLS_BETWEEN_LOOKS)):
+            next(turn).call()
+            made += 1
+        if now < seconds:
+            next_s = (made + 1) / rate if rate else seconds
+            wait_s = max(0.0, begin + next_s - time.monotonic())
+        for each in select.select(connections, [], [], wait_s)[0]:
+            taken += each.answers()
+    if late_s > _LATE_S:
+        print(f"bench: the load came {late_s:.1f} s late", file=sys.stderr)
+    for answer in taken:
+        print(answer.status, answer.since - begin, answer.took)
+    for _ in range(sum(each.open_calls for each in connections)):
+        print("unanswered", 0, seconds)
+
+
+def _connect(address: str, request: bytes) -> list[_Connection]:
+    """Return connections over each of which a call has been served."""
+    token = os.environ["JOBWORKER_TOKEN"]
+    connections = [_Connection(address, request, token) for _ in range(_CONNECTIONS)]
+    for each in connections:
+        each.call()
+        while not (answers := each.answers()):
+            select.select([each], [], [], _PATIENCE_S)
+        if answers[0].status != _OK:
+            fail(f"a call is answered with {answers[0].status}")
+    return connections
+
+
+if __name__ == "__main__":
+    address, request, rate, seconds = sys.argv[1:]
+    _make_load(address, bytes.fromhex(request), float(rate), float(seconds))

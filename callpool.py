@@ -1,0 +1,313 @@
+"""The threads of one kind of call, of which few at a time have their turn to compute.
+
+More threads are not faster in one interpreter: each time one of them waits, for a lock or the
+network, others wake up and contend for the interpreter with gRPC's `_serve` thread, which
+accepts and refuses calls. So calls that have no turn yet wait in a queue and have no thread,
+and whoever has a turn keeps it while waiting for their request, which normally is there
+already. Only when it is not there after some milliseconds does the turn go to another call.
+
+    acceptor = Acceptor()
+    with CallPool("calls", threads=128, turns=1, places=64, acceptor=acceptor) as pool:
+        ...
+        acceptor.attach(server)
+
+A burst is served; but when calls have waited for their turn for a while without a break,
+`why_full` says that no more than so many may; and none at all when the `_serve` thread has
+had many calls for a while and no break, for then more wait in gRPC's core, where nobody sees
+them. Refusing lets that thread catch up, because then nobody contends with it. An overload
+that lasts is met without that patience, until a second has gone by in which there was room.
+
+Thread safety: everything may be called from any thread; but `why_full` holds for the next call
+only if one thread alone submits them, as gRPC's does.
+
+Source: Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10 (5), 2012 (what is
+wrong with a queue is not that it is long but that it stays).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import grpc
+
+__all__ = ["Acceptor", "CallPool"]
+
+_LATE_S = 0.01  # a request that is not there after once to twice that is waited for without a turn
+_BEHIND_S = 0.003  # so long the `_serve` thread has work now and then, if there is no overload
+_BEHIND_CALLS, _BEHIND_CALLS_PER_S = 32, 500  # fewer than both are no overload of calls
+_WINDOW_S = 1.0  # in which they are counted
+_RELIEF_S = 1.0  # after so long without a refusal, the next burst is served again
+
+
+class Acceptor:
+    """Tells for how long a server's `_serve` thread has had more calls than it can look at."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # All of the `_serve` thread, which alone writes it.
+        self._busy_since: float | None = None
+        self._calls = 0  # since then
+
+    def attach(self, server: grpc.Server) -> None:
+        """Look at what this server's thread does. Before the server starts."""
+        # gRPC does not show it in any other way, and calls that wait in its core not at all.
+        # A test notices if there is no such queue any more.
+        state: Any = server._state  # type: ignore[attr-defined] # noqa: SLF001
+        queue = _EventQueue()
+        queue.acceptor = self
+        state.server.register_completion_queue(queue)
+        state.completion_queue = queue
+
+    def behind_s(self) -> float:
+        """Return for how long it has had many calls and no break; 0 if it is not so."""
+        since = self._busy_since
+        if since is None:
+            return 0.0
+        busy_s = self._clock() - since
+        # With few it has to do with streams, or waits for a processor.
+        return busy_s if self._calls >= max(_BEHIND_CALLS, busy_s * _BEHIND_CALLS_PER_S) else 0.0
+
+    def waits(self) -> None:
+        """The thread has no work."""
+        self._busy_since = None
+
+    def takes(self, *, is_call: bool) -> None:
+        """The thread takes some of its work."""
+        now = self._clock()
+        if self._busy_since is None or now - self._busy_since > _WINDOW_S:
+            self._busy_since = now
+            self._calls = 0
+        self._calls += is_call
+
+
+class _EventQueue(cygrpc.CompletionQueue):  # type: ignore[misc]
+    """Where gRPC's `_serve` thread takes its work from."""
+
+    acceptor: Acceptor
+
+    def poll(self, deadline: float | None = None) -> Any:
+        event = super().poll(0)
+        if event.completion_type == cygrpc.CompletionType.queue_timeout:
+            self.acceptor.waits()
+            event = super().poll(deadline)
+        # A function says what is to be done of a call that is under way, a word that it is new.
+        self.acceptor.takes(is_call=isinstance(event.tag, str))
+        return event
+
+
+class CallPool(ThreadPoolExecutor):
+    """The threads of one kind of call. A context manager, as every executor.
+
+    `what`: the calls, in the plural, for messages. `threads`: at most, and so calls; made
+    when they are needed. `turns`: how many calls may compute at a time; None for all. `places`:
+    for calls that have their turn or wait for it, when others have waited for `burst_s`
+    without a break. `acceptor`: which must not be behind for as long. `clock`: tells
+    seconds and never goes back. Attribute: `what`.
+    """
+
+    def __init__(  # noqa: PLR0913 -- settings, each by its name
+        self,
+        what: str,
+        *,
+        threads: int,
+        turns: int | None = None,
+        places: int | None = None,
+        burst_s: float = 0.25,
+        acceptor: Acceptor | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(threads, thread_name_prefix=f"rpc-{what}")
+        self.what = what
+        self._call_ceiling = threads
+        self._turn_count = threads if turns is None else turns
+        self._places = threads if places is None else places
+        self._burst_s = burst_s
+        self._acceptor = Acceptor() if acceptor is None else acceptor
+        self._clock = clock
+        # Guards all below. Notified when a call begins to queue while the watcher has nothing
+        # to look after, and when the pool is shut down. Held for microseconds.
+        self._changed = threading.Condition(threading.Lock())
+        self._calls = 0  # under way
+        self._places_taken = 0  # by those of them that do not wait for their client
+        self._waiting_since: float | None = None  # since when some always waited for their turn
+        self._overloaded_until = -math.inf
+        self._free_turns = self._turn_count
+        self._queue: deque[Callable[[], None]] = deque()
+        # The calls that wait for their request and have a turn, and how many have none.
+        self._awaiting: set[object] = set()
+        self._late = 0
+        # Those whose request has come, and who need a turn again.
+        self._returning: deque[threading.Lock] = deque()
+        self._watching = False
+        self._closed = False
+        self._watcher = None
+        if self._turn_count < threads:
+            self._watcher = threading.Thread(target=self._watch, name=f"late-{what}", daemon=True)
+            self._watcher.start()
+
+    def why_full(self) -> str | None:
+        """Return why the next call is one too many; None if it is not."""
+        with self._changed:
+            now = self._clock()
+            overloaded = now < self._overloaded_until
+            patience_s = 0.0 if overloaded else self._burst_s
+            since = self._waiting_since
+            reason = None
+            if self._calls >= self._call_ceiling:
+                return f"{self._calls} {self.what} are under way"
+            if (
+                self._places_taken >= self._places
+                and since is not None
+                and now - since >= patience_s
+            ):
+                reason = f"{self._places_taken} {self.what} wait to be handled"
+            elif self._acceptor.behind_s() >= max(patience_s, _BEHIND_S):
+                reason = f"{self.what} arrive faster than they can be looked at"
+            if reason:
+                self._overloaded_until = now + _RELIEF_S
+            return reason
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call in its turn; it counts from now until it is over, whatever becomes of it."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 -- it is the future's to tell
+                self._end()
+                future.set_exception(error)
+            else:
+                self._end()
+                future.set_result(result)
+
+        with self._changed:
+            if self._closed:
+                raise RuntimeError(f"the pool of {self.what} has been shut down")
+            if self._free_turns:
+                super().submit(self._run, run)
+                self._free_turns -= 1
+            else:
+                self._queue.append(run)
+                if not self._watching:
+                    self._watching = True
+                    self._changed.notify()
+            self._count_locked(1, 1)
+        return future
+
+    def patient(self, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Make a unary call's behavior keep nobody from their turn by waiting for a request.
+
+        That is, if it takes an iterator of requests.
+        """
+
+        def behave(request: Any, context: Any) -> Any:
+            if hasattr(request, "__next__"):
+                request = self._awaited(request)
+            return behavior(request, context)
+
+        return behave
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As of every executor; the calls that wait for their turn have it first."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if self._watcher is not None:
+            self._watcher.join()
+
+    def _run(self, run: Callable[[], None] | None) -> None:
+        """Keep a turn for as long as there are calls that wait for one."""
+        while run is not None:
+            run()
+            with self._changed:
+                # Who was there before has the turn first.
+                run = self._queue.popleft() if self._queue and not self._returning else None
+                if run is None:
+                    self._pass_turn_locked()
+
+    def _end(self) -> None:
+        with self._changed:
+            self._count_locked(-1, -1)
+
+    def _pass_turn_locked(self) -> None:
+        """Give a turn to whoever is the next, in a thread of theirs."""
+        if self._returning:
+            self._returning.popleft().release()
+            return
+        if self._queue:
+            # When the pool has been shut down, whoever gave up their turn goes on with it.
+            with contextlib.suppress(RuntimeError):
+                super().submit(self._run, self._queue[0])
+                self._queue.popleft()
+                return
+        self._free_turns += 1
+
+    def _awaited(self, requests: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            wait = object()
+            with self._changed:
+                self._awaiting.add(wait)
+                if self._late:  # somebody sends no requests, or slowly: maybe it is the same
+                    self._lose_turn_locked(wait)
+            try:
+                request = next(requests, None)
+            finally:
+                self._have_turn(wait)
+            if request is None:
+                return
+            yield request
+
+    def _lose_turn_locked(self, wait: object) -> None:
+        self._awaiting.remove(wait)
+        self._late += 1
+        self._count_locked(0, -1)
+        self._pass_turn_locked()
+
+    def _have_turn(self, wait: object) -> None:
+        """End a wait: go on with the turn, or wait for another one."""
+        with self._changed:
+            if wait in self._awaiting:
+                self._awaiting.remove(wait)
+                return
+            self._late -= 1
+            self._count_locked(0, 1)
+            if self._free_turns:
+                self._free_turns -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._returning.append(turn)
+        turn.acquire()
+
+    def _watch(self) -> None:
+        """Take their turn from those who wait for too long, while others want it."""
+        while True:
+            with self._changed:
+                self._watching = bool(self._queue)
+                self._changed.wait_for(lambda: self._watching or self._closed)
+                before = set(self._awaiting)
+                if self._changed.wait_for(lambda: self._closed, _LATE_S):
+                    return
+                for wait in before & self._awaiting:
+                    self._lose_turn_locked(wait)
+
+    def _count_locked(self, calls: int, places: int) -> None:
+        self._calls += calls
+        self._places_taken += places
+        if self._places_taken <= self._turn_count:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = self._clock()
