@@ -716,14 +716,15 @@ def _receive_program(sock: socket.socket, uids: range | None) -> _Program:
 
     Raises EOFError if nothing is, OSError, ValueError, TypeError, LookupError.
     """
-    _, (fd,) = _receive(sock)
+    _, fds = _receive(sock)
     try:
+        (fd,) = fds
         size = os.fstat(fd).st_size
         if size > _MAX_PROGRAM_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         program = json.loads(os.pread(fd, size, 0))
     finally:
-        os.close(fd)
+        _close_all(fds)
     uid = program["uid"]
     # A range has floats in it, too.
     if not (uid is None if uids is None else type(uid) is int and uid in uids):

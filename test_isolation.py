@@ -752,7 +752,7 @@ class _Witness:
         self.path = directory / "fifo"
         os.mkfifo(self.path)
         self.path.chmod(0o666)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        self._open()
         self.script = f"""
             exec 9>'{self.path}'
             setsid sh -c 'echo >&9; trap "" TERM HUP INT; while :; do sleep 1000; done' &
@@ -769,6 +769,12 @@ class _Witness:
         """Block until no process has it."""
         assert select.select([self._fd], [], [], GUARD_S)[0]
         assert os.read(self._fd, 1) == b""
+        os.close(self._fd)
+        self._open()
+
+    def _open(self) -> None:
+        # Anew for each time: once somebody has had it, it is readable when nobody has.
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
 
     def close(self) -> None:
         os.close(self._fd)

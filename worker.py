@@ -482,6 +482,7 @@ class Worker:
             # Before it is told: a Ctrl-C may come between that and the answer.
             undo.callback(self._spawner.kill, place.job_id)
             undo.callback(place.discard)
+            started_at = datetime.now(UTC)
             cgroup = None
             if self._subtree is not None and place.cgroup is not None:
                 # Not when it was made: what could be enforced then need not be still.
@@ -511,6 +512,7 @@ class Worker:
                 pid,
                 _Descriptors(place.output_fd, place.exit_read_fd, pidfd),
                 self._registry,
+                started_at=started_at,
                 prepare_place=self._prepare_place,
             )
             try:
@@ -674,6 +676,7 @@ class _Job:
         fds: _Descriptors,
         registry: _Registry,
         *,
+        started_at: datetime,
         prepare_place: Callable[[], None],
     ) -> None:
         self.job_id = job_id
@@ -692,7 +695,7 @@ class _Job:
         self._prepare_place = prepare_place
         self.is_finished = False  # the registry's to write and to read
         self._pipe_is_large = False  # the thread's own
-        self._started_at = datetime.now(UTC)
+        self._started_at = started_at
         # Guards all below. Notified when the job has ended. Never held during I/O.
         self._ended = threading.Condition()
         self._stop_reason: EndReason | None = None  # set by the stop that found it alive
