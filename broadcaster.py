@@ -171,7 +171,8 @@ class OutputLog:
     `dir_fd`: the descriptor of a directory in which `path` is a bare name, for a process
     that may use the directory but not walk the path to it. It stays the caller's, and
     open until the log is removed. `budget`: out of which every byte kept is taken; None
-    for no bound. Raises OSError when the file cannot be created.
+    for no bound; also an attribute, to be set before there are bytes. Raises OSError when
+    the file cannot be created.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class OutputLog:
     ) -> None:
         self._path = os.fspath(path)
         self._dir_fd = dir_fd
-        self._budget = budget
+        self.budget = budget
         # Guards every attribute below. Never held while reading or writing the file.
         # Reentrant, because the garbage collector may close an abandoned subscription.
         self._lock = threading.RLock()
@@ -278,7 +279,7 @@ class OutputLog:
             offset, failure = self._size, self._failure
         granted, stored = 0, 0
         if failure is None:
-            granted, refuser = self._budget.take(size) if self._budget else (size, None)
+            granted, refuser = self.budget.take(size) if self.budget else (size, None)
             if refuser is not None:
                 failure = OSError(errno.EDQUOT, f"{refuser.what} is reached")
         try:
@@ -291,8 +292,8 @@ class OutputLog:
         except OSError as error:
             failure = error  # it comes before what was refused
         finally:
-            if self._budget and stored < granted:
-                self._budget.give_back(granted - stored)
+            if self.budget and stored < granted:
+                self.budget.give_back(granted - stored)
         with self._lock:
             self._size += stored
             self._taken += stored
@@ -362,8 +363,8 @@ class OutputLog:
         if self._complete and not self._subscriptions and self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._budget and self._unlinked and self._fd < 0:
-            self._budget.give_back(self._taken)
+        if self.budget and self._unlinked and self._fd < 0:
+            self.budget.give_back(self._taken)
             self._taken = 0
 
 

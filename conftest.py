@@ -73,6 +73,15 @@ def job_cgroups(jobs: Path) -> list[Path]:
     return found
 
 
+def job_files(worker: Worker) -> list[str]:
+    """The files in the worker's output directory, but for the empty one of the next job."""
+    known = {f"{job.job_id}.out" for job in worker.list()}
+    directory = worker._output_dir.path
+    return sorted(
+        path.name for path in directory.iterdir() if path.name in known or path.stat().st_size
+    )
+
+
 def await_output(worker: Worker, job_id: str, text: bytes) -> None:
     """Block until the job has written `text`."""
     output = b""

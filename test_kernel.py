@@ -24,7 +24,7 @@ import pytest
 
 import cgroups
 from cgroups import NO_LIMITS, CgroupError, Limits, _physical_disks, _wait_event
-from conftest import GUARD_S, await_output, job_cgroups, own_cgroup
+from conftest import GUARD_S, await_output, job_cgroups, job_files, own_cgroup
 from spawner import Process, Spawner
 from worker import CommandError, EndReason, ResourceError, Status, Worker, _Job
 
@@ -416,7 +416,7 @@ def _held(worker: Worker | None = None) -> tuple[object, ...]:
         return held
     worker._spawner.kill("nobody")  # once it answers, it has done what was asked before
     cgroups = job_cgroups(_cgroup(worker, ""))
-    return *held, worker.list(), cgroups, os.listdir(worker._output_dir.path)
+    return *held, worker.list(), cgroups, job_files(worker)
 
 
 def test_worker_that_cannot_enforce_does_not_start(base: Path) -> None:

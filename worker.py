@@ -116,6 +116,7 @@ _PIPE_DEFAULT_BYTES = 64 * 1024
 # that what it writes meanwhile is taken, stored and sent as one.
 _TINY_BYTES = 4096
 _REST_MS = 4
+_HEAD_START_S = 0.002  # of a job, before the next one's place is prepared
 _STOP_TIMEOUT_S = 10.0
 _OUTPUT_SUFFIX = ".out"
 
@@ -427,6 +428,8 @@ class Worker:
                 cgroup = self._subtree.create(job_id, NO_LIMITS)
                 undo.callback(_discard, cgroup)
             try:
+                output = self._output_dir.make_log(job_id)
+                undo.callback(output.remove)
                 output_fd, stdout_fd = _pipe(undo, theirs)
                 # A job that runs as our own user can read its pipe, too.
                 os.set_blocking(output_fd, False)
@@ -437,15 +440,8 @@ class Worker:
             except OSError as error:
                 raise ResourceError(f"no room for the output of a new job: {error}") from error
             undo.callback(process.close)
-            return _Place(job_id, cgroup, process, output_fd, exit_read_fd, undo.pop_all().close)
-
-    def _put_back(self, place: _Place) -> None:
-        """Keep for the next job what this one did not come to use."""
-        with self._idle:
-            if self._place_is_wanted:
-                self._place, self._place_is_wanted = place, False
-                return
-        place.discard()
+            fds = output_fd, exit_read_fd
+            return _Place(job_id, cgroup, process, output, *fds, undo.pop_all().close)
 
     def _prepare_place(self) -> None:
         """Prepare the next job's place, if nobody has. What fails fails again at its start."""
@@ -469,19 +465,13 @@ class Worker:
                 place.discard()
 
     def _launch(self, work: _Work) -> _Job:
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as unused:
-            place = self._take_place()
-            unused.callback(self._put_back, place)
-            try:
-                output = self._output_dir.make_log(place.job_id, work.budget)
-            except OSError as error:
-                raise ResourceError(f"no room for the output of a new job: {error}") from error
-            undo.callback(output.remove)
-            unused.pop_all()
+        with contextlib.ExitStack() as undo:
             undo.callback(self._prepare_place)
+            place = self._take_place()
             # Before it is told: a Ctrl-C may come between that and the answer.
             undo.callback(self._spawner.kill, place.job_id)
             undo.callback(place.discard)
+            place.output.budget = work.budget
             started_at = datetime.now(UTC)
             cgroup = None
             if self._subtree is not None and place.cgroup is not None:
@@ -506,7 +496,7 @@ class Worker:
             job = _Job(
                 place.job_id,
                 work,
-                output,
+                place.output,
                 cgroup,
                 self._spawner,
                 pid,
@@ -637,6 +627,7 @@ class _Place(NamedTuple):
     job_id: str
     cgroup: Cgroup | None  # without limits yet
     process: Process
+    output: OutputLog
     output_fd: int  # of two pipes, the read ends; see _Descriptors
     exit_read_fd: int
     discard: Callable[[], None]
@@ -762,7 +753,6 @@ class _Job:
     def _run(self) -> None:
         leader_exit = None
         try:
-            self._prepare_place()  # here, for whoever has started us need not wait for it
             leader_exit = self._await_leader()
             ended_at = datetime.now(UTC)
             self._finish_processes(lost=leader_exit is None)
@@ -792,9 +782,15 @@ class _Job:
         poll = select.poll()
         poll.register(leader, select.POLLIN)
         poll.register(output, select.POLLIN)
+        # Not at once: whoever has started this job is being told, and it begins.
+        prepare_at: float | None = time.monotonic() + _HEAD_START_S
         while True:
-            events = dict(poll.poll())
+            left_s = None if prepare_at is None else max(0.0, prepare_at - time.monotonic())
+            events = dict(poll.poll(left_s and left_s * 1000))
             size = self._move_output() if output in events else None
+            if prepare_at is not None and (leader in events or time.monotonic() >= prepare_at):
+                prepare_at = None
+                self._prepare_place()
             if leader in events:
                 return read_exit(leader)
             if size == 0 and events[output] & select.POLLHUP:
@@ -1177,9 +1173,9 @@ class _OutputDir:
             ) from None
         self._delete_output()
 
-    def make_log(self, job_id: str, budget: Budget | None) -> OutputLog:
+    def make_log(self, job_id: str) -> OutputLog:
         """Make the output of a job. Raises OSError."""
-        return OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd, budget=budget)
+        return OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
 
     def give_to(self, uid: int) -> None:
         """Let the user `uid` keep output here. Raises OSError."""
