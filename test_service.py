@@ -1142,9 +1142,11 @@ def test_server_gives_back_every_descriptor_and_thread(serve: Serve, connect: Co
     client = connect("user", server.address)
     run_job(client)
 
-    def used() -> tuple[int, set[str]]:
-        jobs = {thread.name for thread in threading.enumerate() if thread.name.startswith("job-")}
-        return len(os.listdir("/proc/self/fd")), jobs
+    def used() -> int:
+        for thread in threading.enumerate():
+            if thread.name.startswith("job-"):
+                thread.join(GUARD_S)
+        return len(os.listdir("/proc/self/fd"))
 
     before = used()
     for _ in range(5):
@@ -1152,7 +1154,4 @@ def test_server_gives_back_every_descriptor_and_thread(serve: Serve, connect: Co
         call_rpc(client, "StartJob", command="no-such-command")
         call_rpc(client, "StreamOutput", job_id=_ABSENT)
         client.stop(client.start(*FOREVER))
-    for thread in threading.enumerate():
-        if thread.name.startswith("job-"):
-            thread.join(GUARD_S)
     assert used() == before
