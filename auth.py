@@ -25,6 +25,7 @@ Sources: RFC 7519 (JWT), RFC 8725 (its pitfalls), RFC 8705 section 3.1 (`cnf`,
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
 import hashlib
 import hmac
@@ -73,6 +74,14 @@ _ENTRY_BYTES = 16
 _THUMBPRINT = "x5t#S256"
 _TOKEN_MAX_CHARACTERS = 2048  # ours have some 600; nothing longer is looked at
 _KNOWN_TOKENS = 1024
+
+# PyJWT looks whether the key is JSON, for which one key of a hundred looks like UTF-16 or
+# UTF-32. A server that has given up its rights may be unable to read the library of Python.
+for _encoding in (
+    *("utf-8-sig", "utf-16", "utf-16-be", "utf-16-le"),
+    *("utf-32", "utf-32-be", "utf-32-le"),
+):
+    codecs.lookup(_encoding)
 _TOKEN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # Each takes a core, 128 MiB and about 0.5 s.

@@ -11,6 +11,8 @@ import hmac
 import json
 import logging
 import stat
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -18,6 +20,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -46,7 +49,6 @@ from users import User
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 _GUARD_S = 60  # only a hang takes this long
 _LIFETIME_S = 30 * 24 * 3600
@@ -988,3 +990,29 @@ def test_key_cannot_be_made_where_there_is_no_directory(tmp_path: Path) -> None:
     """The operator's mistake is an OSError, not a key in some other place."""
     with pytest.raises(FileNotFoundError):
         load_key(tmp_path / "absent" / "token.key")
+
+
+# Bytes that json takes for the beginning of each encoding it knows.
+_BEGINNINGS = (
+    *("00000041", "00000000", "00410042", "41004200", "41000000"),
+    *("feff0041", "fffe4100", "fffe0000", "0000feff", "efbbbf41"),
+)
+
+
+def test_every_key_works_in_a_process_that_can_import_nothing_more() -> None:
+    """As in a server that has given up its rights, and runs Python out of a closed directory."""
+    source = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from auth import Authenticator
+from users import SEEDED_USERS
+Authenticator(users=SEEDED_USERS, key=bytes(range(1, 33))).login("user", "user", b"", "peer")
+sys.path.clear()
+sys.meta_path.clear()
+for beginning in {_BEGINNINGS!r}:
+    key = bytes.fromhex(beginning) + bytes(range(100, 128))
+    authenticator = Authenticator(users=SEEDED_USERS, key=key)
+    token, _ = authenticator.login("user", "user", b"", "peer")
+    assert authenticator.authenticate(token, b"").name == "user"
+"""
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=_GUARD_S)
