@@ -46,7 +46,7 @@ def bench_sustained(service: Service) -> None:
     settled = [memory_bytes(pid) for pid in service.processes]
     alone = _StatusTimes(client, job_id)
     with alone:
-        threading.Event().wait(3)
+        threading.Event().wait(2)
     print_heading("Starts one after the other (/bin/true), and Status every 5 ms meanwhile")
     left = _JOBS - _WARM_UP
     for clients, count in ((1, left // 10), (16, left - left // 10)):

@@ -28,7 +28,7 @@ from benchlib import CERTS, Service, fail, percentile, print_heading, report, st
 __all__ = ["bench_overload"]
 
 _METHOD = "/jobworker.v1.WorkerService/GetJobStatus"
-_LOAD_S = 3.0
+_LOAD_S = 2.0
 _ONSET_S = 0.5  # when it may still be a burst
 _PATIENCE_S = 30.0
 _LATE_S = 0.1
