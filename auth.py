@@ -74,6 +74,7 @@ _ENTRY_BYTES = 16
 _THUMBPRINT = "x5t#S256"
 _TOKEN_MAX_CHARACTERS = 2048  # ours have some 600; nothing longer is looked at
 _KNOWN_TOKENS = 1024
+_TOKEN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # PyJWT looks whether the key is JSON, for which one key of a hundred looks like UTF-16 or
 # UTF-32. A server that has given up its rights may be unable to read the library of Python.
@@ -82,7 +83,6 @@ for _encoding in (
     *("utf-32", "utf-32-be", "utf-32-le"),
 ):
     codecs.lookup(_encoding)
-_TOKEN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # Each takes a core, 128 MiB and about 0.5 s.
 _HASHES_AT_ONCE = 2

@@ -588,11 +588,7 @@ class _Helper:
             except OSError:
                 # An older kernel, a filter of system calls (seccomp), a cgroup that takes no
                 # process: what works everywhere works, or says why not.
-                sock = undo.enter_context(reply.dup())
-                own_stdout_fd = os.dup(stdout_fd)
-                undo.callback(os.close, own_stdout_fd)
-                self._put_off_fork(_Fork(job, sock, own_stdout_fd, kept_fd))
-                undo.pop_all()
+                self._put_off_fork(job, reply, stdout_fd, exit_fd)
                 raise _PutOffError from None
             if pid == 0:
                 _wait(reply, stdout_fd, self._uids)
@@ -608,9 +604,15 @@ class _Helper:
         self._leaders[pid] = leader
         self._pids[leader.job] = pid
 
-    def _put_off_fork(self, fork: _Fork) -> None:
-        self._put_off[fork.sock.fileno()] = fork
-        self._poll.register(fork.sock, select.POLLIN)
+    def _put_off_fork(self, job: str, reply: socket.socket, stdout_fd: int, exit_fd: int) -> None:
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(reply.dup())
+            own_stdout_fd = os.dup(stdout_fd)
+            undo.callback(os.close, own_stdout_fd)
+            fork = _Fork(job, sock, own_stdout_fd, os.dup(exit_fd))
+            undo.pop_all()
+        self._put_off[sock.fileno()] = fork
+        self._poll.register(sock, select.POLLIN)
 
     def _fork_told(self, fork: _Fork) -> None:
         """Fork what has been put off, now that it has been told what to execute, or given up."""

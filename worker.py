@@ -406,13 +406,13 @@ class Worker:
 
     def _take_place(self) -> _Place:
         """Return the place that is prepared, or a new one."""
-        place = self._prepared_place()
+        place = self._pop_place()
         if place is not None and not place.process.is_waiting:
             place.discard()  # somebody has killed it
             place = None
         return place or self._make_place()
 
-    def _prepared_place(self) -> _Place | None:
+    def _pop_place(self) -> _Place | None:
         with self._idle:
             place, self._place = self._place, None
             if place is not None:
@@ -459,7 +459,7 @@ class Worker:
                 self._place_is_wanted = True
 
     def _discard_place(self) -> None:
-        place = self._prepared_place()
+        place = self._pop_place()
         if place is not None:
             with contextlib.suppress(CgroupError):  # the subtree's end will tell
                 place.discard()
