@@ -15,7 +15,8 @@ A burst is served; but when calls have waited for their turn for a while without
 `why_full` says that no more than so many may; and none at all when the `_serve` thread has
 had many calls for a while and no break, for then more wait in gRPC's core, where nobody sees
 them. Refusing lets that thread catch up, because then nobody contends with it. An overload
-that lasts is met without that patience, until a second has gone by in which there was room.
+that lasts is met without that patience, and fewer may wait, so that those who are served are
+served soon, until a second has gone by in which there was room.
 
 Thread safety: everything may be called from any thread; but `why_full` holds for the next call
 only if one thread alone submits them, as gRPC's does.
@@ -47,6 +48,9 @@ _LATE_S = 0.01  # a request that is not there after once to twice that is waited
 _BEHIND_S = 0.003  # so long the `_serve` thread has work now and then, if there is no overload
 _BEHIND_CALLS, _BEHIND_CALLS_PER_S = 32, 500  # fewer than both are no overload of calls
 _WINDOW_S = 1.0  # in which they are counted
+# Behind or not, so often a call is served, if no other is. Else nobody would be for as long as
+# those who are refused ask again at once.
+_TRICKLE_S = 0.005
 _RELIEF_S = 1.0  # after so long without a refusal, the next burst is served again
 
 
@@ -112,8 +116,8 @@ class CallPool(ThreadPoolExecutor):
     `what`: the calls, in the plural, for messages. `threads`: at most, and so calls; made
     when they are needed. `turns`: how many calls may compute at a time; None for all. `places`:
     for calls that have their turn or wait for it, when others have waited for `burst_s`
-    without a break. `acceptor`: which must not be behind for as long. `clock`: tells
-    seconds and never goes back. Attribute: `what`.
+    without a break; `few_places`: as long as there is overload. `acceptor`: which must not be
+    behind for as long. `clock`: tells seconds and never goes back. Attribute: `what`.
     """
 
     def __init__(  # noqa: PLR0913 -- settings, each by its name
@@ -123,7 +127,8 @@ class CallPool(ThreadPoolExecutor):
         threads: int,
         turns: int | None = None,
         places: int | None = None,
-        burst_s: float = 0.25,
+        few_places: int | None = None,
+        burst_s: float = 0.1,
         acceptor: Acceptor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -132,6 +137,7 @@ class CallPool(ThreadPoolExecutor):
         self._call_ceiling = threads
         self._turn_count = threads if turns is None else turns
         self._places = threads if places is None else places
+        self._few_places = self._places if few_places is None else few_places
         self._burst_s = burst_s
         self._acceptor = Acceptor() if acceptor is None else acceptor
         self._clock = clock
@@ -142,6 +148,7 @@ class CallPool(ThreadPoolExecutor):
         self._places_taken = 0  # by those of them that do not wait for their client
         self._waiting_since: float | None = None  # since when some always waited for their turn
         self._overloaded_until = -math.inf
+        self._admitted_at = -math.inf  # the last call
         self._free_turns = self._turn_count
         self._queue: deque[Callable[[], None]] = deque()
         # The calls that wait for their request and have a turn, and how many have none.
@@ -159,23 +166,24 @@ class CallPool(ThreadPoolExecutor):
     def why_full(self) -> str | None:
         """Return why the next call is one too many; None if it is not."""
         with self._changed:
-            now = self._clock()
-            overloaded = now < self._overloaded_until
-            patience_s = 0.0 if overloaded else self._burst_s
-            since = self._waiting_since
-            reason = None
             if self._calls >= self._call_ceiling:
                 return f"{self._calls} {self.what} are under way"
-            if (
-                self._places_taken >= self._places
-                and since is not None
-                and now - since >= patience_s
-            ):
+            now = self._clock()
+            patience_s, places = self._burst_s, self._places
+            if now < self._overloaded_until:
+                patience_s, places = 0.0, self._few_places
+            since = self._waiting_since
+            reason = None
+            if self._places_taken >= places and since is not None and now - since >= patience_s:
                 reason = f"{self._places_taken} {self.what} wait to be handled"
-            elif self._acceptor.behind_s() >= max(patience_s, _BEHIND_S):
+            elif self._acceptor.behind_s() >= max(patience_s, _BEHIND_S) and (
+                self._places_taken or now - self._admitted_at < _TRICKLE_S
+            ):
                 reason = f"{self.what} arrive faster than they can be looked at"
             if reason:
                 self._overloaded_until = now + _RELIEF_S
+            else:
+                self._admitted_at = now
             return reason
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

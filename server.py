@@ -79,8 +79,9 @@ _STARTS_AT_ONCE = 4
 # As many clients as that, each with one call after the other, are all served: a Status computes
 # for half a millisecond. Starts and lists take longer.
 _PLACES = 64
-_BURST_S = 0.1
+_BURST_S = 0.03
 _SLOW_PLACES = 32
+_FEW_PLACES = 8  # while there is overload, so that whoever is served is served soon
 _STREAMS_SPARE = 32  # for those that are one too many, to be told whose ceiling it is
 _CALLS_OF_ONE = 64  # of one caller, beside their streams
 _CALLS_IN_ALL = 2048  # and that many streams; beyond, gRPC refuses in its own words
@@ -328,10 +329,16 @@ def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], 
             threads=_THREADS,
             turns=_STARTS_AT_ONCE,
             places=_SLOW_PLACES,
+            few_places=_FEW_PLACES,
             acceptor=acceptor,
         ),
         "WorkerService/ListJobs": CallPool(
-            "lists", threads=_THREADS, turns=1, places=_SLOW_PLACES, acceptor=acceptor
+            "lists",
+            threads=_THREADS,
+            turns=1,
+            places=_SLOW_PLACES,
+            few_places=_FEW_PLACES,
+            acceptor=acceptor,
         ),
         "WorkerService/StopJob": CallPool("stops", threads=_THREADS),
         "AuthService/Login": CallPool("logins", threads=_THREADS),
@@ -341,6 +348,7 @@ def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], 
         threads=_THREADS,
         turns=1,
         places=_PLACES,
+        few_places=_FEW_PLACES,
         burst_s=_BURST_S,
         acceptor=acceptor,
     )

@@ -14,6 +14,7 @@ from callpool import (
     _BEHIND_CALLS_PER_S,
     _BEHIND_S,
     _RELIEF_S,
+    _TRICKLE_S,
     _WINDOW_S,
     Acceptor,
     CallPool,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
 
-_BURST_S = 0.25
+_BURST_S = 0.1
 
 
 class _Clock:
@@ -95,7 +96,7 @@ def test_burst_is_served_and_a_queue_that_stands_is_not_made_longer() -> None:
         held.begin(20)
         clock.now += _BURST_S / 2
         assert pool.why_full() is None
-        clock.now += _BURST_S / 2
+        clock.now += _BURST_S
         assert pool.why_full() == "20 calls wait to be handled"
 
 
@@ -124,31 +125,40 @@ def test_pool_that_nobody_waits_for_is_ready_for_the_next_burst() -> None:
 
 
 def test_overload_that_lasts_is_not_met_with_the_patience_of_a_burst() -> None:
-    """Who has been refused a moment ago sees no queue grow again, but a short one is there."""
+    """Who has been refused a moment ago sees no queue grow again, and only a shorter one."""
     clock = _Clock()
-    with CallPool("calls", threads=100, turns=2, places=5, clock=clock) as pool:
+    with CallPool("calls", threads=100, turns=1, places=8, few_places=3, clock=clock) as pool:
         with _held(pool) as held:
-            held.begin(20)
-            clock.now += _BURST_S
-            assert pool.why_full() == "20 calls wait to be handled"
-        with _held(pool) as held:
-            clock.now += _RELIEF_S / 2
-            held.begin(4)
+            held.begin(7)
+            clock.now += 1000
             assert pool.why_full() is None
             held.begin(1)
-            assert pool.why_full() == "5 calls wait to be handled"
+            assert pool.why_full() == "8 calls wait to be handled"
+        with _held(pool) as held:
+            clock.now += _RELIEF_S / 2
+            held.begin(2)
+            assert pool.why_full() is None
+            held.begin(1)
+            assert pool.why_full() == "3 calls wait to be handled"
         clock.now += _RELIEF_S
         with _held(pool) as held:
             held.begin(20)
             assert pool.why_full() is None
 
 
-@pytest.mark.parametrize(("behind_s", "is_full"), [(0.0, False), (0.2, False), (0.3, True)])
+@pytest.mark.parametrize(
+    ("behind_s", "is_full"),
+    [(0.0, False), (_BURST_S - 0.01, False), (_BURST_S, True)],
+)
 def test_calls_that_grpc_has_not_even_looked_at_are_a_queue_too(
     behind_s: float, is_full: bool
 ) -> None:
-    """Nothing waits in the pool; but the thread that accepts calls has long had no break."""
-    with CallPool("calls", threads=100, turns=1, acceptor=_Busy(behind_s)) as pool:
+    """Only one waits in the pool; but the thread that accepts calls has long had no break."""
+    with (
+        CallPool("calls", threads=100, turns=1, acceptor=_Busy(behind_s)) as pool,
+        _held(pool) as held,
+    ):
+        held.begin(1)
         expected = "calls arrive faster than they can be looked at" if is_full else None
         assert pool.why_full() == expected
 
@@ -156,7 +166,11 @@ def test_calls_that_grpc_has_not_even_looked_at_are_a_queue_too(
 def test_acceptor_that_is_behind_must_catch_up_when_there_is_overload() -> None:
     """Once calls are refused, milliseconds without a break are too many."""
     clock, acceptor = _Clock(), _Busy(_BURST_S)
-    with CallPool("calls", threads=100, turns=1, acceptor=acceptor, clock=clock) as pool:
+    with (
+        CallPool("calls", threads=100, turns=1, acceptor=acceptor, clock=clock) as pool,
+        _held(pool) as held,
+    ):
+        held.begin(1)
         assert pool.why_full() is not None
         acceptor.seconds = _BEHIND_S
         assert pool.why_full() is not None
@@ -165,6 +179,20 @@ def test_acceptor_that_is_behind_must_catch_up_when_there_is_overload() -> None:
         acceptor.seconds = _BEHIND_S
         clock.now += _RELIEF_S
         assert pool.why_full() is None
+
+
+def test_some_are_served_however_far_the_acceptor_is_behind() -> None:
+    """One every few milliseconds, if no other is: else those who ask again at once stop all."""
+    clock = _Clock()
+    with CallPool("calls", threads=100, turns=1, acceptor=_Busy(1000), clock=clock) as pool:
+        for _ in range(3):
+            assert pool.why_full() is None
+            clock.now += _TRICKLE_S / 2
+            assert pool.why_full() is not None
+            clock.now += _TRICKLE_S
+            with _held(pool) as held:
+                held.begin(1)
+                assert pool.why_full() is not None
 
 
 def test_no_more_calls_compute_at_a_time_than_have_their_turn() -> None:
