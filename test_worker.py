@@ -54,6 +54,7 @@ from worker import (
     WorkerClosedError,
     WorkerError,
     _Job,
+    _rest_ms,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 _GUARD_S = 60  # only a hang takes this long
 _HERE = Path(__file__).parent
 _FOREVER = "exec sleep infinity"
+_ENDLESS_MS = 1_000_000_000
 
 
 @pytest.fixture(params=["off", "auto"])
@@ -631,7 +633,7 @@ def test_tiny_writes_are_taken_together_and_the_first_at_once(
 
     The pause is endless here, so only the end of the job can have ended it.
     """
-    monkeypatch.setattr("worker._REST_MS", 1_000_000_000)
+    monkeypatch.setattr("worker._rest_ms", lambda *_: _ENDLESS_MS)
     script = 'echo first; read x <"$1"; for x in $(seq 1000); do echo $x; done; exit 7'
     job_id = _sh(worker, script, gate)
     with worker.stream(job_id) as chunks:
@@ -645,7 +647,7 @@ def test_line_after_a_silence_is_taken_at_once(
     worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pause is over with its time, whether there was anything to take or not."""
-    monkeypatch.setattr("worker._REST_MS", 1)
+    monkeypatch.setattr("worker._rest_ms", lambda *_: 1)
     job_id = _sh(worker, 'exec 3<"$1"; while read x <&3; do echo "$x"; done; exit 7', gate)
     with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         for number in range(100):
@@ -653,17 +655,45 @@ def test_line_after_a_silence_is_taken_at_once(
             assert next(chunks) == b"%d\n" % number
 
 
-def test_job_that_writes_much_at_a_time_gets_no_pause(
-    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("size", "before", "time_s", "pipe_bytes", "rest_ms"),
+    [
+        (6, 0, 1.0, 65_536, 4),
+        (4095, 0, 1.0, 65_536, 4),
+        (4096, 0, 1.0, 65_536, 1),
+        (8192, 8192, 0.001, 65_536, 1),
+        (32_768, 0, 0.0011, 65_536, 1),
+        (32_769, 0, 1.0, 65_536, 0),  # half of the pipe, however long it took
+        (8192, 8192, 0.0002, 65_536, 0),  # by then it would be more than that
+        (8192, 8192, 0.0002, 1_048_576, 1),
+        (2000, 2000, 0.0002, 65_536, 0),  # many tiny writes, too
+        (2000, 2000, 0.0002, 1_048_576, 4),
+        (2000, 32_769, 0.01, 65_536, 0),  # there was no room for more
+        (2048, 0, 1.0, 8192, 4),
+        (8192, 0, 1.0, 8192, 0),
+        (0, 0, 0.0, 65_536, 4),
+    ],
+)
+def test_job_gets_a_pause_but_none_in_which_its_pipe_could_be_full(
+    size: int, before: int, time_s: float, pipe_bytes: int, rest_ms: int
 ) -> None:
-    """A pause would hold it up, with its pipe full; this one would be endless."""
-    monkeypatch.setattr("worker._REST_MS", 1_000_000_000)
+    """As it wrote, it is going to write; and a pipe is filled to a half at most."""
+    assert _rest_ms(size, before, time_s, pipe_bytes) == rest_ms
+
+
+def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, gate: Path) -> None:
+    """It needs to wait for its output to be taken a sixteenth as often."""
     size = 10_000_000
-    job_id = _sh(worker, f'exec 3<"$1"; head -c {size} /dev/zero; read x <&3', gate)
-    with gate.open("w") as orders, worker.stream(job_id) as chunks:
+    script = 'exec 3<"$1"; read x <&3; head -c $x /dev/zero; read x <&3'
+    job_id = _sh(worker, script, gate)
+    pipe_fd = _running(worker, job_id)._fds.output
+    with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
+        assert fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ) == 64 * 1024
+        orders.write(f"{size}\n")
         offset = 0
         while offset < size:
             offset += len(next(chunks))
+        assert fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
     assert worker.wait(job_id, _GUARD_S).output_bytes == size
 

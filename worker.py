@@ -110,12 +110,10 @@ MAX_ARGV_BYTES: Final = 128 * 1024
 """The longest argv, in bytes with a terminator each; xargs(1) has the same by default."""
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_PIPE_BYTES = 1024 * 1024  # as much as an unprivileged process may ask for (pipe(7))
-_PIPE_DEFAULT_BYTES = 64 * 1024
-# A job that writes less than this at a time is left alone for a moment after each time, so
-# that what it writes meanwhile is taken, stored and sent as one.
+_LARGE_PIPE_BYTES = 1024 * 1024  # as much as an unprivileged process may ask for (pipe(7))
+# For how long a job is left alone each time that its output has been taken: see _rest_ms.
 _TINY_BYTES = 4096
-_REST_MS = 4
+_TINY_REST_MS, _REST_MS = 4, 1
 _HEAD_START_S = 0.002  # of a job, before the next one's place is prepared
 _STOP_TIMEOUT_S = 10.0
 _OUTPUT_SUFFIX = ".out"
@@ -685,7 +683,7 @@ class _Job:
         self._registry = registry
         self._prepare_place = prepare_place
         self.is_finished = False  # the registry's to write and to read
-        self._pipe_is_large = False  # the thread's own
+        self._pipe_bytes = 0  # how large the output's is; the thread's own
         self._started_at = started_at
         # Guards all below. Notified when the job has ended. Never held during I/O.
         self._ended = threading.Condition()
@@ -777,6 +775,7 @@ class _Job:
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None when the spawner died."""
         output, leader = self._fds.output, self._fds.exit
+        self._pipe_bytes = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
         end = select.poll()
         end.register(leader, select.POLLIN)
         poll = select.poll()
@@ -784,19 +783,37 @@ class _Job:
         poll.register(output, select.POLLIN)
         # Not at once: whoever has started this job is being told, and it begins.
         prepare_at: float | None = time.monotonic() + _HEAD_START_S
+        taken_at, taken = time.monotonic(), 0
         while True:
             left_s = None if prepare_at is None else max(0.0, prepare_at - time.monotonic())
             events = dict(poll.poll(left_s and left_s * 1000))
+            now = time.monotonic()
             size = self._move_output() if output in events else None
-            if prepare_at is not None and (leader in events or time.monotonic() >= prepare_at):
+            if prepare_at is not None and (leader in events or now >= prepare_at):
                 prepare_at = None
                 self._prepare_place()
             if leader in events:
                 return read_exit(leader)
             if size == 0 and events[output] & select.POLLHUP:
                 poll.unregister(output)  # the job closed its output, and runs on
-            elif size is not None and size < _TINY_BYTES:
-                end.poll(_REST_MS)
+            elif size is not None:
+                rest_ms = _rest_ms(size, taken, now - taken_at, self._pipe_bytes)
+                if not rest_ms:
+                    self._enlarge_pipe()
+                end.poll(rest_ms)
+                taken_at, taken = now, size
+
+    def _enlarge_pipe(self) -> None:
+        """Give the job more room, now that it needs it.
+
+        Not at the start: all pipes of a user have only so much memory in all, and who goes
+        beyond it gets pipes of 8 KiB (pipe(7)).
+        """
+        if self._pipe_bytes < _LARGE_PIPE_BYTES:
+            with contextlib.suppress(OSError):  # beyond it
+                self._pipe_bytes = fcntl.fcntl(
+                    self._fds.output, fcntl.F_SETPIPE_SZ, _LARGE_PIPE_BYTES
+                )
 
     def _move_output(self) -> int:
         """Store what is in the job's pipe now; return how many bytes that was."""
@@ -805,12 +822,6 @@ class _Job:
         size = int.from_bytes(answer, sys.byteorder)
         if size:
             self.output.append_from(output, size)
-        if size >= _PIPE_DEFAULT_BYTES and not self._pipe_is_large:
-            # Now, and not at the start: all pipes of a user have only so much memory in
-            # all, and who goes beyond it gets pipes of 8 KiB (pipe(7)).
-            self._pipe_is_large = True
-            with contextlib.suppress(OSError):  # beyond it
-                fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         return size
 
     def _finish_processes(self, *, lost: bool) -> None:
@@ -1271,6 +1282,19 @@ def _pipe(undo: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, 
     undo.callback(os.close, read_fd)
     ours.callback(os.close, write_fd)
     return read_fd, write_fd
+
+
+def _rest_ms(size: int, before: int, time_s: float, pipe_bytes: int) -> int:
+    """For how long to leave a job alone that wrote `size` in the last `time_s`.
+
+    So that what it writes meanwhile is taken, stored and sent as one: the fewer messages, the
+    more is left of the machine for the job. But not if its pipe might be full by then, for it
+    would have to wait. `before`: what was taken when that time began, so that the job may have
+    spent most of it waiting for room.
+    """
+    rest_ms = _TINY_REST_MS if size < _TINY_BYTES else _REST_MS
+    expected = size * rest_ms / 1000 / max(time_s, 1e-6)
+    return rest_ms if max(before, size, expected) <= pipe_bytes / 2 else 0
 
 
 def _discard(cgroup: Cgroup) -> None:
