@@ -33,7 +33,7 @@ from bench_stream import (
     bench_silence,
     bench_stream,
 )
-from benchlib import HERE, NOISE_MAX, ROUNDS, Service, running, serving
+from benchlib import HERE, NOISE_MAX, ROUNDS, UNHINDERED, Service, running, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 _OUTPUT_GIB = 1
 
 
-def _with_floor(*parts: Callable[[Service, Floor], None]) -> None:
+def _with_floor(*parts: Callable[[Service, Floor], None], config: str = UNHINDERED) -> None:
     with (
-        serving() as service,
+        serving(config) as service,
         running(str(HERE / "bench_floor.py")) as (_, address),
         contextlib.closing(Floor(address)) as floor,
     ):
@@ -66,15 +66,14 @@ def _bench_much() -> None:
 
 
 def _bench_fairness() -> None:
-    with serving(GREEDY_CONFIG) as service:
-        bench_fairness(service)
+    _with_floor(bench_fairness, config=GREEDY_CONFIG)
 
 
 _PARTS: dict[str, Callable[[], None]] = {
     "start": lambda: _with_floor(bench_start),
     "much": _bench_much,
     "stream": lambda: _with_floor(bench_stream),
-    "followers": lambda: _with_service(bench_followers, bench_job_rate),
+    "followers": lambda: _with_service(bench_job_rate, bench_followers),
     "delay": lambda: _with_service(bench_delay, bench_merging),
     "silence": lambda: _with_service(bench_silence),
     "overload": lambda: _with_service(bench_overload),

@@ -6,12 +6,14 @@ python bench_fair.py --greedy ADDRESS    # be that user
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import threading
 import time
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from bench_floor import ByHand
 from benchlib import (
     CERTS,
     Service,
@@ -28,11 +30,14 @@ from config import PER_USER
 if TYPE_CHECKING:
     import subprocess
 
+    from bench_floor import Floor
+
 __all__ = ["GREEDY_CONFIG", "bench_fairness"]
 
 _STATUSES = 125  # in a turn, of which a round has four
 _TURNS = 4
 _ROUNDS = 7
+_HAND_STARTS = 4  # meanwhile, by hand
 _SHOWN = (50, 99)
 # So that the user is at this one too, and each start has to make room. The rest is as it is.
 GREEDY_CONFIG = """
@@ -42,8 +47,13 @@ kept_output = "1M"
 _OUTPUT = ("head", "-c", "16384", "/dev/zero")
 
 
-def bench_fairness(service: Service) -> None:
-    """Status of the admin: alone; beside the jobs and streams of a user; beside their starts."""
+def bench_fairness(service: Service, floor: Floor) -> None:
+    """Status of the admin: alone; beside the jobs and streams of a user; beside their starts.
+
+    The floor is a bare call, alone and while another program starts as many by hand: what the
+    machine has left beside these.
+    """
+    bare_alone, bare_loaded = _floor(floor)
     client = service.client
     job_id = client.start("sleep", ["1000000"])
 
@@ -72,11 +82,34 @@ def bench_fairness(service: Service) -> None:
         ("jobs and streams / alone", resting, alone, ""),
         ("jobs, streams and starts / jobs and streams", loaded, resting, ""),
         ("all / alone", loaded, alone, "<= 2"),
+        ("(a bare call beside starts by hand / alone)", bare_loaded, bare_alone, ""),
     ):
         for percent in _SHOWN:
             a, b = ([percentile(each, percent) for each in rounds] for rounds in (ours, theirs))
             detail = f"{percentile(a, 50) * 1e3:.2f} ms / {percentile(b, 50) * 1e3:.2f} ms"
             report_ratio(f"{what}, p{percent}", a, b, detail, aim)
+
+
+def _floor(floor: Floor) -> tuple[list[list[float]], list[list[float]]]:
+    """Return how long bare calls take, alone and beside starts by hand."""
+
+    def calls() -> list[float]:
+        return times(floor.unary, _STATUSES)
+
+    with (
+        contextlib.closing(ByHand("clone3", None, None)) as hand,
+        ThreadPoolExecutor(1) as starter,
+    ):
+        pause_s = 1 / (PER_USER.starts_per_second or 1)
+
+        def beside_starts() -> list[float]:
+            starts = starter.submit(hand.start, _HAND_STARTS, gap_s=pause_s)
+            taken = calls()
+            starts.result()
+            return taken
+
+        found = sampled({"alone": calls, "beside": beside_starts}, _ROUNDS, _TURNS)
+    return found["alone"], found["beside"]
 
 
 def _tell(program: subprocess.Popen[str], what: str) -> None:
@@ -113,7 +146,7 @@ def _be_greedy(address: str) -> None:
         starter = threading.Thread(target=start)
         starter.start()
         print("ready", flush=True)
-        with suppress(EOFError):
+        with contextlib.suppress(EOFError):
             while True:
                 if input() == "start":
                     starting.set()

@@ -17,7 +17,7 @@ import time
 from bench_load import bench_memory, bench_sustained, fill
 from bench_soak import SOAK_CONFIG, soak
 from bench_start import bench_growth
-from benchlib import serving
+from benchlib import UNHINDERED, serving
 
 _JOBS = 50_000
 _PAST_JOBS = 100_000
@@ -25,7 +25,8 @@ _OUTPUT_GIB = 10
 
 
 def _bench_much() -> None:
-    with serving() as old, serving() as fresh:
+    # So that all 10,000 jobs are still there when 10 GiB have been written.
+    with serving(f'{UNHINDERED}output = "unlimited"\n') as old, serving() as fresh:
         bench_sustained(old)  # the first 10,000 jobs
         bench_memory(old, _OUTPUT_GIB)
         more = _PAST_JOBS - len(old.client.list())

@@ -63,7 +63,8 @@ ROUNDS = 7
 NOISE_MAX = 0.3
 _SETTLED_S = 1.0
 
-# The benchmark is about speed, and would meet the ceilings of rate and output.
+# The benchmark is about speed, and would meet the ceilings of rate and output. What it ends
+# with can be added to.
 UNHINDERED = """
 [per_user]
 running_jobs = "unlimited"
