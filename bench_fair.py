@@ -36,7 +36,7 @@ __all__ = ["GREEDY_CONFIG", "bench_fairness"]
 
 _STATUSES = 125  # in a turn, of which a round has four
 _TURNS = 4
-_ROUNDS = 7
+_ROUNDS = 5
 _HAND_STARTS = 4  # meanwhile, by hand
 _SHOWN = (50, 99)
 # So that the user is at this one too, and each start has to make room. The rest is as it is.

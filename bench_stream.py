@@ -54,10 +54,10 @@ __all__ = [
     "bench_stream",
 ]
 
-_STREAM_BYTES = 256 * MIB
+_STREAM_BYTES = 192 * MIB
 _LINES_BYTES = 32 * MIB
 _FOLLOWERS = (1, 10, 100, 1000)
-_SHARED_BYTES = 1024 * MIB  # of all followers together
+_SHARED_BYTES = 640 * MIB  # of all followers together
 _SHARED_ROUNDS = 3
 _JOB_ROUNDS = 4
 _DELAY_LINES = 10

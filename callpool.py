@@ -45,8 +45,10 @@ if TYPE_CHECKING:
 __all__ = ["Acceptor", "CallPool"]
 
 _LATE_S = 0.01  # a request that is not there after once to twice that is waited for without a turn
-_BEHIND_S = 0.003  # so long the `_serve` thread has work now and then, if there is no overload
-_BEHIND_CALLS, _BEHIND_CALLS_PER_S = 32, 500  # fewer than both are no overload of calls
+# So long the `_serve` thread may have had no break: at first, for it has none either where all
+# wait for a processor; and when there is overload.
+_BEHIND_S, _BEHIND_IN_OVERLOAD_S = 0.25, 0.003
+_BEHIND_CALLS, _BEHIND_CALLS_PER_S = 32, 1000  # fewer than both are no overload of calls
 _WINDOW_S = 1.0  # in which they are counted
 # Behind or not, so often a call is served, if no other is. Else nobody would be for as long as
 # those who are refused ask again at once.
@@ -117,7 +119,7 @@ class CallPool(ThreadPoolExecutor):
     when they are needed. `turns`: how many calls may compute at a time; None for all. `places`:
     for calls that have their turn or wait for it, when others have waited for `burst_s`
     without a break; `few_places`: as long as there is overload. `acceptor`: which must not be
-    behind for as long. `clock`: tells seconds and never goes back. Attribute: `what`.
+    behind. `clock`: tells seconds and never goes back. Attribute: `what`.
     """
 
     def __init__(  # noqa: PLR0913 -- settings, each by its name
@@ -169,14 +171,14 @@ class CallPool(ThreadPoolExecutor):
             if self._calls >= self._call_ceiling:
                 return f"{self._calls} {self.what} are under way"
             now = self._clock()
-            patience_s, places = self._burst_s, self._places
+            patience_s, places, behind_s = self._burst_s, self._places, _BEHIND_S
             if now < self._overloaded_until:
-                patience_s, places = 0.0, self._few_places
+                patience_s, places, behind_s = 0.0, self._few_places, _BEHIND_IN_OVERLOAD_S
             since = self._waiting_since
             reason = None
             if self._places_taken >= places and since is not None and now - since >= patience_s:
                 reason = f"{self._places_taken} {self.what} wait to be handled"
-            elif self._acceptor.behind_s() >= max(patience_s, _BEHIND_S) and (
+            elif self._acceptor.behind_s() >= behind_s and (
                 self._places_taken or now - self._admitted_at < _TRICKLE_S
             ):
                 reason = f"{self.what} arrive faster than they can be looked at"

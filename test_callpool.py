@@ -12,6 +12,7 @@ import pytest
 from callpool import (
     _BEHIND_CALLS,
     _BEHIND_CALLS_PER_S,
+    _BEHIND_IN_OVERLOAD_S,
     _BEHIND_S,
     _RELIEF_S,
     _TRICKLE_S,
@@ -148,7 +149,7 @@ def test_overload_that_lasts_is_not_met_with_the_patience_of_a_burst() -> None:
 
 @pytest.mark.parametrize(
     ("behind_s", "is_full"),
-    [(0.0, False), (_BURST_S - 0.01, False), (_BURST_S, True)],
+    [(0.0, False), (_BEHIND_S - 0.01, False), (_BEHIND_S, True)],
 )
 def test_calls_that_grpc_has_not_even_looked_at_are_a_queue_too(
     behind_s: float, is_full: bool
@@ -165,18 +166,18 @@ def test_calls_that_grpc_has_not_even_looked_at_are_a_queue_too(
 
 def test_acceptor_that_is_behind_must_catch_up_when_there_is_overload() -> None:
     """Once calls are refused, milliseconds without a break are too many."""
-    clock, acceptor = _Clock(), _Busy(_BURST_S)
+    clock, acceptor = _Clock(), _Busy(_BEHIND_S)
     with (
         CallPool("calls", threads=100, turns=1, acceptor=acceptor, clock=clock) as pool,
         _held(pool) as held,
     ):
         held.begin(1)
         assert pool.why_full() is not None
-        acceptor.seconds = _BEHIND_S
+        acceptor.seconds = _BEHIND_IN_OVERLOAD_S
         assert pool.why_full() is not None
-        acceptor.seconds = _BEHIND_S / 2
+        acceptor.seconds = _BEHIND_IN_OVERLOAD_S / 2
         assert pool.why_full() is None
-        acceptor.seconds = _BEHIND_S
+        acceptor.seconds = _BEHIND_IN_OVERLOAD_S
         clock.now += _RELIEF_S
         assert pool.why_full() is None
 
