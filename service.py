@@ -45,7 +45,7 @@ _REFUSED_ARGV_BYTES = 4096  # of a refused start, in the audit log
 # a hundred are of 128 KiB each, and only small ones exceed the sum.
 _MESSAGE_BYTES = 256 * 1024
 _SMALL_MESSAGE_BYTES = 64 * 1024
-_UNTAKEN_BYTES = 16 * 1024 * 1024
+_UNTAKEN_BYTES = 8 * 1024 * 1024
 _UNTAKEN_SHARE = 32
 
 _STATUSES = {
