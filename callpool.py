@@ -12,11 +12,11 @@ already. Only when it is not there after some milliseconds does the turn go to a
         acceptor.attach(server)
 
 A burst is served; but when calls have waited for their turn for a while without a break,
-`why_full` says that no more than so many may; and none at all when the `_serve` thread has
-had many calls for a while and no break, for then more wait in gRPC's core, where nobody sees
-them. Refusing lets that thread catch up, because then nobody contends with it. An overload
-that lasts is met without that patience, and fewer may wait, so that those who are served are
-served soon, until a second has gone by in which there was room.
+`why_full` says that no more than so many may; and hardly any when the `_serve` thread has had
+many calls for a while and no break, for then more wait in gRPC's core, where nobody sees them.
+Refusing lets that thread catch up, because then nobody contends with it. An overload that lasts
+is met without that patience, and fewer may wait, so that those who are served are served soon,
+until a second has gone by in which there was room.
 
 Thread safety: everything may be called from any thread; but `why_full` holds for the next call
 only if one thread alone submits them, as gRPC's does.
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["Acceptor", "CallPool"]
 
 _LATE_S = 0.01  # a request that is not there after once to twice that is waited for without a turn
-# So long the `_serve` thread may have had no break: at first, for it has none either where all
-# wait for a processor; and when there is overload.
+# For so long the `_serve` thread may have had no break, which it does not have either when it
+# waits for a processor; and for so long while there is overload.
 _BEHIND_S, _BEHIND_IN_OVERLOAD_S = 0.25, 0.003
 _BEHIND_CALLS, _BEHIND_CALLS_PER_S = 32, 1000  # fewer than both are no overload of calls
 _WINDOW_S = 1.0  # in which they are counted
