@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+from bench_stream import stalling
 from benchlib import (
     CERTS,
     MIB,
@@ -149,14 +150,10 @@ def bench_memory(service: Service, gibibytes: int) -> None:
     """The peak while jobs write 1 GiB each, one follower reads all of it and 100 stall."""
     peaks = {pid: _forget_peak(pid) for pid in service.processes}
     with contextlib.ExitStack() as stack:
-        # A connection of their own, for what they do not read keeps no other waiting.
-        lazy = stack.enter_context(Client(service.address, certs=CERTS, token=service.client.token))
         for number in range(gibibytes):
             job_id = service.client.start("head", ["-c", str(_JOB_OUTPUT_BYTES), "/dev/zero"])
-            for _ in range(_STALLED * (number == 0)):
-                stalled = lazy.stream(job_id)
-                next(stalled)
-                stack.callback(stalled.close)
+            if not number:
+                stack.enter_context(stalling(service, job_id, _STALLED))
             if sum(map(len, service.client.stream(job_id))) != _JOB_OUTPUT_BYTES:
                 fail("the stream is not complete")
         server, helper = (memory_bytes(pid, "VmHWM") / MIB for pid in service.processes)

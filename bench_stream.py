@@ -52,6 +52,7 @@ __all__ = [
     "bench_merging",
     "bench_silence",
     "bench_stream",
+    "stalling",
 ]
 
 _STREAM_BYTES = 192 * MIB
@@ -238,7 +239,7 @@ def _follow(address: str, job_id: str, count: int) -> None:
 
 
 @contextlib.contextmanager
-def _stalling(service: Service, job_id: str, count: int) -> Iterator[None]:
+def stalling(service: Service, job_id: str, count: int) -> Iterator[None]:
     """Have so many streams of the job open, none of which is read after its first message.
 
     They have stalled when the job has written more than fits in their windows.
@@ -302,7 +303,7 @@ def bench_job_rate(service: Service) -> None:
             contextlib.ExitStack() as stack,
         ):
             if stalled:
-                stack.enter_context(_stalling(service, job_id, count))
+                stack.enter_context(stalling(service, job_id, count))
             else:
                 result = stack.enter_context(_following(service, job_id, count))
             go()
