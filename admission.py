@@ -112,6 +112,7 @@ class Admission(grpc.ServerInterceptor):
             context.set_trailing_metadata((("retry-after", str(_RETRY_AFTER_S)),))
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
+        # As in intercept_service; functions may have attributes, but mypy knows of none.
         refuse.experimental_thread_pool = self._on_the_spot  # type: ignore[attr-defined]
         # As if for a stream of requests, so that nobody waits for one.
         return grpc.stream_unary_rpc_method_handler(refuse)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import os
 import statistics
@@ -124,7 +125,7 @@ def bench_stream(service: Service, floor: Floor) -> None:
         "lines": lambda: follow(client.start(lines[0], lines[1:]), size // 4),
         "lines cat": lambda: _through_cat(lines),
     }
-    found = in_turn({name: lambda c=call: seconds(c) for name, call in measures.items()})  # type: ignore[misc]
+    found = in_turn({name: functools.partial(seconds, call) for name, call in measures.items()})
     print_heading(f"One follower of {size // MIB} MiB: rate / rate of the floor")
     for what, ours, theirs, bytes_, aim in (
         ("kept output / bare gRPC stream", "kept", "floor", size, ">= 0.9"),

@@ -41,8 +41,8 @@ __all__ = ["add_services"]
 _REFUSED_ARGV_BYTES = 4096  # of a refused start, in the audit log
 
 # The message of a stream: large ones are faster (see `broadcaster.py`), and each may be the
-# one that its client does not take. With 32 of 256 KiB half of the bytes are used up; about
-# a hundred are of 128 KiB each, and only small ones exceed the sum.
+# one that its client does not take. Ten are of some 195 KiB each, a hundred of 64 KiB, and only
+# more than 128 such exceed the sum.
 _MESSAGE_BYTES = 256 * 1024
 _SMALL_MESSAGE_BYTES = 64 * 1024
 _UNTAKEN_BYTES = 8 * 1024 * 1024

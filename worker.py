@@ -686,7 +686,6 @@ class _Job:
         self._registry = registry
         self._prepare_place = prepare_place
         self.is_finished = False  # the registry's to write and to read
-        self._pipe_bytes = 0  # how large the output's is; the thread's own
         self._started_at = started_at
         # Guards all below. Notified when the job has ended. Never held during I/O.
         self._ended = threading.Condition()
@@ -778,7 +777,7 @@ class _Job:
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None when the spawner died."""
         output, leader = self._fds.output, self._fds.exit
-        self._pipe_bytes = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
+        pipe_bytes = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
         end = select.poll()
         end.register(leader, select.POLLIN)
         poll = select.poll()
@@ -800,23 +799,14 @@ class _Job:
             if size == 0 and events[output] & select.POLLHUP:
                 poll.unregister(output)  # the job closed its output, and runs on
             elif size is not None:
-                rest_ms = _rest_ms(size, taken, now - taken_at, self._pipe_bytes)
-                if not rest_ms:
-                    self._enlarge_pipe()
-                end.poll(rest_ms)
+                if rest_ms := _rest_ms(size, taken, now - taken_at, pipe_bytes):
+                    end.poll(rest_ms)
+                elif pipe_bytes < _LARGE_PIPE_BYTES:
+                    # Now, and not at the start: all pipes of a user have only so much memory
+                    # in all, and who goes beyond it gets pipes of 8 KiB (pipe(7)).
+                    with contextlib.suppress(OSError):  # beyond it
+                        pipe_bytes = fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, _LARGE_PIPE_BYTES)
                 taken_at, taken = now, size
-
-    def _enlarge_pipe(self) -> None:
-        """Give the job more room, now that it needs it.
-
-        Not at the start: all pipes of a user have only so much memory in all, and who goes
-        beyond it gets pipes of 8 KiB (pipe(7)).
-        """
-        if self._pipe_bytes < _LARGE_PIPE_BYTES:
-            with contextlib.suppress(OSError):  # beyond it
-                self._pipe_bytes = fcntl.fcntl(
-                    self._fds.output, fcntl.F_SETPIPE_SZ, _LARGE_PIPE_BYTES
-                )
 
     def _move_output(self) -> int:
         """Store what is in the job's pipe now; return how many bytes that was."""
