@@ -90,10 +90,6 @@ class OutputIncompleteError(OSError):
         return str(self.strerror)
 
 
-class _NoSpliceError(Exception):
-    """The file system cannot take bytes from a pipe (splice(2), EINVAL)."""
-
-
 class Budget:
     """How many bytes may be kept, by one log or by all logs that share it.
 
@@ -237,42 +233,7 @@ class OutputLog:
         `OutputIncompleteError` where it ends. Raises ValueError when the log is complete.
         """
 
-        def write(done: int, end: int, offset: int) -> int:
-            return os.pwrite(self._fd, data[done:end], offset)
-
-        self._append(len(data), write)
-
-    def append_from(self, pipe_fd: int, size: int) -> None:
-        """Store the next `size` bytes of a pipe as `append` does; they never come to this process.
-
-        The pipe must not block: if somebody else has taken some of them, there are fewer.
-        """
-
-        def move(done: int, end: int, offset: int) -> int:
-            try:
-                return os.splice(pipe_fd, self._fd, end - done, offset_dst=offset)
-            except BlockingIOError:
-                return 0
-            except OSError as error:
-                if error.errno == errno.EINVAL and not done:
-                    raise _NoSpliceError from error
-                raise
-
-        with contextlib.suppress(BlockingIOError):
-            try:
-                lost = self._append(size, move)
-            except _NoSpliceError:
-                self.append(os.read(pipe_fd, size))
-                return
-            while lost and (data := os.read(pipe_fd, min(lost, _CHUNK_BYTES))):
-                lost -= len(data)
-
-    def _append(self, size: int, write: Callable[[int, int, int], int]) -> int:
-        """Store what `write` writes; return how many bytes were not kept.
-
-        `write` is told which bytes of `size`, from where to where, and where in the file,
-        and returns how many it has written.
-        """
+        size = len(data)
         with self._lock:
             if self._complete:
                 raise ValueError("the output log is complete")
@@ -284,11 +245,7 @@ class OutputLog:
                 failure = OSError(errno.EDQUOT, f"{refuser.what} is reached")
         try:
             while stored < granted:
-                count = write(stored, granted, offset + stored)
-                if not count:
-                    size = stored  # there is no more
-                    break
-                stored += count
+                stored += os.pwrite(self._fd, data[stored:granted], offset + stored)
         except OSError as error:
             failure = error  # it comes before what was refused
         finally:
@@ -300,7 +257,6 @@ class OutputLog:
             self._failure = failure
             self._lost_bytes += size - stored
             self._notify_locked()
-        return size - stored
 
     def complete(self) -> None:
         """Declare that nothing more will be appended; idempotent.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import resource
@@ -15,7 +14,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1050,86 +1048,3 @@ def test_any_output_within_any_budget_is_kept_up_to_it(parts: list[bytes], limit
         assert (log.lost_bytes, budget.used) == (lost, len(whole) - lost)
         log.remove()
         assert budget.used == 0
-
-
-# --- from a pipe ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe's read end and write end."""
-    read_fd, write_fd = os.pipe()
-    yield read_fd, write_fd
-    os.close(read_fd)
-    os.close(write_fd)
-
-
-def _refuse_splice(*_: object, **__: object) -> int:
-    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-
-@pytest.mark.parametrize("can_splice", [True, False])
-def test_bytes_of_a_pipe_are_stored_and_no_more_than_asked_for(
-    log: OutputLog, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, can_splice: bool
-) -> None:
-    """In order, after what is there, also where the file system cannot take them from a pipe."""
-    if not can_splice:
-        monkeypatch.setattr(os, "splice", _refuse_splice)
-    log.append(b"before ")
-    os.write(pipe[1], b"one two three")
-    log.append_from(pipe[0], 4)
-    log.append_from(pipe[0], 3)
-    assert os.read(pipe[0], 100) == b" three"
-    log.append(b" after")
-    log.complete()
-    assert _read(log) == b"before one two after"
-    assert log.lost_bytes == 0
-
-
-@pytest.mark.parametrize("can_splice", [True, False])
-def test_bytes_of_a_pipe_that_cannot_be_kept_are_taken_and_counted(
-    path: Path, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, can_splice: bool
-) -> None:
-    """The writer of the pipe must be able to go on, and the budget agrees with the file."""
-    if not can_splice:
-        monkeypatch.setattr(os, "splice", _refuse_splice)
-    budget = Budget(5, "the ceiling")
-    log = OutputLog(path, budget=budget)
-    for text in (b"abc", b"defg", b"hij"):
-        os.write(pipe[1], text)
-        log.append_from(pipe[0], len(text))
-        assert fcntl.ioctl(pipe[0], termios.FIONREAD, bytes(4)) == bytes(4)
-    log.complete()
-    with log.subscribe() as subscription:
-        assert next(subscription) == b"abcde"
-        with pytest.raises(OutputIncompleteError, match="5 bytes of output were not kept"):
-            next(subscription)
-    assert budget.used == 5
-    log.remove()
-    assert budget.used == 0
-
-
-def test_full_disk_takes_what_it_can_from_a_pipe_and_the_rest_is_counted(
-    log: OutputLog, pipe: tuple[int, int]
-) -> None:
-    """What does not fit is read from the pipe all the same."""
-    fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 1024 * 1024)
-    os.write(pipe[1], bytes(1_000_000))
-    with _file_size_limit(6000):
-        log.append_from(pipe[0], 1_000_000)
-    assert fcntl.ioctl(pipe[0], termios.FIONREAD, bytes(4)) == bytes(4)
-    assert (log.size, log.lost_bytes) == (6000, 994_000)
-    log.complete()
-
-
-def test_pipe_that_ends_early_is_all_there_is(path: Path) -> None:
-    """Somebody else read from it: nothing is lost that was there, and nobody waits for more."""
-    read_fd, write_fd = os.pipe()
-    budget = Budget(100, "the ceiling")
-    log = OutputLog(path, budget=budget)
-    os.write(write_fd, b"abc")
-    os.close(write_fd)
-    log.append_from(read_fd, 10)
-    os.close(read_fd)
-    assert (log.size, log.lost_bytes, budget.used) == (3, 0, 3)
-    log.remove()

@@ -33,6 +33,7 @@ from cgroups import NO_LIMITS
 from conftest import children_of, descriptors_of, job_files, job_processes
 from spawner import read_exit
 from worker import (
+    _BUFFERS,
     MAX_ARGV_BYTES,
     CgroupError,
     CommandError,
@@ -609,14 +610,14 @@ def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
     script = 'exec 3<"$1"; read n <&3; printf x; read m <&3; head -c "$n" /dev/zero; exit 7'
     job_id = _sh(worker, script, gate)
     job, entered = _running(worker, job_id), threading.Event()
-    real_append = job.output.append_from
+    real_append = job.output.append
 
-    def append(pipe_fd: int, size: int) -> None:  # holds the job's thread until the end is told
+    def append(data: memoryview) -> None:  # holds the job's thread until the end is told
         entered.set()
         assert select.select([job._fds.exit], [], [], _GUARD_S)[0]
-        real_append(pipe_fd, size)
+        real_append(data)
 
-    monkeypatch.setattr(job.output, "append_from", append)
+    monkeypatch.setattr(job.output, "append", append)
     size = fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) - 16 * 1024  # fits into the pipe
     with gate.open("w", buffering=1) as orders:
         orders.write(f"{size}\n")
@@ -708,14 +709,14 @@ def test_pipe_grows_for_a_job_that_fills_it(
     )
     job_id = _sh(worker, script, fifo.path, gate)
     job, moved, go_on = _running(worker, job_id), threading.Semaphore(0), threading.Event()
-    real_append = job.output.append_from
+    real_append = job.output.append
 
-    def append(pipe_fd: int, size: int) -> None:
-        real_append(pipe_fd, size)
+    def append(data: memoryview) -> None:
+        real_append(data)
         moved.release()
         assert go_on.wait(_GUARD_S)
 
-    monkeypatch.setattr(job.output, "append_from", append)
+    monkeypatch.setattr(job.output, "append", append)
     with gate.open("w", buffering=1) as orders:
         orders.write("\n")
         assert moved.acquire(timeout=_GUARD_S)  # one byte
@@ -729,6 +730,21 @@ def test_pipe_grows_for_a_job_that_fills_it(
         assert fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
     assert worker.wait(job_id, _GUARD_S).output_bytes == 1 + 65536 + 1
+
+
+def test_output_waits_while_all_buffers_are_in_use_and_nothing_else_does(
+    worker: Worker,
+) -> None:
+    """As when the disk makes other jobs wait: silent ones start and end, and no byte is lost."""
+    script = "for x in 1 2 3; do head -c 100000 /dev/zero; echo $x; done"
+    with contextlib.ExitStack() as others:
+        for _ in range(_BUFFERS):
+            others.enter_context(worker._buffers.lent())
+        job_id = _sh(worker, script)
+        silent = worker.start("true")
+        assert _end(worker.wait(silent, _GUARD_S)) == (Status.FINISHED, EndReason.EXITED, 0, None)
+        assert worker.status(job_id).output_bytes == 0
+    assert _output(worker, job_id) == b"".join(bytes(100_000) + b"%d\n" % x for x in (1, 2, 3))
 
 
 # --- stop -----------------------------------------------------------------------------------

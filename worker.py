@@ -51,6 +51,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from broadcaster import (
@@ -111,6 +112,7 @@ MAX_ARGV_BYTES: Final = 128 * 1024
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LARGE_PIPE_BYTES = 1024 * 1024  # as much as an unprivileged process may ask for (pipe(7))
+_BUFFER_BYTES, _BUFFERS = _LARGE_PIPE_BYTES, 4  # what is in a pipe is taken at once
 # For how long a job is left alone each time that its output has been taken: see _rest_ms.
 _TINY_BYTES = 4096
 _TINY_REST_MS, _REST_MS = 4, 1
@@ -287,6 +289,7 @@ class Worker:
         self._limits = limits or Limits()
         self._uids = uids
         self._registry = _Registry(retention or Retention())
+        self._buffers = _Buffers()
         # Guards the four below. Notified when _busy falls. Never held during I/O.
         self._idle = threading.Condition()
         self._busy = 0  # calls that are starting or removing jobs
@@ -503,6 +506,7 @@ class Worker:
                 pid,
                 _Descriptors(place.output_fd, place.exit_read_fd, pidfd),
                 self._registry,
+                buffers=self._buffers,
                 started_at=started_at,
                 prepare_place=self._prepare_place,
             )
@@ -646,6 +650,27 @@ class _Work(NamedTuple):
     on_end: Callable[[], None] | None
 
 
+class _Buffers:
+    """What output is in on its way from a job's pipe to its file.
+
+    A few for all jobs: one for each would be a gigabyte, and most jobs are silent.
+    """
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[memoryview] = SimpleQueue()
+        for _ in range(_BUFFERS):
+            self._free.put(memoryview(bytearray(_BUFFER_BYTES)))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[memoryview]:
+        """Lend one within this context. Blocks until another job's output is in its file."""
+        buffer = self._free.get()
+        try:
+            yield buffer
+        finally:
+            self._free.put(buffer)
+
+
 class _Descriptors(NamedTuple):
     """A job's descriptors, owned by its thread, which closes them when the job has ended."""
 
@@ -668,6 +693,7 @@ class _Job:
         fds: _Descriptors,
         registry: _Registry,
         *,
+        buffers: _Buffers,
         started_at: datetime,
         prepare_place: Callable[[], None],
     ) -> None:
@@ -684,6 +710,7 @@ class _Job:
         self._pid = pid
         self._fds = fds  # closed, and not to be used, once the job has ended
         self._registry = registry
+        self._buffers = buffers
         self._prepare_place = prepare_place
         self.is_finished = False  # the registry's to write and to read
         self._started_at = started_at
@@ -762,7 +789,7 @@ class _Job:
             # All that the job wrote, for none of it lives now. Not until end-of-file: a process
             # that is not of the job, or that escaped where there are no cgroups, may hold the
             # other end for ever.
-            self._move_output()
+            self._move_rest()
             if self._cgroup is not None:
                 self._remove_cgroup(self._cgroup)
             self._end(leader_exit, ended_at)
@@ -790,15 +817,14 @@ class _Job:
             left_s = None if prepare_at is None else max(0.0, prepare_at - time.monotonic())
             events = dict(poll.poll(left_s and left_s * 1000))
             now = time.monotonic()
-            size = self._move_output() if output in events else None
+            readable = events.get(output, 0) & select.POLLIN
+            size = self._move_output() if readable else 0
             if prepare_at is not None and (leader in events or now >= prepare_at):
                 prepare_at = None
                 self._prepare_place()
             if leader in events:
                 return read_exit(leader)
-            if size == 0 and events[output] & select.POLLHUP:
-                poll.unregister(output)  # the job closed its output, and runs on
-            elif size is not None:
+            if readable:
                 if rest_ms := _rest_ms(size, taken, now - taken_at, pipe_bytes):
                     end.poll(rest_ms)
                 elif pipe_bytes < _LARGE_PIPE_BYTES:
@@ -807,15 +833,27 @@ class _Job:
                     with contextlib.suppress(OSError):  # beyond it
                         pipe_bytes = fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, _LARGE_PIPE_BYTES)
                 taken_at, taken = now, size
+            elif output in events:
+                poll.unregister(output)  # the job closed its output, and runs on
 
-    def _move_output(self) -> int:
-        """Store what is in the job's pipe now; return how many bytes that was."""
-        output = self._fds.output
-        answer = fcntl.ioctl(output, termios.FIONREAD, bytes(4))
-        size = int.from_bytes(answer, sys.byteorder)
-        if size:
-            self.output.append_from(output, size)
-        return size
+    def _move_output(self, most: int | None = None) -> int:
+        """Store what is in the job's pipe, a buffer of it or `most`; return how many bytes.
+
+        That is 0 if there are none: now, or any more.
+        """
+        with self._buffers.lent() as buffer, contextlib.suppress(BlockingIOError):
+            size = os.readv(self._fds.output, [buffer[:most]])
+            if size:
+                self.output.append(buffer[:size])
+            return size
+        return 0
+
+    def _move_rest(self) -> None:
+        """Store what is in the job's pipe now, of which nobody writes more."""
+        answer = fcntl.ioctl(self._fds.output, termios.FIONREAD, bytes(4))
+        left = int.from_bytes(answer, sys.byteorder)
+        while left and (size := self._move_output(left)):
+            left -= size
 
     def _finish_processes(self, *, lost: bool) -> None:
         """Kill what the leader left behind and block until it is gone."""
