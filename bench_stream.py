@@ -61,6 +61,7 @@ __all__ = [
 _STREAM_BYTES = 128 * MIB
 _STREAM_TURNS = 4
 _LINES_BYTES = 32 * MIB
+_ZEROS_BYTES = 128 * MIB
 _FOLLOWERS = (1, 10, 100, 1000)
 _SHARED_BYTES = 640 * MIB  # of all followers together
 _SHARED_ROUNDS = 3
@@ -322,11 +323,12 @@ def bench_followers(service: Service) -> None:
 def bench_job_rate(service: Service) -> None:
     """How long a job's writing takes, while nobody, somebody or many follow, read or not."""
     lines = _python(_MAKE_LINES, _LINES_BYTES)
+    zeros = ["head", "-c", str(_ZEROS_BYTES), "/dev/zero"]
 
-    def job_s(count: int, *, stalled: bool = False) -> float:
+    def job_s(argv: Sequence[str], size: int, count: int, *, stalled: bool = False) -> float:
         timed = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d" $((e-s))'
         with (
-            _waiting_job(service, ["sh", "-c", timed, *lines], MIB * stalled) as (job_id, go),
+            _waiting_job(service, ["sh", "-c", timed, *argv], MIB * stalled) as (job_id, go),
             contextlib.ExitStack() as stack,
         ):
             if stalled:
@@ -338,22 +340,26 @@ def bench_job_rate(service: Service) -> None:
                 result()
             # Its tail comes when it has ended.
             first = 1 + MIB * stalled
-            tail = b"".join(service.client.stream(job_id, offset=first + _LINES_BYTES))
+            tail = b"".join(service.client.stream(job_id, offset=first + size))
             return int(tail) / 1e9
 
-    found = in_turn(
-        {
-            "1 follower": lambda: job_s(1),
-            "10 followers": lambda: job_s(10),
-            "100 followers that do not read": lambda: job_s(100, stalled=True),
-            "floor": lambda: seconds(lambda: _through_cat(lines)),
-        },
-        _JOB_ROUNDS,
-    )
-    floor = found.pop("floor")
-    print_heading("A job that makes lines: its own rate / into a plain pipe to cat >file")
-    for what, taken in found.items():
-        _report_rates(what, taken, floor, _LINES_BYTES, ">= 0.9")
+    print_heading("A job's own rate / its rate into a plain pipe to cat >file")
+    for what, argv, size in (
+        ("lines", lines, _LINES_BYTES),
+        ("as fast as it can", zeros, _ZEROS_BYTES),
+    ):
+        found = in_turn(
+            {
+                "1 follower": functools.partial(job_s, argv, size, 1),
+                "10 followers": functools.partial(job_s, argv, size, 10),
+                "100 that do not read": functools.partial(job_s, argv, size, 100, stalled=True),
+                "floor": functools.partial(seconds, functools.partial(_through_cat, argv)),
+            },
+            _JOB_ROUNDS,
+        )
+        floor = found.pop("floor")
+        for who, taken in found.items():
+            _report_rates(f"{what}, {who}", taken, floor, size, ">= 0.9")
 
 
 def bench_delay(service: Service) -> None:
