@@ -470,6 +470,7 @@ class _Helper:
     """The program that `Spawner` runs. One thread; a signal only wakes the poll."""
 
     def __init__(self, sock: socket.socket, duties: dict[str, Any]) -> None:
+        self._pid = os.getpid()
         self._socket = sock
         self._jobs_cgroup: str | None = duties["jobs_cgroup"]
         self._uids = range(*duties["uids"]) if duties["uids"] else None
@@ -591,7 +592,7 @@ class _Helper:
                 self._put_off_fork(job, reply, stdout_fd, exit_fd)
                 raise _PutOffError from None
             if pid == 0:
-                _wait(reply, stdout_fd, self._uids)
+                _wait(reply, stdout_fd, self._uids, self._pid)
             self._add_leader(pid, _Leader(job, kept_fd))
             undo.pop_all()
         return pid, pidfd
@@ -768,18 +769,19 @@ def _clone(cgroup_fd: int | None) -> tuple[int, int]:
     return pid, pidfd.value
 
 
-def _wait(sock: socket.socket, stdout_fd: int, uids: range | None) -> NoReturn:
-    """What a fork of the helper does: execute what `sock` says, when it does."""
+def _wait(sock: socket.socket, stdout_fd: int, uids: range | None, helper: int) -> NoReturn:
+    """What a fork of the helper, which is `helper`, does: execute what `sock` says."""
     try:
         _detach(sock.fileno(), stdout_fd)
         if not _is_readable(sock):
             _rehearse()
-        # If the helper is killed: the socket's other end is not its own.
+        # If the helper is killed: the socket's other end is not its own. And it may have been.
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        try:
-            _become(_receive_program(sock, uids))
-        except BaseException as error:  # noqa: BLE001 -- nothing may get back into the helper
-            _send(sock, _failure(error))
+        if os.getppid() == helper:
+            try:
+                _become(_receive_program(sock, uids))
+            except BaseException as error:  # noqa: BLE001 -- nothing may get back into the helper
+                _send(sock, _failure(error))
     finally:
         os._exit(127)
 
