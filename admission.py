@@ -13,8 +13,9 @@ of what is for `quotas.py` to say, once a caller is known. `Arrivals` is for the
 bounds how long a call waits for its request.
 
 Threads: `intercept_service` runs on gRPC's `_serve` thread, which alone submits to the
-pools; so nobody comes between its look and the taking. That thread also refuses: the less a
-refusal costs, the more is left to serve the others, and handing it over would cost more.
+pools; so nobody comes between its look and the taking. That thread also refuses, but for those
+whose turn came too late: the less a refusal costs, the more is left to serve the others, and
+handing it over would cost more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import grpc
 
@@ -62,7 +63,7 @@ class Admission(grpc.ServerInterceptor):
 
     `pools`: by method ("/package.Service/Method"); `others`: for all other methods. They are
     the caller's to shut down. `on_refusal`: is told the method, the context and the message of
-    a refusal, one at a time, and must not block.
+    a refusal, by any thread, and must not block.
     """
 
     def __init__(
@@ -99,23 +100,26 @@ class Admission(grpc.ServerInterceptor):
             make = grpc.unary_unary_rpc_method_handler
             if handler.request_streaming:
                 make = grpc.stream_unary_rpc_method_handler
-            behavior = pool.patient(handler.stream_unary or handler.unary_unary)
+            refuse = functools.partial(self._refuse, handler_call_details.method)
+            behavior = pool.in_turn(handler.stream_unary or handler.unary_unary, refuse)
         # gRPC looks for this attribute; it is undocumented, so a test looks at the threads.
         behavior.experimental_thread_pool = pool
         return make(behavior, handler.request_deserializer, handler.response_serializer)
 
     def _refusal(self, method: str, reason: str) -> Any:
-        message = f"the server is overloaded: {reason}; try again in {_RETRY_AFTER_S} s"
-
         def refuse(_requests: Iterator[bytes], context: grpc.ServicerContext) -> None:
-            self._on_refusal(method, context, message)
-            context.set_trailing_metadata((("retry-after", str(_RETRY_AFTER_S)),))
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+            self._refuse(method, context, reason)
 
         # As in intercept_service; functions may have attributes, but mypy knows of none.
         refuse.experimental_thread_pool = self._on_the_spot  # type: ignore[attr-defined]
         # As if for a stream of requests, so that nobody waits for one.
         return grpc.stream_unary_rpc_method_handler(refuse)
+
+    def _refuse(self, method: str, context: grpc.ServicerContext, reason: str) -> NoReturn:
+        message = f"the server is overloaded: {reason}; try again in {_RETRY_AFTER_S} s"
+        self._on_refusal(method, context, message)
+        context.set_trailing_metadata((("retry-after", str(_RETRY_AFTER_S)),))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
 
 class _Waiting(NamedTuple):

@@ -11,23 +11,29 @@ already. Only when it is not there after some milliseconds does the turn go to a
         ...
         acceptor.attach(server)
 
+    with waiting():  # in a call
+        job_id = worker.start("/mnt/command")
+
 A burst is served; but when calls have waited for their turn for a while without a break,
 `why_full` says that no more than so many may; and hardly any when the `_serve` thread has had
 many calls for a while and no break, for then more wait in gRPC's core, where nobody sees them.
 Refusing lets that thread catch up, because then nobody contends with it. An overload that lasts
 is met without that patience, and fewer may wait, so that those who are served are served soon,
-until a second has gone by in which there was room.
+until a second has gone by in which there was room. Those who were let wait, because it looked
+like a burst, are refused when their turn comes, if that is late.
 
 Thread safety: everything may be called from any thread; but `why_full` holds for the next call
 only if one thread alone submits them, as gRPC's does.
 
 Source: Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10 (5), 2012 (what is
-wrong with a queue is not that it is long but that it stays).
+wrong with a queue is not that it is long but that it stays); Maurer, Fail at Scale, ACM Queue
+13 (8), 2015 (in an overload calls may wait for less long).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -42,9 +48,8 @@ if TYPE_CHECKING:
 
     import grpc
 
-__all__ = ["Acceptor", "CallPool"]
+__all__ = ["Acceptor", "CallPool", "waiting"]
 
-_LATE_S = 0.01  # a request that is not there after once to twice that is waited for without a turn
 # For so long the `_serve` thread may have had no break, which it does not have either when it
 # waits for a processor; and for so long while there is overload.
 _BEHIND_S, _BEHIND_IN_OVERLOAD_S = 0.25, 0.003
@@ -54,6 +59,26 @@ _WINDOW_S = 1.0  # in which they are counted
 # those who are refused ask again at once.
 _TRICKLE_S = 0.005
 _RELIEF_S = 1.0  # after so long without a refusal, the next burst is served again
+
+_own = threading.local()  # `pool`: whose thread this is
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Keep nobody from their turn within this context, which computes little but may take long.
+
+    For the code of a call; elsewhere nothing comes of it. Blocks at the end until it is the
+    call's turn again, if it lost it.
+    """
+    pool: CallPool | None = getattr(_own, "pool", None)
+    if pool is None:
+        yield
+        return
+    wait = pool._begin_wait(_Wait())  # noqa: SLF001 -- the same module
+    try:
+        yield
+    finally:
+        pool._end_wait(wait)  # noqa: SLF001
 
 
 class Acceptor:
@@ -112,6 +137,15 @@ class _EventQueue(cygrpc.CompletionQueue):  # type: ignore[misc]
         return event
 
 
+class _Wait:
+    """A call that waits and may lose its turn; `for_request`: it is its client who is late."""
+
+    __slots__ = ("for_request",)
+
+    def __init__(self, *, for_request: bool = False) -> None:
+        self.for_request = for_request
+
+
 class CallPool(ThreadPoolExecutor):
     """The threads of one kind of call. A context manager, as every executor.
 
@@ -119,7 +153,9 @@ class CallPool(ThreadPoolExecutor):
     when they are needed. `turns`: how many calls may compute at a time; None for all. `places`:
     for calls that have their turn or wait for it, when others have waited for `burst_s`
     without a break; `few_places`: as long as there is overload. `acceptor`: which must not be
-    behind. `clock`: tells seconds and never goes back. Attribute: `what`.
+    behind. `stale_s`: who has waited longer for their turn is refused then, if there is overload.
+    `wait_s`: who waits for something else has no turn after once to twice that. `clock`: tells
+    seconds and never goes back. Attribute: `what`.
     """
 
     def __init__(  # noqa: PLR0913 -- settings, each by its name
@@ -131,16 +167,24 @@ class CallPool(ThreadPoolExecutor):
         places: int | None = None,
         few_places: int | None = None,
         burst_s: float = 0.1,
+        stale_s: float = math.inf,
+        wait_s: float = 0.01,
         acceptor: Acceptor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(threads, thread_name_prefix=f"rpc-{what}")
+        super().__init__(
+            threads,
+            thread_name_prefix=f"rpc-{what}",
+            initializer=functools.partial(setattr, _own, "pool", self),
+        )
         self.what = what
         self._call_ceiling = threads
         self._turn_count = threads if turns is None else turns
         self._places = threads if places is None else places
         self._few_places = self._places if few_places is None else few_places
         self._burst_s = burst_s
+        self._stale_s = stale_s
+        self._wait_s = wait_s
         self._acceptor = Acceptor() if acceptor is None else acceptor
         self._clock = clock
         # Guards all below. Notified when a call begins to queue while the watcher has nothing
@@ -153,10 +197,10 @@ class CallPool(ThreadPoolExecutor):
         self._admitted_at = -math.inf  # the last call
         self._free_turns = self._turn_count
         self._queue: deque[Callable[[], None]] = deque()
-        # The calls that wait for their request and have a turn, and how many have none.
-        self._awaiting: set[object] = set()
+        # The calls that wait and have a turn, and how many wait for their request and have none.
+        self._awaiting: set[_Wait] = set()
         self._late = 0
-        # Those whose request has come, and who need a turn again.
+        # Those who wait no longer, and need a turn again.
         self._returning: deque[threading.Lock] = deque()
         self._watching = False
         self._closed = False
@@ -216,18 +260,36 @@ class CallPool(ThreadPoolExecutor):
             self._count_locked(1, 1)
         return future
 
-    def patient(self, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """Make a unary call's behavior keep nobody from their turn by waiting for a request.
+    def in_turn(
+        self, behavior: Callable[[Any, Any], Any], refuse: Callable[[Any, str], Any]
+    ) -> Callable[[Any, Any], Any]:
+        """Make of a unary call's behavior what is to be submitted now, as it has its turn.
 
-        That is, if it takes an iterator of requests.
+        If it takes an iterator of requests, it keeps nobody from their turn by waiting for one.
+        `refuse`: called instead, with the context and the reason, if the turn comes too late.
         """
+        since = self._clock()
 
         def behave(request: Any, context: Any) -> Any:
+            reason = self._why_stale(since)
+            if reason is not None:
+                return refuse(context, reason)
             if hasattr(request, "__next__"):
                 request = self._awaited(request)
             return behavior(request, context)
 
         return behave
+
+    def _why_stale(self, since: float) -> str | None:
+        """Return why a call that was admitted at `since` is one too many after all, or None.
+
+        Until there was overload it might have been one of a burst.
+        """
+        with self._changed:
+            now = self._clock()
+            if now >= self._overloaded_until or now - since <= self._stale_s:
+                return None
+            return f"{self.what} wait too long to be handled"
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As of every executor; the calls that wait for their turn have it first."""
@@ -267,32 +329,35 @@ class CallPool(ThreadPoolExecutor):
 
     def _awaited(self, requests: Iterator[Any]) -> Iterator[Any]:
         while True:
-            wait = object()
-            with self._changed:
-                self._awaiting.add(wait)
-                if self._late:  # somebody sends no requests, or slowly: maybe it is the same
-                    self._lose_turn_locked(wait)
+            wait = self._begin_wait(_Wait(for_request=True))
             try:
                 request = next(requests, None)
             finally:
-                self._have_turn(wait)
+                self._end_wait(wait)
             if request is None:
                 return
             yield request
 
-    def _lose_turn_locked(self, wait: object) -> None:
+    def _begin_wait(self, wait: _Wait) -> _Wait:
+        with self._changed:
+            self._awaiting.add(wait)
+            if wait.for_request and self._late:
+                self._lose_turn_locked(wait)  # somebody is slow: maybe it is the same
+        return wait
+
+    def _lose_turn_locked(self, wait: _Wait) -> None:
         self._awaiting.remove(wait)
-        self._late += 1
+        self._late += wait.for_request
         self._count_locked(0, -1)
         self._pass_turn_locked()
 
-    def _have_turn(self, wait: object) -> None:
-        """End a wait: go on with the turn, or wait for another one."""
+    def _end_wait(self, wait: _Wait) -> None:
+        """Go on with the turn, or wait for another one."""
         with self._changed:
             if wait in self._awaiting:
                 self._awaiting.remove(wait)
                 return
-            self._late -= 1
+            self._late -= wait.for_request
             self._count_locked(0, 1)
             if self._free_turns:
                 self._free_turns -= 1
@@ -309,7 +374,7 @@ class CallPool(ThreadPoolExecutor):
                 self._watching = bool(self._queue)
                 self._changed.wait_for(lambda: self._watching or self._closed)
                 before = set(self._awaiting)
-                if self._changed.wait_for(lambda: self._closed, _LATE_S):
+                if self._changed.wait_for(lambda: self._closed, self._wait_s):
                     return
                 for wait in before & self._awaiting:
                     self._lose_turn_locked(wait)

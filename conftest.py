@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -91,6 +92,22 @@ def await_output(worker: Worker, job_id: str, text: bytes) -> None:
             if text in output:
                 return
     pytest.fail(f"the job ended without writing {text!r}: {output!r}")
+
+
+@pytest.fixture
+def leased(public: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
+    """A program that the kernel opens for nobody, and what ends that: a write lease, fcntl(2).
+
+    Every user can have that for their own files, for 45 s (/proc/sys/fs/lease-break-time).
+    """
+    path = public / "leased"
+    path.write_text("#!/bin/sh\necho begun; sleep 1000000\n")
+    path.chmod(0o755)
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored, unlike SIGIO
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    yield path, lambda: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    os.close(fd)
 
 
 @pytest.fixture

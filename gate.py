@@ -90,6 +90,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (auth.TooManyLoginsError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (worker.ResourceError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (auth.LoginsClosedError, grpc.StatusCode.UNAVAILABLE, None),
+    (worker.StartTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.StopTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.WorkerClosedError, grpc.StatusCode.UNAVAILABLE, "the server is shutting down"),
     (worker.SpawnerDiedError, grpc.StatusCode.UNAVAILABLE, None),

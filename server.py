@@ -81,7 +81,12 @@ _STARTS_AT_ONCE = 4
 _PLACES = 64
 _BURST_S = 0.03
 _SLOW_PLACES = 32
-_FEW_PLACES = 8  # while there is overload, so that whoever is served is served soon
+# While there is overload, so that whoever is served is served soon.
+_FEW_PLACES = 8
+_STALE_S, _STALE_START_S = 0.01, 0.015
+_WAIT_START_S = (
+    0.05  # for an exec, most of which take a hundredth of a second; then others may start
+)
 _STREAMS_SPARE = 32  # for those that are one too many, to be told whose ceiling it is
 _CALLS_OF_ONE = 64  # of one caller, beside their streams
 _CALLS_IN_ALL = 2048  # and that many streams; beyond, gRPC refuses in its own words
@@ -329,7 +334,9 @@ def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], 
             threads=_THREADS,
             turns=_STARTS_AT_ONCE,
             places=_SLOW_PLACES,
-            few_places=_FEW_PLACES,
+            few_places=_STARTS_AT_ONCE,
+            stale_s=_STALE_START_S,
+            wait_s=_WAIT_START_S,
             acceptor=acceptor,
         ),
         "WorkerService/ListJobs": CallPool(
@@ -350,6 +357,7 @@ def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], 
         places=_PLACES,
         few_places=_FEW_PLACES,
         burst_s=_BURST_S,
+        stale_s=_STALE_S,
         acceptor=acceptor,
     )
     return {f"/jobworker.v1.{method}": pool for method, pool in pools.items()}, others

@@ -23,6 +23,7 @@ import authservice_pb2_grpc
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
+from callpool import waiting
 from gate import SHOWN_CHARACTERS, BadRequestError
 from quotas import Quotas
 from worker import EndReason, Job, Limits, Status, Usage, UsageSource, Worker
@@ -89,7 +90,8 @@ class _AuthServicer:
         call: Call,
     ) -> auth_pb.LogoutResponse:
         call.record()
-        self._authenticator.logout(call.caller)
+        with waiting():  # for the disk
+            self._authenticator.logout(call.caller)
         return auth_pb.LogoutResponse()
 
 
@@ -148,10 +150,17 @@ class _WorkerServicer:
         self._check_argv(argv)
         asked = {field.name: value for field, value in request.limits.ListFields()}
         limits = self._config.limits(asked)
+        with waiting():  # for files that go to make room, and for that of the command
+            job_id = self._start(request, user, limits)
+        call.job_id, call.argv = job_id, argv
+        call.undo = lambda: self._worker.stop(job_id)
+        return worker_pb.StartJobResponse(job_id=job_id)
+
+    def _start(self, request: worker_pb.StartJobRequest, user: str, limits: Limits) -> str:
         self._quotas.check_output(user)
         release = self._quotas.start(user)
         try:
-            job_id = self._worker.start(
+            return self._worker.start(
                 request.command,
                 list(request.args),
                 owner=user,
@@ -163,9 +172,6 @@ class _WorkerServicer:
         except BaseException:
             release()
             raise
-        call.job_id, call.argv = job_id, argv
-        call.undo = lambda: self._worker.stop(job_id)
-        return worker_pb.StartJobResponse(job_id=job_id)
 
     def _check_argv(self, argv: list[str]) -> None:
         """Raise unless number and length of the arguments are below the ceilings."""
@@ -197,7 +203,8 @@ class _WorkerServicer:
         if self._worker.status(job_id).status is Status.RUNNING:
             raise worker.JobRunningError(job_id)  # before it is on record as removed
         call.record()
-        self._worker.remove(job_id)
+        with waiting():  # for the file to go, which may be large
+            self._worker.remove(job_id)
         return worker_pb.RemoveJobResponse()
 
     def GetJobStatus(  # noqa: N802

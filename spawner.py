@@ -63,7 +63,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -333,7 +333,13 @@ class Process:
         return not poll.poll(0)  # somebody has the other end
 
     def execute(
-        self, argv: Sequence[str], env: Mapping[str, str], *, uid: int | None = None
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        uid: int | None = None,
+        timeout_s: float | None = None,
+        kill: Callable[[], object] | None = None,
     ) -> tuple[int, int]:
         """Have it execute `argv`; return its pid and a pidfd of it.
 
@@ -343,7 +349,9 @@ class Process:
         Blocks until the command is executing. Raises OSError with the errno of fork or exec
         when it cannot be executed, PermissionError for an uid or a name that is not allowed,
         `AttachError` when it could not join the cgroup, `SpawnerDiedError`. It is gone then.
-        One that has been killed before is told as having executed: its end tells.
+        One that has been killed before is told as having executed: its end tells. When it is
+        not executing after `timeout_s`, it is killed, by `kill` if that is given, and
+        TimeoutError raised: when it is gone, or 5 s later.
         """
         # In a file: a message may not be larger than net.core.wmem_max, an argv may.
         with self, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
@@ -352,7 +360,14 @@ class Process:
             # If nobody is there, the helper has said why.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 _send(self._socket, {}, [program.fileno()])
+            is_late = not _await(self._socket.fileno(), select.POLLHUP, timeout_s)
+            if is_late:
+                self._kill() if kill is None else kill()
+                if not _await(self._socket.fileno(), select.POLLHUP, _CLOSE_S):
+                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             answer, received = self._spawner._collect(self._socket)  # noqa: SLF001 -- its other half
+        if is_late:
+            answer["errno"] = errno.ETIMEDOUT
         if not received:  # the kernel drops a descriptor for which we have no number left
             answer.setdefault("errno", errno.EMFILE)
         if "errno" not in answer:
@@ -364,8 +379,11 @@ class Process:
                     _await(pidfd, select.POLLIN)
             finally:
                 _close_all(received)
-            self._spawner.kill(self._job)
+            self._kill()
         raise _error(answer)
+
+    def _kill(self) -> None:
+        self._spawner.kill(self._job)
 
     def close(self) -> None:
         """Give it up; idempotent."""
@@ -394,10 +412,11 @@ def _is_readable(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _await(fd: int, events: int) -> None:
+def _await(fd: int, events: int, timeout_s: float | None = None) -> bool:
+    """Block until one of `events` is there; False if none is after `timeout_s`."""
     poll = select.poll()
     poll.register(fd, events)
-    poll.poll()
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def _error(answer: dict[str, Any]) -> OSError:

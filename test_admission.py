@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,27 @@ def test_call_too_many_is_refused_at_once_and_says_when_to_try_again(
     assert service.refused == [(f"/S/{kind}", error.details())] * 10
     service.go_on.set()
     assert [each.result(GUARD_S) for each in held] == [b"done"] * 2
+
+
+def test_call_whose_turn_comes_too_late_is_refused_in_the_same_way(
+    channel: Any, service: _Service, held_pool: _Pool
+) -> None:
+    """It reaches no handler, and leaves its room to the next."""
+    held_pool._overloaded_until, held_pool._stale_s = math.inf, 0.0
+    for _ in range(10):
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/S/Call")(b"", timeout=GUARD_S)
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.details() == (
+            "the server is overloaded: held calls wait too long to be handled; try again in 1 s"
+        )
+        assert dict(error.trailing_metadata())["retry-after"] == "1"
+        assert held_pool.over.acquire(timeout=GUARD_S)
+    assert service.refused == [("/S/Call", error.details())] * 10
+    held_pool._overloaded_until = -math.inf
+    service.go_on.set()
+    assert channel.unary_unary("/S/Call")(b"", timeout=GUARD_S) == b"done"
 
 
 def test_each_kind_of_call_runs_in_its_own_threads(channel: Any, service: _Service) -> None:

@@ -19,11 +19,12 @@ from callpool import (
     _WINDOW_S,
     Acceptor,
     CallPool,
+    waiting,
 )
 from conftest import GUARD_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
 _BURST_S = 0.1
@@ -48,6 +49,10 @@ class _Busy(Acceptor):
         return self.seconds
 
 
+def _in_turn(pool: CallPool, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return pool.in_turn(behavior, lambda _context, reason: reason)
+
+
 class _Held:
     """Calls that are under way until `end`."""
 
@@ -57,7 +62,7 @@ class _Held:
         self._calls: list[Future[Any]] = []
 
     def begin(self, count: int) -> None:
-        behavior = self._pool.patient(lambda _request, _context: self._go_on.wait(GUARD_S))
+        behavior = _in_turn(self._pool, lambda _request, _context: self._go_on.wait(GUARD_S))
         self._calls += [self._pool.submit(behavior, b"", None) for _ in range(count)]
 
     def end(self) -> None:
@@ -196,6 +201,30 @@ def test_some_are_served_however_far_the_acceptor_is_behind() -> None:
                 assert pool.why_full() is not None
 
 
+def test_call_whose_turn_comes_late_in_an_overload_is_refused_after_all() -> None:
+    """Whoever was let wait as one of a burst, which it was not; not who came a moment ago."""
+    clock = _Clock()
+    with CallPool("calls", threads=100, turns=1, places=2, stale_s=0.01, clock=clock) as pool:
+
+        def answers(count: int) -> list[Future[Any]]:
+            behavior = [_in_turn(pool, lambda *_: "served") for _ in range(count)]
+            return [pool.submit(each, b"", None) for each in behavior]
+
+        with _held(pool) as held:
+            held.begin(1)
+            stale = answers(3)
+            clock.now += _BURST_S
+            assert pool.why_full() == "4 calls wait to be handled"
+            fresh = answers(1)
+        reason = "calls wait too long to be handled"
+        assert [each.result(GUARD_S) for each in stale + fresh] == [reason] * 3 + ["served"]
+        with _held(pool) as held:
+            held.begin(1)
+            late = answers(2)
+            clock.now += _RELIEF_S
+        assert [each.result(GUARD_S) for each in late] == ["served"] * 2
+
+
 def test_no_more_calls_compute_at_a_time_than_have_their_turn() -> None:
     """Of many, as many as there are turns run at once: all of those, and never one more."""
     together = threading.Barrier(3)
@@ -213,7 +242,7 @@ def test_no_more_calls_compute_at_a_time_than_have_their_turn() -> None:
         together.wait(GUARD_S)
 
     with CallPool("calls", threads=30, turns=3) as pool:
-        calls = [pool.submit(pool.patient(behavior), b"", None) for _ in range(30)]
+        calls = [pool.submit(_in_turn(pool, behavior), b"", None) for _ in range(30)]
         for call in calls:
             call.result(GUARD_S)
     assert most == 3
@@ -229,7 +258,7 @@ def test_call_that_waits_for_its_request_keeps_nobody_from_their_turn() -> None:
         yield b"late"
 
     with CallPool("calls", threads=4, turns=1, places=2, clock=clock) as pool:
-        behavior = pool.patient(lambda requests, _context: next(requests, None))
+        behavior = _in_turn(pool, lambda requests, _context: next(requests, None))
         try:
             late = [pool.submit(behavior, requests(), None) for _ in range(3)]
             assert pool.submit(behavior, iter([b"here"]), None).result(GUARD_S) == b"here"
@@ -249,7 +278,7 @@ def test_call_that_fails_gives_its_turn_and_its_place_back() -> None:
     with CallPool("calls", threads=1, turns=1) as pool:
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
-                pool.submit(pool.patient(fail), b"", None).result(GUARD_S)
+                pool.submit(_in_turn(pool, fail), b"", None).result(GUARD_S)
             assert pool.why_full() is None
 
 
@@ -274,7 +303,7 @@ def test_call_whose_request_is_there_at_once_keeps_its_turn() -> None:
     with CallPool("calls", threads=20, turns=1) as pool:
         with _held(pool) as held:
             held.begin(1)
-            calls = [pool.submit(pool.patient(behavior), iter([b""]), None) for _ in range(15)]
+            calls = [pool.submit(_in_turn(pool, behavior), iter([b""]), None) for _ in range(15)]
         for call in calls:
             call.result(GUARD_S)
     assert len(threads) == 15
@@ -298,7 +327,7 @@ def test_request_that_comes_late_gets_a_turn_before_those_who_came_later() -> No
         order.append(name)
 
     with CallPool("calls", threads=20, turns=1) as pool:
-        patient = pool.patient(behavior)
+        patient = _in_turn(pool, behavior)
         calls = [pool.submit(patient, requests(), None)]
         calls += [pool.submit(patient, name, None) for name in ("next", "last")]
         assert entered.wait(GUARD_S)  # the late one has lost its turn
@@ -311,6 +340,45 @@ def test_request_that_comes_late_gets_a_turn_before_those_who_came_later() -> No
     assert order == ["next", "late", "last"]
 
 
+def test_call_that_waits_for_something_else_keeps_nobody_from_their_turn() -> None:
+    """It has a turn again before it goes on, with nobody beside it."""
+    begun, over = threading.Event(), threading.Event()
+    running: list[str] = []
+
+    def slow(_request: object, _context: object) -> list[str]:
+        with waiting():
+            begun.set()
+            assert over.wait(GUARD_S)
+        running.append("slow")
+        return list(running)
+
+    def quick(_request: object, _context: object) -> None:
+        running.append("quick")
+        over.set()
+        running.remove("quick")
+
+    clock = _Clock()
+    with CallPool("calls", threads=20, turns=1, places=2, clock=clock) as pool:
+        call = pool.submit(_in_turn(pool, slow), b"", None)
+        assert begun.wait(GUARD_S)
+        for _ in range(3):
+            pool.submit(_in_turn(pool, quick), b"", None).result(GUARD_S)
+        assert call.result(GUARD_S) == ["slow"]
+        with _held(pool) as held:  # the turn and the places are there again, once
+            held.begin(1)
+            clock.now += 1000
+            assert pool.why_full() is None
+            held.begin(1)
+            clock.now += 1000
+            assert pool.why_full() == "2 calls wait to be handled"
+
+
+def test_wait_in_no_pool_is_like_any_other() -> None:
+    """So the code of a call can run elsewhere, too."""
+    with waiting(), waiting():
+        pass
+
+
 def test_pool_shuts_down_while_a_request_is_late_and_others_wait() -> None:
     """Every call is over then, and each had its turn."""
     arrived = threading.Event()
@@ -320,7 +388,7 @@ def test_pool_shuts_down_while_a_request_is_late_and_others_wait() -> None:
         yield b""
 
     pool = CallPool("calls", threads=20, turns=1)
-    patient = pool.patient(lambda requests, _context: next(requests))
+    patient = _in_turn(pool, lambda requests, _context: next(requests))
     calls = [pool.submit(patient, each, None) for each in (requests(), iter([b""]))]
     pool.shutdown(wait=False)
     with pytest.raises(RuntimeError):

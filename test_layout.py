@@ -30,6 +30,7 @@ _IMPORTS = {
     "quotas": {"broadcaster", "units"},
     "gate": {"admission", "audit", "auth", "config", "quotas", "worker", "grpc", "google"},
     "service": {
+        "callpool",
         *("auth", "gate", "quotas", "worker", "google"),
         *("authservice_pb2", "authservice_pb2_grpc"),
         *("workerservice_pb2", "workerservice_pb2_grpc"),

@@ -552,6 +552,7 @@ def test_unknown_method_is_unimplemented(connect: Connect) -> None:
         (worker.ResourceError("no room"), "RESOURCE_EXHAUSTED", True),
         (QuotaError("no more of it"), "RESOURCE_EXHAUSTED", False),
         (worker.StopTimeoutError(_ABSENT, 10), "DEADLINE_EXCEEDED", False),
+        (worker.StartTimeoutError("true", 10), "DEADLINE_EXCEEDED", False),
         (worker.WorkerClosedError(), "UNAVAILABLE", False),
         (worker.SpawnerDiedError(), "UNAVAILABLE", True),
         (worker.OutputIncompleteError(OSError(28, "No space"), 7), "DATA_LOSS", False),
@@ -992,6 +993,52 @@ def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
     followers[1] = follow(client, job_id)
     client.stop(job_id)
     assert [list(follower) for follower in followers] == [[], [], []]
+
+
+def test_starts_that_the_kernel_holds_up_hold_up_nobody_elses(
+    serve: Serve, connect: Connect, leased: tuple[Path, Callable[[], object]]
+) -> None:
+    """However many turns there are, each goes to somebody else while a start waits for its file."""
+    path, release = leased
+    address = serve().address
+    client, other = connect("user", address), connect("admin", address)
+    with ThreadPoolExecutor(20) as pool:
+        starts = [pool.submit(client.start, str(path)) for _ in range(20)]
+        try:
+            for _ in range(5):
+                assert other.status(run_job(other)).exit_code == 0
+            assert not any(start.done() for start in starts)
+        finally:
+            release()
+        for start in starts:
+            assert client.stop(start.result(GUARD_S)).status == worker_pb.STOPPED
+
+
+def test_file_that_takes_long_to_go_holds_up_no_other_call(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gigabyte of output takes a tenth of a second, and a slow disk longer."""
+    address = serve().address
+    client, other = connect("user", address), connect("admin", address)
+    job_id, others = run_job(client), run_job(other)
+    begun, go_on, real_unlink = threading.Event(), threading.Event(), os.unlink
+
+    def unlink(*args: Any, **options: Any) -> None:
+        begun.set()
+        assert go_on.wait(GUARD_S)
+        real_unlink(*args, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with ThreadPoolExecutor(1) as pool:
+        removal = pool.submit(client.remove, job_id)
+        try:
+            assert begun.wait(GUARD_S)
+            for _ in range(5):
+                assert other.status(others).exit_code == 0
+            assert not removal.done()
+        finally:
+            go_on.set()
+        removal.result(GUARD_S)
 
 
 def test_killed_client_gives_its_slot_and_its_thread_back(

@@ -47,6 +47,7 @@ from worker import (
     OutputIncompleteError,
     ResourceError,
     SpawnerDiedError,
+    StartTimeoutError,
     Status,
     StopTimeoutError,
     UnknownJobError,
@@ -59,7 +60,7 @@ from worker import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _GUARD_S = 60  # only a hang takes this long
 _HERE = Path(__file__).parent
@@ -379,6 +380,28 @@ def test_script_that_cannot_be_executed_is_named_and_leaves_nothing(
     path.write_text(content)
     path.chmod(mode)
     _assert_start_fails_cleanly(worker, str(path), [], error, text)
+
+
+def test_start_that_the_kernel_holds_up_fails_after_a_while_and_leaves_nothing(
+    worker: Worker, leased: tuple[Path, Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file server does not answer; others start meanwhile, and it does when it can."""
+    path, release = leased
+    monkeypatch.setattr("worker._START_TIMEOUT_S", 0.2)
+    with ThreadPoolExecutor() as pool:
+        starts = [pool.submit(worker.start, str(path)) for _ in range(8)]
+        assert worker.wait(worker.start("true"), _GUARD_S).exit_code == 0
+        for start in starts:
+            with pytest.raises(StartTimeoutError, match=r"leased' was not executing after 0\.2 s"):
+                start.result(_GUARD_S)
+    before = _traces(worker)
+    with pytest.raises(StartTimeoutError):
+        worker.start(str(path))
+    assert _traces(worker) == before
+    release()
+    job_id = worker.start(str(path))
+    with worker.stream(job_id) as chunks:
+        assert next(chunks) == b"begun\n"
 
 
 def test_wrong_types_are_refused(worker: Worker) -> None:
@@ -1307,6 +1330,20 @@ def test_starts_that_race_with_close_run_or_are_refused(
         assert not fifo.is_held()
         assert len(worker.list()) == count
         assert {job.end_reason for job in worker.list()} <= {EndReason.SERVER_SHUTDOWN}
+
+
+def test_close_ends_starts_that_the_kernel_holds_up(
+    worker: Worker, leased: tuple[Path, Callable[[], object]], pool: ThreadPoolExecutor
+) -> None:
+    """They are refused as closed, and nothing of them is left."""
+    starts = [pool.submit(worker.start, str(leased[0])) for _ in range(4)]
+    while len(worker._executing) < len(starts):
+        pass
+    worker.close()
+    for start in starts:
+        with pytest.raises(WorkerClosedError):
+            start.result(_GUARD_S)
+    assert worker.list() == ()
 
 
 def test_stream_that_races_with_close_ends_or_is_refused_as_closed(

@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import heapq
 import logging
 import os
@@ -94,6 +95,7 @@ __all__ = [
     "ResourceError",
     "Retention",
     "SpawnerDiedError",
+    "StartTimeoutError",
     "Status",
     "StopTimeoutError",
     "Subscription",
@@ -117,6 +119,7 @@ _BUFFER_BYTES, _BUFFERS = _LARGE_PIPE_BYTES, 4  # what is in a pipe is taken at 
 _TINY_BYTES = 4096
 _TINY_REST_MS, _REST_MS = 4, 1
 _HEAD_START_S = 0.002  # of a job, before the next one's place is prepared
+_START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
 _OUTPUT_SUFFIX = ".out"
 
@@ -159,6 +162,18 @@ class CommandNotExecutableError(CommandError):
 
 class ResourceError(WorkerError):
     """The host has run out of something a new job needs: processes, descriptors, disk, memory."""
+
+
+class StartTimeoutError(WorkerError, TimeoutError):
+    """The command was not executing after a while, and was killed. Attribute: `command`."""
+
+    def __init__(self, command: str, timeout: float) -> None:
+        super().__init__(
+            f"{_shorten(command)!r} was not executing after {timeout:g} s, and was killed: the "
+            "kernel waits for its file (on a server that does not answer, or leased by a process), "
+            "or its limits are too low; try again later, or with others"
+        )
+        self.command = command
 
 
 class StopTimeoutError(WorkerError, TimeoutError):
@@ -290,9 +305,10 @@ class Worker:
         self._uids = uids
         self._registry = _Registry(retention or Retention())
         self._buffers = _Buffers()
-        # Guards the four below. Notified when _busy falls. Never held during I/O.
+        # Guards the five below. Notified when _busy falls. Never held during I/O.
         self._idle = threading.Condition()
         self._busy = 0  # calls that are starting or removing jobs
+        self._executing: dict[str, _Place] = {}  # those of them whose exec is waited for
         self._closed = False
         self._place: _Place | None = None  # prepared for the next job
         self._place_is_wanted = True  # and nobody is preparing one
@@ -381,7 +397,8 @@ class Worker:
         gone, right before its end is told to anybody, and must not block; not if the
         start fails.
 
-        Blocks until the command is executing. Raises `CommandError` (or the more
+        Blocks until the command is executing, which may take as long as the kernel waits for
+        its file. Raises `StartTimeoutError` if it is not after 10 s; `CommandError` (or the more
         specific `CommandNotFoundError`, `CommandNotExecutableError`), `CgroupError`,
         `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong
         `uid`; nothing of the job is left then.
@@ -482,9 +499,17 @@ class Worker:
                 # Not when it was made: what could be enforced then need not be still.
                 cgroup = self._subtree.limit(place.cgroup, work.limits)
             try:
-                pid, pidfd = place.process.execute(
-                    work.argv, _environment(place.job_id, work), uid=work.uid
-                )
+                with self._execution(place):
+                    pid, pidfd = place.process.execute(
+                        work.argv,
+                        _environment(place.job_id, work),
+                        uid=work.uid,
+                        timeout_s=_START_TIMEOUT_S,
+                        kill=functools.partial(self._kill, place),
+                    )
+                    undo.callback(os.close, pidfd)
+            except TimeoutError as error:
+                raise StartTimeoutError(work.argv[0], _START_TIMEOUT_S) from error
             except AttachError as error:
                 path = cgroup.path / "cgroup.procs" if cgroup else Path()
                 raise CgroupError(
@@ -496,7 +521,6 @@ class Worker:
                 ) from error
             except OSError as error:
                 raise _exec_error(work.argv, error) from error
-            undo.callback(os.close, pidfd)
             job = _Job(
                 place.job_id,
                 work,
@@ -516,6 +540,29 @@ class Worker:
                 raise ResourceError(f"no room for another thread: {error}") from error
             undo.pop_all()
             return job
+
+    @contextlib.contextmanager
+    def _execution(self, place: _Place) -> Iterator[None]:
+        """Have `close` end what is waited for within this context: WorkerClosedError then."""
+        with self._idle:
+            if self._closed:
+                raise WorkerClosedError
+            self._executing[place.job_id] = place
+        try:
+            yield
+        finally:
+            with self._idle:
+                was_ended = self._executing.pop(place.job_id, None) is None
+        if was_ended:
+            raise WorkerClosedError
+
+    def _kill(self, place: _Place) -> None:
+        """Kill the process there, if it still is. Its start sees to what comes of that."""
+        with contextlib.suppress(CgroupError, SpawnerDiedError):
+            if place.cgroup is not None:
+                place.cgroup.kill()
+            else:
+                self._spawner.kill(place.job_id)
 
     def stop(self, job_id: str, *, reason: EndReason = EndReason.STOPPED_BY_OWNER) -> Job:
         """SIGKILL every process of the job; return its state once they are gone.
@@ -610,7 +657,11 @@ class Worker:
             if self._closed:
                 return
             self._closed = True
-            self._idle.wait_for(lambda: not self._busy)
+            executing, self._executing = self._executing, {}
+        for place in executing.values():
+            self._kill(place)
+        with self._idle:
+            self._idle.wait_for(lambda: not self._busy, _START_TIMEOUT_S)
         for job in self._registry.all():
             job.kill(EndReason.SERVER_SHUTDOWN)
         self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)
@@ -1329,10 +1380,14 @@ def _rest_ms(size: int, before: int, time_s: float, pipe_bytes: int) -> int:
 
 
 def _discard(cgroup: Cgroup) -> None:
-    """Remove a cgroup with what is in it."""
+    """Remove a cgroup with what is in it, unless the kernel does not let that go."""
     cgroup.kill()
-    cgroup.wait_empty()
-    cgroup.remove()
+    try:
+        cgroup.wait_empty(_STOP_TIMEOUT_S)
+    except TimeoutError as error:
+        logger.error("a start that failed: its cgroup stays until the next server: %s", error)
+    else:
+        cgroup.remove()
 
 
 def _is_readable(pidfd: int, timeout: float | None = 0) -> bool:

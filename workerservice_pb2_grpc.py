@@ -76,7 +76,8 @@ class WorkerServiceServicer:
         Errors: INVALID_ARGUMENT (the command is empty, not found, not executable, or
         too large; names the command), FAILED_PRECONDITION (the job could not be
         confined, so it was not started), RESOURCE_EXHAUSTED (the host has run out of
-        something), UNAVAILABLE (the server can start no jobs until it is restarted).
+        something), DEADLINE_EXCEEDED (the command was not executing after 10 s, and was
+        killed), UNAVAILABLE (the server can start no jobs until it is restarted).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
