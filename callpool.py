@@ -67,8 +67,8 @@ _own = threading.local()  # `pool`: whose thread this is
 def waiting() -> Iterator[None]:
     """Keep nobody from their turn within this context, which computes little but may take long.
 
-    For the code of a call; elsewhere nothing comes of it. Blocks at the end until it is the
-    call's turn again, if it lost it.
+    For the code of a call, and not within itself; elsewhere nothing comes of it. Blocks at the
+    end until it is the call's turn again, if it lost it.
     """
     pool: CallPool | None = getattr(_own, "pool", None)
     if pool is None:

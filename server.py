@@ -84,9 +84,8 @@ _SLOW_PLACES = 32
 # While there is overload, so that whoever is served is served soon.
 _FEW_PLACES = 8
 _STALE_S, _STALE_START_S = 0.01, 0.015
-_WAIT_START_S = (
-    0.05  # for an exec, most of which take a hundredth of a second; then others may start
-)
+# Most execs take a hundredth of a second; one that hangs holds up nobody.
+_WAIT_START_S = 0.05
 _STREAMS_SPARE = 32  # for those that are one too many, to be told whose ceiling it is
 _CALLS_OF_ONE = 64  # of one caller, beside their streams
 _CALLS_IN_ALL = 2048  # and that many streams; beyond, gRPC refuses in its own words

@@ -375,7 +375,7 @@ def test_call_that_waits_for_something_else_keeps_nobody_from_their_turn() -> No
 
 def test_wait_in_no_pool_is_like_any_other() -> None:
     """So the code of a call can run elsewhere, too."""
-    with waiting(), waiting():
+    with waiting():
         pass
 
 
