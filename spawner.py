@@ -328,9 +328,7 @@ class Process:
         """Whether it can still be told, as far as is known: it may be about to be forked."""
         if self._socket.fileno() < 0 or self._spawner._is_dead():  # noqa: SLF001 -- its other half
             return False
-        poll = select.poll()
-        poll.register(self._socket, 0)
-        return not poll.poll(0)  # somebody has the other end
+        return not _await(self._socket.fileno(), 0, 0)  # somebody has the other end
 
     def execute(
         self,
@@ -339,7 +337,7 @@ class Process:
         *,
         uid: int | None = None,
         timeout_s: float | None = None,
-        kill: Callable[[], object] | None = None,
+        kill: Callable[[], object] = lambda: None,
     ) -> tuple[int, int]:
         """Have it execute `argv`; return its pid and a pidfd of it.
 
@@ -350,8 +348,8 @@ class Process:
         when it cannot be executed, PermissionError for an uid or a name that is not allowed,
         `AttachError` when it could not join the cgroup, `SpawnerDiedError`. It is gone then.
         One that has been killed before is told as having executed: its end tells. When it is
-        not executing after `timeout_s`, it is killed, by `kill` if that is given, and
-        TimeoutError raised: when it is gone, or 5 s later.
+        not executing after `timeout_s`, `kill` is called, which is to kill it, and TimeoutError
+        raised: when it is gone, or 5 s later.
         """
         # In a file: a message may not be larger than net.core.wmem_max, an argv may.
         with self, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
@@ -362,7 +360,7 @@ class Process:
                 _send(self._socket, {}, [program.fileno()])
             is_late = not _await(self._socket.fileno(), select.POLLHUP, timeout_s)
             if is_late:
-                self._kill() if kill is None else kill()
+                kill()
                 if not _await(self._socket.fileno(), select.POLLHUP, _CLOSE_S):
                     raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             answer, received = self._spawner._collect(self._socket)  # noqa: SLF001 -- its other half
@@ -379,11 +377,8 @@ class Process:
                     _await(pidfd, select.POLLIN)
             finally:
                 _close_all(received)
-            self._kill()
+            self._spawner.kill(self._job)
         raise _error(answer)
-
-    def _kill(self) -> None:
-        self._spawner.kill(self._job)
 
     def close(self) -> None:
         """Give it up; idempotent."""
@@ -406,14 +401,8 @@ def read_exit(fd: int) -> Exit | None:
     return Exit(**json.loads(line)) if line else None
 
 
-def _is_readable(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
 def _await(fd: int, events: int, timeout_s: float | None = None) -> bool:
-    """Block until one of `events` is there; False if none is after `timeout_s`."""
+    """Block until one of `events`, or the other end's end, is there; False after `timeout_s`."""
     poll = select.poll()
     poll.register(fd, events)
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
@@ -792,7 +781,7 @@ def _wait(sock: socket.socket, stdout_fd: int, uids: range | None, helper: int) 
     """What a fork of the helper, which is `helper`, does: execute what `sock` says."""
     try:
         _detach(sock.fileno(), stdout_fd)
-        if not _is_readable(sock):
+        if not _await(sock.fileno(), select.POLLIN, 0):
             _rehearse()
         # If the helper is killed: the socket's other end is not its own. And it may have been.
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -327,9 +327,9 @@ def test_request_that_comes_late_gets_a_turn_before_those_who_came_later() -> No
         order.append(name)
 
     with CallPool("calls", threads=20, turns=1) as pool:
-        patient = _in_turn(pool, behavior)
-        calls = [pool.submit(patient, requests(), None)]
-        calls += [pool.submit(patient, name, None) for name in ("next", "last")]
+        in_turn = _in_turn(pool, behavior)
+        calls = [pool.submit(in_turn, requests(), None)]
+        calls += [pool.submit(in_turn, name, None) for name in ("next", "last")]
         assert entered.wait(GUARD_S)  # the late one has lost its turn
         arrived.set()
         while not pool._returning:
@@ -388,8 +388,8 @@ def test_pool_shuts_down_while_a_request_is_late_and_others_wait() -> None:
         yield b""
 
     pool = CallPool("calls", threads=20, turns=1)
-    patient = _in_turn(pool, lambda requests, _context: next(requests))
-    calls = [pool.submit(patient, each, None) for each in (requests(), iter([b""]))]
+    in_turn = _in_turn(pool, lambda requests, _context: next(requests))
+    calls = [pool.submit(in_turn, each, None) for each in (requests(), iter([b""]))]
     pool.shutdown(wait=False)
     with pytest.raises(RuntimeError):
         pool.submit(print)

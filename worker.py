@@ -558,11 +558,8 @@ class Worker:
 
     def _kill(self, place: _Place) -> None:
         """Kill the process there, if it still is. Its start sees to what comes of that."""
-        with contextlib.suppress(CgroupError, SpawnerDiedError):
-            if place.cgroup is not None:
-                place.cgroup.kill()
-            else:
-                self._spawner.kill(place.job_id)
+        with contextlib.suppress(CgroupError):
+            _kill_processes(place.job_id, place.cgroup, self._spawner)
 
     def stop(self, job_id: str, *, reason: EndReason = EndReason.STOPPED_BY_OWNER) -> Job:
         """SIGKILL every process of the job; return its state once they are gone.
@@ -820,11 +817,7 @@ class _Job:
         self._kill_processes()
 
     def _kill_processes(self) -> None:
-        if self._cgroup is not None:
-            self._cgroup.kill()
-        else:
-            with contextlib.suppress(SpawnerDiedError):  # the job's thread sees to that
-                self._spawner.kill(self.job_id)
+        _kill_processes(self.job_id, self._cgroup, self._spawner)
 
     # --- what the job's thread runs --------------------------------------------------
 
@@ -1377,6 +1370,15 @@ def _rest_ms(size: int, before: int, time_s: float, pipe_bytes: int) -> int:
     rest_ms = _TINY_REST_MS if size < _TINY_BYTES else _REST_MS
     expected = size * rest_ms / 1000 / max(time_s, 1e-6)
     return rest_ms if max(before, size, expected) <= pipe_bytes / 2 else 0
+
+
+def _kill_processes(job_id: str, cgroup: Cgroup | None, spawner: Spawner) -> None:
+    """SIGKILL every process of a job, or of what is to be one. Raises `CgroupError`."""
+    if cgroup is not None:
+        cgroup.kill()
+    else:
+        with contextlib.suppress(SpawnerDiedError):  # whoever waits for the end sees to that
+            spawner.kill(job_id)
 
 
 def _discard(cgroup: Cgroup) -> None:
