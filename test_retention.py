@@ -440,8 +440,8 @@ def test_senseless_rule_is_an_error(bounds: dict[str, Any]) -> None:
 
 def test_without_a_rule_everything_is_kept() -> None:
     """And no thread waits for anything."""
-    threads = threading.active_count()
     with Worker(enforcement="off") as worker:
+        threads = threading.active_count()
         job_ids = [_finish(worker) for _ in range(10)]
         assert _kept(worker) == job_ids
         assert threading.active_count() == threads

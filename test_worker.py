@@ -424,22 +424,25 @@ def test_longest_argv_is_accepted(worker: Worker) -> None:
 
 
 def test_no_thread_to_be_had_is_a_clean_failure(
-    worker: Worker, fifo: _Fifo, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a job cannot be looked after it is killed, and nothing of it is left."""
+    """What could not be looked after is not executed, and nothing of it is left."""
 
     def start(_: threading.Thread) -> None:
-        fifo.readline()  # by now the job is running
         raise RuntimeError("can't start new thread")
 
     before = _traces(worker)
+    executed = tmp_path / "executed"
+    worker._discard_place()  # which has a thread
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(ResourceError, match="thread"):
-            _sh(worker, 'exec 3>"$1"; echo >&3; ' + _FOREVER, fifo.path)
+            _sh(worker, 'echo >"$1"', executed)
     _await_reaped(worker)
-    assert not fifo.is_held()
+    assert not executed.exists()
     assert _traces(worker) == before
+    worker.wait(_sh(worker, 'echo >"$1"', executed), _GUARD_S)
+    assert executed.exists()
 
 
 @contextlib.contextmanager
