@@ -733,9 +733,14 @@ def _receive_program(sock: socket.socket, uids: range | None) -> _Program:
         size = os.fstat(fd).st_size
         if size > _MAX_PROGRAM_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-        program = json.loads(os.pread(fd, size, 0))
+        return _parse_program(os.pread(fd, size, 0), uids)
     finally:
         _close_all(fds)
+
+
+def _parse_program(data: bytes, uids: range | None) -> _Program:
+    """Raises OSError, ValueError, TypeError, LookupError."""
+    program = json.loads(data)
     uid = program["uid"]
     # A range has floats in it, too.
     if not (uid is None if uids is None else type(uid) is int and uid in uids):
@@ -795,23 +800,18 @@ def _wait(sock: socket.socket, stdout_fd: int, uids: range | None, helper: int) 
 
 
 def _rehearse() -> None:
-    """Do all that is to be done, but for what cannot be done twice.
+    """Do what is to be done when it has been told, but for what cannot be done twice.
 
-    So that the memory pages that are written to then have been copied by now.
+    So that most memory pages that are written to then have been copied by now.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs, open(os.memfd_create("argv"), "w+b", buffering=0) as file:
-        file.write(b'{"argv": ["/"], "env": {"A": "B"}, "uid": null}')
-        _send(ours, {}, [file.fileno()])
-        with contextlib.suppress(OSError):  # it is a directory
-            _become(_receive_program(theirs, None))
+    with contextlib.suppress(OSError):  # it is a directory
+        _become(_parse_program(b'{"argv": ["/"], "env": {"A": "B"}, "uid": null}', None))
 
 
 def _detach(sock_fd: int, stdout_fd: int) -> None:
     """Give up what this fork has of the helper, but for the socket; lead a session."""
     signal.set_wakeup_fd(-1)  # the helper's
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(stdout_fd, 1)
+    os.dup2(stdout_fd, 1)  # 0 is /dev/null here, too
     os.dup2(stdout_fd, 2)
     # If the exec hangs (a dead file server), what is others' must not be open here.
     # Before Linux 5.9 it is, until the exec.
