@@ -542,22 +542,22 @@ def test_command_that_cannot_be_executed_leaves_no_cgroup(worker: Worker, comman
     assert _held(worker) == before
 
 
-def test_job_without_a_thread_is_killed(
-    worker: Worker, escapees: _Escapees, monkeypatch: pytest.MonkeyPatch
+def test_job_without_a_thread_does_not_run(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no thread can be had for a job that already runs it is killed; nothing is left."""
+    """Where no thread can be had the command is not executed; nothing is left."""
 
     def refuse(_: threading.Thread) -> None:
-        escapees.await_up()
         raise RuntimeError("can't start new thread")
 
     before = _held(worker)
+    worker._discard_place()  # which has a thread
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(ResourceError, match="no room for another thread"):
-            worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
-    assert escapees.are_dead()
+            worker.start("touch", [str(tmp_path / "ran")])
     assert _held(worker) == before
+    assert not (tmp_path / "ran").exists()
 
 
 # --- the death of the owner -------------------------------------------------------------------
