@@ -38,14 +38,15 @@ from benchlib import HERE, NOISE_MAX, ROUNDS, UNHINDERED, Service, running, serv
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_KEPT_JOBS = 5_000
 _OUTPUT_GIB = 1
 
 
 def _with_floor(*parts: Callable[[Service, Floor], None], config: str = UNHINDERED) -> None:
     with (
         serving(config) as service,
-        running(str(HERE / "bench_floor.py")) as (_, address),
-        contextlib.closing(Floor(address)) as floor,
+        running(str(HERE / "bench_floor.py")) as (pid, address),
+        contextlib.closing(Floor(pid, address)) as floor,
     ):
         for part in parts:
             part(service, floor)
@@ -60,7 +61,7 @@ def _with_service(*parts: Callable[[Service], None]) -> None:
 def _bench_much() -> None:
     """On a server that has more and more behind it."""
     with serving() as old, serving() as fresh:
-        bench_sustained(old)
+        bench_sustained(old, _KEPT_JOBS)
         bench_memory(old, _OUTPUT_GIB)
         bench_growth(fresh, old)
 
@@ -75,7 +76,7 @@ _PARTS: dict[str, Callable[[], None]] = {
     "stream": lambda: _with_floor(bench_stream),
     "followers": lambda: _with_service(bench_job_rate, bench_followers),
     "delay": lambda: _with_service(bench_delay, bench_merging),
-    "silence": lambda: _with_service(bench_silence),
+    "silence": lambda: _with_floor(bench_silence),
     "overload": lambda: _with_service(bench_overload),
     "fairness": _bench_fairness,
     "cli": lambda: _with_service(bench_command_line),

@@ -129,9 +129,10 @@ class ByHand:
 
 
 class Floor:
-    """The floor's client."""
+    """The client of the floor's server, which is the process `pid`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, pid: int, address: str) -> None:
+        self.pid = pid
         names = ("server-ca.pem", "client-key.pem", "client.pem")
         contents = ((benchlib.CERTS / name).read_bytes() for name in names)
         self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*contents))

@@ -31,7 +31,6 @@ from client import Client
 __all__ = ["bench_memory", "bench_sustained", "fill"]
 
 _CLIENTS = {1: 1, 16: 4}  # clients that start jobs one after the other: in how many processes
-_JOBS = 10_000
 _WARM_UP = 500
 _STATUS_PAUSE_S = 0.005
 _STALLED = 100
@@ -39,8 +38,8 @@ _JOB_OUTPUT_BYTES = 1024 * MIB
 _MEMORY_AIM = "<= 150"
 
 
-def bench_sustained(service: Service) -> None:
-    """Starts per second, and Status meanwhile; what the jobs cost when they have ended."""
+def bench_sustained(service: Service, jobs: int) -> None:
+    """Starts per second, and Status meanwhile; what so many jobs cost when they have ended."""
     client = service.client
     job_id = client.start("true")
     fill(service, _WARM_UP, clients=16)
@@ -49,7 +48,7 @@ def bench_sustained(service: Service) -> None:
     with alone:
         threading.Event().wait(2)
     print_heading("Starts one after the other (/bin/true), and Status every 5 ms meanwhile")
-    left = _JOBS - _WARM_UP
+    left = jobs - _WARM_UP
     for clients, count in ((1, left // 10), (16, left - left // 10)):
         status = _StatusTimes(client, job_id)
         with status:

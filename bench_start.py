@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import threading
 import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_growth", "bench_start"]
 
 _STARTS = 10  # in a turn, of which a round has ten
-_APART = 2  # the same, with a pause before each
+_APART = 1  # the same, with a pause before each
 _APART_S = 0.02
 _HEAP_BYTES = 500 * MIB
 _RUNNING = 1000
@@ -45,7 +44,6 @@ _SAY = ("/bin/echo", "x")
 _STEPS: tuple[tuple[str, object, str], ...] = (
     ("from the command to the exec", spawner.Process, "execute"),
     ("argv in a memfd", os, "memfd_create"),
-    ("thread", threading.Thread, "start"),
 )
 
 

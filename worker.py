@@ -283,8 +283,8 @@ class Worker:
     `open_file`, each path with the flags of open(2). `retention`: how long finished jobs
     are kept; default: until they are removed.
 
-    There is one process, cgroup and empty output file more than there are jobs: they wait for
-    the next one.
+    There is one process, thread, cgroup and empty output file more than there are jobs: they
+    wait for the next one.
 
     Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
     `uids` cannot be.
