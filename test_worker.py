@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -723,6 +724,35 @@ def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, gate: Path) -> 
         assert fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
     assert worker.wait(job_id, _GUARD_S).output_bytes == size
+
+
+def test_job_whose_output_waits_to_be_taken_is_in_a_hurry(
+    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So its followers leave the machine to it, until it writes no more. With a line it is not."""
+    size = 10_000_000
+    script = 'exec 3<"$1"; read x <&3; echo; read x <&3; head -c $x /dev/zero; read x <&3'
+    job_id = _sh(worker, script, gate)
+    log, said = _running(worker, job_id).output, SimpleQueue[bool]()
+    real_hurry = log.hurry
+
+    def hurry(*, on: bool) -> None:
+        real_hurry(on=on)
+        said.put(on)
+
+    monkeypatch.setattr(log, "hurry", hurry)
+    with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
+        orders.write("\n")
+        assert next(chunks) == b"\n"
+        assert not said.get(timeout=_GUARD_S)
+        orders.write(f"{size}\n")
+        while not said.get(timeout=_GUARD_S):
+            pass
+        while log._hurried or log.size < 1 + size:  # it ends by itself: the job is silent now
+            said.get(timeout=_GUARD_S)
+        orders.write("\n")
+        assert sum(map(len, chunks)) == size
+    assert worker.wait(job_id, _GUARD_S).output_bytes == 1 + size
 
 
 def test_pipe_grows_for_a_job_that_fills_it(

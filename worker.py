@@ -118,6 +118,7 @@ _BUFFER_BYTES, _BUFFERS = _LARGE_PIPE_BYTES, 4  # what is in a pipe is taken at 
 # For how long a job is left alone each time that its output has been taken: see _rest_ms.
 _TINY_BYTES = 4096
 _TINY_REST_MS, _REST_MS = 4, 1
+_HURRY_S = 0.002  # a job that writes nothing for so long is not held up any more
 _HEAD_START_S = 0.002  # of a job, before the next one's place is prepared
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
@@ -890,8 +891,11 @@ class _Job:
         # Not at once: whoever has started this job is being told, and it begins.
         prepare_at: float | None = time.monotonic() + _HEAD_START_S
         taken_at, taken = time.monotonic(), 0
+        hurries = False
         while True:
             left_s = None if prepare_at is None else max(0.0, prepare_at - time.monotonic())
+            if hurries:
+                left_s = _HURRY_S
             events = dict(poll.poll(left_s and left_s * 1000))
             now = time.monotonic()
             readable = events.get(output, 0) & select.POLLIN
@@ -899,10 +903,14 @@ class _Job:
             if prepare_at is not None and (leader in events or now >= prepare_at):
                 prepare_at = None
                 self._prepare_place()
+            rest_ms = _rest_ms(size, taken, now - taken_at, pipe_bytes)
+            # It waits for us, so for what its followers take of the machine.
+            hurries = bool(readable) and not rest_ms and leader not in events
+            self.output.hurry(on=hurries)
             if leader in events:
                 return read_exit(leader)
             if readable:
-                if rest_ms := _rest_ms(size, taken, now - taken_at, pipe_bytes):
+                if rest_ms:
                     end.poll(rest_ms)
                 elif pipe_bytes < _LARGE_PIPE_BYTES:
                     # Now, and not at the start: all pipes of a user have only so much memory
