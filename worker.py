@@ -118,7 +118,7 @@ _BUFFER_BYTES, _BUFFERS = _LARGE_PIPE_BYTES, 4  # what is in a pipe is taken at 
 # For how long a job is left alone each time that its output has been taken: see _rest_ms.
 _TINY_BYTES = 4096
 _TINY_REST_MS, _REST_MS = 4, 1
-_HURRY_S = 0.002  # a job that writes nothing for so long is not held up any more
+_HURRY_S, _HURRIES_S = 0.002, 0.02  # how long followers rest: for each of them, and at most
 _HEAD_START_S = 0.002  # of a job, before the next one's place is prepared
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
@@ -891,11 +891,10 @@ class _Job:
         # Not at once: whoever has started this job is being told, and it begins.
         prepare_at: float | None = time.monotonic() + _HEAD_START_S
         taken_at, taken = time.monotonic(), 0
-        hurries = False
+        hurries_until: float | None = None
         while True:
-            left_s = None if prepare_at is None else max(0.0, prepare_at - time.monotonic())
-            if hurries:
-                left_s = _HURRY_S
+            due = [at for at in (prepare_at, hurries_until) if at is not None]
+            left_s = max(0.0, min(due) - time.monotonic()) if due else None
             events = dict(poll.poll(left_s and left_s * 1000))
             now = time.monotonic()
             readable = events.get(output, 0) & select.POLLIN
@@ -904,11 +903,16 @@ class _Job:
                 prepare_at = None
                 self._prepare_place()
             rest_ms = _rest_ms(size, taken, now - taken_at, pipe_bytes)
-            # It waits for us, so for what its followers take of the machine.
-            hurries = bool(readable) and not rest_ms and leader not in events
-            self.output.hurry(on=hurries)
+            if readable and not rest_ms:
+                # It waits for us, and so for what its followers take of the machine. The more
+                # they are the longer they rest, and the fewer times are they woken for it.
+                hurries_until = now + min(_HURRY_S * self.output.subscriptions, _HURRIES_S)
+            elif hurries_until is not None and now >= hurries_until:
+                hurries_until = None
             if leader in events:
+                self.output.hurry(on=False)
                 return read_exit(leader)
+            self.output.hurry(on=hurries_until is not None)
             if readable:
                 if rest_ms:
                     end.poll(rest_ms)
@@ -1205,7 +1209,7 @@ class _Registry:
         while True:
             with self._lock:
                 jobs = self._finished.of(owner)
-                job = next((job for job in jobs if not job.output.is_read), None)
+                job = next((job for job in jobs if not job.output.subscriptions), None)
                 if job is None:
                     return False
                 self._forget_locked(job)
