@@ -54,7 +54,7 @@ static: .venv/dev
 bench: setup
 	$(python) bench.py
 
-# In half an hour. Its exit status tells whether something has piled up.
+# In a quarter of an hour. Its exit status tells whether something has piled up.
 bench-long: setup
 	$(python) bench_long.py
 

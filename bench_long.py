@@ -1,4 +1,4 @@
-"""The part of the benchmark that takes half an hour: a soak, and much more of everything.
+"""The part of the benchmark that takes a quarter of an hour: a soak, and much more of everything.
 
     python bench_long.py [--jobs N] [--only-soak]      # `make bench-long`
 
