@@ -140,7 +140,9 @@ class Floor:
         self._stream: Any = self._channel.unary_stream(
             "/Floor/Stream", response_deserializer=worker_pb.StreamOutputResponse.FromString
         )
-        self._stream_bytes: Any = self._channel.unary_stream("/Floor/StreamBytes")
+        self._stream_file: Any = self._channel.unary_stream(
+            "/Floor/StreamFile", response_deserializer=worker_pb.StreamOutputResponse.FromString
+        )
 
     def unary(self) -> None:
         """A call with neither a request nor an answer of any length."""
@@ -150,9 +152,9 @@ class Floor:
         """Read that many bytes, in messages of 256 KiB but for the last; return how many came."""
         return sum(len(message.data) for message in self._stream(str(size).encode()))
 
-    def read_stream_bytes(self, size: int) -> int:
-        """The same without protobuf."""
-        return sum(len(data) for data in self._stream_bytes(str(size).encode()))
+    def read_file(self, path: str) -> int:
+        """The same, of what the server reads from that file."""
+        return sum(len(message.data) for message in self._stream_file(path.encode()))
 
     def close(self) -> None:
         """Disconnect."""
@@ -160,8 +162,8 @@ class Floor:
 
 
 def _serve() -> None:
-    zeros = bytes(_MESSAGE_BYTES)
-    message = worker_pb.StreamOutputResponse(data=zeros)
+    message = worker_pb.StreamOutputResponse(data=bytes(_MESSAGE_BYTES))
+    serialize = worker_pb.StreamOutputResponse.SerializeToString
 
     def stream(request: bytes, _: grpc.ServicerContext) -> Iterator[Any]:
         count, rest = divmod(int(request), _MESSAGE_BYTES)
@@ -169,15 +171,17 @@ def _serve() -> None:
         if rest:
             yield worker_pb.StreamOutputResponse(data=bytes(rest))
 
-    def stream_bytes(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
-        yield from itertools.repeat(zeros, int(request) // _MESSAGE_BYTES)
+    def stream_file(request: bytes, _: grpc.ServicerContext) -> Iterator[Any]:
+        with open(request, "rb", buffering=0) as file:
+            while data := file.read(_MESSAGE_BYTES):
+                yield worker_pb.StreamOutputResponse(data=data)
 
     handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(lambda _request, _context: b""),
-        "Stream": grpc.unary_stream_rpc_method_handler(
-            stream, response_serializer=worker_pb.StreamOutputResponse.SerializeToString
+        "Stream": grpc.unary_stream_rpc_method_handler(stream, response_serializer=serialize),
+        "StreamFile": grpc.unary_stream_rpc_method_handler(
+            stream_file, response_serializer=serialize
         ),
-        "StreamBytes": grpc.unary_stream_rpc_method_handler(stream_bytes),
     }
     floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
     floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))

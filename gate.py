@@ -270,9 +270,8 @@ class Gate(grpc.ServerInterceptor):
             try:
                 self._admit(call, handler)
                 with self._streams.under_way(call.caller_key):
-                    messages = handler.unary_stream(self._receive(handler, requests, call), call)
-                    # Not by gRPC, which keeps the message too, until the client reads on.
-                    yield from map(handler.response_serializer, messages)
+                    # Serialized: gRPC would keep the message too, until the client reads on.
+                    yield from handler.unary_stream(self._receive(handler, requests, call), call)
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
 

@@ -910,6 +910,15 @@ def test_every_stream_gets_the_same_bytes_whenever_and_wherever_it_begins(
     assert client.status(job_id).output_bytes == size
 
 
+@pytest.mark.parametrize("offset", [0, 1, 127, 128, 2**40, 2**64 - 1])
+@pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, 256 * 1024])
+def test_message_of_a_stream_is_what_protobuf_would_send(size: int, offset: int) -> None:
+    """To the byte, so that no client of whatever language sees a difference."""
+    data = os.urandom(size)
+    message = worker_pb.StreamOutputResponse(data=data, offset=offset)
+    assert service._serialized(data, offset) == message.SerializeToString()
+
+
 def test_output_is_delivered_while_the_job_is_blocked_in_a_line(
     connect: Connect, public: Path
 ) -> None:
