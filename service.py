@@ -218,7 +218,7 @@ class _WorkerServicer:
     def StreamOutput(  # noqa: N802
         self, request: worker_pb.StreamOutputRequest, call: Call
     ) -> Iterator[bytes]:
-        """Return the generator only if the stream is admitted, and that is recorded."""
+        """Return a generator of serialized messages, if the stream is admitted and recorded."""
         job_id, _ = self._reach(request.job_id, call)
         with contextlib.ExitStack() as ending:
             ending.callback(self._quotas.stream(call.caller.name))
