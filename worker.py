@@ -909,10 +909,9 @@ class _Job:
                 hurries_until = now + min(_HURRY_S * self.output.subscriptions, _HURRIES_S)
             elif hurries_until is not None and now >= hurries_until:
                 hurries_until = None
+            self.output.hurry(on=hurries_until is not None and leader not in events)
             if leader in events:
-                self.output.hurry(on=False)
                 return read_exit(leader)
-            self.output.hurry(on=hurries_until is not None)
             if readable:
                 if rest_ms:
                     end.poll(rest_ms)
