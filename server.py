@@ -42,6 +42,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
     import grpc
+    import grpc._server  # here: `grpc.server` would, when this process may not read it any more
 
     import auth
     from accounts import Accounts, AccountsError, parse_uids

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import grpc
 import pytest
 
 import workerservice_pb2 as worker_pb
@@ -236,6 +237,36 @@ def test_server_has_no_rights_left_in_any_thread(house: _House) -> None:
         for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
             assert int(status[name], 16) == 0
         assert status["NoNewPrivs"] == "1"
+
+
+def test_server_needs_nothing_more_of_a_program_that_only_root_can_read(
+    certs: Path, tmp_path: Path
+) -> None:
+    """As in root's home: all it imports, gRPC too, it imports while it is root."""
+    tmp_path.chmod(0o700)
+    paths: list[str] = []
+    for directory in (_HERE, Path(grpc.__file__).parent.parent):
+        link = tmp_path / f"{len(paths)}"
+        link.symlink_to(directory)
+        paths.append(str(link))
+    program = ("env", f"PYTHONPATH={':'.join(paths)}", sys.executable, "-P", "-m", "server")
+    options = ("--listen", "127.0.0.1:0", "--limits", "auto", "--require-isolation")
+    places = ("--certs", certs, "--state-dir", tmp_path / "state")
+    with _Program(tmp_path / "log", *program, *options, *places) as running:
+        with _login(running.address, certs, "user", "user") as user:
+            assert _run(user, "echo hello") == "hello\n"
+            job = _sh(user, _FOREVER)
+            assert user.stop(job).status == worker_pb.STOPPED
+            assert user.status(job).command == "sh"
+            user.remove(job)
+            with pytest.raises(ClientError, match="no such file"):
+                user.start("/there/is/none")
+            running.process.send_signal(signal.SIGHUP)
+            _await_log(running, "2 users are in force")
+            assert len(user.list()) == 1
+            user.logout()
+        assert running.end() == 0
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_helper_keeps_four_capabilities(house: _House) -> None:
