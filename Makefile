@@ -12,7 +12,7 @@ requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); p
 
 # Compiled here, as whoever runs the client may not be allowed to write, or told Python not to.
 setup: .venv/runtime certs
-	@$(python) -m compileall -q $(filter-out test_% conftest.py,$(wildcard *.py))
+	@$(python) -m compileall -q $(filter-out test_% testkit.py conftest.py kernel_plugin.py,$(wildcard *.py))
 
 .venv/runtime: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

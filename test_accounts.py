@@ -16,7 +16,7 @@ import pytest
 
 import accounts
 from accounts import Accounts, AccountsError, parse_uids
-from conftest import GUARD_S, descriptors_of
+from testkit import GUARD_S, descriptors_of
 
 _HERE = Path(__file__).resolve().parent
 _UIDS = range(70_001, 70_011)

@@ -12,7 +12,7 @@ import pytest
 
 from admission import Admission
 from callpool import CallPool
-from conftest import GUARD_S
+from testkit import GUARD_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audit import AUDIT_FLAGS, AuditError, AuditLog
-from conftest import GUARD_S, descriptors_of
+from testkit import GUARD_S, descriptors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -35,7 +35,7 @@ from google.protobuf.message_factory import GetMessageClass
 import authservice_pb2 as auth_pb
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError
-from conftest import GUARD_S, ServerProgram
+from testkit import GUARD_S, ServerProgram
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from callpool import (
     CallPool,
     waiting,
 )
-from conftest import GUARD_S
+from testkit import GUARD_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ import pytest
 
 import cgroups
 from cgroups import NO_LIMITS, Cgroup, CgroupError, Limits, Subtree
-from conftest import GUARD_S, joined, own_cgroup
+from testkit import GUARD_S, joined, own_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -33,7 +33,7 @@ import commands
 import texts
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
-from conftest import GUARD_S, clean_environment
+from testkit import GUARD_S, clean_environment
 from texts import HELP
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from conftest import ServerProgram
     from server import Server
+    from testkit import ServerProgram
 
     Connect = Callable[..., Client]
     Serve = Callable[..., Server]

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from conftest import GUARD_S, clean_environment, own_cgroup
+from testkit import GUARD_S, clean_environment, own_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from conftest import ServerProgram
+    from testkit import ServerProgram
 
 pytestmark = pytest.mark.kernel
 

@@ -26,7 +26,7 @@ import workerservice_pb2 as worker_pb
 from accounts import parse_uids
 from client import Client, ClientError
 from config import Config
-from conftest import GUARD_S, ServerProgram, children_of
+from testkit import GUARD_S, ServerProgram, children_of
 from worker import Worker
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ import config
 import server
 import texts
 import workerservice_pb2
-from conftest import GUARD_S
+from testkit import GUARD_S
 
 if TYPE_CHECKING:
     import argparse
 
-    from conftest import ServerProgram
+    from testkit import ServerProgram
 
 _HERE = Path(__file__).resolve().parent
 

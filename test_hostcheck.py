@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import hostcheck
-from conftest import GUARD_S
 from hostcheck import Finding, check
+from testkit import GUARD_S
 from worker import CgroupError, CommandNotFoundError, Worker
 
 _HERE = Path(__file__).resolve().parent

@@ -30,8 +30,8 @@ import pytest
 import workerservice_pb2 as worker_pb
 from cgroups import _wait_event
 from client import Client, ClientError
-from conftest import GUARD_S, children_of, clean_environment
 from spawner import can_change_user, can_kill_any
+from testkit import GUARD_S, children_of, clean_environment
 from users import make_user
 from worker import Worker
 
@@ -1066,7 +1066,7 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
     closed = public / "closed"
     closed.mkdir(0o700)
     for path in _HERE.glob("*.py"):
-        if not path.name.startswith(("test_", "conftest")):
+        if not path.name.startswith(("test", "conftest", "kernel_plugin")):
             shutil.copy(path, closed)
     shutil.copytree(certs, closed / "certs")
     users = closed / "users"

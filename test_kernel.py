@@ -24,14 +24,14 @@ import pytest
 
 import cgroups
 from cgroups import NO_LIMITS, CgroupError, Limits, _physical_disks, _wait_event
-from conftest import GUARD_S, await_output, job_cgroups, job_files, own_cgroup
 from spawner import Process, Spawner
+from testkit import GUARD_S, await_output, job_cgroups, job_files, own_cgroup
 from worker import CommandError, EndReason, ResourceError, Status, Worker, _Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from conftest import ServerProgram
+    from testkit import ServerProgram
 
 pytestmark = pytest.mark.kernel
 

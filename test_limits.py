@@ -18,13 +18,13 @@ import pytest
 
 import cgroups
 from cgroups import NO_LIMITS, Limits, Usage
-from conftest import GUARD_S, await_output, job_cgroups
+from testkit import GUARD_S, await_output, job_cgroups
 from worker import EndReason, Job, Status, UsageSource, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from conftest import ServerProgram
+    from testkit import ServerProgram
 
 pytestmark = pytest.mark.kernel
 

@@ -29,7 +29,7 @@ import pytest
 
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError
-from conftest import GUARD_S, ServerProgram, children_of, clean_environment
+from testkit import GUARD_S, ServerProgram, children_of, clean_environment
 from users import SEEDED_USERS, Role, User, make_user
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ import pytest
 from broadcaster import Budget, OutputLog
 from cgroups import NO_LIMITS
 from client import ClientError, main
-from conftest import GUARD_S, await_output, children_of, descriptors_of, job_files, job_processes
+from testkit import GUARD_S, await_output, children_of, descriptors_of, job_files, job_processes
 from worker import (
     EndReason,
     Job,

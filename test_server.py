@@ -27,15 +27,15 @@ import pytest
 
 from client import Client, ClientError
 from config import ConfigError, load_config
-from conftest import GUARD_S, call_rpc, children_of, follow, make_fifo, run_job
 from server import Server, Settings, SettingsError
+from testkit import GUARD_S, call_rpc, children_of, follow, make_fifo, run_job
 from tls import CertificateError
 from users import SEEDED_USERS, User, make_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from conftest import ServerProgram
+    from testkit import ServerProgram
 
     Connect = Callable[..., Client]
     Serve = Callable[..., Server]

@@ -32,8 +32,8 @@ import workerservice_pb2 as worker_pb
 from auth import Authenticator
 from client import Client, ClientError
 from config import Requests
-from conftest import GUARD_S, ServerProgram, children_of, descriptors_of
 from server import _CALLS_OF_ONE, _STREAMS_SPARE, _THREADS
+from testkit import GUARD_S, ServerProgram, children_of, descriptors_of
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:

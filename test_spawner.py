@@ -27,8 +27,8 @@ import pytest
 import cgroups
 import spawner as spawner_module
 from cgroups import NO_LIMITS, Subtree
-from conftest import children_of, descriptors_of
 from spawner import Exit, Spawner, SpawnerDiedError, can_change_user, can_kill_any, read_exit
+from testkit import children_of, descriptors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client import Client, ClientError
-from conftest import GUARD_S, clean_environment
+from testkit import GUARD_S, clean_environment
 from tls import CertificateError, Certificates, certificate_files
 
 if TYPE_CHECKING:

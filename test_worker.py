@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from cgroups import NO_LIMITS
-from conftest import children_of, descriptors_of, job_files, job_processes
 from spawner import read_exit
+from testkit import children_of, descriptors_of, job_files, job_processes
 from worker import (
     _BUFFERS,
     MAX_ARGV_BYTES,

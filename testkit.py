@@ -1,0 +1,243 @@
+"""What several test modules share: helpers without fixtures. The fixtures are in conftest.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from google.protobuf.descriptor import MethodDescriptor
+
+    from client import Client
+    from worker import Worker
+
+_HERE = Path(__file__).resolve().parent
+GUARD_S = 60  # only a hang takes this long
+
+
+def descriptors_of(pid: int | str = "self") -> list[str]:
+    """The numbers of the open descriptors of a process."""
+    return sorted(os.listdir(f"/proc/{pid}/fd"))
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes whose parent is `pid`, those that have ended and were not reaped included."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            stat = Path("/proc", name, "stat").read_bytes()
+            if int(stat.rpartition(b")")[2].split()[1]) == pid:
+                found.append(int(name))
+    return found
+
+
+def job_processes(helper: int) -> list[int]:
+    """The children of a worker's helper, but for the process that waits for the next job."""
+    program = Path(f"/proc/{helper}/cmdline").read_bytes()
+    found = []
+    for pid in children_of(helper):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes() != program:
+                found.append(pid)
+    return found
+
+
+def job_cgroups(jobs: Path) -> list[Path]:
+    """The cgroups in there, but for that of the process that waits for the next job."""
+    found = []
+    for path in jobs.iterdir():
+        if path.is_dir():
+            with contextlib.suppress(OSError):
+                pids = (path / "cgroup.procs").read_text().split()
+                programs = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
+                if not programs or not all("spawner.py" in program for program in programs):
+                    found.append(path)
+    return found
+
+
+def job_files(worker: Worker) -> list[str]:
+    """The files in the worker's output directory, but for the empty one of the next job."""
+    known = {f"{job.job_id}.out" for job in worker.list()}
+    directory = worker._output_dir.path
+    return sorted(
+        path.name for path in directory.iterdir() if path.name in known or path.stat().st_size
+    )
+
+
+def await_output(worker: Worker, job_id: str, text: bytes) -> None:
+    """Block until the job has written `text`."""
+    output = b""
+    with worker.stream(job_id) as chunks:
+        for chunk in chunks:
+            output += chunk
+            if text in output:
+                return
+    pytest.fail(f"the job ended without writing {text!r}: {output!r}")
+
+
+def make_fifo(path: Path) -> Path:
+    """Make a FIFO that everybody may use, jobs of other uids too."""
+    os.mkfifo(path)
+    os.chmod(path, 0o666)
+    return path
+
+
+def make_cgroup() -> Path:
+    """Make a cgroup with every controller at the top of the hierarchy.
+
+    Raises OSError or ValueError where that cannot be.
+    """
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    (top,) = [Path(point) for _, point, kind, *_ in mounts if kind == "cgroup2"]
+    (top / "cgroup.subtree_control").write_text("+cpu +io +memory +pids")
+    path = top / f"test-{uuid.uuid4()}"
+    path.mkdir()
+    return path
+
+
+@contextlib.contextmanager
+def joined(path: Path) -> Iterator[None]:
+    """Put this process into the cgroup `path`, and afterwards back."""
+    top = next(each for each in path.parents if not (each / "cgroup.type").exists())
+    before = top / own_cgroup()
+    (path / "cgroup.procs").write_text("0")
+    try:
+        yield
+    finally:
+        (before / "cgroup.procs").write_text("0")
+
+
+def own_cgroup() -> str:
+    """The cgroup this process is in, relative to the top of the hierarchy."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    (path,) = [line.removeprefix("0::/") for line in lines if line.startswith("0::")]
+    return path
+
+
+# --- a server, and calls to it ----------------------------------------------------------
+#
+# Every server here has the same token key, and so takes the tokens of one login.
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # failed handshakes are meant to be here
+# As in server.py: a test module may import grpc before it.
+os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES256-CBC-SHA"
+# Some tests fork this process; gRPC would start its threads again in the child.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
+
+
+def clean_environment() -> dict[str, str]:
+    """Our environment without what the programs are to set, or be told, by themselves."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("GRPC_", "JOBWORKER_"))}
+
+
+class ServerProgram:
+    """`server.py` in a process of its own. Attributes: `process`, `address`, `log` (its stderr).
+
+    `before`: a command that executes the one that is appended to it.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *options: str,
+        env: dict[str, str] | None = None,
+        before: tuple[str, ...] = (),
+    ) -> None:
+        self.log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*before, sys.executable, str(_HERE / "server.py"), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=clean_environment() | (env or {}),
+            )
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        self.address = line.removeprefix("listening on ").rstrip("\n")
+        if line != f"listening on {self.address}\n":
+            self.process.kill()
+            self.process.communicate()
+            pytest.fail(f"no server: {line!r} {log.read_text()}")
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send the signal; return the exit status, once it has written nothing more to stdout."""
+        self.process.send_signal(number)
+        stdout, _ = self.process.communicate(timeout=GUARD_S)
+        if stdout:
+            pytest.fail(f"more than one line on stdout: {stdout!r}")
+        return self.process.returncode
+
+
+FOREVER = ("sh", ["-c", "echo ready; exec sleep infinity"])  # for `Client.start` and `follow`
+
+
+@cache
+def rpc_methods() -> Mapping[str, MethodDescriptor]:
+    """Every RPC there is, by its name."""
+    import authservice_pb2
+    import workerservice_pb2
+
+    return {
+        method.name: method
+        for file in (authservice_pb2.DESCRIPTOR, workerservice_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+
+
+def call_rpc(
+    client: Client,
+    name: str,
+    *,
+    data: bytes | None = None,
+    metadata: Sequence[tuple[str, str]] | None = None,
+    **fields: Any,
+) -> tuple[str, str]:
+    """Call any RPC to its end; return its status code and message.
+
+    A Logout that succeeds ends the client's token: do not do it to one of `tokens`.
+    """
+    import grpc
+    from google.protobuf.message_factory import GetMessageClass
+
+    method = rpc_methods()[name]
+    if data is None:
+        data = GetMessageClass(method.input_type)(**fields).SerializeToString()
+    # On the wire a single answer is a stream of one.
+    rpc: Any = client._channel.unary_stream(
+        f"/{method.containing_service.full_name}/{name}",
+        response_deserializer=GetMessageClass(method.output_type).FromString,
+    )
+    call = rpc(data, metadata=client._metadata() if metadata is None else metadata, timeout=GUARD_S)
+    with contextlib.suppress(grpc.RpcError):
+        list(call)
+    return call.code().name, call.details()
+
+
+def run_job(
+    client: Client, command: str = "true", args: Sequence[str] = (), **limits: float | None
+) -> str:
+    """Run a job to its end; return its ID."""
+    job_id = client.start(command, args, **limits)
+    list(client.stream(job_id))
+    return job_id
+
+
+def follow(client: Client, job_id: str) -> Iterator[bytes]:
+    """Open a stream of a job that was started with `FOREVER`, and is silent from then on."""
+    chunks = client.stream(job_id)
+    if next(chunks) != b"ready\n":
+        pytest.fail("the job is not ready")
+    return chunks
