@@ -52,11 +52,11 @@ static: .venv/dev
 
 # In under five minutes.
 bench: setup
-	$(python) bench.py
+	$(python) -m bench
 
 # In a quarter of an hour. Its exit status tells whether something has piled up.
 bench-long: setup
-	$(python) bench_long.py
+	$(python) -m bench.long
 
 proto: .venv/dev
 	$(call protoc,.)

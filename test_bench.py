@@ -6,9 +6,8 @@ import os
 
 import pytest
 
-import bench_soak
-import benchlib
-from benchlib import NOISE_MAX, Ratio, in_turn, percentile, report_ratio, sampled
+from bench import harness, soak
+from bench.harness import NOISE_MAX, Ratio, in_turn, percentile, report_ratio, sampled
 
 
 @pytest.mark.parametrize(
@@ -94,10 +93,10 @@ def test_samples_of_a_round_are_those_of_its_turns() -> None:
 
 def test_soak_sees_what_is_more_than_chance() -> None:
     """Of what must be the same not even one more; of less there is no complaint."""
-    first = bench_soak.Load(*[100.0] * 8)
+    first = soak.Load(*[100.0] * 8)
     assert first.excess_over(first) == {}
-    assert bench_soak.Load(*[50.0] * 8).excess_over(first) == {}
-    more = bench_soak.Load(
+    assert soak.Load(*[50.0] * 8).excess_over(first) == {}
+    more = soak.Load(
         descriptors=120,
         helper_descriptors=103,
         threads=121,
@@ -118,6 +117,6 @@ def test_soak_sees_what_is_more_than_chance() -> None:
 def test_memory_and_cpu_time_of_a_process_are_read() -> None:
     """Its peak is no less than what it has now."""
     pid = os.getpid()
-    now = benchlib.memory_bytes(pid)
-    assert benchlib.MIB < now <= benchlib.memory_bytes(pid, "VmHWM")
-    assert benchlib.cpu_s(pid) > 0
+    now = harness.memory_bytes(pid)
+    assert harness.MIB < now <= harness.memory_bytes(pid, "VmHWM")
+    assert harness.cpu_s(pid) > 0

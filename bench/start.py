@@ -12,8 +12,8 @@ from unittest import mock
 
 import spawner
 import worker
-from bench_floor import HAND_STEPS, ByHand, Floor
-from benchlib import (
+from bench.floor import HAND_STEPS, ByHand, Floor
+from bench.harness import (
     MIB,
     Service,
     memory_bytes,

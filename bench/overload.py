@@ -1,6 +1,6 @@
 """Measures what becomes of overload; see `bench.py`.
 
-    python bench_overload.py ADDRESS REQUEST RATE SECONDS    # be the clients
+    python -m bench.overload ADDRESS REQUEST RATE SECONDS    # be the clients
 
 The clients speak HTTP/2 by themselves, as far as it takes to make calls that are all alike.
 Those of gRPC need as much of the machine as the server does, and would, at twice the rate that
@@ -23,7 +23,7 @@ import time
 from typing import NamedTuple
 
 import workerservice_pb2 as worker_pb
-from benchlib import CERTS, Service, fail, percentile, print_heading, report, start_program
+from bench.harness import CERTS, Service, fail, percentile, print_heading, report, start_program
 
 __all__ = ["bench_overload"]
 
@@ -112,7 +112,7 @@ def _took(answers: list[_Answer], status: str, since: float = 0.0) -> list[float
 def _run_load(service: Service, request: bytes, rate: float) -> list[_Answer]:
     """Have a program make `rate` calls per second, or as many as get answered if 0."""
     arguments = (service.address, request.hex(), rate, _LOAD_S)
-    program = start_program(service.client, __file__, *arguments)
+    program = start_program(service.client, "-m", __name__, *arguments)
     output, _ = program.communicate("\n")
     if program.returncode:
         fail("the clients of the overload failed")

@@ -1,10 +1,10 @@
 """A soak: many jobs, started, followed, stopped, removed, by clients that stay and that vanish.
 
 Afterwards nothing may have piled up: descriptors, threads, memory, cgroups, files and
-processes are as they were after the first thousand jobs. See `bench_long.py`.
+processes are as they were after the first thousand jobs. See `bench/long.py`.
 
-    python bench_soak.py --clients ADDRESS NUMBER    # be clients that see every job to its end
-    python bench_soak.py --vanish ADDRESS            # be one that is killed in the middle
+    python -m bench.soak --clients ADDRESS NUMBER    # be clients that see every job to its end
+    python -m bench.soak --vanish ADDRESS            # be one that is killed in the middle
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchlib import (
+from bench.harness import (
     CERTS,
     MIB,
     Service,
@@ -130,7 +130,7 @@ def soak(service: Service, jobs: int) -> bool:
     names = [field.name for field in fields(Load)]
     print("  " + "".join(f"{word:>13}" for word in ("jobs", *_COLUMNS)), flush=True)
     programs = [
-        start_program(service.client, __file__, "--clients", service.address, number)
+        start_program(service.client, "-m", __name__, "--clients", service.address, number)
         for number in range(_PROGRAMS)
     ]
     begin = time.monotonic()
@@ -177,7 +177,7 @@ def _run_batch(service: Service, programs: list[subprocess.Popen[str]]) -> None:
 
 def _let_vanish(service: Service) -> None:
     """A client that has many jobs and streams is killed, and its jobs are seen to their ends."""
-    program = start_program(service.client, __file__, "--vanish", service.address)
+    program = start_program(service.client, "-m", __name__, "--vanish", service.address)
     with program:
         job_ids = program.stdout.readline().split() if program.stdout else []
         program.kill()

@@ -1,6 +1,6 @@
 """The part of the benchmark that takes a quarter of an hour: a soak, and much more of everything.
 
-    python bench_long.py [--jobs N] [--only-soak]      # `make bench-long`
+    python -m bench.long [--jobs N] [--only-soak]      # `make bench-long`
 
 Exit status 1 if something has piled up in the soak, or is broken.
 """
@@ -14,10 +14,10 @@ import platform
 import sys
 import time
 
-from bench_load import bench_memory, bench_sustained, fill
-from bench_soak import SOAK_CONFIG, soak
-from bench_start import bench_growth
-from benchlib import UNHINDERED, serving
+from bench.harness import UNHINDERED, serving
+from bench.load import bench_memory, bench_sustained, fill
+from bench.soak import SOAK_CONFIG, soak
+from bench.start import bench_growth
 
 _JOBS = 50_000
 _KEPT_JOBS = 10_000

@@ -4,7 +4,7 @@ The server has our TLS, options and message size. A start by hand is the cheapes
 of a process: no server, no messages, a small program with one thread, but the same process:
 in a cgroup of its own, as another user, with the limits of a job.
 
-    python bench_floor.py       # the server
+    python -m bench.floor       # the server
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import benchlib  # isort: skip -- before grpc
+from bench import harness  # isort: skip -- before grpc
 
 import grpc
 
@@ -97,7 +97,7 @@ class ByHand:
     """
 
     def __init__(self, way: str, jobs: Path | None, uid: int | None) -> None:
-        arguments = (str(benchlib.HERE), str(jobs or ""), way, json.dumps(uid))
+        arguments = (str(harness.HERE), str(jobs or ""), way, json.dumps(uid))
         self._process = subprocess.Popen(
             [sys.executable, "-E", "-s", "-S", "-c", _BY_HAND, *arguments],
             stdin=subprocess.PIPE,
@@ -134,7 +134,7 @@ class Floor:
     def __init__(self, pid: int, address: str) -> None:
         self.pid = pid
         names = ("server-ca.pem", "client-key.pem", "client.pem")
-        contents = ((benchlib.CERTS / name).read_bytes() for name in names)
+        contents = ((harness.CERTS / name).read_bytes() for name in names)
         self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*contents))
         self._unary: Any = self._channel.unary_unary("/Floor/Unary")
         self._stream: Any = self._channel.unary_stream(
@@ -185,7 +185,7 @@ def _serve() -> None:
     }
     floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
     floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
-    credentials = Certificates(Path.read_bytes, benchlib.CERTS).credentials()
+    credentials = Certificates(Path.read_bytes, harness.CERTS).credentials()
     port = floor.add_secure_port("127.0.0.1:0", credentials)
     floor.start()
     print(f"listening on 127.0.0.1:{port}", flush=True)

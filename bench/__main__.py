@@ -1,12 +1,12 @@
 """Measures the service against the floors under it, in one run. `make bench`.
 
-    python bench.py [PART ...]
+    python -m bench [PART ...]
 
 The table has a line for each measurement: what / floor; the figure; for a ratio the lowest
 and the highest round, and the noise; both sides in their units; what is aimed at. What a
 missing aim means is for the reader to say: the exit status tells only whether all worked.
-How ratios are made, and when one is not printed, is in `benchlib.py`; the soak is
-`bench_long.py`.
+How ratios are made, and when one is not printed, is in `harness.py`; the soak is
+`bench/long.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import platform
 import time
 from typing import TYPE_CHECKING
 
-from bench_cli import bench_command_line
-from bench_fair import GREEDY_CONFIG, bench_fairness
-from bench_floor import Floor
-from bench_load import bench_memory, bench_sustained
-from bench_overload import bench_overload
-from bench_start import bench_growth, bench_start
-from bench_stream import (
+from bench.cli import bench_command_line
+from bench.fair import GREEDY_CONFIG, bench_fairness
+from bench.floor import Floor
+from bench.harness import NOISE_MAX, ROUNDS, UNHINDERED, Service, running, serving
+from bench.load import bench_memory, bench_sustained
+from bench.overload import bench_overload
+from bench.start import bench_growth, bench_start
+from bench.stream import (
     bench_delay,
     bench_followers,
     bench_job_rate,
@@ -33,7 +34,6 @@ from bench_stream import (
     bench_silence,
     bench_stream,
 )
-from benchlib import HERE, NOISE_MAX, ROUNDS, UNHINDERED, Service, running, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ _OUTPUT_GIB = 1
 def _with_floor(*parts: Callable[[Service, Floor], None], config: str = UNHINDERED) -> None:
     with (
         serving(config) as service,
-        running(str(HERE / "bench_floor.py")) as (pid, address),
+        running("-m", "bench.floor") as (pid, address),
         contextlib.closing(Floor(pid, address)) as floor,
     ):
         for part in parts:

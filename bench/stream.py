@@ -1,6 +1,6 @@
 """Measures what streams cost, and silence; see `bench.py`.
 
-python bench_stream.py --follow ADDRESS JOB COUNT    # follow a job that many times at once
+python -m bench.stream --follow ADDRESS JOB COUNT    # follow a job that many times at once
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import benchlib  # noqa: F401  isort: skip -- before grpc
+from bench import harness  # noqa: F401  isort: skip -- before grpc
 
 import grpc
 
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
-from benchlib import (
+from bench.harness import (
     CERTS,
     MIB,
     Service,
@@ -46,7 +46,7 @@ from client import Client
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from bench_floor import Floor
+    from bench.floor import Floor
 
 __all__ = [
     "bench_delay",
@@ -220,7 +220,7 @@ def _waiting_job(
 def _following(service: Service, job_id: str, count: int) -> Iterator[Callable[[], _Followed]]:
     """Have another program follow the job; yield what waits for the end. All have subscribed."""
     with start_program(
-        service.client, __file__, "--follow", service.address, job_id, count
+        service.client, "-m", __name__, "--follow", service.address, job_id, count
     ) as program:
 
         def result() -> _Followed:

@@ -55,7 +55,7 @@ __all__ = [
     "times",
 ]
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 CERTS = HERE / "certs"
 MIB = 1024 * 1024
 ROUNDS = 7
@@ -243,6 +243,7 @@ def running(*command: str) -> Iterator[tuple[int, str]]:
     """Run a Python program that says where it listens; yield its pid and address."""
     process = subprocess.Popen(
         [sys.executable, *command],
+        cwd=HERE,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -283,6 +284,7 @@ def start_program(client: Client, *command: object) -> subprocess.Popen[str]:
     """
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
+        cwd=HERE,
         env=os.environ | {"JOBWORKER_TOKEN": client.token},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """Measures a server under many starts, and its memory with much to keep; see `bench.py`.
 
-python bench_load.py --start ADDRESS COUNT THREADS    # be clients that start jobs
+python -m bench.load --start ADDRESS COUNT THREADS    # be clients that start jobs
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from bench_stream import stalling
-from benchlib import (
+from bench.harness import (
     CERTS,
     MIB,
     Service,
@@ -26,6 +25,7 @@ from benchlib import (
     settle,
     start_program,
 )
+from bench.stream import stalling
 from client import Client
 
 __all__ = ["bench_memory", "bench_sustained", "fill"]
@@ -106,7 +106,7 @@ def fill(service: Service, count: int, *, clients: int, settled: bool = True) ->
     shares = [count // programs + (i < count % programs) for i in range(programs)]
     starters = [
         start_program(
-            service.client, __file__, "--start", service.address, share, clients // programs
+            service.client, "-m", __name__, "--start", service.address, share, clients // programs
         )
         for share in shares
     ]

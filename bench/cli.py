@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from benchlib import CERTS, HERE, Service, in_turn, ms, print_heading, report_ratio, times
+from bench.harness import CERTS, HERE, Service, in_turn, ms, print_heading, report_ratio, times
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """Measures how much one user who has all they may slows another; see `bench.py`.
 
-python bench_fair.py --greedy ADDRESS    # be that user
+python -m bench.fair --greedy ADDRESS    # be that user
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from bench_floor import ByHand
-from benchlib import (
+from bench.floor import ByHand
+from bench.harness import (
     CERTS,
     Service,
     percentile,
@@ -30,7 +30,7 @@ from config import PER_USER
 if TYPE_CHECKING:
     import subprocess
 
-    from bench_floor import Floor
+    from bench.floor import Floor
 
 __all__ = ["GREEDY_CONFIG", "bench_fairness"]
 
@@ -61,7 +61,7 @@ def bench_fairness(service: Service, floor: Floor) -> None:
         return times(lambda: client.status(job_id), _STATUSES)
 
     alone = sampled({"alone": statuses}, _ROUNDS, _TURNS)["alone"]
-    greedy = start_program(client, __file__, "--greedy", service.address)
+    greedy = start_program(client, "-m", __name__, "--greedy", service.address)
     with greedy:
 
         def beside(what: str) -> list[float]:
