@@ -152,7 +152,8 @@ def program(
 @pytest.fixture
 def serve(certs: Path, make_state: Callable[[], Path]) -> Iterator[Callable[..., Server]]:
     """Run a server in this process, where a test can look inside."""
-    from server import Server, Settings
+    from server import Server
+    from settings import Settings
 
     with contextlib.ExitStack() as servers:
 

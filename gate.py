@@ -29,8 +29,8 @@ import auth
 import worker
 from admission import Arrivals
 from audit import AuditError, AuditLog
-from config import LimitError
 from quotas import Calls, QuotaError
+from settings import LimitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """What one user, and all users together, have now, and whether they may have more.
 
 Counts running jobs, starts, open streams and kept output against the ceilings of
-`config.py`. What is beyond one is refused at once with `QuotaError`, which names it by its
+`settings.py`. What is beyond one is refused at once with `QuotaError`, which names it by its
 key there; nobody waits here, and a refusal costs nothing of any ceiling. Only output of finished
 jobs is in nobody's way: some of it is removed where room is needed.
 
@@ -39,7 +39,7 @@ from units import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-    from config import Quota
+    from settings import Quota
 
 __all__ = ["Calls", "QuotaError", "Quotas"]
 

@@ -15,22 +15,22 @@ each, and calls that wait never take the threads of others.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import faulthandler
 import getpass
+import importlib
 import logging
 import os
+import pkgutil
 import resource
 import signal
 import socket
 import stat
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import ip_address
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 # gRPC cannot be told a TLS version (grpc#37305). But of TLS 1.2 it is left only a
 # suite that needs a pre-shared key, which nobody has; TLS 1.3 has suites of its own,
@@ -42,36 +42,37 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
     import grpc
-    import grpc._server  # here: `grpc.server` would, when this process may not read it any more
 
     import auth
     from accounts import Accounts, AccountsError, parse_uids
     from admission import Admission
     from audit import AUDIT_FLAGS, AuditLog
     from callpool import Acceptor, CallPool
-    from config import STREAMS_IN_ALL, Config, load_config
     from gate import Gate
     from quotas import Calls
     from service import add_services
     from tls import CertificateError, Certificates, certificate_files
-    from users import SEEDED_USERS, Role, User, has_public_password, make_user, parse_users
+    from users import SEEDED_USERS, User, has_public_password, make_user, parse_users
 except ImportError as error:
     sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
 
 import hostcheck
 import worker
+from settings import Config, Settings, SettingsError, load_config, parse_arguments, split_address
 from spawner import can_change_user
+
+# gRPC imports some of its modules late. By then this process may be a user who may not read them.
+for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
+    importlib.import_module(_module.name)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-__all__ = ["GRPC_OPTIONS", "Server", "Settings", "SettingsError", "main"]
+__all__ = ["GRPC_OPTIONS", "Server", "main"]
 
 logger = logging.getLogger("server")
 
-_HERE = Path(__file__).resolve().parent
-DEFAULT_LISTEN = "127.0.0.1:50051"
-DEFAULT_UIDS = "70000-79999"  # systemd and the distributions leave 65536 to 524287 free
 # For each kind of call; threads are made when they are needed. Calls that compute are not
 # faster together, and the more there are at a time, the less often the thread that accepts
 # and refuses calls has its turn at the interpreter. Starts wait for the helper, mostly.
@@ -94,7 +95,6 @@ _MESSAGE_FACTOR = 2  # what gRPC reads, of what a request may have: see `Gate`
 _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
 
-_MAX_PORT = 65_535
 # Without O_NONBLOCK a fifo of that name would stop the helper, and with it every job's start.
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -126,40 +126,7 @@ _SHARED_UID = (
 )
 
 
-class SettingsError(Exception):
-    """The server cannot start as it was told to; the message says what to change."""
-
-
 # --- the server ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the command line says, with its defaults."""
-
-    listen: str = DEFAULT_LISTEN
-    """HOST:PORT; [HOST]:PORT for IPv6; port 0 for any free one."""
-    certs: Path = _HERE / "certs"
-    """Where server.pem, server-key.pem and client-ca.pem are."""
-    users: Path | None = None
-    """The users file; None for the seeded users."""
-    state_dir: Path = Path("state")
-    """For the token key, the users' uids, the tokens that were logged out, and the output."""
-    enforcement: worker.Enforcement = "require"
-    cgroup_root: Path | None = None
-    max_streams: int | None = None
-    """How many streams may be open in all; None for what the configuration says."""
-    config: Path | None = None
-    """The TOML file with limits and ceilings; None for those of `config.py`."""
-    isolation: Literal["require", "auto", "off"] = "off"
-    """Whether the jobs of each user run as an uid of their own, and this process stops
-    being root, for good: it must be so; if it can be; no."""
-    uids: str = DEFAULT_UIDS
-    """FIRST-LAST: the first for this process if it is root, the others for users."""
-    audit_log: Path | None = None
-    """None for audit.log in `state_dir`."""
-    audit_required: bool = False
-    """Whether what cannot be recorded is refused."""
 
 
 class Server:
@@ -170,7 +137,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._host, port = _split_address(settings.listen)
+        self._host, port = split_address(settings.listen)
         state = settings.state_dir
         self._audit_path = settings.audit_log or state / "audit.log"
         self._worker: worker.Worker | None = None
@@ -363,22 +330,6 @@ def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], 
     return {f"/jobworker.v1.{method}": pool for method, pool in pools.items()}, others
 
 
-def _split_address(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if (
-        not colon
-        or not bare
-        or (":" in bare) != (host != bare)
-        or not port.isdecimal()
-        or int(port) > _MAX_PORT
-    ):
-        raise SettingsError(
-            f"--listen {address!r} is not HOST:PORT, like {DEFAULT_LISTEN} or [::1]:0"
-        )
-    return bare, int(port)
-
-
 def _join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -472,119 +423,6 @@ def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCre
 # --- the program ------------------------------------------------------------------------
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="server",
-        description="Run commands for clients that log in over mutual TLS.",
-        epilog="SIGTERM or Ctrl-C stops the server and every job. SIGHUP has it take up new "
-        "certificates, users and a rotated audit log.",
-        allow_abbrev=False,
-    )
-    defaults = Settings()
-    parser.add_argument(
-        "--listen",
-        metavar="HOST:PORT",
-        default=defaults.listen,
-        help="where to listen; port 0 takes a free one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--certs",
-        metavar="DIR",
-        type=Path,
-        default=defaults.certs,
-        help="the directory of server.pem, server-key.pem and client-ca.pem (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--users",
-        metavar="FILE",
-        type=Path,
-        help="users instead of the two seeded ones, a line each, made by `server user`",
-    )
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=Path,
-        default=defaults.state_dir,
-        help="where the token key, the users' uids and the output are kept (default: "
-        "./%(default)s)",
-    )
-    parser.add_argument(
-        "--limits",
-        choices=("require", "auto", "off"),
-        default=defaults.enforcement,
-        help="what to do when a job's limits cannot be enforced: refuse to run; enforce what "
-        "can be and warn; do not even try (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--cgroup-root",
-        metavar="PATH",
-        type=Path,
-        help="the cgroup v2 directory to work below (default: the one the server is in)",
-    )
-    parser.add_argument(
-        "--max-streams",
-        metavar="N",
-        type=_streams,
-        help="how many output streams may be open at once, whatever the configuration says",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        type=Path,
-        help="a TOML file with the jobs' default limits and with all ceilings",
-    )
-    parser.add_argument(
-        "--uids",
-        metavar="FIRST-LAST",
-        default=defaults.uids,
-        help="started as root, the server becomes the first of these, and the jobs of each user "
-        "run as one of the others (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--require-isolation",
-        action="store_true",
-        help="refuse to start if jobs would have to run as the server's own user",
-    )
-    parser.add_argument(
-        "--audit-log",
-        metavar="FILE",
-        type=Path,
-        help="where every call is recorded, a line of JSON each (default: audit.log in the "
-        "state directory)",
-    )
-    parser.add_argument(
-        "--audit-required",
-        action="store_true",
-        help="refuse calls that cannot be recorded",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
-    user = commands.add_parser(
-        "user",
-        help="print an entry for the users file",
-        description="Ask for a password and print an entry for the file that --users names.",
-    )
-    user.add_argument("name", metavar="NAME")
-    user.add_argument("--role", choices=[role.value for role in Role], default="user")
-    check = commands.add_parser(
-        "check",
-        help="say which limits this host can enforce, and what to do about the rest",
-        description="Run probe jobs to find out which limits this host can enforce for this "
-        "user. Exit status 0 if all of them, that is if --limits require would work.",
-    )
-    check.add_argument(
-        "--cgroup-root", metavar="PATH", type=Path, help="as for the server", dest="check_root"
-    )
-    return parser.parse_args(argv)
-
-
-def _streams(text: str) -> int:
-    try:
-        STREAMS_IN_ALL.value(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; write {STREAMS_IN_ALL.right_form}") from None
-    return int(text)
-
-
 def _print_user(name: str, role: str) -> None:
     if sys.stdin.isatty():
         password = getpass.getpass(f"Password for {name}: ")
@@ -659,7 +497,7 @@ def _keep_memory() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, 1 for an error (2, by argparse, for usage)."""
-    arguments = _parse_arguments(argv)
+    arguments = parse_arguments(argv)
     try:
         if arguments.command == "check":
             return _check(arguments.check_root or arguments.cgroup_root)

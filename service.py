@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from config import Config
     from gate import Call
+    from settings import Config
 
 __all__ = ["add_services"]
 

@@ -25,7 +25,7 @@ import server
 import workerservice_pb2 as worker_pb
 from accounts import parse_uids
 from client import Client, ClientError
-from config import Config
+from settings import Config, parse_arguments
 from testkit import GUARD_S, ServerProgram, children_of
 from worker import Worker
 
@@ -140,7 +140,7 @@ def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> 
     (command,) = unit["ExecStart"]
     program, *options = shlex.split(command)
     assert program == f"/{_INSTALLED}/server"
-    arguments = server._parse_arguments(options)
+    arguments = parse_arguments(options)
     assert arguments.command is None
     assert arguments.limits == "require"
     assert arguments.require_isolation
@@ -155,7 +155,7 @@ def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
     """The places in the instructions, and the uids of jobs, are those of the deployed server."""
     (command,) = unit["ExecStart"]
     program, *options = shlex.split(command)
-    arguments = server._parse_arguments(options)
+    arguments = parse_arguments(options)
     text = (_HERE / "SECURITY.md").read_text(encoding="utf-8")
     for path in (arguments.certs, arguments.users, arguments.state_dir / "audit.log"):
         assert str(path) in text

@@ -15,8 +15,8 @@ import pytest
 
 import arguments
 import authservice_pb2
-import config
 import server
+import settings
 import texts
 import workerservice_pb2
 from testkit import GUARD_S
@@ -98,7 +98,8 @@ def test_readme_names_every_rpc(readme: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "key"), [(table, key) for table in config._TABLES for key in config._TABLES[table]]
+    ("table", "key"),
+    [(table, key) for table in settings._TABLES for key in settings._TABLES[table]],
 )
 def test_readme_names_every_key_of_the_configuration(readme: str, table: str, key: str) -> None:
     """As it stands in the file, where each of the tables is shown, too."""
@@ -110,8 +111,8 @@ def test_retention_that_readme_shows_is_the_default(readme: str, tmp_path: Path)
     """Of all its numbers."""
     (block,) = re.findall(r"```toml\n(\[retention\].*?)```", readme, re.DOTALL)
     (tmp_path / "retention.toml").write_text(block)
-    assert config.load_config(tmp_path / "retention.toml") == config.Config()
-    assert set(re.findall(r"^(\w+) = ", block, re.MULTILINE)) == set(config._TABLES["retention"])
+    assert settings.load_config(tmp_path / "retention.toml") == settings.Config()
+    assert set(re.findall(r"^(\w+) = ", block, re.MULTILINE)) == set(settings._TABLES["retention"])
 
 
 def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Pa
     assert blocks
     for block in blocks:
         (tmp_path / "limits.toml").write_text(block)
-        config.load_config(tmp_path / "limits.toml")
+        settings.load_config(tmp_path / "limits.toml")
 
 
 @pytest.mark.parametrize("name", ["JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"])

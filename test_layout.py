@@ -28,7 +28,7 @@ _IMPORTS = {
     "audit": set(),
     "tls": {"grpc"},
     "quotas": {"broadcaster", "units"},
-    "gate": {"admission", "audit", "auth", "config", "quotas", "worker", "grpc", "google"},
+    "gate": {"admission", "audit", "auth", "quotas", "settings", "worker", "grpc", "google"},
     "service": {
         "callpool",
         *("auth", "gate", "quotas", "worker", "google"),
@@ -36,12 +36,12 @@ _IMPORTS = {
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
     "units": set(),
-    "config": {"cgroups", "units", "worker"},
+    "settings": {"cgroups", "units", "users", "worker"},
     "hostcheck": {"cgroups", "worker"},
     "server": {
-        *("accounts", "admission", "audit", "auth", "callpool", "config", "gate", "hostcheck"),
+        *("accounts", "admission", "audit", "auth", "callpool", "gate", "hostcheck"),
         "quotas",
-        *("service", "spawner", "tls", "users", "worker", "grpc"),
+        *("service", "settings", "spawner", "tls", "users", "worker", "grpc"),
     },
     "client": {
         "commandline",  # only for the program, at its end
@@ -58,8 +58,8 @@ _ANNOTATIONS = {
     "admission": {"callpool"},
     "client": {"google"},
     "commands": {"google", "workerservice_pb2"},
-    "quotas": {"config"},
-    "service": {"config", "grpc"},
+    "quotas": {"settings"},
+    "service": {"settings", "grpc"},
 }
 
 
@@ -124,7 +124,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
             "service.py",
             "gate.py",
             "admission.py",
-            "config.py",
+            "settings.py",
             "units.py",
             "hostcheck.py",
             "kernel-run",

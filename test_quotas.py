@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from broadcaster import OutputIncompleteError, OutputLog
-from config import IN_ALL, JOB_OUTPUT_BYTES, PER_USER, Quota
 from quotas import Calls, QuotaError, Quotas
+from settings import IN_ALL, JOB_OUTPUT_BYTES, PER_USER, Quota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

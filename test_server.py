@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from client import Client, ClientError
-from config import ConfigError, load_config
-from server import Server, Settings, SettingsError
+from server import Server
+from settings import ConfigError, Settings, SettingsError, load_config
 from testkit import GUARD_S, call_rpc, children_of, follow, make_fifo, run_job
 from tls import CertificateError
 from users import SEEDED_USERS, User, make_user

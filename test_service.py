@@ -34,11 +34,11 @@ import worker
 import workerservice_pb2 as worker_pb
 from audit import AUDIT_FLAGS, AuditLog
 from client import Client, ClientError
-from config import Config
 from gate import Gate
 from quotas import Calls, QuotaError, Quotas
-from server import Server, Settings
+from server import Server
 from service import add_services
+from settings import Config, Settings
 from testkit import FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
 from users import SEEDED_USERS
 from worker import Job, Limits, Worker

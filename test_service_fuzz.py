@@ -31,8 +31,8 @@ import authservice_pb2 as auth_pb
 import workerservice_pb2 as worker_pb
 from auth import Authenticator
 from client import Client, ClientError
-from config import Requests
 from server import _CALLS_OF_ONE, _STREAMS_SPARE, _THREADS
+from settings import Requests
 from testkit import GUARD_S, ServerProgram, children_of, descriptors_of
 from users import SEEDED_USERS
 

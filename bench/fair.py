@@ -25,7 +25,7 @@ from bench.harness import (
     times,
 )
 from client import Client, ClientError
-from config import PER_USER
+from settings import PER_USER
 
 if TYPE_CHECKING:
     import subprocess

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import config
+import settings
 from cgroups import NO_LIMITS, Limits
-from config import (
+from settings import (
     CEILINGS,
     DEFAULTS,
     IN_ALL,
@@ -88,7 +88,7 @@ def test_constants_are_sound() -> None:
         ("io_read_iops = 800", "io_read_iops", 800),
         ("io_write_iops = 900", "io_write_iops", 900),
         ("pids = 1000", "pids", 1000),
-        *((f'{key} = "unlimited"', kind.field, None) for key, kind in config._KEYS.items()),
+        *((f'{key} = "unlimited"', kind.field, None) for key, kind in settings._KEYS.items()),
     ],
 )
 def test_key_sets_its_field_and_no_other(
@@ -200,15 +200,16 @@ def test_finished_jobs_leave_room_for_output_of_running_ones() -> None:
 )
 def test_every_field_has_a_key(table: str, fields: tuple[str, ...]) -> None:
     """Whatever there is can be set, each by one key."""
-    assert sorted(kind.field for kind in config._TABLES[table].values()) == sorted(fields)
+    assert sorted(kind.field for kind in settings._TABLES[table].values()) == sorted(fields)
 
 
 @pytest.mark.parametrize(
-    ("table", "name"), [(table, name) for table in config._TABLES for name in config._TABLES[table]]
+    ("table", "name"),
+    [(table, name) for table in settings._TABLES for name in settings._TABLES[table]],
 )
 def test_constant_is_a_value_that_the_file_may_have(table: str, name: str) -> None:
     """The range of a key includes what it is when the file does not name it."""
-    key = config._TABLES[table][name]
+    key = settings._TABLES[table][name]
     constant = getattr(getattr(Config(), table, Config()), key.field)
     assert key.value("unlimited" if constant is None else constant) == constant
 

@@ -31,29 +31,41 @@ which cost memory. A configuration is a value; it may be shared by threads.
 
 from __future__ import annotations
 
+import argparse
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cgroups import Limits
 from units import parse_duration, parse_size
+from users import Role
 from worker import Retention
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from worker import Enforcement
 
 __all__ = [
-    "STREAMS_IN_ALL",
     "Config",
     "ConfigError",
     "LimitError",
     "Quota",
     "Requests",
+    "Settings",
+    "SettingsError",
     "load_config",
+    "parse_arguments",
+    "split_address",
 ]
+
+_HERE = Path(__file__).resolve().parent
+DEFAULT_LISTEN: Final = "127.0.0.1:50051"
+DEFAULT_UIDS: Final = "70000-79999"  # systemd and the distributions leave 65536 to 524287 free
+_MAX_PORT = 65_535
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -133,12 +145,12 @@ _QUOTA_KEYS: Final = {
     "kept_output": _Key("output_bytes", _SIZE),
 }
 # Each stream has a thread.
-STREAMS_IN_ALL: Final = _Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
+_STREAMS_IN_ALL: Final = _Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
 _TABLES: Final = {
     "defaults": _KEYS,
     "ceilings": _KEYS,
     "per_user": _QUOTA_KEYS,
-    "in_all": {**_QUOTA_KEYS, "streams": STREAMS_IN_ALL},
+    "in_all": {**_QUOTA_KEYS, "streams": _STREAMS_IN_ALL},
     "per_job": {"kept_output": _Key("job_output_bytes", _SIZE)},
     "requests": {
         # No less than a login may need.
@@ -315,3 +327,170 @@ class _Source:
             if here == f"{table}.{key}" or (not key and here.partition(".")[0] == table):
                 return number
         return None
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+class SettingsError(Exception):
+    """The server cannot start as it was told to; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command line says, with its defaults."""
+
+    listen: str = DEFAULT_LISTEN
+    """HOST:PORT; [HOST]:PORT for IPv6; port 0 for any free one."""
+    certs: Path = _HERE / "certs"
+    """Where server.pem, server-key.pem and client-ca.pem are."""
+    users: Path | None = None
+    """The users file; None for the seeded users."""
+    state_dir: Path = Path("state")
+    """For the token key, the users' uids, the tokens that were logged out, and the output."""
+    enforcement: Enforcement = "require"
+    cgroup_root: Path | None = None
+    max_streams: int | None = None
+    """How many streams may be open in all; None for what the configuration says."""
+    config: Path | None = None
+    """The TOML file with limits and ceilings; None for those of `config.py`."""
+    isolation: Literal["require", "auto", "off"] = "off"
+    """Whether the jobs of each user run as an uid of their own, and this process stops
+    being root, for good: it must be so; if it can be; no."""
+    uids: str = DEFAULT_UIDS
+    """FIRST-LAST: the first for this process if it is root, the others for users."""
+    audit_log: Path | None = None
+    """None for audit.log in `state_dir`."""
+    audit_required: bool = False
+    """Whether what cannot be recorded is refused."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of `--listen`. Raises `SettingsError`."""
+    host, colon, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not colon
+        or not bare
+        or (":" in bare) != (host != bare)
+        or not port.isdecimal()
+        or int(port) > _MAX_PORT
+    ):
+        raise SettingsError(
+            f"--listen {address!r} is not HOST:PORT, like {DEFAULT_LISTEN} or [::1]:0"
+        )
+    return bare, int(port)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the server's command line; exits for `--help` and wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="server",
+        description="Run commands for clients that log in over mutual TLS.",
+        epilog="SIGTERM or Ctrl-C stops the server and every job. SIGHUP has it take up new "
+        "certificates, users and a rotated audit log.",
+        allow_abbrev=False,
+    )
+    defaults = Settings()
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        default=defaults.listen,
+        help="where to listen; port 0 takes a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--certs",
+        metavar="DIR",
+        type=Path,
+        default=defaults.certs,
+        help="the directory of server.pem, server-key.pem and client-ca.pem (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--users",
+        metavar="FILE",
+        type=Path,
+        help="users instead of the two seeded ones, a line each, made by `server user`",
+    )
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        type=Path,
+        default=defaults.state_dir,
+        help="where the token key, the users' uids and the output are kept (default: "
+        "./%(default)s)",
+    )
+    parser.add_argument(
+        "--limits",
+        choices=("require", "auto", "off"),
+        default=defaults.enforcement,
+        help="what to do when a job's limits cannot be enforced: refuse to run; enforce what "
+        "can be and warn; do not even try (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cgroup-root",
+        metavar="PATH",
+        type=Path,
+        help="the cgroup v2 directory to work below (default: the one the server is in)",
+    )
+    parser.add_argument(
+        "--max-streams",
+        metavar="N",
+        type=_streams,
+        help="how many output streams may be open at once, whatever the configuration says",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="a TOML file with the jobs' default limits and with all ceilings",
+    )
+    parser.add_argument(
+        "--uids",
+        metavar="FIRST-LAST",
+        default=defaults.uids,
+        help="started as root, the server becomes the first of these, and the jobs of each user "
+        "run as one of the others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--require-isolation",
+        action="store_true",
+        help="refuse to start if jobs would have to run as the server's own user",
+    )
+    parser.add_argument(
+        "--audit-log",
+        metavar="FILE",
+        type=Path,
+        help="where every call is recorded, a line of JSON each (default: audit.log in the "
+        "state directory)",
+    )
+    parser.add_argument(
+        "--audit-required",
+        action="store_true",
+        help="refuse calls that cannot be recorded",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
+    user = commands.add_parser(
+        "user",
+        help="print an entry for the users file",
+        description="Ask for a password and print an entry for the file that --users names.",
+    )
+    user.add_argument("name", metavar="NAME")
+    user.add_argument("--role", choices=[role.value for role in Role], default="user")
+    check = commands.add_parser(
+        "check",
+        help="say which limits this host can enforce, and what to do about the rest",
+        description="Run probe jobs to find out which limits this host can enforce for this "
+        "user. Exit status 0 if all of them, that is if --limits require would work.",
+    )
+    check.add_argument(
+        "--cgroup-root", metavar="PATH", type=Path, help="as for the server", dest="check_root"
+    )
+    return parser.parse_args(argv)
+
+
+def _streams(text: str) -> int:
+    try:
+        _STREAMS_IN_ALL.value(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; write {_STREAMS_IN_ALL.right_form}") from None
+    return int(text)
