@@ -32,7 +32,7 @@ certs:
 	@certs/generate.sh
 
 demo: setup
-	@./demo.sh
+	@scripts/demo.sh
 
 serve: setup
 	./server --limits auto

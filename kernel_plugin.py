@@ -1,7 +1,7 @@
 """The pytest plugin that runs the tests marked `kernel`.
 
 Where this host has what they need they run as they are. Elsewhere each is replaced by a
-stand-in of the same name, and the first stand-in boots two kernels (./kernel-run), which
+stand-in of the same name, and the first stand-in boots two kernels (scripts/kernel-run), which
 have one processor each. In each of them another pytest runs half of the tests selected,
 and prints each outcome as a line of JSON.
 """
@@ -102,7 +102,7 @@ class _Guest:
         if self._process is None:
             self._process = subprocess.Popen(
                 [
-                    *(str(_HERE / "kernel-run"), sys.executable, "-m", "pytest"),
+                    *(str(_HERE / "scripts/kernel-run"), sys.executable, "-m", "pytest"),
                     *("-p", "no:cacheprovider", "--color=no"),
                     # A hang ends all tests after it, and on a busy machine much is slow in there.
                     *("-o", "faulthandler_timeout=600", *self.tests),

@@ -1,4 +1,4 @@
-"""Tests of how the server is deployed: the systemd unit `job-worker.service`, and SECURITY.md.
+"""Tests of the deployment: the systemd unit `deploy/job-worker.service`, and SECURITY.md.
 
 What the unit says is read with a parser of our own that is strict: it knows no more of the
 form than the unit uses.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HERE = Path(__file__).resolve().parent
-_UNIT = _HERE / "job-worker.service"
+_UNIT = _HERE / "deploy/job-worker.service"
 _UNITS_OF_SYSTEMD = Path("/usr/lib/systemd/system")
 _INSTALLED = "opt/job-worker"
 

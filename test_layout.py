@@ -127,10 +127,10 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
             "settings.py",
             "units.py",
             "hostcheck.py",
-            "kernel-run",
+            "scripts/kernel-run",
         ),
         *("throttle.py", "users.py", "revocations.py", "accounts.py", "audit.py", "tls.py"),
-        *("quotas.py", "job-worker.service", "SECURITY.md"),
+        *("quotas.py", "scripts/demo.sh", "deploy/job-worker.service", "SECURITY.md"),
         *("bench/__main__.py", "bench/long.py", "bench/harness.py"),
         *("workerservice_pb2.py", "workerservice_pb2_grpc.py"),
         *("authservice_pb2.py", "authservice_pb2_grpc.py"),
@@ -141,7 +141,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
 def test_file_is_where_it_is_looked_for(path: str) -> None:
     """The layout is flat; what is to be executed is executable."""
     assert (_HERE / path).is_file()
-    if path in {"client", "server", "kernel-run", "certs/generate.sh", ".ci/run"}:
+    if path in {"client", "server", "scripts/kernel-run", "certs/generate.sh", ".ci/run"}:
         assert os.access(_HERE / path, os.X_OK)
 
 

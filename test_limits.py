@@ -46,7 +46,7 @@ def worker(base: Path) -> Iterator[Worker]:
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A directory on a disk that is there to be written to, with 6 MiB in the file `data`."""
     if not _DISK.exists():
-        pytest.skip("needs the disks of kernel-run")
+        pytest.skip("needs the disks of scripts/kernel-run")
     subprocess.run(["mount", "-t", "ext2", _DISK, tmp_path], check=True)
     (tmp_path / "data").write_bytes(b"x" * 6 * _MIB)
     os.sync()

@@ -2,7 +2,7 @@
 # The whole story on a real server over mutual TLS. Run it with `make demo`.
 # Uses a free port and a directory of its own; leaves nothing behind.
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 dir=$(mktemp -d)
 server=
 finish() {
