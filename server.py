@@ -58,8 +58,8 @@ except ImportError as error:
 
 import hostcheck
 import worker
+from privileges import can_change_user
 from settings import Config, Settings, SettingsError, load_config, parse_arguments, split_address
-from spawner import can_change_user
 
 # gRPC imports some of its modules late. By then this process may be a user who may not read them.
 for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):

@@ -184,7 +184,7 @@ def _python_example(readme: str, beginning: str) -> str:
 
 def test_example_of_the_library_runs_where_only_the_library_is(readme: str, tmp_path: Path) -> None:
     """As README has it, next to the copied files, with nothing installed."""
-    for module in ("worker", "spawner", "cgroups", "broadcaster"):
+    for module in ("worker", "spawner", "forkserver", "privileges", "cgroups", "broadcaster"):
         shutil.copy(_HERE / f"{module}.py", tmp_path)
     (tmp_path / "example.py").write_text(_python_example(readme, "from worker import"))
     result = subprocess.run(

@@ -30,7 +30,7 @@ import pytest
 import workerservice_pb2 as worker_pb
 from cgroups import _wait_event
 from client import Client, ClientError
-from spawner import can_change_user, can_kill_any
+from privileges import can_change_user, can_kill_any
 from testkit import GUARD_S, children_of, clean_environment
 from users import make_user
 from worker import Worker
@@ -871,7 +871,7 @@ def test_death_of_the_helper_leaves_no_job(certs: Path, public: Path, witness: _
         with _login(program.address, certs, "admin", "admin") as admin:
             for job in admin.list():
                 assert _end_of(admin, job.job_id).end_reason == worker_pb.LOST
-            with pytest.raises(ClientError, match="spawner process has died"):
+            with pytest.raises(ClientError, match="fork server has died"):
                 _sh(admin, "true")
         assert program.end() == 0
         # Nobody with the right to remove it is left, but for the next server.

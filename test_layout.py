@@ -16,8 +16,10 @@ _HERE = Path(__file__).resolve().parent
 _IMPORTS = {
     "broadcaster": set[str](),
     "cgroups": set[str](),
-    "spawner": {"cgroups"},  # only at its helper's end
-    "worker": {"broadcaster", "cgroups", "spawner"},
+    "forkserver": {"cgroups", "privileges"},  # cgroups only at its end
+    "privileges": set(),
+    "spawner": {"forkserver"},
+    "worker": {"broadcaster", "cgroups", "privileges", "spawner"},
     "throttle": set(),
     "users": set(),
     "revocations": set(),
@@ -41,7 +43,7 @@ _IMPORTS = {
     "server": {
         *("accounts", "admission", "audit", "auth", "callpool", "gate", "hostcheck"),
         "quotas",
-        *("service", "settings", "spawner", "tls", "users", "worker", "grpc"),
+        *("privileges", "service", "settings", "tls", "users", "worker", "grpc"),
     },
     "client": {
         "commandline",  # only for the program, at its end
@@ -119,6 +121,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
     [
         *("worker.py", "spawner.py", "cgroups.py", "broadcaster.py", "auth.py", "server.py"),
         *("client.py", "commandline.py", "arguments.py", "commands.py", "texts.py"),
+        *("forkserver.py", "privileges.py"),
         *("workerservice.proto", "authservice.proto", "certs/generate.sh"),
         *(
             "service.py",
@@ -147,5 +150,13 @@ def test_file_is_where_it_is_looked_for(path: str) -> None:
 
 def test_every_module_has_its_tests_beside_it() -> None:
     """Those of the command line are tested with the client, the gate with the services."""
-    for module in set(_IMPORTS) - {"commandline", "arguments", "commands", "texts", "gate"}:
+    for module in set(_IMPORTS) - {
+        "commandline",
+        "arguments",
+        "commands",
+        "texts",
+        "gate",
+        "forkserver",
+        "privileges",
+    }:
         assert (_HERE / f"test_{module}.py").is_file(), module

@@ -25,9 +25,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import cgroups
+import forkserver
+import privileges
 import spawner as spawner_module
 from cgroups import NO_LIMITS, Subtree
-from spawner import Exit, Spawner, SpawnerDiedError, can_change_user, can_kill_any, read_exit
+from privileges import can_change_user, can_kill_any
+from spawner import Exit, Spawner, SpawnerDiedError, read_exit
 from testkit import children_of, descriptors_of
 
 if TYPE_CHECKING:
@@ -388,7 +391,7 @@ assert ctypes.get_errno() == number
 _TELL_OF_JOBS = """
 import logging, re
 logging.disable()  # a host without controllers is said to be one
-from spawner import can_change_user, can_kill_any
+from privileges import can_change_user, can_kill_any
 from worker import CgroupError, CommandError, Worker
 
 uid = 71_001 if can_change_user() and can_kill_any() else None
@@ -748,7 +751,7 @@ def test_interrupted_request_does_not_mix_up_the_answers(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(spawner_module, "_receive", interrupted)
+        patch.setattr(spawner_module, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             spawn("sh", "-c", _FOREVER, name="interrupted")
     try:
@@ -797,8 +800,8 @@ def test_job_has_sane_limits(spawn: Callable[..., _Job]) -> None:
     """Descriptors, processes, locked memory and priority are bounded, whatever the owner has."""
     job = spawn("sh", "-c", f"echo; {_FOREVER}")
     job.readline()
-    descriptors = (resource.RLIMIT_NOFILE, *spawner_module._JOB_DESCRIPTORS)
-    for kind, soft, hard in (descriptors, *spawner_module._JOB_RLIMITS):
+    descriptors = (resource.RLIMIT_NOFILE, *forkserver._JOB_DESCRIPTORS)
+    for kind, soft, hard in (descriptors, *forkserver._JOB_RLIMITS):
         assert soft <= hard
         _, ours = resource.getrlimit(kind)
         most = hard if ours == resource.RLIM_INFINITY else min(hard, ours)
@@ -1205,7 +1208,7 @@ def test_helper_cannot_be_looked_into(seat: _Seat) -> None:
                 os.kill(pid, number)
 
     def as_user(uid: int) -> None:
-        spawner_module.drop_privileges(uid)
+        privileges.drop_privileges(uid)
         look()
 
     for uid in (_UIDS[0], _SERVER_UID):
@@ -1217,7 +1220,7 @@ def test_owner_without_rights_cannot_signal_a_job_but_stop_it(seat: _Seat) -> No
     """drop_privileges is for good, and the helper still does what a server may ask."""
 
     def live_without_rights() -> None:
-        spawner_module.drop_privileges(_SERVER_UID)
+        privileges.drop_privileges(_SERVER_UID)
         status = _status("self")
         assert status["Uid"].split() == status["Gid"].split() == [str(_SERVER_UID)] * 4
         assert status["Groups"] == ""
@@ -1252,7 +1255,7 @@ def test_supplementary_groups_are_given_up() -> None:
         with contextlib.closing(_Seat()) as seat:
             with contextlib.closing(_Job(seat.spawner, ["id", "-G"], "job", _UIDS[0])) as job:
                 assert job.read() == b"%d\n" % _UIDS[0]
-            spawner_module.drop_privileges(_SERVER_UID)
+            privileges.drop_privileges(_SERVER_UID)
             assert os.getgroups() == []
 
     _in_child(start_and_drop)
@@ -1328,7 +1331,7 @@ def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
         subtree.create("honest", NO_LIMITS)
         duties = {"jobs_cgroup": subtree.jobs, "dismantle": subtree.dismantling}
         with contextlib.closing(_Seat(**duties)) as seat:
-            request = {"op": "hand_over", "dismantle": [str(base / "neighbour")] * 3}
+            request = {"op": "dismantle_at_end", "dismantle": [str(base / "neighbour")] * 3}
             assert seat.ask(request) == {}
             assert subtree.path.exists()
             seat.spawner.close()

@@ -1468,7 +1468,7 @@ def test_death_of_the_spawner_is_told_truthfully(
         assert _end(stop.result(_GUARD_S)) == _LOST
     fifo.await_release()
     for _ in range(2):
-        with pytest.raises(SpawnerDiedError, match="spawner"):
+        with pytest.raises(SpawnerDiedError, match="fork server"):
             worker.start("true")
     assert worker.status(ended.job_id) == ended
     assert len(worker.list()) == 4
@@ -1525,11 +1525,11 @@ with Worker(enforcement=sys.argv[1]) as worker:
 """
 
 
-def test_library_is_four_files_and_the_standard_library(
+def test_library_is_a_few_files_and_the_standard_library(
     enforcement: Enforcement, tmp_path: Path
 ) -> None:
     """Copied into an empty folder, with nothing installed, it runs a job."""
-    for name in ("broadcaster", "cgroups", "spawner", "worker"):
+    for name in ("broadcaster", "cgroups", "forkserver", "privileges", "spawner", "worker"):
         shutil.copy(_HERE / f"{name}.py", tmp_path)
     (tmp_path / "program.py").write_text(_COPY)
     output = subprocess.check_output(
@@ -1538,5 +1538,5 @@ def test_library_is_four_files_and_the_standard_library(
         timeout=_GUARD_S,
         text=True,
     )
-    modules = ["broadcaster", "cgroups", "spawner", "worker"]
+    modules = ["broadcaster", "cgroups", "forkserver", "privileges", "spawner", "worker"]
     assert output == f"hello\n0 {modules}\n"

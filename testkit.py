@@ -61,7 +61,7 @@ def job_cgroups(jobs: Path) -> list[Path]:
             with contextlib.suppress(OSError):
                 pids = (path / "cgroup.procs").read_text().split()
                 programs = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
-                if not programs or not all("spawner.py" in program for program in programs):
+                if not programs or not all("forkserver.py" in program for program in programs):
                     found.append(path)
     return found
 

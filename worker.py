@@ -63,15 +63,13 @@ from broadcaster import (
     Subscription,
 )
 from cgroups import NO_LIMITS, Cgroup, CgroupError, Enforcement, Limits, Subtree, Usage
+from privileges import can_change_user, can_kill_any, drop_privileges
 from spawner import (
     AttachError,
     Exit,
     Process,
     Spawner,
     SpawnerDiedError,
-    can_change_user,
-    can_kill_any,
-    drop_privileges,
     read_exit,
 )
 
@@ -363,7 +361,7 @@ class Worker:
             self._output_dir.give_to(uid)
             if self._subtree is not None:
                 self._subtree.hand_over(uid)
-                self._spawner.hand_over()
+                self._spawner.dismantle_at_end()
         drop_privileges(uid)
         self._prepare_place()  # not before, for the cgroup is to be ours
 

@@ -36,7 +36,7 @@ _BY_HAND = """
 import json, os, socket, sys, time
 here, jobs, way, uid = sys.argv[1:]
 sys.path.insert(0, here)
-import spawner
+import forkserver
 
 def start(name, argv, read):
     uid_, cgroup = json.loads(uid), None
@@ -50,17 +50,17 @@ def start(name, argv, read):
     if jobs:
         cgroup = os.open(f"{jobs}/{name}", os.O_RDONLY | os.O_DIRECTORY)
     times.append(time.perf_counter())
-    program = spawner._Program(argv, {}, [argv[0]], uid_)
+    program = forkserver._Program(argv, {}, [argv[0]], uid_)
     if way == "clone3":
-        pid, pidfd = spawner._clone(cgroup)
+        pid, pidfd = forkserver._clone(cgroup)
         if pid == 0:
             try:
-                spawner._detach(theirs.fileno(), out)
-                spawner._become(program)
+                forkserver._detach(theirs.fileno(), out)
+                forkserver._become(program)
             finally:
                 os._exit(127)
     else:
-        pid, pidfd = spawner._popen(program, out, theirs, cgroup)
+        pid, pidfd = forkserver._popen(program, out, theirs, cgroup)
     times.append(time.perf_counter())
     theirs.close()
     assert ours.recv(1) == b""  # closed by the exec
@@ -77,7 +77,7 @@ def start(name, argv, read):
     return [end - begin for begin, end in zip(times, times[1:])]
 
 os.chdir("/")
-spawner._set_signals()
+forkserver._set_signals()
 for line in sys.stdin:
     count, gap, argv, read = json.loads(line)
     steps = []

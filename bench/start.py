@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import privileges
 import spawner
 import worker
 from bench.floor import HAND_STEPS, ByHand, Floor
@@ -53,7 +54,7 @@ def bench_start(service: Service, floor: Floor) -> None:
     Floor (a) is a bare unary call, (b) the start by hand. For the first byte (b) reads it from
     a pipe, and (c) is a bare stream of one message.
     """
-    uid = 71_001 if spawner.can_change_user() and spawner.can_kill_any() else None
+    uid = 71_001 if privileges.can_change_user() and privileges.can_kill_any() else None
     uids = None if uid is None else range(uid, uid + 1)
     steps: dict[str, list[float]] = {}  # seconds, of each start
     with contextlib.ExitStack() as stack:

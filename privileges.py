@@ -1,0 +1,117 @@
+"""What this process is allowed to do, and how it gives that up: capabilities(7), prctl(2).
+
+    if can_change_user():
+        drop_privileges(71_000)    # cannot be undone
+
+Thread safety: the kernel keeps capabilities for each thread. So give them up while the
+process has one thread; `drop_privileges` refuses to run otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+__all__ = [
+    "CAP_DAC_OVERRIDE",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "PR_SET_CHILD_SUBREAPER",
+    "PR_SET_DUMPABLE",
+    "PR_SET_NO_NEW_PRIVS",
+    "PR_SET_PDEATHSIG",
+    "can_change_user",
+    "can_kill_any",
+    "drop_privileges",
+    "keep_capabilities",
+    "prctl",
+]
+
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+_PR_CAPBSET_DROP = 24
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+# linux/capability.h
+_CAPABILITY_VERSION_3 = 0x20080522
+CAP_DAC_OVERRIDE = 1
+CAP_KILL = 5
+CAP_SETGID = 6
+CAP_SETUID = 7
+_CAPABILITIES = 64  # the highest number there can be, plus one
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def can_change_user() -> bool:
+    """Whether this process may start others as any user: root, or CAP_SETUID and CAP_SETGID."""
+    return _has_capabilities(CAP_SETUID, CAP_SETGID)
+
+
+def can_kill_any() -> bool:
+    """Whether this process may send signals to processes of other users (CAP_KILL)."""
+    return _has_capabilities(CAP_KILL)
+
+
+def drop_privileges(uid: int) -> None:
+    """Become the user `uid`, with the group of the same number and no other, for good.
+
+    The process then has no capability and can gain none. Raises OSError; RuntimeError if
+    the process has a second thread, because that thread would keep its capabilities.
+    """
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("privileges can be given up only as long as there is one thread")
+    _clear_bounding_set()
+    if uid != os.geteuid():
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    keep_capabilities()
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_DUMPABLE, 0)
+
+
+def keep_capabilities(*capabilities: int) -> None:
+    """Give up every capability except these, and hand none on to executed programs.
+
+    One of `capabilities` that the process does not have is not gained. Raises OSError.
+    """
+    _clear_bounding_set()
+    prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    kept = sum(1 << each for each in capabilities) & _effective_capabilities()
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    low, high = kept & 0xFFFF_FFFF, kept >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)  # effective, permitted, inheritable
+    if _libc.capset(header, data):
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
+
+
+def prctl(option: int, value: int, *more: int) -> None:
+    """Call prctl(2). Raises OSError."""
+    arguments = [ctypes.c_ulong(each) for each in (value, *more, 0, 0, 0)[:4]]
+    if _libc.prctl(option, *arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def _has_capabilities(*capabilities: int) -> bool:
+    effective = _effective_capabilities()
+    return all(effective >> capability & 1 for capability in capabilities)
+
+
+def _effective_capabilities() -> int:
+    with open("/proc/thread-self/status", "rb") as status:
+        return int(status.read().partition(b"CapEff:")[2].split()[0], 16)
+
+
+def _clear_bounding_set() -> None:
+    """Let no program that this process executes gain a capability."""
+    for capability in range(_CAPABILITIES):
+        try:
+            prctl(_PR_CAPBSET_DROP, capability)
+        except OSError:  # EINVAL: there are no more. EPERM: this needs CAP_SETPCAP.
+            break
