@@ -1,4 +1,4 @@
-"""Tests of the deployment: the systemd unit `deploy/job-worker.service`, and SECURITY.md.
+"""Tests of the deployment: the systemd unit `deploy/job-worker.service`, and docs/security.md.
 
 What the unit says is read with a parser of our own that is strict: it knows no more of the
 form than the unit uses.
@@ -156,7 +156,7 @@ def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
     (command,) = unit["ExecStart"]
     program, *options = shlex.split(command)
     arguments = parse_arguments(options)
-    text = (_HERE / "SECURITY.md").read_text(encoding="utf-8")
+    text = (_HERE / "docs" / "security.md").read_text(encoding="utf-8")
     for path in (arguments.certs, arguments.users, arguments.state_dir / "audit.log"):
         assert str(path) in text
     assert str(Path(program).parent) in text

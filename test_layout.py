@@ -133,11 +133,11 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
             "scripts/kernel-run",
         ),
         *("throttle.py", "users.py", "revocations.py", "accounts.py", "audit.py", "tls.py"),
-        *("quotas.py", "scripts/demo.sh", "deploy/job-worker.service", "SECURITY.md"),
+        *("quotas.py", "scripts/demo.sh", "deploy/job-worker.service", "docs/security.md"),
         *("bench/__main__.py", "bench/long.py", "bench/harness.py"),
         *("workerservice_pb2.py", "workerservice_pb2_grpc.py"),
         *("authservice_pb2.py", "authservice_pb2_grpc.py"),
-        *("Makefile", "pyproject.toml", "README.md", "DESIGN.md", "CHANGELOG.md", ".ci/run"),
+        *("Makefile", "pyproject.toml", "README.md", "docs/design.md", "CHANGELOG.md", ".ci/run"),
         *("client", "server"),
     ],
 )
