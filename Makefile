@@ -4,11 +4,13 @@
 PYTHON ?= python3
 python = .venv/bin/python
 protos = authservice.proto workerservice.proto
+# The modules that run by themselves, with the standard library only.
+library = broadcaster cgroups errors forkserver job limits privileges retention spawner worker
 protoc = $(python) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(protos)
 # pyproject.toml is the only place that names what we depend on.
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")
 
-.PHONY: setup demo serve test check static bench bench-long certs proto
+.PHONY: setup demo serve test check static bench bench-long certs library proto
 
 # Compiled here, as whoever runs the client may not be allowed to write, or told Python not to.
 setup: .venv/runtime certs
@@ -57,6 +59,10 @@ bench: setup
 # In a quarter of an hour. Its exit status tells whether something has piled up.
 bench-long: setup
 	$(python) -m bench.long
+
+# make library DEST=dir: copy the library.
+library:
+	@mkdir -p '$(DEST)' && cp $(library:=.py) '$(DEST)'
 
 proto: .venv/dev
 	$(call protoc,.)

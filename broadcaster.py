@@ -34,9 +34,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import tempfile
 import threading
 import time
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Self
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "OffsetError",
+    "OutputDirectory",
     "OutputIncompleteError",
     "OutputLog",
     "OutputRemovedError",
@@ -59,6 +64,7 @@ _CHUNK_BYTES = 256 * 1024
 # four times as much a job that ten follow is held up by them (measured on two cores).
 _HURRIED_BYTES_PER_S = 32 * 1024 * 1024
 
+_OUTPUT_SUFFIX = ".out"
 _NOBODY: frozenset[Subscription] = frozenset()
 
 
@@ -447,3 +453,56 @@ class Subscription:
     def _release_locked(self) -> None:
         self._log._subscriptions = self._log._subscriptions - {self} or _NOBODY
         self._log._let_go_locked()
+
+
+class OutputDirectory:
+    """A private directory for output, ours alone (flock) until closed. Attribute: `path`."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._temporary = path is None
+        self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.path.stat().st_mode & 0o077:
+            raise PermissionError(
+                errno.EPERM, f"others can enter it; run: chmod 700 {self.path}", str(self.path)
+            )
+        # Everything is done through this descriptor, which works even if the process has
+        # lost the right to walk the path. Locked as long as it is open.
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, "another worker keeps its output here", str(self.path)
+            ) from None
+        self._delete_output()
+
+    def make_log(self, job_id: str) -> OutputLog:
+        """Make the output of a job. Raises OSError."""
+        return OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
+
+    def give_to(self, uid: int) -> None:
+        """Let the user `uid` keep output here. Raises OSError."""
+        os.fchown(self._fd, uid, uid)
+
+    def close(self) -> None:
+        """Delete the output, and the directory if it is temporary; idempotent."""
+        self._delete_output()
+        if self._temporary:
+            with contextlib.suppress(OSError):  # somebody else put something in it
+                self.path.rmdir()
+        os.close(self._fd)
+
+    def _delete_output(self) -> None:
+        for name in os.listdir(self._fd):
+            job_id = name.removesuffix(_OUTPUT_SUFFIX)
+            if job_id != name and _is_uuid(job_id):
+                os.unlink(name, dir_fd=self._fd)
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False

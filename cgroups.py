@@ -43,33 +43,25 @@ import signal
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Self, get_args
+from typing import TYPE_CHECKING, Self, get_args
+
+from limits import NO_LIMITS, Enforcement, Limits, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
-    "NO_LIMITS",
     "Cgroup",
     "CgroupError",
-    "Enforcement",
-    "Limits",
     "Subtree",
-    "Usage",
     "dismantle",
     "kill_tree",
 ]
 
 logger = logging.getLogger(__name__)
 
-Enforcement = Literal["require", "auto", "off"]
-"""What to do when a limit cannot be enforced: refuse to run jobs; enforce what can
-be enforced and warn; use no cgroups at all."""
 
-_MIB = 1024 * 1024
 _CPU_PERIOD_US = 100_000
-_CPU_QUOTA_MIN_US = 1_000  # the kernel refuses less
-_MAX_LIMIT = (1 << 63) - 1
 _PREFIX = "job-worker-"
 _REMOVE_RETRY_S = 2.0  # how long rmdir may go on saying EBUSY once the cgroup is empty
 _RETRY_MS = 10
@@ -113,72 +105,6 @@ class CgroupError(OSError):
 
     def __str__(self) -> str:
         return f"{self.problem}; {self.remedy}"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one job may use. None means no limit. Raises ValueError on a senseless value."""
-
-    cpu_cores: float | None = 1.0
-    """CPU time per wall time, all processes together; at least 0.01. cpu.max"""
-    memory_bytes: int | None = 512 * _MIB
-    """Memory, page cache included; the whole job is killed when it cannot be kept. memory.max"""
-    swap_bytes: int | None = 0
-    """Swap on top of the memory. memory.swap.max"""
-    io_read_bps: int | None = 50 * _MIB
-    """Bytes per second read from each physical disk. io.max rbps"""
-    io_write_bps: int | None = 50 * _MIB
-    """Bytes per second written to each physical disk. io.max wbps"""
-    pids: int | None = 512
-    """Processes and threads. pids.max"""
-    io_read_iops: int | None = None
-    """Read operations per second on each physical disk. io.max riops"""
-    io_write_iops: int | None = None
-    """Write operations per second on each physical disk. io.max wiops"""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            number = int | float if field.name == "cpu_cores" else int
-            if not isinstance(value, number) or isinstance(value, bool):
-                raise ValueError(f"{field.name} must be a number or None, not {value!r}")  # noqa: TRY004 -- one error for all senseless limits
-            minimum = {"cpu_cores": _CPU_QUOTA_MIN_US / _CPU_PERIOD_US, "swap_bytes": 0}.get(
-                field.name, 1
-            )
-            if not value >= minimum:  # so that not-a-number is refused too
-                raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
-            if value > _MAX_LIMIT:
-                raise ValueError(f"{field.name} must be at most {_MAX_LIMIT}, not {value!r}")
-
-
-NO_LIMITS: Final = Limits(*[None] * len(fields(Limits)))
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What one job has used so far. None where the host does not account it."""
-
-    cpu_user_s: float | None = None
-    cpu_system_s: float | None = None
-    cpu_throttled_s: float | None = None
-    """How long processes were held back by the CPU limit, added up over the CPUs."""
-    memory_bytes: int | None = None
-    """In use now; None when the job has ended."""
-    memory_peak_bytes: int | None = None
-    """At the worst moment. memory.peak, since Linux 5.19"""
-    io_read_bytes: int | None = None
-    """Read from disks, not from the page cache; all disks together, like the next three."""
-    io_written_bytes: int | None = None
-    io_reads: int | None = None
-    io_writes: int | None = None
-    pids: int | None = None
-    """Processes and threads now; None when the job has ended."""
-    pids_peak: int | None = None
-    """At the worst moment. pids.peak, since Linux 6.1"""
-    oom_kills: int | None = None
-    """How many processes the kernel killed because of the memory limit."""
 
 
 # The controllers needed, and the fields of `Limits` that each enforces.

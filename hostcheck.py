@@ -16,7 +16,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cgroups import NO_LIMITS, CgroupError, Limits, Subtree
+from cgroups import CgroupError, Subtree
+from limits import NO_LIMITS, Limits
 from worker import EndReason, Job, Status, Worker, WorkerError
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from cgroups import Limits
+from limits import Limits
 from units import parse_duration, parse_size
 from users import Role
 from worker import Retention

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import cgroups
-from cgroups import NO_LIMITS, Cgroup, CgroupError, Limits, Subtree
+from cgroups import Cgroup, CgroupError, Subtree
+from limits import NO_LIMITS, Limits
 from testkit import GUARD_S, joined, own_cgroup
 
 if TYPE_CHECKING:
@@ -426,7 +427,8 @@ def test_close_kills_what_still_runs(
 
 _OWNER = """
 import subprocess, sys
-from cgroups import Limits, Subtree
+from cgroups import Subtree
+from limits import Limits
 subtree = Subtree.open("require", root=sys.argv[1])
 cgroup = subtree.create("job", Limits())
 (cgroup.path / "nested").mkdir()

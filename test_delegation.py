@@ -168,7 +168,7 @@ def test_check_in_no_delegation_says_how_to_get_one(base: Path) -> None:
 
 _WORKER = """
 import os, sys
-from cgroups import Limits
+from limits import Limits
 from worker import Worker
 assert os.geteuid() != 0
 limits = Limits(cpu_cores=0.5, memory_bytes=30 << 20, pids=20)

@@ -19,7 +19,7 @@ import server
 import settings
 import texts
 import workerservice_pb2
-from testkit import GUARD_S
+from testkit import GUARD_S, LIBRARY
 
 if TYPE_CHECKING:
     import argparse
@@ -184,7 +184,7 @@ def _python_example(readme: str, beginning: str) -> str:
 
 def test_example_of_the_library_runs_where_only_the_library_is(readme: str, tmp_path: Path) -> None:
     """As README has it, next to the copied files, with nothing installed."""
-    for module in ("worker", "spawner", "forkserver", "privileges", "cgroups", "broadcaster"):
+    for module in LIBRARY:
         shutil.copy(_HERE / f"{module}.py", tmp_path)
     (tmp_path / "example.py").write_text(_python_example(readme, "from worker import"))
     result = subprocess.run(

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import cgroups
-from cgroups import NO_LIMITS, CgroupError, Limits, _physical_disks, _wait_event
+from cgroups import CgroupError, _physical_disks, _wait_event
+from job import RunningJob
+from limits import NO_LIMITS, Limits
 from spawner import Process, Spawner
 from testkit import GUARD_S, await_output, job_cgroups, job_files, own_cgroup
-from worker import CommandError, EndReason, ResourceError, Status, Worker, _Job
+from worker import CommandError, EndReason, ResourceError, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -254,7 +256,7 @@ def test_pressing_against_the_memory_limit_is_not_out_of_memory(worker: Worker) 
     await_output(worker, job, b"%d\n" % (60 * _MIB))
     assert _counters(_cgroup(worker, job) / "memory.events")["max"] > 0
     inside = worker._job(job)
-    assert isinstance(inside, _Job)
+    assert isinstance(inside, RunningJob)
     os.kill(inside._pid, signal.SIGKILL)
     assert worker.wait(job, GUARD_S).end_reason is EndReason.SIGNALLED
 

@@ -12,14 +12,21 @@ import pytest
 _HERE = Path(__file__).resolve().parent
 
 # Each module and all it may import beside the standard library. Dependencies point
-# to the library, which is the first four and can be copied by itself.
+# to the library, which is the first ten and can be copied by itself.
 _IMPORTS = {
     "broadcaster": set[str](),
-    "cgroups": set[str](),
-    "forkserver": {"cgroups", "privileges"},  # cgroups only at its end
     "privileges": set(),
+    "limits": set(),
+    "errors": set(),
+    "cgroups": {"limits"},
+    "forkserver": {"cgroups", "privileges"},  # cgroups only at its end
     "spawner": {"forkserver"},
-    "worker": {"broadcaster", "cgroups", "privileges", "spawner"},
+    "job": {"cgroups", "errors", "limits", "spawner"},
+    "retention": {"errors", "job"},
+    "worker": {
+        *("broadcaster", "cgroups", "errors", "job", "limits", "privileges", "retention"),
+        "spawner",
+    },
     "throttle": set(),
     "users": set(),
     "revocations": set(),
@@ -38,8 +45,8 @@ _IMPORTS = {
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
     "units": set(),
-    "settings": {"cgroups", "units", "users", "worker"},
-    "hostcheck": {"cgroups", "worker"},
+    "settings": {"limits", "units", "users", "worker"},
+    "hostcheck": {"cgroups", "limits", "worker"},
     "server": {
         *("accounts", "admission", "audit", "auth", "callpool", "gate", "hostcheck"),
         "quotas",
@@ -57,6 +64,8 @@ _IMPORTS = {
 }
 # What a module names in annotations only, and never imports when it runs.
 _ANNOTATIONS = {
+    "job": {"broadcaster"},
+    "retention": {"broadcaster"},
     "admission": {"callpool"},
     "client": {"google"},
     "commands": {"google", "workerservice_pb2"},
@@ -149,14 +158,10 @@ def test_file_is_where_it_is_looked_for(path: str) -> None:
 
 
 def test_every_module_has_its_tests_beside_it() -> None:
-    """Those of the command line are tested with the client, the gate with the services."""
-    for module in set(_IMPORTS) - {
-        "commandline",
-        "arguments",
-        "commands",
-        "texts",
-        "gate",
-        "forkserver",
-        "privileges",
-    }:
+    """Those of the command line are tested with the client, the gate with the services,
+    errors and jobs with the worker, and the fork server with the spawner.
+    """
+    untested = {"commandline", "arguments", "commands", "texts", "gate", "errors", "job"}
+    untested |= {"forkserver", "privileges"}
+    for module in set(_IMPORTS) - untested:
         assert (_HERE / f"test_{module}.py").is_file(), module

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import cgroups
-from cgroups import NO_LIMITS, Limits, Usage
+from limits import NO_LIMITS, Limits, Usage
 from testkit import GUARD_S, await_output, job_cgroups
 from worker import EndReason, Job, Status, UsageSource, Worker
 
@@ -152,7 +152,8 @@ def test_host_without_a_disk_is_told(base: Path) -> None:
     """Where /sys/block is empty an I/O limit is an error with a remedy, and none is no error."""
     program = """
 import sys
-from cgroups import CgroupError, Limits, Subtree
+from cgroups import CgroupError, Subtree
+from limits import Limits
 try:
     Subtree.open("require", root=sys.argv[1])
 except CgroupError as error:

@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from broadcaster import Budget, OutputLog
-from cgroups import NO_LIMITS
 from client import ClientError, main
+from job import JobThread, RunningJob
+from limits import NO_LIMITS
+from retention import FinishedJob, FinishedJobs
 from testkit import GUARD_S, await_output, children_of, descriptors_of, job_files, job_processes
 from worker import (
     EndReason,
@@ -38,9 +40,6 @@ from worker import (
     Worker,
     WorkerClosedError,
     WorkerError,
-    _FinishedJob,
-    _FinishedJobs,
-    _Job,
 )
 
 if TYPE_CHECKING:
@@ -374,16 +373,16 @@ def test_end_that_comes_before_the_start_has_returned_is_kept_in_mind(
 ) -> None:
     """A job that has ended, and even one that was too much, is not taken for a running one."""
     with _keeping(jobs=1) as worker:
-        real_add = worker._registry.add
+        real_give = JobThread.give
 
-        def add(job: _Job) -> None:
-            job.thread.join(GUARD_S)
+        def give_and_await(thread: JobThread, job: RunningJob) -> None:
+            real_give(thread, job)
+            thread.join(GUARD_S)
             if another:
                 another.pop()
                 _finish(worker)
-            real_add(job)
 
-        monkeypatch.setattr(worker._registry, "add", add)
+        monkeypatch.setattr(JobThread, "give", give_and_await)
         another: list[bool] = []
         job_id = worker.start("true")
         assert worker.status(job_id).status is Status.FINISHED
@@ -413,7 +412,7 @@ def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
     for _ in range(5):
         job_id = worker.start(*_FOREVER)
         job = worker._job(job_id)
-        assert isinstance(job, _Job)
+        assert isinstance(job, RunningJob)
         parts += [weakref.ref(job), weakref.ref(job.thread), weakref.ref(job.output._changed)]
         del job
         worker.stop(job_id)
@@ -638,13 +637,13 @@ class _Model:
 
     def __init__(self, rule: Retention) -> None:
         self.bounds = (rule.jobs, rule.output_bytes, rule.argv_bytes)
-        self.jobs: list[_FinishedJob] = []
+        self.jobs: list[FinishedJob] = []
 
     @staticmethod
-    def counts(job: _FinishedJob) -> tuple[int, int, int]:
+    def counts(job: FinishedJob) -> tuple[int, int, int]:
         return 1, job.output_bytes, job.argv_bytes
 
-    def excess(self) -> list[_FinishedJob]:
+    def excess(self) -> list[FinishedJob]:
         left, gone = list(self.jobs), []
         for i, bound in enumerate(self.bounds):
             while bound is not None and sum(self.counts(job)[i] for job in left) > bound:
@@ -666,7 +665,7 @@ def _record(number: int, owner: str, size: int, args: tuple[str, ...], log: Outp
         *(str(uuid.uuid4()), owner, "true", args, Status.FINISHED, EndReason.EXITED, 0, None),
         *(now, now, size, 0, (), NO_LIMITS, None, None),
     )
-    return _FinishedJob(job, log, number)
+    return FinishedJob(job, log, number)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -678,7 +677,7 @@ def test_rule_says_the_same_in_plain_words(seed: int, tmp_path: Path) -> None:
         output_bytes=dice.choice([None, 0, 50]),
         argv_bytes=dice.choice([None, 0, 2000]),
     )
-    model, jobs, log = _Model(rule), _FinishedJobs(rule), OutputLog(tmp_path / "log")
+    model, jobs, log = _Model(rule), FinishedJobs(rule), OutputLog(tmp_path / "log")
     owners = "abcdefgh"[: dice.randint(1, 8)]
     for number in range(300):
         args = ("x" * dice.randint(1, 200),) * dice.randint(0, 2)
@@ -707,7 +706,7 @@ def test_cost_of_an_end_does_not_grow_with_the_jobs_there_were(tmp_path: Path) -
     log = OutputLog(tmp_path / "log")
 
     def steps(kept: int, owners: int) -> int:
-        jobs, number, count = _FinishedJobs(Retention(jobs=kept)), 0, 0
+        jobs, number, count = FinishedJobs(Retention(jobs=kept)), 0, 0
 
         def trace(*_: object) -> Any:
             nonlocal count

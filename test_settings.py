@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import settings
-from cgroups import NO_LIMITS, Limits
+from limits import NO_LIMITS, Limits
 from settings import (
     CEILINGS,
     DEFAULTS,

@@ -28,7 +28,8 @@ import cgroups
 import forkserver
 import privileges
 import spawner as spawner_module
-from cgroups import NO_LIMITS, Subtree
+from cgroups import Subtree
+from limits import NO_LIMITS
 from privileges import can_change_user, can_kill_any
 from spawner import Exit, Spawner, SpawnerDiedError, read_exit
 from testkit import children_of, descriptors_of

@@ -12,7 +12,6 @@ import hashlib
 import os
 import resource
 import select
-import shutil
 import signal
 import stat
 import subprocess
@@ -30,11 +29,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from cgroups import NO_LIMITS
+from job import _BUFFERS, RunningJob, _rest_ms
+from limits import NO_LIMITS
 from spawner import read_exit
-from testkit import children_of, descriptors_of, job_files, job_processes
+from testkit import LIBRARY, children_of, descriptors_of, job_files, job_processes
 from worker import (
-    _BUFFERS,
     MAX_ARGV_BYTES,
     CgroupError,
     CommandError,
@@ -56,8 +55,6 @@ from worker import (
     Worker,
     WorkerClosedError,
     WorkerError,
-    _Job,
-    _rest_ms,
 )
 
 if TYPE_CHECKING:
@@ -168,10 +165,10 @@ def _first_line(worker: Worker, job_id: str) -> bytes:
     return output.partition(b"\n")[0]
 
 
-def _running(worker: Worker, job_id: str) -> _Job:
+def _running(worker: Worker, job_id: str) -> RunningJob:
     """The inside of a job that has not ended."""
     job = worker._job(job_id)
-    assert isinstance(job, _Job)
+    assert isinstance(job, RunningJob)
     return job
 
 
@@ -661,7 +658,7 @@ def test_tiny_writes_are_taken_together_and_the_first_at_once(
 
     The pause is endless here, so only the end of the job can have ended it.
     """
-    monkeypatch.setattr("worker._rest_ms", lambda *_: _ENDLESS_MS)
+    monkeypatch.setattr("job._rest_ms", lambda *_: _ENDLESS_MS)
     script = 'echo first; read x <"$1"; for x in $(seq 1000); do echo $x; done; exit 7'
     job_id = _sh(worker, script, gate)
     with worker.stream(job_id) as chunks:
@@ -675,7 +672,7 @@ def test_line_after_a_silence_is_taken_at_once(
     worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pause is over with its time, whether there was anything to take or not."""
-    monkeypatch.setattr("worker._rest_ms", lambda *_: 1)
+    monkeypatch.setattr("job._rest_ms", lambda *_: 1)
     job_id = _sh(worker, 'exec 3<"$1"; while read x <&3; do echo "$x"; done; exit 7', gate)
     with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         for number in range(100):
@@ -1525,12 +1522,11 @@ with Worker(enforcement=sys.argv[1]) as worker:
 """
 
 
-def test_library_is_a_few_files_and_the_standard_library(
+def test_library_is_its_files_and_the_standard_library(
     enforcement: Enforcement, tmp_path: Path
 ) -> None:
     """Copied into an empty folder, with nothing installed, it runs a job."""
-    for name in ("broadcaster", "cgroups", "forkserver", "privileges", "spawner", "worker"):
-        shutil.copy(_HERE / f"{name}.py", tmp_path)
+    subprocess.run(["make", "-s", "library", f"DEST={tmp_path}"], cwd=_HERE, check=True)
     (tmp_path / "program.py").write_text(_COPY)
     output = subprocess.check_output(
         [sys.executable, "-E", "-s", "-S", "program.py", enforcement],
@@ -1538,5 +1534,4 @@ def test_library_is_a_few_files_and_the_standard_library(
         timeout=_GUARD_S,
         text=True,
     )
-    modules = ["broadcaster", "cgroups", "forkserver", "privileges", "spawner", "worker"]
-    assert output == f"hello\n0 {modules}\n"
+    assert output == f"hello\n0 {sorted(LIBRARY)}\n"

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from worker import Worker
 
 _HERE = Path(__file__).resolve().parent
+LIBRARY = next(
+    line.split()[2:]
+    for line in (_HERE / "Makefile").read_text().splitlines()
+    if line.startswith("library = ")
+)
+"""The modules that are the library, without their suffix."""
 GUARD_S = 60  # only a hang takes this long
 
 
