@@ -52,21 +52,24 @@ class AuthServiceServicer:
     def Login(self, request, context):
         """Checks a password and issues a token. The only call that needs no token.
 
-        The token is bound to the client certificate of this connection (RFC 8705,
-        `cnf`) and is refused with any other.
+        The token is bound to the client certificate of this connection (RFC 8705, `cnf`).
+        The server refuses it on a connection with any other certificate.
 
-        Errors: UNAUTHENTICATED, the same for an unknown user and a wrong password;
-        RESOURCE_EXHAUSTED when too many logins are under way, or have failed lately for
-        this user from here or from here at all. Its trailing metadata `retry-after` says
-        in how many seconds to try again.
+        Errors: UNAUTHENTICATED (unknown user or wrong password; the words are the same),
+        RESOURCE_EXHAUSTED (too many logins are under way, or too many logins from this
+        address and certificate have failed lately; the trailing metadata `retry-after`
+        says how many seconds to wait).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Logout(self, request, context):
-        """Makes the token of this call worthless, for good; streams that were opened with it
-        end with UNAUTHENTICATED.
+        """Revokes the token of this call for good. Open streams of this token end with
+        UNAUTHENTICATED.
+
+        Errors: UNAVAILABLE (the server could not write the revocation to its disk; the
+        token is still valid).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

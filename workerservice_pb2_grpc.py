@@ -70,32 +70,33 @@ class WorkerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def StartJob(self, request, context):
-        """Executes a command as a new job, in its own cgroup and under its limits, and
-        answers as soon as the command is executing.
+        """Executes a command as a new job, in a cgroup of its own and under its limits.
+        Answers as soon as the command is executing.
 
-        Errors: INVALID_ARGUMENT (the command is empty, not found, not executable, or
-        too large; names the command), FAILED_PRECONDITION (the job could not be
-        confined, so it was not started), RESOURCE_EXHAUSTED (the host has run out of
-        something), DEADLINE_EXCEEDED (the command was not executing after 10 s, and was
-        killed), UNAVAILABLE (the server can start no jobs until it is restarted).
+        Errors: INVALID_ARGUMENT (the command is empty, not found, not executable or too
+        long, or a limit is above the ceiling), FAILED_PRECONDITION (the limits could not
+        be enforced, so the command was not executed), RESOURCE_EXHAUSTED (a ceiling is
+        reached, or the host has run out of something), DEADLINE_EXCEEDED (the command was
+        not executing after 10 s, so the server killed it), UNAVAILABLE (the server can
+        start no jobs until it is restarted).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopJob(self, request, context):
-        """Kills every process of a job (SIGKILL) and answers when they are gone. A job
-        that has already ended is left as it is; so stopping is idempotent.
+        """Kills every process of a job (SIGKILL) and answers when they are gone. To stop a
+        job that has ended changes nothing and is no error.
 
-        Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, DEADLINE_EXCEEDED (the
-        kernel has not let go of a process within 10 s; the job is still RUNNING).
+        Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, DEADLINE_EXCEEDED (a killed
+        process was still there after 10 s; the job is still RUNNING).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJobStatus(self, request, context):
-        """Tells how a job is doing.
+        """Returns a job's status, limits and usage.
 
         Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND.
         """
@@ -104,29 +105,30 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamOutput(self, request, context):
-        """Sends a job's output from its first byte (or `offset`) on, as it is written,
-        and ends when the job has ended and all of it was sent. Any number of callers
-        may do so, at any time, each at its own pace.
+        """Sends a job's output from its first byte, or from `offset`, as the job writes it.
+        Ends when the job has ended and all of its output was sent. Several callers may
+        read the same job at once, each at its own speed, and may begin at any time.
 
         Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, OUT_OF_RANGE (the job has
-        ended with less output than `offset`), RESOURCE_EXHAUSTED (as many streams are
-        open as the server allows), DATA_LOSS (at the end: the server could not store
-        all of the output).
+        ended with less output than `offset`), RESOURCE_EXHAUSTED (the ceiling of open
+        streams is reached), DATA_LOSS (at the end of the stream: the server did not keep
+        all of the output; `Job.output_lost_bytes` says how much is missing).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """Lists jobs in the order they were started: an admin sees all, a user their own.
+        """Lists jobs in the order in which they were started: for an admin all jobs, for a
+        user their own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RemoveJob(self, request, context):
-        """Forgets a finished job and deletes its output. Streams that are open still get all
-        of it.
+        """Forgets a finished job and deletes its output. A stream that is open meanwhile still
+        receives all of the output.
 
         Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, FAILED_PRECONDITION (the job is
         running; stop it first).
