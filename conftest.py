@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from testkit import ServerProgram, joined, make_cgroup, own_cgroup
+from testkit import Clock, ServerProgram, joined, make_cgroup, own_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,6 +82,12 @@ def _make_certificates(directory: Path) -> Path:
         command = [str(_HERE / "certs" / "generate.sh"), "--dir", str(directory), *name]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return directory
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that stands still until the test changes it."""
+    return Clock()
 
 
 @pytest.fixture(scope="session")

@@ -45,12 +45,12 @@ from auth import (
     load_key,
     may_call,
 )
+from testkit import GUARD_S
 from users import User
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_GUARD_S = 60  # only a hang takes this long
 _LIFETIME_S = 30 * 24 * 3600
 _KEY = bytes(range(32))
 _CERTIFICATE = b"a certificate, DER"
@@ -174,7 +174,7 @@ class _Hashing:
 
     def _blocked(self, password: bytes, **options: Any) -> bytes:
         self.begun.release()
-        assert self.go_on.wait(_GUARD_S)
+        assert self.go_on.wait(GUARD_S)
         return self._scrypt(password, **options)
 
 
@@ -189,11 +189,11 @@ def test_two_hashes_are_made_at_once(
             for number in range(3)
         ]
         for _ in range(2):
-            assert hashing.begun.acquire(timeout=_GUARD_S)
+            assert hashing.begun.acquire(timeout=GUARD_S)
         assert authenticator._hashes.acquire(blocking=False) is False
         assert hashing.begun.acquire(blocking=False) is False
         hashing.go_on.set()
-        assert all(login.result(_GUARD_S) for login in logins)
+        assert all(login.result(GUARD_S) for login in logins)
 
 
 def test_login_that_waits_is_given_up_when_the_authenticator_is_closed(
@@ -210,7 +210,7 @@ def test_login_that_waits_is_given_up_when_the_authenticator_is_closed(
         authenticator.close()
         authenticator._hashes.release()
         with pytest.raises(LoginsClosedError, match="shutting down"):
-            waiting.result(_GUARD_S)
+            waiting.result(GUARD_S)
     assert hashing.begun.acquire(blocking=False) is False
     assert authenticator.authenticate(token, _CERTIFICATE)
 
@@ -692,10 +692,10 @@ def test_token_of_a_login_that_was_overtaken_by_a_change_is_not_valid(
     hashing = _Hashing(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         login = pool.submit(_login, authenticator)
-        assert hashing.begun.acquire(timeout=_GUARD_S)
+        assert hashing.begun.acquire(timeout=GUARD_S)
         authenticator.set_users([_ALICE_WITH_A_NEW_PASSWORD])
         hashing.go_on.set()
-        _assert_refused(authenticator, login.result(_GUARD_S))
+        _assert_refused(authenticator, login.result(GUARD_S))
 
 
 def test_token_survives_a_new_authenticator_of_the_same_key_only(
@@ -836,11 +836,11 @@ def test_no_end_falls_between_asking_and_watching(authenticator: Authenticator) 
     barrier = threading.Barrier(8)
 
     def watch(identity: Identity) -> list[_Watcher]:
-        barrier.wait(_GUARD_S)
+        barrier.wait(GUARD_S)
         return [_Watcher(authenticator, identity) for _ in range(50)]
 
     def logout(identity: Identity) -> list[_Watcher]:
-        barrier.wait(_GUARD_S)
+        barrier.wait(GUARD_S)
         authenticator.logout(identity)
         return []
 
@@ -849,7 +849,7 @@ def test_no_end_falls_between_asking_and_watching(authenticator: Authenticator) 
             identity = replace(_identity(_ALICE), token_id=str(uuid.uuid4()))
             actions = [*([watch] * 7), logout]
             results = [pool.submit(action, identity) for action in actions]
-            watchers = [each for result in results for each in result.result(_GUARD_S)]
+            watchers = [each for result in results for each in result.result(GUARD_S)]
             assert [watcher.calls for watcher in watchers] == [1] * 350
     assert authenticator._watchers == {}
 
@@ -957,7 +957,7 @@ def test_all_who_make_the_key_at_once_get_the_same(tmp_path: Path) -> None:
     barrier = threading.Barrier(8)
 
     def load(_: int) -> bytes:
-        barrier.wait(_GUARD_S)
+        barrier.wait(GUARD_S)
         return load_key(tmp_path / "token.key")
 
     with ThreadPoolExecutor(8) as pool:
@@ -1015,4 +1015,4 @@ for beginning in {_BEGINNINGS!r}:
     token, _ = authenticator.login("user", "user", b"", "peer")
     assert authenticator.authenticate(token, b"").name == "user"
 """
-    subprocess.run([sys.executable, "-c", source], check=True, timeout=_GUARD_S)
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=GUARD_S)

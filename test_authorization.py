@@ -35,7 +35,7 @@ from google.protobuf.message_factory import GetMessageClass
 import authservice_pb2 as auth_pb
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError
-from testkit import GUARD_S, ServerProgram
+from testkit import GUARD_S, HTTP2_PREFACE, ServerProgram, http2_frame
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:
@@ -515,14 +515,8 @@ def test_ceiling_of_streams_is_looked_at_after_the_owner(
 
 # --- the same, on the wire --------------------------------------------------------------
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _GOAWAY = 0, 1, 3, 4, 7
 _END_STREAM, _END_HEADERS = 1, 4
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    head = len(payload).to_bytes(3, "big") + bytes([kind, flags])
-    return head + stream.to_bytes(4, "big") + payload
 
 
 def _hpack(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
@@ -573,10 +567,10 @@ def _wire(
         contextlib.suppress(ConnectionError),
     ):
         sock.sendall(
-            _PREFACE
-            + _frame(_SETTINGS, 0, 0)
-            + _frame(_HEADERS, _END_HEADERS, 1, block)
-            + _frame(_DATA, _END_STREAM, 1, message)
+            HTTP2_PREFACE
+            + http2_frame(_SETTINGS, 0, 0)
+            + http2_frame(_HEADERS, _END_HEADERS, 1, block)
+            + http2_frame(_DATA, _END_STREAM, 1, message)
         )
         while True:
             head = _read(sock, 9)

@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 
 import broadcaster
 from broadcaster import Budget, OffsetError, OutputIncompleteError, OutputLog, Subscription
+from testkit import GUARD_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_GUARD_S = 60  # only a hang takes this long
 _ALL_BYTES = bytes(range(256))
 
 
@@ -50,7 +50,7 @@ class _Watched(threading.Condition):
     def await_waiters(self, count: int) -> None:
         """Block until threads have begun to wait `count` times since last asked."""
         for _ in range(count):
-            assert self.waiting.acquire(timeout=_GUARD_S)
+            assert self.waiting.acquire(timeout=GUARD_S)
         with self:  # the last of them holds the lock until it really waits
             pass
 
@@ -233,8 +233,8 @@ def test_writer_and_many_concurrent_subscribers_agree_byte_for_byte(
     log.append(data[position:])
     log.complete()
     expected = [hashlib.sha256(data[offset:]).digest() for offset in offsets]
-    assert [future.result(_GUARD_S) for future in early] == expected
-    assert [future.result(_GUARD_S) for future in late] == expected
+    assert [future.result(GUARD_S) for future in early] == expected
+    assert [future.result(GUARD_S) for future in late] == expected
 
 
 # --- offsets --------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_offset_ahead_of_growing_output_waits_for_it(
         watched.await_waiters(1)
         assert not chunk.done()
         log.append(b"fg")
-        assert chunk.result(_GUARD_S) == b"fg"
+        assert chunk.result(GUARD_S) == b"fg"
 
 
 def test_output_that_ends_before_the_offset_is_an_error(
@@ -300,7 +300,7 @@ def test_output_that_ends_before_the_offset_is_an_error(
         watched.await_waiters(1)
         log.complete()
         with pytest.raises(OffsetError):
-            chunk.result(_GUARD_S)
+            chunk.result(GUARD_S)
         assert list(log.subscribers) == []
 
 
@@ -318,7 +318,7 @@ def test_subscriber_that_never_reads_blocks_nobody(
         for _ in range(64):
             log.append(bytes(64 * 1024))
         log.complete()
-        assert len(reader.result(_GUARD_S)) == 1 + 64 * 64 * 1024
+        assert len(reader.result(GUARD_S)) == 1 + 64 * 64 * 1024
         assert sum(map(len, stalled)) == 64 * 64 * 1024  # and may still catch up
 
 
@@ -330,11 +330,11 @@ def test_close_wakes_a_waiting_subscriber(
     chunks, others = pool.submit(list, closed), pool.submit(list, other)
     watched.await_waiters(2)
     closed.close()
-    assert chunks.result(_GUARD_S) == []
+    assert chunks.result(GUARD_S) == []
     assert list(log.subscribers) == ["other"]
     log.append(b"more")
     log.complete()
-    assert others.result(_GUARD_S) == [b"more"]
+    assert others.result(GUARD_S) == [b"more"]
 
 
 def test_complete_ends_all_waiting_subscribers(
@@ -344,7 +344,7 @@ def test_complete_ends_all_waiting_subscribers(
     waiting = [pool.submit(_read, log) for _ in range(20)]
     watched.await_waiters(20)
     log.complete()
-    assert [future.result(_GUARD_S) for future in waiting] == [b""] * 20
+    assert [future.result(GUARD_S) for future in waiting] == [b""] * 20
 
 
 def test_waiting_subscribers_use_no_cpu(
@@ -371,7 +371,7 @@ def test_waiting_subscribers_use_no_cpu(
     # Several rounds, as at first some may be on their way from the lock into the wait.
     assert any(nobody_ran() for _ in range(10))
     log.complete()
-    assert [future.result(_GUARD_S) for future in followers] == [b""] * 100
+    assert [future.result(GUARD_S) for future in followers] == [b""] * 100
 
 
 # --- a writer in a hurry --------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_subscriber_rests_until_there_is_no_hurry(
     elif waker == "close":
         subscription.close()
     log.complete()
-    assert b"".join(rest.result(_GUARD_S)) == (b"" if waker == "close" else b"two three")
+    assert b"".join(rest.result(GUARD_S)) == (b"" if waker == "close" else b"two three")
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -429,10 +429,10 @@ def test_subscribers_share_what_they_get_in_a_hurry(
     rests = [pool.submit(list, each) for each in subscriptions]
     calm.await_waiters(count)
     log.complete()
-    assert [rest.result(_GUARD_S) for rest in rests] == [[]] * count
+    assert [rest.result(GUARD_S) for rest in rests] == [[]] * count
     for timeout_s in calm.timeouts_s:
         assert timeout_s is not None
-        assert 100 * count - _GUARD_S < timeout_s <= 100 * count
+        assert 100 * count - GUARD_S < timeout_s <= 100 * count
 
 
 def test_hurry_without_end_keeps_nothing_from_anybody(log: OutputLog) -> None:
@@ -480,7 +480,7 @@ def test_close_during_a_read_leaves_the_descriptor_open(
 
     def slow_pread(fd: int, count: int, offset: int) -> bytes:
         entered.set()
-        assert go_on.wait(_GUARD_S)
+        assert go_on.wait(GUARD_S)
         seen.append(fd)
         return real(fd, count, offset)
 
@@ -488,10 +488,10 @@ def test_close_during_a_read_leaves_the_descriptor_open(
     before = len(_descriptors())
     subscription = log.subscribe()
     chunk = pool.submit(next, subscription)
-    assert entered.wait(_GUARD_S)
+    assert entered.wait(GUARD_S)
     subscription.close()
     go_on.set()
-    assert chunk.result(_GUARD_S) == b"abc"
+    assert chunk.result(GUARD_S) == b"abc"
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         os.fstat(seen[0])
     assert len(_descriptors()) == before
@@ -522,10 +522,10 @@ def test_closing_while_reading_never_reads_another_file(
             clean = [pool.submit(read, subscription) for subscription in subscriptions]
             for subscription in subscriptions:
                 subscription.close()
-            assert all(future.result(_GUARD_S) for future in clean)
+            assert all(future.result(GUARD_S) for future in clean)
     finally:
         done.set()
-    churn.result(_GUARD_S)
+    churn.result(GUARD_S)
 
 
 def test_descriptors_are_closed_with_the_last_subscriber(path: Path) -> None:
@@ -632,7 +632,7 @@ def test_full_disk_is_told_where_the_stored_part_ends(
     assert log.size == 60
     log.complete()
     with pytest.raises(OutputIncompleteError, match="not kept") as caught:
-        follower.result(_GUARD_S)
+        follower.result(GUARD_S)
     assert str(caught.value) == "25 bytes of output were not kept: File too large"
     assert (caught.value.errno, caught.value.lost_bytes) == (errno.EFBIG, 25)
     assert log.lost_bytes == 25
@@ -711,7 +711,7 @@ def test_log_works_where_the_path_may_no_longer_be_walked(tmp_path: Path) -> Non
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
-            timeout=_GUARD_S,
+            timeout=GUARD_S,
             check=False,
         )
     finally:
@@ -727,11 +727,11 @@ def _together(pool: ThreadPoolExecutor, *calls: Callable[[], object]) -> None:
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], object]) -> None:
-        barrier.wait(_GUARD_S)
+        barrier.wait(GUARD_S)
         call()
 
     for future in [pool.submit(run, call) for call in calls]:
-        future.result(_GUARD_S)
+        future.result(GUARD_S)
 
 
 def test_budget_gives_what_it_has_and_no_more() -> None:
@@ -910,7 +910,7 @@ def test_output_past_the_budget_is_counted_and_told_and_not_kept(
     assert (log.size, log.lost_bytes) == (10, lost)
     log.complete()
     error = f"{lost} bytes of output were not kept: this job's ceiling of 10 bytes is reached"
-    assert live.result(_GUARD_S) == (kept, error)
+    assert live.result(GUARD_S) == (kept, error)
     assert _follow(log) == (kept, error)
     assert _follow(log, 4) == (kept[4:], error)
     assert _follow(log, 10) == (b"", error)
@@ -936,7 +936,7 @@ def test_subscriber_of_a_growing_log_is_told_at_the_end_only(
     watched.await_waiters(1)
     assert not live.done()
     log.complete()
-    assert live.result(_GUARD_S) == (b"a", "2 bytes of output were not kept: one is reached")
+    assert live.result(GUARD_S) == (b"a", "2 bytes of output were not kept: one is reached")
     log.remove()
 
 
@@ -1063,18 +1063,18 @@ def test_budget_does_not_come_back_under_a_read(
 
     def slow_pread(fd: int, count: int, offset: int) -> bytes:
         entered.set()
-        assert go_on.wait(_GUARD_S)
+        assert go_on.wait(GUARD_S)
         return real(fd, count, offset)
 
     monkeypatch.setattr(os, "pread", slow_pread)
     subscription = log.subscribe()
     chunk = pool.submit(next, subscription)
-    assert entered.wait(_GUARD_S)
+    assert entered.wait(GUARD_S)
     log.remove()
     subscription.close()
     assert budget.used == 3
     go_on.set()
-    assert chunk.result(_GUARD_S) == b"abc"
+    assert chunk.result(GUARD_S) == b"abc"
     assert budget.used == 0
 
 

@@ -21,21 +21,13 @@ from callpool import (
     CallPool,
     waiting,
 )
-from testkit import GUARD_S
+from testkit import GUARD_S, Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
 _BURST_S = 0.1
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class _Busy(Acceptor):
@@ -94,7 +86,7 @@ def test_pool_has_as_many_calls_as_threads_and_has_room_again_when_they_are_over
 
 def test_burst_is_served_and_a_queue_that_stands_is_not_made_longer() -> None:
     """Many may wait for a moment; once some have waited all the time, only so many."""
-    clock = _Clock()
+    clock = Clock()
     with (
         CallPool("calls", threads=100, turns=2, places=5, clock=clock) as pool,
         _held(pool) as held,
@@ -108,7 +100,7 @@ def test_burst_is_served_and_a_queue_that_stands_is_not_made_longer() -> None:
 
 def test_few_that_wait_for_long_are_no_reason_to_refuse() -> None:
     """Below the places nobody is refused, however long the queue stands."""
-    clock = _Clock()
+    clock = Clock()
     with (
         CallPool("calls", threads=100, turns=2, places=5, clock=clock) as pool,
         _held(pool) as held,
@@ -120,7 +112,7 @@ def test_few_that_wait_for_long_are_no_reason_to_refuse() -> None:
 
 def test_pool_that_nobody_waits_for_is_ready_for_the_next_burst() -> None:
     """What counts is a queue without a break, not one that was there once."""
-    clock = _Clock()
+    clock = Clock()
     with CallPool("calls", threads=100, turns=2, places=5, clock=clock) as pool:
         with _held(pool) as held:
             held.begin(20)
@@ -132,7 +124,7 @@ def test_pool_that_nobody_waits_for_is_ready_for_the_next_burst() -> None:
 
 def test_overload_that_lasts_is_not_met_with_the_patience_of_a_burst() -> None:
     """Who has been refused a moment ago sees no queue grow again, and only a shorter one."""
-    clock = _Clock()
+    clock = Clock()
     with CallPool("calls", threads=100, turns=1, places=8, few_places=3, clock=clock) as pool:
         with _held(pool) as held:
             held.begin(7)
@@ -171,7 +163,7 @@ def test_calls_that_grpc_has_not_even_looked_at_are_a_queue_too(
 
 def test_acceptor_that_is_behind_must_catch_up_when_there_is_overload() -> None:
     """Once calls are refused, milliseconds without a break are too many."""
-    clock, acceptor = _Clock(), _Busy(_BEHIND_S)
+    clock, acceptor = Clock(), _Busy(_BEHIND_S)
     with (
         CallPool("calls", threads=100, turns=1, acceptor=acceptor, clock=clock) as pool,
         _held(pool) as held,
@@ -189,7 +181,7 @@ def test_acceptor_that_is_behind_must_catch_up_when_there_is_overload() -> None:
 
 def test_some_are_served_however_far_the_acceptor_is_behind() -> None:
     """One every few milliseconds, if no other is: else those who ask again at once stop all."""
-    clock = _Clock()
+    clock = Clock()
     with CallPool("calls", threads=100, turns=1, acceptor=_Busy(1000), clock=clock) as pool:
         for _ in range(3):
             assert pool.why_full() is None
@@ -203,7 +195,7 @@ def test_some_are_served_however_far_the_acceptor_is_behind() -> None:
 
 def test_call_whose_turn_comes_late_in_an_overload_is_refused_after_all() -> None:
     """Whoever was let wait as one of a burst, which it was not; not who came a moment ago."""
-    clock = _Clock()
+    clock = Clock()
     with CallPool("calls", threads=100, turns=1, places=2, stale_s=0.01, clock=clock) as pool:
 
         def answers(count: int) -> list[Future[Any]]:
@@ -250,7 +242,7 @@ def test_no_more_calls_compute_at_a_time_than_have_their_turn() -> None:
 
 def test_call_that_waits_for_its_request_keeps_nobody_from_their_turn() -> None:
     """A client that sends nothing has no turn and no place, only its thread."""
-    clock = _Clock()
+    clock = Clock()
     arrived = threading.Event()
 
     def requests() -> Iterator[bytes]:
@@ -357,7 +349,7 @@ def test_call_that_waits_for_something_else_keeps_nobody_from_their_turn() -> No
         over.set()
         running.remove("quick")
 
-    clock = _Clock()
+    clock = Clock()
     with CallPool("calls", threads=20, turns=1, places=2, clock=clock) as pool:
         call = pool.submit(_in_turn(pool, slow), b"", None)
         assert begun.wait(GUARD_S)
@@ -413,7 +405,7 @@ def test_only_many_calls_without_a_break_are_too_many(
     calls: int, others: int, seconds: float, behind_s: float
 ) -> None:
     """However long gRPC's thread has been busy with what belongs to streams."""
-    clock = _Clock()
+    clock = Clock()
     acceptor = Acceptor(clock)
     for is_call in [False] * others + [True] * calls:
         acceptor.takes(is_call=is_call)
@@ -425,7 +417,7 @@ def test_only_many_calls_without_a_break_are_too_many(
 
 def test_calls_of_long_ago_do_not_count() -> None:
     """A thread that streams keep busy for minutes takes thousands of calls meanwhile."""
-    clock = _Clock()
+    clock = Clock()
     acceptor = Acceptor(clock)
     for _ in range(1000):
         acceptor.takes(is_call=True)
@@ -438,7 +430,7 @@ def test_calls_of_long_ago_do_not_count() -> None:
 def test_acceptor_looks_at_grpcs_own_thread() -> None:
     """It has a call as long as an interceptor keeps it, and a break when there is nothing to do."""
     entered, go_on, idle = threading.Event(), threading.Event(), threading.Event()
-    clock = _Clock()
+    clock = Clock()
 
     class Watched(Acceptor):
         calls = 0

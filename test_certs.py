@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from testkit import GUARD_S, NOBODY
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SCRIPT = Path(__file__).with_name("certs") / "generate.sh"
-_GUARD_S = 60  # only a hang takes this long
 _DAY_S = 86400
 _PAIRS = ("server-ca", "server", "client-ca", "client")
 _DEFAULT_NAMES = {"DNS:localhost", "IP Address:127.0.0.1", "IP Address:0:0:0:0:0:0:0:1"}
-_NOBODY = 65534
 
 
 def _files(*pairs: str) -> list[str]:
@@ -34,7 +34,7 @@ def _files(*pairs: str) -> list[str]:
 
 def _run(*argv: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
-        argv, check=False, capture_output=True, text=True, timeout=_GUARD_S, **options
+        argv, check=False, capture_output=True, text=True, timeout=GUARD_S, **options
     )
 
 
@@ -300,10 +300,10 @@ def test_key_that_may_not_be_read_is_not_replaced(pristine: Path) -> None:
         (directory / "server-ca-key.pem").chmod(0)
         if root:
             for path in (parent, directory):
-                os.chown(path, _NOBODY, _NOBODY)
+                os.chown(path, NOBODY, NOBODY)
         before = _snapshot(directory)
         argv = (script, "--dir", directory)
-        run = _run(*argv, user=_NOBODY, group=_NOBODY, extra_groups=[]) if root else _run(*argv)
+        run = _run(*argv, user=NOBODY, group=NOBODY, extra_groups=[]) if root else _run(*argv)
         assert _refused(run, 1).endswith("server-ca-key.pem is not readable")
         assert _snapshot(directory) == before
 
@@ -525,7 +525,7 @@ def _handshake(directory: Path, host: str, client: str = "client") -> str:
     """Connect over mutual TLS 1.3; the client's name as the server has verified it."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
-        end.settimeout(_GUARD_S)
+        end.settimeout(GUARD_S)
     server = _context(directory, ssl.PROTOCOL_TLS_SERVER, "server", "client-ca")
 
     def serve() -> str:
@@ -542,7 +542,7 @@ def _handshake(directory: Path, host: str, client: str = "client") -> str:
                 assert connection.version() == "TLSv1.3"
                 assert connection.recv(16) == b"welcome"
         finally:
-            served.exception(timeout=_GUARD_S)
+            served.exception(timeout=GUARD_S)
     return served.result()
 
 

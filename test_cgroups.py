@@ -25,13 +25,12 @@ import pytest
 import cgroups
 from cgroups import Cgroup, CgroupError, Subtree
 from limits import NO_LIMITS, Limits
-from testkit import GUARD_S, joined, own_cgroup
+from testkit import GUARD_S, NOBODY, joined, own_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _HERE = Path(__file__).parent
-_NOBODY = 65534
 _CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
 _CONTROLLERS = ["cpu", "io", "memory", "pids"]
 _MIB = 1024 * 1024
@@ -94,8 +93,8 @@ def _in(path: Path, function: Callable[[], str], *, as_nobody: bool = False) -> 
             (path / "cgroup.procs").write_text("0")
             if as_nobody:
                 os.setgroups([])
-                os.setgid(_NOBODY)
-                os.setuid(_NOBODY)
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
             answer = function()
         except BaseException:  # noqa: BLE001 -- nothing may get back into pytest
             answer = traceback.format_exc()
@@ -577,7 +576,7 @@ def test_ordinary_user_without_delegation_is_told_the_remedy(base: Path) -> None
 def test_ordinary_user_with_delegation_has_every_limit(base: Path) -> None:
     """In a cgroup handed to them an ordinary user can enforce every limit."""
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
-        os.chown(path, _NOBODY, _NOBODY)
+        os.chown(path, NOBODY, NOBODY)
     limits, place, afterwards = json.loads(_in(base, _open_and_describe, as_nobody=True))
     assert limits == str(Limits())
     assert place.startswith(f"{base.name}/job-worker-")

@@ -33,7 +33,7 @@ import commands
 import texts
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
-from testkit import GUARD_S, clean_environment
+from testkit import ABSENT, GUARD_S, clean_environment
 from texts import HELP
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     Pretend = Callable[..., str]
 
 _HERE = Path(__file__).resolve().parent
-_ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
 _SUBCOMMANDS = ["list", "login", "logout", "remove", "start", "status", "stop", "stream"]
 _SILENT = ("sh", "-c", "echo ready; exec sleep infinity")
 
@@ -596,11 +595,11 @@ def test_start_asks_for_the_limits_given_and_no_others(  # noqa: PLR0913
 
     def call(_: Client, __: object, request: Any, **___: object) -> worker_pb.StartJobResponse:
         sent.append(request)
-        return worker_pb.StartJobResponse(job_id=_ABSENT)
+        return worker_pb.StartJobResponse(job_id=ABSENT)
 
     monkeypatch.setattr(Client, "_call", call)
     assert main(["start", "--certs", str(certs), "-t", tokens["user"], *options, *words]) == 0
-    assert capsys.readouterr().out == f"{_ABSENT}\n"
+    assert capsys.readouterr().out == f"{ABSENT}\n"
     (request,) = sent
     assert [request.command, *request.args] == ["echo", "--pids", "7"]
     assert {field.name: value for field, value in request.limits.ListFields()} == limits
@@ -1048,7 +1047,7 @@ def test_stream_that_ends_with_data_loss_writes_all_there_is_first(
         context.abort(grpc.StatusCode.DATA_LOSS, "52 bytes of output were not kept")
 
     address = pretend(StreamOutput=stream)
-    assert cli.run("stream", "-j", _ABSENT, "--server", address) == (
+    assert cli.run("stream", "-j", ABSENT, "--server", address) == (
         1,
         kept,
         "client: 52 bytes of output were not kept\n",
@@ -1259,7 +1258,7 @@ def test_refused_client_certificate_is_told(cli: _Program, foreign_certs: Path) 
 
 def test_not_logged_in_is_told(stranger: _Program, program: ServerProgram) -> None:
     """With the command that logs in."""
-    for arguments in (["list"], ["start", "true"], ["stop", "-j", _ABSENT]):
+    for arguments in (["list"], ["start", "true"], ["stop", "-j", ABSENT]):
         assert stranger.fail(*arguments) == (
             f"client: not logged in to {program.address}; run: client login -u USER\n"
         )
@@ -1312,7 +1311,7 @@ def test_client_raises_its_own_error_for_what_is_not_a_token(connect: Connect) -
     """Before it calls."""
     for token in ("x" * 8_000, "a\nb", "tökén"):
         client = connect("", token=token)
-        for call in (client.list, client.logout, lambda c=client: next(c.stream(_ABSENT))):
+        for call in (client.list, client.logout, lambda c=client: next(c.stream(ABSENT))):
             with pytest.raises(ClientError, match="the token is not one") as caught:
                 call()
             assert caught.value.code == ""
@@ -1357,7 +1356,7 @@ def test_when_to_try_again_is_in_the_servers_words(stranger: _Program, pretend: 
 @pytest.mark.parametrize("subcommand", ["remove", "status", "stop", "stream"])
 def test_unknown_job_is_told(cli: _Program, subcommand: str) -> None:
     """An ID that no job has, and a text that is no ID."""
-    assert cli.fail(subcommand, "-j", _ABSENT) == "client: no such job\n"
+    assert cli.fail(subcommand, "-j", ABSENT) == "client: no such job\n"
     assert cli.fail(subcommand, "-j", "x").startswith("client: not a job ID: 'x'; it looks like")
 
 
@@ -1584,7 +1583,7 @@ def test_client_error_tells_the_code(connect: Connect) -> None:
     """By the name of the gRPC status; without a call it is empty."""
     client = connect()
     calls: dict[str, Callable[[], object]] = {
-        "NOT_FOUND": lambda: client.status(_ABSENT),
+        "NOT_FOUND": lambda: client.status(ABSENT),
         "INVALID_ARGUMENT": lambda: client.stop("x"),
         "UNAUTHENTICATED": lambda: connect("").list(),
         "UNAVAILABLE": lambda: connect("user", "no..such..host:1").list(),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from testkit import GUARD_S, clean_environment, own_cgroup
+from testkit import GUARD_S, NOBODY, clean_environment, own_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kernel
 
 _HERE = Path(__file__).parent
-_NOBODY = 65534
 _ITEMS = ["cgroup v2", "kill", "cpu", "memory", "io", "pids"]
 _IN = ("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"')
 # The right to read lets it run a Python that is, say, in root's home; in a cgroup
 # the right to write is what counts.
 _AS_NOBODY = (
-    *("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"),
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 )
 _READ_ONLY = (
@@ -90,7 +89,7 @@ def _state(top: Path, *, but: Path) -> dict[Path, tuple[str, ...]]:
 def delegated(base: Path) -> Path:
     """A cgroup that belongs to an ordinary user."""
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
-        os.chown(path, _NOBODY, _NOBODY)
+        os.chown(path, NOBODY, NOBODY)
     return base
 
 

@@ -31,7 +31,7 @@ import workerservice_pb2 as worker_pb
 from cgroups import _wait_event
 from client import Client, ClientError
 from privileges import can_change_user, can_kill_any
-from testkit import GUARD_S, children_of, clean_environment
+from testkit import GUARD_S, NOBODY, children_of, clean_environment
 from users import make_user
 from worker import Worker
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HERE = Path(__file__).resolve().parent
-_NOBODY = 65534
 _SERVER_UID, _FIRST_UID = 70_000, 70_001
 _PASSWORDS = {"alice": "alice's password", "bob": "bob's password", "root": "an admin's password"}
 _FOREVER = "exec sleep infinity"
@@ -927,7 +926,7 @@ def _as_nobody(*capabilities: str) -> tuple[str, ...]:
     """
     caps = ",".join(f"+{name}" for name in ("dac_read_search", *capabilities))
     return (
-        *("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"),
+        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
         *(f"--inh-caps={caps}", f"--ambient-caps={caps}"),
     )
 
@@ -937,7 +936,7 @@ def state_of_nobody(public: Path) -> Path:
     """A state directory of an ordinary user's."""
     path = public / "state"
     path.mkdir(0o700)
-    os.chown(path, _NOBODY, _NOBODY)
+    os.chown(path, NOBODY, NOBODY)
     return path
 
 
@@ -950,7 +949,7 @@ def test_ordinary_user_is_warned_that_jobs_share_the_uid(
     with _server(public / "log", *options, before=_as_nobody(*capabilities)) as program:
         with _login(program.address, certs, "user", "user") as user:
             assert _run(user, "id -u; grep NoNewPrivs /proc/self/status; umask").split() == [
-                *(str(_NOBODY), "NoNewPrivs:", "1", "0077")
+                *(str(NOBODY), "NoNewPrivs:", "1", "0077")
             ]
         assert program.end() == 0
         (warning,) = [line for line in program.log.read_text().splitlines() if "uid 65534" in line]
@@ -994,7 +993,7 @@ def test_isolation_with_capabilities_instead_of_root(
         pid = program.process.pid
         for task in os.listdir(f"/proc/{pid}/task"):
             status = _status(f"{pid}/task/{task}")
-            assert status["Uid"].split() == [str(_NOBODY)] * 4
+            assert status["Uid"].split() == [str(NOBODY)] * 4
             for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
                 assert int(status[name], 16) == 0
             assert status["NoNewPrivs"] == "1"
@@ -1024,7 +1023,7 @@ def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
 ) -> None:
     """With a cgroup of its own CAP_SETUID and CAP_SETGID are enough."""
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
-        os.chown(path, _NOBODY, _NOBODY)
+        os.chown(path, NOBODY, NOBODY)
     enter = ("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(base))
     options = ("--certs", certs, "--state-dir", state_of_nobody, "--limits", "require")
     before = (*enter, *_as_nobody("setuid", "setgid"))

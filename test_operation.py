@@ -29,7 +29,7 @@ import pytest
 
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError
-from testkit import GUARD_S, ServerProgram, children_of, clean_environment
+from testkit import ABSENT, FOREVER, GUARD_S, ServerProgram, children_of, clean_environment
 from users import SEEDED_USERS, Role, User, make_user
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).resolve().parent
 _PEERS = [f"peer{number}" for number in range(10)]
-_FOREVER = ("sh", ["-c", "echo ready; exec sleep infinity"])
-_ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
 _PASSWORD = "correct horse battery staple"
 _AUTH, _WORKER = "/jobworker.v1.AuthService", "/jobworker.v1.WorkerService"
 _HASH_BYTES = 128 * 1024 * 1024  # what a scrypt of ours takes
@@ -196,7 +194,7 @@ def _finish(client: Client, command: str = "true", args: Sequence[str] = ()) -> 
 
 
 def _follow(client: Client, job_id: str) -> Generator[bytes, None, None]:
-    """Open a stream of a job that is `_FOREVER`; it is admitted when this returns."""
+    """Open a stream of a job that is `FOREVER`; it is admitted when this returns."""
     chunks = client.stream(job_id)
     assert next(chunks) == b"ready\n"
     return chunks
@@ -447,7 +445,7 @@ def test_users_who_change_lose_their_tokens_and_streams_and_others_do_not(
     for name in before:
         clients[name] = connect("", program.address)
         clients[name].login(name, _PASSWORD)
-    jobs = {name: client.start(*_FOREVER) for name, client in clients.items()}
+    jobs = {name: client.start(*FOREVER) for name, client in clients.items()}
     streams = {name: _follow(client, jobs[name]) for name, client in clients.items()}
     changed = (
         replace(before["promoted"], role=Role.ADMIN),
@@ -493,7 +491,7 @@ def test_running_jobs_and_streams_have_ceilings_that_every_end_gives_back(
         "[in_all]\nrunning_jobs = 3\nstreams = 50\n",
     )
     user, admin = connect("user", program.address), connect("admin", program.address)
-    jobs = [user.start(*_FOREVER) for _ in range(2)]
+    jobs = [user.start(*FOREVER) for _ in range(2)]
     for _ in range(30):
         error = _refusal(user.start, "true")
         assert error.code == "RESOURCE_EXHAUSTED"
@@ -503,8 +501,8 @@ def test_running_jobs_and_streams_have_ceilings_that_every_end_gives_back(
         _finish(user)
         for _ in range(3):
             assert _refusal(user.start, "no-such-command").code == "INVALID_ARGUMENT"
-        jobs.append(user.start(*_FOREVER))
-    admins = admin.start(*_FOREVER)
+        jobs.append(user.start(*FOREVER))
+    admins = admin.start(*FOREVER)
     error = _refusal(admin.start, "true")
     assert error.code == "RESOURCE_EXHAUSTED"
     assert "(in_all.running_jobs)" in str(error)
@@ -550,7 +548,7 @@ def test_killed_clients_give_their_streams_back(
     """Processes that die in the middle of a silent stream."""
     program = start(config="[per_user]\nstreams = 2\n")
     client = connect("user", program.address)
-    job_id = client.start(*_FOREVER)
+    job_id = client.start(*FOREVER)
     command = [sys.executable, str(_HERE / "client.py"), "stream", "-j", job_id]
     environment = clean_environment() | {
         "JOBWORKER_SERVER": program.address,
@@ -690,7 +688,7 @@ def test_calls_that_send_no_request_hold_up_nobody(start: Start, connect: Connec
     """More of them than the server has threads: they are ended, and their user is held off."""
     program = start("--max-streams", "1")
     client = connect("admin", program.address)
-    job_id = client.start(*_FOREVER)
+    job_id = client.start(*FOREVER)
     held = threading.Event()
 
     def no_requests() -> Iterator[bytes]:
@@ -743,7 +741,7 @@ def test_every_call_has_a_line_with_what_was_decided(  # noqa: PLR0915 -- it is 
     def expect(rpc: str, by: str | None, job: str | None, outcome: str, *argv: str) -> None:
         calls.append((rpc, by, job, list(argv) or None, outcome))
 
-    absent = worker_pb.GetJobStatusRequest(job_id=_ABSENT).SerializeToString()
+    absent = worker_pb.GetJobStatusRequest(job_id=ABSENT).SerializeToString()
     argv = ["printf", "%s", hostile.replace("\0", "")]
     begun = datetime.now(UTC)
     job_id = user.start(argv[0], argv[1:])
@@ -767,7 +765,7 @@ def test_every_call_has_a_line_with_what_was_decided(  # noqa: PLR0915 -- it is 
     assert _refusal(next, user.stream(job_id, 1 << 40)).code == "OUT_OF_RANGE"
     expect("StreamOutput", "user", job_id, "OUT_OF_RANGE")
     assert _raw(user, f"{_WORKER}/GetJobStatus", absent) == "NOT_FOUND"
-    expect("GetJobStatus", "user", _ABSENT, "NOT_FOUND")
+    expect("GetJobStatus", "user", ABSENT, "NOT_FOUND")
     assert _refusal(user.status, hostile).code == "INVALID_ARGUMENT"
     expect("GetJobStatus", "user", None, "INVALID_ARGUMENT")
     assert _refusal(user.start, "no such\ncommand").code == "INVALID_ARGUMENT"
@@ -881,15 +879,15 @@ def test_what_cannot_be_recorded_is_refused_if_it_must_be(
     client = connect("user", program.address)
     other = connect("", program.address)
     other.login("user", "user")
-    job_id = client.start(*_FOREVER)
+    job_id = client.start(*FOREVER)
     filler = _fill(program.audit)
     stranger = connect("", program.address)
     refusals = [
         *(_refusal(next, client.stream(job_id)) for _ in range(3)),
-        *(_refusal(client.start, *_FOREVER) for _ in range(3)),
+        *(_refusal(client.start, *FOREVER) for _ in range(3)),
         _refusal(client.stop, job_id),
         _refusal(client.list),
-        _refusal(client.status, _ABSENT),
+        _refusal(client.status, ABSENT),
         _refusal(other.logout),
         _refusal(stranger.login, "user", "user"),
     ]

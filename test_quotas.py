@@ -12,6 +12,7 @@ import pytest
 from broadcaster import OutputIncompleteError, OutputLog
 from quotas import Calls, QuotaError, Quotas
 from settings import IN_ALL, JOB_OUTPUT_BYTES, PER_USER, Quota
+from testkit import GUARD_S, Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,23 +22,7 @@ if TYPE_CHECKING:
 
     Release = Callable[[], None]
 
-_GUARD_S = 60  # only a hang takes this long
 _NONE = Quota()
-
-
-class _Clock:
-    """Stands still until the test sets `now`, in seconds."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> _Clock:
-    return _Clock()
 
 
 @pytest.fixture
@@ -51,10 +36,10 @@ def _together(pool: ThreadPoolExecutor, *calls: Callable[[], Any]) -> list[Any]:
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
-        barrier.wait(_GUARD_S)
+        barrier.wait(GUARD_S)
         return call()
 
-    return [future.result(_GUARD_S) for future in [pool.submit(run, call) for call in calls]]
+    return [future.result(GUARD_S) for future in [pool.submit(run, call) for call in calls]]
 
 
 def _refusal(call: Callable[[str], object], user: str) -> tuple[str, int | None]:
@@ -213,7 +198,7 @@ def test_never_more_than_the_ceiling_while_threads_come_and_go(
     assert len(_admit_all(call, "bob", 100)) == 2
 
 
-def test_place_may_be_released_in_the_middle_of_a_start(clock: _Clock) -> None:
+def test_place_may_be_released_in_the_middle_of_a_start(clock: Clock) -> None:
     """By the same thread, as when the garbage collector ends an abandoned stream."""
     releases: list[Release] = []
 
@@ -234,7 +219,7 @@ def test_place_may_be_released_in_the_middle_of_a_start(clock: _Clock) -> None:
 # --- the rate of starts -----------------------------------------------------------------
 
 
-def test_burst_then_one_start_for_each_share_of_a_second(clock: _Clock) -> None:
+def test_burst_then_one_start_for_each_share_of_a_second(clock: Clock) -> None:
     """So many at once, then as many as time has passed for, and told when to come again."""
     quotas = Quotas(Quota(starts_per_second=4, start_burst=10), _NONE, None, clock=clock)
     refusal = (
@@ -255,7 +240,7 @@ def test_burst_then_one_start_for_each_share_of_a_second(clock: _Clock) -> None:
     assert len(_admit_all(quotas.start, "alice", 100)) == 4
 
 
-def test_pause_gives_the_burst_again_and_no_more(clock: _Clock) -> None:
+def test_pause_gives_the_burst_again_and_no_more(clock: Clock) -> None:
     """However long it is."""
     quotas = Quotas(Quota(starts_per_second=4, start_burst=10), _NONE, None, clock=clock)
     for pause_s in (0, 2.5, 1e6):
@@ -263,7 +248,7 @@ def test_pause_gives_the_burst_again_and_no_more(clock: _Clock) -> None:
         assert len(_admit_all(quotas.start, "alice", 100)) == 10
 
 
-def test_rate_counts_starts_and_not_what_runs(clock: _Clock) -> None:
+def test_rate_counts_starts_and_not_what_runs(clock: Clock) -> None:
     """A job that has ended at once was started all the same."""
     quotas = Quotas(Quota(starts_per_second=1, start_burst=2), _NONE, None, clock=clock)
     quotas.start("alice")()
@@ -276,7 +261,7 @@ def test_rate_counts_starts_and_not_what_runs(clock: _Clock) -> None:
     [(0.5, 0, 2), (0.5, 0.5, 2), (0.5, 1, 1), (0.5, 1.5, 1), (0.25, 0, 4), (100, 0, 1)],
 )
 def test_refusal_tells_when_a_start_will_be_possible(
-    clock: _Clock, per_second: float, passed_s: float, wait_s: int
+    clock: Clock, per_second: float, passed_s: float, wait_s: int
 ) -> None:
     """In whole seconds, rounded up; and whoever comes back then is not refused."""
     quotas = Quotas(Quota(starts_per_second=per_second, start_burst=1), _NONE, None, clock=clock)
@@ -292,7 +277,7 @@ def test_refusal_tells_when_a_start_will_be_possible(
     quotas.start("alice")
 
 
-def test_refused_starts_do_not_put_off_the_next(clock: _Clock) -> None:
+def test_refused_starts_do_not_put_off_the_next(clock: Clock) -> None:
     """Who keeps trying gets in as early as who waits, and uses up nothing of all's rate."""
     quotas = Quotas(
         Quota(starts_per_second=1, start_burst=1),
@@ -310,7 +295,7 @@ def test_refused_starts_do_not_put_off_the_next(clock: _Clock) -> None:
     quotas.start("carol")
 
 
-def test_rate_of_all_is_told_apart_from_the_users(clock: _Clock) -> None:
+def test_rate_of_all_is_told_apart_from_the_users(clock: Clock) -> None:
     """Who has not started too many himself is told so; and his own share is not used up by it."""
     quotas = Quotas(
         Quota(starts_per_second=1, start_burst=1),
@@ -335,14 +320,14 @@ def test_rate_of_all_is_told_apart_from_the_users(clock: _Clock) -> None:
     "quota", [Quota(starts_per_second=1), Quota(start_burst=1)], ids=["rate", "burst"]
 )
 def test_rate_without_burst_and_burst_without_rate_are_no_ceiling(
-    clock: _Clock, quota: Quota
+    clock: Clock, quota: Quota
 ) -> None:
     """Either of them is unlimited then, and so are the starts."""
     quotas = Quotas(quota, quota, None, clock=clock)
     assert len(_admit_all(quotas.start, "alice", 1000)) == 1000
 
 
-def test_job_ceiling_takes_nothing_of_the_rate_and_the_other_way_round(clock: _Clock) -> None:
+def test_job_ceiling_takes_nothing_of_the_rate_and_the_other_way_round(clock: Clock) -> None:
     """A start that is refused for the one does not count for the other."""
     quotas = Quotas(
         Quota(running_jobs=2, starts_per_second=1, start_burst=3), _NONE, None, clock=clock
@@ -360,7 +345,7 @@ def test_job_ceiling_takes_nothing_of_the_rate_and_the_other_way_round(clock: _C
     assert len(_admit_all(quotas.start, "alice", 100)) == 2
 
 
-def test_threads_together_start_exactly_the_burst(pool: ThreadPoolExecutor, clock: _Clock) -> None:
+def test_threads_together_start_exactly_the_burst(pool: ThreadPoolExecutor, clock: Clock) -> None:
     """While the clock stands still, of one user and of all."""
     quotas = Quotas(
         Quota(starts_per_second=1, start_burst=40),
@@ -592,7 +577,7 @@ def test_nobody_makes_room_for_who_has_more() -> None:
 # --- fairness ---------------------------------------------------------------------------
 
 
-def test_user_at_every_ceiling_leaves_the_others_all_they_may_have(clock: _Clock) -> None:
+def test_user_at_every_ceiling_leaves_the_others_all_they_may_have(clock: Clock) -> None:
     """With the constants of the server: what one has used up is one's own."""
     quotas = Quotas(PER_USER, IN_ALL, JOB_OUTPUT_BYTES, clock=clock)
     for user in ("mallory", "alice"):
@@ -606,7 +591,7 @@ def test_user_at_every_ceiling_leaves_the_others_all_they_may_have(clock: _Clock
             assert f"user {user}" in _refusal(refused, user)[0]
 
 
-def test_user_who_starts_too_fast_does_not_slow_the_others(clock: _Clock) -> None:
+def test_user_who_starts_too_fast_does_not_slow_the_others(clock: Clock) -> None:
     """A storm of starts is refused without a mark on the rate of all."""
     quotas = Quotas(
         Quota(starts_per_second=2, start_burst=2),
@@ -651,7 +636,7 @@ def test_threads_together_have_exactly_the_ceiling_of_calls(pool: ThreadPoolExec
                 admitted = True
             except QuotaError:
                 admitted = False
-            all_tried.wait(_GUARD_S)
+            all_tried.wait(GUARD_S)
             return admitted
 
     for _ in range(20):

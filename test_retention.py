@@ -29,7 +29,16 @@ from client import ClientError, main
 from job import JobThread, RunningJob
 from limits import NO_LIMITS
 from retention import FinishedJob, FinishedJobs
-from testkit import GUARD_S, await_output, children_of, descriptors_of, job_files, job_processes
+from testkit import (
+    ABSENT,
+    FOREVER,
+    GUARD_S,
+    await_output,
+    children_of,
+    descriptors_of,
+    job_files,
+    job_processes,
+)
 from worker import (
     EndReason,
     Job,
@@ -50,9 +59,6 @@ if TYPE_CHECKING:
 
     Connect = Callable[..., Client]
     Serve = Callable[..., Server]
-
-_FOREVER = ("sh", ["-c", "echo ready; exec sleep infinity"])
-_ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
 
 
 @pytest.fixture
@@ -140,7 +146,7 @@ def test_removal_of_an_unknown_job_is_an_error(worker: Worker, job_id: str) -> N
 
 def test_running_job_is_not_removed(worker: Worker) -> None:
     """The error says what to do; when that is done it works."""
-    job_id = worker.start(*_FOREVER)
+    job_id = worker.start(*FOREVER)
     with pytest.raises(JobRunningError, match=f"{job_id} is still running; stop it first") as error:
         worker.remove(job_id)
     assert error.value.job_id == job_id
@@ -168,7 +174,7 @@ def test_job_can_be_removed_from_the_moment_its_output_ends(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the one that reads it may be faster than the thread that ends the job."""
-    job_id = worker.start(*_FOREVER)
+    job_id = worker.start(*FOREVER)
     outcomes: list[str] = []
     output = worker._job(job_id).output
     real_complete = output.complete
@@ -410,7 +416,7 @@ def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
     descriptors = len(descriptors_of())
     parts: list[weakref.ref[Any]] = []
     for _ in range(5):
-        job_id = worker.start(*_FOREVER)
+        job_id = worker.start(*FOREVER)
         job = worker._job(job_id)
         assert isinstance(job, RunningJob)
         parts += [weakref.ref(job), weakref.ref(job.thread), weakref.ref(job.output._changed)]
@@ -449,8 +455,8 @@ def test_without_a_rule_everything_is_kept() -> None:
 def test_too_many_jobs_lose_those_that_ended_first() -> None:
     """Whenever they were started; those that run do not count."""
     with _keeping(jobs=2) as worker:
-        running = worker.start(*_FOREVER)
-        last = worker.start(*_FOREVER)
+        running = worker.start(*FOREVER)
+        last = worker.start(*FOREVER)
         job_ids = [_finish(worker) for _ in range(3)]
         assert _kept(worker) == [running, last, *job_ids[1:]]
         worker.stop(last)
@@ -744,7 +750,7 @@ def test_room_is_made_by_the_oldest_of_the_owner(worker: Worker) -> None:
     """Until one had output; until none is left."""
     empty, large, small = (_write(worker, size, "alice") for size in (0, 100, 10))
     bobs = _write(worker, 5, "bob")
-    running = worker.start(*_FOREVER, owner="alice")
+    running = worker.start(*FOREVER, owner="alice")
     assert _kept(worker) == [empty, large, small, bobs, running]
     assert worker.make_room("alice")
     assert _kept(worker) == [small, bobs, running]
@@ -786,7 +792,7 @@ def test_removed_unknown_and_foreign_look_alike(connect: Connect) -> None:
     client, admin = connect("user"), connect("admin")
     removed, foreign = _run(client, "echo", "x"), _run(admin)
     client.remove(removed)
-    for job_id in (removed, foreign, _ABSENT):
+    for job_id in (removed, foreign, ABSENT):
         for call in (client.remove, client.status, client.stop, lambda i: list(client.stream(i))):
             assert _refusal(call, job_id) == ("NOT_FOUND", "no such job")
     assert removed not in [job.job_id for job in admin.list()]
@@ -804,7 +810,7 @@ def test_admin_removes_anybodys_job(connect: Connect) -> None:
 def test_running_job_must_be_stopped_before_it_is_removed(connect: Connect) -> None:
     """The answer says so; a user's foreign running job is not there at all."""
     client, admin = connect("user"), connect("admin")
-    job_id, foreign = client.start(*_FOREVER), admin.start(*_FOREVER)
+    job_id, foreign = client.start(*FOREVER), admin.start(*FOREVER)
     told = f"job {job_id} is still running; stop it first"
     assert _refusal(client.remove, job_id) == ("FAILED_PRECONDITION", told)
     assert _refusal(client.remove, foreign) == ("NOT_FOUND", "no such job")
@@ -814,7 +820,7 @@ def test_running_job_must_be_stopped_before_it_is_removed(connect: Connect) -> N
     admin.remove(foreign)
 
 
-@pytest.mark.parametrize("job_id", ["", "x", _ABSENT + "0"])
+@pytest.mark.parametrize("job_id", ["", "x", ABSENT + "0"])
 def test_what_is_no_job_id_is_an_invalid_argument(connect: Connect, job_id: str) -> None:
     """As for every call."""
     code, told = _refusal(connect().remove, job_id)
@@ -841,7 +847,7 @@ def test_removals_are_on_record(serve: Serve, connect: Connect, tmp_path: Path) 
     """With the job, whether they succeed or not."""
     server = serve(audit_log=tmp_path / "audit.log")
     client = connect("user", server.address)
-    job_id, running = _run(client), client.start(*_FOREVER)
+    job_id, running = _run(client), client.start(*FOREVER)
     client.remove(job_id)
     for refused in (job_id, running):
         _refusal(client.remove, refused)
@@ -948,7 +954,7 @@ def test_remove_on_the_command_line(
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    job_id, running = _run(client), client.start(*_FOREVER)
+    job_id, running = _run(client), client.start(*FOREVER)
     assert remove("-j", job_id) == (0, "", "")
     assert remove("-j", job_id) == (1, "", "client: no such job\n")
     told = f"client: job {running} is still running; stop it first\n"

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from revocations import RevocationError, Revocations
+from testkit import GUARD_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_GUARD_S = 60  # only a hang takes this long
 _LATER = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
 _EARLIER = _LATER - timedelta(days=2)
 _IDS = [str(uuid.UUID(int=number)) for number in range(40)]
@@ -77,7 +77,7 @@ def test_revocation_survives_a_process_that_is_killed(path: Path) -> None:
     ended = subprocess.run(  # -S: nothing but the standard library is needed
         [sys.executable, "-S", "-c", program, *arguments],
         cwd=os.path.dirname(__file__),
-        timeout=_GUARD_S,
+        timeout=GUARD_S,
         check=False,
     )
     assert ended.returncode == -9
@@ -146,7 +146,7 @@ def test_all_who_log_out_at_once_get_a_line_each(path: Path, kept: Revocations) 
     barrier = threading.Barrier(8)
 
     def add(index: int) -> None:
-        barrier.wait(_GUARD_S)
+        barrier.wait(GUARD_S)
         for token_id in (_IDS[0], *_IDS[index::8]):
             kept.add(token_id, _LATER)
 

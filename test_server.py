@@ -28,7 +28,16 @@ import pytest
 from client import Client, ClientError
 from server import Server
 from settings import ConfigError, Settings, SettingsError, load_config
-from testkit import GUARD_S, call_rpc, children_of, follow, make_fifo, run_job
+from testkit import (
+    GUARD_S,
+    HTTP2_GREETING,
+    call_rpc,
+    children_of,
+    follow,
+    make_fifo,
+    run_job,
+    tls_context,
+)
 from tls import CertificateError
 from users import SEEDED_USERS, User, make_user
 
@@ -46,7 +55,6 @@ _HERE = Path(__file__).resolve().parent
 
 # --- mutual TLS -------------------------------------------------------------------------
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS_TYPE = 4
 
 
@@ -71,29 +79,22 @@ def _is_admitted(answer: bytes) -> bool:
     return answer[3:4] == bytes([_SETTINGS_TYPE])
 
 
-def _tls(certs: Path, certificate: Path | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=certs / "server-ca.pem")
-    context.set_alpn_protocols(["h2"])
-    if certificate is not None:
-        key = certificate.with_name(f"{certificate.stem}-key.pem")
-        context.load_cert_chain(certificate, key)
-    return context
-
-
 @pytest.mark.parametrize("name", ["client", "other"])
 def test_client_certificate_of_the_client_ca_gets_through_over_tls_1_3(
     program: ServerProgram, certs: Path, name: str
 ) -> None:
     """What is refused below is refused for what is wrong with it. (More cases: test_tls.py.)"""
-    assert _is_admitted(_converse(program.address, _tls(certs, certs / f"{name}.pem"), _PREFACE))
+    assert _is_admitted(
+        _converse(program.address, tls_context(certs, certs / f"{name}.pem"), HTTP2_GREETING)
+    )
 
 
 def test_client_certificate_of_another_ca_does_not_get_through(
     program: ServerProgram, certs: Path, foreign_certs: Path, connect: Connect
 ) -> None:
     """The connection ends before anything is said on it, and the server goes on."""
-    context = _tls(certs, foreign_certs / "client.pem")
-    assert not _is_admitted(_converse(program.address, context, _PREFACE))
+    context = tls_context(certs, foreign_certs / "client.pem")
+    assert not _is_admitted(_converse(program.address, context, HTTP2_GREETING))
     connect().list()
 
 
@@ -101,7 +102,7 @@ def test_no_client_certificate_does_not_get_through(
     program: ServerProgram, certs: Path, connect: Connect
 ) -> None:
     """There is no one-sided mode."""
-    assert not _is_admitted(_converse(program.address, _tls(certs, None), _PREFACE))
+    assert not _is_admitted(_converse(program.address, tls_context(certs, None), HTTP2_GREETING))
     connect().list()
 
 
@@ -111,7 +112,7 @@ def test_tls_1_2_does_not_get_through(
 ) -> None:
     """With the right certificate and every suite that OpenSSL has, it finds none in common."""
     address = serve().address if in_process else program.address
-    context = _tls(certs, certs / "client.pem")
+    context = tls_context(certs, certs / "client.pem")
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     host, _, port = address.rpartition(":")
@@ -123,7 +124,7 @@ def test_tls_1_2_does_not_get_through(
     connect("user", address).list()
 
 
-@pytest.mark.parametrize("greeting", [_PREFACE, os.urandom(5000)])
+@pytest.mark.parametrize("greeting", [HTTP2_GREETING, os.urandom(5000)])
 def test_what_is_not_tls_does_not_get_through(
     program: ServerProgram, connect: Connect, greeting: bytes
 ) -> None:

@@ -39,7 +39,7 @@ from quotas import Calls, QuotaError, Quotas
 from server import Server
 from service import add_services
 from settings import Config, Settings
-from testkit import FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
+from testkit import ABSENT, FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
 from users import SEEDED_USERS
 from worker import Job, Limits, Worker
 
@@ -55,7 +55,6 @@ _WITH_TOKEN = [name for name in _METHODS if name != "Login"]
 _WITH_JOB = [
     name for name, method in _METHODS.items() if "job_id" in method.input_type.fields_by_name
 ]
-_ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
 _NO_TOKEN = (
     "UNAUTHENTICATED",
     (
@@ -143,10 +142,10 @@ def test_foreign_and_absent_job_cannot_be_told_apart(
     connect: Connect, foreign: str, name: str
 ) -> None:
     """A user learns nothing of others' jobs: same code, same message. An admin reaches them."""
-    for job_id in (foreign, _ABSENT):
+    for job_id in (foreign, ABSENT):
         assert call_rpc(connect("user"), name, job_id=job_id) == ("NOT_FOUND", "no such job")
     assert call_rpc(connect("admin"), name, job_id=foreign) == ("OK", "")
-    assert call_rpc(connect("admin"), name, job_id=_ABSENT) == ("NOT_FOUND", "no such job")
+    assert call_rpc(connect("admin"), name, job_id=ABSENT) == ("NOT_FOUND", "no such job")
 
 
 def test_list_shows_a_user_their_own_and_an_admin_all(
@@ -171,7 +170,7 @@ def test_rpc_that_is_not_in_the_permission_table_is_denied(
         auth, "PERMISSIONS", {p: roles for p, roles in auth.PERMISSIONS.items() if p != path}
     )
     client = connect("admin", serve().address)
-    assert call_rpc(client, name, **_fields(name, _ABSENT))[0] == "PERMISSION_DENIED"
+    assert call_rpc(client, name, **_fields(name, ABSENT))[0] == "PERMISSION_DENIED"
     assert call_rpc(client, name, metadata=[]) == _NO_TOKEN
 
 
@@ -197,7 +196,7 @@ def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
             grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
         ):
             client._channel = channel
-            assert call_rpc(client, name, **_fields(name, _ABSENT)) == (
+            assert call_rpc(client, name, **_fields(name, ABSENT)) == (
                 "UNAUTHENTICATED",
                 "the connection must be TLS 1.3",
             )
@@ -481,9 +480,9 @@ def test_command_that_no_ceiling_keeps_out_may_be_too_long_for_the_kernel(
 @pytest.mark.parametrize(
     "job_id",
     [
-        *("", " ", "x", f" {_ABSENT}", f"{_ABSENT} ", f"{_ABSENT}\n", f"{_ABSENT}0"),
-        *(f"{{{_ABSENT}}}", f"urn:uuid:{_ABSENT}", _ABSENT.replace("-", ""), "a" * 100_000),
-        *("ü" * 36, _ABSENT.replace("0", "\u0660"), "../../etc/passwd", "\0", "\x1b[31m"),
+        *("", " ", "x", f" {ABSENT}", f"{ABSENT} ", f"{ABSENT}\n", f"{ABSENT}0"),
+        *(f"{{{ABSENT}}}", f"urn:uuid:{ABSENT}", ABSENT.replace("-", ""), "a" * 100_000),
+        *("ü" * 36, ABSENT.replace("0", "\u0660"), "../../etc/passwd", "\0", "\x1b[31m"),
     ],
     ids=lambda text: ascii(text)[:44],
 )
@@ -551,7 +550,7 @@ def test_unknown_method_is_unimplemented(connect: Connect) -> None:
     [
         (worker.ResourceError("no room"), "RESOURCE_EXHAUSTED", True),
         (QuotaError("no more of it"), "RESOURCE_EXHAUSTED", False),
-        (worker.StopTimeoutError(_ABSENT, 10), "DEADLINE_EXCEEDED", False),
+        (worker.StopTimeoutError(ABSENT, 10), "DEADLINE_EXCEEDED", False),
         (worker.StartTimeoutError("true", 10), "DEADLINE_EXCEEDED", False),
         (worker.WorkerClosedError(), "UNAVAILABLE", False),
         (worker.SpawnerDiedError(), "UNAVAILABLE", True),
@@ -1208,6 +1207,6 @@ def test_server_gives_back_every_descriptor_and_thread(serve: Serve, connect: Co
     for _ in range(5):
         run_job(client, "echo", ["hello"])
         call_rpc(client, "StartJob", command="no-such-command")
-        call_rpc(client, "StreamOutput", job_id=_ABSENT)
+        call_rpc(client, "StreamOutput", job_id=ABSENT)
         client.stop(client.start(*FOREVER))
     assert used() == before

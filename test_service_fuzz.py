@@ -33,7 +33,7 @@ from auth import Authenticator
 from client import Client, ClientError
 from server import _CALLS_OF_ONE, _STREAMS_SPARE, _THREADS
 from settings import Requests
-from testkit import GUARD_S, ServerProgram, children_of, descriptors_of
+from testkit import GUARD_S, HTTP2_PREFACE, ServerProgram, children_of, descriptors_of, http2_frame
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:
@@ -384,19 +384,11 @@ def test_request_over_the_ceiling_is_refused_and_takes_no_memory(
 
 # --- bytes on the port ------------------------------------------------------------------------
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS_FRAME = range(5)
 _PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = range(5, 10)
 _END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
 _FRAME_HEADER_BYTES = 9
 _RESET_ON_CLOSE = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-
-
-def _frame(
-    kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"", length: int | None = None
-) -> bytes:
-    size = len(payload) if length is None else length
-    return struct.pack(">I", size)[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
 def _prefixed(number: int, bits: int, first: int = 0) -> bytes:
@@ -429,7 +421,7 @@ def _request_headers(name: str, *more: tuple[bytes, bytes], token: str = "") -> 
     )
 
 
-_HELLO = _PREFACE + _frame(_SETTINGS_FRAME)
+_HELLO = HTTP2_PREFACE + http2_frame(_SETTINGS_FRAME)
 _LIST = _request_headers("ListJobs")
 _EMPTY_REQUEST = bytes(5)
 
@@ -437,7 +429,7 @@ _EMPTY_REQUEST = bytes(5)
 def _calls(count: int, headers: bytes, behind: Callable[[int], bytes] = lambda _: b"") -> bytes:
     """The beginnings of so many calls, none of which has a request, with something behind each."""
     return b"".join(
-        _frame(_HEADERS, _END_HEADERS, stream, headers) + behind(stream)
+        http2_frame(_HEADERS, _END_HEADERS, stream, headers) + behind(stream)
         for stream in range(1, 2 * count, 2)
     )
 
@@ -497,59 +489,62 @@ def _frames(received: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 _ATTACKS = {
     "no preface": b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
-    "half a preface": _PREFACE[:10],
+    "half a preface": HTTP2_PREFACE[:10],
     "nothing": b"",
-    "frame over the ceiling": _HELLO + _frame(_DATA, 0, 0, bytes(1 << 17), length=0xFFFFFF),
-    "headers over the ceiling": _HELLO + _frame(_HEADERS, 4, 1, bytes(1 << 17)),
-    "unknown frames": _HELLO + b"".join(_frame(kind, 255, 1, b"?") for kind in range(10, 256)),
-    "data of no stream": _HELLO + _frame(_DATA, 0, 1, b"x") * 1000,
+    "frame over the ceiling": _HELLO + http2_frame(_DATA, 0, 0, bytes(1 << 17), length=0xFFFFFF),
+    "headers over the ceiling": _HELLO + http2_frame(_HEADERS, 4, 1, bytes(1 << 17)),
+    "unknown frames": _HELLO + b"".join(http2_frame(kind, 255, 1, b"?") for kind in range(10, 256)),
+    "data of no stream": _HELLO + http2_frame(_DATA, 0, 1, b"x") * 1000,
     "continuation flood": _HELLO
-    + _frame(_HEADERS, 0, 1, _LIST)
-    + _frame(_CONTINUATION, 0, 1, _headers((b"x-a", b"y" * 1000))) * 3000,
+    + http2_frame(_HEADERS, 0, 1, _LIST)
+    + http2_frame(_CONTINUATION, 0, 1, _headers((b"x-a", b"y" * 1000))) * 3000,
     "empty continuation flood": _HELLO
-    + _frame(_HEADERS, 0, 1, _LIST)
-    + _frame(_CONTINUATION, 0, 1) * 20_000,
-    "continuation of nothing": _HELLO + _frame(_CONTINUATION, 4, 1, _LIST),
-    "settings flood": _PREFACE + _frame(_SETTINGS_FRAME, 0, 0, struct.pack(">HI", 3, 9)) * 10_000,
-    "settings of a wrong length": _PREFACE + _frame(_SETTINGS_FRAME, 0, 0, b"x"),
-    "settings out of range": _PREFACE
-    + _frame(_SETTINGS_FRAME, 0, 0, struct.pack(">HIHI", 4, 0xFFFFFFFF, 5, 1)),
-    "ping flood": _HELLO + _frame(_PING, 0, 0, bytes(8)) * 10_000,
-    "ping of a wrong length": _HELLO + _frame(_PING, 0, 0, b"x"),
-    "answers to no ping": _HELLO + _frame(_PING, _ACK, 0, bytes(8)) * 1000,
+    + http2_frame(_HEADERS, 0, 1, _LIST)
+    + http2_frame(_CONTINUATION, 0, 1) * 20_000,
+    "continuation of nothing": _HELLO + http2_frame(_CONTINUATION, 4, 1, _LIST),
+    "settings flood": HTTP2_PREFACE
+    + http2_frame(_SETTINGS_FRAME, 0, 0, struct.pack(">HI", 3, 9)) * 10_000,
+    "settings of a wrong length": HTTP2_PREFACE + http2_frame(_SETTINGS_FRAME, 0, 0, b"x"),
+    "settings out of range": HTTP2_PREFACE
+    + http2_frame(_SETTINGS_FRAME, 0, 0, struct.pack(">HIHI", 4, 0xFFFFFFFF, 5, 1)),
+    "ping flood": _HELLO + http2_frame(_PING, 0, 0, bytes(8)) * 10_000,
+    "ping of a wrong length": _HELLO + http2_frame(_PING, 0, 0, b"x"),
+    "answers to no ping": _HELLO + http2_frame(_PING, _ACK, 0, bytes(8)) * 1000,
     "calls without a request": _HELLO + _calls(1000, _LIST),
     "calls that end without a request": _HELLO
-    + _calls(1000, _LIST, lambda stream: _frame(_DATA, _END_STREAM, stream)),
-    "half a request": _HELLO + _calls(1, _LIST, lambda _: _frame(_DATA, 0, 1, b"\0\0\0\0\xffx")),
+    + _calls(1000, _LIST, lambda stream: http2_frame(_DATA, _END_STREAM, stream)),
+    "half a request": _HELLO
+    + _calls(1, _LIST, lambda _: http2_frame(_DATA, 0, 1, b"\0\0\0\0\xffx")),
     "two requests": _HELLO
-    + _calls(1, _LIST, lambda _: _frame(_DATA, _END_STREAM, 1, 2 * _EMPTY_REQUEST)),
+    + _calls(1, _LIST, lambda _: http2_frame(_DATA, _END_STREAM, 1, 2 * _EMPTY_REQUEST)),
     "request that is not what it says": _HELLO
-    + _calls(1, _LIST, lambda _: _frame(_DATA, _END_STREAM, 1, b"\xff" * 100)),
+    + _calls(1, _LIST, lambda _: http2_frame(_DATA, _END_STREAM, 1, b"\xff" * 100)),
     "compressed by nothing": _HELLO
-    + _calls(1, _LIST, lambda _: _frame(_DATA, _END_STREAM, 1, b"\1\0\0\0\1x")),
+    + _calls(1, _LIST, lambda _: http2_frame(_DATA, _END_STREAM, 1, b"\1\0\0\0\1x")),
     "header table bomb": _HELLO
-    + _frame(_HEADERS, 0, 1, b"\x40" + _headers((b"x-a", b"A" * 4000))[1:])
-    + _frame(_CONTINUATION, 0, 1, b"\xbe" * 16_000) * 60,
-    "header table index that is none": _HELLO + _frame(_HEADERS, 4, 1, b"\xfe"),
-    "header table of any size": _HELLO + _frame(_HEADERS, 4, 1, b"\x3f\xff\xff\xff\xff\x7f"),
-    "integer without an end": _HELLO + _frame(_HEADERS, 4, 1, b"\xff" * 2000),
+    + http2_frame(_HEADERS, 0, 1, b"\x40" + _headers((b"x-a", b"A" * 4000))[1:])
+    + http2_frame(_CONTINUATION, 0, 1, b"\xbe" * 16_000) * 60,
+    "header table index that is none": _HELLO + http2_frame(_HEADERS, 4, 1, b"\xfe"),
+    "header table of any size": _HELLO + http2_frame(_HEADERS, 4, 1, b"\x3f\xff\xff\xff\xff\x7f"),
+    "integer without an end": _HELLO + http2_frame(_HEADERS, 4, 1, b"\xff" * 2000),
     "many headers": _HELLO
-    + _frame(_HEADERS, 0, 1, _LIST)
+    + http2_frame(_HEADERS, 0, 1, _LIST)
     + b"".join(
-        _frame(
+        http2_frame(
             _CONTINUATION, 0, 1, b"".join(_headers((b"k%d" % i, b"v")) for i in range(n, n + 99))
         )
         for n in range(0, 20_000, 99)
     )
-    + _frame(_CONTINUATION, _END_HEADERS, 1),
-    "window overflow": _HELLO + _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", (1 << 31) - 1)) * 9,
-    "window update of nothing": _HELLO + _frame(_WINDOW_UPDATE, 0, 0, bytes(4)) * 1000,
+    + http2_frame(_CONTINUATION, _END_HEADERS, 1),
+    "window overflow": _HELLO
+    + http2_frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", (1 << 31) - 1)) * 9,
+    "window update of nothing": _HELLO + http2_frame(_WINDOW_UPDATE, 0, 0, bytes(4)) * 1000,
     "priority flood": _HELLO
-    + b"".join(_frame(_PRIORITY, 0, n, struct.pack(">IB", 0, 1)) for n in range(1, 20_000, 2)),
-    "farewell, and more": _HELLO + _frame(_GOAWAY, 0, 0, bytes(8)) + _calls(10, _LIST),
-    "push": _HELLO + _frame(_PUSH_PROMISE, 4, 1, bytes(4) + _LIST),
-    "stream of the server's": _HELLO + _frame(_HEADERS, 5, 2, _LIST),
-    "padding that is too long": _HELLO + _frame(_HEADERS, 0xC, 1, b"\xff" + _LIST),
+    + b"".join(http2_frame(_PRIORITY, 0, n, struct.pack(">IB", 0, 1)) for n in range(1, 20_000, 2)),
+    "farewell, and more": _HELLO + http2_frame(_GOAWAY, 0, 0, bytes(8)) + _calls(10, _LIST),
+    "push": _HELLO + http2_frame(_PUSH_PROMISE, 4, 1, bytes(4) + _LIST),
+    "stream of the server's": _HELLO + http2_frame(_HEADERS, 5, 2, _LIST),
+    "padding that is too long": _HELLO + http2_frame(_HEADERS, 0xC, 1, b"\xff" + _LIST),
 }
 
 
@@ -564,7 +559,7 @@ def test_attack_over_http_2_disturbs_nobody(server: _Server, attack: str) -> Non
 
 _FRAMES = st.lists(
     st.builds(
-        _frame,
+        http2_frame,
         st.one_of(st.integers(0, 10), st.integers(0, 255)),
         st.integers(0, 255),
         st.one_of(st.integers(0, 5), st.integers(0, (1 << 32) - 1)),
@@ -579,7 +574,7 @@ def test_any_frames_disturb_nobody(server: _Server) -> None:
     """Each connection has an end when the client has said its last word."""
 
     @_SETTINGS
-    @given(hello=st.sampled_from([_HELLO, _HELLO, _PREFACE, b""]), frames=_FRAMES)
+    @given(hello=st.sampled_from([_HELLO, _HELLO, HTTP2_PREFACE, b""]), frames=_FRAMES)
     def check(hello: bytes, frames: bytes) -> None:
         with _tls(server) as sock:
             _send(sock, hello + frames)
@@ -697,7 +692,7 @@ def test_calls_without_a_request_take_nobodys_place(server: _Server, name: str) 
                 """Some of the share may have been refused as overload."""
                 for stream in range(1, 2 * _CALLS, 2):
                     list(client.stream(job_id)) if name == "StreamOutput" else client.list()
-                    more.sendall(_frame(_HEADERS, _END_HEADERS, stream, headers))
+                    more.sendall(http2_frame(_HEADERS, _END_HEADERS, stream, headers))
 
             with (
                 Client(server.address, certs=server.certs, token=token) as client,
@@ -716,8 +711,8 @@ def test_calls_opened_and_reset_by_the_thousand_lose_nobodys(
     """With a request or without one; not one of another client's calls fails meanwhile."""
 
     def behind(stream: int) -> bytes:
-        request = _frame(_DATA, _END_STREAM, stream, _EMPTY_REQUEST) if whole else b""
-        return request + _frame(_RST_STREAM, 0, stream, bytes(4))
+        request = http2_frame(_DATA, _END_STREAM, stream, _EMPTY_REQUEST) if whole else b""
+        return request + http2_frame(_RST_STREAM, 0, stream, bytes(4))
 
     for _ in range(5):
         with _tls(server) as sock:
@@ -739,13 +734,16 @@ _LEGAL = st.tuples(
 def _headers_frames(headers: bytes) -> bytes:
     """Frames for one call, which has the empty request."""
     first, *rest = (headers[n : n + 16_384] for n in range(0, len(headers), 16_384))
-    parts = [_frame(_HEADERS, 0, 1, first), *(_frame(_CONTINUATION, 0, 1, part) for part in rest)]
+    parts = [
+        http2_frame(_HEADERS, 0, 1, first),
+        *(http2_frame(_CONTINUATION, 0, 1, part) for part in rest),
+    ]
     return b"".join(
         [
             _HELLO,
             *parts,
-            _frame(_CONTINUATION, _END_HEADERS, 1),
-            _frame(_DATA, _END_STREAM, 1, _EMPTY_REQUEST),
+            http2_frame(_CONTINUATION, _END_HEADERS, 1),
+            http2_frame(_DATA, _END_STREAM, 1, _EMPTY_REQUEST),
         ]
     )
 

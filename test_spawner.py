@@ -32,12 +32,11 @@ from cgroups import Subtree
 from limits import NO_LIMITS
 from privileges import can_change_user, can_kill_any
 from spawner import Exit, Spawner, SpawnerDiedError, read_exit
-from testkit import children_of, descriptors_of
+from testkit import GUARD_S, children_of, descriptors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_GUARD_S = 60  # only a hang takes this long
 _ENV = {"PATH": os.defpath}
 _FOREVER = "sleep infinity"
 _UIDS = range(71_001, 71_005)
@@ -95,7 +94,7 @@ class _Job:
 
 def _is_abandoned(read_fd: int) -> bool:
     """Block until nobody holds the other end of a pipe that nobody writes to."""
-    return bool(select.select([read_fd], [], [], _GUARD_S)[0]) and os.read(read_fd, 1) == b""
+    return bool(select.select([read_fd], [], [], GUARD_S)[0]) and os.read(read_fd, 1) == b""
 
 
 def _status(pid: int | str) -> dict[str, str]:
@@ -105,7 +104,7 @@ def _status(pid: int | str) -> dict[str, str]:
 
 
 def _await_end(pidfd: int) -> None:
-    assert select.select([pidfd], [], [], _GUARD_S)[0]
+    assert select.select([pidfd], [], [], GUARD_S)[0]
 
 
 def _program(source: str, *args: str) -> list[str]:
@@ -346,7 +345,7 @@ with Spawner() as spawner:
 
 def _from_hostile_owner(*argv: str) -> str:
     """Run a job whose owner ignores and blocks signals and has things to leak."""
-    return subprocess.check_output(_program(_HOSTILE_OWNER, *argv), text=True, timeout=_GUARD_S)
+    return subprocess.check_output(_program(_HOSTILE_OWNER, *argv), text=True, timeout=GUARD_S)
 
 
 def test_job_has_default_signals_whatever_the_owner_did() -> None:
@@ -435,7 +434,7 @@ def test_job_is_the_same_where_clone3_is_refused() -> None:
     def tell(source: str) -> list[Any]:
         program = _program(source + _TELL_OF_JOBS)
         told: list[Any] = ast.literal_eval(
-            subprocess.check_output(program, text=True, timeout=_GUARD_S)
+            subprocess.check_output(program, text=True, timeout=GUARD_S)
         )
         return told
 
@@ -459,7 +458,7 @@ def test_start_that_hangs_holds_up_no_other(*, prepared: bool) -> None:
         subtree.create("other", NO_LIMITS)
         with ThreadPoolExecutor(1) as pool:
             hanging = pool.submit(_Job, spawner, ["echo", "late"], "frozen", prepared=prepared)
-            assert cgroups._wait_event(frozen.path, "populated", "1", _GUARD_S)
+            assert cgroups._wait_event(frozen.path, "populated", "1", GUARD_S)
             try:
                 with contextlib.closing(_Job(spawner, ["echo", "fine"], "other")) as other:
                     assert other.read() == b"fine\n"
@@ -467,7 +466,7 @@ def test_start_that_hangs_holds_up_no_other(*, prepared: bool) -> None:
                 assert not hanging.done()
             finally:
                 (frozen.path / "cgroup.freeze").write_text("0")
-            with contextlib.closing(hanging.result(_GUARD_S)) as job:
+            with contextlib.closing(hanging.result(GUARD_S)) as job:
                 assert job.read() == b"late\n"
                 assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
 
@@ -479,9 +478,9 @@ def test_process_that_dies_before_its_command_is_told_as_its_end(*, prepared: bo
         (frozen.path / "cgroup.freeze").write_text("1")
         with ThreadPoolExecutor(1) as pool:
             hanging = pool.submit(_Job, spawner, ["echo", "never"], "frozen", prepared=prepared)
-            assert cgroups._wait_event(frozen.path, "populated", "1", _GUARD_S)
+            assert cgroups._wait_event(frozen.path, "populated", "1", GUARD_S)
             spawner.kill("frozen")
-            with contextlib.closing(hanging.result(_GUARD_S)) as job:
+            with contextlib.closing(hanging.result(GUARD_S)) as job:
                 assert job.read() == b""
                 assert [job.exit(), job.exit()] == [Exit(signal=signal.SIGKILL), None]
 
@@ -602,7 +601,7 @@ def test_process_that_waits_is_in_its_jobs_cgroup() -> None:
         cgroup = subtree.create("job", NO_LIMITS)
         with contextlib.closing(_Waiting(spawner)) as waiting:
             assert (cgroup.path / "cgroup.procs").read_text().split() == [str(waiting.pid)]
-        assert cgroups._wait_event(cgroup.path, "populated", "0", _GUARD_S)
+        assert cgroups._wait_event(cgroup.path, "populated", "0", GUARD_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -740,7 +739,7 @@ def test_nothing_outlives_the_owner(number: signal.Signals) -> None:
         assert lines == {b"escaped\n", b"twice\n", b"deaf\n", b"leader\n"}
         owner.send_signal(number)
         assert owner.stdout.read() == b""
-        assert owner.wait(_GUARD_S) == -number
+        assert owner.wait(GUARD_S) == -number
 
 
 def test_interrupted_request_does_not_mix_up_the_answers(
@@ -891,7 +890,7 @@ class _Seat:
         """An error, and nothing but the honest job runs; or the end of everything."""
         if answer is None:
             assert self.honest.has_no_process()
-            self.spawner._process.wait(_GUARD_S)
+            self.spawner._process.wait(GUARD_S)
             return
         assert answer["errno"] > 0
         assert not select.select([self.honest.pidfd], [], [], 0)[0]
@@ -1341,7 +1340,7 @@ def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
         assert neighbour.poll() is None
     subtree._handed_over = True
     subtree.close()
-    cgroups._wait_event(base, "populated", "0", _GUARD_S)
+    cgroups._wait_event(base, "populated", "0", GUARD_S)
     (base / "neighbour").rmdir()
 
 

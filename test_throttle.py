@@ -12,30 +12,15 @@ from typing import NoReturn
 
 import pytest
 
+from testkit import GUARD_S, Clock
 from throttle import _BY_USER, LoginThrottle, TooManyLoginsError, _Failed
 
-_GUARD_S = 60  # only a hang takes this long
 _FORGET_AFTER_S = 900
 _MAX_ENTRIES = 10_000
 
 
-class _Clock:
-    """A clock that stands still until it is told to move."""
-
-    def __init__(self) -> None:
-        self.now = 12345.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> _Clock:
-    return _Clock()
-
-
-@pytest.fixture
-def throttle(clock: _Clock) -> LoginThrottle:
+def throttle(clock: Clock) -> LoginThrottle:
     return LoginThrottle(clock=clock)
 
 
@@ -64,7 +49,7 @@ def _wait_s(throttle: LoginThrottle, user: str, peer: str) -> int:
     return refusal.retry_after_s if refusal else 0
 
 
-def _fail_and_wait(throttle: LoginThrottle, clock: _Clock, user: str, peer: str) -> int:
+def _fail_and_wait(throttle: LoginThrottle, clock: Clock, user: str, peer: str) -> int:
     """Fail, and wait for as long as is asked then; return how long that is."""
     _fail(throttle, user, peer)
     wait_s = _wait_s(throttle, user, peer)
@@ -76,7 +61,7 @@ def _fail_and_wait(throttle: LoginThrottle, clock: _Clock, user: str, peer: str)
 
 
 def test_failures_of_a_pair_wait_longer_every_time_up_to_a_minute(
-    throttle: LoginThrottle, clock: _Clock
+    throttle: LoginThrottle, clock: Clock
 ) -> None:
     """Three attempts are free; the waits before the next ones double up to 60 s."""
     waits = [_fail_and_wait(throttle, clock, "alice", "p") for _ in range(10)]
@@ -84,7 +69,7 @@ def test_failures_of_a_pair_wait_longer_every_time_up_to_a_minute(
 
 
 def test_attempt_is_checked_when_the_wait_is_over_and_not_before(
-    throttle: LoginThrottle, clock: _Clock
+    throttle: LoginThrottle, clock: Clock
 ) -> None:
     """The retry time is what is left, rounded up, so that who comes then gets in."""
     _fail(throttle, "alice", "p", 3)
@@ -98,7 +83,7 @@ def test_attempt_is_checked_when_the_wait_is_over_and_not_before(
 
 
 def test_refused_attempt_is_not_checked_and_extends_nothing(
-    throttle: LoginThrottle, clock: _Clock
+    throttle: LoginThrottle, clock: Clock
 ) -> None:
     """Whoever keeps trying gets in when who waits does, and waits no longer afterwards."""
     _fail(throttle, "alice", "p", 3)
@@ -110,7 +95,7 @@ def test_refused_attempt_is_not_checked_and_extends_nothing(
     assert _wait_s(throttle, "alice", "p") == 4
 
 
-def test_wait_counts_from_the_last_failure(throttle: LoginThrottle, clock: _Clock) -> None:
+def test_wait_counts_from_the_last_failure(throttle: LoginThrottle, clock: Clock) -> None:
     """Not from the first of them."""
     _fail(throttle, "alice", "p", 2)
     clock.now += 100
@@ -119,7 +104,7 @@ def test_wait_counts_from_the_last_failure(throttle: LoginThrottle, clock: _Cloc
     assert _wait_s(throttle, "alice", "p") == 1
 
 
-def test_failure_counts_from_when_it_is_found_out(throttle: LoginThrottle, clock: _Clock) -> None:
+def test_failure_counts_from_when_it_is_found_out(throttle: LoginThrottle, clock: Clock) -> None:
     """The time for which the password waits to be checked is not taken off the wait."""
     _fail(throttle, "alice", "p", 2)
     with throttle.attempt("alice", "p") as attempt:
@@ -136,7 +121,7 @@ def test_pair_is_held_back_for_itself_only(throttle: LoginThrottle) -> None:
         assert _wait_s(throttle, user, peer) == 0
 
 
-def test_success_clears_the_pair(throttle: LoginThrottle, clock: _Clock) -> None:
+def test_success_clears_the_pair(throttle: LoginThrottle, clock: Clock) -> None:
     """Three attempts are free again."""
     for _ in range(5):
         _fail_and_wait(throttle, clock, "alice", "p")
@@ -149,7 +134,7 @@ def test_success_clears_the_pair(throttle: LoginThrottle, clock: _Clock) -> None
 
 
 def test_failures_of_a_peer_with_many_users_wait_up_to_five_minutes(
-    throttle: LoginThrottle, clock: _Clock
+    throttle: LoginThrottle, clock: Clock
 ) -> None:
     """Ten attempts are free; it does not matter which user is next."""
     waits = []
@@ -161,7 +146,7 @@ def test_failures_of_a_peer_with_many_users_wait_up_to_five_minutes(
     assert waits == [0] * 9 + [2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
 
 
-def test_longer_one_of_two_waits_is_what_holds(throttle: LoginThrottle, clock: _Clock) -> None:
+def test_longer_one_of_two_waits_is_what_holds(throttle: LoginThrottle, clock: Clock) -> None:
     """Of the pair's and the peer's; the message is about the one that holds."""
     for number in range(12):
         _fail_and_wait(throttle, clock, f"user{number}", "p")
@@ -183,7 +168,7 @@ def test_longer_one_of_two_waits_is_what_holds(throttle: LoginThrottle, clock: _
 
 
 def test_valid_account_does_not_wash_away_a_peers_failures(
-    throttle: LoginThrottle, clock: _Clock
+    throttle: LoginThrottle, clock: Clock
 ) -> None:
     """Successes in between change nothing for who tries a password with many names."""
     waits = []
@@ -247,9 +232,7 @@ def test_others_failures_never_hold_back_a_peer_without_any(throttle: LoginThrot
     assert _wait_s(throttle, "alice", "alice's") == 60
 
 
-def test_others_failures_do_not_prolong_a_peers_wait(
-    throttle: LoginThrottle, clock: _Clock
-) -> None:
+def test_others_failures_do_not_prolong_a_peers_wait(throttle: LoginThrottle, clock: Clock) -> None:
     """A slip during an attack costs a minute from then on, though the attack goes on."""
     for number in range(30):
         _fail(throttle, "alice", f"p{number}")
@@ -331,22 +314,22 @@ def _outcomes(throttle: LoginThrottle, peers: list[str]) -> list[str]:
     leave = threading.Event()
 
     def log_in(peer: str) -> None:
-        start.wait(_GUARD_S)
+        start.wait(GUARD_S)
         try:
             with throttle.attempt("alice", peer):
                 outcomes.put("in")
-                assert leave.wait(_GUARD_S)
+                assert leave.wait(GUARD_S)
         except TooManyLoginsError as error:
             outcomes.put(str(error))
 
     with ThreadPoolExecutor(len(peers)) as pool:
         done = [pool.submit(log_in, peer) for peer in peers]
         try:
-            found = [outcomes.get(timeout=_GUARD_S) for _ in peers]
+            found = [outcomes.get(timeout=GUARD_S) for _ in peers]
         finally:
             leave.set()
         for each in done:
-            each.result(_GUARD_S)
+            each.result(GUARD_S)
     return found
 
 
@@ -372,7 +355,7 @@ class _Meeting:
 
     def come(self) -> None:
         if self._is_first.acquire(blocking=False):
-            assert self._others.acquire(timeout=_GUARD_S)
+            assert self._others.acquire(timeout=GUARD_S)
         else:
             self._others.release()
 
@@ -419,12 +402,12 @@ def test_failures_of_two_peers_at_once_are_both_counted(
 
     def fail(peer: str) -> None:
         with throttle.attempt("alice", peer) as attempt:
-            both_are_in.wait(_GUARD_S)
+            both_are_in.wait(GUARD_S)
             attempt.succeeded = False
 
     with ThreadPoolExecutor(2) as pool:
         for each in [pool.submit(fail, peer) for peer in ("p", "q")]:
-            each.result(_GUARD_S)
+            each.result(GUARD_S)
     assert _wait_s(throttle, "alice", "p") == 4  # 21 failures, of which 20 are free
 
 
@@ -471,7 +454,7 @@ def test_attempts_without_an_outcome_count_nothing(throttle: LoginThrottle) -> N
 
 @pytest.mark.parametrize(("pause_s", "wait_s"), [(899, 4), (899.5, 4), (900, 0), (5000, 0)])
 def test_pair_is_forgotten_15_minutes_after_its_last_failure(
-    throttle: LoginThrottle, clock: _Clock, pause_s: float, wait_s: int
+    throttle: LoginThrottle, clock: Clock, pause_s: float, wait_s: int
 ) -> None:
     """Not after its first: each failure keeps all of them."""
     _fail(throttle, "alice", "p", 2)
@@ -484,7 +467,7 @@ def test_pair_is_forgotten_15_minutes_after_its_last_failure(
 
 @pytest.mark.parametrize(("pause_s", "wait_s"), [(899, 4), (900, 0)])
 def test_peer_is_forgotten_15_minutes_after_its_last_failure(
-    throttle: LoginThrottle, clock: _Clock, pause_s: float, wait_s: int
+    throttle: LoginThrottle, clock: Clock, pause_s: float, wait_s: int
 ) -> None:
     """A success does not make it sooner or later."""
     for number in range(10):
@@ -498,7 +481,7 @@ def test_peer_is_forgotten_15_minutes_after_its_last_failure(
 
 @pytest.mark.parametrize(("pause_s", "wait_s"), [(899, 4), (900, 0)])
 def test_user_is_forgotten_15_minutes_after_the_last_failure(
-    throttle: LoginThrottle, clock: _Clock, pause_s: float, wait_s: int
+    throttle: LoginThrottle, clock: Clock, pause_s: float, wait_s: int
 ) -> None:
     """When the guessing has stopped, slips are free again."""
     for number in range(20):
@@ -539,7 +522,7 @@ def test_failing_again_makes_a_pair_the_last_to_be_dropped(
 @pytest.mark.parametrize(("others", "wait_s"), [(_MAX_ENTRIES - 1, 4), (_MAX_ENTRIES, 0)])
 @pytest.mark.parametrize("attack", ["from one peer", "on one user"])
 def test_peers_and_users_are_dropped_like_pairs(
-    throttle: LoginThrottle, clock: _Clock, attack: str, others: int, wait_s: int
+    throttle: LoginThrottle, clock: Clock, attack: str, others: int, wait_s: int
 ) -> None:
     """With one other name fewer than the table holds they are still known."""
     from_one_peer = attack == "from one peer"
@@ -569,7 +552,7 @@ def test_success_after_the_counts_were_dropped_takes_back_nothing(
 
 
 def test_forgotten_and_cleared_entries_take_no_memory(
-    throttle: LoginThrottle, clock: _Clock
+    throttle: LoginThrottle, clock: Clock
 ) -> None:
     """Tables are empty again after a quiet quarter of an hour, and after a success."""
     tables = (throttle._by_pair, throttle._by_peer, throttle._by_user)
@@ -597,7 +580,7 @@ def test_long_names_take_no_more_memory_than_short_ones(throttle: LoginThrottle)
 # --- what it is for ---------------------------------------------------------------------
 
 
-def test_guesses_of_a_peer_in_a_day_are_few(throttle: LoginThrottle, clock: _Clock) -> None:
+def test_guesses_of_a_peer_in_a_day_are_few(throttle: LoginThrottle, clock: Clock) -> None:
     """Whatever number of guesses it makes in a row before it waits to be forgotten."""
     per_day = []
     for in_a_row in range(1, 40):

@@ -24,14 +24,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client import Client, ClientError
-from testkit import GUARD_S, clean_environment
+from testkit import GUARD_S, HTTP2_GREETING, NOBODY, clean_environment, tls_context
 from tls import CertificateError, Certificates, certificate_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HERE = Path(__file__).resolve().parent
-_NOBODY = 65534
 _NAMES = "subjectAltName=DNS:localhost,IP:127.0.0.1"
 _FOR_SERVERS = f"extendedKeyUsage=serverAuth\n{_NAMES}"
 _FOR_CLIENTS = "extendedKeyUsage=clientAuth"
@@ -181,17 +180,6 @@ def server(request: pytest.FixtureRequest, serve: _Serve, certs: Path, live: Pat
     return server
 
 
-def _context(certs: Path, certificate: Path | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=certs / "server-ca.pem")
-    context.set_alpn_protocols(["h2"])
-    if certificate:
-        context.load_cert_chain(certificate, f"{str(certificate)[:-4]}-key.pem")
-    return context
-
-
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-
-
 @contextlib.contextmanager
 def _connection(
     address: str, context: ssl.SSLContext, session: ssl.SSLSession | None = None
@@ -202,7 +190,7 @@ def _connection(
         socket.create_connection((host, int(port)), GUARD_S) as raw,
         context.wrap_socket(raw, server_hostname=host, session=session) as sock,
     ):
-        sock.sendall(_PREFACE)
+        sock.sendall(HTTP2_GREETING)
         yield sock
 
 
@@ -232,7 +220,7 @@ def test_right_client_certificate_gets_in_over_tls_1_3(
 ) -> None:
     """What is refused below is refused for what is wrong with it."""
     for certificate in (certs / "client.pem", wrong_clients["nothing"]):
-        with _connection(server.address, _context(certs, certificate)) as sock:
+        with _connection(server.address, tls_context(certs, certificate)) as sock:
             assert sock.version() == "TLSv1.3"
             assert _is_settings(sock.recv(9))
 
@@ -253,18 +241,18 @@ def test_wrong_client_certificate_does_not_get_in(
     server: _Server, certs: Path, wrong_clients: dict[str, Path], wrong: str
 ) -> None:
     """Whatever is wrong with it, before anything is said; others get in as ever."""
-    assert not _admits(server.address, _context(certs, wrong_clients[wrong]))
-    assert _admits(server.address, _context(certs, certs / "client.pem"))
+    assert not _admits(server.address, tls_context(certs, wrong_clients[wrong]))
+    assert _admits(server.address, tls_context(certs, certs / "client.pem"))
 
 
 def test_no_client_certificate_does_not_get_in(server: _Server, certs: Path) -> None:
     """There is no one-sided mode."""
-    assert not _admits(server.address, _context(certs, None))
+    assert not _admits(server.address, tls_context(certs, None))
 
 
 def test_tls_1_2_does_not_get_in(server: _Server, certs: Path) -> None:
     """With the right certificate and every suite that OpenSSL has."""
-    context = _context(certs, certs / "client.pem")
+    context = tls_context(certs, certs / "client.pem")
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     assert not _admits(server.address, context)
@@ -272,7 +260,13 @@ def test_tls_1_2_does_not_get_in(server: _Server, certs: Path) -> None:
 
 @pytest.mark.parametrize(
     "greeting",
-    [_PREFACE, b"GET / HTTP/1.1\r\n\r\n", bytes(1000), os.urandom(5000), b"\x16\x03\x01\xff\xff"],
+    [
+        HTTP2_GREETING,
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(1000),
+        os.urandom(5000),
+        b"\x16\x03\x01\xff\xff",
+    ],
 )
 def test_what_is_not_tls_does_not_get_in(server: _Server, certs: Path, greeting: bytes) -> None:
     """Plaintext and garbage get no frame, and disturb nobody."""
@@ -284,7 +278,7 @@ def test_what_is_not_tls_does_not_get_in(server: _Server, certs: Path, greeting:
         with contextlib.suppress(ConnectionError):
             answer = sock.recv(9)
     assert not _is_settings(answer)
-    assert _admits(server.address, _context(certs, certs / "client.pem"))
+    assert _admits(server.address, tls_context(certs, certs / "client.pem"))
 
 
 # --- whom a client trusts ----------------------------------------------------------------
@@ -484,8 +478,8 @@ def test_files_may_hold_text_a_chain_and_further_cas(
     )
     address = serve(Certificates(Path.read_bytes, live).credentials()).address
     for certificate in (certs / "client.pem", foreign_certs / "client.pem"):
-        assert _admits(address, _context(certs, certificate))
-    assert not _admits(address, _context(certs, wrong_clients["of the server's CA"]))
+        assert _admits(address, tls_context(certs, certificate))
+    assert not _admits(address, tls_context(certs, wrong_clients["of the server's CA"]))
 
 
 @pytest.mark.parametrize(
@@ -502,7 +496,7 @@ def test_usual_kinds_of_keys_work(serve: _Serve, live: Path, key: tuple[str, ...
     """What passes the check works."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca", key=key)
     address = serve(Certificates(Path.read_bytes, live).credentials()).address
-    context = _context(live, live / "client.pem")
+    context = tls_context(live, live / "client.pem")
     assert _admits(address, context)
 
 
@@ -580,7 +574,7 @@ except CertificateError:
 def test_certificates_are_checked_by_a_process_that_has_given_up_its_rights(certs: Path) -> None:
     """Which may open no file of the certificates', nor be dumped."""
     run = subprocess.run(
-        [sys.executable, "-c", _AFTER_THE_DROP, certs, str(_NOBODY)],
+        [sys.executable, "-c", _AFTER_THE_DROP, certs, str(NOBODY)],
         cwd=_HERE,
         env=clean_environment(),
         capture_output=True,
@@ -618,7 +612,7 @@ def test_next_connection_sees_the_reloaded_certificate(
         assert _certificate_shown(running.address) != _der(certificate)
         assert certificates.reload(running.address)
         assert _certificate_shown(running.address) == _der(certificate)
-        assert _admits(running.address, _context(live, live / "client.pem"))
+        assert _admits(running.address, tls_context(live, live / "client.pem"))
 
 
 def test_open_stream_survives_the_reload(
@@ -648,7 +642,7 @@ def test_reloaded_client_ca_decides_who_gets_in(
     running: _Server, certificates: Certificates, live: Path, wrong_clients: dict[str, Path]
 ) -> None:
     """The old CA's clients do not any more, not with an earlier connection's session either."""
-    old = _context(live, wrong_clients["nothing"])
+    old = tls_context(live, wrong_clients["nothing"])
     with _connection(running.address, old) as sock:
         assert _is_settings(sock.recv(9))
         session = sock.session
@@ -658,7 +652,7 @@ def test_reloaded_client_ca_decides_who_gets_in(
         assert _is_settings(sock.recv(9))
         session = sock.session
     _make_ca(live, "client-ca")
-    new = _context(live, _make(live, "new", _FOR_CLIENTS, ca=live / "client-ca"))
+    new = tls_context(live, _make(live, "new", _FOR_CLIENTS, ca=live / "client-ca"))
     assert not _admits(running.address, new)
     assert certificates.reload(running.address)
     assert _admits(running.address, new)
@@ -684,7 +678,7 @@ def test_broken_certificates_leave_the_old_ones_in_force(  # noqa: PLR0913
     assert message.startswith("the certificates stay as they were: ")
     assert problem in message
     assert _certificate_shown(running.address) == _der(certs / "server.pem")
-    assert _admits(running.address, _context(certs, certs / "client.pem"))
+    assert _admits(running.address, tls_context(certs, certs / "client.pem"))
     shutil.rmtree(live)
     shutil.copytree(foreign_certs, live)
     assert certificates.reload(running.address)
@@ -712,7 +706,7 @@ def test_reload_of_the_same_files_changes_nothing(
     assert certificates.reload(running.address)
     (under_way,) = _handshakes()
     caplog.set_level(logging.INFO)
-    context = _context(live, live / "client.pem")
+    context = tls_context(live, live / "client.pem")
     with _connection(running.address, context) as sock:
         sock.recv(9)
         session = sock.session
@@ -760,7 +754,7 @@ def test_files_that_cannot_be_read_change_nothing(
     assert not certificates.reload(address)
     (message,) = _messages(caplog)
     assert str(error) in message
-    assert _admits(address, _context(live, live / "client.pem"))
+    assert _admits(address, tls_context(live, live / "client.pem"))
 
 
 def test_reload_when_nobody_answers_changes_nothing(

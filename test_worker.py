@@ -32,7 +32,7 @@ import pytest
 from job import _BUFFERS, RunningJob, _rest_ms
 from limits import NO_LIMITS
 from spawner import read_exit
-from testkit import LIBRARY, children_of, descriptors_of, job_files, job_processes
+from testkit import GUARD_S, LIBRARY, children_of, descriptors_of, job_files, job_processes
 from worker import (
     MAX_ARGV_BYTES,
     CgroupError,
@@ -60,7 +60,6 @@ from worker import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_GUARD_S = 60  # only a hang takes this long
 _HERE = Path(__file__).parent
 _FOREVER = "exec sleep infinity"
 _ENDLESS_MS = 1_000_000_000
@@ -110,7 +109,7 @@ class _Fifo:
         """Block for one line from a job."""
         line = b""
         while not line.endswith(b"\n"):
-            assert select.select([self.fd], [], [], _GUARD_S)[0]
+            assert select.select([self.fd], [], [], GUARD_S)[0]
             byte = os.read(self.fd, 1)
             assert byte, line
             line += byte
@@ -125,7 +124,7 @@ class _Fifo:
 
     def await_release(self) -> None:
         """Block until no process has it open for writing any more."""
-        assert select.select([self.fd], [], [], _GUARD_S)[0]
+        assert select.select([self.fd], [], [], GUARD_S)[0]
         assert not self.is_held()
 
 
@@ -205,7 +204,7 @@ def _await_reaped(worker: Worker) -> None:
     """Block until the helper has reaped its children, which are about to die."""
     for pid in job_processes(worker._spawner.pid):
         with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as pidfd:
-            assert select.select([pidfd], [], [], _GUARD_S)[0]
+            assert select.select([pidfd], [], [], GUARD_S)[0]
     # It reaps all there is when this one ends.
     output_fd, stdout_fd = os.pipe()
     exit_fd, their_exit_fd = os.pipe()
@@ -239,7 +238,7 @@ def test_job_runs_and_tells_all_about_itself(worker: Worker) -> None:
     """A short job ends with its output, exit code and times, under a random UUID4."""
     before = datetime.now(UTC)
     job_id = worker.start("sh", ["-c", "echo hi; exit 7"], owner="alice")
-    job = worker.wait(job_id, _GUARD_S)
+    job = worker.wait(job_id, GUARD_S)
     assert uuid.UUID(job_id).version == 4
     assert str(uuid.UUID(job_id)) == job_id == job.job_id
     assert (job.owner, job.command, job.args) == ("alice", "sh", ("-c", "echo hi; exit 7"))
@@ -388,10 +387,10 @@ def test_start_that_the_kernel_holds_up_fails_after_a_while_and_leaves_nothing(
     monkeypatch.setattr("worker._START_TIMEOUT_S", 0.2)
     with ThreadPoolExecutor() as pool:
         starts = [pool.submit(worker.start, str(path)) for _ in range(8)]
-        assert worker.wait(worker.start("true"), _GUARD_S).exit_code == 0
+        assert worker.wait(worker.start("true"), GUARD_S).exit_code == 0
         for start in starts:
             with pytest.raises(StartTimeoutError, match=r"leased' was not executing after 0\.2 s"):
-                start.result(_GUARD_S)
+                start.result(GUARD_S)
     before = _traces(worker)
     with pytest.raises(StartTimeoutError):
         worker.start(str(path))
@@ -416,7 +415,7 @@ def test_longest_argv_is_accepted(worker: Worker) -> None:
     args = ["x" * 1023] * (MAX_ARGV_BYTES // 1024 - 1)
     room = MAX_ARGV_BYTES - sum(len(arg) + 1 for arg in args) - len("true\0")
     job_id = worker.start("true", [*args, "y" * (room - 1)])
-    assert _end(worker.wait(job_id, _GUARD_S)) == _EXITED_0
+    assert _end(worker.wait(job_id, GUARD_S)) == _EXITED_0
     with pytest.raises(CommandError):
         worker.start("true", [*args, "y" * room])
 
@@ -439,7 +438,7 @@ def test_no_thread_to_be_had_is_a_clean_failure(
     _await_reaped(worker)
     assert not executed.exists()
     assert _traces(worker) == before
-    worker.wait(_sh(worker, 'echo >"$1"', executed), _GUARD_S)
+    worker.wait(_sh(worker, 'echo >"$1"', executed), GUARD_S)
     assert executed.exists()
 
 
@@ -481,7 +480,7 @@ def test_start_without_descriptors_left_works_or_fails_cleanly(worker: Worker, l
 def test_many_jobs_start_at_once(worker: Worker, pool: ThreadPoolExecutor) -> None:
     """Forty starts from as many threads are forty jobs, each with its own output."""
     starts = [pool.submit(worker.start, "echo", [str(i)]) for i in range(40)]
-    job_ids = [start.result(_GUARD_S) for start in starts]
+    job_ids = [start.result(GUARD_S) for start in starts]
     assert len(set(job_ids)) == 40
     assert [_output(worker, job_id) for job_id in job_ids] == [b"%d\n" % i for i in range(40)]
 
@@ -491,10 +490,10 @@ def test_ended_jobs_keep_their_output_and_nothing_else(worker: Worker) -> None:
     before = _traces(worker)
     job_ids = [worker.start("true") for _ in range(50)]
     for job_id in job_ids:
-        worker.wait(job_id, _GUARD_S)
+        worker.wait(job_id, GUARD_S)
     for thread in threading.enumerate():  # has published the end, and has nothing left to do
         if thread.name.startswith("job-"):
-            thread.join(_GUARD_S)
+            thread.join(GUARD_S)
     after = _traces(worker)
     assert after.pop("files") == sorted(f"{job_id}.out" for job_id in job_ids)
     assert len(cast("tuple[Job, ...]", after.pop("jobs"))) == 50
@@ -515,7 +514,7 @@ def _pid(worker: Worker, **options: Any) -> int:
     """Start a job, await its end, and return its leader's pid."""
     job_id = worker.start("sh", ["-c", "echo $$"], **options)
     pid = int(_output(worker, job_id))
-    worker.wait(job_id, _GUARD_S)
+    worker.wait(job_id, GUARD_S)
     return pid
 
 
@@ -542,7 +541,7 @@ def test_dead_process_of_a_prepared_place_is_no_trouble(worker: Worker) -> None:
     spare = _spare(worker)
     pidfd = os.pidfd_open(spare)
     os.kill(spare, signal.SIGKILL)
-    assert select.select([pidfd], [], [], _GUARD_S)[0]
+    assert select.select([pidfd], [], [], GUARD_S)[0]
     os.close(pidfd)
     assert _pid(worker) != spare
     assert _pid(worker) != spare
@@ -554,14 +553,14 @@ def test_dead_process_of_a_prepared_place_is_no_trouble(worker: Worker) -> None:
 @pytest.mark.parametrize("code", [0, 1, 7, 126, 127, 137, 255])
 def test_exit_code_is_the_leaders_own(worker: Worker, code: int) -> None:
     """Codes that shells use for other things are just codes."""
-    job = worker.wait(_sh(worker, f"exit {code}"), _GUARD_S)
+    job = worker.wait(_sh(worker, f"exit {code}"), GUARD_S)
     assert _end(job) == (Status.FINISHED, EndReason.EXITED, code, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE])
 def test_signal_that_we_did_not_send_is_reported(worker: Worker, number: signal.Signals) -> None:
     """A job killed by itself or a stranger is FINISHED and signalled, SIGKILL included."""
-    job = worker.wait(_sh(worker, f"ulimit -c 0; kill -{number:d} $$"), _GUARD_S)
+    job = worker.wait(_sh(worker, f"ulimit -c 0; kill -{number:d} $$"), GUARD_S)
     assert _end(job) == (Status.FINISHED, EndReason.SIGNALLED, None, number)
 
 
@@ -621,9 +620,9 @@ def test_end_of_output_and_terminal_status_come_together(
     for _ in range(50):
         job_id = _sh(worker, "head -c 100000 /dev/zero; exit 7")
         streamed = pool.submit(stream, job_id)
-        job = worker.wait(job_id, _GUARD_S)
+        job = worker.wait(job_id, GUARD_S)
         assert (job.output_bytes, _end(job)) == (100_000, _EXITED_7)
-        size, then = streamed.result(_GUARD_S)
+        size, then = streamed.result(GUARD_S)
         assert (size, _end(then)) == (100_000, _EXITED_7)
 
 
@@ -638,16 +637,16 @@ def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
 
     def append(data: memoryview) -> None:  # holds the job's thread until the end is told
         entered.set()
-        assert select.select([job._fds.exit], [], [], _GUARD_S)[0]
+        assert select.select([job._fds.exit], [], [], GUARD_S)[0]
         real_append(data)
 
     monkeypatch.setattr(job.output, "append", append)
     size = fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) - 16 * 1024  # fits into the pipe
     with gate.open("w", buffering=1) as orders:
         orders.write(f"{size}\n")
-        assert entered.wait(_GUARD_S)
+        assert entered.wait(GUARD_S)
         orders.write("\n")
-    job_after = worker.wait(job_id, _GUARD_S)
+    job_after = worker.wait(job_id, GUARD_S)
     assert (job_after.output_bytes, _end(job_after)) == (1 + size, _EXITED_7)
 
 
@@ -720,7 +719,7 @@ def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, gate: Path) -> 
             offset += len(next(chunks))
         assert fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
-    assert worker.wait(job_id, _GUARD_S).output_bytes == size
+    assert worker.wait(job_id, GUARD_S).output_bytes == size
 
 
 def test_job_whose_output_waits_to_be_taken_is_in_a_hurry(
@@ -741,15 +740,15 @@ def test_job_whose_output_waits_to_be_taken_is_in_a_hurry(
     with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         orders.write("\n")
         assert next(chunks) == b"\n"
-        assert not said.get(timeout=_GUARD_S)
+        assert not said.get(timeout=GUARD_S)
         orders.write(f"{size}\n")
-        while not said.get(timeout=_GUARD_S):
+        while not said.get(timeout=GUARD_S):
             pass
         while log._hurried or log.size < 1 + size:  # it ends by itself: the job is silent now
-            said.get(timeout=_GUARD_S)
+            said.get(timeout=GUARD_S)
         orders.write("\n")
         assert sum(map(len, chunks)) == size
-    assert worker.wait(job_id, _GUARD_S).output_bytes == 1 + size
+    assert worker.wait(job_id, GUARD_S).output_bytes == 1 + size
 
 
 def test_pipe_grows_for_a_job_that_fills_it(
@@ -767,22 +766,22 @@ def test_pipe_grows_for_a_job_that_fills_it(
     def append(data: memoryview) -> None:
         real_append(data)
         moved.release()
-        assert go_on.wait(_GUARD_S)
+        assert go_on.wait(GUARD_S)
 
     monkeypatch.setattr(job.output, "append", append)
     with gate.open("w", buffering=1) as orders:
         orders.write("\n")
-        assert moved.acquire(timeout=_GUARD_S)  # one byte
+        assert moved.acquire(timeout=GUARD_S)  # one byte
         assert fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) == 65536
         orders.write("\n")
         fifo.readline()  # the pipe is full
         go_on.set()
-        assert moved.acquire(timeout=_GUARD_S)
+        assert moved.acquire(timeout=GUARD_S)
         orders.write("\n")
-        assert moved.acquire(timeout=_GUARD_S)  # after the pipe has been looked at
+        assert moved.acquire(timeout=GUARD_S)  # after the pipe has been looked at
         assert fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
-    assert worker.wait(job_id, _GUARD_S).output_bytes == 1 + 65536 + 1
+    assert worker.wait(job_id, GUARD_S).output_bytes == 1 + 65536 + 1
 
 
 def test_output_waits_while_all_buffers_are_in_use_and_nothing_else_does(
@@ -795,7 +794,7 @@ def test_output_waits_while_all_buffers_are_in_use_and_nothing_else_does(
             others.enter_context(worker._buffers.lent())
         job_id = _sh(worker, script)
         silent = worker.start("true")
-        assert _end(worker.wait(silent, _GUARD_S)) == (Status.FINISHED, EndReason.EXITED, 0, None)
+        assert _end(worker.wait(silent, GUARD_S)) == (Status.FINISHED, EndReason.EXITED, 0, None)
         assert worker.status(job_id).output_bytes == 0
     assert _output(worker, job_id) == b"".join(bytes(100_000) + b"%d\n" % x for x in (1, 2, 3))
 
@@ -826,7 +825,7 @@ def test_stop_is_idempotent_and_keeps_the_first_reason(worker: Worker) -> None:
 def test_stop_of_a_finished_job_changes_nothing(worker: Worker) -> None:
     """What has ended by itself stays FINISHED with its own exit code."""
     job_id = _sh(worker, "exit 7")
-    job = worker.wait(job_id, _GUARD_S)
+    job = worker.wait(job_id, GUARD_S)
     assert worker.stop(job_id) == job
     assert _end(job) == _EXITED_7
 
@@ -858,7 +857,7 @@ def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
     os.kill(helper, signal.SIGSTOP)  # it cannot tell of the leader's end
     try:
         gate.write_text("\n")
-        assert select.select([job._fds.leader], [], [], _GUARD_S)[0]
+        assert select.select([job._fds.leader], [], [], GUARD_S)[0]
         assert worker.status(job_id).status is Status.RUNNING
         assert fifo.is_held()
         with pytest.MonkeyPatch.context() as patch:
@@ -897,10 +896,10 @@ def test_stop_from_twenty_threads_at_once(worker: Worker, pool: ThreadPoolExecut
         barrier = threading.Barrier(20)
 
         def stop(job_id: str = job_id, barrier: threading.Barrier = barrier) -> Job:
-            barrier.wait(_GUARD_S)
+            barrier.wait(GUARD_S)
             return worker.stop(job_id)
 
-        jobs = {future.result(_GUARD_S) for future in [pool.submit(stop) for _ in range(20)]}
+        jobs = {future.result(GUARD_S) for future in [pool.submit(stop) for _ in range(20)]}
         assert [_end(job) for job in jobs] == [_STOPPED]
 
 
@@ -942,13 +941,13 @@ def test_a_stop_that_takes_long_holds_up_nobody_else(
 
     def kill_processes() -> None:
         entered.set()
-        assert go_on.wait(_GUARD_S)
+        assert go_on.wait(GUARD_S)
         real_kill()
 
     monkeypatch.setattr(slow, "_kill_processes", kill_processes)
     stopping = pool.submit(worker.stop, slow.job_id)
     try:
-        assert entered.wait(_GUARD_S)
+        assert entered.wait(GUARD_S)
 
         def everything_else() -> Job:
             job_id = _sh(worker, "echo hi; " + _FOREVER)
@@ -957,10 +956,10 @@ def test_a_stop_that_takes_long_holds_up_nobody_else(
             assert len(worker.list()) == 2
             return worker.stop(job_id)
 
-        assert _end(pool.submit(everything_else).result(_GUARD_S)) == _STOPPED
+        assert _end(pool.submit(everything_else).result(GUARD_S)) == _STOPPED
     finally:
         go_on.set()
-    assert _end(stopping.result(_GUARD_S)) == _STOPPED
+    assert _end(stopping.result(GUARD_S)) == _STOPPED
 
 
 def test_starts_and_stops_in_parallel_leave_nothing(
@@ -979,7 +978,7 @@ def test_starts_and_stops_in_parallel_leave_nothing(
                 assert _end(worker.status(job_id)) == _EXITED_7
 
     for future in [pool.submit(live, i) for i in range(8)]:
-        future.result(_GUARD_S)
+        future.result(GUARD_S)
     assert not fifo.is_held()
     assert job_processes(worker._spawner.pid) == []
 
@@ -1041,14 +1040,14 @@ def test_twenty_megabytes_reach_early_and_late_subscribers_alike(
                 readers.append(pool.submit(read))
             assert chunk
     readers.append(pool.submit(read))
-    assert {reader.result(_GUARD_S) for reader in readers} == {digest.digest()}
+    assert {reader.result(GUARD_S) for reader in readers} == {digest.digest()}
     assert len(readers) == 5
 
 
 def test_offsets_of_a_stream(worker: Worker) -> None:
     """Reading resumes at a byte; past the end of an ended job there is nothing to wait for."""
     job_id = worker.start("printf", ["0123456789"])
-    worker.wait(job_id, _GUARD_S)
+    worker.wait(job_id, GUARD_S)
     assert [_output(worker, job_id, offset) for offset in (0, 4, 10)] == [
         b"0123456789",
         b"456789",
@@ -1075,7 +1074,7 @@ def test_stop_ends_streams(worker: Worker, pool: ThreadPoolExecutor) -> None:
     followers = [pool.submit(_output, worker, job_id) for _ in range(5)]
     assert _first_line(worker, job_id) == b"ready"
     worker.stop(job_id)
-    assert [follower.result(_GUARD_S) for follower in followers] == [b"ready\n"] * 5
+    assert [follower.result(GUARD_S) for follower in followers] == [b"ready\n"] * 5
 
 
 def test_subscribers_are_recorded_while_they_stream(worker: Worker) -> None:
@@ -1099,7 +1098,7 @@ def test_full_disk_loses_output_but_not_the_job(worker: Worker, gate: Path) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
             gate.write_text("\n")
-            assert _end(worker.wait(job_id, _GUARD_S)) == _EXITED_7
+            assert _end(worker.wait(job_id, GUARD_S)) == _EXITED_7
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert next(chunks) == bytes(990)
@@ -1132,7 +1131,7 @@ with Worker(enforcement="off") as worker:
 
 def test_output_does_not_live_in_memory() -> None:
     """While a job writes 64 MiB, with one reader stalled, the peak grows by less than 16."""
-    growth_kb = int(subprocess.check_output(_program(_GROWTH), timeout=_GUARD_S))
+    growth_kb = int(subprocess.check_output(_program(_GROWTH), timeout=GUARD_S))
     assert growth_kb < 16 * 1024
 
 
@@ -1167,11 +1166,11 @@ def test_without_cgroups_usage_is_what_the_reaper_learns() -> None:
         _first_line(worker, job_id)
         running = worker.status(job_id)
         Path(gate).write_text("on\n")
-        job = worker.wait(job_id, _GUARD_S)
+        job = worker.wait(job_id, GUARD_S)
         assert worker.list() == (job,)
     assert (running.usage, running.usage_source) == (None, None)
     assert (job.exit_code, job.usage_source) == (0, UsageSource.RUSAGE)
-    assert 0.25 < _cpu_s(job) < _GUARD_S
+    assert 0.25 < _cpu_s(job) < GUARD_S
     assert job.usage
     assert (job.usage.cpu_user_s or 0) > 0.15
     assert 64 << 20 <= (job.usage.memory_peak_bytes or 0) < 128 << 20
@@ -1183,8 +1182,8 @@ def test_without_cgroups_an_idle_job_has_used_next_to_nothing() -> None:
     """What jobs before it used is not counted, nor is its waiting."""
     with Worker(enforcement="off") as worker:
         busy = worker.start(sys.executable, ["-I", "-S", "-c", f"{_BURN}\nburn()"])
-        assert _cpu_s(worker.wait(busy, _GUARD_S)) > 0.25
-        assert _cpu_s(worker.wait(worker.start("true"), _GUARD_S)) < 0.2
+        assert _cpu_s(worker.wait(busy, GUARD_S)) > 0.25
+        assert _cpu_s(worker.wait(worker.start("true"), GUARD_S)) < 0.2
 
 
 def test_stopped_job_has_its_usage() -> None:
@@ -1214,7 +1213,7 @@ def test_usage_of_a_cgroup_is_live_and_in_the_end_final(gate: Path) -> None:
         first, second = worker.status(job_id), worker.status(job_id)
         assert worker.list()[0].usage is None
         gate.write_text("on\n")
-        job = worker.wait(job_id, _GUARD_S)
+        job = worker.wait(job_id, GUARD_S)
         assert worker.status(job_id) == job == worker.list()[0]
     sources = {first.usage_source, second.usage_source, job.usage_source}
     assert sources == {UsageSource.CGROUP}
@@ -1246,7 +1245,7 @@ def test_wait_returns_when_the_job_ends(worker: Worker, pool: ThreadPoolExecutor
     job_id = _sh(worker, _FOREVER)
     waiting = [pool.submit(worker.wait, job_id) for _ in range(5)]
     job = worker.stop(job_id)
-    assert [future.result(_GUARD_S) for future in waiting] == [job] * 5
+    assert [future.result(GUARD_S) for future in waiting] == [job] * 5
 
 
 @pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
@@ -1265,7 +1264,7 @@ def test_list_is_in_order_and_by_owner(worker: Worker) -> None:
     """All jobs, ended ones too, as they were started; or those of one owner."""
     owners = ["alice", "bob", "alice", ""]
     job_ids = [worker.start("true", owner=owner) for owner in owners]
-    worker.wait(job_ids[0], _GUARD_S)
+    worker.wait(job_ids[0], GUARD_S)
     assert [job.job_id for job in worker.list()] == job_ids
     assert [job.job_id for job in worker.list(owner="alice")] == [job_ids[0], job_ids[2]]
     assert [job.job_id for job in worker.list(owner="")] == [job_ids[3]]
@@ -1300,12 +1299,12 @@ def test_close_ends_everything(
     enforcement: Enforcement, fifo: _Fifo, pool: ThreadPoolExecutor
 ) -> None:
     """Jobs stop for SERVER_SHUTDOWN, streams end; no process, thread, file or cgroup stays."""
-    pool.submit(int).result(_GUARD_S)
+    pool.submit(int).result(GUARD_S)
     descriptors = descriptors_of()
     worker = Worker(enforcement=enforcement)
     directory, subtree = worker._output_dir.path, worker._subtree
     done = worker.start("true")
-    ended = worker.wait(done, _GUARD_S)
+    ended = worker.wait(done, GUARD_S)
     script = f'exec 3>"$1"; setsid --fork sleep infinity; echo ready; {_FOREVER}'
     running = [_sh(worker, script, fifo.path) for _ in range(3)]
     followers = [pool.submit(b"".join, worker.stream(job_id)) for job_id in running]
@@ -1313,7 +1312,7 @@ def test_close_ends_everything(
         assert _first_line(worker, job_id) == b"ready"
     worker.close()
     worker.close()
-    assert [future.result(_GUARD_S) for future in followers] == [b"ready\n"] * 3
+    assert [future.result(GUARD_S) for future in followers] == [b"ready\n"] * 3
     for job_id in running:
         end = _end(worker.status(job_id))
         assert end == (Status.STOPPED, EndReason.SERVER_SHUTDOWN, None, 9)
@@ -1346,7 +1345,7 @@ def test_starts_that_race_with_close_run_or_are_refused(
 
         def start(worker: Worker = worker, barrier: threading.Barrier = barrier) -> int:
             started = 0
-            barrier.wait(_GUARD_S)
+            barrier.wait(GUARD_S)
             with contextlib.suppress(WorkerClosedError):
                 while True:
                     _sh(worker, f'exec 3>"$1"; {_FOREVER}', fifo.path)
@@ -1354,9 +1353,9 @@ def test_starts_that_race_with_close_run_or_are_refused(
             return started
 
         starts = [pool.submit(start) for _ in range(8)]
-        barrier.wait(_GUARD_S)
+        barrier.wait(GUARD_S)
         worker.close()
-        count = sum(future.result(_GUARD_S) for future in starts)
+        count = sum(future.result(GUARD_S) for future in starts)
         assert not fifo.is_held()
         assert len(worker.list()) == count
         assert {job.end_reason for job in worker.list()} <= {EndReason.SERVER_SHUTDOWN}
@@ -1372,7 +1371,7 @@ def test_close_ends_starts_that_the_kernel_holds_up(
     worker.close()
     for start in starts:
         with pytest.raises(WorkerClosedError):
-            start.result(_GUARD_S)
+            start.result(GUARD_S)
     assert worker.list() == ()
 
 
@@ -1381,7 +1380,7 @@ def test_stream_that_races_with_close_ends_or_is_refused_as_closed(
 ) -> None:
     """A stream asked for just before close either reads or raises WorkerClosedError."""
     job_id = worker.start("true")
-    worker.wait(job_id, _GUARD_S)
+    worker.wait(job_id, GUARD_S)
     real_job = worker._job
 
     def close_meanwhile(job_id: str) -> object:
@@ -1451,7 +1450,7 @@ def test_death_of_the_spawner_is_told_truthfully(
     worker: Worker, fifo: _Fifo, pool: ThreadPoolExecutor
 ) -> None:
     """Running jobs end as LOST, their processes are gone, and nothing hangs or pretends."""
-    ended = worker.wait(_sh(worker, "exit 7"), _GUARD_S)
+    ended = worker.wait(_sh(worker, "exit 7"), GUARD_S)
     script = f'exec 3>"$1"; sleep infinity & echo ready; {_FOREVER}'
     job_ids = [_sh(worker, script, fifo.path) for _ in range(3)]
     followers = [pool.submit(_output, worker, job_id) for job_id in job_ids]
@@ -1460,9 +1459,9 @@ def test_death_of_the_spawner_is_told_truthfully(
     os.kill(worker._spawner.pid, signal.SIGKILL)
     stops = [pool.submit(worker.stop, job_id) for job_id in job_ids]
     for job_id, follower, stop in zip(job_ids, followers, stops, strict=True):
-        assert _end(worker.wait(job_id, _GUARD_S)) == _LOST
-        assert follower.result(_GUARD_S) == b"ready\n"
-        assert _end(stop.result(_GUARD_S)) == _LOST
+        assert _end(worker.wait(job_id, GUARD_S)) == _LOST
+        assert follower.result(GUARD_S) == b"ready\n"
+        assert _end(stop.result(GUARD_S)) == _LOST
     fifo.await_release()
     for _ in range(2):
         with pytest.raises(SpawnerDiedError, match="fork server"):
@@ -1503,7 +1502,7 @@ def test_program_that_forgets_to_close_ends_and_leaves_no_process(
     subprocess.run(
         _program(_FORGETFUL, enforcement, fifo.path),
         env={**os.environ, "TMPDIR": str(tmp_path)},
-        timeout=_GUARD_S,
+        timeout=GUARD_S,
         check=True,
     )
     fifo.await_release()
@@ -1531,7 +1530,7 @@ def test_library_is_its_files_and_the_standard_library(
     output = subprocess.check_output(
         [sys.executable, "-E", "-s", "-S", "program.py", enforcement],
         cwd=tmp_path,
-        timeout=_GUARD_S,
+        timeout=GUARD_S,
         text=True,
     )
     assert output == f"hello\n0 {sorted(LIBRARY)}\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import ssl
+import struct
 import subprocess
 import sys
 import uuid
@@ -30,6 +32,18 @@ LIBRARY = next(
 )
 """The modules that are the library, without their suffix."""
 GUARD_S = 60  # only a hang takes this long
+NOBODY = 65534  # the uid and gid of Debian's user `nobody`
+ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"  # the ID of no job
+
+
+class Clock:
+    """A clock that shows `now`, in seconds, and stands still until the test changes it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def descriptors_of(pid: int | str = "self") -> list[str]:
@@ -184,6 +198,34 @@ class ServerProgram:
         if stdout:
             pytest.fail(f"more than one line on stdout: {stdout!r}")
         return self.process.returncode
+
+
+# --- the same bytes without gRPC ----------------------------------------------------------
+
+
+def tls_context(certs: Path, certificate: Path | None) -> ssl.SSLContext:
+    """Speak HTTP/2 over TLS with the server's CA, and with a client certificate if one is given.
+
+    The key of `NAME.pem` is `NAME-key.pem` beside it.
+    """
+    context = ssl.create_default_context(cafile=certs / "server-ca.pem")
+    context.set_alpn_protocols(["h2"])
+    if certificate is not None:
+        context.load_cert_chain(certificate, certificate.with_name(f"{certificate.stem}-key.pem"))
+    return context
+
+
+def http2_frame(
+    kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"", length: int | None = None
+) -> bytes:
+    """Make a frame (RFC 9113, 4.1). `length`: what it claims to be, if that is not the truth."""
+    size = len(payload) if length is None else length
+    return struct.pack(">I", size)[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HTTP2_SETTINGS = 4  # the type of the frame that both sides send first
+HTTP2_GREETING = HTTP2_PREFACE + http2_frame(HTTP2_SETTINGS)  # all that a client must send
 
 
 FOREVER = ("sh", ["-c", "echo ready; exec sleep infinity"])  # for `Client.start` and `follow`
