@@ -1,10 +1,10 @@
-"""What each subcommand of the command line does, how it shows jobs, where it keeps the token.
+"""The subcommands of the command line: what each does, prints and keeps.
 
-Each command is given a `Client` and the arguments that `arguments.py` has read; it prints
-what was asked for, and raises ClientError or OSError. What only some of them need they
-import themselves: nobody should wait for it who calls another.
+A subcommand gets a `Client` and the arguments that `cli.py` has parsed. It prints its
+result, and raises ClientError or OSError. A module that only one subcommand needs is
+imported inside it, so the others start without that delay.
 
-Thread safety: all of it is for the one thread of a program.
+Thread safety: only the main thread of the program uses this module.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from arguments import LIMIT_FIELDS
-from client import ClientError
-from texts import printable
+from cli import LIMIT_FIELDS, printable
+from connection import ClientError
 from units import format_size
 
-TYPE_CHECKING = False  # as typing has it, whose import takes as long as Python's start
+TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     import workerservice_pb2 as worker_pb
-    from client import Client
+    from connection import Client
 
 __all__ = ["COMMANDS", "find_token"]
 
@@ -40,7 +39,7 @@ __all__ = ["COMMANDS", "find_token"]
 
 
 def _to_dict(message: Message) -> dict[str, Any]:
-    """A message's fields under their proto names: enums by name, absent ones None."""
+    """Return a message's fields by their proto names; enums are names, absent fields None."""
     result: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
@@ -51,7 +50,7 @@ def _to_dict(message: Message) -> dict[str, Any]:
         elif field.message_type:
             result[field.name] = _to_dict(value)
         elif field.enum_type:
-            known = field.enum_type.values_by_number.get(value)  # a newer server has more
+            known = field.enum_type.values_by_number.get(value)  # None if the server is newer
             result[field.name] = None if value == 0 else known.name if known else str(value)
         else:
             result[field.name] = list(value) if field.is_repeated else value
@@ -59,7 +58,7 @@ def _to_dict(message: Message) -> dict[str, Any]:
 
 
 def _describe(job: worker_pb.Job) -> str:
-    """What `status` prints."""
+    """Return what `status` prints of a job."""
     fields = _to_dict(job)
     lines = {
         "job": job.job_id,
@@ -160,18 +159,18 @@ def _print_table(jobs: Sequence[worker_pb.Job]) -> None:
             cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=False)
         ]
         line = "  ".join([*padded, row[-1]])
-        # The rest of a line that wraps would look like another row.
+        # A line that wraps would look like two rows.
         print(line if columns is None else _cut(line, columns))
 
 
 def _shown(text: str) -> str:
-    """Return what stdout makes of it: an escape of what its encoding does not have."""
+    """Return the text with an escape for each character that stdout cannot encode."""
     encoding = sys.stdout.encoding
     return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _width(text: str) -> int:
-    """How many cells of a terminal it takes at most."""
+    """Return how many cells of a terminal the text takes at most."""
     return len(text) if text.isascii() else sum(map(_cells, text))
 
 
@@ -179,14 +178,14 @@ def _cells(character: str) -> int:
     import unicodedata
 
     if character == "\N{VARIATION SELECTOR-16}":
-        return 1  # there are terminals where it makes the character before it wide
-    if unicodedata.category(character) in {"Mn", "Me"}:  # drawn onto the one before
+        return 1  # some terminals make the preceding character wide
+    if unicodedata.category(character) in {"Mn", "Me"}:  # drawn onto the preceding character
         return 0
     return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
 
 
 def _cut(text: str, width: int) -> str:
-    """Return as much of the beginning as `width` cells have room for."""
+    """Return the longest beginning of the text that fits into `width` cells."""
     for end, character in enumerate(text):
         width -= _cells(character)
         if width < 0:
@@ -204,7 +203,7 @@ def _print_json(value: Any) -> None:
 
 
 def _token_path(server: str) -> Path:
-    """One file a server, so that no server is ever sent another's token. Raises OSError."""
+    """Return the server's own token file: no server receives another's token. Raises OSError."""
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     except RuntimeError:
@@ -218,7 +217,7 @@ def _keep_token(server: str, token: str) -> None:
 
     path = _token_path(server)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # mkstemp makes it 0600; the name appears with all of the token behind it.
+    # mkstemp creates the file with mode 0600. The rename makes the whole token appear at once.
     fd, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(fd, "w") as file:
         file.write(token)
@@ -226,20 +225,20 @@ def _keep_token(server: str, token: str) -> None:
 
 
 def _forget_token(server: str, token: str) -> None:
-    """Delete the kept token if it is this one."""
-    # What cannot be read is not kept; what cannot be deleted is worthless.
+    """Delete the kept token if it is `token`."""
+    # An unreadable file keeps no token, and a token that stays is invalid by now.
     with contextlib.suppress(OSError):
         if _read_token(server) == token:
             _token_path(server).unlink()
 
 
 def _read_token(server: str) -> str:
-    # What somebody else put there must not stop us before we can say that it is no token.
+    # With strange bytes in the file, `Client` still reports that this is not a token.
     return _token_path(server).read_text(encoding="ascii", errors="replace")
 
 
 def find_token(arguments: argparse.Namespace) -> str:
-    """Return the token that is meant: given, in the environment, or kept. Raises ClientError."""
+    """Return the token given, or that of JOBWORKER_TOKEN, or the kept one. Raises ClientError."""
     token: str = arguments.token or os.environ.get("JOBWORKER_TOKEN", "")
     if not token:
         try:
@@ -276,11 +275,11 @@ def _password(arguments: argparse.Namespace) -> str:
         if password is None and sys.stdin.isatty():
             password = getpass.getpass(f"Password for {printable(arguments.user)}: ")
         elif password is None or password == "-":  # noqa: S105 -- not a password
-            password = sys.stdin.readline().rstrip("\n")
+            password = sys.stdin.readline().rstrip("\r\n")
         password.encode()
     except EOFError:
         raise ClientError("no password was given") from None
-    except UnicodeError:  # which has the password in it
+    except UnicodeError:  # its text contains the password
         raise ClientError("the password is not valid UTF-8") from None
     return password
 
@@ -292,11 +291,11 @@ def _logout(client: Client, arguments: argparse.Namespace) -> None:
     except ClientError as error:
         if error.code != "UNAUTHENTICATED":
             raise
-        # Not a success: with another certificate it may still be good.
+        # Not a success: the token may still be valid with another certificate.
         _forget_token(arguments.server, token)
         raise ClientError(
-            "the server does not accept this token (any more), or not with this client "
-            "certificate; so there was nothing to log out of",
+            "there was nothing to log out of: the server does not accept this token, or not "
+            "with this client certificate",
             error.code,
         ) from error
     _forget_token(arguments.server, token)
@@ -308,35 +307,60 @@ def _start(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
-    print(_state(_to_dict(client.stop(arguments.job))))
+    def stop(job_id: str) -> None:
+        state = _state(_to_dict(client.stop(job_id)))
+        print(state if len(arguments.job) == 1 else f"{printable(job_id)} {state}")
+
+    _for_each(arguments.job, stop)
 
 
 def _status(client: Client, arguments: argparse.Namespace) -> None:
-    job = client.status(arguments.job)
-    if arguments.json:
-        _print_json(_to_dict(job))
-    else:
-        print(_describe(job))
+    jobs: list[worker_pb.Job] = []
+    try:
+        _for_each(arguments.job, lambda job_id: jobs.append(client.status(job_id)))
+    finally:
+        if arguments.json and len(arguments.job) > 1:
+            _print_json([_to_dict(job) for job in jobs])
+        elif arguments.json and jobs:
+            _print_json(_to_dict(jobs[0]))
+        elif jobs:
+            print("\n\n".join(map(_describe, jobs)))
+
+
+def _for_each(job_ids: Sequence[str], do: Callable[[str], object]) -> None:
+    """Call `do` for every job, also after an error; then raise one ClientError for all errors."""
+    errors: dict[str, ClientError] = {}
+    for job_id in job_ids:
+        try:
+            do(job_id)
+        except ClientError as error:
+            if len(job_ids) == 1:
+                raise
+            errors[job_id] = error
+    if errors:
+        text = "; ".join(f"job {job_id}: {error}" for job_id, error in errors.items())
+        raise ClientError(text, next(iter(errors.values())).code)
 
 
 def _stream(client: Client, arguments: argparse.Namespace) -> None:
     offset = arguments.offset
+    (job_id,) = arguments.job
     try:
-        for data in client.stream(arguments.job, offset):
+        for data in client.stream(job_id, offset):
             left = memoryview(data)
-            while left:  # with PYTHONUNBUFFERED a write may be a partial one
+            while left:  # with PYTHONUNBUFFERED a write may be partial
                 left = left[sys.stdout.buffer.write(left) :]
             sys.stdout.buffer.flush()
             offset += len(data)
     except ClientError as error:
         if error.code == "UNAVAILABLE" and offset > arguments.offset:
-            message = f"{error}; to go on where this broke off: --offset {offset}"
+            message = f"{error}; to continue from here, use --offset {offset}"
             raise ClientError(message, error.code) from error
         raise
 
 
 def _remove(client: Client, arguments: argparse.Namespace) -> None:
-    client.remove(arguments.job)
+    _for_each(arguments.job, client.remove)
 
 
 def _list(client: Client, arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import arguments
+import cli
 import commands
 import workerservice_pb2 as worker_pb
 from client import main
@@ -37,13 +37,7 @@ _WORDS = st.one_of(
         ["", "-", "--", "---", "=", " ", "\x1b[31m", "\u202e", "a\nb", "%s", "{}", "~"]
     ),
 ).map(lambda text: text.replace("\0", ""))
-_PARSERS: dict[str, Any] = dict(
-    next(
-        action.choices or {}
-        for action in arguments.make_parser()._actions
-        if action.dest == "subcommand"
-    )
-)
+_PARSERS: dict[str, Any] = dict(cli.make_parsers()[1])
 _SUBCOMMANDS = st.sampled_from(sorted(_PARSERS))
 _OPTIONS = st.sampled_from(
     sorted(
@@ -179,7 +173,7 @@ def test_any_job_and_offset_are_sent_or_told(nobodys: list[str], job_id: str, of
 
 
 @_EXAMPLES
-@given(option=st.sampled_from(sorted(arguments._LIMIT_OPTIONS)), value=st.one_of(_NUMBERS, _WORDS))
+@given(option=st.sampled_from(sorted(cli._LIMIT_OPTIONS)), value=st.one_of(_NUMBERS, _WORDS))
 def test_any_limit_is_sent_or_told(nobodys: list[str], option: str, value: str) -> None:
     """What is accepted fits into its field of the message."""
     _check(["start", *nobodys, "-t", "x", f"{option}={value}", "true"])
@@ -190,8 +184,8 @@ def test_any_limit_is_sent_or_told(nobodys: list[str], option: str, value: str) 
 def test_any_words_of_a_job_are_the_jobs(words: list[str]) -> None:
     """Whatever they are, behind each of the three signs that they begin."""
     for ours in (["-c", "x", "-args"], ["-t", "x", "-c=x", "--args"]):
-        assert arguments.parse(["start", *ours, *words]).args == words
-    parsed = arguments.parse(["start", "-t", "x", "--", *words])
+        assert cli.parse(["start", *ours, *words]).args == words
+    parsed = cli.parse(["start", "-t", "x", "--", *words])
     assert [parsed.command, *parsed.args] == words
 
 
@@ -209,37 +203,6 @@ def test_any_server_is_an_error_of_one_line(nobodys: list[str], host: str) -> No
     """A name that cannot be, or one where nobody answers."""
     status, _ = _check(["list", *nobodys, "-t", "x", f"--server={host}"])
     assert status == 1
-
-
-@_EXAMPLES
-@given(
-    subcommand=st.sampled_from(["login", "list", "stop"]),
-    words=st.lists(
-        st.one_of(
-            st.sampled_from(["-t", "-p", "-u", "-j", "--token", "--password", "--json", "--", "x"]),
-            st.tuples(
-                st.sampled_from(["-t", "-p", "-u", "-j", "--token=", "--password=", "--job="]),
-                st.sampled_from(["", "=", "y", " y", "- y", "-", "--", "-p", "*", "p x", "-1"]),
-            ).map("".join),
-            _WORDS,
-        ),
-        max_size=6,
-    ),
-)
-def test_hiding_secrets_changes_no_command_line(subcommand: str, words: list[str]) -> None:
-    """What argparse accepts by itself comes out the same, and all of its secrets are found."""
-    argv = [subcommand, *words]
-    with _streams():
-        try:
-            plain = vars(arguments.make_parser().parse_args(argv))
-        except SystemExit:
-            return
-        if [] in plain.values():  # what argparse makes of --job=--
-            return
-        assert vars(arguments.parse(argv)) == plain
-    secret = plain.get("password", plain.get("token"))
-    found = [argv[index][begin:] for index, begin in arguments._find_secrets(argv)]
-    assert found[-1:] == ([] if secret is None else [secret])
 
 
 _TEXTS = st.text(max_size=20)

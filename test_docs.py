@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import arguments
 import authservice_pb2
+import cli
 import server
 import settings
-import texts
 import workerservice_pb2
 from testkit import GUARD_S, LIBRARY
 
@@ -35,8 +34,7 @@ def readme() -> str:
 
 
 def _subcommands() -> dict[str, Any]:
-    parser = arguments.make_parser()
-    return dict(next(a for a in parser._actions if a.dest == "subcommand").choices or {})
+    return dict(cli.make_parsers()[1])
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
@@ -51,7 +49,7 @@ _CLIENT_OPTIONS = {
     option for parser in _subcommands().values() for option in _options(parser) - {"--help"}
 }
 # Long forms of what is documented in its short one.
-_SYNONYMS = {"--token", "--user", "--password", "--command", "--job"}
+_SYNONYMS = {"--token", "--user", "--password", "--command", "--job", "--args"}
 
 
 @pytest.mark.parametrize("subcommand", sorted(_subcommands()))
@@ -128,7 +126,7 @@ def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Pa
 def test_readme_names_every_environment_variable(readme: str, name: str) -> None:
     """Those that the client looks at, as its help says."""
     assert name in readme
-    assert name in texts.HELP
+    assert name in cli.make_parsers()[0].format_help()
 
 
 def _shown_commands(text: str, program: str) -> list[list[str]]:
@@ -156,7 +154,7 @@ def test_commands_that_readme_shows_are_understood(
     shown = _shown_commands(readme, "client")
     assert {words[0] for words in shown if words} >= {"login", "start", "stream"}
     for words in shown:
-        arguments.parse(words)
+        cli.parse(words)
     options = _server_options(capsys) | {"--role"}
     for words in _shown_commands(readme, "server"):
         assert {word for word in words if word.startswith("-")} <= options

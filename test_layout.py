@@ -52,22 +52,20 @@ _IMPORTS = {
         "quotas",
         *("privileges", "service", "settings", "tls", "users", "worker", "grpc"),
     },
-    "client": {
-        "commandline",  # only for the program, at its end
+    "connection": {
         *("grpc", "authservice_pb2", "authservice_pb2_grpc"),
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
-    "commandline": {"arguments", "client", "commands", "texts"},
-    "arguments": {"client", "texts", "units"},
-    "commands": {"arguments", "client", "texts", "units"},
-    "texts": set(),
+    "cli": {"connection", "units"},
+    "commands": {"cli", "connection", "units"},
+    "client": {"cli", "commands", "connection"},
 }
 # What a module names in annotations only, and never imports when it runs.
 _ANNOTATIONS = {
     "job": {"broadcaster"},
     "retention": {"broadcaster"},
     "admission": {"callpool"},
-    "client": {"google"},
+    "connection": {"google"},
     "commands": {"google", "workerservice_pb2"},
     "quotas": {"settings"},
     "service": {"settings", "grpc"},
@@ -129,7 +127,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
     "path",
     [
         *("worker.py", "spawner.py", "cgroups.py", "broadcaster.py", "auth.py", "server.py"),
-        *("client.py", "commandline.py", "arguments.py", "commands.py", "texts.py"),
+        *("client.py", "connection.py", "cli.py", "commands.py"),
         *("forkserver.py", "privileges.py"),
         *("workerservice.proto", "authservice.proto", "certs/generate.sh"),
         *(
@@ -161,7 +159,7 @@ def test_every_module_has_its_tests_beside_it() -> None:
     """Those of the command line are tested with the client, the gate with the services,
     errors and jobs with the worker, and the fork server with the spawner.
     """
-    untested = {"commandline", "arguments", "commands", "texts", "gate", "errors", "job"}
+    untested = {"connection", "cli", "commands", "gate", "errors", "job"}
     untested |= {"forkserver", "privileges"}
     for module in set(_IMPORTS) - untested:
         assert (_HERE / f"test_{module}.py").is_file(), module

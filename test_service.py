@@ -28,7 +28,7 @@ import grpc
 import pytest
 
 import auth
-import client as client_module
+import connection as client_module
 import service
 import worker
 import workerservice_pb2 as worker_pb

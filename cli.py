@@ -1,0 +1,332 @@
+"""The options of the command line, and how the command line shows other people's text.
+
+    arguments = parse(["start", "--memory", "1G", "--", "ls", "-l"])
+    arguments.subcommand, arguments.command, arguments.args  # "start", "ls", ["-l"]
+
+`commands.py` does what the subcommand asks for. `client.py` is the program.
+
+Thread safety: only the main thread of the program uses this module.
+
+Sources: proc(5), `/proc/PID/cmdline` and field 48 of `/proc/PID/stat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+
+from connection import DEFAULT_CERTS, DEFAULT_SERVER
+from units import parse_size
+
+TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NoReturn
+
+__all__ = ["LIMIT_FIELDS", "hide_secrets", "make_parsers", "parse", "printable"]
+
+_EXIT_USAGE = 2
+
+_SUBCOMMANDS = {
+    "login": "Exchange a password for a token; print the token and keep it",
+    "logout": "Make the token invalid for good, and delete the kept one",
+    "start": "Start a job and print its ID",
+    "stop": "Kill every process of a job; returns when they are gone",
+    "status": "Show the state of a job",
+    "stream": "Write a job's output to stdout, from its start until the job ends",
+    "remove": "Forget a finished job and delete its output",
+    "list": "List the jobs you may see",
+}
+_MAY_BE_EMPTY = {"args", "words", "secrets"}  # of what `parse` returns
+_EPILOG = """\
+"client SUBCOMMAND --help" shows the options of a subcommand. The environment variables
+JOBWORKER_SERVER, JOBWORKER_CERTS and JOBWORKER_TOKEN are the defaults of --server, --certs
+and -t; without -t and JOBWORKER_TOKEN the client uses the token that login kept. Exit
+status: 0 for success; 1 for an error, with one line on stderr; 2 for wrong usage; 130 after
+Ctrl-C; 141 when the reader of the output has closed it.
+"""
+_START_USAGE = """\
+client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
+       client start [OPTIONS] [--] COMMAND [A1 A2 ...]"""
+
+
+def printable(text: str) -> str:
+    """Return text from somebody else so that it cannot control our terminal.
+
+    Control characters, line ends, direction marks and lone surrogates become escapes like
+    `\\x1b`.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# --- reading the command line -------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the words after the program's name; exits after --help and for wrong usage.
+
+    `args` of a `start` are the job's own words, whatever they look like. `secrets` are the
+    passwords and tokens in `argv`; `own_words` is how many of the words are the client's.
+    """
+    main_parser, subparsers = make_parsers()
+    name = argv[0] if argv else ""
+    if name not in subparsers:
+        main_parser.parse_args(argv[:1])  # only the first word: one of the others may be a secret
+    parser = subparsers[name]
+    arguments, unknown = parser.parse_known_args(argv[1:])
+    arguments.subcommand = name
+    if unknown:
+        parser.error(_describe_unknown(unknown))
+    for option, value in vars(arguments).items():
+        # Python 3.11 reads `--opt=--` as an empty list, 3.13 as `--`.
+        if (value in ([], "--") or value == ["--"]) and option not in _MAY_BE_EMPTY:
+            parser.error(f"-- cannot be the value of an option ({option})")
+    arguments.own_words = len(argv)
+    if name == "start":
+        _split_start(parser, arguments)
+    if name == "stream" and len(arguments.job) > 1:
+        parser.error("stream takes one job")
+    return arguments
+
+
+def _describe_unknown(words: Sequence[str]) -> str:
+    """Name the first unknown word, but not a value: a value may be a secret."""
+    word = words[0]
+    if word.startswith("--"):
+        return f"unknown option {word.partition('=')[0]}"
+    return f"unknown option {word[:2]}" if word.startswith("-") else "too many words"
+
+
+def _split_start(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Find the job's command and its arguments in either form of `start`."""
+    words = arguments.words
+    if arguments.args is not None:
+        # argparse ends -args at `--`, and leaves that and the following words to `words`.
+        arguments.args = words = arguments.args + words
+    elif words:
+        if arguments.command is not None:
+            parser.error(f"two commands: {arguments.command!r} and {words[0]!r}")
+        command = words[1:] if words[0] == "--" else words
+        arguments.command, arguments.args = (command[0], command[1:]) if command else (None, [])
+    if arguments.command is None:
+        parser.error("the command is missing; give -c COMMAND, or -- COMMAND ARGUMENTS")
+    arguments.args = arguments.args or []
+    arguments.own_words -= len(words)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line, as the client reports every error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_EXIT_USAGE, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
+
+
+class _Secret(argparse.Action):
+    """Stores a password or token, and collects all of them in `secrets`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002 -- argparse calls it so
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.secrets = [*namespace.secrets, values]
+
+
+def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and those of the subcommands by name."""
+    parser = _Parser(
+        prog="client",
+        description="Run commands on a job-worker server, watch their output, stop them.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(
+        dest="subcommand", metavar="SUBCOMMAND", required=True, parser_class=_Parser, prog="client"
+    )
+    subparsers = {
+        name: commands.add_parser(
+            name,
+            help=text,
+            description=f"{text}.",
+            usage=_START_USAGE if name == "start" else None,
+            allow_abbrev=False,
+        )
+        for name, text in _SUBCOMMANDS.items()
+    }
+    for name, subparser in subparsers.items():
+        _add_connection(subparser)
+        if name != "login":
+            _add_token(subparser)
+        if name in {"stop", "status", "stream", "remove"}:
+            _add_job(subparser, several=name != "stream")
+        if name in {"status", "list"}:
+            subparser.add_argument(
+                "--json", action="store_true", help="print JSON with the fields of the .proto"
+            )
+    _add_login(subparsers["login"])
+    _add_start(subparsers["start"])
+    subparsers["stream"].add_argument(
+        "--offset",
+        type=_offset,
+        default=0,
+        metavar="N",
+        help="begin with byte N, counted from 0 (default: 0)",
+    )
+    return parser, subparsers
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        default=os.environ.get("JOBWORKER_SERVER") or DEFAULT_SERVER,
+        help="the server (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--certs",
+        metavar="DIR",
+        default=os.environ.get("JOBWORKER_CERTS") or DEFAULT_CERTS,
+        help="the directory of client.pem, client-key.pem and server-ca.pem (default: %(default)s)",
+    )
+    parser.add_argument("--cert", metavar="FILE", help="another client certificate")
+    parser.add_argument("--key", metavar="FILE", help="another client key")
+    parser.add_argument("--ca", metavar="FILE", help="another server CA")
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(secrets=[])
+    parser.add_argument(
+        "-t",
+        "--token",
+        action=_Secret,
+        help="the token (default: JOBWORKER_TOKEN, or the kept one); other users of this machine "
+        "can see -t until the client has overwritten it, JOBWORKER_TOKEN they cannot see",
+    )
+
+
+def _add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    parser.add_argument(
+        "-j",
+        "--job",
+        required=True,
+        metavar="JOB_ID",
+        action="extend",
+        nargs="+",
+        help="the IDs of one or more jobs" if several else "the job's ID",
+    )
+
+
+def _add_login(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(secrets=[])
+    parser.add_argument("-u", "--user", required=True, metavar="USER", help="the user's name")
+    parser.add_argument(
+        "-p",
+        "--password",
+        action=_Secret,
+        help="the password; - reads it from stdin; without -p the client asks for it. Other users "
+        "of this machine can see -p until the client has overwritten it. A password that begins "
+        "with a dash is written -p=PASSWORD",
+    )
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--command", metavar="COMMAND", help="the command; no shell reads it")
+    for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():
+        parser.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
+    parser.add_argument(
+        "-args",
+        "--args",
+        dest="args",
+        metavar="A",
+        nargs=argparse.REMAINDER,
+        help="all following words are the command's arguments, options included",
+    )
+    parser.add_argument(
+        "words",
+        metavar="COMMAND",
+        nargs=argparse.REMAINDER,
+        help="the command and its arguments, in place of -c and -args",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    if not _is_number(text) or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _cores(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of CPU cores") from None
+
+
+def _offset(text: str) -> int:
+    if not _is_number(text) or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    # int() also takes other digits, and raises for more than 4300 of them.
+    return re.fullmatch(r"[0-9]{1,20}", text) is not None
+
+
+# Each option: the field of Limits that it sets, its reader, its metavar and its help.
+_LIMIT_OPTIONS: dict[str, tuple[str, Callable[[str], float], str, str]] = {
+    "--cpus": ("cpu_cores", _cores, "N", "CPU cores, 0.5 for half of one"),
+    "--memory": ("memory_bytes", _size, "SIZE", "memory, like 256M"),
+    "--io-read": ("io_read_bps", _size, "SIZE", "bytes per second read from each disk"),
+    "--io-write": ("io_write_bps", _size, "SIZE", "bytes per second written to each disk"),
+    "--io-read-ops": ("io_read_iops", _count, "N", "reads per second from each disk"),
+    "--io-write-ops": ("io_write_iops", _count, "N", "writes per second to each disk"),
+    "--pids": ("pids", _count, "N", "processes and threads"),
+}
+LIMIT_FIELDS = [field for field, *_ in _LIMIT_OPTIONS.values()]
+
+
+# --- hiding secrets -----------------------------------------------------------------------
+
+
+def hide_secrets(argv: Sequence[str], secrets: Sequence[str]) -> None:
+    """Overwrite `secrets` at the end of any of `argv`, where other users see our arguments.
+
+    `argv`: consecutive arguments of this process, from the first that `main` got. Does
+    nothing if the process has other arguments, or if the system refuses.
+    """
+    if not any(secrets):
+        return
+    with contextlib.suppress(OSError):
+        with open("/proc/self/stat", "rb") as file:
+            stat = file.read()
+        address = int(stat.rpartition(b")")[2].split()[48 - 3])  # after field 2, the name
+        with open("/proc/self/cmdline", "rb") as file:
+            shown = file.read()
+        ours = b"".join(os.fsencode(word) + b"\0" for word in argv)
+        begin = shown.find(b"\0" + ours) + 1
+        if not begin:
+            return
+        hidden = _mask(ours, [os.fsencode(secret) for secret in secrets if secret])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(address + begin)
+            memory.write(hidden)
+
+
+def _mask(words: bytes, secrets: Sequence[bytes]) -> bytes:
+    """Replace the secrets at the ends of the NUL-terminated words by as many asterisks."""
+    for secret in secrets:
+        words = words.replace(secret + b"\0", b"*" * len(secret) + b"\0")
+    return words

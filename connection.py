@@ -1,0 +1,300 @@
+"""The class `Client`: a connection to one server, for programs and for the command line.
+
+    with Client("127.0.0.1:50051", certs="certs", token=token) as client:
+        job_id = client.start("ls", ["-l", "/"])
+        for data in client.stream(job_id):
+            sys.stdout.buffer.write(data)
+        print(client.status(job_id).exit_code)
+
+Programs may also write `from client import Client`. This module neither prints nor reads
+the environment's JOBWORKER_ variables; the command line does.
+
+`import grpc` takes 60 ms. The constructor imports it, after it has read the certificates,
+so the command line reports its own mistakes without that delay.
+
+Thread safety: several threads may use one `Client` at once. `login` and `logout` change
+the token for all of them.
+
+Source: RFC 6750 (Bearer).
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+    from datetime import datetime
+    from typing import Any, Self
+
+    import grpc
+    from google.protobuf.message import Message
+
+    import workerservice_pb2 as worker_pb
+
+__all__ = ["DEFAULT_CERTS", "DEFAULT_SERVER", "Client", "ClientError", "check_address"]
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+DEFAULT_CERTS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "certs")
+_CALL_TIMEOUT_S = 30.0  # the server may need 10 for a stop
+_MAX_PORT = 65_535
+# A token has some 500 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
+_MAX_TOKEN_CHARS = 7_500
+
+_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # nobody reaches a job server through a web proxy
+    ("grpc.max_receive_message_length", -1),  # a list may be long
+    # A job can be silent for hours, so a stream pings the server to notice its death: after 20 s
+    # without data, and then 10 s without an answer. gRPC needs both time-outs for that.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+class ClientError(Exception):
+    """A call failed, or could not be made; the message is one line and says what to do.
+
+    Attributes: `code`, the name of the gRPC status ("NOT_FOUND"), "" if no call was made;
+    `retry_after_s`, the seconds after which the server asks to try again, or None.
+    """
+
+    def __init__(self, message: str, code: str = "", retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class Client:
+    """A connection to one server: a context manager, which calls `close`.
+
+    `server`: HOST:PORT, or [HOST]:PORT for an IPv6 address. `certs`: the directory of
+    `client.pem`, `client-key.pem` and `server-ca.pem`; `cert`, `key` and `ca` name other
+    files in their place. `token`: the result of an earlier `login`. `login` also sets the
+    attribute `token`, and `logout` clears it.
+
+    The first call connects. Every method blocks until the server answers, at most 30 s;
+    `stream` blocks as long as the job runs. All of them raise `ClientError`. The constructor
+    raises it for a wrong address and for files that are missing or unusable.
+
+    The first `Client` of a process limits gRPC to TLS 1.3 in the whole process, unless
+    GRPC_SSL_CIPHER_SUITES is set or gRPC has already connected.
+    """
+
+    def __init__(  # noqa: PLR0913 -- each is optional
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        certs: str | os.PathLike[str] = DEFAULT_CERTS,
+        cert: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        token: str = "",
+    ) -> None:
+        check_address(server)
+        credentials = _read_all(
+            ca or os.path.join(certs, "server-ca.pem"),
+            key or os.path.join(certs, "client-key.pem"),
+            cert or os.path.join(certs, "client.pem"),
+        )
+        # gRPC has no option for the TLS version. This suite needs a pre-shared key, which nobody
+        # has, so TLS 1.2 has no usable suite. TLS 1.3 has its own suites. The server does the same.
+        os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-AES256-CBC-SHA")
+        try:
+            import grpc
+
+            import authservice_pb2
+            import authservice_pb2_grpc
+            import workerservice_pb2
+            import workerservice_pb2_grpc
+        except ImportError as error:
+            raise ClientError(f"{error}; run `make setup`, then use ./client") from error
+        self._rpc_error = grpc.RpcError
+        self._auth_pb = authservice_pb2
+        self._worker_pb = workerservice_pb2
+        self._server = server
+        self.token = token
+        self._channel = grpc.secure_channel(
+            server, grpc.ssl_channel_credentials(*credentials), options=_OPTIONS
+        )
+        self._auth: Any = authservice_pb2_grpc.AuthServiceStub(self._channel)
+        self._worker: Any = workerservice_pb2_grpc.WorkerServiceStub(self._channel)
+
+    def login(self, username: str, password: str) -> tuple[str, datetime]:
+        """Exchange a password for a token; return it and when it expires (UTC)."""
+        from datetime import UTC
+
+        request = self._auth_pb.LoginRequest(username=username, password=password)
+        response = self._call(self._auth.Login, request, with_token=False)
+        if not _is_token(response.access_token):
+            raise ClientError(
+                f"{self._server} answered the login with something that is not a token; is it a "
+                "job-worker server?"
+            )
+        self.token = response.access_token
+        return self.token, response.expires_at.ToDatetime(UTC)
+
+    def logout(self) -> None:
+        """Make the token invalid for good; the server ends the streams opened with it."""
+        self._call(self._auth.Logout, self._auth_pb.LogoutRequest())
+        self.token = ""
+
+    def start(self, command: str, args: Sequence[str] = (), **limits: Any) -> str:
+        """Start a job and return its ID.
+
+        `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
+        default applies to a field that is absent or None.
+        """
+        request = self._worker_pb.StartJobRequest(
+            command=command, args=args, limits=self._worker_pb.Limits(**limits)
+        )
+        job_id: str = self._call(self._worker.StartJob, request).job_id
+        return job_id
+
+    def stop(self, job_id: str) -> worker_pb.Job:
+        """Kill every process of the job; return the job when they are gone."""
+        request = self._worker_pb.StopJobRequest(job_id=job_id)
+        job: worker_pb.Job = self._call(self._worker.StopJob, request).job
+        return job
+
+    def status(self, job_id: str) -> worker_pb.Job:
+        """Return the current state of the job."""
+        request = self._worker_pb.GetJobStatusRequest(job_id=job_id)
+        job: worker_pb.Job = self._call(self._worker.GetJobStatus, request).job
+        return job
+
+    def remove(self, job_id: str) -> None:
+        """Forget a finished job and delete its output; open streams still receive all of it."""
+        self._call(self._worker.RemoveJob, self._worker_pb.RemoveJobRequest(job_id=job_id))
+
+    def list(self) -> Sequence[worker_pb.Job]:
+        """Return the jobs that the user may see, in the order of their starts."""
+        jobs: Sequence[worker_pb.Job] = self._call(
+            self._worker.ListJobs, self._worker_pb.ListJobsRequest()
+        ).jobs
+        return jobs
+
+    def stream(self, job_id: str, offset: int = 0) -> Generator[bytes, None, None]:
+        """Yield the job's output from byte `offset` on, as the job writes it, until the job ends.
+
+        Closing the generator ends the stream.
+        """
+        request = self._worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
+        call = self._worker.StreamOutput(request, metadata=self._metadata())
+        try:
+            for response in call:
+                yield response.data
+        except self._rpc_error as error:
+            raise self._explain(error) from error
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        """Disconnect and end the open streams. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        if not _is_token(self.token):  # gRPC would refuse it with an obscure message
+            raise ClientError("this is not a token; log in again, or check -t and JOBWORKER_TOKEN")
+        return (("authorization", f"Bearer {self.token}"),)
+
+    def _call(self, method: Any, request: Message, *, with_token: bool = True) -> Any:
+        metadata = self._metadata() if with_token else ()
+        try:
+            return method(request, timeout=_CALL_TIMEOUT_S, metadata=metadata)
+        except self._rpc_error as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: grpc.RpcError) -> ClientError:
+        """Translate gRPC's error for the user."""
+        code, details = error.code().name, error.details() or ""
+        if code == "UNAVAILABLE":
+            for sign, meaning in _CONNECTION_FAILURES:
+                if sign in details:
+                    return ClientError(f"{meaning.format(server=self._server)}", code)
+        if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
+            details = f"{self._server} did not answer within {_CALL_TIMEOUT_S:g} s"
+        retry_after_s = None
+        for item in error.trailing_metadata() or ():
+            if item.key == "retry-after" and _is_seconds(str(item.value)):
+                retry_after_s = int(item.value)
+        return ClientError(" ".join(details.split()) or code, code, retry_after_s)
+
+
+_CLOSED = (
+    "{server} closed the connection: the server stopped, or it does not accept your "
+    "client certificate; see --cert, --key and --certs"
+)
+_UNTRUSTED = (
+    "the certificate of the server at {server} was not signed by your server CA, is not for "
+    "that host name, or has expired; see --ca, --certs and certs/generate.sh"
+)
+_UNRESOLVED = "the host name in {server} cannot be resolved; see --server"
+# A part of gRPC's text for a failed connection, and its meaning. Under TLS 1.3 a server that
+# rejects the client's certificate just closes the connection.
+_CONNECTION_FAILURES = (
+    ("Connection refused", "no server listens on {server}; start the server, or see --server"),
+    ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED),
+    (
+        "WRONG_VERSION_NUMBER",
+        "what listens on {server} does not speak TLS; see --server",
+    ),
+    ("Hostname Verification Check failed", _UNTRUSTED),
+    ("errors resolving", _UNRESOLVED),
+    ("DNS resolution failed", _UNRESOLVED),
+    ("ame resolution", _UNRESOLVED),
+    ("ocket closed", _CLOSED),
+    ("Connection reset", _CLOSED),
+    (
+        "failed to connect to all addresses",
+        "cannot connect to {server}; check that the server runs and can be reached from here",
+    ),
+)
+
+
+def check_address(server: str) -> None:
+    """Raise `ClientError` unless `server` is HOST:PORT; without a port gRPC would take 443."""
+    host, _, port = server.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not bare
+        or (":" in bare) != (host != bare)
+        or not (port.isascii() and port.isdecimal())
+        or int(port[:6]) > _MAX_PORT
+    ):
+        raise ClientError(
+            f"the server {server!r} is not HOST:PORT, like {DEFAULT_SERVER}; "
+            "see --server and JOBWORKER_SERVER"
+        )
+
+
+def _is_token(text: str) -> bool:
+    return len(text) <= _MAX_TOKEN_CHARS and text.isascii() and text.isprintable()
+
+
+def _is_seconds(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 9  # noqa: PLR2004 -- 30 years
+
+
+def _read_all(*paths: str | os.PathLike[str]) -> list[bytes]:
+    contents = []
+    try:
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                contents.append(file.read())
+    except FileNotFoundError as error:
+        raise ClientError(
+            f"the certificate or key {error.filename} is missing; make it with `make certs`, "
+            "or name yours with --certs, or with --cert, --key and --ca"
+        ) from error
+    except OSError as error:
+        raise ClientError(f"cannot read {error.filename}: {error.strerror}") from error
+    return contents
