@@ -1,5 +1,5 @@
-# Everything a clone needs to be set up, shown, tested and checked. Needed beforehand:
-# python3 (3.11 or newer, with venv), make, openssl.
+# `make` alone lists the targets. Needed beforehand: python3 (3.11 or newer, with venv), make,
+# openssl.
 
 PYTHON ?= python3
 python = .venv/bin/python
@@ -10,11 +10,14 @@ protoc = $(python) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --g
 # pyproject.toml is the only place that names what we depend on.
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")
 
-.PHONY: setup demo serve test check static bench bench-long certs library proto
+.PHONY: help setup demo serve test check static bench bench-long certs library proto
 
-# Compiled here, as whoever runs the client may not be allowed to write, or told Python not to.
-setup: .venv/runtime certs
-	@$(python) -m compileall -q $(filter-out test_% testkit.py conftest.py kernel_plugin.py,$(wildcard *.py))
+help: ## list the targets (what `make` alone does)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+
+# Compiled here, because the user who runs the client may not be allowed to write to this directory.
+setup: .venv/runtime certs ## install the packages the server and the client need; make certificates
+	@$(python) -m compileall -q $(filter-out test%.py conftest.py kernel_plugin.py,$(wildcard *.py))
 
 .venv/runtime: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -29,40 +32,36 @@ setup: .venv/runtime certs
 	$(python) -m pip install --quiet --disable-pip-version-check -r .venv/dev.txt
 	@touch $@
 
-# Makes what is missing or has expired, and says nothing if nothing is.
-certs:
+certs: ## make the certificates that are missing or have expired
 	@certs/generate.sh
 
-demo: setup
+demo: setup ## start a server, run three jobs on it, stop it
 	@scripts/demo.sh
 
-serve: setup
+serve: setup ## run a server on 127.0.0.1:50051, with the limits this host can enforce
 	./server --limits auto
 
-test: setup .venv/dev
+test: setup .venv/dev ## run all tests; those that need a real cgroup tree boot a kernel of their own
 	$(python) -m pytest
 
-check: static test
+check: static test ## all that must pass before a change is pushed: static, then test
 
-# All of check that runs no test.
-static: .venv/dev
+static: .venv/dev ## ruff, mypy, and whether the generated code belongs to the protos
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && $(call protoc,"$$d") \
 	  && for f in "$$d"/*; do diff -u "$${f##*/}" "$$f" || { echo "run: make proto" >&2; exit 1; }; done
 
-# In under five minutes.
-bench: setup
+bench: setup ## measure the service against the floors under it, in under five minutes
 	$(python) -m bench
 
-# In a quarter of an hour. Its exit status tells whether something has piled up.
-bench-long: setup
+bench-long: setup ## run 50,000 jobs in 15 minutes; fails if anything has piled up
 	$(python) -m bench.long
 
-# make library DEST=dir: copy the library.
-library:
+library: ## copy the library, which needs no package: make library DEST=directory
+	@: $${DEST:?is missing: make library DEST=directory}
 	@mkdir -p '$(DEST)' && cp $(library:=.py) '$(DEST)'
 
-proto: .venv/dev
+proto: .venv/dev ## generate the code that belongs to the protos
 	$(call protoc,.)
