@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import os
 
+from units import parse_address
+
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -38,7 +40,6 @@ __all__ = ["DEFAULT_CERTS", "DEFAULT_SERVER", "Client", "ClientError", "check_ad
 DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_CERTS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "certs")
 _CALL_TIMEOUT_S = 30.0  # the server may need 10 for a stop
-_MAX_PORT = 65_535
 # A token has some 500 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
 _MAX_TOKEN_CHARS = 7_500
 
@@ -262,18 +263,10 @@ _CONNECTION_FAILURES = (
 
 def check_address(server: str) -> None:
     """Raise `ClientError` unless `server` is HOST:PORT; without a port gRPC would take 443."""
-    host, _, port = server.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if (
-        not bare
-        or (":" in bare) != (host != bare)
-        or not (port.isascii() and port.isdecimal())
-        or int(port[:6]) > _MAX_PORT
-    ):
-        raise ClientError(
-            f"the server {server!r} is not HOST:PORT, like {DEFAULT_SERVER}; "
-            "see --server and JOBWORKER_SERVER"
-        )
+    try:
+        parse_address(server)
+    except ValueError as error:
+        raise ClientError(f"the server {error}; see --server and JOBWORKER_SERVER") from None
 
 
 def _is_token(text: str) -> bool:

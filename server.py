@@ -59,7 +59,8 @@ except ImportError as error:
 import hostcheck
 import worker
 from privileges import can_change_user
-from settings import Config, Settings, SettingsError, load_config, parse_arguments, split_address
+from settings import Config, Settings, SettingsError, load_config, parse_arguments
+from units import join_address, parse_address
 
 # gRPC imports some of its modules late. By then this process may be a user who may not read them.
 for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
@@ -137,7 +138,10 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._host, port = split_address(settings.listen)
+        try:
+            self._host, port = parse_address(settings.listen)
+        except ValueError as error:
+            raise SettingsError(f"--listen {error}") from None
         state = settings.state_dir
         self._audit_path = settings.audit_log or state / "audit.log"
         self._worker: worker.Worker | None = None
@@ -212,7 +216,7 @@ class Server:
                 self._server, jobs, self._authenticator, config=config, uid_of=self._uid_of
             )
             bound_port = _bind(self._server, self._host, port, certificates.credentials())
-            self.address = _join_address(self._host, bound_port)
+            self.address = join_address(self._host, bound_port)
             self._server.start()
             self._undo = undo.pop_all()
 
@@ -330,10 +334,6 @@ def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], 
     return {f"/jobworker.v1.{method}": pool for method, pool in pools.items()}, others
 
 
-def _join_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _check_exposure(host: str, users: Sequence[User]) -> None:
     """Refuse to show the world users whose passwords everybody knows."""
     try:
@@ -405,7 +405,7 @@ def _raise_fd_limit(max_streams: int) -> None:
 
 
 def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials) -> int:
-    address = _join_address(host, port)
+    address = join_address(host, port)
     try:
         return server.add_secure_port(address, credentials)
     except RuntimeError:

@@ -1,32 +1,39 @@
-"""What jobs and users may have: the server's settings, from constants or a TOML file.
+"""The server's settings: its command line, and the TOML file that `--config` names.
 
-    [defaults]                  # for a job that asks for nothing
+    arguments = parse_arguments(["--listen", "127.0.0.1:0", "--config", "limits.toml"])
+    config = load_config(arguments.config)
+
+The file sets limits, ceilings, quotas and retention:
+
+    [defaults]                  # limits of a job that asks for none
     cpu_cores = 0.5
     memory = "256M"
 
-    [ceilings]                  # no job gets more, whatever it asks for
+    [ceilings]                  # the highest limits that a job may ask for
     memory = "2G"
     pids = 1024
 
-    [per_user]                  # one user has at most
+    [per_user]                  # quotas of one user
     running_jobs = 100
     kept_output = "4G"
 
-    [in_all]                    # all users together have at most
+    [in_all]                    # quotas of all users together
     streams = 500
 
     [per_job]
     kept_output = "100M"
 
-    [requests]
+    [requests]                  # the size of a request
     args = 100
 
-    [retention]                 # finished jobs are kept no longer
+    [retention]                 # how long finished jobs are kept
     age = "12h"
 
-What the file does not name keeps the value of the constants below. "unlimited" takes
-a limit away, but for `streams` of all users, which cost a thread each, and for requests,
-which cost memory. A configuration is a value; it may be shared by threads.
+A key that the file does not name keeps its value from the constants below. "unlimited"
+removes a limit. It is refused for the `streams` of all users, because each stream has a
+thread, and for requests, because a request is held in memory.
+
+Thread safety: all values are immutable, so threads may share them.
 """
 
 from __future__ import annotations
@@ -59,13 +66,11 @@ __all__ = [
     "SettingsError",
     "load_config",
     "parse_arguments",
-    "split_address",
 ]
 
 _HERE = Path(__file__).resolve().parent
 DEFAULT_LISTEN: Final = "127.0.0.1:50051"
-DEFAULT_UIDS: Final = "70000-79999"  # systemd and the distributions leave 65536 to 524287 free
-_MAX_PORT = 65_535
+DEFAULT_UIDS: Final = "70000-79999"  # systemd and distributions use no uid of 65536 to 524287
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -84,9 +89,9 @@ CEILINGS: Final = Limits(
 
 _UNLIMITED = "unlimited"
 _INT64_MAX = (1 << 63) - 1
-_INT32_MAX = (1 << 31) - 1  # of what gRPC takes as an option
+_INT32_MAX = (1 << 31) - 1  # the highest value of a gRPC option
 
-# How a value is written.
+# The forms of a value in the file.
 _SIZE = 'a size like "256M"'
 _WHOLE = "a whole number"
 _NUMBER = "a number like 0.5"
@@ -95,7 +100,7 @@ _TIME = 'a time like "7d"'
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A key of the file: the field that it sets, and which values that may have."""
+    """A key of the file: the field that it sets, and the values that it accepts."""
 
     field: str
     form: str
@@ -108,7 +113,7 @@ class _Key:
         return self.form + (f', or "{_UNLIMITED}"' if self.may_be_unlimited else "")
 
     def value(self, written: Any) -> float | None:
-        """Return what `written` means. Raises ValueError."""
+        """Convert a value of the file; None for "unlimited". Raises ValueError."""
         if self.may_be_unlimited and written == _UNLIMITED:
             return None
         if self.form == _SIZE and isinstance(written, str):
@@ -117,16 +122,16 @@ class _Key:
             written = parse_duration(written)
         number = int | float if self.form in {_NUMBER, _TIME} else int
         if not isinstance(written, number) or isinstance(written, bool):
-            raise ValueError(f"cannot be {written!r}")  # noqa: TRY004 -- one error for all
-        if not written >= self.minimum:  # so that not-a-number is refused too
+            raise ValueError(f"cannot be {written!r}")  # noqa: TRY004 -- callers expect one error
+        if not written >= self.minimum:  # `written < minimum` would accept not-a-number
             raise ValueError(f"must be at least {self.minimum}, not {written!r}")
         if written > self.maximum:
             raise ValueError(f"must be at most {self.maximum}, not {written!r}")
         return written
 
 
-# The tables of the file and their keys. A table sets fields of the value of its name in
-# `Config`, or of `Config` itself where there is none.
+# The tables of the file and their keys. A table sets fields of the `Config` attribute of the
+# same name, or of `Config` itself if there is no such attribute.
 _KEYS: Final = {
     "cpu_cores": _Key("cpu_cores", _NUMBER, minimum=0.01),
     "memory": _Key("memory_bytes", _SIZE),
@@ -144,7 +149,7 @@ _QUOTA_KEYS: Final = {
     "start_burst": _Key("start_burst", _WHOLE),
     "kept_output": _Key("output_bytes", _SIZE),
 }
-# Each stream has a thread.
+# The maximum is finite because each stream has a thread.
 _STREAMS_IN_ALL: Final = _Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
 _TABLES: Final = {
     "defaults": _KEYS,
@@ -153,7 +158,7 @@ _TABLES: Final = {
     "in_all": {**_QUOTA_KEYS, "streams": _STREAMS_IN_ALL},
     "per_job": {"kept_output": _Key("job_output_bytes", _SIZE)},
     "requests": {
-        # No less than a login may need.
+        # The minimum leaves room for a login.
         "size": _Key("size", _SIZE, minimum=4 * _KIB, maximum=_INT32_MAX, may_be_unlimited=False),
         "args": _Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
         "arg_length": _Key("arg_length", _SIZE, may_be_unlimited=False),
@@ -168,38 +173,38 @@ _TABLES: Final = {
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong; the message names the file, the line and the right form."""
+    """The file is wrong; the message names the file, the line and the right form."""
 
 
 class LimitError(ValueError):
-    """A job asks for a limit that makes no sense or that is above the ceiling."""
+    """A job asks for a limit that is invalid or above the ceiling."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What one user has at most, or all users together. None means no ceiling."""
+    """The most that one user may have, or all users together. None means no quota."""
 
     running_jobs: int | None = None
     streams: int | None = None
     """Output streams open at once."""
     starts_per_second: float | None = None
-    """Jobs started per second, in the long run; no ceiling either if `start_burst` has none."""
+    """Jobs started per second on average; applies only together with `start_burst`."""
     start_burst: int | None = None
-    """Jobs started at once, after a pause; no ceiling either if `starts_per_second` has none."""
+    """Jobs started at once after a pause; applies only together with `starts_per_second`."""
     output_bytes: int | None = None
-    """Output of jobs that is kept."""
+    """Kept output of jobs, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """How large a request may be."""
+    """The largest request."""
 
     size: int = _MIB
-    """In bytes, the whole message; gRPC itself refuses a larger one."""
+    """Of the whole message, in bytes."""
     args: int = 4096
-    """How many arguments a command may have."""
+    """The number of arguments of a command."""
     arg_length: int = 64 * _KIB
-    """In bytes, of the longest of them, and of the command."""
+    """Of the command and of each argument, in bytes."""
 
 
 PER_USER: Final = Quota(
@@ -217,8 +222,8 @@ IN_ALL: Final = Quota(
     output_bytes=32 * _GIB,
 )
 JOB_OUTPUT_BYTES: Final = _GIB
-# A finished job takes 1.5 KB of memory besides its argv: these take 30 MB. The output is half
-# of what one user may have, so that those jobs of theirs that run have room for as much.
+# A finished job takes 1.5 KB of memory besides its argv, so 10,000 jobs with 16 MiB of argv take
+# 30 MB. Finished jobs keep half of a user's output quota; running jobs have the other half.
 RETENTION: Final = Retention(
     age_s=7 * 24 * 3600, jobs=10_000, output_bytes=8 * _GIB, argv_bytes=16 * _MIB
 )
@@ -226,22 +231,22 @@ RETENTION: Final = Retention(
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All settings; None means no limit."""
+    """The settings of the file; None means no limit."""
 
     defaults: Limits = DEFAULTS
     ceilings: Limits = CEILINGS
     per_user: Quota = PER_USER
     in_all: Quota = IN_ALL
     job_output_bytes: int | None = JOB_OUTPUT_BYTES
-    """How much of one job's output is kept."""
+    """Kept output of one job, in bytes."""
     requests: Requests = Requests()
     retention: Retention = RETENTION
 
     def limits(self, asked: Mapping[str, Any]) -> Limits:
-        """Return the limits of a job that asks for `asked` (fields of `Limits`).
+        """Return the limits of a job that asks for `asked`, by the names of fields of `Limits`.
 
-        Where neither that nor the default sets a limit, the ceiling is the limit. Raises
-        `LimitError`, which names the field, the value and what is allowed.
+        A field that is not asked for gets its default, or else its ceiling. Raises
+        `LimitError`, which names the field, the value and the allowed range.
         """
         for name, value in asked.items():
             ceiling = getattr(self.ceilings, name)
@@ -259,7 +264,7 @@ class Config:
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Read the configuration. Raises OSError, `ConfigError`."""
+    """Read the file. Raises OSError, `ConfigError`."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -291,7 +296,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 
 def _set(source: _Source, table: str, key: str, written: Any, values: Any) -> Any:
-    """Return `values`, a frozen dataclass, with the field that `key` sets."""
+    """Return a copy of the dataclass `values` with the field that `key` sets."""
     kind = _TABLES[table].get(key)
     if kind is None:
         raise source.error(table, key, f"unknown; the keys are {', '.join(_TABLES[table])}")
@@ -303,15 +308,15 @@ def _set(source: _Source, table: str, key: str, written: Any, values: Any) -> An
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The text of the file, to tell lines from: tomllib does not."""
+    """The text of the file, for the line numbers of errors: tomllib does not keep them."""
 
     path: Path
     text: str
 
     def error(self, table: str, key: str, problem: str) -> ConfigError:
-        """Make the error for `key` of `table`, or for the table if `key` is ""."""
+        """Return the error for `key` of `table`, or for the table if `key` is ""."""
         name = f"{table}.{key}" if key else table
-        # A key that has no line of its own, as in an inline table, has its table's.
+        # A key of an inline table has no line of its own, so its table's line is reported.
         number = self._line(table, key) or self._line(table, "")
         where = f"{self.path}, line {number}" if number else str(self.path)
         return ConfigError(f"{where}: {name}: {problem}")
@@ -333,53 +338,36 @@ class _Source:
 
 
 class SettingsError(Exception):
-    """The server cannot start as it was told to; the message says what to change."""
+    """The server cannot start with these settings; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the command line says, with its defaults."""
+    """The settings of the command line, with their defaults."""
 
     listen: str = DEFAULT_LISTEN
-    """HOST:PORT; [HOST]:PORT for IPv6; port 0 for any free one."""
+    """HOST:PORT, or [HOST]:PORT for IPv6; port 0 for any free one."""
     certs: Path = _HERE / "certs"
-    """Where server.pem, server-key.pem and client-ca.pem are."""
+    """The directory of server.pem, server-key.pem and client-ca.pem."""
     users: Path | None = None
     """The users file; None for the seeded users."""
     state_dir: Path = Path("state")
-    """For the token key, the users' uids, the tokens that were logged out, and the output."""
+    """The directory of the token key, the users' uids, the logged-out tokens and the output."""
     enforcement: Enforcement = "require"
     cgroup_root: Path | None = None
     max_streams: int | None = None
-    """How many streams may be open in all; None for what the configuration says."""
+    """The quota of streams of all users; None for that of the configuration file."""
     config: Path | None = None
-    """The TOML file with limits and ceilings; None for those of `config.py`."""
+    """The configuration file; None for the constants of this module."""
     isolation: Literal["require", "auto", "off"] = "off"
-    """Whether the jobs of each user run as an uid of their own, and this process stops
-    being root, for good: it must be so; if it can be; no."""
+    """Whether the jobs of each user run as a uid of their own, and this process gives up root
+    for good. "require": refuse to start without that. "auto": if possible."""
     uids: str = DEFAULT_UIDS
-    """FIRST-LAST: the first for this process if it is root, the others for users."""
+    """FIRST-LAST. A server started as root becomes the first; users get the others."""
     audit_log: Path | None = None
     """None for audit.log in `state_dir`."""
     audit_required: bool = False
-    """Whether what cannot be recorded is refused."""
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return host and port of `--listen`. Raises `SettingsError`."""
-    host, colon, port = address.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if (
-        not colon
-        or not bare
-        or (":" in bare) != (host != bare)
-        or not port.isdecimal()
-        or int(port) > _MAX_PORT
-    ):
-        raise SettingsError(
-            f"--listen {address!r} is not HOST:PORT, like {DEFAULT_LISTEN} or [::1]:0"
-        )
-    return bare, int(port)
+    """Whether the server refuses a call that it cannot record."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -387,87 +375,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="server",
         description="Run commands for clients that log in over mutual TLS.",
-        epilog="SIGTERM or Ctrl-C stops the server and every job. SIGHUP has it take up new "
-        "certificates, users and a rotated audit log.",
+        epilog="SIGTERM or Ctrl-C stops the server and every job. SIGHUP makes it read the "
+        "certificates and the users again, and reopen the audit log.",
         allow_abbrev=False,
     )
-    defaults = Settings()
-    parser.add_argument(
-        "--listen",
-        metavar="HOST:PORT",
-        default=defaults.listen,
-        help="where to listen; port 0 takes a free one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--certs",
-        metavar="DIR",
-        type=Path,
-        default=defaults.certs,
-        help="the directory of server.pem, server-key.pem and client-ca.pem (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--users",
-        metavar="FILE",
-        type=Path,
-        help="users instead of the two seeded ones, a line each, made by `server user`",
-    )
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=Path,
-        default=defaults.state_dir,
-        help="where the token key, the users' uids and the output are kept (default: "
-        "./%(default)s)",
-    )
-    parser.add_argument(
-        "--limits",
-        choices=("require", "auto", "off"),
-        default=defaults.enforcement,
-        help="what to do when a job's limits cannot be enforced: refuse to run; enforce what "
-        "can be and warn; do not even try (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--cgroup-root",
-        metavar="PATH",
-        type=Path,
-        help="the cgroup v2 directory to work below (default: the one the server is in)",
-    )
-    parser.add_argument(
-        "--max-streams",
-        metavar="N",
-        type=_streams,
-        help="how many output streams may be open at once, whatever the configuration says",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        type=Path,
-        help="a TOML file with the jobs' default limits and with all ceilings",
-    )
-    parser.add_argument(
-        "--uids",
-        metavar="FIRST-LAST",
-        default=defaults.uids,
-        help="started as root, the server becomes the first of these, and the jobs of each user "
-        "run as one of the others (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--require-isolation",
-        action="store_true",
-        help="refuse to start if jobs would have to run as the server's own user",
-    )
-    parser.add_argument(
-        "--audit-log",
-        metavar="FILE",
-        type=Path,
-        help="where every call is recorded, a line of JSON each (default: audit.log in the "
-        "state directory)",
-    )
-    parser.add_argument(
-        "--audit-required",
-        action="store_true",
-        help="refuse calls that cannot be recorded",
-    )
+    for option, keywords in _OPTIONS.items():
+        parser.add_argument(option, **keywords)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     user = commands.add_parser(
         "user",
@@ -478,9 +391,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     user.add_argument("--role", choices=[role.value for role in Role], default="user")
     check = commands.add_parser(
         "check",
-        help="say which limits this host can enforce, and what to do about the rest",
-        description="Run probe jobs to find out which limits this host can enforce for this "
-        "user. Exit status 0 if all of them, that is if --limits require would work.",
+        help="show which limits this host can enforce, and what to do about the others",
+        description="Run test jobs to find out which limits this host can enforce for this "
+        "user. The exit status is 0 if it can enforce all; then --limits require works.",
     )
     check.add_argument(
         "--cgroup-root", metavar="PATH", type=Path, help="as for the server", dest="check_root"
@@ -494,3 +407,75 @@ def _streams(text: str) -> int:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}; write {_STREAMS_IN_ALL.right_form}") from None
     return int(text)
+
+
+_SETTINGS: Final = Settings()
+# The options, with the keywords of `ArgumentParser.add_argument`.
+_OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
+    "--listen": {
+        "metavar": "HOST:PORT",
+        "default": _SETTINGS.listen,
+        "help": "the address to listen on; port 0 takes a free one (default: %(default)s)",
+    },
+    "--certs": {
+        "metavar": "DIR",
+        "type": Path,
+        "default": _SETTINGS.certs,
+        "help": "the directory of server.pem, server-key.pem and client-ca.pem "
+        "(default: %(default)s)",
+    },
+    "--users": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "the users, one in a line, in place of the two seeded users; "
+        "`server user` prints a line",
+    },
+    "--state-dir": {
+        "metavar": "DIR",
+        "type": Path,
+        "default": _SETTINGS.state_dir,
+        "help": "the directory for the token key, the users' uids and the output "
+        "(default: ./%(default)s)",
+    },
+    "--limits": {
+        "choices": ("require", "auto", "off"),
+        "default": _SETTINGS.enforcement,
+        "help": "if this host cannot enforce every limit of a job: refuse to start; enforce the "
+        "others and warn; off enforces none (default: %(default)s)",
+    },
+    "--cgroup-root": {
+        "metavar": "PATH",
+        "type": Path,
+        "help": "the cgroup v2 directory to work below (default: the server's own cgroup)",
+    },
+    "--max-streams": {
+        "metavar": "N",
+        "type": _streams,
+        "help": "the most output streams open at once, in place of the configuration's",
+    },
+    "--config": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "a TOML file with the jobs' limits, the users' quotas and the retention",
+    },
+    "--uids": {
+        "metavar": "FIRST-LAST",
+        "default": _SETTINGS.uids,
+        "help": "a server started as root becomes the first of these users, and runs the jobs of "
+        "each of its own users as one of the others (default: %(default)s)",
+    },
+    "--require-isolation": {
+        "action": "store_true",
+        "help": "refuse to start if jobs would have to run as the server's own user",
+    },
+    "--audit-log": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "the file for a line of JSON about every call (default: audit.log in the state "
+        "directory)",
+    },
+    "--audit-required": {
+        "action": "store_true",
+        "help": "refuse calls that cannot be recorded",
+    },
+}

@@ -191,12 +191,12 @@ def test_login_prints_the_token_and_keeps_it_privately(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stdin"), [([], b"user\nmore\n"), (["-p", "-"], b"user"), ([], b"user\n")]
+    ("arguments", "stdin"), [([], b"user\nmore\n"), (["-p", "-"], b"user"), ([], b"user\r\n")]
 )
 def test_login_takes_the_password_from_stdin(
     stranger: _Program, arguments: list[str], stdin: bytes
 ) -> None:
-    """Its first line, when it is not a terminal or `-p -` says so; nothing is asked."""
+    """Its first line without the end, LF or CR LF, if it is no terminal or after `-p -`."""
     assert stranger.read("login", "-u", "user", *arguments, stdin=stdin).count(".") == 2
 
 
@@ -695,6 +695,36 @@ def test_stop_kills_the_job_and_says_how_it_ended(run: Callable[..., str]) -> No
     job_id = run("start", "sh", "-c", "exit 3").strip()
     run("stream", "-j", job_id)
     assert run("stop", "-j", job_id) == "FINISHED (exited with code 3)\n"
+
+
+@pytest.mark.parametrize("form", ["-j {} -j {} -j {}", "-j {} {} {}"])
+def test_stop_status_and_remove_take_several_jobs(
+    cli: _Program, connect: Connect, form: str
+) -> None:
+    """A job that does not exist is an error, and the others are served all the same."""
+    jobs = [connect().start(*_SILENT[:1], _SILENT[1:]) for _ in range(2)]
+    words = form.format(jobs[0], ABSENT, jobs[1]).split()
+    status, stdout, stderr = cli.run("stop", *words)
+    assert (status, stdout.decode().splitlines()) == (
+        1,
+        [f"{job_id} STOPPED (stopped by owner)" for job_id in jobs],
+    )
+    assert re.fullmatch(rf"client: job {ABSENT}: [^\n]+\n", stderr)
+    status, stdout, stderr = cli.run("status", "--json", *words)
+    assert (status, [job["job_id"] for job in json.loads(stdout)]) == (1, jobs)
+    assert stderr.startswith(f"client: job {ABSENT}: ")
+    assert cli.read("status", "-j", *jobs).count("\njob ") == 1  # after an empty line
+    assert cli.run("remove", *words)[0] == 1
+    assert not {job.job_id for job in connect().list()} & set(jobs)
+
+
+def test_stream_of_two_jobs_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing would tell their outputs apart."""
+    with pytest.raises(SystemExit):
+        main(["stream", "-j", "x", "-j", "y"])
+    assert capsys.readouterr().err == (
+        "client stream: stream takes one job; see client stream --help\n"
+    )
 
 
 def test_json_status_has_every_field_of_a_running_job(
@@ -1313,6 +1343,15 @@ def test_kept_file_that_holds_no_token_is_told(
     assert "this is not a token; log in again" in stranger.fail("list")
     stranger.read("login", "-u", "user", "-p", "user")
     assert stranger.read("list")
+
+
+@pytest.mark.parametrize("server", ["localhost", "::1", "[::1]", "localhost:https", ":50051"])
+def test_server_without_a_port_is_told(stranger: _Program, server: str) -> None:
+    """gRPC would take port 443, and report that nobody answers."""
+    assert stranger.fail("list", "--server", server) == (
+        f"client: the server {server!r} is not HOST:PORT, like 127.0.0.1:50051 or [::1]:50051; "
+        "see --server and JOBWORKER_SERVER\n"
+    )
 
 
 def test_client_raises_its_own_error_for_what_is_not_a_token(connect: Connect) -> None:

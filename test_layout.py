@@ -50,10 +50,10 @@ _IMPORTS = {
     "server": {
         *("accounts", "admission", "audit", "auth", "callpool", "gate", "hostcheck"),
         "quotas",
-        *("privileges", "service", "settings", "tls", "users", "worker", "grpc"),
+        *("privileges", "service", "settings", "tls", "units", "users", "worker", "grpc"),
     },
     "connection": {
-        *("grpc", "authservice_pb2", "authservice_pb2_grpc"),
+        *("units", "grpc", "authservice_pb2", "authservice_pb2_grpc"),
         *("workerservice_pb2", "workerservice_pb2_grpc"),
     },
     "cli": {"connection", "units"},

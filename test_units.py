@@ -1,4 +1,4 @@
-"""Tests of sizes and times as people write them."""
+"""Tests of sizes, times and addresses as people write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from units import format_size, parse_duration, parse_size
+from units import format_size, join_address, parse_address, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,32 @@ def test_size_is_shown_in_its_largest_unit(size: int, text: str) -> None:
 def test_shown_size_can_be_typed_in_again(size: int) -> None:
     """And is the same but for what four digits lose."""
     assert parse_size(format_size(size)) == pytest.approx(size, rel=0.0006, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:50051", ("127.0.0.1", 50051)),
+        ("localhost:0", ("localhost", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_address_is_understood_and_can_be_joined_again(text: str, address: tuple[str, int]) -> None:
+    """An IPv6 address has brackets in the text only."""
+    assert parse_address(text) == address
+    assert join_address(*address) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", ":", "localhost", "localhost:", ":50051", "127.0.0.1:x", "127.0.0.1:-1", "::1"),
+        *("127.0.0.1:65536", "::1:50051", "[::1]", "[127.0.0.1]:0", "[]:0", "127.0.0.1:1:2"),
+        *("localhost:\u0663", "localhost:1 ", "unix:/run/socket"),
+    ],
+)
+def test_text_that_is_not_host_and_port_is_refused(text: str) -> None:
+    """The error shows the text and the right form."""
+    with pytest.raises(ValueError, match=r"is not HOST:PORT, like 127\.0\.0\.1:50051") as caught:
+        parse_address(text)
+    assert str(caught.value).startswith(repr(text))
