@@ -17,7 +17,7 @@ help: ## list the targets (what `make` alone does)
 
 # Compiled here, because the user who runs the client may not be allowed to write to this directory.
 setup: .venv/runtime certs ## install the packages the server and the client need; make certificates
-	@$(python) -m compileall -q $(filter-out test%.py conftest.py kernel_plugin.py,$(wildcard *.py))
+	@$(python) -m compileall -q $(filter-out test%.py conftest.py %_plugin.py,$(wildcard *.py))
 
 .venv/runtime: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -23,21 +23,22 @@ if TYPE_CHECKING:
     from client import Client
     from server import Server
 
-pytest_plugins = ["kernel_plugin"]
+pytest_plugins = ["kernel_plugin", "time_limit_plugin"]
 _HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture
 def leased(public: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
-    """A program that the kernel opens for nobody, and what ends that: a write lease, fcntl(2).
+    """A program under a write lease (fcntl(2)), and a function that gives the lease up.
 
-    Every user can have that for their own files, for 45 s (/proc/sys/fs/lease-break-time).
+    An exec of the program blocks until then, or for 45 s (/proc/sys/fs/lease-break-time). Every
+    user may take such a lease on files of their own.
     """
     path = public / "leased"
     path.write_text("#!/bin/sh\necho begun; sleep 1000000\n")
     path.chmod(0o755)
     fd = os.open(path, os.O_RDONLY)
-    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored, unlike SIGIO
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # ignored by default; SIGIO would end us
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     yield path, lambda: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     os.close(fd)
@@ -45,7 +46,7 @@ def leased(public: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A directory that everybody can enter, jobs of other uids too: pytest's own are private."""
+    """A directory that every uid can enter, so that jobs can; pytest's own are private."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
@@ -53,7 +54,7 @@ def public() -> Iterator[Path]:
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A cgroup with every controller; after the test nothing may be left in it."""
+    """A cgroup with every controller; the test fails if it leaves anything in the cgroup."""
     from cgroups import kill_tree
 
     path = make_cgroup()
@@ -70,11 +71,11 @@ def base() -> Iterator[Path]:
 
 @pytest.fixture
 def inside(base: Path) -> Iterator[Path]:
-    """The same, with this process in it; after the test it must be there again."""
+    """A cgroup like `base` with this process in it; the test must leave the process there."""
     with joined(base):
         yield base
         if own_cgroup() != base.name:
-            pytest.fail(f"the process is not back, but in {own_cgroup()}")
+            pytest.fail(f"the test left this process in {own_cgroup()}")
 
 
 def _make_certificates(directory: Path) -> Path:
@@ -98,13 +99,13 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def foreign_certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same by other CAs."""
+    """A directory like `certs`, made by other CAs."""
     return _make_certificates(tmp_path_factory.mktemp("foreign-certs"))
 
 
 @pytest.fixture(scope="session")
 def make_state(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Make a state directory with the common token key."""
+    """Make a state directory; every one has the same token key, so tokens are valid for all."""
     key = os.urandom(32)
 
     def make() -> Path:
@@ -120,7 +121,7 @@ def make_state(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 def start_server(
     certs: Path, make_state: Callable[[], Path], tmp_path: Path
 ) -> Iterator[Callable[..., ServerProgram]]:
-    """Start `server.py` with more options; what is still there after the test is killed."""
+    """Start `server.py` with further options; a server still there after the test is killed."""
     with contextlib.ExitStack() as programs:
 
         def start(
@@ -143,7 +144,7 @@ def start_server(
 def program(
     certs: Path, make_state: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProgram]:
-    """The server program that all tests share which do not need one of their own."""
+    """A server that all tests share, except those that need one of their own."""
     program = ServerProgram(
         tmp_path_factory.mktemp("log") / "server.log",
         *("--listen", "127.0.0.1:0", "--limits", "auto", "--certs", str(certs)),
@@ -152,12 +153,12 @@ def program(
     )
     yield program
     if program.end() != 0:
-        pytest.fail(f"the server did not end well: {program.log.read_text()}")
+        pytest.fail(f"the server's exit status is not 0: {program.log.read_text()}")
 
 
 @pytest.fixture
 def serve(certs: Path, make_state: Callable[[], Path]) -> Iterator[Callable[..., Server]]:
-    """Run a server in this process, where a test can look inside."""
+    """Run a server in this process, where a test can reach its objects."""
     from server import Server
     from settings import Settings
 
@@ -185,7 +186,7 @@ def tokens(program: ServerProgram, certs: Path) -> dict[str, str]:
 def connect(
     program: ServerProgram, certs: Path, tokens: dict[str, str]
 ) -> Iterator[Callable[..., Client]]:
-    """Connect as a seeded user ("" for nobody) to the shared server or another."""
+    """Connect as a seeded user ("" for no token) to the shared server, or to `address`."""
     from client import Client
 
     with contextlib.ExitStack() as clients:

@@ -1,9 +1,13 @@
-"""The pytest plugin that runs the tests marked `kernel`.
+"""The pytest plugin that runs the tests marked `kernel`, which need a real cgroup v2.
 
-Where this host has what they need they run as they are. Elsewhere each is replaced by a
-stand-in of the same name, and the first stand-in boots two kernels (scripts/kernel-run), which
-have one processor each. In each of them another pytest runs half of the tests selected,
-and prints each outcome as a line of JSON.
+Where the host has what these tests need, they run on the host like any other test. Elsewhere
+the plugin replaces each of them by a stand-in of the same name. The first stand-in that runs
+boots two kernels (scripts/kernel-run) of one processor each, the guests. In each guest another
+pytest runs half of the tests. This plugin is loaded there too, and prints the outcome of each
+test as a line of JSON. A stand-in waits for its test's line and then passes, fails or is skipped.
+
+Where the program that boots a kernel is missing, the tests are skipped. With
+JOBWORKER_REQUIRE_KERNEL=1 in the environment they fail instead.
 """
 
 from __future__ import annotations
@@ -22,26 +26,27 @@ import pytest
 from testkit import make_cgroup
 
 _HERE = Path(__file__).resolve().parent
-_OUTCOME = "@@outcome "  # what comes before it on the line is pytest's progress
+_OUTCOME = "@@outcome "  # begins a line's JSON; pytest's dots may stand before it on the line
+_GUEST_LIMIT_S = 600  # of one test in a guest: a guest is slow, and slower on a busy host
 _GUESTS = pytest.StashKey["list[_Guest]"]()
 _INSTALL = "install user-mode-linux and e2fsprogs to run it in a kernel of its own"
 _IN_GUEST = "JOBWORKER_IN_KERNEL" in os.environ
 
 
-@pytest.hookimpl(trylast=True)  # when -k and -m have made their choice
+@pytest.hookimpl(trylast=True)  # after -k and -m have chosen the tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("kernel")]
     if not marked or _IN_GUEST:
         return
     problem = _why_not_here()
     if not problem:
-        problem = "needs disks to write to, and this host's own are not for that"
+        problem = "needs a disk to write to, which only a guest has"
         marked = [item for item in marked if "disk" in getattr(item, "fixturenames", ())]
     missing = not shutil.which("linux.uml")
     for item in marked:
         items.remove(item)
         parent = item.parent or item.session
-        # Last, so that what the kernel does disturbs no other test.
+        # At the end, because the guests keep both processors busy.
         items.append(
             _Unavailable.from_parent(parent, of=item, reason=f"{problem}; {_INSTALL}")
             if missing
@@ -62,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _why_not_here() -> str:
-    """Say why a kernel test cannot run on this host; "" if it can."""
+    """Return why a kernel test cannot run on this host; "" if it can."""
     try:
         make_cgroup().rmdir()
     except (OSError, ValueError) as error:
@@ -71,7 +76,7 @@ def _why_not_here() -> str:
 
 
 class _OutcomePrinter:
-    """In the guest: tells the outcomes to the pytest outside."""
+    """In a guest: prints each test's outcome for the pytest on the host."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -79,7 +84,7 @@ class _OutcomePrinter:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         text = report.longreprtext
-        if isinstance(report.longrepr, tuple):  # of a skip: file, line, reason
+        if isinstance(report.longrepr, tuple):  # a skip: (file, line, reason)
             text = report.longrepr[2].removeprefix("Skipped: ")
         for title, content in report.sections:
             text += f"\n--- {title} ---\n{content}"
@@ -89,7 +94,7 @@ class _OutcomePrinter:
 
 
 class _Guest:
-    """A kernel in which `tests` run, once it is booted."""
+    """A kernel that runs `tests`, given as node IDs."""
 
     def __init__(self, tests: list[str]) -> None:
         self.tests = tests
@@ -98,14 +103,13 @@ class _Guest:
         self._outcomes: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
 
     def boot(self) -> None:
-        """Boot it and let the tests begin, unless they have."""
+        """Boot the kernel and begin the tests; does nothing if that has been done."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [
                     *(str(_HERE / "scripts/kernel-run"), sys.executable, "-m", "pytest"),
                     *("-p", "no:cacheprovider", "--color=no"),
-                    # A hang ends all tests after it, and on a busy machine much is slow in there.
-                    *("-o", "faulthandler_timeout=600", *self.tests),
+                    *("-o", f"time_limit_s={_GUEST_LIMIT_S}", *self.tests),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -115,14 +119,15 @@ class _Guest:
             )
 
     def outcomes(self, test: str) -> list[dict[str, str]]:
-        """Block until the test has run; return how set-up, call and tear-down ended.
+        """Block until the test has run; return the outcomes of its set-up, call and tear-down.
 
-        Not all of them if the kernel, or its pytest, ended before that.
+        Some are missing if the kernel, or the pytest in it, ended too early.
         """
         outcomes = self._outcomes[test]
         while (
             self._process
             and self._process.stdout
+            and not self._process.stdout.closed
             and not (outcomes and outcomes[-1]["when"] == "teardown")
         ):
             line = self._process.stdout.readline()
@@ -137,23 +142,24 @@ class _Guest:
         return outcomes
 
     def console(self) -> str:
-        """What was printed last, besides outcomes; told once."""
+        """Return what the guest printed since the last call, except outcomes: at most 100 lines."""
         text = "".join(self._console)
         self._console.clear()
-        return text or "(no more than told above)"
+        return text or "(nothing since the failure above)"
 
     def close(self) -> None:
-        if self._process is not None:
+        """End the kernel, if it was booted; its tests get no more outcomes."""
+        if self._process and self._process.stdout and not self._process.stdout.closed:
             self._process.terminate()
             self._process.communicate()
 
 
 class _GuestError(Exception):
-    """A test failed in the guest; the message is all there is to show."""
+    """A test failed in a guest. The message is the report; a traceback of ours adds nothing."""
 
 
 class _Placeholder(pytest.Item):
-    """Stands where the test `of` was, with its name and place; its marks count in the guest."""
+    """Has the name and the place of the test `of`. The marks of `of` take effect in the guest."""
 
     def __init__(self, *, of: pytest.Item, **rest: Any) -> None:
         super().__init__(name=of.name, **rest)
@@ -169,25 +175,32 @@ class _Placeholder(pytest.Item):
 
 
 class _StandIn(_Placeholder):
-    """Passes, fails or is skipped as the test is in the guest."""
+    """Passes, fails or is skipped like the same test in the guest."""
+
+    # The guest's own limit comes first; this one is for a guest that no longer runs at all.
+    time_limit_s = 1.2 * _GUEST_LIMIT_S
 
     def runtest(self) -> None:
         guests = self.config.stash[_GUESTS]
         for guest in guests:
             guest.boot()
         guest = next(each for each in guests if self.nodeid in each.tests)
-        outcomes = guest.outcomes(self.nodeid)
+        try:
+            outcomes = guest.outcomes(self.nodeid)
+        except pytest.fail.Exception:  # over the limit: the guest's other tests need not wait too
+            guest.close()
+            raise
         if failures := [each["text"] for each in outcomes if each["outcome"] == "failed"]:
             raise _GuestError("\n".join(failures))
         for each in outcomes:
             if each["outcome"] == "skipped":
                 pytest.skip(each["text"])
         if "call" not in [each["when"] for each in outcomes]:
-            raise _GuestError(f"the kernel did not report this test; it said:\n{guest.console()}")
+            raise _GuestError(f"the guest did not report this test; it printed:\n{guest.console()}")
 
 
 class _Unavailable(_Placeholder):
-    """Is skipped, or fails where JOBWORKER_REQUIRE_KERNEL=1 says that it must run."""
+    """Is skipped, or fails if JOBWORKER_REQUIRE_KERNEL=1."""
 
     def __init__(self, *, reason: str, **rest: Any) -> None:
         super().__init__(**rest)

@@ -1065,7 +1065,7 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
     closed = public / "closed"
     closed.mkdir(0o700)
     for path in _HERE.glob("*.py"):
-        if not path.name.startswith(("test", "conftest", "kernel_plugin")):
+        if not path.name.startswith(("test", "conftest", "kernel_plugin", "time_limit_plugin")):
             shutil.copy(path, closed)
     shutil.copytree(certs, closed / "certs")
     users = closed / "users"

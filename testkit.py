@@ -1,4 +1,4 @@
-"""What several test modules share: helpers without fixtures. The fixtures are in conftest.py."""
+"""Helpers that several test modules share. Fixtures are in conftest.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIBRARY = next(
     for line in (_HERE / "Makefile").read_text().splitlines()
     if line.startswith("library = ")
 )
-"""The modules that are the library, without their suffix."""
+"""The modules of the library, as the Makefile lists them."""
 GUARD_S = 60  # only a hang takes this long
 NOBODY = 65534  # the uid and gid of Debian's user `nobody`
 ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"  # the ID of no job
@@ -47,12 +47,12 @@ class Clock:
 
 
 def descriptors_of(pid: int | str = "self") -> list[str]:
-    """The numbers of the open descriptors of a process."""
+    """Return the numbers of the open descriptors of a process."""
     return sorted(os.listdir(f"/proc/{pid}/fd"))
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes whose parent is `pid`, those that have ended and were not reaped included."""
+    """Return the processes whose parent is `pid`, including zombies."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -62,11 +62,11 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def job_processes(helper: int) -> list[int]:
-    """The children of a worker's helper, but for the process that waits for the next job."""
-    program = Path(f"/proc/{helper}/cmdline").read_bytes()
+def job_processes(fork_server: int) -> list[int]:
+    """Return the children of a worker's fork server, except the spare process."""
+    program = Path(f"/proc/{fork_server}/cmdline").read_bytes()
     found = []
-    for pid in children_of(helper):
+    for pid in children_of(fork_server):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes() != program:
                 found.append(pid)
@@ -74,7 +74,7 @@ def job_processes(helper: int) -> list[int]:
 
 
 def job_cgroups(jobs: Path) -> list[Path]:
-    """The cgroups in there, but for that of the process that waits for the next job."""
+    """Return the cgroups in the cgroup `jobs`, except the one of the spare process."""
     found = []
     for path in jobs.iterdir():
         if path.is_dir():
@@ -87,7 +87,7 @@ def job_cgroups(jobs: Path) -> list[Path]:
 
 
 def job_files(worker: Worker) -> list[str]:
-    """The files in the worker's output directory, but for the empty one of the next job."""
+    """Return the files in the worker's output directory, except the spare's empty one."""
     known = {f"{job.job_id}.out" for job in worker.list()}
     directory = worker._output_dir.path
     return sorted(
@@ -103,11 +103,11 @@ def await_output(worker: Worker, job_id: str, text: bytes) -> None:
             output += chunk
             if text in output:
                 return
-    pytest.fail(f"the job ended without writing {text!r}: {output!r}")
+    pytest.fail(f"the job ended without writing {text!r}; it wrote {output!r}")
 
 
 def make_fifo(path: Path) -> Path:
-    """Make a FIFO that everybody may use, jobs of other uids too."""
+    """Make a FIFO that every uid may use, so that jobs can."""
     os.mkfifo(path)
     os.chmod(path, 0o666)
     return path
@@ -116,7 +116,7 @@ def make_fifo(path: Path) -> Path:
 def make_cgroup() -> Path:
     """Make a cgroup with every controller at the top of the hierarchy.
 
-    Raises OSError or ValueError where that cannot be.
+    Raises OSError or ValueError if this host has no such hierarchy, or does not let us.
     """
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     (top,) = [Path(point) for _, point, kind, *_ in mounts if kind == "cgroup2"]
@@ -128,7 +128,7 @@ def make_cgroup() -> Path:
 
 @contextlib.contextmanager
 def joined(path: Path) -> Iterator[None]:
-    """Put this process into the cgroup `path`, and afterwards back."""
+    """Move this process into the cgroup `path`, and back to where it was on exit."""
     top = next(each for each in path.parents if not (each / "cgroup.type").exists())
     before = top / own_cgroup()
     (path / "cgroup.procs").write_text("0")
@@ -139,7 +139,7 @@ def joined(path: Path) -> Iterator[None]:
 
 
 def own_cgroup() -> str:
-    """The cgroup this process is in, relative to the top of the hierarchy."""
+    """Return the cgroup of this process, relative to the top of the hierarchy."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     (path,) = [line.removeprefix("0::/") for line in lines if line.startswith("0::")]
     return path
@@ -147,24 +147,24 @@ def own_cgroup() -> str:
 
 # --- a server, and calls to it ----------------------------------------------------------
 #
-# Every server here has the same token key, and so takes the tokens of one login.
+# All servers of the fixtures have the same token key, so one login serves for all.
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # failed handshakes are meant to be here
-# As in server.py: a test module may import grpc before it.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # tests make handshakes fail on purpose
+# As server.py sets it. A test module may import grpc before server.py does.
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES256-CBC-SHA"
-# Some tests fork this process; gRPC would start its threads again in the child.
+# Some tests fork this process. Without this, gRPC restarts its threads in the child.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 
 def clean_environment() -> dict[str, str]:
-    """Our environment without what the programs are to set, or be told, by themselves."""
+    """Return this process's environment without the variables of gRPC and of job-worker."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("GRPC_", "JOBWORKER_"))}
 
 
 class ServerProgram:
     """`server.py` in a process of its own. Attributes: `process`, `address`, `log` (its stderr).
 
-    `before`: a command that executes the one that is appended to it.
+    `before`: the beginning of a command that runs the rest of its arguments, like `setpriv`.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class ServerProgram:
             pytest.fail(f"no server: {line!r} {log.read_text()}")
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send the signal; return the exit status, once it has written nothing more to stdout."""
+        """Send the signal, wait for the end, return the exit status; fails if stdout has more lines."""
         self.process.send_signal(number)
         stdout, _ = self.process.communicate(timeout=GUARD_S)
         if stdout:
@@ -233,7 +233,7 @@ FOREVER = ("sh", ["-c", "echo ready; exec sleep infinity"])  # for `Client.start
 
 @cache
 def rpc_methods() -> Mapping[str, MethodDescriptor]:
-    """Every RPC there is, by its name."""
+    """Return all RPCs by name."""
     import authservice_pb2
     import workerservice_pb2
 
@@ -253,9 +253,9 @@ def call_rpc(
     metadata: Sequence[tuple[str, str]] | None = None,
     **fields: Any,
 ) -> tuple[str, str]:
-    """Call any RPC to its end; return its status code and message.
+    """Call any RPC and wait for its end; return its status code and message.
 
-    A Logout that succeeds ends the client's token: do not do it to one of `tokens`.
+    A Logout that succeeds revokes the client's token, so never call it with one of `tokens`.
     """
     import grpc
     from google.protobuf.message_factory import GetMessageClass
@@ -277,14 +277,14 @@ def call_rpc(
 def run_job(
     client: Client, command: str = "true", args: Sequence[str] = (), **limits: float | None
 ) -> str:
-    """Run a job to its end; return its ID."""
+    """Start a job and wait for its end; return its ID."""
     job_id = client.start(command, args, **limits)
     list(client.stream(job_id))
     return job_id
 
 
 def follow(client: Client, job_id: str) -> Iterator[bytes]:
-    """Open a stream of a job that was started with `FOREVER`, and is silent from then on."""
+    """Follow a job that was started with `FOREVER`, from after the only line it writes."""
     chunks = client.stream(job_id)
     if next(chunks) != b"ready\n":
         pytest.fail("the job is not ready")
