@@ -8,13 +8,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 import authservice_pb2
 import cli
+import gate
 import server
 import settings
 import workerservice_pb2
@@ -81,18 +84,41 @@ def test_readme_names_every_option_of_the_server(
     assert "./server check" in readme
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        method.name
-        for file in (authservice_pb2.DESCRIPTOR, workerservice_pb2.DESCRIPTOR)
-        for service in file.services_by_name.values()
-        for method in service.methods
-    ],
-)
+_METHODS = [
+    method.name
+    for file in (authservice_pb2.DESCRIPTOR, workerservice_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+    for method in service.methods
+]
+
+
+@pytest.mark.parametrize("method", _METHODS)
 def test_readme_names_every_rpc(readme: str, method: str) -> None:
     """By its name in the .proto."""
     assert _is_named(method, readme)
+
+
+@pytest.mark.parametrize(
+    "code",
+    sorted({code.name for _, code, _ in gate._ERRORS} | {grpc.StatusCode.INTERNAL.name}),
+)
+def test_readme_explains_every_status_that_a_call_can_end_with(readme: str, code: str) -> None:
+    """The table of statuses has a row for each status of the gate's table of errors."""
+    assert code in _explained_statuses(readme)
+
+
+def test_readme_explains_every_status_that_it_names_for_an_rpc(readme: str) -> None:
+    """A status in the table of RPCs is also in the table of statuses."""
+    rows = re.findall(r"^\| `\w+Service\.\w+` \|.*$", readme, re.MULTILINE)
+    assert len(rows) == len(_METHODS)
+    named = {code for row in rows for code in re.findall(r"[A-Z]{2,}[A-Z_]+", row)}
+    assert named
+    assert named <= _explained_statuses(readme)
+
+
+def _explained_statuses(readme: str) -> set[str]:
+    cells = re.findall(r"^\| ([A-Z_, ]+) \|", readme, re.MULTILINE)
+    return {code for cell in cells for code in cell.split(", ")}
 
 
 @pytest.mark.parametrize(
@@ -100,22 +126,71 @@ def test_readme_names_every_rpc(readme: str, method: str) -> None:
     [(table, key) for table in settings._TABLES for key in settings._TABLES[table]],
 )
 def test_readme_names_every_key_of_the_configuration(readme: str, table: str, key: str) -> None:
-    """As it stands in the file, where each of the tables is shown, too."""
-    assert re.search(rf"^\s*#?\s*{key} = ", readme, re.MULTILINE)
-    assert re.search(rf"^\[{table}\]", readme, re.MULTILINE)
+    """It shows each table, and each key in code or in an example."""
+    assert re.search(rf"^{key} = |`{key}`", readme, re.MULTILINE)
+    assert re.search(rf"^\[{table}\]|`\[{table}\]`", readme, re.MULTILINE)
 
 
-def test_retention_that_readme_shows_is_the_default(readme: str, tmp_path: Path) -> None:
-    """Of all its numbers."""
-    (block,) = re.findall(r"```toml\n(\[retention\].*?)```", readme, re.DOTALL)
-    (tmp_path / "retention.toml").write_text(block)
-    assert settings.load_config(tmp_path / "retention.toml") == settings.Config()
-    assert set(re.findall(r"^(\w+) = ", block, re.MULTILINE)) == set(settings._TABLES["retention"])
+def _toml_blocks(readme: str) -> list[str]:
+    return re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+
+
+def test_tables_that_readme_shows_in_full_have_the_defaults(readme: str, tmp_path: Path) -> None:
+    """Of [per_job], [requests] and [retention] README shows each key with its default."""
+    (block,) = [block for block in _toml_blocks(readme) if "[retention]" in block]
+    (tmp_path / "defaults.toml").write_text(block)
+    assert settings.load_config(tmp_path / "defaults.toml") == settings.Config()
+    tables = tomllib.loads(block)
+    assert set(tables) == {"per_job", "requests", "retention"}
+    assert {name: set(table) for name, table in tables.items()} == {
+        name: set(settings._TABLES[name]) for name in tables
+    }
+
+
+def test_ceilings_of_users_that_readme_shows_are_the_defaults(readme: str, tmp_path: Path) -> None:
+    """The rows of the table are all keys of [per_user] and [in_all]."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \|", readme, re.MULTILINE)
+    assert {key for key, _, _ in rows} == set(settings._TABLES["per_user"])
+    text = "".join(
+        f"[{table}]\n"
+        + "".join(
+            f"{row[0]} = {row[column] if row[column].isdecimal() else repr(row[column])}\n"
+            for row in rows
+        )
+        for column, table in ((1, "per_user"), (2, "in_all"))
+    )
+    (tmp_path / "ceilings.toml").write_text(text)
+    assert settings.load_config(tmp_path / "ceilings.toml") == settings.Config()
+
+
+def test_limits_that_readme_shows_are_the_defaults(readme: str) -> None:
+    """Default and ceiling of each limit, in the row that names its key."""
+    shown = {}
+    for default, ceiling, keys in re.findall(
+        r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \| (`[^|]+`) \| `[^|]+\|$", readme, re.MULTILINE
+    ):
+        for key in re.findall(r"\w+", keys):
+            shown[key] = (_amount(default), _amount(ceiling))
+    assert shown == {
+        key: (
+            getattr(settings.DEFAULTS, kind.field),
+            getattr(settings.CEILINGS, kind.field),
+        )
+        for key, kind in settings._TABLES["defaults"].items()
+    }
+
+
+def _amount(text: str) -> float | None:
+    """What a cell of the table of limits means; the ceiling is the limit where it says so."""
+    if text in {"none", "the ceiling"}:
+        return 0 if text == "none" else None
+    number, _, unit = text.replace(",", "").partition(" ")
+    return int(number) * {"": 1, "MiB": 1024**2, "GiB": 1024**3}[unit]
 
 
 def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Path) -> None:
     """Each block of TOML is a configuration."""
-    blocks = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    blocks = _toml_blocks(readme)
     assert blocks
     for block in blocks:
         (tmp_path / "limits.toml").write_text(block)
@@ -231,3 +306,98 @@ def test_every_message_field_and_rpc_is_documented_in_the_proto(name: str) -> No
         and not line.strip().endswith("_UNSPECIFIED = 0;")
     ]
     assert missing == []
+
+
+# --- links, paths, and the places where something new is added --------------------------------
+
+_DOCUMENTS = [
+    path.relative_to(_HERE)
+    for path in sorted([*_HERE.glob("*.md"), *(_HERE / "docs").glob("*.md")])
+]
+
+
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=str)
+def test_links_of_a_document_lead_somewhere(document: Path) -> None:
+    """A file that there is, and a heading of it."""
+    text = (_HERE / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (_HERE / document).parent / name if name else _HERE / document
+        assert path.is_file(), target
+        if anchor:
+            assert anchor in _anchors(path.read_text(encoding="utf-8")), target
+
+
+def _anchors(text: str) -> set[str]:
+    """The names that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=str)
+def test_files_that_a_document_names_exist(document: Path) -> None:
+    """A word in code that ends like a file of this project is one, but for CHANGELOG's."""
+    if document.name == "CHANGELOG.md":
+        return
+    text = (_HERE / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|proto|md))`", text)) - {
+        "x.py",
+        "test_x.py",
+    }
+    places = (_HERE, _HERE / "docs", _HERE / "bench")
+    assert [name for name in sorted(named) if not any((p / name).is_file() for p in places)] == []
+
+
+def _contributing() -> str:
+    return (_HERE / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def _places() -> dict[str, tuple[str, set[str]]]:
+    """The rows of CONTRIBUTING's table of places: the model, and the files named in the row."""
+    rows = re.findall(r"^\| ([^|`]+) \| `([^|`]+)` \| (.+) \|$", _contributing(), re.MULTILINE)
+    return {kind: (model, set(re.findall(r"`([\w.]+)`", cell))) for kind, model, cell in rows}
+
+
+def _product_files_with(word: str) -> set[str]:
+    pattern = re.compile(rf"(?<![\w-])(--)?{word.lstrip('-').replace('-', '[-_]')}(?![\w-])")
+    paths = [*_HERE.glob("*.py"), *_HERE.glob("*.proto"), _HERE / "README.md"]
+    return {
+        path.name
+        for path in paths
+        if not re.match(r"test|conftest|.*_pb2", path.name)
+        and pattern.search(path.read_text(encoding="utf-8"))
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(_places()))
+def test_contributing_names_all_places_for_something_new(kind: str) -> None:
+    """They are the files in which the model of that kind stands."""
+    model, places = _places()[kind]
+    assert places == _product_files_with(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("RPC", _METHODS),
+        ("limit of a job", [kind.field for kind in settings._TABLES["defaults"].values()]),
+        ("ceiling of a user", list(settings._TABLES["per_user"])),
+    ],
+    ids=["RPC", "limit", "ceiling"],
+)
+def test_every_existing_one_is_in_all_places(kind: str, names: list[str]) -> None:
+    """In all modules, that is; only the client has no option for swap."""
+    places = {name for name in _places()[kind][1] if name.endswith(".py")}
+    assert places
+    for name in names:
+        missing = places - _product_files_with(name)
+        assert missing == ({"cli.py"} if name == "swap_bytes" else set()), name
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"make ([a-z-]+)", _contributing()))))
+def test_make_targets_that_contributing_names_exist(name: str) -> None:
+    """Each `make TARGET` in the text."""
+    makefile = (_HERE / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{name}:", makefile, re.MULTILINE)
