@@ -192,7 +192,7 @@ class ServerProgram:
             pytest.fail(f"no server: {line!r} {log.read_text()}")
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send the signal and wait for the end; return the exit status. Fails if stdout has more."""
+        """Send the signal, wait for the end and return the status; fails if stdout has more."""
         self.process.send_signal(number)
         stdout, _ = self.process.communicate(timeout=GUARD_S)
         if stdout:

@@ -75,7 +75,7 @@ _PARTS: dict[str, Callable[[], None]] = {
     "much": _bench_much,
     "stream": lambda: _with_floor(bench_stream),
     "followers": lambda: _with_service(bench_job_rate, bench_followers),
-    "delay": lambda: _with_service(bench_delay, bench_merging),
+    "delay": lambda: _with_floor(bench_delay, bench_merging),
     "silence": lambda: _with_floor(bench_silence),
     "overload": lambda: _with_service(bench_overload),
     "fairness": _bench_fairness,

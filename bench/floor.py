@@ -13,8 +13,11 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from bench import harness  # isort: skip -- before grpc
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["HAND_STEPS", "ByHand", "Floor"]
 
 _MESSAGE_BYTES = 256 * 1024
+_MAX_STREAMS = 1100
 
 _BY_HAND = """
 import json, os, socket, sys, time
@@ -129,16 +133,21 @@ class ByHand:
 
 
 class Floor:
-    """The client of the floor's server, which is the process `pid`."""
+    """A client of the floor's server, which is the process `pid` and listens on `address`."""
 
     def __init__(self, pid: int, address: str) -> None:
         self.pid = pid
+        self.address = address
         names = ("server-ca.pem", "client-key.pem", "client.pem")
         contents = ((harness.CERTS / name).read_bytes() for name in names)
         self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*contents))
         self._unary: Any = self._channel.unary_unary("/Floor/Unary")
         self._stream: Any = self._channel.unary_stream(
             "/Floor/Stream", response_deserializer=worker_pb.StreamOutputResponse.FromString
+        )
+        self._tell: Any = self._channel.unary_unary("/Floor/Tell")
+        self._lines: Any = self._channel.unary_stream(
+            "/Floor/Lines", response_deserializer=worker_pb.StreamOutputResponse.FromString
         )
         self._stream_file: Any = self._channel.unary_stream(
             "/Floor/StreamFile", response_deserializer=worker_pb.StreamOutputResponse.FromString
@@ -156,12 +165,55 @@ class Floor:
         """The same, of what the server reads from that file."""
         return sum(len(message.data) for message in self._stream_file(path.encode()))
 
+    def tell(self, lines: int, pause_s: float) -> None:
+        """Have the server send lines, with a pause before each, to all that `lines` follow.
+
+        Then it ends their streams.
+        """
+        self._tell(json.dumps([lines, pause_s]).encode())
+
+    def lines(self) -> Iterator[bytes]:
+        """Follow the server's lines: first an empty one, then each time at which one was sent."""
+        return (message.data for message in self._lines(b""))
+
     def close(self) -> None:
         """Disconnect."""
         self._channel.close()
 
 
+class _Lines:
+    """Sends lines to many streams. Each stream's thread waits for a queue of its own."""
+
+    def __init__(self) -> None:
+        # Guards _queues. Never held while a stream waits.
+        self._lock = threading.Lock()
+        self._queues: list[SimpleQueue[bytes]] = []
+
+    def stream(self, _request: bytes, _context: grpc.ServicerContext) -> Iterator[Any]:
+        queue: SimpleQueue[bytes] = SimpleQueue()
+        with self._lock:
+            self._queues.append(queue)
+        line = b"\n"
+        while line:
+            yield worker_pb.StreamOutputResponse(data=line)
+            line = queue.get()
+
+    def tell(self, request: bytes, _context: grpc.ServicerContext) -> bytes:
+        lines, pause_s = json.loads(request)
+        with self._lock:
+            queues, self._queues = self._queues, []
+        for _ in range(lines):
+            time.sleep(pause_s)
+            line = b"%d\n" % time.monotonic_ns()
+            for queue in queues:
+                queue.put(line)
+        for queue in queues:
+            queue.put(b"")
+        return b""
+
+
 def _serve() -> None:
+    lines = _Lines()
     message = worker_pb.StreamOutputResponse(data=bytes(_MESSAGE_BYTES))
     serialize = worker_pb.StreamOutputResponse.SerializeToString
 
@@ -178,12 +230,14 @@ def _serve() -> None:
 
     handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(lambda _request, _context: b""),
+        "Tell": grpc.unary_unary_rpc_method_handler(lines.tell),
+        "Lines": grpc.unary_stream_rpc_method_handler(lines.stream, response_serializer=serialize),
         "Stream": grpc.unary_stream_rpc_method_handler(stream, response_serializer=serialize),
         "StreamFile": grpc.unary_stream_rpc_method_handler(
             stream_file, response_serializer=serialize
         ),
     }
-    floor = grpc.server(ThreadPoolExecutor(4), options=server.GRPC_OPTIONS)
+    floor = grpc.server(ThreadPoolExecutor(_MAX_STREAMS), options=server.GRPC_OPTIONS)
     floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
     credentials = Certificates(Path.read_bytes, harness.CERTS).credentials()
     port = floor.add_secure_port("127.0.0.1:0", credentials)

@@ -1,6 +1,7 @@
-"""Measures what streams cost, and silence; see `bench.py`.
+"""Measures what streams cost, and silence; see `python -m bench`.
 
-python -m bench.stream --follow ADDRESS JOB COUNT    # follow a job that many times at once
+python -m bench.stream --follow ADDRESS COUNT JOB    # follow a job that many times at once
+python -m bench.stream --follow ADDRESS COUNT        # follow the floor's lines instead
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import grpc
 
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
+from bench.floor import Floor
 from bench.harness import (
     CERTS,
     MIB,
@@ -32,6 +34,7 @@ from bench.harness import (
     fail,
     in_turn,
     memory_bytes,
+    ms,
     percentile,
     print_heading,
     report,
@@ -46,7 +49,6 @@ from client import Client
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from bench.floor import Floor
 
 __all__ = [
     "bench_delay",
@@ -66,8 +68,10 @@ _FOLLOWERS = (1, 10, 100, 1000)
 _SHARED_BYTES = 256 * MIB  # of all followers together
 _SHARED_ROUNDS = 3
 _JOB_ROUNDS = 4
-_DELAY_LINES = 10
-_DELAY_MESSAGES_PER_S = 1000  # to all followers together; far more cannot be sent here
+# By the number of followers: how many lines in a round, and the pause before each. A pause is
+# long enough for all followers to get the line before the next one is written.
+_DELAYS = {1: (50, 0.02), 100: (10, 0.1), 1000: (4, 1.0)}
+_DELAY_ROUNDS = 4
 _STALLED_S = 0.5  # until all that can be sent to followers that do not read has been
 _TINY_WRITES_S = 3
 _SILENCE_S = 30.0
@@ -219,9 +223,13 @@ def _waiting_job(
 @contextlib.contextmanager
 def _following(service: Service, job_id: str, count: int) -> Iterator[Callable[[], _Followed]]:
     """Have another program follow the job; yield what waits for the end. All have subscribed."""
-    with start_program(
-        service.client, "-m", __name__, "--follow", service.address, job_id, count
-    ) as program:
+    with _followers(service.client, service.address, count, job_id) as result:
+        yield result
+
+
+@contextlib.contextmanager
+def _followers(client: Client, address: str, *what: object) -> Iterator[Callable[[], _Followed]]:
+    with start_program(client, "-m", __name__, "--follow", address, *what) as program:
 
         def result() -> _Followed:
             words = program.stdout.readline().split() if program.stdout else []
@@ -235,7 +243,18 @@ def _following(service: Service, job_id: str, count: int) -> Iterator[Callable[[
         yield result
 
 
-def _follow(address: str, job_id: str, count: int) -> None:
+def _follow(address: str, count: int, job_id: str = "") -> None:
+    with contextlib.ExitStack() as stack:
+        if job_id:
+            token = os.environ["JOBWORKER_TOKEN"]
+            client = stack.enter_context(Client(address, certs=CERTS, token=token))
+            _follow_each(lambda: client.stream(job_id), count)
+        else:
+            floor = stack.enter_context(contextlib.closing(Floor(0, address)))
+            _follow_each(floor.lines, count)
+
+
+def _follow_each(open_stream: Callable[[], Iterator[bytes]], count: int) -> None:
     ready = threading.Semaphore(0)
     digests: list[str] = []
     delays: list[int] = []
@@ -243,7 +262,7 @@ def _follow(address: str, job_id: str, count: int) -> None:
 
     def follow() -> None:
         nonlocal messages
-        stream = client.stream(job_id)
+        stream = open_stream()
         digest = hashlib.blake2b(next(stream))
         ready.release()
         for chunk in stream:
@@ -254,15 +273,14 @@ def _follow(address: str, job_id: str, count: int) -> None:
                 delays.append(now - int(chunk))
         digests.append(digest.hexdigest())
 
-    with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
-        threads = [threading.Thread(target=follow) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        for _ in threads:
-            ready.acquire()
-        print("ready", flush=True)
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=follow) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        ready.acquire()
+    print("ready", flush=True)
+    for thread in threads:
+        thread.join()
     print(",".join(set(digests)), len(digests), messages, *delays, flush=True)
 
 
@@ -362,32 +380,49 @@ def bench_job_rate(service: Service) -> None:
             _report_rates(f"{what}, {who}", taken, floor, size, ">= 0.9")
 
 
-def bench_delay(service: Service) -> None:
-    """From the write of a line on a quiet job to each follower."""
-    print_heading(f"Delay of a line from the job's write to the follower, {_DELAY_LINES} lines")
-    for count in (1, 100, 1000):
-        pause_s = max(0.1, count / _DELAY_MESSAGES_PER_S)
-        argv = _python(_MAKE_STAMPS, _DELAY_LINES, pause_s)
+def bench_delay(service: Service, floor: Floor) -> None:
+    """From the write of a line on a quiet job to each follower.
+
+    The floor writes its lines itself and sends each on that many streams at once.
+    """
+
+    def of_job(count: int, lines: int, pause_s: float) -> list[float]:
+        argv = _python(_MAKE_STAMPS, lines, pause_s)
         with (
             _waiting_job(service, argv) as (job_id, go),
             _following(service, job_id, count) as result,
         ):
             go()
-            delays = result().delays_s
-        # Where two lines come together the second has not been measured.
-        if not delays:
-            fail("no line came alone")
-        p50, p99 = (percentile(delays, percent) * 1e3 for percent in (50, 99))
-        share = len(delays) / (count * _DELAY_LINES)
-        report(
-            f"{count:,} followers, p99",
-            f"{p99:.1f} ms",
-            f"p50 {p50:.1f} ms",
-            f"{share:.0%} came alone",
+            return result().delays_s
+
+    def of_floor(count: int, lines: int, pause_s: float) -> list[float]:
+        with _followers(service.client, floor.address, count) as result:
+            floor.tell(lines, pause_s)
+            return result().delays_s
+
+    print_heading("Delay of a line from the job's write to the follower / the same of bare gRPC")
+    for count, (lines, pause_s) in _DELAYS.items():
+        found = in_turn(
+            {
+                "job": functools.partial(of_job, count, lines, pause_s),
+                "floor": functools.partial(of_floor, count, lines, pause_s),
+            },
+            _DELAY_ROUNDS,
         )
+        # A line that comes together with the one before has no delay of its own.
+        expected = count * lines * _DELAY_ROUNDS
+        alone = {name: sum(map(len, rounds)) for name, rounds in found.items()}
+        for percent, aim in (50, ""), (99, "<= 1.5"):
+            job, bare = (
+                [percentile(delays, percent) for delays in found[name]] for name in ("job", "floor")
+            )
+            detail = f"{ms(job, 1)} / {ms(bare, 1)}"
+            report_ratio(f"{count:,} followers, p{percent}", job, bare, detail, aim)
+        if alone != {"job": expected, "floor": expected}:
+            report("  of these lines came alone", f"{alone['job'] / expected:.0%}")
 
 
-def bench_merging(service: Service) -> None:
+def bench_merging(service: Service, _floor: Floor) -> None:
     """10,000 writes per second, of 10 bytes each."""
     argv = _python(_MAKE_TINY_WRITES, _TINY_WRITES_S)
     with _waiting_job(service, argv) as (job_id, go), _following(service, job_id, 1) as result:
@@ -470,6 +505,6 @@ def bench_silence(service: Service, floor: Floor) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--follow", nargs=3, metavar=("ADDRESS", "JOB", "COUNT"), required=True)
-    address, job_id, count = parser.parse_args().follow
-    _follow(address, job_id, int(count))
+    parser.add_argument("--follow", nargs="+", metavar=("ADDRESS", "COUNT"), required=True)
+    address, count, *job_id = parser.parse_args().follow
+    _follow(address, int(count), *job_id)
