@@ -1,79 +1,135 @@
-"""Tests of how the project is laid out: its files, and which module knows which."""
+"""Tests of how the project is laid out: its modules, which module imports which, their sizes.
+
+`_MODULES` is the table to change when a module is added, split or given a new dependency.
+"""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from testkit import LIBRARY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _HERE = Path(__file__).resolve().parent
 
-# Each module and all it may import beside the standard library. Dependencies point
-# to the library, which is the first ten and can be copied by itself.
-_IMPORTS = {
-    "broadcaster": set[str](),
-    "privileges": set(),
-    "limits": set(),
-    "errors": set(),
-    "cgroups": {"limits"},
-    "forkserver": {"cgroups", "privileges"},  # cgroups only at its end
-    "spawner": {"forkserver"},
-    "job": {"cgroups", "errors", "limits", "spawner"},
-    "retention": {"errors", "job"},
-    "worker": {
-        *("broadcaster", "cgroups", "errors", "job", "limits", "privileges", "retention"),
-        "spawner",
+_AUTH_PB = "authservice_pb2 authservice_pb2_grpc"
+_WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
+# By group: each module, and all that it imports beside the standard library. What stands after
+# a semicolon is imported for annotations only, so not when the program runs.
+_MODULES = {
+    "library": {
+        "broadcaster": "",
+        "privileges": "",
+        "limits": "",
+        "errors": "",
+        "cgroups": "limits",
+        "forkserver": "cgroups privileges",
+        "spawner": "forkserver",
+        "job": "cgroups errors limits spawner; broadcaster",
+        "retention": "errors job; broadcaster",
+        "worker": "broadcaster cgroups errors job limits privileges retention spawner",
     },
-    "throttle": set(),
-    "users": set(),
-    "revocations": set(),
-    "auth": {"jwt", "revocations", "throttle", "users"},
-    "accounts": set(),
-    "admission": {"grpc", "quotas"},
-    "callpool": {"grpc"},
-    "audit": set(),
-    "tls": {"grpc"},
-    "quotas": {"broadcaster", "units"},
-    "gate": {"admission", "audit", "auth", "quotas", "settings", "worker", "grpc", "google"},
+    "shared": {  # by the service and the client
+        "units": "",
+    },
+    "access": {
+        "throttle": "",
+        "users": "",
+        "revocations": "",
+        "auth": "jwt revocations throttle users",
+        "accounts": "",
+        "audit": "",
+        "tls": "grpc",
+    },
     "service": {
-        "callpool",
-        *("auth", "gate", "quotas", "worker", "google"),
-        *("authservice_pb2", "authservice_pb2_grpc"),
-        *("workerservice_pb2", "workerservice_pb2_grpc"),
+        "admission": "grpc quotas; callpool",
+        "callpool": "grpc",
+        "quotas": "broadcaster units; settings",
+        "gate": "admission audit auth google grpc quotas settings worker",
+        "service": f"auth callpool gate google quotas worker {_AUTH_PB} {_WORKER_PB}; "
+        "grpc settings",
+        "settings": "limits units users worker",
+        "hostcheck": "cgroups limits worker",
+        "server": "accounts admission audit auth callpool gate grpc hostcheck privileges quotas "
+        "service settings tls units users worker",
     },
-    "units": set(),
-    "settings": {"limits", "units", "users", "worker"},
-    "hostcheck": {"cgroups", "limits", "worker"},
-    "server": {
-        *("accounts", "admission", "audit", "auth", "callpool", "gate", "hostcheck"),
-        "quotas",
-        *("privileges", "service", "settings", "tls", "units", "users", "worker", "grpc"),
+    "client": {
+        "connection": f"grpc units {_AUTH_PB} {_WORKER_PB}; google",
+        "cli": "connection units",
+        "commands": "cli connection units; google workerservice_pb2",
+        "client": "cli commands connection",
     },
-    "connection": {
-        *("units", "grpc", "authservice_pb2", "authservice_pb2_grpc"),
-        *("workerservice_pb2", "workerservice_pb2_grpc"),
-    },
-    "cli": {"connection", "units"},
-    "commands": {"cli", "connection", "units"},
-    "client": {"cli", "commands", "connection"},
 }
-# What a module names in annotations only, and never imports when it runs.
-_ANNOTATIONS = {
-    "job": {"broadcaster"},
-    "retention": {"broadcaster"},
-    "admission": {"callpool"},
-    "connection": {"google"},
-    "commands": {"google", "workerservice_pb2"},
-    "quotas": {"settings"},
-    "service": {"settings", "grpc"},
+# Each group, and the groups whose modules it may import beside its own.
+_INWARD = {
+    "library": set[str](),
+    "shared": set(),
+    "access": {"library", "shared"},
+    "service": {"access", "library", "shared"},
+    "client": {"shared"},
 }
+_GROUPS = {module: group for group, modules in _MODULES.items() for module in modules}
+_GENERATED = {*_AUTH_PB.split(), *_WORKER_PB.split()}
+
+_MAX_MODULE_LINES = 600
+_LONGER_MODULES = {"cgroups"}  # one subject: a split would tear its locks apart
+_MAX_FUNCTION_LINES = 60
+
+# Modules whose behaviour is tested through the module that uses them, and not in test_NAME.py.
+_TESTED_WITH = {
+    "connection": "client",
+    "cli": "client",
+    "commands": "client",
+    "gate": "service",
+    "errors": "worker",
+    "job": "worker",
+    "forkserver": "spawner",
+    "privileges": "isolation",
+}
+
+# Private parts of gRPC and argparse that this project once relied on or was tempted by.
+_PRIVATE_PARTS = re.compile(r"\bgrpc\._\w+|\b_cython\b|\bcygrpc\b|\bexperimental_\w+|\._actions\b")
+# Underscored, but documented.
+_DOCUMENTED = {"_exit", "_asdict", "_fields", "_make", "_replace"}
+
+# To be mended; goes when all are.
+_NOT_YET = {
+    "words": {*["broadcaster", "errors", "cgroups", "forkserver", "spawner", "job", "worker"]},
+    "lines": {"forkserver", "worker"},
+    "functions": {"server"},
+    "private": {"admission", "callpool", "server"},
+}
+
+
+def _params(rule: str, modules: Iterable[str]) -> list[Any]:
+    mend = pytest.mark.xfail(reason="to be mended", strict=False)
+    return [
+        pytest.param(module, marks=mend if module in _NOT_YET[rule] else ()) for module in modules
+    ]
+
+
+@cache
+def _text(module: str) -> str:
+    return (_HERE / f"{module}.py").read_text(encoding="utf-8")
 
 
 def _parse(module: str) -> ast.Module:
-    return ast.parse((_HERE / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse(_text(module))
+
+
+def _may_import(module: str, *, annotations: bool = False) -> set[str]:
+    runs, _, annotated = _MODULES[_GROUPS[module]][module].partition(";")
+    return {*runs.split(), *(annotated.split() if annotations else ())}
 
 
 def _imports(tree: ast.AST) -> set[str]:
@@ -91,16 +147,149 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-@pytest.mark.parametrize("module", _IMPORTS)
+# --- who imports whom -------------------------------------------------------------------
+
+
+def test_every_module_is_in_the_table() -> None:
+    """Tests, their helpers and generated code apart."""
+    found = {path.stem for path in _HERE.glob("*.py")}
+    helpers = {name for name in found if name.startswith("test") or name.endswith("_plugin")}
+    assert found - helpers - {"conftest"} - _GENERATED == set(_GROUPS)
+
+
+@pytest.mark.parametrize("module", _GROUPS)
 def test_module_imports_what_it_may_and_nothing_else(module: str) -> None:
-    """Wherever in the file the import stands: dependencies point inward."""
+    """An import counts wherever in the file it stands, also inside a function."""
     tree = _parse(module)
-    assert _imports(tree) == _IMPORTS[module] | _ANNOTATIONS.get(module, set())
+    assert _imports(tree) == _may_import(module, annotations=True)
     tree.body = [node for node in tree.body if not _is_type_checking(node)]
-    assert _imports(tree) == _IMPORTS[module]
+    assert _imports(tree) == _may_import(module)
 
 
-@pytest.mark.parametrize("module", _IMPORTS)
+def test_dependencies_point_inward() -> None:
+    """A group uses only itself and the groups that are named for it."""
+    outward = [
+        f"{module} imports {imported}"
+        for module, group in _GROUPS.items()
+        for imported in _may_import(module, annotations=True) & set(_GROUPS)
+        if _GROUPS[imported] not in _INWARD[group] | {group}
+    ]
+    assert outward == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Neither when the program runs nor for annotations."""
+    rest = {module: _may_import(module, annotations=True) & set(_GROUPS) for module in _GROUPS}
+    while free := {module for module, imported in rest.items() if not imported & set(rest)}:
+        rest = {module: imported for module, imported in rest.items() if module not in free}
+    assert rest == {}
+
+
+def test_library_is_what_the_makefile_copies_and_needs_no_package() -> None:
+    """What it does by itself is tested in test_worker.py."""
+    assert set(LIBRARY) == set(_MODULES["library"])
+
+
+@pytest.mark.parametrize("module", _params("words", _MODULES["library"]))
+def test_library_knows_nothing_of_a_server_its_protocol_and_its_users(module: str) -> None:
+    """Neither in its code nor in its comments; a fork server is something else."""
+    text = re.sub(r"fork[ _-]?server", "", _text(module), flags=re.IGNORECASE)
+    words = r"\w*server\w*|\w*grpc\w*|protobuf|\w*rpc|admins?|\w*_ADMIN|tokens?|passwords?"
+    assert re.findall(rf"(?i)\b(?:{words})\b", text) == []
+
+
+# --- sizes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", _params("lines", sorted(_GROUPS.keys() - _LONGER_MODULES)))
+def test_module_can_be_read_in_one_sitting(module: str) -> None:
+    """It has at most 600 lines."""
+    assert len(_text(module).splitlines()) <= _MAX_MODULE_LINES
+
+
+@pytest.mark.parametrize("module", _params("functions", _GROUPS))
+def test_functions_are_short(module: str) -> None:
+    """None has more than 60 lines, its docstring included and its decorators not."""
+    long = [
+        f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(_parse(module))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+        if node.end_lineno - node.lineno >= _MAX_FUNCTION_LINES
+    ]
+    assert long == []
+
+
+# --- names ------------------------------------------------------------------------------
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in _DOCUMENTED
+
+
+def _private_names_defined_in(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in {"self", "cls"}
+        ):
+            names.add(node.attr)
+    return set(filter(_is_private, names))
+
+
+def _private_names_used_in(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in {"getattr", "setattr", "hasattr"}
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            names.add(str(node.args[1].value))
+    return set(filter(_is_private, names))
+
+
+@pytest.mark.parametrize("module", _params("private", _GROUPS))
+def test_module_uses_no_private_name_of_another(module: str) -> None:
+    """Neither of another package nor of another module: what it uses, it defines itself."""
+    tree = _parse(module)
+    assert _private_names_used_in(tree) - _private_names_defined_in(tree) == set()
+    assert _PRIVATE_PARTS.findall(_text(module)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "private"),
+    [
+        ("import grpc._cython", {"_cython"}),
+        ("from grpc._cython import cygrpc", {"_cython"}),
+        ("from grpc import _server", {"_server"}),
+        ("server._state.lock", {"_state"}),
+        ("getattr(server, '_state')", {"_state"}),
+        ("for action in parser._actions: pass", {"_actions"}),
+        ("class A:\n def f(self): self._x = other._y", {"_y"}),
+        ("def _f(): os._exit(1); x.__class__; point._replace()\n_f()", set()),
+    ],
+)
+def test_private_names_are_found(source: str, private: set[str]) -> None:
+    """However they are reached, so that the test above can fail."""
+    tree = ast.parse(source)
+    assert _private_names_used_in(tree) - _private_names_defined_in(tree) == private
+
+
+@pytest.mark.parametrize("module", _GROUPS)
 def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: str) -> None:
     """Everything in `__all__` is defined or imported there, and documented where it is defined."""
     tree = _parse(module)
@@ -123,43 +312,33 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
     assert [name for name in public if not described.get(name)] == []
 
 
+# --- files ------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "path",
     [
-        *("worker.py", "spawner.py", "cgroups.py", "broadcaster.py", "auth.py", "server.py"),
-        *("client.py", "connection.py", "cli.py", "commands.py"),
-        *("forkserver.py", "privileges.py"),
-        *("workerservice.proto", "authservice.proto", "certs/generate.sh"),
-        *(
-            "service.py",
-            "gate.py",
-            "admission.py",
-            "settings.py",
-            "units.py",
-            "hostcheck.py",
-            "scripts/kernel-run",
-        ),
-        *("throttle.py", "users.py", "revocations.py", "accounts.py", "audit.py", "tls.py"),
-        *("quotas.py", "scripts/demo.sh", "deploy/job-worker.service", "docs/security.md"),
-        *("bench/__main__.py", "bench/long.py", "bench/harness.py"),
-        *("workerservice_pb2.py", "workerservice_pb2_grpc.py"),
-        *("authservice_pb2.py", "authservice_pb2_grpc.py"),
-        *("Makefile", "pyproject.toml", "README.md", "docs/design.md", "CHANGELOG.md", ".ci/run"),
-        *("client", "server"),
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml"),
+        *("docs/design.md", "docs/security.md", "docs/benchmarks.md"),
+        *("workerservice.proto", "authservice.proto"),
+        *("bench/__main__.py", "bench/long.py", "deploy/job-worker.service"),
     ],
 )
 def test_file_is_where_it_is_looked_for(path: str) -> None:
-    """The layout is flat; what is to be executed is executable."""
+    """The documents, and what they and the Makefile name."""
     assert (_HERE / path).is_file()
-    if path in {"client", "server", "scripts/kernel-run", "certs/generate.sh", ".ci/run"}:
-        assert os.access(_HERE / path, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["client", "server", "scripts/demo.sh", "scripts/kernel-run", "certs/generate.sh", ".ci/run"],
+)
+def test_program_can_be_executed(path: str) -> None:
+    """By whoever has a clone."""
+    assert os.access(_HERE / path, os.X_OK)
 
 
 def test_every_module_has_its_tests_beside_it() -> None:
-    """Those of the command line are tested with the client, the gate with the services,
-    errors and jobs with the worker, and the fork server with the spawner.
-    """
-    untested = {"connection", "cli", "commands", "gate", "errors", "job"}
-    untested |= {"forkserver", "privileges"}
-    for module in set(_IMPORTS) - untested:
-        assert (_HERE / f"test_{module}.py").is_file(), module
+    """In test_NAME.py, except for those that `_TESTED_WITH` names."""
+    for module in _GROUPS:
+        assert (_HERE / f"test_{_TESTED_WITH.get(module, module)}.py").is_file(), module
