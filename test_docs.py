@@ -136,15 +136,13 @@ def _toml_blocks(readme: str) -> list[str]:
 
 
 def test_tables_that_readme_shows_in_full_have_the_defaults(readme: str, tmp_path: Path) -> None:
-    """Of [per_job], [requests] and [retention] README shows each key with its default."""
-    (block,) = [block for block in _toml_blocks(readme) if "[retention]" in block]
+    """Of [per_job], [requests] and [retention] README shows each key; all values are defaults."""
+    (block,) = _toml_blocks(readme)
     (tmp_path / "defaults.toml").write_text(block)
     assert settings.load_config(tmp_path / "defaults.toml") == settings.Config()
     tables = tomllib.loads(block)
-    assert set(tables) == {"per_job", "requests", "retention"}
-    assert {name: set(table) for name, table in tables.items()} == {
-        name: set(settings._TABLES[name]) for name in tables
-    }
+    for name in ("per_job", "requests", "retention"):
+        assert set(tables[name]) == set(settings._TABLES[name])
 
 
 def test_ceilings_of_users_that_readme_shows_are_the_defaults(readme: str, tmp_path: Path) -> None:
@@ -186,15 +184,6 @@ def _amount(text: str) -> float | None:
         return 0 if text == "none" else None
     number, _, unit = text.replace(",", "").partition(" ")
     return int(number) * {"": 1, "MiB": 1024**2, "GiB": 1024**3}[unit]
-
-
-def test_configuration_that_readme_shows_is_understood(readme: str, tmp_path: Path) -> None:
-    """Each block of TOML is a configuration."""
-    blocks = _toml_blocks(readme)
-    assert blocks
-    for block in blocks:
-        (tmp_path / "limits.toml").write_text(block)
-        settings.load_config(tmp_path / "limits.toml")
 
 
 @pytest.mark.parametrize("name", ["JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"])
