@@ -15,9 +15,6 @@ This module knows nothing of jobs, users' rights or networks.
             os.write(1, chunk)
     log.remove()
 
-A writer that others are waiting for says so with `hurry`: subscribers then leave the machine
-to it, and get little until that is over.
-
 How much is kept can be bounded by a `Budget`, which several logs may share. What is
 written beyond it is counted and dropped, and every subscriber is told so at the end.
 
@@ -38,7 +35,6 @@ import fcntl
 import os
 import tempfile
 import threading
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -59,10 +55,6 @@ __all__ = [
 # The largest chunk a subscriber is given by default. Measured over gRPC with mutual TLS:
 # 64 KiB messages reach 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
 _CHUNK_BYTES = 256 * 1024
-
-# What all subscribers of a log together are given while its writer is in a hurry. With twice or
-# four times as much a job that ten follow is held up by them (measured on two cores).
-_HURRIED_BYTES_PER_S = 32 * 1024 * 1024
 
 _OUTPUT_SUFFIX = ".out"
 _NOBODY: frozenset[Subscription] = frozenset()
@@ -201,11 +193,6 @@ class OutputLog:
         # Notified when bytes were appended, when the log is complete and when a subscription
         # is closed. None once it is complete: nobody waits any more, and it is large.
         self._changed: threading.Condition | None = threading.Condition(self._lock)
-        # Notified when the writer is in a hurry no more, when the log is complete and when a
-        # subscription is closed. Not `_changed`, for which all who rest would wake again and
-        # again. None as that is.
-        self._calm: threading.Condition | None = threading.Condition(self._lock)
-        self._hurried = False  # whether the writer is in a hurry
         # Open while the log can grow or has subscribers; shared by all of them (pread).
         self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._size = 0
@@ -275,19 +262,7 @@ class OutputLog:
             self._taken += stored
             self._failure = failure
             self._lost_bytes += size - stored
-            if self._changed is not None:  # who rests goes on resting
-                self._changed.notify_all()
-
-    def hurry(self, *, on: bool) -> None:
-        """Say that the writer is in a hurry, or is not any more; idempotent.
-
-        While it is, subscribers rest after each chunk, so that all of them together get 32 MiB
-        in a second and no more. They get all the rest of it later.
-        """
-        with self._lock:
-            if self._calm is not None and on != self._hurried:
-                self._hurried = on
-                self._calm.notify_all()
+            self._notify_locked()
 
     def complete(self) -> None:
         """Declare that nothing more will be appended; idempotent.
@@ -297,9 +272,8 @@ class OutputLog:
         with self._lock:
             self._complete = True
             self._let_go_locked()
-            self._hurried = False
             self._notify_locked()
-            self._changed = self._calm = None
+            self._changed = None
 
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
@@ -343,9 +317,8 @@ class OutputLog:
         return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
 
     def _notify_locked(self) -> None:
-        for condition in (self._changed, self._calm):
-            if condition is not None:
-                condition.notify_all()
+        if self._changed is not None:
+            self._changed.notify_all()
 
     def _let_go_locked(self) -> None:
         """Close the file if nobody needs it, and give back its bytes if it is gone then."""
@@ -375,7 +348,6 @@ class Subscription:
         # Both guarded by the log's lock.
         self._closed = False
         self._reading = False
-        self._rests_until = 0.0  # monotonic, if the writer is in a hurry; of who iterates
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -384,17 +356,13 @@ class Subscription:
         """Return the next bytes (1 to `chunk_bytes()`), as soon as there are any.
 
         Blocks, without using the CPU, until bytes are appended, the log is complete or
-        `close` is called; and longer while the writer is in a hurry (`OutputLog.hurry`).
+        `close` is called.
         Raises StopIteration at the end of the complete output or once closed, `OffsetError`
         when the output ended before the offset asked for, `OutputIncompleteError` when some
         output was not kept.
         """
         log = self._log
         with log._lock:
-            if log._hurried and log._calm is not None:
-                rest_s = self._rests_until - time.monotonic()
-                if rest_s > 0:
-                    log._calm.wait_for(lambda: self._closed or not log._hurried, rest_s)
             if log._changed is not None:
                 log._changed.wait_for(
                     lambda: self._closed or log._complete or log._size > self.offset
@@ -407,7 +375,6 @@ class Subscription:
             # From here to the end of the read, close() leaves the descriptor open.
             self._reading = True
             fd = log._fd
-            readers = len(log._subscriptions)
         try:
             chunk = os.pread(fd, min(count, self.chunk_bytes()), self.offset)
         finally:
@@ -415,7 +382,6 @@ class Subscription:
         if not chunk:
             raise OSError(f"the output file was truncated by someone else at byte {self.offset}")
         self.offset += len(chunk)
-        self._rests_until = time.monotonic() + readers * len(chunk) / _HURRIED_BYTES_PER_S
         return chunk
 
     def close(self) -> None:

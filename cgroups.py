@@ -137,7 +137,7 @@ class Subtree:
         self._home: Subtree | None = None
         self._guests = 0
         self._closing = False
-        self._handed_over = False
+        self._delegated = False
         self._enabled_in_base: list[str] = []
         self.shortcomings: dict[str, CgroupError] = {}
 
@@ -293,7 +293,7 @@ class Subtree:
         if self._closing:
             return
         self._closing = True
-        if not self._handed_over:
+        if not self._delegated:
             self._attempt(self._remove_jobs)
         if not self._guests:
             self._leave()
@@ -304,7 +304,7 @@ class Subtree:
         base = str(self._moved_from) if self._moved_from else None
         return str(self.path), base, self._enabled_in_base
 
-    def hand_over(self, uid: int) -> None:
+    def delegate(self, uid: int) -> None:
         """Let the user `uid` make, limit, kill and remove the cgroups of jobs, and no others.
 
         For an owner that is going to be that user. `close` then leaves it to somebody
@@ -322,10 +322,10 @@ class Subtree:
             os.chown(self.jobs, uid, uid)
         except OSError as error:
             raise _error(error, "change the owner of", self.jobs, remedy=_DELEGATE) from error
-        self._handed_over = True
+        self._delegated = True
 
     def _leave(self) -> None:
-        if not self._handed_over:
+        if not self._delegated:
             self._attempt(lambda: _dissolve(*self.dismantling))
         os.close(self._lock_fd)
         if self in _open_subtrees:
@@ -427,6 +427,17 @@ class Cgroup:
     def remove(self) -> None:
         """Remove the cgroup and what the job made below it. It must be empty of processes."""
         _remove_tree(self.path)
+
+    def remove_if_unused(self) -> bool:
+        """Remove the cgroup if neither a process nor a cgroup is in it; return whether it was.
+
+        Works even when this process has no descriptor left.
+        """
+        try:
+            self.path.rmdir()
+        except OSError:
+            return False
+        return True
 
 
 def kill_tree(path: str | os.PathLike[str]) -> None:

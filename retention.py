@@ -86,8 +86,8 @@ class FinishedJob:
     def wait(self, timeout: float | None) -> bool:  # noqa: ARG002 -- as of a RunningJob
         return True
 
-    def kill(self, reason: EndReason) -> None:
-        pass
+    def kill(self, reason: EndReason, stop_reason: str = "") -> None:
+        """Do nothing: it has ended."""
 
 
 class _Holding:

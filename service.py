@@ -60,13 +60,13 @@ _END_REASONS = {
     None: worker_pb.END_REASON_UNSPECIFIED,
     EndReason.EXITED: worker_pb.EXITED,
     EndReason.SIGNALLED: worker_pb.SIGNALLED,
-    EndReason.STOPPED_BY_OWNER: worker_pb.STOPPED_BY_OWNER,
-    EndReason.STOPPED_BY_ADMIN: worker_pb.STOPPED_BY_ADMIN,
     EndReason.OUT_OF_MEMORY: worker_pb.OUT_OF_MEMORY,
-    EndReason.SERVER_SHUTDOWN: worker_pb.SERVER_SHUTDOWN,
+    EndReason.CLOSED: worker_pb.SERVER_SHUTDOWN,
     EndReason.LOST: worker_pb.LOST,
 }
-
+# What the worker is told as the reason of a stop, and tells in the job's state.
+_BY_OWNER, _BY_ADMIN = "owner", "admin"
+_STOP_REASONS = {_BY_OWNER: worker_pb.STOPPED_BY_OWNER, _BY_ADMIN: worker_pb.STOPPED_BY_ADMIN}
 
 _USAGE_SOURCES = {
     UsageSource.CGROUP: worker_pb.CGROUP,
@@ -155,7 +155,7 @@ class _WorkerServicer:
         with waiting():  # for files that go to make room, and for that of the command
             job_id = self._start(request, user, limits)
         call.job_id, call.argv = job_id, argv
-        call.undo = lambda: self._worker.stop(job_id)
+        call.undo = lambda: self._worker.stop(job_id, reason=_BY_OWNER)
         return worker_pb.StartJobResponse(job_id=job_id)
 
     def _start(self, request: worker_pb.StartJobRequest, user: str, limits: Limits) -> str:
@@ -194,7 +194,7 @@ class _WorkerServicer:
     ) -> worker_pb.StopJobResponse:
         job_id, owner = self._reach(request.job_id, call)
         is_owner = owner == call.caller.name
-        reason = EndReason.STOPPED_BY_OWNER if is_owner else EndReason.STOPPED_BY_ADMIN
+        reason = _BY_OWNER if is_owner else _BY_ADMIN
         call.record()
         return worker_pb.StopJobResponse(job=_job(self._worker.stop(job_id, reason=reason)))
 
@@ -315,7 +315,7 @@ def _job(job: Job) -> worker_pb.Job:
         command=job.command,
         args=job.args,
         status=_STATUSES[job.status],
-        end_reason=_END_REASONS[job.end_reason],
+        end_reason=_end_reason(job),
         exit_code=job.exit_code,
         signal=job.signal,
         started_at=_timestamp(job.started_at),
@@ -326,6 +326,12 @@ def _job(job: Job) -> worker_pb.Job:
         limits=worker_pb.Limits(**_fields(job.limits)),
         usage=usage,
     )
+
+
+def _end_reason(job: Job) -> worker_pb.EndReason:
+    if job.end_reason is EndReason.STOPPED:
+        return _STOP_REASONS[job.stop_reason]
+    return _END_REASONS[job.end_reason]
 
 
 def _fields(value: Limits | Usage) -> dict[str, Any]:

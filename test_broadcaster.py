@@ -24,7 +24,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import broadcaster
 from broadcaster import Budget, OffsetError, OutputIncompleteError, OutputLog, Subscription
 from testkit import GUARD_S
 
@@ -372,91 +371,6 @@ def test_waiting_subscribers_use_no_cpu(
     assert any(nobody_ran() for _ in range(10))
     log.complete()
     assert [future.result(GUARD_S) for future in followers] == [b""] * 100
-
-
-# --- a writer in a hurry --------------------------------------------------------------
-
-
-@pytest.fixture
-def calm(log: OutputLog) -> _Watched:
-    """The log's condition for those who rest, replaced as `watched`."""
-    log._calm = calm = _Watched(log)
-    return calm
-
-
-@pytest.mark.parametrize("waker", ["calm", "complete", "close"])
-def test_subscriber_rests_until_there_is_no_hurry(
-    log: OutputLog,
-    calm: _Watched,
-    pool: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
-    waker: str,
-) -> None:
-    """Appends do not wake it; the end of the hurry, of the output or of its own reading does."""
-    monkeypatch.setattr(broadcaster, "_HURRIED_BYTES_PER_S", 1e-6)  # for ever
-    log.hurry(on=True)
-    log.append(b"one ")
-    subscription = log.subscribe()
-    assert next(subscription) == b"one "
-    rest = pool.submit(list, subscription)
-    calm.await_waiters(1)
-    log.append(b"two ")
-    log.append(b"three")
-    log.hurry(on=True)
-    assert not rest.done()
-    if waker == "calm":
-        log.hurry(on=False)
-    elif waker == "close":
-        subscription.close()
-    log.complete()
-    assert b"".join(rest.result(GUARD_S)) == (b"" if waker == "close" else b"two three")
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_subscribers_share_what_they_get_in_a_hurry(
-    log: OutputLog,
-    calm: _Watched,
-    pool: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
-    count: int,
-) -> None:
-    """The more there are the longer each of them rests, for as long as its chunk was large."""
-    monkeypatch.setattr(broadcaster, "_HURRIED_BYTES_PER_S", 1)
-    log.hurry(on=True)
-    log.append(bytes(100))
-    subscriptions = [log.subscribe() for _ in range(count)]
-    assert [len(next(each)) for each in subscriptions] == [100] * count
-    rests = [pool.submit(list, each) for each in subscriptions]
-    calm.await_waiters(count)
-    log.complete()
-    assert [rest.result(GUARD_S) for rest in rests] == [[]] * count
-    for timeout_s in calm.timeouts_s:
-        assert timeout_s is not None
-        assert 100 * count - GUARD_S < timeout_s <= 100 * count
-
-
-def test_hurry_without_end_keeps_nothing_from_anybody(log: OutputLog) -> None:
-    """Subscribers get all there is, if later."""
-    data = os.urandom(1024 * 1024)
-    log.hurry(on=True)
-    log.append(data)
-    with log.subscribe() as slow, log.subscribe() as late:
-        for each in slow, late:
-            got = b""
-            while len(got) < len(data):
-                got += next(each)
-            assert got == data
-
-
-def test_complete_log_knows_no_hurry(log: OutputLog) -> None:
-    """Nobody writes it any more; its readers need not rest."""
-    log.append(b"one")
-    log.complete()
-    log.hurry(on=True)
-    with log.subscribe() as subscription:
-        subscription.chunk_bytes = lambda: 1
-        assert b"".join(subscription) == b"one"
-    assert log._calm is None
 
 
 def test_close_is_idempotent_and_final(log: OutputLog) -> None:

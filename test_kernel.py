@@ -27,7 +27,15 @@ from cgroups import CgroupError, _physical_disks, _wait_event
 from job import RunningJob
 from limits import NO_LIMITS, Limits
 from spawner import Process, Spawner
-from testkit import GUARD_S, await_output, job_cgroups, job_files, own_cgroup
+from testkit import (
+    GUARD_S,
+    await_output,
+    discard_spares,
+    job_cgroups,
+    job_files,
+    own_cgroup,
+    settle_spares,
+)
 from worker import CommandError, EndReason, ResourceError, Status, Worker
 
 if TYPE_CHECKING:
@@ -276,7 +284,7 @@ def test_stop_after_a_process_ran_out_of_memory_is_a_stop(worker: Worker) -> Non
     assert usage
     assert usage.oom_kills
     ended = worker.stop(job)
-    assert (ended.status, ended.end_reason) == (Status.STOPPED, EndReason.STOPPED_BY_OWNER)
+    assert (ended.status, ended.end_reason) == (Status.STOPPED, EndReason.STOPPED)
 
 
 def test_process_limit_is_felt(worker: Worker) -> None:
@@ -411,7 +419,7 @@ def test_cgroup_that_is_busy_for_a_moment_is_removed(
 def _held(worker: Worker | None = None) -> tuple[object, ...]:
     """What a failed start must give back."""
     if worker is not None:
-        worker._prepare_place()  # if there is none, as after a start that could not have one
+        settle_spares(worker)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
     held = len(os.listdir("/proc/self/fd")), threading.active_count(), children, own_cgroup()
     if worker is None:
@@ -494,7 +502,7 @@ def test_job_with_one_limit_missing_does_not_run(
 
 def test_job_whose_cgroup_cannot_be_made_does_not_run(worker: Worker, tmp_path: Path) -> None:
     """Where no more cgroups are allowed the command is not executed; nothing is left."""
-    worker._discard_place()  # there is one for the next job
+    discard_spares(worker)
     (_cgroup(worker, "") / "cgroup.max.descendants").write_text("0")
     error = _await_failed_start(worker, tmp_path / "ran")
     assert str(error).startswith(f"cannot make {error.path}: ")
@@ -527,8 +535,8 @@ def test_job_that_cannot_enter_its_cgroup_does_not_run(
         spoil(_cgroup(worker, job))
         return fork(spawner, job, **options)
 
-    worker._discard_place()  # there is one for the next job
-    monkeypatch.setattr(worker, "_prepare_place", lambda: None)
+    discard_spares(worker)
+    monkeypatch.setattr(worker._spares, "fill", lambda *_: None)
     monkeypatch.setattr(Spawner, "fork", fork_too_late)
     error = _await_failed_start(worker, tmp_path / "ran", NO_LIMITS)
     assert str(error).startswith(f"a new process cannot enter {error.path}: {reason}; ")
@@ -553,7 +561,7 @@ def test_job_without_a_thread_does_not_run(
         raise RuntimeError("can't start new thread")
 
     before = _held(worker)
-    worker._discard_place()  # which has a thread
+    discard_spares(worker)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(ResourceError, match="no room for another thread"):

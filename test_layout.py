@@ -35,9 +35,10 @@ _MODULES = {
         "cgroups": "limits",
         "forkserver": "cgroups privileges",
         "spawner": "forkserver",
-        "job": "cgroups errors limits spawner; broadcaster",
+        "spares": "cgroups errors limits spawner; broadcaster",
+        "job": "cgroups limits spawner; broadcaster spares",
         "retention": "errors job; broadcaster",
-        "worker": "broadcaster cgroups errors job limits privileges retention spawner",
+        "worker": "broadcaster cgroups errors job limits privileges retention spares spawner",
     },
     "shared": {  # by the service and the client
         "units": "",
@@ -93,6 +94,7 @@ _TESTED_WITH = {
     "gate": "service",
     "errors": "worker",
     "job": "worker",
+    "spares": "worker",
     "forkserver": "spawner",
     "privileges": "isolation",
 }

@@ -26,9 +26,10 @@ import pytest
 
 from broadcaster import Budget, OutputLog
 from client import ClientError, main
-from job import JobThread, RunningJob
+from job import RunningJob
 from limits import NO_LIMITS
 from retention import FinishedJob, FinishedJobs
+from spares import JobThread
 from testkit import (
     ABSENT,
     FOREVER,
@@ -381,8 +382,8 @@ def test_end_that_comes_before_the_start_has_returned_is_kept_in_mind(
     with _keeping(jobs=1) as worker:
         real_give = JobThread.give
 
-        def give_and_await(thread: JobThread, job: RunningJob) -> None:
-            real_give(thread, job)
+        def give_and_await(thread: JobThread, job_id: str, work: Callable[[], None]) -> None:
+            real_give(thread, job_id, work)
             thread.join(GUARD_S)
             if another:
                 another.pop()
@@ -668,8 +669,23 @@ class _Model:
 def _record(number: int, owner: str, size: int, args: tuple[str, ...], log: OutputLog) -> Any:
     now = datetime.now(UTC)
     job = Job(
-        *(str(uuid.uuid4()), owner, "true", args, Status.FINISHED, EndReason.EXITED, 0, None),
-        *(now, now, size, 0, (), NO_LIMITS, None, None),
+        job_id=str(uuid.uuid4()),
+        owner=owner,
+        command="true",
+        args=args,
+        status=Status.FINISHED,
+        end_reason=EndReason.EXITED,
+        stop_reason="",
+        exit_code=0,
+        signal=None,
+        started_at=now,
+        ended_at=now,
+        output_bytes=size,
+        output_lost_bytes=0,
+        subscribers=(),
+        limits=NO_LIMITS,
+        usage=None,
+        usage_source=None,
     )
     return FinishedJob(job, log, number)
 

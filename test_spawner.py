@@ -1338,7 +1338,7 @@ def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
             assert seat.honest.has_no_process()
         assert [each for each in base.iterdir() if each.is_dir()] == [base / "neighbour"]
         assert neighbour.poll() is None
-    subtree._handed_over = True
+    subtree._delegated = True
     subtree.close()
     cgroups._wait_event(base, "populated", "0", GUARD_S)
     (base / "neighbour").rmdir()

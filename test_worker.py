@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -32,7 +31,16 @@ import pytest
 from job import _BUFFERS, RunningJob, _rest_ms
 from limits import NO_LIMITS
 from spawner import read_exit
-from testkit import GUARD_S, LIBRARY, children_of, descriptors_of, job_files, job_processes
+from testkit import (
+    GUARD_S,
+    LIBRARY,
+    children_of,
+    descriptors_of,
+    discard_spares,
+    job_files,
+    job_processes,
+    settle_spares,
+)
 from worker import (
     MAX_ARGV_BYTES,
     CgroupError,
@@ -175,7 +183,7 @@ def _end(job: Job) -> tuple[Status, EndReason | None, int | None, int | None]:
     return job.status, job.end_reason, job.exit_code, job.signal
 
 
-_STOPPED = (Status.STOPPED, EndReason.STOPPED_BY_OWNER, None, 9)
+_STOPPED = (Status.STOPPED, EndReason.STOPPED, None, 9)
 _EXITED_0 = (Status.FINISHED, EndReason.EXITED, 0, None)
 _EXITED_7 = (Status.FINISHED, EndReason.EXITED, 7, None)
 _LOST = (Status.FINISHED, EndReason.LOST, None, None)
@@ -184,11 +192,11 @@ _LOST = (Status.FINISHED, EndReason.LOST, None, None)
 def _traces(worker: Worker) -> dict[str, object]:
     """Everything a job could leave behind."""
     spawner = worker._spawner
-    worker._prepare_place()  # if there is none, as after a start that found nothing left
+    settle_spares(worker)
     spawner.kill("nobody")  # once it answers, the helper has cleaned up after the last request
     jobs = worker._subtree.jobs if worker._subtree else None
     return {
-        # Not which ones, for those of the place that is prepared vary.
+        # Not which ones, because those of the spare vary.
         "descriptors": len(descriptors_of()),
         "helper's descriptors": len(descriptors_of(spawner.pid)),
         "threads": sorted(thread.name for thread in threading.enumerate()),
@@ -430,7 +438,7 @@ def test_no_thread_to_be_had_is_a_clean_failure(
 
     before = _traces(worker)
     executed = tmp_path / "executed"
-    worker._discard_place()  # which has a thread
+    discard_spares(worker)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(ResourceError, match="thread"):
@@ -500,12 +508,13 @@ def test_ended_jobs_keep_their_output_and_nothing_else(worker: Worker) -> None:
     assert after == {key: before[key] for key in after}
 
 
-# --- the place that is prepared for the next job ------------------------------------------------
+# --- spares ---------------------------------------------------------------------------------
 
 
 def _spare(worker: Worker) -> int:
     """The one process that waits for its job."""
-    worker._spawner.kill("nobody")  # once it answers, the helper has done what was asked before
+    settle_spares(worker)
+    worker._spawner.kill("nobody")  # the fork server answers in order: it has forked the spare
     (spare,) = set(children_of(worker._spawner.pid)) - set(job_processes(worker._spawner.pid))
     return spare
 
@@ -525,7 +534,7 @@ def test_the_next_jobs_process_is_there_before_its_start(worker: Worker) -> None
         assert _pid(worker) == spare
 
 
-def test_failed_start_has_another_place_prepared(worker: Worker) -> None:
+def test_failed_start_has_another_spare_made(worker: Worker) -> None:
     """The process it was to have is gone, and nothing else of it is there."""
     before, spare = _traces(worker), _spare(worker)
     for command in ("/no/such", "/etc", "no-such-command"):
@@ -536,7 +545,7 @@ def test_failed_start_has_another_place_prepared(worker: Worker) -> None:
     assert _spare(worker) != spare
 
 
-def test_dead_process_of_a_prepared_place_is_no_trouble(worker: Worker) -> None:
+def test_spare_whose_process_was_killed_is_replaced(worker: Worker) -> None:
     """Whoever has killed it: the job is forked then, in the same cgroup."""
     spare = _spare(worker)
     pidfd = os.pidfd_open(spare)
@@ -637,11 +646,11 @@ def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
 
     def append(data: memoryview) -> None:  # holds the job's thread until the end is told
         entered.set()
-        assert select.select([job._fds.exit], [], [], GUARD_S)[0]
+        assert select.select([job._exit_fd], [], [], GUARD_S)[0]
         real_append(data)
 
     monkeypatch.setattr(job.output, "append", append)
-    size = fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) - 16 * 1024  # fits into the pipe
+    size = fcntl.fcntl(job._output_fd, fcntl.F_GETPIPE_SZ) - 16 * 1024  # fits into the pipe
     with gate.open("w", buffering=1) as orders:
         orders.write(f"{size}\n")
         assert entered.wait(GUARD_S)
@@ -710,7 +719,7 @@ def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, gate: Path) -> 
     size = 10_000_000
     script = 'exec 3<"$1"; read x <&3; head -c $x /dev/zero; read x <&3'
     job_id = _sh(worker, script, gate)
-    pipe_fd = _running(worker, job_id)._fds.output
+    pipe_fd = _running(worker, job_id)._output_fd
     with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         assert fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ) == 64 * 1024
         orders.write(f"{size}\n")
@@ -720,35 +729,6 @@ def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, gate: Path) -> 
         assert fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
     assert worker.wait(job_id, GUARD_S).output_bytes == size
-
-
-def test_job_whose_output_waits_to_be_taken_is_in_a_hurry(
-    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So its followers leave the machine to it, until it writes no more. With a line it is not."""
-    size = 10_000_000
-    script = 'exec 3<"$1"; read x <&3; echo; read x <&3; head -c $x /dev/zero; read x <&3'
-    job_id = _sh(worker, script, gate)
-    log, said = _running(worker, job_id).output, SimpleQueue[bool]()
-    real_hurry = log.hurry
-
-    def hurry(*, on: bool) -> None:
-        real_hurry(on=on)
-        said.put(on)
-
-    monkeypatch.setattr(log, "hurry", hurry)
-    with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
-        orders.write("\n")
-        assert next(chunks) == b"\n"
-        assert not said.get(timeout=GUARD_S)
-        orders.write(f"{size}\n")
-        while not said.get(timeout=GUARD_S):
-            pass
-        while log._hurried or log.size < 1 + size:  # it ends by itself: the job is silent now
-            said.get(timeout=GUARD_S)
-        orders.write("\n")
-        assert sum(map(len, chunks)) == size
-    assert worker.wait(job_id, GUARD_S).output_bytes == 1 + size
 
 
 def test_pipe_grows_for_a_job_that_fills_it(
@@ -772,14 +752,14 @@ def test_pipe_grows_for_a_job_that_fills_it(
     with gate.open("w", buffering=1) as orders:
         orders.write("\n")
         assert moved.acquire(timeout=GUARD_S)  # one byte
-        assert fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) == 65536
+        assert fcntl.fcntl(job._output_fd, fcntl.F_GETPIPE_SZ) == 65536
         orders.write("\n")
         fifo.readline()  # the pipe is full
         go_on.set()
         assert moved.acquire(timeout=GUARD_S)
         orders.write("\n")
         assert moved.acquire(timeout=GUARD_S)  # after the pipe has been looked at
-        assert fcntl.fcntl(job._fds.output, fcntl.F_GETPIPE_SZ) == 1024 * 1024
+        assert fcntl.fcntl(job._output_fd, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
     assert worker.wait(job_id, GUARD_S).output_bytes == 1 + 65536 + 1
 
@@ -802,13 +782,13 @@ def test_output_waits_while_all_buffers_are_in_use_and_nothing_else_does(
 # --- stop -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reason", [EndReason.STOPPED_BY_OWNER, EndReason.STOPPED_BY_ADMIN])
-def test_stop_ends_a_deaf_job_and_records_who(worker: Worker, reason: EndReason) -> None:
+@pytest.mark.parametrize("reason", ["", "by its owner"])
+def test_stop_ends_a_deaf_job_and_records_the_reason(worker: Worker, reason: str) -> None:
     """A job that ignores every signal it can is STOPPED, its output up to there kept."""
     job_id = _sh(worker, "trap '' TERM INT HUP QUIT; echo ready; while :; do sleep 100; done")
     assert _first_line(worker, job_id) == b"ready"
     job = worker.stop(job_id, reason=reason)
-    assert _end(job) == (Status.STOPPED, reason, None, 9)
+    assert (*_end(job), job.stop_reason) == (*_STOPPED, reason)
     assert job.ended_at is not None
     assert worker.status(job_id) == job
     assert _output(worker, job_id) == b"ready\n"
@@ -818,7 +798,8 @@ def test_stop_is_idempotent_and_keeps_the_first_reason(worker: Worker) -> None:
     """Stopping again, for whatever reason, changes nothing and fails nothing."""
     job_id = _sh(worker, _FOREVER)
     job = worker.stop(job_id)
-    assert worker.stop(job_id, reason=EndReason.STOPPED_BY_ADMIN) == job
+    assert worker.stop(job_id, reason="another") == job
+    assert job.stop_reason == ""
     assert _end(job) == _STOPPED
 
 
@@ -857,7 +838,7 @@ def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
     os.kill(helper, signal.SIGSTOP)  # it cannot tell of the leader's end
     try:
         gate.write_text("\n")
-        assert select.select([job._fds.leader], [], [], GUARD_S)[0]
+        assert select.select([job._pidfd], [], [], GUARD_S)[0]
         assert worker.status(job_id).status is Status.RUNNING
         assert fifo.is_held()
         with pytest.MonkeyPatch.context() as patch:
@@ -1298,7 +1279,7 @@ def test_two_workers_in_one_program_are_independent(
 def test_close_ends_everything(
     enforcement: Enforcement, fifo: _Fifo, pool: ThreadPoolExecutor
 ) -> None:
-    """Jobs stop for SERVER_SHUTDOWN, streams end; no process, thread, file or cgroup stays."""
+    """Jobs end as CLOSED, streams end; no process, thread, file or cgroup stays."""
     pool.submit(int).result(GUARD_S)
     descriptors = descriptors_of()
     worker = Worker(enforcement=enforcement)
@@ -1315,7 +1296,7 @@ def test_close_ends_everything(
     assert [future.result(GUARD_S) for future in followers] == [b"ready\n"] * 3
     for job_id in running:
         end = _end(worker.status(job_id))
-        assert end == (Status.STOPPED, EndReason.SERVER_SHUTDOWN, None, 9)
+        assert end == (Status.STOPPED, EndReason.CLOSED, None, 9)
     assert worker.status(done) == ended
     assert not fifo.is_held()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("job-")]
@@ -1358,7 +1339,7 @@ def test_starts_that_race_with_close_run_or_are_refused(
         count = sum(future.result(GUARD_S) for future in starts)
         assert not fifo.is_held()
         assert len(worker.list()) == count
-        assert {job.end_reason for job in worker.list()} <= {EndReason.SERVER_SHUTDOWN}
+        assert {job.end_reason for job in worker.list()} <= {EndReason.CLOSED}
 
 
 def test_close_ends_starts_that_the_kernel_holds_up(

@@ -86,6 +86,22 @@ def job_cgroups(jobs: Path) -> list[Path]:
     return found
 
 
+def settle_spares(worker: Worker) -> None:
+    """Block until the worker has the spares that it wants, or has failed to make them."""
+    spares = worker._spares
+    spares.fill()
+    with spares._changed:
+        if not spares._changed.wait_for(lambda: spares._due_s is None, GUARD_S):
+            pytest.fail("the next job's spare is not made")
+
+
+def discard_spares(worker: Worker) -> None:
+    """Let the next start find no spare."""
+    settle_spares(worker)
+    while (spare := worker._spares._pop()) is not None:
+        spare.discard()
+
+
 def job_files(worker: Worker) -> list[str]:
     """Return the files in the worker's output directory, except the spare's empty one."""
     known = {f"{job.job_id}.out" for job in worker.list()}

@@ -4,10 +4,11 @@ The words, used throughout the project:
 
     job         one command and every process that comes of it; a random UUID names it
     leader      the process that executes the command
-    owner       the name of whoever started the job
+    owner       the name of the user that a job belongs to
     stop        SIGKILL to every process of the job
-    subscriber  the name of somebody who is reading a job's output
+    subscriber  the name of a user who is reading a job's output
     chunk       some bytes of output, as they come: not a line, not text
+    spare       what is prepared for the next job: a process, a cgroup, a thread, an output log
 
     with Worker() as worker:
         job_id = worker.start("echo", ["hello"])
@@ -16,17 +17,19 @@ The words, used throughout the project:
                 sys.stdout.buffer.write(chunk)
         print(worker.wait(job_id).exit_code)
 
-With the modules that it imports this is a library that needs nothing but the standard
-library, on Linux 5.4 or newer. It knows no roles and no network, prints nothing, and
-logs to `logging.getLogger(__name__)`.
+This module and those it imports are a library. It needs nothing but the standard library and
+runs on Linux 5.4 or newer. It knows no roles and no network, prints nothing, and logs to the
+loggers named after its modules. `make library` copies its files.
 
 A finished job is kept until it is removed, by `Worker.remove` or by a rule: `Retention`.
 
-Thread safety: every method of `Worker` may be called from any thread. Each running
-job has a thread of its own, which moves its output and is the only one that ends
-it; with an age in the rule one more thread waits for finished jobs to be too old.
-Locks are taken one at a time, except in this order: a job's, the registry's, an
-output log's.
+Processes: the main process holds the `Worker`. The fork server, a child of it, forks and reaps
+the jobs (`forkserver.py`).
+
+Thread safety: every method of `Worker` may be called from any thread. Each running job has a
+thread of its own (`job.py`). One thread makes spares (`spares.py`). With an age in the rule one
+more thread waits for finished jobs to be too old (`retention.py`). Locks are taken one at a
+time, except in this order: a job's, the registry's, an output log's.
 """
 
 from __future__ import annotations
@@ -34,25 +37,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import logging
 import os
 import pwd
 import threading
 import time
-import uuid
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, Self
 
+import privileges
 from broadcaster import (
     OffsetError,
     OutputDirectory,
     OutputIncompleteError,
-    OutputLog,
     OutputRemovedError,
     Subscription,
 )
-from cgroups import Cgroup, CgroupError, Subtree
+from cgroups import CgroupError, Subtree
 from errors import (
     CommandError,
     CommandNotExecutableError,
@@ -65,27 +66,11 @@ from errors import (
     WorkerClosedError,
     WorkerError,
 )
-from job import (
-    Buffers,
-    Descriptors,
-    EndReason,
-    Job,
-    JobThread,
-    RunningJob,
-    Status,
-    UsageSource,
-    Work,
-    kill_processes,
-)
-from limits import NO_LIMITS, Enforcement, Limits, Usage
-from privileges import can_change_user, can_kill_any, drop_privileges
+from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work, kill_processes
+from limits import Enforcement, Limits, Usage
 from retention import FinishedJob, Registry, Retention
-from spawner import (
-    AttachError,
-    Process,
-    Spawner,
-    SpawnerDiedError,
-)
+from spares import Spare, Spares
+from spawner import AttachError, Spawner, SpawnerDiedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,8 +104,6 @@ __all__ = [
     "WorkerError",
 ]
 
-logger = logging.getLogger(__name__)
-
 MAX_ARGV_BYTES: Final = 128 * 1024
 """The longest argv, in bytes with a terminator each; xargs(1) has the same by default."""
 
@@ -132,20 +115,17 @@ _STOP_TIMEOUT_S = 10.0
 class Worker:
     """Runs jobs until it is closed. A context manager.
 
-    `limits`: for jobs started without their own. `enforcement`: what to do when
-    cgroups cannot enforce them: "require" raises `CgroupError`, "auto" logs a warning
-    and enforces what it can, "off" uses no cgroups (then a job's stop reaches its
-    process group only). With cgroups the calling process moves into a leaf of its own
-    below `cgroup_root` (default: the cgroup it is in), and back on `close`.
-    `output_dir`: where the output is kept, made with mode 0700; it belongs to one
-    worker at a time, and left-over output in it is deleted; default: a temporary one.
-    `uids`: each job runs as one of these users, which `start` is told, and not as the
-    caller's; needs the right to change users (`spawner.can_change_user`). `files`: for
-    `open_file`, each path with the flags of open(2). `retention`: how long finished jobs
+    `limits`: for jobs that are started without their own. `enforcement`: what to do when
+    cgroups cannot enforce limits. "require" raises `CgroupError`; "auto" logs a warning and
+    enforces what it can; "off" uses no cgroups, and a stop then reaches only the job's process
+    group. With cgroups the main process moves into a leaf of its own below `cgroup_root`
+    (default: the cgroup it is in), and `close` moves it back.
+    `output_dir`: where output is kept; made with mode 0700; default: a temporary directory. It
+    belongs to one worker at a time, and output that a former worker left in it is deleted.
+    `uids`: each job runs as one of these users, which `start` is told, and not as the user of
+    the main process. Needs the right to change users (`privileges.can_change_user`). `files`:
+    for `open_file`, each path with the flags of open(2). `retention`: how long finished jobs
     are kept; default: until they are removed.
-
-    There is one process, thread, cgroup and empty output file more than there are jobs: they
-    wait for the next one.
 
     Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
     `uids` cannot be.
@@ -166,17 +146,15 @@ class Worker:
         self._uids = uids
         self._registry = Registry(retention or Retention())
         self._buffers = Buffers()
-        # Guards the five below. Notified when _busy falls. Never held during I/O.
+        # Guards the three below. Notified when _busy falls. Never held during I/O.
         self._idle = threading.Condition()
         self._busy = 0  # calls that are starting or removing jobs
-        self._executing: dict[str, _Place] = {}  # those of them whose exec is waited for
+        self._executing: dict[str, Spare] = {}  # of those calls, the ones that wait for an exec
         self._closed = False
-        self._place: _Place | None = None  # prepared for the next job
-        self._place_is_wanted = True  # and nobody is preparing one
         with contextlib.ExitStack() as undo:
             self._output_dir = OutputDirectory(output_dir)
             undo.callback(self._output_dir.close)
-            # The cgroup first: the spawner is to be born in our leaf.
+            # Before the fork server, which must be born in our leaf.
             self._subtree = Subtree.open(enforcement, root=cgroup_root, limits=self._limits)
             if self._subtree is not None:
                 undo.callback(self._subtree.close)
@@ -189,10 +167,12 @@ class Worker:
                 files=files,
             )
             undo.callback(self._spawner.close)
-            undo.callback(self._discard_place)
+            self._spares = Spares(self._subtree, self._output_dir, self._spawner)
+            undo.callback(self._spares.close)
             self._undo = undo.pop_all()
         if uids is None:
-            self._prepare_place()
+            # If not: before `drop_privileges` there must be no thread.
+            self._spares.fill()
 
     @property
     def subtree(self) -> Subtree | None:
@@ -200,32 +180,31 @@ class Worker:
         return self._subtree
 
     def _check_rights(self) -> None:
-        if not can_change_user():
+        if not privileges.can_change_user():
             raise PermissionError(
                 errno.EPERM, "jobs as other users need root, or CAP_SETUID and CAP_SETGID"
             )
-        if self._subtree is None and not can_kill_any():
+        if self._subtree is None and not privileges.can_kill_any():
             raise PermissionError(
                 errno.EPERM, "jobs as other users need cgroups, root, or CAP_KILL to be stopped"
             )
 
     def drop_privileges(self, uid: int) -> None:
-        """Make this process the ordinary user `uid`, for good; the worker goes on working.
+        """Make the main process the ordinary user `uid`, for good; jobs can still be started.
 
-        Its helper process keeps the rights that jobs need. `uid` must not be one that a
-        job may have. Call it before there are jobs or threads, with one open worker in
-        the process. Raises `CgroupError`, OSError, `SpawnerDiedError`; the process should
-        end then.
+        The fork server keeps the rights that jobs need. `uid` must not be one that a job may
+        have. Call it before there are jobs or threads, with one open worker in the process.
+        Raises `CgroupError`, OSError, `SpawnerDiedError`; the process should end then.
         """
         if self._uids is None or uid in self._uids:
             raise ValueError("jobs must run as users of their own, and not as this one")
         if os.geteuid() != uid:
             self._output_dir.give_to(uid)
             if self._subtree is not None:
-                self._subtree.hand_over(uid)
+                self._subtree.delegate(uid)
                 self._spawner.dismantle_at_end()
-        drop_privileges(uid)
-        self._prepare_place()  # not before, for the cgroup is to be ours
+        privileges.drop_privileges(uid)
+        self._spares.fill()  # not before, because the spare's cgroup must belong to `uid`
 
     def open_file(self, path: str) -> int:
         """Open one of `files` with the rights the process had; return the descriptor.
@@ -253,16 +232,16 @@ class Worker:
         PATH, HOME, LANG, USER and JOB_ID in its environment. Nothing it executes gains
         privileges. It is in its cgroup, under every limit, before its first instruction.
 
-        `uid`: who the job runs as, one of the worker's `uids`; None if it has none.
-        `budget`: how much output is kept. `on_end` is called when the job's processes are
-        gone, right before its end is told to anybody, and must not block; not if the
-        start fails.
+        `uid`: the user that the job runs as, one of the worker's `uids`; None if it has none.
+        `budget`: bounds how much output is kept. `on_end` is called when the job's processes
+        are gone, right before anybody can learn that it has ended. It must not block. It is
+        not called if the start fails.
 
-        Blocks until the command is executing, which may take as long as the kernel waits for
-        its file. Raises `StartTimeoutError` if it is not after 10 s; `CommandError` (or the more
+        Blocks until the command is executing. That takes as long as the kernel waits for the
+        command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
         specific `CommandNotFoundError`, `CommandNotExecutableError`), `CgroupError`,
         `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong
-        `uid`; nothing of the job is left then.
+        `uid`. Nothing of the job is left then.
         """
         argv = _checked_argv(command, args)
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
@@ -272,7 +251,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
-        """Hold `close` back. Raises `WorkerClosedError` if it has begun."""
+        """Hold `close` back within this context. Raises `WorkerClosedError` if it has begun."""
         with self._idle:
             if self._closed:
                 raise WorkerClosedError
@@ -284,154 +263,97 @@ class Worker:
                 self._busy -= 1
                 self._idle.notify_all()
 
-    def _take_place(self) -> _Place:
-        """Return the place that is prepared, or a new one."""
-        place = self._pop_place()
-        if place is not None and not place.process.is_waiting:
-            place.discard()  # somebody has killed it
-            place = None
-        return place or self._make_place()
-
-    def _pop_place(self) -> _Place | None:
-        with self._idle:
-            place, self._place = self._place, None
-            if place is not None:
-                self._place_is_wanted = True
-            return place
-
-    def _make_place(self) -> _Place:
-        """Raises as `start` does."""
-        job_id = str(uuid.uuid4())
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-            cgroup = None
-            if self._subtree is not None:
-                cgroup = self._subtree.create(job_id, NO_LIMITS)
-                undo.callback(_discard, cgroup)
-            try:
-                output = self._output_dir.make_log(job_id)
-                undo.callback(output.remove)
-                output_fd, stdout_fd = _pipe(undo, theirs)
-                # A job that runs as our own user can read its pipe, too.
-                os.set_blocking(output_fd, False)
-                exit_read_fd, exit_fd = _pipe(undo, theirs)
-                # For a job that opens /dev/stdout. Only its own user gets at the pipe there.
-                os.fchmod(stdout_fd, 0o622)
-                process = self._spawner.fork(job_id, stdout_fd=stdout_fd, exit_fd=exit_fd)
-            except OSError as error:
-                raise ResourceError(f"no room for the output of a new job: {error}") from error
-            undo.callback(process.close)
-            thread = JobThread()
-            undo.callback(thread.discard)
-            parts = cgroup, process, output, output_fd, exit_read_fd, thread
-            return _Place(job_id, *parts, undo.pop_all().close)
-
-    def _prepare_place(self) -> None:
-        """Prepare the next job's place, if nobody has. What fails fails again at its start."""
-        with self._idle:
-            if not self._place_is_wanted:
-                return
-            self._place_is_wanted = False
-        try:
-            with self._open():
-                place = self._make_place()
-                with self._idle:
-                    self._place = place
-        except (WorkerError, CgroupError, SpawnerDiedError):
-            with self._idle:
-                self._place_is_wanted = True
-
-    def _discard_place(self) -> None:
-        place = self._pop_place()
-        if place is not None:
-            with contextlib.suppress(CgroupError):  # the subtree's end will tell
-                place.discard()
-
     def _launch(self, work: Work) -> str:
         with contextlib.ExitStack() as undo:
-            undo.callback(self._prepare_place)
-            place = self._take_place()
-            # Before it is told: a Ctrl-C may come between that and the answer.
-            undo.callback(self._spawner.kill, place.job_id)
-            undo.callback(place.discard)
-            place.output.budget = work.budget
+            spare = self._spares.take()
+            # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
+            # between that and the answer.
+            undo.callback(self._spawner.kill, spare.job_id)
+            undo.callback(spare.discard)
+            spare.output.budget = work.budget
             started_at = datetime.now(UTC)
             cgroup = None
-            if self._subtree is not None and place.cgroup is not None:
-                # Not when it was made: what could be enforced then need not be still.
-                cgroup = self._subtree.limit(place.cgroup, work.limits)
-            try:
-                with self._execution(place):
-                    pid, pidfd = place.process.execute(
-                        work.argv,
-                        _environment(place.job_id, work),
-                        uid=work.uid,
-                        timeout_s=_START_TIMEOUT_S,
-                        kill=functools.partial(self._kill, place),
-                    )
-                    undo.callback(os.close, pidfd)
-            except TimeoutError as error:
-                raise StartTimeoutError(work.argv[0], _START_TIMEOUT_S) from error
-            except AttachError as error:
-                path = cgroup.path / "cgroup.procs" if cgroup else Path()
-                raise CgroupError(
-                    f"a new process cannot enter {path}: {error.strerror}",
-                    path=path,
-                    value="0",
-                    remedy="see the kernel's log",
-                    code=error.errno or 0,
-                ) from error
-            except OSError as error:
-                raise _exec_error(work.argv, error) from error
+            if self._subtree is not None and spare.cgroup is not None:
+                cgroup = self._subtree.limit(spare.cgroup, work.limits)
+            pid, pidfd = self._execute(work, spare, undo)
             job = RunningJob(
-                place.job_id,
                 work,
-                place.output,
+                spare,
                 cgroup,
-                self._spawner,
-                pid,
-                Descriptors(place.output_fd, place.exit_read_fd, pidfd),
+                spawner=self._spawner,
+                pid=pid,
+                pidfd=pidfd,
+                started_at=started_at,
+                buffers=self._buffers,
                 finish=self._registry.finish,
                 trim=self._registry.trim,
-                thread=place.thread,
-                buffers=self._buffers,
-                started_at=started_at,
-                prepare_place=self._prepare_place,
             )
             undo.pop_all()
-            # Before the thread has it, which may finish it at once.
+            # Before the job's thread knows of it, because that may finish it at once.
             self._registry.add(job)
-            place.thread.give(job)
+            spare.thread.give(job.job_id, job.run)
             return job.job_id
 
+    def _execute(self, work: Work, spare: Spare, undo: contextlib.ExitStack) -> tuple[int, int]:
+        """Have the spare's process execute the command.
+
+        Returns its pid and a pidfd, which `undo` closes. Raises as `start` does.
+        """
+        try:
+            with self._execution(spare):
+                pid, pidfd = spare.process.execute(
+                    work.argv,
+                    _environment(spare.job_id, work),
+                    uid=work.uid,
+                    timeout_s=_START_TIMEOUT_S,
+                    kill=functools.partial(self._kill, spare),
+                )
+                undo.callback(os.close, pidfd)
+        except TimeoutError as error:
+            raise StartTimeoutError(work.argv[0], _START_TIMEOUT_S) from error
+        except AttachError as error:
+            path = spare.cgroup.path / "cgroup.procs" if spare.cgroup else Path()
+            raise CgroupError(
+                f"a new process cannot enter {path}: {error.strerror}",
+                path=path,
+                value="0",
+                remedy="see the kernel's log",
+                code=error.errno or 0,
+            ) from error
+        except OSError as error:
+            raise _exec_error(work.argv, error) from error
+        return pid, pidfd
+
     @contextlib.contextmanager
-    def _execution(self, place: _Place) -> Iterator[None]:
-        """Have `close` end what is waited for within this context: WorkerClosedError then."""
+    def _execution(self, spare: Spare) -> Iterator[None]:
+        """Let `close` kill the process within this context; raise `WorkerClosedError` then."""
         with self._idle:
             if self._closed:
                 raise WorkerClosedError
-            self._executing[place.job_id] = place
+            self._executing[spare.job_id] = spare
         try:
             yield
         finally:
             with self._idle:
-                was_ended = self._executing.pop(place.job_id, None) is None
-        if was_ended:
+                was_killed = self._executing.pop(spare.job_id, None) is None
+        if was_killed:
             raise WorkerClosedError
 
-    def _kill(self, place: _Place) -> None:
-        """Kill the process there, if it still is. Its start sees to what comes of that."""
+    def _kill(self, spare: Spare) -> None:
+        """Kill the process of a start that hangs; the start itself then fails."""
         with contextlib.suppress(CgroupError):
-            kill_processes(place.job_id, place.cgroup, self._spawner)
+            kill_processes(spare.job_id, spare.cgroup, self._spawner)
 
-    def stop(self, job_id: str, *, reason: EndReason = EndReason.STOPPED_BY_OWNER) -> Job:
+    def stop(self, job_id: str, *, reason: str = "") -> Job:
         """SIGKILL every process of the job; return its state once they are gone.
 
-        `reason` is recorded if this is what ends the job; a job that has already ended,
-        or whose leader has, keeps its own end. Idempotent. Raises `UnknownJobError`;
-        `StopTimeoutError` when the kernel has not let go of the processes after 10 s.
+        `reason`: any text. If this stop ends the job, the text becomes its `stop_reason`. A job
+        that has ended before, or whose leader has, keeps its own end. Idempotent. Raises
+        `UnknownJobError`; `StopTimeoutError` when the kernel has not let go of the processes
+        after 10 s.
         """
         job = self._job(job_id)
-        job.kill(reason)
+        job.kill(EndReason.STOPPED, reason)
         if not job.wait(_STOP_TIMEOUT_S):
             raise StopTimeoutError(job_id, _STOP_TIMEOUT_S)
         return job.snapshot()
@@ -508,21 +430,21 @@ class Worker:
     def close(self) -> None:
         """Start no more jobs, stop those that run, delete all output; idempotent.
 
-        Their end reason is SERVER_SHUTDOWN. Blocks until every process and thread of
-        the worker is gone; a process that the kernel does not let go within 10 s is
-        logged and left behind.
+        The end reason of those jobs is CLOSED. Blocks until every process and thread of the
+        worker is gone. A process that the kernel does not let go within 10 s is logged and left
+        behind.
         """
         with self._idle:
             if self._closed:
                 return
             self._closed = True
             executing, self._executing = self._executing, {}
-        for place in executing.values():
-            self._kill(place)
+        for spare in executing.values():
+            self._kill(spare)
         with self._idle:
             self._idle.wait_for(lambda: not self._busy, _START_TIMEOUT_S)
         for job in self._registry.all():
-            job.kill(EndReason.SERVER_SHUTDOWN)
+            job.kill(EndReason.CLOSED)
         self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)
         self._undo.close()
 
@@ -534,20 +456,6 @@ class Worker:
 
     def _job(self, job_id: str) -> RunningJob | FinishedJob:
         return self._registry.get(job_id)
-
-
-class _Place(NamedTuple):
-    """Where a job is going to be, the process that is going to be it, and the thread."""
-
-    job_id: str
-    cgroup: Cgroup | None  # without limits yet
-    process: Process
-    output: OutputLog
-    output_fd: int  # of two pipes, the read ends; see Descriptors
-    exit_read_fd: int
-    thread: JobThread
-    discard: Callable[[], None]
-    """Takes it all down again."""
 
 
 def _checked_argv(command: str, args: Sequence[str]) -> list[str]:
@@ -606,22 +514,3 @@ def _environment(job_id: str, work: Work) -> dict[str, str]:
         except KeyError:  # an uid without an account, as in many containers
             name, home = str(os.geteuid()), "/"
     return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "USER": name, "JOB_ID": job_id}
-
-
-def _pipe(undo: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, int]:
-    """Make a pipe whose read end `undo` closes, and whose write end `ours` closes."""
-    read_fd, write_fd = os.pipe()
-    undo.callback(os.close, read_fd)
-    ours.callback(os.close, write_fd)
-    return read_fd, write_fd
-
-
-def _discard(cgroup: Cgroup) -> None:
-    """Remove a cgroup with what is in it, unless the kernel does not let that go."""
-    cgroup.kill()
-    try:
-        cgroup.wait_empty(_STOP_TIMEOUT_S)
-    except TimeoutError as error:
-        logger.error("a start that failed: its cgroup stays until the next server: %s", error)
-    else:
-        cgroup.remove()
