@@ -42,7 +42,7 @@ __all__ = ["JobThread", "Spare", "Spares"]
 logger = logging.getLogger(__name__)
 
 # A new spare is made this long after the last one was taken, because making it would slow down
-# the start that took it: a start over gRPC is answered after 1 to 2 ms.
+# the start that took it. A start takes 1 to 2 ms, and telling its caller some more.
 _HEAD_START_S = 0.003
 _DISCARD_S = 10.0  # how long killed processes may take to be gone
 
