@@ -20,6 +20,7 @@ import cli
 import gate
 import server
 import settings
+import test_layout
 import workerservice_pb2
 from testkit import GUARD_S, LIBRARY
 
@@ -297,6 +298,31 @@ def test_every_message_field_and_rpc_is_documented_in_the_proto(name: str) -> No
     assert missing == []
 
 
+def _is_product(path: Path) -> bool:
+    """Whether the module is neither for tests nor generated."""
+    return not re.match(r"test|conftest|\w+_plugin|\w+_pb2", path.name)
+
+
+# --- the map of the modules --------------------------------------------------------------------
+
+
+def test_map_in_readme_has_every_module_once_in_its_group(readme: str) -> None:
+    """The groups are those of the layout test; there is no module without a group."""
+    shown: dict[str, list[str]] = {}
+    group = ""
+    for first in re.findall(r"^\| ((?:\*\*|`\w+\.py`)[^|]*) \|", readme, re.MULTILINE):
+        if first.startswith("**"):
+            group = first.strip("*")
+            shown[group] = []
+        else:
+            shown[group] += re.findall(r"`(\w+)\.py`", first)
+    assert {name: sorted(modules) for name, modules in shown.items()} == {
+        name: sorted(modules) for name, modules in test_layout._MODULES.items()
+    }
+    in_any_group = {module for modules in shown.values() for module in modules}
+    assert in_any_group == {path.stem for path in _HERE.glob("*.py") if _is_product(path)}
+
+
 # --- links, paths, and the places where something new is added --------------------------------
 
 _DOCUMENTS = [
@@ -355,8 +381,7 @@ def _product_files_with(word: str) -> set[str]:
     return {
         path.name
         for path in paths
-        if not re.match(r"test|conftest|.*_pb2", path.name)
-        and pattern.search(path.read_text(encoding="utf-8"))
+        if _is_product(path) and pattern.search(path.read_text(encoding="utf-8"))
     }
 
 
