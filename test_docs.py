@@ -365,6 +365,16 @@ def test_files_that_a_document_names_exist(document: Path) -> None:
     assert [name for name in sorted(named) if not any((p / name).is_file() for p in places)] == []
 
 
+def test_headlines_of_the_benchmarks_are_those_of_the_run_below() -> None:
+    """Six ratios, each in the line of the run that its row names."""
+    text = (_HERE / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    run = text[text.index("## One whole run") : text.index("## Tried and dropped")]
+    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| `([^`]+)` \|$", text, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| [A-Z]", text, re.MULTILINE)) == 6
+    for ratio, line in rows:
+        assert re.search(rf"^  {re.escape(line)} +{ratio} x ", run, re.MULTILINE), line
+
+
 def _contributing() -> str:
     return (_HERE / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
