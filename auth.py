@@ -30,6 +30,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import json
 import os
 import re
 import secrets
@@ -177,6 +178,7 @@ class Authenticator:
         # Those who came with a token that is ours, which takes a while to find out, by the
         # digests of token and certificate; no more than _KNOWN_TOKENS.
         self._known: dict[bytes, Identity] = {}
+        self._signed: dict[str, str] = {}  # the users of tokens that are ours, as many
         # By name; only ever replaced as a whole, so whoever reads it once has one state.
         self._users: Mapping[str, User] = {}
         self.set_users(users)
@@ -243,6 +245,27 @@ class Authenticator:
                 self._known[key] = identity
                 return identity
         raise TokenError
+
+    def signed_for(self, token: str) -> str | None:
+        """Return the user named in `token` if this server has signed it, else None.
+
+        This says whose queue a call waits in, and nothing more: `authenticate` checks the token.
+        Takes some microseconds.
+        """
+        name = self._signed.get(token)
+        if name is not None or len(token) > _TOKEN_MAX_CHARACTERS or not token.isascii():
+            return name
+        signed, _, signature = token.rpartition(".")
+        if not hmac.compare_digest(
+            signature, _base64(hmac.digest(self._key, signed.encode(), "sha256"))
+        ):
+            return None
+        payload = signed.partition(".")[2]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        if len(self._signed) >= _KNOWN_TOKENS:
+            self._signed.clear()
+        name = self._signed[token] = str(claims["sub"])
+        return name
 
     def _decode(self, token: str, certificate: bytes) -> Identity | None:
         """Return whom a token of ours was given to; None if it is not ours."""

@@ -27,9 +27,9 @@ from google.protobuf.message import DecodeError
 
 import auth
 import worker
-from admission import Arrivals
 from audit import AuditError, AuditLog
-from quotas import Calls, QuotaError
+from calls import STRANGERS, STRANGERS_LOGIN, Calls, OverloadError, Ticket
+from quotas import QuotaError
 from settings import LimitError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (worker.OffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
     (worker.OutputIncompleteError, grpc.StatusCode.DATA_LOSS, None),
+    (OverloadError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (auth.TooManyLoginsError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (worker.ResourceError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
@@ -114,6 +115,7 @@ class Call:
     method: str
     context: grpc.ServicerContext
     audit: AuditLog
+    ticket: Ticket
     certificate: bytes = b""  # the client's, DER
     identity: auth.Identity | None = None  # None only where no token is needed
     user: str | None = None  # who the caller is, or says to be
@@ -128,11 +130,6 @@ class Call:
         if self.identity is None:
             raise auth.TokenError
         return self.identity
-
-    @property
-    def caller_key(self) -> str | bytes:
-        """Whose call it is, where calls are counted: before a login, the certificate's."""
-        return self.identity.name if self.identity else self.certificate
 
     @property
     def address(self) -> str:
@@ -212,31 +209,27 @@ class Gate(grpc.ServerInterceptor):
     The interceptor itself runs on the `_serve` thread, for which any work is too much;
     so it only wraps the handler, and the wrapper does the rest in the handler's thread.
 
-    A context manager, for it has threads of its own. `calls`, `streams`: how many of these
-    one caller may have under way. `request_bytes`: the largest request that is not refused.
-    gRPC should let pass some more, for it refuses without saying which setting is in the way.
+    A context manager, because it has a thread. `calls`: the server's executor. `request_bytes`:
+    the largest request that is not refused. gRPC should let pass some more, for it refuses
+    without saying which setting is in the way.
     """
 
     def __init__(
         self,
         authenticator: auth.Authenticator,
         audit: AuditLog,
-        *,
         calls: Calls,
-        streams: Calls,
+        *,
         request_bytes: int,
     ) -> None:
         self._authenticator = authenticator
         self._audit = audit
         self._calls = calls
-        self._streams = streams
         self._request_bytes = request_bytes
-        self._arrivals = Arrivals()
         self._overload = _Overload()
 
     def close(self) -> None:
-        """End the gate's threads, when no more calls come."""
-        self._arrivals.close()
+        """End the gate's thread, when no more calls come."""
         self._overload.close()
 
     def __enter__(self) -> Self:
@@ -252,26 +245,38 @@ class Gate(grpc.ServerInterceptor):
     ) -> Any:
         handler = continuation(handler_call_details)  # None: there is none
         method = handler_call_details.method[:SHOWN_CHARACTERS]
+        is_stream = handler is not None and handler.response_streaming
+        ticket = self._calls.arrive(self._caller(handler_call_details), is_stream=is_stream)
 
-        def unary(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
-            call = Call(method, context, self._audit)
+        def unary(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            call = Call(method, context, self._audit, ticket)
+            if ticket.refusal is not None:
+                self._refuse_at_once(call, ticket.refusal)
             try:
+                ticket.begin(context)
                 self._admit(call, handler)
-                with self._calls.under_way(call.caller_key):
+                with self._share(call):
                     answer = handler.unary_unary(self._receive(handler, requests, call), call)
+                    data: bytes = handler.response_serializer(answer)
+                    ticket.hold(len(data) - ticket.unread)
                     if not call.recorded:
                         call.record()
             except Exception as error:  # noqa: BLE001 -- the one place that translates them
                 self._refuse(call, error)
-            return answer
+            return data
 
         def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            call = Call(method, context, self._audit)
+            call = Call(method, context, self._audit, ticket)
+            if ticket.refusal is not None:
+                self._refuse_at_once(call, ticket.refusal)
             try:
+                ticket.begin(context)
                 self._admit(call, handler)
-                with self._streams.under_way(call.caller_key):
+                messages = handler.unary_stream(self._receive(handler, requests, call), call)
+                with contextlib.closing(messages):
+                    ticket.leave()
                     # Serialized: gRPC would keep the message too, until the client reads on.
-                    yield from handler.unary_stream(self._receive(handler, requests, call), call)
+                    yield from messages
             except Exception as error:  # noqa: BLE001 -- the same
                 self._refuse(call, error)
 
@@ -282,17 +287,33 @@ class Gate(grpc.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(unary)
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(stream)
-        return grpc.stream_unary_rpc_method_handler(
-            unary, response_serializer=handler.response_serializer
-        )
+        return grpc.stream_unary_rpc_method_handler(unary)
 
-    def record_overload(self, method: str, context: grpc.ServicerContext, message: str) -> None:
-        """Record a call that was refused before it came here. Never raises, and never blocks.
+    def _caller(self, details: grpc.HandlerCallDetails) -> object:
+        """Return in whose queue the call belongs. Only `_admit` checks the token as a whole."""
+        with contextlib.suppress(auth.TokenError):
+            name = self._authenticator.signed_for(_bearer_token(details.invocation_metadata))
+            if name is not None:
+                return name
+        if auth.PERMISSIONS.get(details.method, frozenset()) is None:
+            return STRANGERS_LOGIN
+        return STRANGERS
 
-        It comes into the audit log within a second, with the others of the same connection
-        and method: in an overload there is no time for a line each.
+    def _share(self, call: Call) -> contextlib.AbstractContextManager[None]:
+        """Return a context for what the call does, in which its caller's share is checked."""
+        call.ticket.check_unread()
+        if call.identity is None:
+            return self._calls.login(call.certificate)
+        return _UNBOUNDED
+
+    def _refuse_at_once(self, call: Call, error: OverloadError) -> NoReturn:
+        """Refuse a call that is one too many, in gRPC's accepting thread.
+
+        The audit log has such calls within a second, one line for all of the same connection
+        and method, because there is no time for a line each.
         """
-        self._overload.add(Call(method[:SHOWN_CHARACTERS], context, self._audit), message)
+        self._overload.add(call, str(error))
+        _abort(call.context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
 
     def _admit(self, call: Call, handler: Any) -> None:
         """Raise unless TLS, the token and the role allow this call, and there is a handler."""
@@ -301,7 +322,9 @@ class Gate(grpc.ServerInterceptor):
             raise _UnknownMethodError
         if auth.PERMISSIONS.get(call.method, frozenset()) is None:
             return
-        identity = self._authenticator.authenticate(_bearer_token(call.context), call.certificate)
+        identity = self._authenticator.authenticate(
+            _bearer_token(call.context.invocation_metadata()), call.certificate
+        )
         call.identity = identity
         call.user = identity.name
         if not auth.may_call(call.method, identity.role):
@@ -310,7 +333,7 @@ class Gate(grpc.ServerInterceptor):
     def _receive(self, handler: Any, requests: Iterator[bytes], call: Call) -> Any:
         """Wait for the request and return it as a message."""
         try:
-            with self._arrivals.expected(call.caller_key, call.context.cancel):
+            with call.ticket.receiving(call.context.cancel):
                 data = next(requests, None)
         except grpc.RpcError as error:  # what gRPC raises for a call that is over
             raise _NoRequestError from error
@@ -339,11 +362,26 @@ class Gate(grpc.ServerInterceptor):
                 call.undo()
             except worker.WorkerError as undo_error:
                 logger.error("%s: not on record, and not undone: %s", call.method, undo_error)
-        retry_after_s = getattr(error, "retry_after_s", None)
-        if retry_after_s is not None:
-            call.context.set_trailing_metadata((("retry-after", str(retry_after_s)),))
-        call.context.abort(code, message)
-        raise AssertionError("abort has raised")
+        _abort(call.context, code, error, message)
+
+
+_UNBOUNDED = contextlib.nullcontext()
+
+
+def _abort(
+    context: grpc.ServicerContext, code: grpc.StatusCode, error: Exception, message: str = ""
+) -> NoReturn:
+    """End the call. If the error knows when to try again, the trailing metadata says so."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        context.set_trailing_metadata(
+            (
+                ("retry-after", str(retry_after_s)),
+                ("grpc-retry-pushback-ms", str(retry_after_s * 1000)),
+            )
+        )
+    context.abort(code, message or str(error))
+    raise AssertionError("abort has raised")
 
 
 def _certificate(context: grpc.ServicerContext) -> bytes:
@@ -354,8 +392,8 @@ def _certificate(context: grpc.ServicerContext) -> bytes:
     return ssl.PEM_cert_to_DER_cert(connection["x509_pem_cert"][0].decode())
 
 
-def _bearer_token(context: grpc.ServicerContext) -> str:
-    values = [value for key, value in context.invocation_metadata() if key == "authorization"]
+def _bearer_token(metadata: Any) -> str:
+    values = [value for key, value in metadata if key == "authorization"]
     if len(values) == 1 and isinstance(values[0], str):
         scheme, _, token = values[0].partition(" ")
         if scheme.lower() == "bearer":

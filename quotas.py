@@ -12,8 +12,6 @@ jobs is in nobody's way: some of it is removed where room is needed.
     ...
     job_ended()
 
-`Calls` counts the calls that a caller has under way, for the gate of `service.py`.
-
 User names must be those of authenticated users: what is known of a name is kept for ever.
 
 Thread safety: every method, and every function returned, may be called from any thread.
@@ -24,12 +22,10 @@ output removed under any.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,11 +33,11 @@ from broadcaster import Budget
 from units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable
 
     from settings import Quota
 
-__all__ = ["Calls", "QuotaError", "Quotas"]
+__all__ = ["QuotaError", "Quotas"]
 
 _EVERYBODY = "all users together"
 
@@ -205,37 +201,6 @@ class Quotas:
                         gauge.count -= 1
 
         return release
-
-
-class Calls:
-    """Counts the calls that each caller has under way, of at most `ceiling`.
-
-    A caller may be anything that is hashable: those without a call are not remembered.
-    """
-
-    def __init__(self, ceiling: int) -> None:
-        self._ceiling = ceiling
-        # Guards the counts. Reentrant for the same reason as the lock of `Quotas`.
-        self._lock = threading.RLock()
-        self._counts: Counter[Hashable] = Counter()
-
-    @contextlib.contextmanager
-    def under_way(self, caller: Hashable) -> Iterator[None]:
-        """Count one more within this context. Raises `QuotaError`."""
-        with self._lock:
-            if self._counts[caller] >= self._ceiling:
-                raise QuotaError(
-                    f"{self._ceiling} of your calls are under way, the ceiling of this server; "
-                    "let one end first"
-                )
-            self._counts[caller] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._counts[caller] -= 1
-                if not self._counts[caller]:
-                    del self._counts[caller]
 
 
 def _ceiling(whose: str, limit: int | None, table: str, of: str = "") -> str:

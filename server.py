@@ -30,7 +30,7 @@ import stat
 import sys
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 # gRPC cannot be told a TLS version (grpc#37305). But of TLS 1.2 it is left only a
 # suite that needs a pre-shared key, which nobody has; TLS 1.3 has suites of its own,
@@ -45,11 +45,9 @@ try:
 
     import auth
     from accounts import Accounts, AccountsError, parse_uids
-    from admission import Admission
     from audit import AUDIT_FLAGS, AuditLog
-    from callpool import Acceptor, CallPool
+    from calls import Calls
     from gate import Gate
-    from quotas import Calls
     from service import add_services
     from tls import CertificateError, Certificates, certificate_files
     from users import SEEDED_USERS, User, has_public_password, make_user, parse_users
@@ -68,30 +66,13 @@ for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
 __all__ = ["GRPC_OPTIONS", "Server", "main"]
 
 logger = logging.getLogger("server")
 
-# For each kind of call; threads are made when they are needed. Calls that compute are not
-# faster together, and the more there are at a time, the less often the thread that accepts
-# and refuses calls has its turn at the interpreter. Starts wait for the helper, mostly.
-_THREADS = 256
-_STARTS_AT_ONCE = 4
-# As many clients as that, each with one call after the other, are all served: a Status computes
-# for half a millisecond. Starts and lists take longer.
-_PLACES = 64
-_BURST_S = 0.03
-_SLOW_PLACES = 32
-# While there is overload, so that whoever is served is served soon.
-_FEW_PLACES = 8
-_STALE_S, _STALE_START_S = 0.01, 0.015
-# Most execs take a hundredth of a second; one that hangs holds up nobody.
-_WAIT_START_S = 0.05
-_STREAMS_SPARE = 32  # for those that are one too many, to be told whose ceiling it is
-_CALLS_OF_ONE = 64  # of one caller, beside their streams
-_CALLS_IN_ALL = 2048  # and that many streams; beyond, gRPC refuses in its own words
 _MESSAGE_FACTOR = 2  # what gRPC reads, of what a request may have: see `Gate`
 _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
@@ -114,10 +95,10 @@ GRPC_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 9_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Larger than any token, so that a huge one is refused by us like every other; gRPC
-    # would begin at 8 KiB to refuse some.
-    ("grpc.max_metadata_size", 1024 * 1024),
-    ("grpc.absolute_max_metadata_size", 1024 * 1024),
+    # A header can take one byte on the wire and a hundred in memory: 16 KiB hold that. gRPC
+    # refuses a call that has more.
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
 )
 
 _SHARED_UID = (
@@ -184,34 +165,27 @@ class Server:
                 # Before anything listens, and before there are threads.
                 jobs.drop_privileges(own_uid)
             streams = config.in_all.streams or 0
-            streams_of_one = min(streams, config.per_user.streams or streams) + _STREAMS_SPARE // 2
-            acceptor = Acceptor()
-            pools, others = _call_pools(streams, acceptor)
-            for pool in (*pools.values(), others):
-                undo.enter_context(pool)
+            calls = undo.enter_context(
+                Calls(streams=streams, streams_of_one=config.per_user.streams or streams)
+            )
             self._certificates = certificates
             gate = undo.enter_context(
                 Gate(
                     self._authenticator,
                     self._audit,
-                    calls=Calls(_CALLS_OF_ONE),
-                    streams=Calls(streams_of_one),
+                    calls,
                     request_bytes=config.requests.size,
                 )
             )
             self._server = grpc.server(
-                others,
-                interceptors=[Admission(pools, others, gate.record_overload), gate],
+                cast("ThreadPoolExecutor", calls),  # gRPC uses `submit` alone
+                interceptors=[gate],
                 options=(
                     *GRPC_OPTIONS,
                     ("grpc.max_receive_message_length", config.requests.size * _MESSAGE_FACTOR),
-                    # When calls of one connection wait by the thousand, as when it opens and
-                    # resets them, gRPC drops some of others' as well.
-                    ("grpc.max_concurrent_streams", streams_of_one + _CALLS_OF_ONE),
+                    ("grpc.max_concurrent_streams", calls.of_one_connection),
                 ),
-                maximum_concurrent_rpcs=streams + _CALLS_IN_ALL,
             )
-            acceptor.attach(self._server)
             add_services(
                 self._server, jobs, self._authenticator, config=config, uid_of=self._uid_of
             )
@@ -294,44 +268,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _call_pools(streams: int, acceptor: Acceptor) -> tuple[dict[str, CallPool], CallPool]:
-    """Return the pools by method, and that of all other methods."""
-    pools = {
-        "WorkerService/StreamOutput": CallPool("streams", threads=streams + _STREAMS_SPARE),
-        "WorkerService/StartJob": CallPool(
-            "starts",
-            threads=_THREADS,
-            turns=_STARTS_AT_ONCE,
-            places=_SLOW_PLACES,
-            few_places=_STARTS_AT_ONCE,
-            stale_s=_STALE_START_S,
-            wait_s=_WAIT_START_S,
-            acceptor=acceptor,
-        ),
-        "WorkerService/ListJobs": CallPool(
-            "lists",
-            threads=_THREADS,
-            turns=1,
-            places=_SLOW_PLACES,
-            few_places=_FEW_PLACES,
-            acceptor=acceptor,
-        ),
-        "WorkerService/StopJob": CallPool("stops", threads=_THREADS),
-        "AuthService/Login": CallPool("logins", threads=_THREADS),
-    }
-    others = CallPool(
-        "calls",
-        threads=_THREADS,
-        turns=1,
-        places=_PLACES,
-        few_places=_FEW_PLACES,
-        burst_s=_BURST_S,
-        stale_s=_STALE_S,
-        acceptor=acceptor,
-    )
-    return {f"/jobworker.v1.{method}": pool for method, pool in pools.items()}, others
 
 
 def _check_exposure(host: str, users: Sequence[User]) -> None:

@@ -53,16 +53,15 @@ _MODULES = {
         "tls": "grpc",
     },
     "service": {
-        "admission": "grpc quotas; callpool",
-        "callpool": "grpc",
+        "calls": "; grpc",
         "quotas": "broadcaster units; settings",
-        "gate": "admission audit auth google grpc quotas settings worker",
-        "service": f"auth callpool gate google quotas worker {_AUTH_PB} {_WORKER_PB}; "
+        "gate": "audit auth calls google grpc quotas settings worker",
+        "service": f"auth gate google quotas worker {_AUTH_PB} {_WORKER_PB}; "
         "grpc settings",
         "settings": "limits units users worker",
         "hostcheck": "cgroups limits worker",
-        "server": "accounts admission audit auth callpool gate grpc hostcheck privileges quotas "
-        "service settings tls units users worker",
+        "server": "accounts audit auth calls gate grpc hostcheck privileges service "
+        " settings tls units users worker",
     },
     "client": {
         "connection": f"grpc units {_AUTH_PB} {_WORKER_PB}; google",
@@ -109,7 +108,7 @@ _NOT_YET = {
     "words": {*["broadcaster", "errors", "cgroups", "forkserver", "spawner", "job", "worker"]},
     "lines": {"forkserver", "worker"},
     "functions": {"server"},
-    "private": {"admission", "callpool", "server"},
+    "private": {"server"},
 }
 
 

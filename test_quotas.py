@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from broadcaster import OutputIncompleteError, OutputLog
-from quotas import Calls, QuotaError, Quotas
+from quotas import QuotaError, Quotas
 from settings import IN_ALL, JOB_OUTPUT_BYTES, PER_USER, Quota
 from testkit import GUARD_S, Clock
 
@@ -605,43 +604,6 @@ def test_user_who_starts_too_fast_does_not_slow_the_others(clock: Clock) -> None
             _refusal(quotas.start, "mallory")
         assert len(_admit_all(quotas.start, "alice", 9)) == 2
         clock.now += 1
-
-
-def test_caller_has_as_many_calls_under_way_as_the_ceiling_and_others_theirs() -> None:
-    """One that ends, in whatever way, makes room; who has none is not remembered."""
-    calls = Calls(2)
-    with calls.under_way("alice"):
-        with (
-            pytest.raises(QuotaError, match="2 of your calls"),
-            calls.under_way("alice"),
-            calls.under_way(b"alice"),
-            calls.under_way("alice"),
-        ):
-            pass
-        with pytest.raises(KeyError), calls.under_way("alice"):
-            raise KeyError
-        with calls.under_way("alice"):
-            pass
-    assert not calls._counts
-
-
-def test_threads_together_have_exactly_the_ceiling_of_calls(pool: ThreadPoolExecutor) -> None:
-    """However they come in between each other."""
-    calls, all_tried = Calls(5), threading.Barrier(50)
-
-    def call() -> bool:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(calls.under_way("alice"))
-                admitted = True
-            except QuotaError:
-                admitted = False
-            all_tried.wait(GUARD_S)
-            return admitted
-
-    for _ in range(20):
-        assert sum(_together(pool, *[call] * 50)) == 5
-    assert not calls._counts
 
 
 def test_what_is_known_of_a_user_does_not_grow() -> None:

@@ -33,9 +33,10 @@ import service
 import worker
 import workerservice_pb2 as worker_pb
 from audit import AUDIT_FLAGS, AuditLog
+from calls import Calls
 from client import Client, ClientError
 from gate import Gate
-from quotas import Calls, QuotaError, Quotas
+from quotas import QuotaError, Quotas
 from server import Server
 from service import add_services
 from settings import Config, Settings
@@ -184,10 +185,11 @@ def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
     with (
         AuditLog(lambda: os.open(audit_log, AUDIT_FLAGS, 0o600)) as audit,
         Worker(enforcement="off") as jobs,
-        ThreadPoolExecutor(2) as pool,
-        Gate(authenticator, audit, calls=Calls(9), streams=Calls(9), request_bytes=1024) as gate,
+        Calls(streams=9, streams_of_one=9) as calls,
+        Gate(authenticator, audit, calls, request_bytes=1024) as gate,
     ):
-        server = grpc.server(pool, interceptors=[gate])
+        executor: Any = calls
+        server = grpc.server(executor, interceptors=[gate])
         add_services(server, jobs, authenticator, config=Config(), uid_of=lambda _: None)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
@@ -606,7 +608,6 @@ def test_calls_that_are_refused_for_overload_are_on_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Those alike in one line, with their number, and the certificate, though no user."""
-    monkeypatch.setattr("server._THREADS", 1)
     monkeypatch.setattr("gate._TOGETHER_S", GUARD_S)  # they are recorded at the end
     settings = Settings(
         listen="127.0.0.1:0",
@@ -628,6 +629,7 @@ def test_calls_that_are_refused_for_overload_are_on_record(
         monkeypatch.setattr(Worker, "status", slow)
         held = pool.submit(client.status, job_id)
         assert entered.wait(GUARD_S)
+        monkeypatch.setattr("calls._CALLS_OF_ONE", 1)
         methods = ["GetJobStatus"] * 3 + ["RemoveJob"]
         answers = [call_rpc(client, method, job_id=job_id) for method in methods]
         go_on.set()
@@ -658,7 +660,7 @@ def test_job_of_a_dead_spawner_is_lost_and_no_other_can_start(
     job = client.status(job_id)
     assert (job.status, job.end_reason) == (worker_pb.FINISHED, worker_pb.LOST)
     code, details = call_rpc(client, "StartJob", command="true")
-    assert (code, "restart the server" in details) == ("UNAVAILABLE", True)
+    assert (code, "restarts" in details) == ("UNAVAILABLE", True)
 
 
 # --- jobs -------------------------------------------------------------------------------
@@ -962,7 +964,7 @@ class _Slots:
             release = take(quotas, user)
 
             def free() -> None:
-                assert threading.current_thread().name.startswith("rpc")
+                assert threading.current_thread().name.startswith("call")
                 release()
                 freed.release()
 
