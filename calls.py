@@ -193,6 +193,8 @@ class Calls(Executor):
         # Notified when a call begins to wait for its request while nobody looks after these
         # calls, and when this is closed.
         self._overdue = threading.Condition(self._lock)
+        # Notified when a thread of ours ends.
+        self._ended = threading.Condition(self._lock)
         self._callers: dict[object, _Caller] = {}  # those with calls that are not over
         self._turns: deque[_Caller] = deque()  # callers whose next call can run, each once
         self._calls = 0  # unary calls that are not over
@@ -257,8 +259,7 @@ class Calls(Executor):
         self._queue_locked(caller)
         if self._idle:
             self._queued.notify()
-        elif not self._looks_for_late:
-            self._late.notify()
+        self._look_for_late_locked()
 
     def _why_refused_locked(self, caller: _Caller, ticket: Ticket) -> str | None:
         """Return why the call is one too many; None if it is not."""
@@ -369,7 +370,7 @@ class Calls(Executor):
             thread.start()
         except RuntimeError:
             with self._lock:
-                self._threads.discard(thread)
+                self._end_locked(thread)
             raise
 
     def _start_worker(self) -> None:
@@ -404,12 +405,12 @@ class Calls(Executor):
                 self._stop_running_locked(done)
                 if self._running.pop(thread, None) is None:  # another one has taken its place
                     if self._workers >= _WORKERS:
-                        self._threads.discard(thread)
+                        self._end_locked(thread)
                         return None
                     self._workers += 1
             while not self._turns:
                 if self._closed:
-                    self._threads.discard(thread)
+                    self._end_locked(thread)
                     return None
                 self._idle += 1
                 self._queued.wait()
@@ -421,7 +422,13 @@ class Calls(Executor):
             ticket.runs = True
             self._queue_locked(caller)
             self._running[thread] = ticket
+            self._look_for_late_locked()
             return ticket
+
+    def _look_for_late_locked(self) -> None:
+        if self._turns and not self._idle and not self._looks_for_late:
+            self._looks_for_late = True
+            self._late.notify()
 
     def _stop_running_locked(self, ticket: Ticket) -> None:
         if ticket.runs:
@@ -434,11 +441,11 @@ class Calls(Executor):
         """Replace workers that are busy with one call for long, while others wait for a turn."""
         while True:
             with self._lock:
-                self._looks_for_late = False
-                self._late.wait_for(lambda: self._closed or (self._turns and not self._idle))
-                self._looks_for_late = True
+                self._looks_for_late = bool(self._turns) and not self._idle
+                self._late.wait_for(lambda: self._closed or self._looks_for_late)
                 before = dict(self._running)
                 if self._late.wait_for(lambda: self._closed, _LONG_S):
+                    self._end_locked(threading.current_thread())
                     return
                 for thread, ticket in before.items():
                     if self._turns and self._running.get(thread) is ticket:
@@ -464,6 +471,7 @@ class Calls(Executor):
                 )
                 self.looks_for_overdue = True
                 if self._overdue.wait_for(lambda: self._closed, _ARRIVAL_S):
+                    self._end_locked(threading.current_thread())
                     return
             receiving = dict(self.receiving)
             for ticket in before & receiving.keys():
@@ -479,10 +487,12 @@ class Calls(Executor):
             self._queued.notify_all()
             self._late.notify_all()
             self._overdue.notify_all()
-            threads = list(self._threads)
-        if wait:
-            for thread in threads:
-                thread.join()
+            if wait:
+                self._ended.wait_for(lambda: not self._threads)
+
+    def _end_locked(self, thread: threading.Thread) -> None:
+        self._threads.discard(thread)
+        self._ended.notify_all()
 
 
 _DONE: Future[None] = Future()

@@ -1,0 +1,387 @@
+"""Tests of `calls`: who is refused, whose turn it is, and which thread ends when."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import calls as calls_module
+from calls import Calls, OverloadError, Ticket
+from testkit import GUARD_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Run = Callable[[Ticket], object]
+
+
+class _Server:
+    """Does what gRPC does: brings calls from one thread, and tells when each is over."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+        self.go_on = threading.Event()
+
+    def call(self, key: str, run: Run = lambda _: None, *, is_stream: bool = False) -> Ticket:
+        """Bring a call, which runs `run`; return its ticket."""
+        ticket = self.calls.arrive(key, is_stream=is_stream)
+        assert self.calls.submit(run, ticket).done()
+        return ticket
+
+    def hold(self, key: str, count: int) -> list[Ticket]:
+        """Bring that many calls, which run until `go_on`, and wait until all have threads."""
+        entered = threading.Semaphore(0)
+
+        def wait(_: Ticket) -> None:
+            entered.release()
+            assert self.go_on.wait(GUARD_S)
+
+        tickets = [self.call(key, wait) for _ in range(count)]
+        for _ in range(count):
+            assert entered.acquire(timeout=GUARD_S)
+        return tickets
+
+
+@pytest.fixture
+def server() -> Iterator[_Server]:
+    with Calls(streams=5, streams_of_one=3) as calls:
+        server = _Server(calls)
+        yield server
+        server.go_on.set()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that a test reaches with few calls."""
+    monkeypatch.setattr(calls_module, "_CALLS_OF_ONE", 5)
+    monkeypatch.setattr(calls_module, "_CALLS_IN_ALL", 8)
+    monkeypatch.setattr(calls_module, "_CALLS_ALWAYS", 2)
+    monkeypatch.setattr(calls_module, "_UNREAD_OF_ONE", 100)
+    monkeypatch.setattr(calls_module, "_UNREAD_IN_ALL", 150)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is late, whatever else the machine does."""
+    monkeypatch.setattr(calls_module, "_LONG_S", GUARD_S)
+
+
+def _why(ticket: Ticket) -> str:
+    return str(ticket.refusal or "")
+
+
+@pytest.mark.usefixtures("patient")
+def test_callers_take_turns(server: _Server) -> None:
+    """The one call of a caller comes next, however many another one has made before."""
+    order: list[str] = []
+    lock, done = threading.Lock(), threading.Semaphore(0)
+
+    def note(ticket: Ticket) -> None:
+        with lock:
+            order.append(str(ticket.key))
+        done.release()
+
+    server.hold("mallory", calls_module._WORKERS)
+    for _ in range(100):
+        server.call("mallory", note)
+    for _ in range(2):
+        server.call("alice", note)
+    server.call("bob", note)
+    server.go_on.set()
+    for _ in range(103):
+        assert done.acquire(timeout=GUARD_S)
+    # Two workers may note two calls in either order.
+    assert max(i for i, key in enumerate(order) if key != "mallory") <= 4 + calls_module._WORKERS
+
+
+@pytest.mark.usefixtures("small")
+def test_caller_with_too_many_calls_is_refused_in_the_thread_that_brings_them(
+    server: _Server,
+) -> None:
+    """The refused call runs at once, so that it is answered; other callers are served."""
+    tickets = [server.call("mallory") for _ in range(5)]
+    ran_in: list[threading.Thread] = []
+    refused = server.call("mallory", lambda _: ran_in.append(threading.current_thread()))
+    assert "overloaded: 5 of your calls are under way; try again in 1 s" in _why(refused)
+    assert ran_in == [threading.current_thread()]
+    assert server.call("alice").refusal is None
+    tickets[0].over()
+    assert server.call("mallory").refusal is None
+    assert server.call("mallory").refusal is not None
+
+
+@pytest.mark.usefixtures("small")
+def test_caller_with_few_calls_is_served_when_all_together_have_too_many(server: _Server) -> None:
+    """The bound of all callers together holds for those who have many."""
+    for key in ("mallory", "malloy"):
+        for _ in range(4):
+            assert server.call(key).refusal is None
+    assert "8 calls are under way, 4 of them yours" in _why(server.call("mallory"))
+    assert server.call("alice").refusal is None
+    assert server.call("alice").refusal is None
+    assert "10 calls are under way, 2 of them yours" in _why(server.call("alice"))
+
+
+@pytest.mark.usefixtures("small")
+def test_call_counts_until_grpc_says_that_it_is_over(server: _Server) -> None:
+    """Not until its behaviour has returned; and it is over only once."""
+    for _ in range(3):
+        over: list[Ticket] = []
+        done = threading.Semaphore(0)
+
+        def run(_: Ticket, done: threading.Semaphore = done) -> None:
+            done.release()
+
+        over += [server.call("mallory", run) for _ in range(5)]
+        for _ in range(5):
+            assert done.acquire(timeout=GUARD_S)
+        assert server.call("mallory").refusal is not None
+        for ticket in over + over:
+            ticket.over()
+    assert server.calls._calls == 0
+
+
+@pytest.mark.usefixtures("small")
+def test_answers_that_are_not_read_count_and_a_caller_without_any_is_served(
+    server: _Server,
+) -> None:
+    """In bytes, of one caller and of all together, until their calls are over."""
+    mallory, malloy, alice = (server.call(key) for key in ("mallory", "malloy", "alice"))
+    mallory.check_unread()
+    mallory.hold(101)
+    with pytest.raises(OverloadError, match="101 bytes of answers to you have not been read"):
+        mallory.check_unread()
+    malloy.hold(50)
+    with pytest.raises(OverloadError, match="50 bytes"):
+        malloy.check_unread()
+    alice.check_unread()
+    mallory.over()
+    malloy.check_unread()
+    malloy.over()
+    assert server.calls._unread == 0
+
+
+def test_caller_that_has_no_calls_is_forgotten(server: _Server) -> None:
+    """Callers are as many as there are users, but nothing of them stays."""
+    done = threading.Semaphore(0)
+    tickets = [
+        server.call(f"user{number}", lambda _: done.release(), is_stream=number % 2 == 0)
+        for number in range(9)
+    ]
+    for ticket in tickets:
+        if ticket.refusal is None:
+            assert done.acquire(timeout=GUARD_S)
+        ticket.over()
+    while server.calls._callers:  # until the last worker has noted the end of its call
+        pass
+
+
+def test_call_that_takes_long_holds_up_nobody(server: _Server) -> None:
+    """Others run beside any number of such calls, the caller's own too."""
+    server.hold("mallory", 20)
+    done = threading.Event()
+    server.call("mallory", lambda _: done.set())
+    assert done.wait(GUARD_S)
+    done.clear()
+    server.call("alice", lambda _: done.set())
+    assert done.wait(GUARD_S)
+
+
+def test_caller_has_no_more_threads_than_its_share(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other calls wait; those of other callers do not."""
+    monkeypatch.setattr(calls_module, "_THREADS_OF_ONE", 3)
+    server.hold("mallory", 3)
+    waiting, done = threading.Event(), threading.Event()
+    server.call("mallory", lambda _: waiting.set())
+    for _ in range(10):
+        server.call("alice", lambda _: done.set())
+        assert done.wait(GUARD_S)
+        done.clear()
+    assert not waiting.is_set()
+    server.go_on.set()
+    assert waiting.wait(GUARD_S)
+
+
+def test_threads_of_calls_that_took_long_end(server: _Server) -> None:
+    """The server has as many threads as before."""
+    before = set(server.calls._threads)
+    server.hold("mallory", 20)
+    more = set(server.calls._threads) - before
+    assert len(more) >= 20 - calls_module._WORKERS
+    server.go_on.set()
+    for thread in (before | more) - set(server.calls._threads):
+        thread.join(GUARD_S)
+    while len(server.calls._threads) > len(before):  # until the last one has noted its end
+        pass
+
+
+def test_stream_has_a_thread_that_ends_with_it(server: _Server) -> None:
+    """However many have been: no more threads than before; and none of them was a worker's."""
+    before = len(server.calls._threads)
+    for _ in range(50):
+        left, end = threading.Semaphore(0), threading.Event()
+
+        def stream(
+            ticket: Ticket,
+            left: threading.Semaphore = left,
+            end: threading.Event = end,
+        ) -> None:
+            ticket.leave()
+            left.release()
+            assert end.wait(GUARD_S)
+
+        streams = [server.call("alice", stream, is_stream=True) for _ in range(3)]
+        for _ in range(3):
+            assert left.acquire(timeout=GUARD_S)
+        done = threading.Event()
+        server.call("alice", lambda _, done=done: done.set()).over()  # type: ignore[misc]
+        assert done.wait(GUARD_S)
+        end.set()
+        for each in streams:
+            each.over()
+    while len(server.calls._threads) > before:
+        pass
+
+
+def test_streams_are_refused_beyond_the_ceilings_and_some_spare(server: _Server) -> None:
+    """Of one caller, and of all together; unary calls are not streams."""
+    spare_of_one, spare = calls_module._STREAMS_SPARE_OF_ONE, calls_module._STREAMS_SPARE
+    for _ in range(3 + spare_of_one):
+        assert server.call("mallory", is_stream=True).refusal is None
+    assert "of your streams are open" in _why(server.call("mallory", is_stream=True))
+    assert server.call("mallory").refusal is None
+    for _ in range(5 + spare - 3 - spare_of_one):
+        assert server.call("malloy", is_stream=True).refusal is None
+    assert f"{5 + spare} streams are open" in _why(server.call("alice", is_stream=True))
+    assert server.call("alice").refusal is None
+
+
+@contextlib.contextmanager
+def _no_more_threads() -> Iterator[None]:
+    """The system allows no more threads: it has no room for their stacks."""
+    before = threading.stack_size(1 << 46)
+    try:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            threading.Thread(target=print).start()
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def test_stream_whose_thread_cannot_be_started_is_refused_alone(server: _Server) -> None:
+    """Its worker serves the next calls, as often as it happens."""
+    outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def stream(ticket: Ticket) -> None:
+        try:
+            ticket.leave()
+        except OverloadError as error:
+            outcomes.put(str(error))
+
+    with _no_more_threads():
+        for _ in range(20):
+            server.call("alice", stream, is_stream=True).over()
+            assert "no more threads can be started" in outcomes.get(timeout=GUARD_S)
+            server.call("alice", lambda _: outcomes.put("served")).over()
+            assert outcomes.get(timeout=GUARD_S) == "served"
+
+
+def test_calls_wait_while_no_thread_can_be_started_and_are_served_then(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All workers are held. When the system allows threads again, the next call runs."""
+    logged, done = threading.Event(), threading.Event()
+    monkeypatch.setattr(calls_module.logger, "error", lambda *_: logged.set())
+    with _no_more_threads():
+        server.hold("mallory", calls_module._WORKERS)
+        server.call("alice", lambda _: done.set())
+        assert logged.wait(GUARD_S)
+        assert not done.is_set()
+    assert done.wait(GUARD_S)
+
+
+def test_submit_never_raises(server: _Server, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception there would end the thread that accepts calls."""
+
+    def fail(_: Ticket) -> None:
+        raise ZeroDivisionError
+
+    assert server.calls.submit(print).done()  # nothing has arrived
+    assert "stays without an answer" in caplog.text
+    server.call("alice", fail).over()
+    server.calls.shutdown(wait=False)
+    assert server.call("alice", fail).refusal is not None
+    assert caplog.text.count("ZeroDivisionError") == 2
+
+
+def test_call_that_fails_outside_of_its_behaviour_ends_no_worker(server: _Server) -> None:
+    """The same workers serve the next calls."""
+
+    def fail(_: Ticket) -> None:
+        raise ZeroDivisionError
+
+    before = set(server.calls._threads)
+    for _ in range(20):
+        server.call("alice", fail).over()
+    done = threading.Event()
+    server.call("alice", lambda _: done.set())
+    assert done.wait(GUARD_S)
+    assert set(server.calls._threads) == before
+
+
+def test_shutdown_serves_the_calls_that_wait_and_refuses_new_ones() -> None:
+    """And ends every thread."""
+    calls = Calls(streams=1, streams_of_one=1)
+    server, served = _Server(calls), threading.Semaphore(0)
+    threads = set(calls._threads)
+    for _ in range(50):
+        server.call("alice", lambda _: served.release())
+    calls.shutdown()
+    for _ in range(50):
+        assert served.acquire(blocking=False)
+    for thread in threads:
+        thread.join(GUARD_S)
+        assert not thread.is_alive()
+    assert "shutting down" in _why(server.call("alice"))
+
+
+def test_calls_whose_request_does_not_arrive_are_cancelled(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them, also after a time without any; a request that arrives is left alone."""
+    monkeypatch.setattr(calls_module, "_ARRIVAL_S", 0.01)
+    for _ in range(20):
+        cancelled = [threading.Event() for _ in range(5)]
+
+        def run(ticket: Ticket, cancelled: threading.Event) -> None:
+            with ticket.receiving(cancelled.set):
+                assert cancelled.wait(GUARD_S)
+
+        for each in cancelled:
+            ticket = server.calls.arrive("alice", is_stream=False)
+            server.calls.submit(run, ticket, each)
+        for each in cancelled:
+            assert each.wait(GUARD_S)
+    while server.calls.receiving:
+        pass
+
+
+def test_logins_of_one_certificate_do_not_take_the_threads_of_others(server: _Server) -> None:
+    """A certificate has a share of its own, and one that has none is not remembered."""
+    with pytest.raises(OverloadError, match="logins with your certificate"):
+        _log_in(server.calls, b"mallory", calls_module._LOGINS_OF_ONE + 1)
+    _log_in(server.calls, b"mallory", calls_module._LOGINS_OF_ONE)
+    assert not server.calls._logins
+
+
+def _log_in(calls: Calls, certificate: bytes, count: int) -> Any:
+    """Have that many logins run within each other."""
+    if count:
+        with calls.login(certificate), calls.login(b"alice"):
+            _log_in(calls, certificate, count - 1)
