@@ -56,8 +56,7 @@ _MODULES = {
         "calls": "; grpc",
         "quotas": "broadcaster units; settings",
         "gate": "audit auth calls google grpc quotas settings worker",
-        "service": f"auth gate google quotas worker {_AUTH_PB} {_WORKER_PB}; "
-        "grpc settings",
+        "service": f"auth gate google quotas worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
         "settings": "limits units users worker",
         "hostcheck": "cgroups limits worker",
         "server": "accounts audit auth calls gate grpc hostcheck privileges service "
