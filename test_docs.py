@@ -181,8 +181,8 @@ def test_limits_that_readme_shows_are_the_defaults(readme: str) -> None:
 
 def _amount(text: str) -> float | None:
     """What a cell of the table of limits means; the ceiling is the limit where it says so."""
-    if text in {"none", "the ceiling"}:
-        return 0 if text == "none" else None
+    if text == "the ceiling":
+        return None
     number, _, unit = text.replace(",", "").partition(" ")
     return int(number) * {"": 1, "MiB": 1024**2, "GiB": 1024**3}[unit]
 
