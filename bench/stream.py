@@ -10,12 +10,14 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import statistics
 import subprocess
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +69,7 @@ _ZEROS_BYTES = 128 * MIB
 _FOLLOWERS = (1, 10, 100, 1000)
 _SHARED_BYTES = 256 * MIB  # of all followers together
 _SHARED_ROUNDS = 3
+_FEW = 10
 _JOB_ROUNDS = 4
 # By the number of followers: how many lines in a round, and the pause before each. A pause is
 # long enough for all followers to get the line before the next one is written.
@@ -187,12 +190,16 @@ def _through_cat(argv: Sequence[str]) -> None:
 
 
 class _Followed(NamedTuple):
-    """What followers saw. `delays_s`: of lines that are the time they were written at."""
+    """What followers saw. `delays_s`: of lines that are the time they were written at.
 
-    digests: set[str]
-    ended: int
+    `progress`: of each follower, after each message the time in seconds since the epoch and
+    how many bytes it had; only if there are few followers.
+    """
+
+    digests: list[str]
     messages: int
     delays_s: list[float]
+    progress: list[list[tuple[float, int]]]
 
 
 @contextlib.contextmanager
@@ -232,13 +239,10 @@ def _followers(client: Client, address: str, *what: object) -> Iterator[Callable
     with start_program(client, "-m", __name__, "--follow", address, *what) as program:
 
         def result() -> _Followed:
-            words = program.stdout.readline().split() if program.stdout else []
-            if not words:
+            line = program.stdout.readline() if program.stdout else ""
+            if not line:
                 fail("the followers failed")
-            digests, ended, messages, *delays = words
-            return _Followed(
-                set(digests.split(",")), int(ended), int(messages), [int(d) / 1e9 for d in delays]
-            )
+            return _Followed(**json.loads(line))
 
         yield result
 
@@ -256,32 +260,35 @@ def _follow(address: str, count: int, job_id: str = "") -> None:
 
 def _follow_each(open_stream: Callable[[], Iterator[bytes]], count: int) -> None:
     ready = threading.Semaphore(0)
-    digests: list[str] = []
-    delays: list[int] = []
-    messages = 0
+    seen = _Followed([], 0, [], [])
 
-    def follow() -> None:
-        nonlocal messages
+    def follow() -> tuple[str, int]:
         stream = open_stream()
-        digest = hashlib.blake2b(next(stream))
+        first = next(stream)
+        digest = hashlib.blake2b(first)
+        size, messages, progress = len(first), 0, []
         ready.release()
         for chunk in stream:
             now = time.monotonic_ns()
             digest.update(chunk)
             messages += 1
+            size += len(chunk)
             if len(chunk) < 64 and chunk.strip().isdigit():  # noqa: PLR2004 -- a time
-                delays.append(now - int(chunk))
-        digests.append(digest.hexdigest())
+                seen.delays_s.append((now - int(chunk)) / 1e9)
+            if count <= _FEW:
+                progress.append((time.time(), size))
+        seen.progress.append(progress)
+        return digest.hexdigest(), messages
 
-    threads = [threading.Thread(target=follow) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for _ in threads:
-        ready.acquire()
-    print("ready", flush=True)
-    for thread in threads:
-        thread.join()
-    print(",".join(set(digests)), len(digests), messages, *delays, flush=True)
+    with ThreadPoolExecutor(count) as pool:
+        followers = [pool.submit(follow) for _ in range(count)]
+        for _ in followers:
+            ready.acquire()
+        print("ready", flush=True)
+        results = [follower.result() for follower in followers]
+    digests, messages = [each[0] for each in results], sum(each[1] for each in results)
+    seen = seen._replace(digests=digests, messages=messages)
+    print(json.dumps(seen._asdict()), flush=True)
 
 
 @contextlib.contextmanager
@@ -326,7 +333,7 @@ def bench_followers(service: Service) -> None:
                 go()
                 followed = result()
                 found.append(size * count / (time.perf_counter() - begin) / 1e6)
-            if followed.digests != {expected} or followed.ended != count:
+            if followed.digests != [expected] * count:
                 fail("a follower did not get every byte")
         rates[count] = found
     print_heading("Followers of one live job, all byte-exact: rate of all together")
@@ -338,46 +345,77 @@ def bench_followers(service: Service) -> None:
         report(f"{count:,} followers", f"{rate:.0f} MB/s", spread, bar)
 
 
+class _JobRun(NamedTuple):
+    """A job that many followed. `took_s`: its own time, from its begin to its end.
+
+    `slowest`: the share of the output that the slowest follower had when the job ended.
+    `last_s`: from the job's begin until the last follower had everything.
+    """
+
+    took_s: float
+    slowest: float = 0.0
+    last_s: float = 0.0
+
+
+def _run_job(
+    service: Service, argv: Sequence[str], size: int, count: int, *, stalled: bool = False
+) -> _JobRun:
+    """Run a job that writes `size` bytes, with followers that all read, or that all stop reading.
+
+    The job adds the times at which it began and ended.
+    """
+    timed = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d%020d" $s $e'
+    first = 1 + MIB * stalled
+    with _waiting_job(service, ["sh", "-c", timed, *argv], first - 1) as (job_id, go):
+        progress: list[list[tuple[float, int]]] = []
+        if stalled:
+            with stalling(service, job_id, count):
+                go()
+                stamps = b"".join(service.client.stream(job_id, offset=first + size))
+        else:
+            with _following(service, job_id, count) as result:
+                go()
+                progress = result().progress
+            stamps = b"".join(service.client.stream(job_id, offset=first + size))
+    begin, end = int(stamps[:20]) / 1e9, int(stamps[20:]) / 1e9
+    if not progress:
+        return _JobRun(end - begin)
+    had = [max((n for t, n in each if t <= end), default=0) for each in progress]
+    return _JobRun(end - begin, min(had) / size, max(each[-1][0] for each in progress) - begin)
+
+
+def _timed(call: Callable[[], object]) -> _JobRun:
+    return _JobRun(seconds(call))
+
+
 def bench_job_rate(service: Service) -> None:
-    """How long a job's writing takes, while nobody, somebody or many follow, read or not."""
-    lines = _python(_MAKE_LINES, _LINES_BYTES)
-    zeros = ["head", "-c", str(_ZEROS_BYTES), "/dev/zero"]
-
-    def job_s(argv: Sequence[str], size: int, count: int, *, stalled: bool = False) -> float:
-        timed = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d" $((e-s))'
-        with (
-            _waiting_job(service, ["sh", "-c", timed, *argv], MIB * stalled) as (job_id, go),
-            contextlib.ExitStack() as stack,
-        ):
-            if stalled:
-                stack.enter_context(stalling(service, job_id, count))
-            else:
-                result = stack.enter_context(_following(service, job_id, count))
-            go()
-            if not stalled:
-                result()
-            # Its tail comes when it has ended.
-            first = 1 + MIB * stalled
-            tail = b"".join(service.client.stream(job_id, offset=first + size))
-            return int(tail) / 1e9
-
+    """How long a job's writing takes, while somebody or many follow, reading or not."""
     print_heading("A job's own rate / its rate into a plain pipe to cat >file")
     for what, argv, size in (
-        ("lines", lines, _LINES_BYTES),
-        ("as fast as it can", zeros, _ZEROS_BYTES),
+        ("lines", _python(_MAKE_LINES, _LINES_BYTES), _LINES_BYTES),
+        ("as fast as it can", ["head", "-c", str(_ZEROS_BYTES), "/dev/zero"], _ZEROS_BYTES),
     ):
-        found = in_turn(
-            {
-                "1 follower": functools.partial(job_s, argv, size, 1),
-                "10 followers": functools.partial(job_s, argv, size, 10),
-                "100 that do not read": functools.partial(job_s, argv, size, 100, stalled=True),
-                "floor": functools.partial(seconds, functools.partial(_through_cat, argv)),
-            },
-            _JOB_ROUNDS,
-        )
-        floor = found.pop("floor")
-        for who, taken in found.items():
-            _report_rates(f"{what}, {who}", taken, floor, size, ">= 0.9")
+        run = functools.partial(_run_job, service, argv, size)
+        cat = functools.partial(_through_cat, argv)
+        measures: dict[str, Callable[[], _JobRun]] = {
+            "1 follower": functools.partial(run, 1),
+            "10 followers": functools.partial(run, 10),
+            "100 that do not read": functools.partial(run, 100, stalled=True),
+            "floor": functools.partial(_timed, cat),
+        }
+        found = in_turn(measures, _JOB_ROUNDS)
+        floor_s = [each.took_s for each in found.pop("floor")]
+        for who, runs in found.items():
+            aim = ">= 0.5" if who == "10 followers" else ">= 0.9"
+            _report_rates(f"{what}, {who}", [each.took_s for each in runs], floor_s, size, aim)
+        ten = found["10 followers"]
+        for when, values, unit in (
+            ("the slowest's share when the job ends", [each.slowest for each in ten], ""),
+            ("the last has all after", [each.last_s for each in ten], " s"),
+            ("the job has ended after", [each.took_s for each in ten], " s"),
+        ):
+            value = f"{statistics.median(values):.2f}{unit}"
+            report(f"  of 10, {when}", value, f"{min(values):.2f} to {max(values):.2f}")
 
 
 def bench_delay(service: Service, floor: Floor) -> None:
