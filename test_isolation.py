@@ -1154,7 +1154,7 @@ def test_users_file_that_jobs_could_read_is_not_taken_up(
         users.write_text(f"{entries['bob']}\n")
         users.chmod(0o644)
         program.process.send_signal(signal.SIGHUP)
-        _await_log(program, f"the users stay as they were: jobs could get at {users}")
+        _await_log(program, f"the users stay as they were: jobs could read or change {users}")
         _login(program.address, certs, "alice").close()
         assert program.end() == 0
 

@@ -50,6 +50,7 @@ _MODULES = {
         "auth": "jwt revocations throttle users",
         "accounts": "",
         "audit": "",
+        "trustedfiles": "",
         "tls": "grpc",
     },
     "service": {
@@ -60,7 +61,7 @@ _MODULES = {
         "settings": "limits units users worker",
         "hostcheck": "cgroups limits worker",
         "server": "accounts audit auth calls gate grpc hostcheck privileges service "
-        " settings tls units users worker",
+        " settings tls trustedfiles units users worker",
     },
     "client": {
         "connection": f"grpc units {_AUTH_PB} {_WORKER_PB}; google",
@@ -91,6 +92,7 @@ _TESTED_WITH = {
     "commands": "client",
     "gate": "service",
     "errors": "worker",
+    "trustedfiles": "isolation",
     "job": "worker",
     "spares": "worker",
     "forkserver": "spawner",
@@ -106,7 +108,7 @@ _DOCUMENTED = {"_exit", "_asdict", "_fields", "_make", "_replace"}
 _NOT_YET = {
     "words": {*["broadcaster", "errors", "cgroups", "forkserver", "spawner", "job", "worker"]},
     "lines": {"forkserver", "worker"},
-    "functions": {"server"},
+    "functions": set(),
     "private": {"server"},
 }
 

@@ -924,7 +924,7 @@ def test_kept_output_of_running_jobs_blocks_starts_until_it_is_removed(
     server = _server_with_ceiling(serve, tmp_path)
     client = connect("user", server.address)
     job_id = client.start("sh", ["-c", "head -c 102400 /dev/zero; echo ready; sleep infinity"])
-    await_output(server._worker, job_id, b"\0" * 102_400)  # type: ignore[arg-type]
+    await_output(server._worker, job_id, b"\0" * 102_400)
     code, told = _refusal(client.start, "true")
     assert code == "RESOURCE_EXHAUSTED"
     assert "ceiling of 100 KiB (per_user.kept_output) is reached; stop or remove jobs" in told

@@ -439,7 +439,7 @@ def test_server_that_must_enforce_limits_and_cannot_says_how_it_could(
     # It may have swept what others left, or tried to.
     assert [line for line in log.splitlines() if " left-over cgroup " not in line] == []
     first, *failures, last = told.splitlines()
-    assert first == "not every limit can be enforced here:"
+    assert first == "this host cannot enforce every limit:"
     assert last == "or accept weaker limits with --limits auto"
     findings = _run_server("check").stdout.splitlines()
     assert failures == [line for line in findings if line.startswith("FAILED ")] != []
