@@ -95,11 +95,13 @@ class Client:
         token: str = "",
     ) -> None:
         check_address(server)
-        credentials = _read_all(
-            ca or os.path.join(certs, "server-ca.pem"),
-            key or os.path.join(certs, "client-key.pem"),
-            cert or os.path.join(certs, "client.pem"),
+        paths = (
+            os.fspath(ca or os.path.join(certs, "server-ca.pem")),
+            os.fspath(key or os.path.join(certs, "client-key.pem")),
+            os.fspath(cert or os.path.join(certs, "client.pem")),
         )
+        credentials = _read_all(paths)
+        _check_files(paths, credentials)
         # gRPC has no option for the TLS version. This suite needs a pre-shared key, which nobody
         # has, so TLS 1.2 has no usable suite. TLS 1.3 has its own suites. The server does the same.
         os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-AES256-CBC-SHA")
@@ -277,7 +279,7 @@ def _is_seconds(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 9  # noqa: PLR2004 -- 30 years
 
 
-def _read_all(*paths: str | os.PathLike[str]) -> list[bytes]:
+def _read_all(paths: Sequence[str]) -> list[bytes]:
     contents = []
     try:
         for path in paths:
@@ -291,3 +293,23 @@ def _read_all(*paths: str | os.PathLike[str]) -> list[bytes]:
     except OSError as error:
         raise ClientError(f"cannot read {error.filename}: {error.strerror}") from error
     return contents
+
+
+def _check_files(paths: Sequence[str], contents: Sequence[bytes]) -> None:
+    """Raise `ClientError` if gRPC cannot use the server CA, the client key and certificate."""
+    # Imported after the files were read, because ssl takes 10 ms. gRPC imports it anyway.
+    import ssl
+
+    from certcheck import UnusableError, check_ca, check_pair
+
+    ca, key, cert = contents
+    try:
+        check_ca(paths[0], ca)
+        check_pair("client", paths[2], cert, paths[1], key)
+    except (UnusableError, ssl.SSLError, ValueError) as error:
+        raise ClientError(
+            f"{error}; make new ones with certs/generate.sh, or name yours with --certs, or with "
+            "--cert, --key and --ca"
+        ) from error
+    except OSError:  # no memfd here, or `ulimit -f` forbids to fill it: gRPC decides alone
+        return

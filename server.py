@@ -377,7 +377,7 @@ def _serve(settings: Settings) -> None:
         lines = [
             "this host cannot enforce every limit:",
             *(failures or [str(error)]),
-            "mend that, or accept weaker limits with --limits auto",
+            "or accept weaker limits with --limits auto",
         ]
         raise SettingsError("\n".join(lines)) from error
     print(f"listening on {server.address}", flush=True)

@@ -1311,14 +1311,76 @@ def test_missing_certificate_is_told(cli: _Program, certs: Path, tmp_path: Path,
     )
 
 
+_EMPTY, _GARBAGE = (lambda _: b""), (lambda _: b"garbage")
+_BOM = b"\xef\xbb\xbf"
+
+
+def _der(pem: bytes) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(pem.decode())
+
+
+def _lock(key: bytes) -> bytes:
+    command = ["openssl", "pkey", "-aes128", "-passout", "pass:secret"]
+    return subprocess.run(command, input=key, capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("client.pem", _EMPTY, "client.pem is not a certificate in PEM"),
+        ("client.pem", _GARBAGE, "client.pem is not a certificate in PEM"),
+        ("client.pem", _der, "client.pem is not a certificate in PEM"),
+        ("client.pem", _BOM.__add__, "client.pem begins with a byte order mark"),
+        ("client.pem", "server.pem", "client-key.pem is not the key of "),
+        ("client.pem", "client-key.pem", "client.pem is not a certificate in PEM"),
+        ("client-key.pem", _EMPTY, "client-key.pem is not a private key in PEM;"),
+        ("client-key.pem", _GARBAGE, "client-key.pem is not a private key in PEM;"),
+        (
+            "client-key.pem",
+            _lock,
+            "client-key.pem is not a private key in PEM, or needs a password",
+        ),
+        ("client-key.pem", _BOM.__add__, "client-key.pem begins with a byte order mark"),
+        ("client-key.pem", "server-key.pem", "client-key.pem is not the key of "),
+        ("client-key.pem", "client.pem", "client-key.pem is not a private key in PEM;"),
+        ("server-ca.pem", _EMPTY, "server-ca.pem is not a certificate in PEM"),
+        ("server-ca.pem", _GARBAGE, "server-ca.pem is not a certificate in PEM"),
+        ("server-ca.pem", "server.pem", "server-ca.pem holds no certificate of a CA"),
+    ],
+)
+def test_unusable_certificate_or_key_is_told_before_grpc_sees_it(  # noqa: PLR0913
+    cli: _Program,
+    certs: Path,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[bytes], bytes] | str,
+    problem: str,
+) -> None:
+    """gRPC would end the process at an empty file, and report others as a failed connection."""
+    directory = shutil.copytree(certs, tmp_path / "certs")
+    before = (directory / name).read_bytes()
+    after = (certs / change).read_bytes() if isinstance(change, str) else change(before)
+    (directory / name).write_bytes(after)
+    line = cli.fail("list", "--certs", str(directory), "--server", "127.0.0.1:1")
+    assert f"client: {directory}/{problem}" in line
+    assert "; make new ones with certs/generate.sh, or name yours with --certs" in line
+
+
 @pytest.mark.parametrize("option", ["--cert", "--key", "--ca"])
-def test_unusable_certificate_is_an_error_of_one_line(
+def test_certificate_that_cannot_be_read_is_told(
     cli: _Program, tmp_path: Path, option: str
 ) -> None:
-    """A file that is no certificate, and one that is a directory."""
-    (tmp_path / "garbage").write_text("garbage")
-    cli.fail("list", option, str(tmp_path / "garbage"))
+    """With the file and the reason."""
     assert f"cannot read {tmp_path}: Is a directory" in cli.fail("list", option, str(tmp_path))
+
+
+def test_client_certificate_and_key_may_come_from_pipes(cli: _Program, certs: Path) -> None:
+    """A pipe can be read only once."""
+    script = (
+        'exec "$0" "$1" list --json --key <(cat "$2/client-key.pem") --cert <(cat "$2/client.pem")'
+    )
+    command = ["bash", "-c", script, sys.executable, str(_HERE / "client.py"), str(certs)]
+    subprocess.run(command, env=cli.environment, stdout=subprocess.PIPE, check=True)
 
 
 _BAD_TOKENS = ["garbage", "a.b.c", "tökén", "a\nb", "\x1b", "\x7f", "Bearer x", " ", "\udcff"]

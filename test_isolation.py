@@ -953,7 +953,7 @@ def test_ordinary_user_is_warned_that_jobs_share_the_uid(
             ]
         assert program.end() == 0
         (warning,) = [line for line in program.log.read_text().splitlines() if "uid 65534" in line]
-    assert " WARNING jobs run as uid 65534, which is the server's own: " in warning
+    assert " WARNING jobs run as uid 65534, like the server: " in warning
     for part in ("keys", "users file", "output", "signal", "CAP_SETUID and CAP_SETGID"):
         assert part in warning
 
@@ -978,7 +978,7 @@ def test_require_isolation_makes_it_an_error(
     )
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
-    assert line.startswith("server: --require-isolation: jobs run as uid 65534, which is the ")
+    assert line.startswith("server: --require-isolation: jobs run as uid 65534, like the server")
     assert "start the server as root, or with CAP_SETUID and CAP_SETGID" in line
     assert os.listdir(state_of_nobody) == []
 

@@ -42,6 +42,7 @@ _MODULES = {
     },
     "shared": {  # by the service and the client
         "units": "",
+        "certcheck": "",
     },
     "access": {
         "throttle": "",
@@ -51,7 +52,7 @@ _MODULES = {
         "accounts": "",
         "audit": "",
         "trustedfiles": "",
-        "tls": "grpc",
+        "tls": "certcheck grpc",
     },
     "service": {
         "calls": "; grpc",
@@ -64,7 +65,7 @@ _MODULES = {
         " settings tls trustedfiles units users worker",
     },
     "client": {
-        "connection": f"grpc units {_AUTH_PB} {_WORKER_PB}; google",
+        "connection": f"certcheck grpc units {_AUTH_PB} {_WORKER_PB}; google",
         "cli": "connection units",
         "commands": "cli connection units; google workerservice_pb2",
         "client": "cli commands connection",
@@ -93,6 +94,7 @@ _TESTED_WITH = {
     "gate": "service",
     "errors": "worker",
     "trustedfiles": "isolation",
+    "certcheck": "tls",
     "job": "worker",
     "spares": "worker",
     "forkserver": "spawner",
