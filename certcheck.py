@@ -136,8 +136,9 @@ def _parse(name: str, pem: bytes) -> ssl.SSLContext:
 @contextlib.contextmanager
 def _in_memory(data: bytes) -> Iterator[str]:
     """Provide a file that is on no disk and that other users cannot open."""
-    with open(os.memfd_create("certificates"), "wb", buffering=0) as file:
+    with open(os.memfd_create("certificates"), "wb") as file:
         file.write(data)
+        file.flush()
         yield f"/proc/self/fd/{file.fileno()}"
 
 
