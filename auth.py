@@ -261,10 +261,15 @@ class Authenticator:
         ):
             return None
         payload = signed.partition(".")[2]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        try:
+            name = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["sub"]
+        except (ValueError, LookupError, TypeError, RecursionError):  # not written by `login`
+            return None
+        if not isinstance(name, str) or name not in self._users:
+            return None
         if len(self._signed) >= _KNOWN_TOKENS:
             self._signed.clear()
-        name = self._signed[token] = str(claims["sub"])
+        self._signed[token] = name
         return name
 
     def _decode(self, token: str, certificate: bytes) -> Identity | None:

@@ -844,8 +844,8 @@ _FORGERIES: dict[str, Callable[[_Mint], str]] = {
     "in quotes": lambda mint: f'"{mint.token()}"',
     "2048 characters": lambda _: "a" * 2048,
     "8 KiB, signed": lambda mint: mint.token(more="x" * 8192),
-    "nearly 1 MiB, signed": lambda mint: mint.token(more="x" * 700_000),
-    "nearly 1 MiB": lambda _: "a" * 1_000_000,
+    "nearly 16 KiB, signed": lambda mint: mint.token(more="x" * 10_000),
+    "nearly 16 KiB": lambda _: "a" * 15_000,
 }
 
 
