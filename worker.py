@@ -171,7 +171,7 @@ class Worker:
             undo.callback(self._spares.close)
             self._undo = undo.pop_all()
         if uids is None:
-            # If not: before `drop_privileges` there must be no thread.
+            # With `uids` not yet: `drop_privileges` comes first, and needs a process without threads.
             self._spares.fill()
 
     @property
@@ -326,7 +326,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _execution(self, spare: Spare) -> Iterator[None]:
-        """Let `close` kill the process within this context; raise `WorkerClosedError` then."""
+        """Within this context `close` may kill the process; then raises `WorkerClosedError`."""
         with self._idle:
             if self._closed:
                 raise WorkerClosedError
