@@ -171,7 +171,7 @@ class Worker:
             undo.callback(self._spares.close)
             self._undo = undo.pop_all()
         if uids is None:
-            # With `uids` not yet: `drop_privileges` comes first, and needs a process without threads.
+            # With `uids` not yet, because `drop_privileges` needs a process without threads.
             self._spares.fill()
 
     @property
