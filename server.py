@@ -357,7 +357,11 @@ def _is_not_about_metadata(record: logging.LogRecord) -> bool:
 
     The value may be a token. The gate records the call anyway.
     """
-    return not (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
+    return not (
+        record.name.startswith("grpc.")
+        and record.exc_info
+        and isinstance(record.exc_info[1], UnicodeDecodeError)
+    )
 
 
 def _serve(settings: Settings) -> None:
@@ -365,10 +369,11 @@ def _serve(settings: Settings) -> None:
     # fork server gives the jobs an empty mask.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    handler = logging.StreamHandler()
+    handler.addFilter(_is_not_about_metadata)
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+        handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_about_metadata)
     _keep_memory()
     try:
         server = Server(settings)

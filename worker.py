@@ -503,7 +503,7 @@ def _exec_error(argv: Sequence[str], error: OSError) -> WorkerError:
 
 
 def _environment(job_id: str, work: Work) -> dict[str, str]:
-    """The job's whole environment: the server's own carries what is not for jobs."""
+    """The job's whole environment. Nothing of ours is inherited: it may be secret."""
     if work.uid is not None:
         # Not an account of this host; so there is no home either.
         name, home = work.owner or str(work.uid), "/"
