@@ -66,8 +66,8 @@ class StartTimeoutError(WorkerError, TimeoutError):
     def __init__(self, command: str, timeout: float) -> None:
         super().__init__(
             f"{shorten(command)!r} was not executing after {timeout:g} s, and was killed: the "
-            "kernel waits for its file (on a server that does not answer, or leased by a process), "
-            "or its limits are too low; try again later, or with others"
+            "kernel waits for its file (on a network disk that does not answer, or leased by a "
+            "process), or its limits are too low; try again later, or with other limits"
         )
         self.command = command
 

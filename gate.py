@@ -94,7 +94,11 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (worker.StartTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.StopTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.WorkerClosedError, grpc.StatusCode.UNAVAILABLE, "the server is shutting down"),
-    (worker.SpawnerDiedError, grpc.StatusCode.UNAVAILABLE, None),
+    (
+        worker.SpawnerDiedError,
+        grpc.StatusCode.UNAVAILABLE,
+        "the process that starts jobs has died; restart the server to start jobs again",
+    ),
     (worker.CgroupError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (auth.RevocationError, grpc.StatusCode.UNAVAILABLE, None),
     (AuditError, grpc.StatusCode.UNAVAILABLE, "the audit log cannot be written; tell the operator"),
