@@ -1,30 +1,31 @@
 """An append-only output log that any number of subscribers read, each at its own pace.
 
-One writer appends bytes to an `OutputLog`; every `Subscription` reads them from
-byte 0 (or an offset) and gets exactly the bytes appended, whether it joined
-before, while or after they were written. The bytes live in a file, not in
-memory: a slow subscriber holds back nobody and costs nothing but its position.
+One writer appends bytes to an `OutputLog`. Every `Subscription` reads them from byte 0 (or an
+offset) and gets exactly the bytes appended, whether it began before, while or after they were
+written. The bytes are in a file, not in memory: a slow subscriber holds back nobody and costs
+nothing but its position.
 
-This module knows nothing of jobs, users' rights or networks.
+    with OutputDirectory("/private/dir") as directory:
+        log = directory.make_log(str(uuid.uuid4()))
+        log.append(b"hello\\n")
+        log.complete()
+        with log.subscribe("alice") as subscription:
+            for chunk in subscription:
+                os.write(1, chunk)
+        log.remove()
 
-    log = OutputLog("/private/dir/job.out")
-    log.append(b"hello\\n")
-    log.complete()
-    with log.subscribe("alice") as subscription:
-        for chunk in subscription:
-            os.write(1, chunk)
-    log.remove()
-
-How much is kept can be bounded by a `Budget`, which several logs may share. What is
-written beyond it is counted and dropped, and every subscriber is told so at the end.
+A `Budget`, which several logs may share, bounds how many bytes are kept. What is written beyond
+it is counted and dropped, and every subscriber is told of it at the end.
 
 A complete log that nobody reads has no descriptor open and costs some 300 bytes.
 
-Thread safety: every method may be called from any thread; there is one writer
-at a time (`append` is not atomic against another `append`). One lock per log guards
-all its state. It is held for a few instructions at a time, never while reading or
-writing the file or while running a caller's code, so `Subscription.close` may be called
-where blocking is not allowed. Lock order: a log, its budget, that budget's parent.
+This module knows nothing of processes, users' rights or networks.
+
+Thread safety: every method may be called from any thread, but a log has one writer: two calls of
+`append` must not overlap. One lock per log guards all its state. It is held for a few
+instructions at a time, never while the file is read or written or a caller's code runs. So
+`Subscription.close` may be called where blocking is not allowed. Lock order: a log's, then its
+budget's, then that budget's parent's.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ __all__ = [
     "Subscription",
 ]
 
-# The largest chunk a subscriber is given by default. Measured over gRPC with mutual TLS:
-# 64 KiB messages reach 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
+# The largest chunk that a subscriber gets by default. Measured when each chunk is sent as one
+# message over a network with TLS: 64 KiB 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
 _CHUNK_BYTES = 256 * 1024
 
 _OUTPUT_SUFFIX = ".out"
@@ -61,7 +62,7 @@ _NOBODY: frozenset[Subscription] = frozenset()
 
 
 class OffsetError(ValueError):
-    """The offset lies past the end of an output that will not grow any more.
+    """The offset is past the end of an output that will not grow any more.
 
     Attributes: `offset`, `size` (both in bytes).
     """
@@ -73,17 +74,17 @@ class OffsetError(ValueError):
 
 
 class OutputRemovedError(ValueError):
-    """The output was deleted; nobody can begin to read it."""
+    """The output was deleted, so nobody can begin to read it."""
 
     def __init__(self) -> None:
         super().__init__("the output was removed")
 
 
 class OutputIncompleteError(OSError):
-    """The output was not all kept; raised where the kept part ends.
+    """The output was not all kept. Raised where the kept part ends.
 
-    `errno` is EDQUOT when a budget was used up, else that of the write that failed
-    (disk full, say). Attribute: `lost_bytes`, how many bytes were written but not kept.
+    `errno` is EDQUOT when a budget was used up, else that of the write that failed (ENOSPC for
+    a full disk). Attribute: `lost_bytes`, how many bytes were written but not kept.
     """
 
     def __init__(self, cause: OSError, lost_bytes: int) -> None:
@@ -92,36 +93,27 @@ class OutputIncompleteError(OSError):
         self.lost_bytes = lost_bytes
 
     def __str__(self) -> str:
-        # Without the number of the error, which means nothing to whoever ran the job.
+        # Without errno's number, which means nothing to the person who ran the job.
         return str(self.strerror)
 
 
 class Budget:
-    """How many bytes may be kept, by one log or by all logs that share it.
+    """Counts how many bytes are kept by one log, or by all logs that share it.
 
-    `limit`: in bytes, at least 0; None for any number. `what`: names the limit in
-    messages: "this job's ceiling of 1 GiB". `parent`: a budget out of which all of this
-    one's bytes are taken too. `make_room`: is told which budget has no more, and returns
-    whether it has made others give back some of it; not for a budget that is a parent.
+    `limit`: in bytes, at least 0; None for any number. `what`: names the limit in messages,
+    like "this job's ceiling of 1 GiB". `parent`: every byte is taken out of this budget, too.
     Attributes: `limit`, `what`.
     """
 
-    __slots__ = ("_lock", "_make_room", "_parent", "_used", "limit", "what")
+    __slots__ = ("_lock", "_parent", "_used", "limit", "what")
 
-    def __init__(
-        self,
-        limit: int | None,
-        what: str,
-        parent: Budget | None = None,
-        make_room: Callable[[Budget], bool] | None = None,
-    ) -> None:
+    def __init__(self, limit: int | None, what: str, parent: Budget | None = None) -> None:
         self.limit = limit
         self.what = what
         self._parent = parent
-        self._make_room = make_room
-        # Guards _used. Held while the parent's is taken (child before parent), so that all
-        # of them agree, and never during I/O. Reentrant, because the garbage collector may
-        # close an abandoned subscription, and so give back, in the middle of a take.
+        # Guards _used. Held while the parent's is taken, so that all of them agree. Never held
+        # during I/O. Reentrant, because the garbage collector may close an abandoned
+        # subscription, and so call `give_back`, in the middle of `take`.
         self._lock = threading.RLock()
         self._used = 0
 
@@ -133,22 +125,26 @@ class Budget:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether this budget, whatever its parent has left, has not one byte left."""
+        """Whether not one byte is left in this budget, whatever is left in its parent."""
         return self.limit is not None and self.used >= self.limit
+
+    def branch_of(self, ancestor: Budget) -> Budget | None:
+        """Return the child of `ancestor` through which this budget takes from it.
+
+        That is this budget or one of its parents; None if this budget takes nothing from
+        `ancestor`.
+        """
+        branch: Budget | None = self
+        while branch is not None and branch._parent is not ancestor:
+            branch = branch._parent
+        return branch
 
     def take(self, size: int) -> tuple[int, Budget | None]:
         """Take up to `size` bytes from this budget and from every parent alike.
 
-        Returns how many, and the budget that had no more: None if that is all of `size`.
-        Blocks only while `make_room` does, holding no lock.
+        Returns how many were taken, and the budget that had no more; None if all were. Does not
+        block.
         """
-        taken, refuser = self._take(size)
-        while refuser is not None and self._make_room is not None and self._make_room(refuser):
-            more, refuser = self._take(size - taken)
-            taken += more
-        return taken, refuser
-
-    def _take(self, size: int) -> tuple[int, Budget | None]:
         with self._lock:
             room = size if self.limit is None else min(size, self.limit - self._used)
             taken, refuser = self._parent.take(room) if self._parent else (room, None)
@@ -158,7 +154,7 @@ class Budget:
             return taken, refuser
 
     def give_back(self, size: int) -> None:
-        """Let others take `size` bytes that were taken. Raises ValueError when they were not."""
+        """Let others take `size` bytes that were taken. Raises ValueError if they were not."""
         with self._lock:
             if not 0 <= size <= self._used:
                 raise ValueError(f"{size} bytes given back, of {self._used} taken")
@@ -170,11 +166,14 @@ class Budget:
 class OutputLog:
     """Bytes appended by one writer, in a file of mode 0600 that must not exist yet.
 
-    `dir_fd`: the descriptor of a directory in which `path` is a bare name, for a process
-    that may use the directory but not walk the path to it. It stays the caller's, and
-    open until the log is removed. `budget`: out of which every byte kept is taken; None
-    for no bound; also an attribute, to be set before there are bytes. Raises OSError when
-    the file cannot be created.
+    `dir_fd`: the descriptor of a directory in which `path` is a bare name, for a process that
+    may use the directory but not walk the path to it. The caller keeps it open until the log is
+    removed. Raises OSError when the file cannot be created.
+
+    Attributes, to be set before the first byte: `budget`, out of which every kept byte is taken;
+    None for no bound. `make_room`, called once for each append that the budget refuses in part:
+    it takes up to as many bytes as it is told from the budget, after it has made room there, and
+    returns as `Budget.take`; None for not at all.
     """
 
     def __init__(
@@ -187,13 +186,14 @@ class OutputLog:
         self._path = os.fspath(path)
         self._dir_fd = dir_fd
         self.budget = budget
+        self.make_room: Callable[[int], tuple[int, Budget | None]] | None = None
         # Guards every attribute below. Never held while reading or writing the file.
         # Reentrant, because the garbage collector may close an abandoned subscription.
         self._lock = threading.RLock()
         # Notified when bytes were appended, when the log is complete and when a subscription
-        # is closed. None once it is complete: nobody waits any more, and it is large.
+        # is closed. None once the log is complete: nobody waits any more, and it is large.
         self._changed: threading.Condition | None = threading.Condition(self._lock)
-        # Open while the log can grow or has subscribers; shared by all of them (pread).
+        # Open while the log can grow or has subscribers, who all share it (pread).
         self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._size = 0
         self._taken = 0  # out of the budget, and not given back
@@ -202,7 +202,7 @@ class OutputLog:
         self._unlinked = False
         self._failure: OSError | None = None  # why the rest is not kept
         self._lost_bytes = 0
-        # Replaced, never changed: most logs have none, and share the one that is empty.
+        # Replaced, never changed: most logs have none, and those share the empty one.
         self._subscriptions: frozenset[Subscription] = _NOBODY
 
     @property
@@ -213,7 +213,7 @@ class OutputLog:
 
     @property
     def lost_bytes(self) -> int:
-        """How many bytes were appended but not kept: all that came after the first such."""
+        """How many bytes were appended but not kept: all from the first such byte on."""
         with self._lock:
             return self._lost_bytes
 
@@ -230,15 +230,14 @@ class OutputLog:
             return len(self._subscriptions)
 
     def append(self, data: bytes | memoryview) -> None:
-        """Store `data` and wake the subscribers. Blocks for the file write only.
+        """Store `data` and wake the subscribers. Blocks for file I/O only.
 
-        A write that fails (ENOSPC, EFBIG, ...) or that is beyond the budget is not raised:
-        the writer must go on taking the job's output, or the job would hang. From the
-        first byte that is not kept on, all is counted and dropped, even if there is room
-        again: what is stored has no gaps. Every subscriber is told with
-        `OutputIncompleteError` where it ends. Raises ValueError when the log is complete.
+        A write that fails (ENOSPC, EFBIG, ...) or goes beyond the budget raises nothing: the
+        writer must go on taking the job's output, or the job would hang. From the first byte
+        that is not kept on, all bytes are counted and dropped, even if there is room again, so
+        what is stored has no gaps. Every subscriber gets an `OutputIncompleteError` where the
+        stored part ends. Raises ValueError when the log is complete.
         """
-
         size = len(data)
         with self._lock:
             if self._complete:
@@ -246,14 +245,14 @@ class OutputLog:
             offset, failure = self._size, self._failure
         granted, stored = 0, 0
         if failure is None:
-            granted, refuser = self.budget.take(size) if self.budget else (size, None)
+            granted, refuser = self._take(size)
             if refuser is not None:
                 failure = OSError(errno.EDQUOT, f"{refuser.what} is reached")
         try:
             while stored < granted:
                 stored += os.pwrite(self._fd, data[stored:granted], offset + stored)
         except OSError as error:
-            failure = error  # it comes before what was refused
+            failure = error  # the failed write is of bytes before those that were refused
         finally:
             if self.budget and stored < granted:
                 self.budget.give_back(granted - stored)
@@ -263,6 +262,15 @@ class OutputLog:
             self._failure = failure
             self._lost_bytes += size - stored
             self._notify_locked()
+
+    def _take(self, size: int) -> tuple[int, Budget | None]:
+        if self.budget is None:
+            return size, None
+        taken, refuser = self.budget.take(size)
+        if refuser is not None and self.make_room is not None:
+            more, refuser = self.make_room(size - taken)
+            taken += more
+        return taken, refuser
 
     def complete(self) -> None:
         """Declare that nothing more will be appended; idempotent.
@@ -278,9 +286,9 @@ class OutputLog:
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
 
-        Those who are reading still get every byte; new subscribers are refused. The
-        budget gets its bytes back when the disk does: now, or when the last of those who
-        are reading ends; not at all if the file cannot be deleted, which raises OSError.
+        Those who are reading still get every byte; new subscribers are refused. The budget gets
+        its bytes back when the disk does: now, or when the last reader ends. It does not if the
+        file cannot be deleted, which raises OSError.
         """
         self.complete()
         with self._lock:
@@ -296,9 +304,9 @@ class OutputLog:
     def subscribe(self, subscriber: str = "", offset: int = 0) -> Subscription:
         """Start reading at byte `offset`; `subscriber` is listed in `subscribers` meanwhile.
 
-        On a log that still grows, an offset past its present end waits for the
-        output to get there. Raises `OffsetError` when it never will,
-        `OutputRemovedError`, ValueError for a negative offset.
+        If the log still grows, an offset past its present end waits until the output gets
+        there. Raises `OffsetError` when it never will, `OutputRemovedError`, ValueError for a
+        negative offset.
         """
         if offset < 0:
             raise ValueError(f"offset must not be negative: {offset}")
@@ -321,7 +329,7 @@ class OutputLog:
             self._changed.notify_all()
 
     def _let_go_locked(self) -> None:
-        """Close the file if nobody needs it, and give back its bytes if it is gone then."""
+        """Close the file if nobody needs it. If it is deleted, too, give its bytes back."""
         if self._complete and not self._subscriptions and self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -336,8 +344,8 @@ class Subscription:
     Made by `OutputLog.subscribe`. One thread iterates; any thread may `close`.
 
     Attributes: `subscriber` (the name given), `offset` (of the next byte to be read),
-    `chunk_bytes` (called for each chunk by who iterates: how large it may be, at least 1;
-    256 KiB unless replaced).
+    `chunk_bytes` (a function that the iterating thread calls for each chunk: how large the chunk
+    may be, at least 1; 256 KiB unless replaced).
     """
 
     def __init__(self, log: OutputLog, subscriber: str, offset: int) -> None:
@@ -356,10 +364,9 @@ class Subscription:
         """Return the next bytes (1 to `chunk_bytes()`), as soon as there are any.
 
         Blocks, without using the CPU, until bytes are appended, the log is complete or
-        `close` is called.
-        Raises StopIteration at the end of the complete output or once closed, `OffsetError`
-        when the output ended before the offset asked for, `OutputIncompleteError` when some
-        output was not kept.
+        `close` is called. Raises StopIteration at the end of the complete output or once closed,
+        `OffsetError` when the output ended before the offset asked for, `OutputIncompleteError`
+        when some output was not kept.
         """
         log = self._log
         with log._lock:
@@ -372,7 +379,7 @@ class Subscription:
             count = log._size - self.offset
             if count <= 0:
                 self._end_locked()
-            # From here to the end of the read, close() leaves the descriptor open.
+            # Until this is False again, close() leaves the descriptor open.
             self._reading = True
             fd = log._fd
         try:
@@ -406,7 +413,7 @@ class Subscription:
                 self._release_locked()
 
     def _end_locked(self) -> NoReturn:
-        """Close and raise what a subscriber at the end of a complete log is due."""
+        """Close, and raise what the end of this complete log means for the subscriber."""
         log = self._log
         self._closed = True
         self._release_locked()
@@ -422,7 +429,12 @@ class Subscription:
 
 
 class OutputDirectory:
-    """A private directory for output, ours alone (flock) until closed. Attribute: `path`."""
+    """A private directory for output logs, ours alone (flock) until closed. A context manager.
+
+    `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
+    a former owner left there is deleted. Raises BlockingIOError if another worker has it,
+    PermissionError if other users can enter it, OSError. Attribute: `path`.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._temporary = path is None
@@ -432,8 +444,8 @@ class OutputDirectory:
             raise PermissionError(
                 errno.EPERM, f"others can enter it; run: chmod 700 {self.path}", str(self.path)
             )
-        # Everything is done through this descriptor, which works even if the process has
-        # lost the right to walk the path. Locked as long as it is open.
+        # The directory is used through this descriptor only, which works even if the process
+        # has lost the right to walk the path. Locked as long as it is open.
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -445,7 +457,7 @@ class OutputDirectory:
         self._delete_output()
 
     def make_log(self, job_id: str) -> OutputLog:
-        """Make the output of a job. Raises OSError."""
+        """Make the output log of a job, whose ID is a UUID. Raises OSError."""
         return OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
 
     def give_to(self, uid: int) -> None:
@@ -453,12 +465,18 @@ class OutputDirectory:
         os.fchown(self._fd, uid, uid)
 
     def close(self) -> None:
-        """Delete the output, and the directory if it is temporary; idempotent."""
+        """Delete the output, and the directory if it is temporary."""
         self._delete_output()
         if self._temporary:
             with contextlib.suppress(OSError):  # somebody else put something in it
                 self.path.rmdir()
         os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _delete_output(self) -> None:
         for name in os.listdir(self._fd):

@@ -1,9 +1,9 @@
 """What one user, and all users together, have now, and whether they may have more.
 
-Counts running jobs, starts, open streams and kept output against the ceilings of
-`settings.py`. What is beyond one is refused at once with `QuotaError`, which names it by its
-key there; nobody waits here, and a refusal costs nothing of any ceiling. Only output of finished
-jobs is in nobody's way: some of it is removed where room is needed.
+Counts running jobs, starts, open streams and kept output against the ceilings of `settings.py`.
+What is beyond a ceiling is refused at once with a `QuotaError`, which names the ceiling by its key
+in the configuration. Nobody waits here, and a refusal uses up nothing. Kept output of finished
+jobs leads to no refusal: such jobs are removed where the room is needed (`make_room`).
 
     quotas = Quotas(config.per_user, config.in_all, config.job_output_bytes)
     quotas.check_output("alice")
@@ -12,17 +12,15 @@ jobs is in nobody's way: some of it is removed where room is needed.
     ...
     job_ended()
 
-User names must be those of authenticated users: what is known of a name is kept for ever.
+Only names of authenticated users may be given: what is known of a name is kept for ever.
 
-Thread safety: every method, and every function returned, may be called from any thread.
-One lock guards all counts and is held for a few instructions at a time. The budgets of
-`broadcaster.py` have their own locks, which are never taken under this one; nor is
-output removed under any.
+Thread safety: every method, and every function returned, may be called from any thread. One lock
+guards all counts and is held for a few instructions at a time. The budgets of `broadcaster.py`
+have locks of their own, which are never taken under it. No output is removed under any lock.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import time
@@ -55,11 +53,12 @@ class QuotaError(Exception):
 
 
 class Quotas:
-    """Counts what is had under the ceilings `per_user` and `in_all`.
+    """Counts what users have, and compares it with the ceilings `per_user` and `in_all`.
 
     `job_output_bytes`: how much of one job's output is kept; None for no ceiling.
-    `make_room`: removes some output of a user's finished jobs; returns whether it could.
-    `clock`: tells seconds and never goes back.
+    `make_room`: `Worker.make_room`, or another function that removes output so that a user's
+    budget has a byte left, and returns the budget that still has none; None for nothing to
+    remove. `clock`: tells seconds and never goes back.
     """
 
     def __init__(
@@ -68,13 +67,13 @@ class Quotas:
         in_all: Quota,
         job_output_bytes: int | None,
         *,
-        make_room: Callable[[str], bool] = lambda _: False,
+        make_room: Callable[[str, Budget], Budget | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._per_user = per_user
         self._job_output_bytes = job_output_bytes
         self._job_ceiling = _ceiling("this job's", job_output_bytes, "per_job")
-        self._remove_output = make_room
+        self._make_room = make_room or _used_up
         self._clock = clock
         # Guards all accounts. Never held while anything else is locked. Reentrant, because
         # the garbage collector may end an abandoned stream in the middle of a start.
@@ -82,15 +81,16 @@ class Quotas:
         all_output = Budget(
             in_all.output_bytes, _ceiling("the", in_all.output_bytes, "in_all", _EVERYBODY)
         )
-        self._all = _Account(_EVERYBODY, in_all, all_output)
+        self._all = _Account(in_all, all_output)
         self._users: dict[str, _Account] = {}
 
     def start(self, user: str) -> Callable[[], None]:
         """Count a job of the user that is about to start, from now on as a running one.
 
-        Returns what to call when it has ended or could not be started: from any thread, as
-        often as you like; it does not wait. Raises `QuotaError` when the user, or all
-        together, have as many running jobs as they may, or have started too many lately.
+        Returns a function to call when the job has ended or could not be started. It may be
+        called from any thread and more than once, and does not block. Raises `QuotaError` when
+        the user, or all together, have as many running jobs as they may, or have started too
+        many lately.
         """
         with self._lock:
             mine = self._account_locked(user)
@@ -121,10 +121,10 @@ class Quotas:
             return self._count_locked(mine.jobs, self._all.jobs)
 
     def stream(self, user: str) -> Callable[[], None]:
-        """Count an output stream that the user opens; return what to call when it ends.
+        """Count an output stream that the user opens; return a function to call when it ends.
 
-        As `start` does. Raises `QuotaError` when the user, or all together, have as many
-        open streams as they may.
+        That function is like the one that `start` returns. Raises `QuotaError` when the user,
+        or all together, have as many open streams as they may.
         """
         with self._lock:
             mine = self._account_locked(user)
@@ -144,46 +144,30 @@ class Quotas:
         """Return a budget for the output of one job of the user."""
         with self._lock:
             mine = self._account_locked(user)
-        return Budget(self._job_output_bytes, self._job_ceiling, mine.output, mine.make_room)
+        return Budget(self._job_output_bytes, self._job_ceiling, mine.output)
 
     def check_output(self, user: str) -> None:
         """Raise `QuotaError` if not one more byte of output of the user could be kept.
 
-        Finished jobs may have to be removed for that byte.
+        May remove finished jobs, and so blocks for their files.
         """
         with self._lock:
             mine = self._account_locked(user)
-        for budget in (mine.output, self._all.output):
-            while budget.is_used_up:
-                if not mine.make_room(budget):
-                    raise QuotaError(
-                        f"no more output can be kept: {budget.what} is reached; "
-                        "stop or remove jobs that are no longer needed, or end their streams"
-                    )
-
-    def _make_room(self, mine: _Account, full: Budget) -> bool:
-        """Have output of finished jobs removed that is in the way of one of `mine`'s.
-
-        Who has most output gives first, and nobody gives to somebody who has more.
-        """
-        if full is mine.output:
-            return self._remove_output(mine.user)
-        if full is not self._all.output:
-            return False  # the job's own ceiling
-        with self._lock:
-            accounts = list(self._users.values())
-        used = {account: account.output.used for account in accounts}
-        givers = [account for account in accounts if used[account] >= used[mine]]
-        givers.sort(key=lambda account: -used[account])
-        return any(self._remove_output(account.user) for account in givers)
+        if not (mine.output.is_used_up or self._all.output.is_used_up):
+            return
+        full = self._make_room(user, mine.output)
+        if full is not None:
+            raise QuotaError(
+                f"no more output can be kept: {full.what} is reached; "
+                "stop or remove jobs that are no longer needed, or end their streams"
+            )
 
     def _account_locked(self, user: str) -> _Account:
         account = self._users.get(user)
         if account is None:
             limit = self._per_user.output_bytes
             output = Budget(limit, _ceiling(f"user {user}'s", limit, "per_user"), self._all.output)
-            account = self._users[user] = _Account(user, self._per_user, output)
-            account.make_room = functools.partial(self._make_room, account)
+            account = self._users[user] = _Account(self._per_user, output)
         return account
 
     def _count_locked(self, *gauges: _Gauge) -> Callable[[], None]:
@@ -201,6 +185,13 @@ class Quotas:
                         gauge.count -= 1
 
         return release
+
+
+def _used_up(_user: str, budget: Budget) -> Budget | None:
+    """Return the budget that has no byte left: this one or a parent; None if all have one."""
+    taken, refuser = budget.take(1)
+    budget.give_back(taken)
+    return refuser
 
 
 def _ceiling(whose: str, limit: int | None, table: str, of: str = "") -> str:
@@ -255,12 +246,10 @@ class _Bucket:
 
 
 class _Account:
-    """What one user has, or all have. The counts are guarded by the lock of `Quotas`."""
+    """What one user has, or all users have. The lock of `Quotas` guards the counts."""
 
-    def __init__(self, user: str, quota: Quota, output: Budget) -> None:
-        self.user = user
+    def __init__(self, quota: Quota, output: Budget) -> None:
         self.jobs = _Gauge(quota.running_jobs)
         self.starts = _Bucket(quota.starts_per_second, quota.start_burst)
         self.streams = _Gauge(quota.streams)
         self.output = output
-        self.make_room: Callable[[Budget], bool] = lambda _: False

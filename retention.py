@@ -1,12 +1,24 @@
-"""All jobs by their IDs (`Registry`), and how long finished ones are kept (`Retention`).
+"""The jobs by their IDs (`Registry`), and how long finished ones are kept (`Retention`).
+
+Retention: what is too old is removed, and what is too much for the rule. Besides, finished jobs
+give way when a budget of output (`broadcaster.Budget`) has no byte left for a running job.
+
+    registry = Registry(Retention(jobs=100))
+    registry.add(job)
+    registry.finish(job, final_state)     # by the job's thread, in the moment of its end
+    registry.trim()
+
+Files are deleted by the thread that finds that a job is to go: that of its remover, that of the
+job whose end made it too much or whose output needs the room, or the one that waits until jobs
+are too old.
 
 Thread safety: every method of `Registry` may be called from any thread. Its lock may be taken
-while a job's is held, never the other way round.
+while a job's is held, and an output log's or a budget's while the registry's is held; never the
+other way round.
 """
 
 from __future__ import annotations
 
-import heapq
 import logging
 import sys
 import threading
@@ -19,9 +31,9 @@ from errors import JobRunningError, UnknownJobError
 from job import RunningJob
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from broadcaster import OutputLog
+    from broadcaster import Budget, OutputLog
     from job import EndReason, Job
 
 __all__ = ["FinishedJob", "FinishedJobs", "Registry", "Retention"]
@@ -33,30 +45,30 @@ logger = logging.getLogger(__name__)
 class Retention:
     """How long finished jobs and their output are kept. None means no bound.
 
-    What is too old is removed. What is too much, of all jobs together, is taken from the
-    owner who has the most of it, oldest first; so nobody's jobs push out those of somebody
-    who has fewer. The job that ended last is never too much. Jobs that run do not count.
-    Raises ValueError for numbers that make no sense.
+    Jobs that are too old are removed. If there is too much of all jobs together, the owner who
+    has the most of it loses jobs, oldest first. So nobody's jobs push out those of an owner who
+    has fewer. The job that ended last is never removed for being too much. Running jobs do not
+    count. Raises ValueError for numbers that make no sense.
     """
 
     age_s: float | None = None
     """Seconds since the job's end."""
     jobs: int | None = None
     output_bytes: int | None = None
-    """What is stored of their output."""
+    """Their stored output."""
     argv_bytes: int | None = None
-    """Their commands and arguments, which are kept in memory, as Python stores them."""
+    """The memory that their commands and arguments take, as Python stores them."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             minimum = 1 if field.name == "jobs" else 0
-            if value is not None and not value >= minimum:  # so that not-a-number is refused too
+            if value is not None and not value >= minimum:  # refuses not-a-number, too
                 raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
 
 
 class FinishedJob:
-    """What is kept of a job that has ended; it answers as a `RunningJob` does."""
+    """What is kept of a job that has ended. It has the methods of a `RunningJob`."""
 
     __slots__ = ("_job", "argv_bytes", "ended_s", "number", "output")
 
@@ -91,13 +103,13 @@ class FinishedJob:
 
 
 class _Holding:
-    """What one owner has of finished jobs. Attributes: `jobs`, in the order of their ends."""
+    """The finished jobs of one owner. Attributes: `jobs`, in the order of their ends."""
 
     __slots__ = ("amounts", "jobs")
 
     def __init__(self) -> None:
         self.jobs: OrderedDict[str, FinishedJob] = OrderedDict()
-        self.amounts = [0, 0, 0]  # as `_amounts` has them
+        self.amounts = [0, 0, 0]  # see `_amounts`
 
     @property
     def oldest(self) -> FinishedJob:
@@ -105,51 +117,44 @@ class _Holding:
 
 
 def _amounts(job: FinishedJob) -> tuple[int, int, int]:
-    """What a job counts for: the bounds of `Retention`, but for the age, in their order."""
+    """Return what the job counts for each bound of `Retention` but the age."""
     return 1, job.output_bytes, job.argv_bytes
 
 
 class FinishedJobs:
-    """The finished jobs and what the rule says of them. The registry's lock guards it.
+    """The finished jobs, and which of them the rule or a budget wants removed.
 
-    No operation takes longer the more jobs there are or were, but for the logarithm of
-    the number of owners.
+    The registry's lock guards it. No operation takes longer the more jobs there are or were;
+    those that choose an owner look at every owner.
     """
 
     def __init__(self, rule: Retention) -> None:
         self._age_s = rule.age_s
         self._bounds = (rule.jobs, rule.output_bytes, rule.argv_bytes)
-        # In the order of their ends. Not plain dicts, whose first item is found by
-        # going past all that were deleted before it.
+        # In the order of their ends. Not plain dicts: those find their first item by walking
+        # over all that were deleted before it.
         self._jobs: OrderedDict[str, FinishedJob] = OrderedDict()
         self._holdings: dict[str, _Holding] = {}
         self._totals = [0, 0, 0]
-        # For each bound the owners, those with the most first and, of as much, those
-        # whose oldest job is older. An entry that is no longer true is passed over.
-        self._ranks: tuple[list[tuple[int, int, str]], ...] = ([], [], [])
 
     def add(self, job: FinishedJob) -> None:
-        """Add one that ended after all others."""
+        """Add a job that ended after all others."""
         self._jobs[job.job_id] = job
         holding = self._holdings.setdefault(job.owner, _Holding())
         holding.jobs[job.job_id] = job
         self._count(job, holding, 1)
 
     def discard(self, job: FinishedJob) -> None:
+        """Take out a job that was added."""
         del self._jobs[job.job_id]
         holding = self._holdings[job.owner]
         del holding.jobs[job.job_id]
+        self._count(job, holding, -1)
         if not holding.jobs:
             del self._holdings[job.owner]
-        self._count(job, holding, -1)
-
-    def of(self, owner: str) -> Iterable[FinishedJob]:
-        """Return the jobs of the owner, oldest first."""
-        holding = self._holdings.get(owner)
-        return holding.jobs.values() if holding else ()
 
     def seconds_left(self) -> float | None:
-        """How long it is until the oldest job is too old; None for ever."""
+        """Return in how many seconds the oldest job is too old; None for never."""
         if self._age_s is None or not self._jobs:
             return None
         oldest = next(iter(self._jobs.values()))
@@ -166,58 +171,63 @@ class FinishedJobs:
                     break  # it has just ended, and somebody may be about to look at it
                 yield job
 
+    def giver(self, owner: str, budget: Budget, refuser: Budget) -> FinishedJob | None:
+        """Return the job whose removal gives `budget` bytes that `refuser` refused; None if none.
+
+        `refuser` is `budget` or a parent of it, and has no bytes left. If several owners draw on
+        `refuser`, the one who uses most gives first, and nobody gives to an owner who uses more.
+        Each owner gives the oldest job first. Output that somebody reads gives nothing back
+        now, so it stays. The budgets of one owner's jobs are expected to have the same parents.
+        """
+        mine = budget.branch_of(refuser)
+        givers: list[tuple[int, _Holding]] = []
+        for other, holding in self._holdings.items():
+            its = holding.oldest.output.budget
+            branch = its.branch_of(refuser) if its else None
+            if branch is None:
+                continue
+            used = branch.used
+            if other == owner or (mine is not None and used >= mine.used):
+                givers.append((used, holding))
+        givers.sort(key=lambda giver: giver[0], reverse=True)
+        jobs = (job for _, holding in givers for job in holding.jobs.values())
+        unread = (job for job in jobs if job.output_bytes and not job.output.subscriptions)
+        return next(unread, None)
+
     def _count(self, job: FinishedJob, holding: _Holding, sign: int) -> None:
         for i, amount in enumerate(_amounts(job)):
             holding.amounts[i] += sign * amount
             self._totals[i] += sign * amount
-            if self._bounds[i] is None:
-                continue
-            ranks = self._ranks[i]
-            if holding.jobs:
-                heapq.heappush(ranks, self._rank(i, job.owner, holding))
-            if len(ranks) > 2 * len(self._holdings) + 8:  # rarely, as it grows by one a time
-                ranks[:] = [self._rank(i, *item) for item in self._holdings.items()]
-                heapq.heapify(ranks)
-
-    @staticmethod
-    def _rank(i: int, owner: str, holding: _Holding) -> tuple[int, int, str]:
-        return -holding.amounts[i], holding.oldest.number, owner
 
     def _who_has_most(self, i: int) -> _Holding:
-        while True:
-            rank = self._ranks[i][0]
-            holding = self._holdings.get(rank[2])
-            if holding is not None and self._rank(i, rank[2], holding) == rank:
-                return holding
-            heapq.heappop(self._ranks[i])
+        """Return whose amounts are largest; of several the one whose oldest job is older."""
+        holdings = self._holdings.values()
+        return max(holdings, key=lambda each: (each.amounts[i], -each.oldest.number))
 
 
 class Registry:
-    """All jobs by their IDs, and the removal of finished ones.
-
-    Files are deleted by whoever finds that a job is to go: its remover, the thread of
-    the job whose end made it too much, or one that waits until it is too old.
-    """
+    """The running and the finished jobs by their IDs."""
 
     def __init__(self, rule: Retention) -> None:
         self._has_age = rule.age_s is not None
         # Guards all below. Never held during I/O.
         self._lock = threading.RLock()
-        # Notified when there is a finished job and was none, and by close.
+        # Notified when the first finished job is there, and by `close`.
         self._changed = threading.Condition(self._lock)
-        self._jobs: dict[str, RunningJob | FinishedJob] = {}  # as they were started
+        self._jobs: dict[str, RunningJob | FinishedJob] = {}  # in the order of their starts
         self._finished = FinishedJobs(rule)
         self._ends = 0
-        self._leaving: deque[threading.Thread] = deque()  # of jobs that have ended
+        self._leaving: deque[threading.Thread] = deque()  # threads of jobs that have ended
         self._ager: threading.Thread | None = None
         self._closed = False
 
     def add(self, job: RunningJob) -> None:
-        """Add a job whose thread does not know it yet."""
+        """Add a job. Its thread must not run it yet."""
         with self._lock:
             self._jobs[job.job_id] = job
 
     def get(self, job_id: str) -> RunningJob | FinishedJob:
+        """Raises `UnknownJobError`."""
         with self._lock:
             try:
                 return self._jobs[job_id]
@@ -225,11 +235,12 @@ class Registry:
                 raise UnknownJobError(job_id) from None
 
     def all(self) -> tuple[RunningJob | FinishedJob, ...]:
+        """Return all jobs, in the order of their starts."""
         with self._lock:
             return tuple(self._jobs.values())
 
     def finish(self, job: RunningJob, final: Job) -> None:
-        """Keep of the job, whose thread calls this, what is of use after its end."""
+        """Keep `final` instead of the job, whose thread calls this."""
         with self._lock:
             self._ends += 1
             finished = FinishedJob(final, job.output, self._ends)
@@ -242,6 +253,10 @@ class Registry:
             self._leaving.append(job.thread)
 
     def remove(self, job_id: str) -> None:
+        """Forget a finished job and delete its output.
+
+        Raises `UnknownJobError`, `JobRunningError`; OSError when the output stays.
+        """
         with self._lock:
             job = self.get(job_id)
             if isinstance(job, RunningJob):
@@ -249,20 +264,26 @@ class Registry:
             self._forget_locked(job)
         job.output.remove()
 
-    def make_room(self, owner: str) -> bool:
-        while True:
+    def take(self, owner: str, budget: Budget, size: int) -> tuple[int, Budget | None]:
+        """Take up to `size` bytes from a budget of the owner, while finished jobs give way.
+
+        Returns as `Budget.take`: how many, and the budget that has no more. `FinishedJobs.giver`
+        has the order in which jobs are removed. None is removed once the registry is closed.
+        """
+        taken, refuser = budget.take(size)
+        while refuser is not None:
             with self._lock:
-                jobs = self._finished.of(owner)
-                job = next((job for job in jobs if not job.output.subscriptions), None)
+                job = None if self._closed else self._finished.giver(owner, budget, refuser)
                 if job is None:
-                    return False
+                    break
                 self._forget_locked(job)
             _delete(job)
-            if job.output_bytes:
-                return True
+            more, refuser = budget.take(size - taken)
+            taken += more
+        return taken, refuser
 
     def trim(self) -> None:
-        """Remove what is too old or too much; see that the rest is when it gets too old."""
+        """Remove what is too old or too much, and wait in a thread for what gets too old."""
         excess = []
         with self._lock:
             if self._closed:
@@ -276,10 +297,10 @@ class Registry:
             _delete(job)
 
     def close(self, deadline: float) -> None:
-        """Forget nothing, but wait for the threads and delete all output.
+        """Forget nothing, but wait for all threads and delete all output.
 
-        The jobs must have been killed; those that have not ended by `deadline` (monotonic)
-        are left behind.
+        The jobs must have been killed. Those that have not ended by `deadline` (monotonic) are
+        left behind.
         """
         with self._lock:
             self._closed = True
@@ -306,7 +327,7 @@ class Registry:
             self._ager.start()
         except RuntimeError as error:
             self._ager = None  # the next job that ends tries again
-            logger.warning("no room for the thread that removes old jobs: %s", error)
+            logger.warning("no thread can be started to remove old jobs: %s", error)
 
     def _remove_aged(self) -> None:
         while True:

@@ -12,6 +12,7 @@ from broadcaster import OutputIncompleteError, OutputLog
 from quotas import QuotaError, Quotas
 from settings import IN_ALL, JOB_OUTPUT_BYTES, PER_USER, Quota
 from testkit import GUARD_S, Clock
+from worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -483,52 +484,69 @@ def test_budgets_of_all_jobs_agree_when_threads_write_at_once(pool: ThreadPoolEx
 
 
 class _Kept:
-    """Output of finished jobs, which quotas may have removed, one job at a time."""
+    """Finished jobs of several users, and the quotas that their output counts for."""
 
-    def __init__(self, user: int | None, everybody: int | None, job: int | None = None) -> None:
-        self.jobs: dict[str, list[tuple[Budget, int]]] = {}
+    def __init__(
+        self, worker: Worker, user: int | None, everybody: int | None, job: int | None = None
+    ) -> None:
+        self._worker = worker
         self.quotas = Quotas(
-            Quota(output_bytes=user), Quota(output_bytes=everybody), job, make_room=self.make_room
+            Quota(output_bytes=user),
+            Quota(output_bytes=everybody),
+            job,
+            make_room=worker.make_room,
         )
 
     def add(self, user: str, *sizes: int) -> None:
         for size in sizes:
             budget = self.quotas.output(user)
-            assert budget.take(size) == (size, None)
-            self.jobs.setdefault(user, []).append((budget, size))
+            job_id = self._worker.start(
+                "head", ["-c", str(size), "/dev/zero"], owner=user, budget=budget
+            )
+            assert self._worker.wait(job_id, GUARD_S).output_bytes == size
 
-    def make_room(self, user: str) -> bool:
-        if not self.jobs.get(user):
-            return False
-        budget, size = self.jobs[user].pop(0)
-        budget.give_back(size)
-        return True
+    def take(self, user: str, budget: Budget, size: int) -> tuple[int, str]:
+        """Take as the user's running job would; return how much, and what refused the rest."""
+        taken, refuser = self._worker._registry.take(user, budget, size)
+        return taken, refuser.what if refuser else ""
 
     def sizes(self, user: str) -> list[int]:
-        return [size for _, size in self.jobs[user]]
+        return [job.output_bytes for job in self._worker.list(owner=user)]
 
 
-def test_output_of_finished_jobs_makes_room_for_that_of_running_ones() -> None:
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    with Worker(enforcement="off") as worker:
+        yield worker
+
+
+def test_output_of_finished_jobs_makes_room_for_that_of_running_ones(worker: Worker) -> None:
     """As much as is needed of the same user's, oldest first, and nothing of others'."""
-    kept = _Kept(100, None)
+    kept = _Kept(worker, 100, None)
     kept.add("alice", 10, 20, 30, 40)
     kept.add("bob", 50)
     budget = kept.quotas.output("alice")
-    assert budget.take(15) == (15, None)
+    assert kept.take("alice", budget, 15) == (15, "")
     assert kept.sizes("alice") == [30, 40]
-    assert budget.take(15) == (15, None)
+    assert kept.take("alice", budget, 15) == (15, "")
     assert kept.sizes("alice") == [30, 40]
-    taken, refuser = budget.take(500)
-    assert taken == 70
-    assert refuser is not None
-    assert refuser.what == "user alice's ceiling of 100 bytes (per_user.kept_output)"
+    ceiling = "user alice's ceiling of 100 bytes (per_user.kept_output)"
+    assert kept.take("alice", budget, 500) == (70, ceiling)
     assert kept.sizes("alice") == []
     assert kept.sizes("bob") == [50]
 
 
-def test_start_is_not_refused_for_output_of_finished_jobs() -> None:
+def test_running_job_writes_on_while_finished_jobs_give_way(worker: Worker) -> None:
+    """All of a job's output is kept, though the user's ceiling was used up when it began."""
+    kept = _Kept(worker, 1_000_000, None)
+    kept.add("alice", 400_000, 600_000)
+    kept.add("alice", 900_000)
+    assert kept.sizes("alice") == [900_000]
+
+
+def test_start_is_not_refused_for_output_of_finished_jobs(worker: Worker) -> None:
     """One of them goes, and the next start finds room without that."""
-    kept = _Kept(100, None)
+    kept = _Kept(worker, 100, None)
     kept.add("alice", 60, 40)
     kept.quotas.check_output("alice")
     assert kept.sizes("alice") == [40]
@@ -536,38 +554,36 @@ def test_start_is_not_refused_for_output_of_finished_jobs() -> None:
     assert kept.sizes("alice") == [40]
 
 
-def test_a_jobs_own_ceiling_removes_nothing() -> None:
-    """More room for all would not help it."""
-    kept = _Kept(100, 100, 50)
+def test_a_jobs_own_ceiling_removes_nothing(worker: Worker) -> None:
+    """More room in the user's budget would not help the job."""
+    kept = _Kept(worker, 100, 100, 50)
     kept.add("alice", 40)
-    assert kept.quotas.output("alice").take(60)[0] == 50
+    assert kept.take("alice", kept.quotas.output("alice"), 60)[0] == 50
     assert kept.sizes("alice") == [40]
 
 
-def test_room_for_all_is_made_by_who_has_most() -> None:
-    """Oldest first; and in the end by oneself."""
-    kept = _Kept(None, 100)
+def test_room_for_all_is_made_by_the_user_who_has_most(worker: Worker) -> None:
+    """Oldest first; and in the end by the one who needs it."""
+    kept = _Kept(worker, None, 100)
     kept.add("alice", 30, 30)
     kept.add("bob", 20, 10)
     kept.add("carol", 10)
     budget = kept.quotas.output("carol")
-    assert budget.take(30) == (30, None)  # carol: 40
+    assert kept.take("carol", budget, 30) == (30, "")  # carol: 40
     assert (kept.sizes("alice"), kept.sizes("bob")) == ([30], [20, 10])
-    assert budget.take(1) == (1, None)  # alice and bob have less than carol now
+    assert kept.take("carol", budget, 1) == (1, "")  # alice and bob have less than carol now
     assert kept.sizes("carol") == []
     assert (kept.sizes("alice"), kept.sizes("bob")) == ([30], [20, 10])
-    assert budget.take(1000)[0] == 9
+    assert kept.take("carol", budget, 1000)[0] == 9
 
 
-def test_nobody_makes_room_for_who_has_more() -> None:
-    """Who fills all there is removes no output but their own."""
-    kept = _Kept(None, 100)
+def test_nobody_makes_room_for_a_user_who_has_more(worker: Worker) -> None:
+    """A user who fills all there is has only their own finished jobs removed."""
+    kept = _Kept(worker, None, 100)
     kept.add("bob", 20)
-    budget = kept.quotas.output("alice")
-    taken, refuser = budget.take(1000)
+    taken, ceiling = kept.take("alice", kept.quotas.output("alice"), 1000)
     assert taken == 80
-    assert refuser is not None
-    assert "for all users together" in refuser.what
+    assert "for all users together" in ceiling
     assert kept.sizes("bob") == [20]
     kept.quotas.check_output("carol")  # who has nothing
     assert kept.sizes("bob") == []

@@ -39,6 +39,7 @@ from testkit import (
     descriptors_of,
     job_files,
     job_processes,
+    settle_spares,
 )
 from worker import (
     EndReason,
@@ -348,7 +349,8 @@ def test_closed_worker_removes_nothing(worker: Worker) -> None:
     worker.close()
     with pytest.raises(WorkerClosedError):
         worker.remove(job_id)
-    assert not worker.make_room("")
+    with pytest.raises(WorkerClosedError):
+        worker.make_room("", Budget(0, "none"))
     assert worker.status(job_id).exit_code == 0
 
 
@@ -366,11 +368,12 @@ def test_output_that_cannot_be_deleted_is_told(
         worker.status(job_id)
     path.rmdir()
 
-    job_id = _write(worker, 10, owner="alice")
+    budget = Budget(10, "ten")
+    job_id = _write(worker, 10, "alice", Budget(None, "a job's", budget))
     path = Path(worker._output_dir.path, f"{job_id}.out")
     path.unlink()
     path.mkdir()
-    assert worker.make_room("alice")
+    assert worker.make_room("alice", budget) is budget
     path.rmdir()
     assert f"job {job_id}: its output stays until the worker is closed" in caplog.text
 
@@ -447,9 +450,11 @@ def test_senseless_rule_is_an_error(bounds: dict[str, Any]) -> None:
 def test_without_a_rule_everything_is_kept() -> None:
     """And no thread waits for anything."""
     with Worker(enforcement="off") as worker:
+        settle_spares(worker)
         threads = threading.active_count()
         job_ids = [_finish(worker) for _ in range(10)]
         assert _kept(worker) == job_ids
+        settle_spares(worker)
         assert threading.active_count() == threads
 
 
@@ -716,46 +721,7 @@ def test_rule_says_the_same_in_plain_words(seed: int, tmp_path: Path) -> None:
             by_hand = dice.choice(model.jobs)
             jobs.discard(by_hand)
             model.jobs.remove(by_hand)
-        assert sorted(job.number for owner in owners for job in jobs.of(owner)) == [
-            job.number for job in model.jobs
-        ]
-        assert all(len(ranks) <= 2 * len(owners) + 9 for ranks in jobs._ranks)
-    log.remove()
-
-
-def test_cost_of_an_end_does_not_grow_with_the_jobs_there_were(tmp_path: Path) -> None:
-    """Counted in steps of the interpreter, of which a clock knows nothing."""
-    log = OutputLog(tmp_path / "log")
-
-    def steps(kept: int, owners: int) -> int:
-        jobs, number, count = FinishedJobs(Retention(jobs=kept)), 0, 0
-
-        def trace(*_: object) -> Any:
-            nonlocal count
-            count += 1
-            return trace
-
-        def end() -> None:
-            nonlocal number
-            number += 1
-            jobs.add(_record(number, f"owner{number % owners}", 1, (), log))
-            for gone in jobs.excess():
-                jobs.discard(gone)
-
-        for _ in range(2 * kept):
-            end()
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            for _ in range(200):
-                end()
-        finally:
-            sys.settrace(before)
-        return count
-
-    # With more owners the heap is rebuilt less often, and each time at once.
-    assert steps(5000, 10) <= 1.2 * steps(50, 10)
-    assert steps(5000, 1000) <= 1.2 * steps(50, 10)
+        assert list(jobs._jobs.values()) == model.jobs
     log.remove()
 
 
@@ -763,27 +729,57 @@ def test_cost_of_an_end_does_not_grow_with_the_jobs_there_were(tmp_path: Path) -
 
 
 def test_room_is_made_by_the_oldest_of_the_owner(worker: Worker) -> None:
-    """Until one had output; until none is left."""
-    empty, large, small = (_write(worker, size, "alice") for size in (0, 100, 10))
-    bobs = _write(worker, 5, "bob")
+    """By one at a time, and not by one that has no output, as long as there is one that has."""
+    alices, bobs = Budget(110, "alice's"), Budget(5, "bob's")
+    empty, large, small = (
+        _write(worker, size, "alice", Budget(None, "a job's", alices)) for size in (0, 100, 10)
+    )
+    of_bob = _write(worker, 5, "bob", Budget(None, "a job's", bobs))
     running = worker.start(*FOREVER, owner="alice")
-    assert _kept(worker) == [empty, large, small, bobs, running]
-    assert worker.make_room("alice")
-    assert _kept(worker) == [small, bobs, running]
-    assert worker.make_room("alice")
-    assert not worker.make_room("alice")
-    assert not worker.make_room("carol")
-    assert _kept(worker) == [bobs, running]
+    assert _kept(worker) == [empty, large, small, of_bob, running]
+    assert worker.make_room("alice", alices) is None
+    assert _kept(worker) == [empty, small, of_bob, running]
+    assert worker.make_room("alice", alices) is None
+    assert _kept(worker) == [empty, small, of_bob, running]
+    assert alices.take(100) == (100, None)
+    assert worker.make_room("alice", alices) is None
+    assert _kept(worker) == [empty, of_bob, running]
+    assert alices.take(10) == (10, None)
+    assert worker.make_room("alice", alices) is alices
+    assert _kept(worker) == [empty, of_bob, running]
 
 
 def test_output_that_is_read_makes_no_room(worker: Worker) -> None:
-    """It would give back nothing; so it is passed over."""
-    first, _ = (_write(worker, 10, "alice") for _ in range(2))
+    """It would give back nothing now, so the next one does."""
+    budget = Budget(20, "twenty")
+    first, _ = (_write(worker, 10, "alice", Budget(None, "a job's", budget)) for _ in range(2))
     with worker.stream(first):
-        assert worker.make_room("alice")
+        assert worker.make_room("alice", budget) is None
         assert _kept(worker) == [first]
-        assert not worker.make_room("alice")
-    assert worker.make_room("alice")
+        assert budget.take(10) == (10, None)
+        assert worker.make_room("alice", budget) is budget
+        assert _kept(worker) == [first]
+    assert worker.make_room("alice", budget) is None
+    assert _kept(worker) == []
+
+
+def test_jobs_that_need_room_at_once_lose_nothing(worker: Worker, pool: ThreadPoolExecutor) -> None:
+    """Each takes what it made room for, or makes more, as long as there are finished jobs."""
+    budget = Budget(1_000_000, "a million")
+
+    def finish(size: int) -> str:
+        return worker.start(
+            "head",
+            ["-c", str(size), "/dev/zero"],
+            owner="alice",
+            budget=Budget(None, "a job's", budget),
+        )
+
+    for _ in range(20):
+        worker.wait(finish(50_000), GUARD_S)
+    job_ids = list(pool.map(finish, [100_000] * 8))
+    assert [worker.wait(each, GUARD_S).output_lost_bytes for each in job_ids] == [0] * 8
+    assert budget.used <= 1_000_000
 
 
 # --- over the API -------------------------------------------------------------------------------

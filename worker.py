@@ -233,9 +233,10 @@ class Worker:
         privileges. It is in its cgroup, under every limit, before its first instruction.
 
         `uid`: the user that the job runs as, one of the worker's `uids`; None if it has none.
-        `budget`: bounds how much output is kept. `on_end` is called when the job's processes
-        are gone, right before anybody can learn that it has ended. It must not block. It is
-        not called if the start fails.
+        `budget`: bounds how much output is kept. When it has no byte left, finished jobs that
+        share a parent of it give way: `FinishedJobs.giver`. `on_end` is called when the job's
+        processes are gone, right before anybody can learn that it has ended. It must not
+        block. It is not called if the start fails.
 
         Blocks until the command is executing. That takes as long as the kernel waits for the
         command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
@@ -270,7 +271,11 @@ class Worker:
             # between that and the answer.
             undo.callback(self._spawner.kill, spare.job_id)
             undo.callback(spare.discard)
-            spare.output.budget = work.budget
+            if work.budget is not None:
+                spare.output.budget = work.budget
+                spare.output.make_room = functools.partial(
+                    self._registry.take, work.owner, work.budget
+                )
             started_at = datetime.now(UTC)
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
@@ -369,17 +374,16 @@ class Worker:
         with self._open():
             self._registry.remove(job_id)
 
-    def make_room(self, owner: str) -> bool:
-        """Remove finished jobs of `owner`, oldest first, until that gives back output.
+    def make_room(self, owner: str, budget: Budget) -> Budget | None:
+        """See that a budget of `owner` has a byte left; finished jobs give way if it has none.
 
-        Jobs whose output somebody is reading are passed over. Returns False when there is
-        none left, or the worker is closed.
+        Returns None, or the budget (this one or a parent) that still has none. Raises
+        `WorkerClosedError`.
         """
-        try:
-            with self._open():
-                return self._registry.make_room(owner)
-        except WorkerClosedError:
-            return False
+        with self._open():
+            taken, refuser = self._registry.take(owner, budget, 1)
+            budget.give_back(taken)
+            return refuser
 
     def owner(self, job_id: str) -> str:
         """Return whose job it is. Raises `UnknownJobError`."""
