@@ -600,7 +600,7 @@ def test_no_room_for_that_thread_is_told_and_tried_again(
             patch.setattr(threading.Thread, "start", start)
             job_id = _write(worker, 1)
             assert _kept(worker) == [job_id]
-        assert "no room for the thread that removes old jobs: can't start" in caplog.text
+        assert "no thread can be started to remove old jobs: can't start" in caplog.text
         budget = _Tell()
         worker.start("echo", budget=budget)
         assert budget.told.wait(GUARD_S)
