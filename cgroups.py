@@ -32,19 +32,34 @@ Documentation/admin-guide/cgroup-v2.rst.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
 import os
 import re
 import select
-import signal
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, get_args
+from typing import TYPE_CHECKING, get_args
 
+from cgroupfs import (
+    DELEGATE,
+    DISMANTLER,
+    RETRY_MS,
+    CgroupError,
+    Events,
+    dissolve,
+    failure,
+    kill_and_remove,
+    kill_tree,
+    read,
+    read_if_there,
+    read_text,
+    remove_tree,
+    wait_event,
+    write,
+)
 from limits import NO_LIMITS, Enforcement, Limits, Usage
 
 if TYPE_CHECKING:
@@ -54,7 +69,6 @@ __all__ = [
     "Cgroup",
     "CgroupError",
     "Subtree",
-    "dismantle",
     "kill_tree",
 ]
 
@@ -63,19 +77,9 @@ logger = logging.getLogger(__name__)
 
 _CPU_PERIOD_US = 100_000
 _PREFIX = "job-worker-"
-_REMOVE_RETRY_S = 2.0  # how long rmdir may go on saying EBUSY once the cgroup is empty
-_RETRY_MS = 10
-_FREEZE_S = 0.5
-_READ_BYTES = 64 * 1024
 _DEATH_S = 5.0  # how long killed processes of a dead or closing owner may take to be gone
 
-_PR_SET_NAME = 15  # linux/prctl.h
-_DISMANTLER = b"job-worker-end"  # the name (/proc/PID/comm) of who is in `dismantle`
 
-_DELEGATE = (
-    "run the server as root, or in a delegated cgroup of its own: "
-    "systemd-run --scope -p Delegate=yes ... (--user for an ordinary user)"
-)
 _UNIFIED = (
     "this host mounts cgroup v1 or a hybrid of both; boot it with "
     "systemd.unified_cgroup_hierarchy=1 (cgroup_no_v1=all without systemd)"
@@ -84,27 +88,6 @@ _READ_ONLY = (
     "the cgroup filesystem is mounted read-only, as in most containers; start the container "
     "with a writable one of its own (--privileged --cgroupns=private)"
 )
-_CHECK_VALUE = "check the limit's value and the kernel's log"
-
-
-class CgroupError(OSError):
-    """Something about cgroups failed.
-
-    Attributes: `path` and `value` (what was being written where; may be ""),
-    `remedy` (what the operator can do), and OSError's `errno`.
-    """
-
-    def __init__(
-        self, problem: str, *, path: str | Path = "", value: str = "", remedy: str, code: int = 0
-    ) -> None:
-        super().__init__(code, problem)
-        self.problem = problem
-        self.path = str(path)
-        self.value = value
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.problem}; {self.remedy}"
 
 
 # The controllers needed, and the fields of `Limits` that each enforces.
@@ -190,9 +173,9 @@ class Subtree:
         _mkdir(self.path / "server")
         _mkdir(self.jobs)
         if base == _own_cgroup(_cgroup2_mounts()):
-            _write(self.path / "server/cgroup.procs", "0", remedy=_DELEGATE)
+            write(self.path / "server/cgroup.procs", "0", remedy=DELEGATE)
             self._moved_from = base
-        available = _read(base / "cgroup.controllers").split()
+        available = read(base / "cgroup.controllers").split()
         deadline = time.monotonic() + _DEATH_S
         for controller in _CONTROLLERS:
             try:
@@ -231,17 +214,17 @@ class Subtree:
             raise CgroupError(
                 f"{base} does not have the {controller} controller",
                 path=base / "cgroup.controllers",
-                remedy=_UNIFIED if _v1_controllers() else _DELEGATE,
+                remedy=_UNIFIED if _v1_controllers() else DELEGATE,
             )
-        if controller not in _read(base / "cgroup.subtree_control").split():
-            _write(
+        if controller not in read(base / "cgroup.subtree_control").split():
+            write(
                 base / "cgroup.subtree_control",
                 f"+{controller}",
-                remedy=f"{_DELEGATE}; no process but the server may be in {base}",
+                remedy=f"{DELEGATE}; no process but the server may be in {base}",
             )
             self._enabled_in_base.append(controller)
         for directory in (self.path, self.jobs):
-            _write(directory / "cgroup.subtree_control", f"+{controller}", remedy=_DELEGATE)
+            write(directory / "cgroup.subtree_control", f"+{controller}", remedy=DELEGATE)
 
     def create(self, name: str, limits: Limits) -> Cgroup:
         """Make the cgroup of one job and write every limit before returning it.
@@ -321,12 +304,12 @@ class Subtree:
             # A cgroup belongs to whoever makes it, so the directory to make it in is enough.
             os.chown(self.jobs, uid, uid)
         except OSError as error:
-            raise _error(error, "change the owner of", self.jobs, remedy=_DELEGATE) from error
+            raise failure(error, "change the owner of", self.jobs, remedy=DELEGATE) from error
         self._delegated = True
 
     def _leave(self) -> None:
         if not self._delegated:
-            self._attempt(lambda: _dissolve(*self.dismantling))
+            self._attempt(lambda: dissolve(*self.dismantling))
         os.close(self._lock_fd)
         if self in _open_subtrees:
             _open_subtrees.remove(self)
@@ -342,46 +325,11 @@ class Subtree:
             logger.warning("the cgroup %s could not be removed: %s", self.path, error)
 
     def _remove_jobs(self) -> None:
-        _kill_and_remove(self.jobs)
+        kill_and_remove(self.jobs)
 
 
 # Those of this process that are open, or that wait for their guests.
 _open_subtrees: list[Subtree] = []
-
-
-def dismantle(path: str, base: str | None, controllers: list[str]) -> None:
-    """Do for the subtree at `path` what its owner's `close` would, as any other process may.
-
-    Kills and removes the jobs; moves the owner, if it still lives, and whatever it
-    started back to `base`, if that is where it came from; hands no `controllers` down
-    from there any more. What cannot be done is left for the next start to sweep.
-
-    The calling thread, which should be all of its process, gets a name by which a
-    successor knows whom to wait for; the process should end then.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, _DISMANTLER)
-    with contextlib.suppress(CgroupError):
-        _kill_and_remove(Path(path, "jobs"))
-    with contextlib.suppress(CgroupError):
-        _dissolve(path, base, controllers)
-
-
-def _dissolve(path: str, base: str | None, controllers: list[str]) -> None:
-    """Leave and remove a subtree that has no jobs any more."""
-    if base is not None:
-        # A cgroup that hands controllers down takes no process back, unless it is
-        # the root; so first take back what we handed down.
-        for controller in controllers:
-            with contextlib.suppress(CgroupError):  # a neighbour uses it
-                for directory in (path, base):
-                    _write(Path(directory, "cgroup.subtree_control"), f"-{controller}")
-        for pid in _read(Path(path, "server/cgroup.procs")).split():
-            try:
-                _write(Path(base, "cgroup.procs"), pid, remedy=_DELEGATE)
-            except CgroupError as error:
-                if error.errno != errno.ESRCH:  # it has just ended
-                    raise
-    _remove_tree(Path(path))
 
 
 class Cgroup:
@@ -400,7 +348,7 @@ class Cgroup:
 
         The kernel wakes us. Raises TimeoutError after `timeout` seconds.
         """
-        if not _wait_event(self.path, "populated", "0", timeout):
+        if not wait_event(self.path, "populated", "0", timeout):
             raise TimeoutError(f"processes in {self.path} are still alive after {timeout} s")
 
     def usage(self) -> Usage:
@@ -426,7 +374,7 @@ class Cgroup:
 
     def remove(self) -> None:
         """Remove the cgroup and what the job made below it. It must be empty of processes."""
-        _remove_tree(self.path)
+        remove_tree(self.path)
 
     def remove_if_unused(self) -> bool:
         """Remove the cgroup if neither a process nor a cgroup is in it; return whether it was.
@@ -438,42 +386,6 @@ class Cgroup:
         except OSError:
             return False
         return True
-
-
-def kill_tree(path: str | os.PathLike[str]) -> None:
-    """SIGKILL every process in the cgroup `path` and below, concurrent forks included.
-
-    Does not wait for them to be gone. Nothing when there is no such cgroup. Raises
-    `CgroupError`.
-    """
-    path = Path(path)
-    try:
-        _write(path / "cgroup.kill", "1", remedy=_DELEGATE)
-    except CgroupError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV):
-            raise
-        # A kernel before 5.14 has no cgroup.kill; or there is no such cgroup, or not any more:
-        # once its processes are dead, its owner's other thread may remove it at any moment.
-        try:
-            _freeze_and_kill(path)
-        except CgroupError as failure:
-            if failure.errno not in (errno.ENOENT, errno.ENODEV) or path.exists():
-                raise
-
-
-def _freeze_and_kill(path: Path) -> None:
-    """Kill without cgroup.kill: what is frozen cannot fork while we go through it."""
-    frozen = False
-    while not frozen and path.exists():
-        _write(path / "cgroup.freeze", "1", remedy=_DELEGATE)
-        frozen = _wait_event(path, "frozen", "1", _FREEZE_S)
-        for directory, _, _ in os.walk(path):
-            for pid in _read_if_there(Path(directory, "cgroup.procs")).split():
-                if pid == "0":  # of another PID namespace; to kill(2) it means our own group
-                    continue
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-        _write(path / "cgroup.freeze", "0", remedy=_DELEGATE)
 
 
 # --- discovery -------------------------------------------------------------------
@@ -579,10 +491,10 @@ def _sweep(base: Path) -> None:
             continue  # gone meanwhile, or not ours to touch
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _kill_and_remove(path / "jobs")
+            kill_and_remove(path / "jobs")
             # The dead server's spawner may still be on its way out.
-            _wait_event(path, "populated", "0", _DEATH_S)
-            _remove_tree(path)
+            wait_event(path, "populated", "0", _DEATH_S)
+            remove_tree(path)
             logger.info("removed the left-over cgroup %s of a dead server", path)
         except BlockingIOError:
             pass  # its owner lives
@@ -601,7 +513,7 @@ def _await_dismantlers(base: Path, deadline: float) -> bool:
     _sweep(base)  # waits for those who are not there yet
     with contextlib.ExitStack() as opened:
         ends = select.poll()
-        pids = _read(base / "cgroup.procs").split()
+        pids = read(base / "cgroup.procs").split()
         for pid in pids:
             try:
                 pidfd = os.pidfd_open(int(pid))
@@ -611,15 +523,15 @@ def _await_dismantlers(base: Path, deadline: float) -> bool:
                 return time.monotonic() < deadline  # it has just ended
             except OSError:  # of another PID namespace, say
                 return False
-            if name != _DISMANTLER + b"\n":
+            if name != DISMANTLER + b"\n":
                 return False
             ends.register(pidfd, select.POLLIN)
         if pids:
             return bool(ends.poll(max(0.0, deadline - time.monotonic()) * 1000))
-    # They were gone before we looked. As in `_rmdir`, the kernel can be late to notice.
-    with _Events(base) as events:
+    # They were gone before we looked. As in `remove_tree`, the kernel can be late to notice.
+    with Events(base) as events:
         events.read()
-        events.wait_change(_RETRY_MS)
+        events.wait_change(RETRY_MS)
     return time.monotonic() < deadline
 
 
@@ -636,8 +548,8 @@ def _physical_disks() -> list[str]:
         entry = f"/sys/block/{name}"
         with contextlib.suppress(OSError):  # unplugged meanwhile
             virtual = "/devices/virtual/block/" in os.readlink(entry)
-            if not virtual and int(_read_text(f"{entry}/size")) > 0:
-                disks.append(_read_text(f"{entry}/dev").strip())
+            if not virtual and int(read_text(f"{entry}/size")) > 0:
+                disks.append(read_text(f"{entry}/dev").strip())
     return sorted(disks)
 
 
@@ -647,19 +559,19 @@ def _physical_disks() -> list[str]:
 def _write_cpu(path: Path, limits: Limits) -> None:
     if limits.cpu_cores is not None:
         quota_us = round(limits.cpu_cores * _CPU_PERIOD_US)
-        _write(path / "cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
+        write(path / "cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
 
 
 def _write_memory(path: Path, limits: Limits) -> None:
     if limits.memory_bytes is not None:
-        _write(path / "memory.max", str(limits.memory_bytes))
+        write(path / "memory.max", str(limits.memory_bytes))
         # Without it the kernel kills one process of the job and the rest limps on.
-        _write(path / "memory.oom.group", "1")
+        write(path / "memory.oom.group", "1")
     if limits.swap_bytes is not None and (
-        (path / "memory.swap.max").exists() or len(_read("/proc/swaps").splitlines()) > 1
+        (path / "memory.swap.max").exists() or len(read("/proc/swaps").splitlines()) > 1
     ):
         # The file is missing where swap is not accounted; that matters only if there is swap.
-        _write(path / "memory.swap.max", str(limits.swap_bytes))
+        write(path / "memory.swap.max", str(limits.swap_bytes))
 
 
 def _write_io(path: Path, limits: Limits) -> None:
@@ -678,71 +590,30 @@ def _write_io(path: Path, limits: Limits) -> None:
             remedy="attach a disk, or set no I/O limit",
         )
     for disk in disks:
-        _write(path / "io.max", f"{disk} {value}")
+        write(path / "io.max", f"{disk} {value}")
 
 
 def _write_pids(path: Path, limits: Limits) -> None:
-    _write(path / "pids.max", str(limits.pids))
+    write(path / "pids.max", str(limits.pids))
 
 
 _WRITERS = {"cpu": _write_cpu, "memory": _write_memory, "io": _write_io, "pids": _write_pids}
 
 
-def _write(path: Path, value: str, *, remedy: str = _CHECK_VALUE) -> None:
-    """Write `value`; never creates a file, and lets no error of the kernel pass."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, value.encode())
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _error(error, f"write {value!r} to", path, value=value, remedy=remedy) from error
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return _read_text(path)
-    except OSError as error:
-        raise _error(error, "read", path, remedy=_DELEGATE) from error
-
-
-def _read_if_there(path: str | Path) -> str:
-    """Return "" for a file that the kernel does not have, or of a cgroup that is gone."""
-    try:
-        return _read_text(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV):
-            return ""
-        raise _error(error, "read", path, remedy=_DELEGATE) from error
-
-
-def _read_text(path: str | Path) -> str:
-    # A third of what Path.read_text takes, and a job has a dozen such files.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        text = b""
-        while data := os.read(fd, _READ_BYTES):
-            text += data
-        return text.decode()
-    finally:
-        os.close(fd)
-
-
 def _read_number(path: str) -> int | None:
-    text = _read_if_there(path)
+    text = read_if_there(path)
     return int(text) if text else None
 
 
 def _read_pairs(path: str) -> dict[str, int]:
     """Read a flat keyed file: a key and a number a line."""
-    pairs = (line.split() for line in _read_if_there(path).splitlines())
+    pairs = (line.split() for line in read_if_there(path).splitlines())
     return {key: int(value) for key, value in pairs}
 
 
 def _read_io(path: str) -> dict[str, int]:
     """Add up io.stat over the disks. A disk that was not used has no line there."""
-    text = _read_if_there(path)
+    text = read_if_there(path)
     if not text and not os.path.exists(path):
         return {}
     total = dict.fromkeys(("rbytes", "wbytes", "rios", "wios"), 0)
@@ -754,93 +625,6 @@ def _read_io(path: str) -> dict[str, int]:
     return total
 
 
-def _error(
-    error: OSError, action: str, path: str | Path, *, value: str = "", remedy: str
-) -> CgroupError:
-    return CgroupError(
-        f"cannot {action} {path}: {error.strerror}",
-        path=path,
-        value=value,
-        remedy=remedy,
-        code=error.errno or 0,
-    )
-
-
-def _wait_event(path: Path, key: str, value: str, timeout: float | None) -> bool:
-    """Block until cgroup.events of `path` says `key value` or the cgroup is gone.
-
-    False when it does not within `timeout` seconds.
-    """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    with contextlib.suppress(FileNotFoundError), _Events(path) as events:
-        while events.read().get(key, value) != value:
-            left_ms = None if deadline is None else (deadline - time.monotonic()) * 1000
-            if left_ms is not None and left_ms <= 0:
-                return False
-            events.wait_change(left_ms)
-    return True
-
-
-class _Events:
-    """The open cgroup.events file of a cgroup. Raises FileNotFoundError when that is gone."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLPRI)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def read(self) -> dict[str, str]:
-        try:
-            text = os.pread(self._fd, 4096, 0).decode()
-        except OSError as error:
-            if error.errno == errno.ENODEV:  # removed while we have it open
-                raise FileNotFoundError(error.errno, error.strerror) from error
-            raise
-        return dict(line.split() for line in text.splitlines())
-
-    def wait_change(self, timeout_ms: float | None) -> None:
-        """Block until the file has changed since `read`; the kernel wakes us."""
-        self._poll.poll(timeout_ms)
-
-
-def _kill_and_remove(path: Path) -> None:
-    kill_tree(path)
-    _wait_event(path, "populated", "0", _DEATH_S)
-    _remove_tree(path)
-
-
-def _remove_tree(path: Path) -> None:
-    """Remove the cgroup and those below it, innermost first; nothing when it is gone."""
-    for directory, _, _ in os.walk(path, topdown=False):
-        _rmdir(Path(directory))
-
-
-def _rmdir(path: Path) -> None:
-    deadline = time.monotonic() + _REMOVE_RETRY_S
-    while True:
-        try:
-            path.rmdir()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise _error(
-                    error, "remove", path, remedy="see which processes its cgroup.procs lists"
-                ) from error
-            # The kernel can call a cgroup busy for a moment after its last process has gone.
-            with contextlib.suppress(FileNotFoundError), _Events(path) as events:
-                events.read()
-                events.wait_change(_RETRY_MS)
-        else:
-            return
-
-
 def _mkdir(path: Path) -> None:
     try:
         path.mkdir()
@@ -848,8 +632,8 @@ def _mkdir(path: Path) -> None:
         # programs in jobs look up their own limits.
         path.chmod(0o755)
     except OSError as error:
-        remedy = _READ_ONLY if error.errno == errno.EROFS else _DELEGATE
-        raise _error(error, "make", path, remedy=remedy) from error
+        remedy = _READ_ONLY if error.errno == errno.EROFS else DELEGATE
+        raise failure(error, "make", path, remedy=remedy) from error
 
 
 def _describe(limits: Limits) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from testkit import Clock, ServerProgram, joined, make_cgroup, own_cgroup
+from testkit import Clock, ServerProgram, joined, make_cgroup, own_cgroup, without_clone3
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,6 +51,21 @@ def public() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
+
+
+@pytest.fixture(params=["clone3", "popen"])
+def way_to_fork(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways in which the fork servers made in a test fork: Popen where clone3 is refused."""
+    from spawner import Spawner
+
+    make = Spawner.__init__
+
+    def make_without_clone3(self: Spawner, **options: Any) -> None:
+        without_clone3(functools.partial(make, self, **options))
+
+    if request.param == "popen":
+        monkeypatch.setattr(Spawner, "__init__", make_without_clone3)
+    return str(request.param)
 
 
 @pytest.fixture

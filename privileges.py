@@ -26,6 +26,7 @@ __all__ = [
     "drop_privileges",
     "keep_capabilities",
     "prctl",
+    "set_process_name",
 ]
 
 # linux/prctl.h
@@ -34,6 +35,7 @@ PR_SET_DUMPABLE = 4
 _PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_NAME = 15
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 # linux/capability.h
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -96,6 +98,11 @@ def prctl(option: int, value: int, *more: int) -> None:
     if _libc.prctl(option, *arguments):
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def set_process_name(name: bytes) -> None:
+    """Give this thread a name of up to 15 bytes, which /proc/PID/comm shows."""
+    _libc.prctl(_PR_SET_NAME, name)
 
 
 def _has_capabilities(*capabilities: int) -> bool:

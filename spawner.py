@@ -38,8 +38,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import forkserver
-from forkserver import AttachError, close_all, receive, send, wait_ready
+from messages import AttachError, close_all, receive, send, wait_ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,38 +46,41 @@ if TYPE_CHECKING:
 
 __all__ = ["AttachError", "Exit", "Process", "Spawner", "SpawnerDiedError", "read_exit"]
 
+_FORK_SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py")
+_PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h, since Linux 6.9
+_ANSWER_S = 10.0  # how long the fork server may take to receive a request, and to answer it
 _CLOSE_S = 5.0
 
 
 class SpawnerDiedError(RuntimeError):
-    """The fork server is gone; nothing can be started any more."""
+    """The fork server has died or does not answer; nothing can be started any more."""
 
-    def __init__(self) -> None:
-        super().__init__("the fork server has died; no job can start until this program restarts")
+    def __init__(self, problem: str = "has died") -> None:
+        super().__init__(f"the fork server {problem}; no job can start until this program restarts")
 
 
 class Exit(NamedTuple):
-    """How a leader ended: exactly one of the first two is set.
+    """How a leader ended: either its exit code or the signal that killed it.
 
-    The rest is what the kernel charged to it and to those of its children that were
-    waited for (getrusage(2)), which need not be the whole job.
+    The rest is what the kernel charged to the leader and to those of its children that were
+    waited for (getrusage(2)). The job may have used more.
     """
 
     exit_code: int | None = None
     signal: int | None = None
     cpu_user_s: float = 0.0
     cpu_system_s: float = 0.0
-    max_rss_bytes: int = 0  # of the largest single process
+    max_rss_bytes: int = 0  # of the largest of these processes
 
 
 class Spawner:
-    """The owner's side. Starts the fork server; `close` (or leaving the context) ends it.
+    """The fork server, as the main process sees it. `close`, or leaving the context, ends it.
 
-    `jobs_cgroup`: the cgroup that holds the cgroups of the jobs, each of which has the
-    job's name and must exist before `spawn`; the fork server kills it whole when the owner
-    is gone. `uids`: jobs run as one of these users (see `can_change_user`) and not as
-    ours. `dismantle`: arguments for `cgroups.dismantle`, see `dismantle_at_end`. `files`: what
-    the fork server opens for us then, each path with the flags of open(2).
+    `jobs_cgroup`: the directory with the jobs' cgroups. A job's cgroup has the job's name, and
+    exists before `fork`. `uids`: jobs run as users of this range; that needs the right to change
+    users (`privileges.can_change_user`). Without it they run as the caller. `dismantle`: the
+    arguments of `cgroupfs.dismantle`, for `dismantle_at_end`. `files`: what `open` may open, each
+    path with the flags of open(2).
     """
 
     def __init__(
@@ -89,26 +91,30 @@ class Spawner:
         dismantle: Sequence[Any] | None = None,
         files: Mapping[str, int] | None = None,
     ) -> None:
-        # Guards the socket, whose number is another's once it is closed. Held while a
-        # request is sent, not while its answer is awaited.
+        # Guards the socket against being closed while it is used. Held while a request is sent,
+        # never while its answer is awaited.
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with contextlib.ExitStack() as undo, theirs:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as given, theirs:
             undo.callback(self._socket.close)
-            # No site-packages, no PYTHON* variables, no terminal signals (own session).
-            # Without preexec_fn Popen uses vfork, which is safe among threads.
+            self._socket.settimeout(_ANSWER_S)
+            main_fd = _open_own_pidfd()
+            given.callback(os.close, main_fd)
             duties = {
                 "jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None,
                 "uids": [uids.start, uids.stop] if uids else None,
                 "dismantle": dismantle,
                 "files": dict(files or {}),
             }
-            command = [sys.executable, "-E", "-s", "-S", forkserver.__file__]
+            # It imports no site-packages, obeys no PYTHON* variables, and, in a session of its
+            # own, gets no signals from a terminal. Without a preexec_fn Popen uses vfork, which
+            # is safe although this process has threads.
+            command = [sys.executable, "-E", "-s", "-S", _FORK_SERVER]
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), json.dumps(duties)],
+                [*command, str(theirs.fileno()), str(main_fd), json.dumps(duties)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), main_fd],
                 start_new_session=True,
                 cwd="/",
             )
@@ -116,27 +122,28 @@ class Spawner:
 
     @property
     def pid(self) -> int:
+        """The fork server's."""
         return self._process.pid
 
     def fork(self, job: str, *, stdout_fd: int, exit_fd: int) -> Process:
-        """Have a process forked that can be told what to execute; it will lead a session.
+        """Have a process forked that waits to be told what to execute.
 
-        Its stdin is /dev/null, its stdout and stderr are `stdout_fd`, its directory is /, no
-        other descriptor is open, every signal has its default disposition, the umask is
-        077, nothing it executes can gain privileges (no_new_privs), and it dumps no
-        core. `exit_fd`, the write end of a pipe, will tell its end (see `read_exit`).
-        With `jobs_cgroup` it is in the cgroup `job` in there from its first instruction on.
-        The caller keeps its descriptors, and should close its copy of `exit_fd`.
+        It leads a session, and its stdout and stderr are `stdout_fd`. Its stdin is /dev/null, its
+        directory is /, it has no other descriptor, every signal has its default disposition, the
+        umask is 077, nothing it executes gains privileges (no_new_privs), and it dumps no core.
+        With `jobs_cgroup` it is in the job's cgroup from its first instruction on. `exit_fd` is
+        the write end of the exit pipe (see `read_exit`). The caller keeps both descriptors, and
+        should close `exit_fd`.
 
-        Does not wait: what fails is told by `Process.execute`. Raises OSError when there is
-        no descriptor left, `SpawnerDiedError`.
+        Does not wait; `Process.execute` raises what fails. Raises OSError when this process has
+        no free descriptor, `SpawnerDiedError`.
         """
         return Process(self, job, self._ask({"op": "fork", "job": job}, [stdout_fd, exit_fd]))
 
     def kill(self, job: str) -> None:
-        """SIGKILL the process group of `job`, if its leader has not been reaped.
+        """SIGKILL the process group of `job`, unless its leader has been reaped.
 
-        Does not wait. Raises `SpawnerDiedError`.
+        Does not wait for the processes' end. Raises `SpawnerDiedError`.
         """
         self._request({"op": "kill", "job": job})
 
@@ -150,8 +157,8 @@ class Spawner:
     def open(self, path: str) -> int:
         """Open one of `files` with the fork server's rights; return the descriptor.
 
-        A file that is created has mode 0600. Raises OSError, PermissionError for
-        another path, `SpawnerDiedError`.
+        A file that is created has mode 0600. Raises OSError, PermissionError for a path that is
+        not in `files`, `SpawnerDiedError`.
         """
         try:
             received = self._request({"op": "open", "path": path})
@@ -162,8 +169,8 @@ class Spawner:
         return received[0]
 
     def _request(self, request: dict[str, Any]) -> list[int]:
-        """Ask for something other than a process; return the descriptors that are the answer."""
-        answer, received = self._collect(self._ask(request, []))
+        """Ask for something other than a process; return the descriptors in the answer."""
+        answer, received = self._collect(self._ask(request, []), _ANSWER_S)
         if "errno" in answer:
             raise _error(answer)
         return received
@@ -176,22 +183,28 @@ class Spawner:
                 send(self._socket, request, [theirs.fileno(), *fds])
         except BaseException as error:
             ours.close()
+            if isinstance(error, TimeoutError):
+                raise _no_answer() from error
             if isinstance(error, OSError):
                 raise SpawnerDiedError from error
             raise
         return ours
 
-    def _collect(self, ours: socket.socket) -> tuple[dict[str, Any], list[int]]:
-        """Return all that is said in answer, and the descriptors with it, when it has been."""
+    def _collect(
+        self, ours: socket.socket, timeout_s: float | None = None
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Wait for the end of an answer; return all of it, and the descriptors with it."""
         answer: dict[str, Any] | None = None
         received: list[int] = []
         with ours:
+            # To wake up once: the fork server and the forked process may both answer.
+            if not wait_ready(ours.fileno(), select.POLLHUP, timeout_s):
+                raise _no_answer()
             try:
-                # Awake once, when all has been said: a process's answer comes in two parts.
-                wait_ready(ours.fileno(), select.POLLHUP)
                 with contextlib.suppress(EOFError):
                     while True:
-                        # Said once, and no end, when what we had to say was not read.
+                        # ECONNRESET comes once, before the answer, if the other side has not
+                        # read what was sent to it.
                         with contextlib.suppress(ConnectionResetError):
                             message, more = receive(ours)
                             received += more
@@ -205,25 +218,25 @@ class Spawner:
         if answer is None:
             if self._is_dead():
                 raise SpawnerDiedError
-            answer = {"errno": errno.EMFILE}  # it had no number left for where to answer
+            # The fork server had no free descriptor for the socket on which to answer.
+            answer = {"errno": errno.EMFILE}
         return answer, received
 
     def _is_dead(self) -> bool:
-        try:
-            # It says nothing here, so this is end-of-file or nothing.
-            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
-        return True
+        # The fork server sends nothing on this socket. So if it is readable, it is at its end.
+        with self._lock:
+            fd = self._socket.fileno()
+            return fd < 0 or wait_ready(fd, select.POLLIN, 0)
 
     def close(self) -> None:
         """End the fork server, which kills every job that still runs; idempotent.
 
-        Blocks until it has ended; after 5 s it is killed, or left if it may not be.
+        Blocks until the fork server has ended. After 5 s it is killed, if we have the right.
         """
         with self._lock:
+            # A process that the caller has forked may hold the socket, too.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
         try:
             self._process.wait(_CLOSE_S)
@@ -242,7 +255,7 @@ class Spawner:
 class Process:
     """A process that waits to be told what to execute; made by `Spawner.fork`.
 
-    Who does not tell it must `close` it, or leave its context: then it ends.
+    It ends if it is closed (`close`, or leaving the context) before it has been told.
     """
 
     def __init__(self, spawner: Spawner, job: str, sock: socket.socket) -> None:
@@ -252,10 +265,10 @@ class Process:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it can still be told, as far as is known: it may be about to be forked."""
+        """False if the process is known to have ended, or has been told. It may not exist yet."""
         if self._socket.fileno() < 0 or self._spawner._is_dead():  # noqa: SLF001 -- its other half
             return False
-        return not wait_ready(self._socket.fileno(), 0, 0)  # somebody has the other end
+        return not wait_ready(self._socket.fileno(), 0, 0)  # the other end is open
 
     def execute(
         self,
@@ -266,23 +279,24 @@ class Process:
         timeout_s: float | None = None,
         kill: Callable[[], object] = lambda: None,
     ) -> tuple[int, int]:
-        """Have it execute `argv`; return its pid and a pidfd of it.
+        """Have the process execute `argv`; return its pid and a pidfd of it.
 
-        `uid` (one of the spawner's `uids`, if those were given, else None): its user and its
-        group, the only one it has.
+        `uid`: the user, and the only group, that it runs as: one of the spawner's `uids`; None if
+        the spawner has none.
 
-        Blocks until the command is executing. Raises OSError with the errno of fork or exec
-        when it cannot be executed, PermissionError for an uid or a name that is not allowed,
-        `AttachError` when it could not join the cgroup, `SpawnerDiedError`. It is gone then.
-        One that has been killed before is told as having executed: its end tells. When it is
-        not executing after `timeout_s`, `kill` is called, which is to kill it, and TimeoutError
-        raised: when it is gone, or 5 s later.
+        Blocks until the command is executing. If the process has been killed meanwhile, this
+        returns as if it were: the exit pipe tells the end. Otherwise nothing of the process is
+        left after an error. Raises OSError with the errno of fork or exec; PermissionError for a
+        user or a name that is not allowed; `AttachError` when the process could not enter its
+        cgroup; `SpawnerDiedError`; TimeoutError when the command is not executing after
+        `timeout_s`. Before that `kill` is called, which must kill the process, and its end is
+        awaited for up to 5 s.
         """
-        # In a file: a message may not be larger than net.core.wmem_max, an argv may.
+        # In a file, because argv may be larger than a message (net.core.wmem_max) may be.
         with self, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
             work = {"argv": list(argv), "env": dict(env), "uid": uid}
             program.write(json.dumps(work).encode())
-            # If nobody is there, the fork server has said why.
+            # If nobody is there to receive it, the answer says why.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 send(self._socket, {}, [program.fileno()])
             is_late = not wait_ready(self._socket.fileno(), select.POLLHUP, timeout_s)
@@ -293,12 +307,12 @@ class Process:
             answer, received = self._spawner._collect(self._socket)  # noqa: SLF001 -- its other half
         if is_late:
             answer["errno"] = errno.ETIMEDOUT
-        if not received:  # the kernel drops a descriptor for which we have no number left
+        if not received:  # the kernel drops a descriptor for which we have no free number
             answer.setdefault("errno", errno.EMFILE)
         if "errno" not in answer:
             return answer["pid"], received[0]
         if "pid" in answer:
-            # It is on its way out; the fork server reaps it when it next hears from us.
+            # The process was forked and is about to end. The fork server is to have reaped it.
             try:
                 for pidfd in received:
                     wait_ready(pidfd, select.POLLIN)
@@ -308,7 +322,7 @@ class Process:
         raise _error(answer)
 
     def close(self) -> None:
-        """Give it up; idempotent."""
+        """Let the process end if it has not been told what to execute; idempotent."""
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -319,13 +333,31 @@ class Process:
 
 
 def read_exit(fd: int) -> Exit | None:
-    """Read a job's exit pipe, of which `fd` is the read end, as far as it has been written.
+    """Read the next message of an exit pipe, whose read end is `fd`.
 
-    Blocks until the leader has ended. None means end-of-file: after an `Exit`, that
-    the job's process group is gone; without one, that the fork server died.
+    Blocks until the leader has ended. None means end-of-file: after an `Exit`, that the job's
+    process group is gone; without one, that the fork server died.
     """
-    line = os.read(fd, 4096)  # written in one piece, being shorter than PIPE_BUF
+    line = os.read(fd, 4096)  # the fork server writes it at once: it is shorter than PIPE_BUF
     return Exit(**json.loads(line)) if line else None
+
+
+def _open_own_pidfd() -> int:
+    """Open a pidfd that is readable as soon as this process begins to die.
+
+    A dying process can be held up by a thread that the kernel cannot end. So the end of its
+    first thread counts. Before Linux 6.9 only the end of the whole process can be watched.
+    """
+    try:
+        return os.pidfd_open(os.getpid(), _PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.pidfd_open(os.getpid())
+
+
+def _no_answer() -> SpawnerDiedError:
+    return SpawnerDiedError(f"has not answered for {_ANSWER_S:g} s")
 
 
 def _error(answer: dict[str, Any]) -> OSError:

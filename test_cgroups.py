@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import cgroupfs
 import cgroups
 from cgroups import Cgroup, CgroupError, Subtree
 from limits import NO_LIMITS, Limits
@@ -233,7 +234,7 @@ def test_failed_write_tells_path_value_and_remedy(tmp_path: Path) -> None:
     """A value that cannot be written is an error that has it all; no file is made."""
     path = tmp_path / "cpu.max"
     with pytest.raises(CgroupError) as caught:
-        cgroups._write(path, "1000 100000", remedy="do this")
+        cgroupfs.write(path, "1000 100000", remedy="do this")
     error = caught.value
     assert (error.path, error.value, error.remedy) == (str(path), "1000 100000", "do this")
     assert error.errno == errno.ENOENT
@@ -244,7 +245,7 @@ def test_failed_write_tells_path_value_and_remedy(tmp_path: Path) -> None:
 def test_write_the_kernel_refuses_is_an_error() -> None:
     """What write(2) says counts, not only open(2)."""
     with pytest.raises(CgroupError, match="No space left on device") as caught:
-        cgroups._write(Path("/dev/full"), "1")
+        cgroupfs.write(Path("/dev/full"), "1")
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -478,7 +479,8 @@ def test_subtree_of_a_live_owner_is_left_alone(base: Path) -> None:
 _DISMANTLER = """
 import os, sys
 from pathlib import Path
-from cgroups import Subtree, dismantle
+from cgroupfs import dismantle
+from cgroups import Subtree
 base, moment = sys.argv[1:]
 Path(base, "cgroup.procs").write_text("0")
 subtree = Subtree.open("require", root=base)
@@ -600,7 +602,7 @@ def _kill(cgroup: Cgroup) -> None:
 
 
 def _kill_as_before_5_14(cgroup: Cgroup) -> None:
-    cgroups._freeze_and_kill(cgroup.path)
+    cgroupfs.freeze_and_kill(cgroup.path)
 
 
 @pytest.mark.kernel
@@ -642,7 +644,7 @@ def test_kill_without_cgroup_kill_spares_the_killer(
     """A process of another PID namespace is listed as 0, which to kill(2) means one's own group."""
     cgroup = subtree.create("job", Limits())
     stranger = run_in(cgroup.path, _SLEEP)
-    program = "import cgroups, pathlib, sys; cgroups._freeze_and_kill(pathlib.Path(sys.argv[1]))"
+    program = "import cgroupfs, sys; cgroupfs.freeze_and_kill(sys.argv[1])"
     script = '"$@" && echo alive; exit'  # not exec: the first process cannot be killed from inside
     output = subprocess.check_output(
         [

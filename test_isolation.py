@@ -28,7 +28,7 @@ import grpc
 import pytest
 
 import workerservice_pb2 as worker_pb
-from cgroups import _wait_event
+from cgroupfs import wait_event
 from client import Client, ClientError
 from privileges import can_change_user, can_kill_any
 from testkit import GUARD_S, NOBODY, children_of, clean_environment
@@ -913,7 +913,7 @@ def test_nothing_stays_in_the_cgroup_tree(
         program.process.wait(GUARD_S)
     assert [each for each in base.iterdir() if each.is_dir()] == []
     assert (base / "cgroup.subtree_control").read_text() == ""
-    assert _wait_event(base, "populated", "0", GUARD_S)
+    assert wait_event(base, "populated", "0", GUARD_S)
 
 
 # --- started with fewer rights ------------------------------------------------------------------
@@ -1049,7 +1049,7 @@ def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
             program.process.kill()
             witness.await_end()
             assert select.select([pidfd], [], [], GUARD_S)[0]
-    assert _wait_event(base, "populated", "0", GUARD_S)
+    assert wait_event(base, "populated", "0", GUARD_S)
     with Worker(enforcement="require", cgroup_root=base):
         pass  # the next one sweeps
     assert [each for each in base.iterdir() if each.is_dir()] == []

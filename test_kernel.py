@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import cgroups
-from cgroups import CgroupError, _physical_disks, _wait_event
+import cgroupfs
+from cgroupfs import CgroupError, wait_event
+from cgroups import _physical_disks
 from job import RunningJob
 from limits import NO_LIMITS, Limits
 from spawner import Process, Spawner
@@ -350,7 +351,7 @@ def test_stop_reaches_a_frozen_job(
     job = worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
     escapees.await_up()
     (_cgroup(worker, job) / "cgroup.freeze").write_text("1")
-    assert _wait_event(_cgroup(worker, job), "frozen", "1", GUARD_S)
+    assert wait_event(_cgroup(worker, job), "frozen", "1", GUARD_S)
     if not kill_file:
         _refuse(monkeypatch, "cgroup.kill", errno.ENOENT)
     assert worker.stop(job).status is Status.STOPPED
@@ -364,17 +365,17 @@ def test_stop_without_cgroup_kill_is_none_the_worse_for_a_cgroup_that_is_gone(
     """The job's thread removes it between our kill and our thaw; that is no error."""
     job = worker.start("sleep", ["infinity"])
     _refuse(monkeypatch, "cgroup.kill", errno.ENOENT)
-    real, waited = cgroups._write, threading.Event()
+    real, waited = cgroupfs.write, threading.Event()
 
-    def write(path: Path, value: str, **options: Any) -> None:
-        thaws = (path.name, value) == ("cgroup.freeze", "0")
+    def write(path: str, value: str, **options: Any) -> None:
+        thaws = (os.path.basename(path), value) == ("cgroup.freeze", "0")
         if thaws and threading.current_thread() is threading.main_thread():
             worker.wait(job, GUARD_S)
-            assert not path.exists()
+            assert not os.path.exists(path)
             waited.set()
         real(path, value, **options)
 
-    monkeypatch.setattr(cgroups, "_write", write)
+    monkeypatch.setattr(cgroupfs, "write", write)
     assert worker.stop(job).status is Status.STOPPED
     assert waited.is_set()
 
@@ -399,15 +400,15 @@ def test_cgroup_that_is_busy_for_a_moment_is_removed(
 ) -> None:
     """rmdir may say EBUSY although the last process has gone; then it is tried again."""
     refusals = [OSError(errno.EBUSY, os.strerror(errno.EBUSY)) for _ in range(3)]
-    rmdir = Path.rmdir
+    rmdir = os.rmdir
 
-    def busy_at_first(path: Path) -> None:
+    def busy_at_first(path: str) -> None:
         if refusals:
             raise refusals.pop()
         rmdir(path)
 
     job = worker.start("cat", ["/proc/self/cgroup"])
-    monkeypatch.setattr(Path, "rmdir", busy_at_first)
+    monkeypatch.setattr(os, "rmdir", busy_at_first)
     worker.wait(job, GUARD_S)
     assert not refusals
     assert not _cgroup(worker, job).exists()
@@ -594,7 +595,7 @@ def test_death_of_the_owner_leaves_nothing_running(base: Path, escapees: _Escape
             escapees.await_up(5)
         finally:
             owner.kill()
-    assert _wait_event(base, "populated", "0", GUARD_S)
+    assert wait_event(base, "populated", "0", GUARD_S)
     assert escapees.are_dead()
     (left,) = [each for each in base.iterdir() if each.is_dir()]
     with Worker(enforcement="require", cgroup_root=base) as worker:
@@ -632,7 +633,7 @@ def test_death_of_the_server_leaves_nothing_running(
         escapees.await_up(20)
     began = time.monotonic()
     server.process.kill()
-    assert _wait_event(base, "populated", "0", 10)
+    assert wait_event(base, "populated", "0", 10)
     record_property("seconds until all were dead", time.monotonic() - began)
     assert escapees.are_dead()
     server.process.wait()

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import cgroups
+import cgroupfs
 import forkserver
+import leader
 import privileges
 import spawner as spawner_module
 from cgroups import Subtree
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 _ENV = {"PATH": os.defpath}
 _FOREVER = "sleep infinity"
+_POPEN_ONLY = pytest.mark.parametrize("way_to_fork", ["popen"], indirect=True)
+
+pytestmark = pytest.mark.usefixtures("way_to_fork")
 _UIDS = range(71_001, 71_005)
 _SERVER_UID = 71_000
 
@@ -373,20 +377,7 @@ def test_job_has_only_the_environment_it_was_given() -> None:
 
 # --- how they are forked ----------------------------------------------------------------------
 
-# A filter of system calls that refuses clone3, as some container runtimes have it.
-_REFUSE_CLONE3 = """
-import ctypes, errno, struct
-number = errno.ENOSYS
-# The system call's number; unless it is 435, two on: SECCOMP_RET_ERRNO; SECCOMP_RET_ALLOW.
-code = (0x20, 0, 0, 0), (0x15, 0, 1, 435), (6, 0, 0, 0x5_0000 | number), (6, 0, 0, 0x7FFF_0000)
-rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(rules))
-assert libc.prctl(22, 2, program) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-assert libc.syscall(435, None, 0) == -1
-assert ctypes.get_errno() == number
-"""
+_REFUSE_CLONE3 = "import testkit\ntestkit.refuse_clone3()\n"
 
 _TELL_OF_JOBS = """
 import logging, re
@@ -428,6 +419,7 @@ print(told)
 """
 
 
+@_POPEN_ONLY
 def test_job_is_the_same_where_clone3_is_refused() -> None:
     """Its cgroup, user, rights, signals, limits and descriptors, and the errors of a start."""
 
@@ -458,7 +450,7 @@ def test_start_that_hangs_holds_up_no_other(*, prepared: bool) -> None:
         subtree.create("other", NO_LIMITS)
         with ThreadPoolExecutor(1) as pool:
             hanging = pool.submit(_Job, spawner, ["echo", "late"], "frozen", prepared=prepared)
-            assert cgroups._wait_event(frozen.path, "populated", "1", GUARD_S)
+            assert cgroupfs.wait_event(frozen.path, "populated", "1", GUARD_S)
             try:
                 with contextlib.closing(_Job(spawner, ["echo", "fine"], "other")) as other:
                     assert other.read() == b"fine\n"
@@ -478,7 +470,7 @@ def test_process_that_dies_before_its_command_is_told_as_its_end(*, prepared: bo
         (frozen.path / "cgroup.freeze").write_text("1")
         with ThreadPoolExecutor(1) as pool:
             hanging = pool.submit(_Job, spawner, ["echo", "never"], "frozen", prepared=prepared)
-            assert cgroups._wait_event(frozen.path, "populated", "1", GUARD_S)
+            assert cgroupfs.wait_event(frozen.path, "populated", "1", GUARD_S)
             spawner.kill("frozen")
             with contextlib.closing(hanging.result(GUARD_S)) as job:
                 assert job.read() == b""
@@ -600,8 +592,9 @@ def test_process_that_waits_is_in_its_jobs_cgroup() -> None:
     with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
         cgroup = subtree.create("job", NO_LIMITS)
         with contextlib.closing(_Waiting(spawner)) as waiting:
+            assert cgroupfs.wait_event(cgroup.path, "populated", "1", GUARD_S)
             assert (cgroup.path / "cgroup.procs").read_text().split() == [str(waiting.pid)]
-        assert cgroups._wait_event(cgroup.path, "populated", "0", GUARD_S)
+        assert cgroupfs.wait_event(cgroup.path, "populated", "0", GUARD_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -800,8 +793,8 @@ def test_job_has_sane_limits(spawn: Callable[..., _Job]) -> None:
     """Descriptors, processes, locked memory and priority are bounded, whatever the owner has."""
     job = spawn("sh", "-c", f"echo; {_FOREVER}")
     job.readline()
-    descriptors = (resource.RLIMIT_NOFILE, *forkserver._JOB_DESCRIPTORS)
-    for kind, soft, hard in (descriptors, *forkserver._JOB_RLIMITS):
+    descriptors = (resource.RLIMIT_NOFILE, *leader.JOB_DESCRIPTORS)
+    for kind, soft, hard in (descriptors, *forkserver.JOB_RLIMITS):
         assert soft <= hard
         _, ours = resource.getrlimit(kind)
         most = hard if ours == resource.RLIM_INFINITY else min(hard, ours)
@@ -992,6 +985,7 @@ def test_no_process_with_another_uid_where_there_is_no_range(uid: object) -> Non
     ],
     ids=lambda value: "missing" if value is _MISSING else repr(value)[:20],
 )
+@_POPEN_ONLY
 @pytest.mark.usefixtures("as_root")
 def test_no_process_under_a_name_that_is_none(job: object, tmp_path: Path) -> None:
     """A job's name is one path component, new, and a cgroup in our own root."""
@@ -1007,6 +1001,7 @@ def test_no_process_under_a_name_that_is_none(job: object, tmp_path: Path) -> No
     assert (jobs / "cgroup.procs").read_text() == ""
 
 
+@_POPEN_ONLY
 @pytest.mark.usefixtures("as_root")
 def test_no_process_without_its_cgroup(tmp_path: Path) -> None:
     """Where the job's cgroup does not exist, or is none, the command is not executed."""
@@ -1340,7 +1335,7 @@ def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
         assert neighbour.poll() is None
     subtree._delegated = True
     subtree.close()
-    cgroups._wait_event(base, "populated", "0", GUARD_S)
+    cgroupfs.wait_event(base, "populated", "0", GUARD_S)
     (base / "neighbour").rmdir()
 
 

@@ -1514,4 +1514,5 @@ def test_library_is_its_files_and_the_standard_library(
         timeout=GUARD_S,
         text=True,
     )
-    assert output == f"hello\n0 {sorted(LIBRARY)}\n"
+    ours = sorted(set(LIBRARY) - {"forkserver", "leader"})  # those two are a program of their own
+    assert output == f"hello\n0 {ours}\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import signal
 import ssl
@@ -10,6 +12,7 @@ import struct
 import subprocess
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from google.protobuf.descriptor import MethodDescriptor
 
@@ -49,6 +52,42 @@ class Clock:
 def descriptors_of(pid: int | str = "self") -> list[str]:
     """Return the numbers of the open descriptors of a process."""
     return sorted(os.listdir(f"/proc/{pid}/fd"))
+
+
+# A filter of system calls, seccomp(2): the call's number; if it is clone3's (435),
+# SECCOMP_RET_ERRNO, else SECCOMP_RET_ALLOW.
+_REFUSE_CLONE3 = (
+    (0x20, 0, 0, 0),
+    (0x15, 0, 1, 435),
+    (6, 0, 0, 0x5_0000 | errno.ENOSYS),
+    (6, 0, 0, 0x7FFF_0000),
+)
+
+
+def refuse_clone3() -> None:
+    """Have the kernel answer clone3 with ENOSYS to this thread, and to what it starts.
+
+    As Docker and systemd's RestrictNamespaces= have it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = b"".join(struct.pack("HBBI", *each) for each in _REFUSE_CLONE3)
+    rules = ctypes.create_string_buffer(code)
+    program = struct.pack("HxxxxxxP", len(_REFUSE_CLONE3), ctypes.addressof(rules))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert libc.prctl(22, 2, program) == 0, os.strerror(ctypes.get_errno())  # PR_SET_SECCOMP
+    assert libc.syscall(435, None, 0) == -1
+    assert ctypes.get_errno() == errno.ENOSYS
+
+
+def without_clone3(function: Callable[[], None]) -> None:
+    """Call `function` in a thread that may not use clone3."""
+
+    def run() -> None:
+        refuse_clone3()
+        function()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
 
 
 def children_of(pid: int) -> list[int]:

@@ -1,0 +1,308 @@
+"""The files and directories of cgroup v2: read, write, wait, kill, remove.
+
+`cgroups.py` builds on this module. The fork server needs only this much, to `dismantle` a
+subtree when its main process cannot, so nothing large is imported here.
+
+    write(f"{path}/pids.max", "100")
+    kill_tree(path)
+    wait_event(path, "populated", "0", timeout=5)
+    remove_tree(path)
+
+Every failure is a `CgroupError` that names the path, the value and the remedy.
+
+Thread safety: nothing here has state; any thread may call it.
+
+Source of all kernel facts: cgroup-v2.rst in the kernel's documentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Self
+
+from privileges import set_process_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "DELEGATE",
+    "DISMANTLER",
+    "RETRY_MS",
+    "CgroupError",
+    "Events",
+    "dismantle",
+    "dissolve",
+    "failure",
+    "freeze_and_kill",
+    "kill_and_remove",
+    "kill_tree",
+    "read",
+    "read_if_there",
+    "read_text",
+    "remove_tree",
+    "wait_event",
+    "write",
+]
+
+RETRY_MS = 10
+"""How long to wait before looking again where the kernel may not wake us."""
+DISMANTLER = b"job-worker-end"
+"""The name, in /proc/PID/comm, of a process that runs `dismantle`."""
+DELEGATE = (
+    "run the program as root, or in a delegated cgroup of its own: "
+    "systemd-run --scope -p Delegate=yes ... (--user for an ordinary user)"
+)
+"""A remedy: the process lacks the right."""
+
+_CHECK_VALUE = "check the limit's value and the kernel's log"
+_REMOVE_RETRY_S = 2.0  # how long rmdir may go on saying EBUSY once the cgroup is empty
+_FREEZE_S = 0.5
+_READ_BYTES = 64 * 1024
+_DEATH_S = 5.0  # how long killed processes may take to be gone
+_GONE = (errno.ENOENT, errno.ENODEV)  # no such file; a file of a cgroup removed meanwhile
+
+Path = str | os.PathLike[str]
+
+
+class CgroupError(OSError):
+    """Something about cgroups failed.
+
+    Attributes: `path` and `value` (what was being written where; may be ""),
+    `remedy` (what the operator can do), and OSError's `errno`.
+    """
+
+    def __init__(
+        self, problem: str, *, path: Path = "", value: str = "", remedy: str, code: int = 0
+    ) -> None:
+        super().__init__(code, problem)
+        self.problem = problem
+        self.path = str(path)
+        self.value = value
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}"
+
+
+def failure(
+    error: OSError, action: str, path: Path, *, value: str = "", remedy: str
+) -> CgroupError:
+    """Return the `CgroupError` for an `error` of the kernel."""
+    return CgroupError(
+        f"cannot {action} {os.fspath(path)}: {error.strerror}",
+        path=path,
+        value=value,
+        remedy=remedy,
+        code=error.errno or 0,
+    )
+
+
+def write(path: Path, value: str, *, remedy: str = _CHECK_VALUE) -> None:
+    """Write `value` to a file that exists. Raises `CgroupError` for whatever the kernel says."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise failure(error, f"write {value!r} to", path, value=value, remedy=remedy) from error
+
+
+def read(path: Path) -> str:
+    """Return the content of a file. Raises `CgroupError`."""
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise failure(error, "read", path, remedy=DELEGATE) from error
+
+
+def read_if_there(path: Path) -> str:
+    """Return the content of a file; "" if this kernel has no such file or the cgroup is gone.
+
+    Raises `CgroupError`.
+    """
+    try:
+        return read_text(path)
+    except OSError as error:
+        if error.errno in _GONE:
+            return ""
+        raise failure(error, "read", path, remedy=DELEGATE) from error
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a file, in a third of the time of Path.read_text. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = b""
+        while data := os.read(fd, _READ_BYTES):
+            text += data
+        return text.decode()
+    finally:
+        os.close(fd)
+
+
+def wait_event(path: Path, key: str, value: str, timeout: float | None) -> bool:
+    """Block until cgroup.events of `path` says `key value`, or the cgroup is gone.
+
+    Returns False if neither happens within `timeout` seconds; None means no bound.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with contextlib.suppress(FileNotFoundError), Events(path) as events:
+        while events.read().get(key, value) != value:
+            left_ms = None if deadline is None else (deadline - time.monotonic()) * 1000
+            if left_ms is not None and left_ms <= 0:
+                return False
+            events.wait_change(left_ms)
+    return True
+
+
+class Events:
+    """The open cgroup.events file of a cgroup. Raises FileNotFoundError if the cgroup is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(os.path.join(path, "cgroup.events"), os.O_RDONLY | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLPRI)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read(self) -> dict[str, str]:
+        """Return what the file says now."""
+        try:
+            text = os.pread(self._fd, 4096, 0).decode()
+        except OSError as error:
+            if error.errno == errno.ENODEV:  # the cgroup was removed meanwhile
+                raise FileNotFoundError(error.errno, error.strerror) from error
+            raise
+        return dict(line.split() for line in text.splitlines())
+
+    def wait_change(self, timeout_ms: float | None) -> None:
+        """Block until the file has changed since `read`; the kernel wakes us."""
+        self._poll.poll(timeout_ms)
+
+
+def kill_tree(path: Path) -> None:
+    """SIGKILL every process in the cgroup `path` and below, concurrent forks included.
+
+    Does not wait for their end. Does nothing if there is no such cgroup. Raises `CgroupError`.
+    """
+    try:
+        write(os.path.join(path, "cgroup.kill"), "1", remedy=DELEGATE)
+    except CgroupError as error:
+        if error.errno not in _GONE:
+            raise
+        # Either the kernel is older than 5.14 and has no cgroup.kill, or the cgroup is gone:
+        # another thread may remove it as soon as its processes are dead.
+        try:
+            freeze_and_kill(path)
+        except CgroupError as problem:
+            if problem.errno not in _GONE or os.path.exists(path):
+                raise
+
+
+def freeze_and_kill(path: Path) -> None:
+    """Do what `kill_tree` does, without cgroup.kill. A frozen process cannot fork meanwhile."""
+    frozen = False
+    while not frozen and os.path.exists(path):
+        write(os.path.join(path, "cgroup.freeze"), "1", remedy=DELEGATE)
+        frozen = wait_event(path, "frozen", "1", _FREEZE_S)
+        for directory in _directories(path):
+            for pid in read_if_there(f"{directory}/cgroup.procs").split():
+                if pid == "0":  # a process of another PID namespace; kill(0) kills our own group
+                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        write(os.path.join(path, "cgroup.freeze"), "0", remedy=DELEGATE)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove the cgroup and those below it. Does nothing if it is gone. Raises `CgroupError`."""
+    for directory in reversed(_directories(path)):
+        _remove(directory)
+
+
+def _directories(path: Path) -> list[str]:
+    """List the cgroup and those below it, each before what is in it.
+
+    Without recursion, because a job may make cgroups as deep as the kernel lets it.
+    """
+    found = [os.fspath(path)]
+    for directory in found:
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            found += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return found
+
+
+def _remove(path: str) -> None:
+    deadline = time.monotonic() + _REMOVE_RETRY_S
+    while True:
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                remedy = "see which processes its cgroup.procs lists"
+                raise failure(error, "remove", path, remedy=remedy) from error
+            # The kernel can call a cgroup busy for a moment after its last process has gone.
+            with contextlib.suppress(FileNotFoundError), Events(path) as events:
+                events.read()
+                events.wait_change(RETRY_MS)
+        else:
+            return
+
+
+def kill_and_remove(path: Path) -> None:
+    """Kill every process in the cgroup and below, and remove it. Raises `CgroupError`.
+
+    Blocks until the processes are gone, for up to 5 s.
+    """
+    kill_tree(path)
+    wait_event(path, "populated", "0", _DEATH_S)
+    remove_tree(path)
+
+
+def dismantle(path: str, base: str | None, controllers: Sequence[str]) -> None:
+    """Do in another process what `Subtree.close` would do for the subtree at `path`.
+
+    Kills and removes the jobs, then `dissolve`s the subtree. What fails is left for the next
+    start to sweep. The process, which should have one thread, gets a name by which a successor
+    knows whom to wait for. The process should end then.
+    """
+    set_process_name(DISMANTLER)
+    with contextlib.suppress(CgroupError):
+        kill_and_remove(f"{path}/jobs")
+    with contextlib.suppress(CgroupError):
+        dissolve(path, base, controllers)
+
+
+def dissolve(path: str, base: str | None, controllers: Sequence[str]) -> None:
+    """Leave and remove a subtree that has no jobs any more. Raises `CgroupError`.
+
+    `base`: the cgroup that the processes of the subtree go back to; None if they did not come
+    from there. `controllers`: those that `base` hands down only for this subtree.
+    """
+    if base is not None:
+        # A cgroup that hands down controllers admits no process, unless it is the root.
+        for controller in controllers:
+            with contextlib.suppress(CgroupError):  # a neighbour uses it
+                for directory in (path, base):
+                    write(f"{directory}/cgroup.subtree_control", f"-{controller}")
+        for pid in read(f"{path}/server/cgroup.procs").split():
+            try:
+                write(f"{base}/cgroup.procs", pid, remedy=DELEGATE)
+            except CgroupError as error:
+                if error.errno != errno.ESRCH:  # the process has just ended
+                    raise
+    remove_tree(path)
