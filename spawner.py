@@ -15,8 +15,8 @@ Fork and exec are two steps, so that the fork can be done before a job is asked 
 forked process waits in its job's cgroup until `Process.execute` tells it what to execute.
 
 The exit pipe tells a job's end: one JSON line when the leader has ended, then end-of-file
-when the leader's process group is gone. End-of-file without a line means that the fork
-server died.
+when the leader's process group is gone. End-of-file without a line means that the
+fork server died.
 
 Each request carries a socket for its answer; end-of-file on that socket ends the answer. The
 forked process inherits that socket. It receives the program on it and reports errors on it;

@@ -1069,6 +1069,7 @@ def test_no_process_for_a_program_that_is_no_file(seat: _Seat, tmp_path: Path, k
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 20])
 def test_no_process_with_another_number_of_descriptors(seat: _Seat, count: int) -> None:
     """Neither more nor fewer than two; and what was too many is not kept either."""
+    seat.spawner.kill("nobody")
     before = descriptors_of(seat.spawner.pid)
     program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV, "uid": seat.uid}).encode()
     with open(os.memfd_create("argv"), "w+b", buffering=0) as file, _pipes() as (fds, output_fd):
