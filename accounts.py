@@ -1,17 +1,17 @@
-"""Which uid the jobs of each user run as: given out once, and never to anybody else.
+"""The uids of the users' jobs: each user gets a uid once, and nobody else ever gets it.
 
     accounts = Accounts("state/uids", range(70001, 80000))
     accounts.add(["alice", "bob"])
     accounts.uid("alice")
 
-The file has a line `NAME UID` for every user there ever was. Files and processes that
-somebody's jobs left behind belong to a number; so it is not given out again, not even
-when its user is removed. The gid of a job is the same number.
+The file has a line `NAME UID` for every user there ever was. Files and processes that a
+user's jobs left behind belong to the uid. So a uid is never given out again, not even after
+its user was removed. The gid of a job is the same number.
 
-The file is opened once, so that users can be added after the process has given up its
-rights. One process at a time may use it.
+The file is opened once, so users can be added after the process has given up root. Only one
+process at a time may use the file.
 
-Thread safety: `add` may run beside `uid`, but not beside another `add`.
+Thread safety: one thread at a time may call `add`; other threads may call `uid` meanwhile.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Accounts", "AccountsError", "parse_uids"]
 
-_UID_MIN = 1000  # below are the system's own accounts
-_UID_MAX = (1 << 32) - 2  # the last number means "no user" (setresuid(2))
+_UID_MIN = 1000  # the accounts of the system are below
+_UID_MAX = (1 << 32) - 2  # the next number means "no user" (setresuid(2))
 _READ_BYTES = 64 * 1024
 
 
 class AccountsError(Exception):
-    """The uids cannot be given out; the message says what to change."""
+    """A user cannot get a uid; the message says what to change."""
 
 
 class Accounts:
-    """The uids in the file `path`, made with mode 0600, all of them in `uids`.
+    """The uids in the file `path`, all of them in the range `uids`.
 
-    Raises OSError; `AccountsError` when the file is damaged or the range has changed.
+    A missing file is made, with mode 0600. Raises OSError; `AccountsError` if the file is
+    damaged, or if the range no longer contains a uid of the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], uids: range) -> None:
@@ -62,28 +63,28 @@ class Accounts:
         while chunk := os.pread(self._fd, _READ_BYTES, len(data)):
             data += chunk
         *lines, rest = data.split(b"\n")
-        if rest:  # the line was not complete when the machine went down; nobody has had it
+        if rest:  # the machine went down during the write, so nobody got this uid
             os.ftruncate(self._fd, len(data) - len(rest))
         for number, line in enumerate(lines, start=1):
             name, _, text = line.decode(errors="replace").partition(" ")
             uid = _number(text)
             if not name or uid < 0 or name in self._by_name or uid in self._by_name.values():
                 raise AccountsError(
-                    f"{self._path}, line {number}: not NAME UID, or a second one; restore the "
-                    "file: it says whose files on this host belong to whom"
+                    f"{self._path}, line {number}: not NAME UID, or a repeated name or uid; "
+                    "restore the file: it says which files on this host belong to which user"
                 )
             if uid not in self._uids:
                 raise AccountsError(
-                    f"{self._path}, line {number}: {name} has the uid {uid}, which is not in the "
-                    f"range {self._uids.start}-{self._uids.stop - 1} any more; widen --uids again"
+                    f"{self._path}, line {number}: {name} has the uid {uid}, which the range "
+                    f"{self._uids.start}-{self._uids.stop - 1} does not contain; widen --uids"
                 )
             self._by_name[name] = uid
 
     def add(self, names: Iterable[str]) -> None:
-        """Give an uid to each of `names` that has none yet; all or, on an error, none.
+        """Give a uid to each of `names` that has none yet; after an error, to none of them.
 
-        Blocks until they are on the disk. Raises `AccountsError` when there is none
-        left, OSError.
+        Blocks until the uids are on the disk. Raises OSError; `AccountsError` if the range has
+        no free uid left.
         """
         free = iter(
             range(max([*self._by_name.values(), self._uids.start - 1]) + 1, self._uids.stop)
@@ -106,7 +107,7 @@ class Accounts:
             written = os.write(self._fd, data)
             os.fsync(self._fd)
             if written < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))  # noqa: TRY301 -- undone like the kernel's
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))  # noqa: TRY301 -- treated like an error of the kernel
         except OSError:
             os.ftruncate(self._fd, size)
             raise
@@ -128,17 +129,19 @@ class Accounts:
 
 
 def parse_uids(text: str) -> range:
-    """Return the range that `FIRST-LAST` says. Raises `AccountsError`.
+    """Return the range of `--uids FIRST-LAST`. Raises `AccountsError`.
 
-    At least two of them, none of a system account, and all of them usable in the user
-    namespace we are in.
+    The range must have two uids or more, none of them below 1000, and the user namespace of
+    this process must map them all.
     """
     first, dash, last = text.partition("-")
     if not dash or _number(first) < 0 or _number(last) < 0:
         raise AccountsError(f"--uids {text!r} is not FIRST-LAST, like 70000-79999")
     uids = range(_number(first), _number(last) + 1)
     if not (uids.start >= _UID_MIN and uids.stop - 1 <= _UID_MAX and len(uids) > 1):
-        raise AccountsError(f"--uids {text} must be two numbers or more, from {_UID_MIN} up")
+        raise AccountsError(
+            f"--uids {text} must be a range of two uids or more, from {_UID_MIN} up"
+        )
     for name in ("uid_map", "gid_map"):
         mapped = [
             range(int(inside), int(inside) + int(count))
@@ -148,15 +151,17 @@ def parse_uids(text: str) -> range:
         ]
         if not any(uids.start in each and uids.stop - 1 in each for each in mapped):
             raise AccountsError(
-                f"--uids {text} is not available in this user namespace, which has "
+                f"--uids {text} is not available in this user namespace; choose from "
                 + (", ".join(f"{each.start}-{each.stop - 1}" for each in mapped) or "none")
             )
     return uids
 
 
 def _number(text: str) -> int:
-    """Return the number that is written in decimal digits; -1 for anything else."""
-    return int(text) if re.fullmatch("[0-9]{1,20}", text) else -1  # int() refuses thousands
+    """Return the number of decimal digits; -1 for any other text."""
+    return (
+        int(text) if re.fullmatch("[0-9]{1,20}", text) else -1
+    )  # int() raises for thousands of digits
 
 
 def _is_taken(uid: int) -> bool:

@@ -1,23 +1,23 @@
-"""The audit log: one line of JSON for every decision, in a file that is only appended to.
+"""The audit log: one line of JSON for every decision, in a file that only grows.
 
     log = AuditLog(lambda: os.open("audit.log", AUDIT_FLAGS, 0o600))
     log.record(peer="ipv4:192.0.2.7:40112", user="alice", rpc="StartJob", argv=["ls", "/"])
 
 writes `{"time": "2026-11-24T00:01:15.123456+00:00", "peer": ..., "argv": ["ls", "/"]}`.
 
-A line is pure printable ASCII: whatever a user puts into a name or an argument, it
-neither ends the line nor reaches a terminal as a control character. Nothing is cut off.
-An escaped character takes up to six times its bytes, so that a line with an argv of 128
-KiB can get 768 KiB long.
+A line is printable ASCII. A name or argument, whatever it contains, cannot end the line, and
+cannot send a control character to a terminal. Nothing is cut off. An escaped character takes
+up to six bytes for one, so the line for an argv of 128 KiB can have 768 KiB.
 
-A record is in the kernel when `record` returns: it survives the end of this process, not
-that of the machine. If the disk fills up in the middle of a record, its beginning stays
-in the file, on a line of its own that is not JSON; it counts as lost.
+When `record` returns, the kernel has the record: it survives the end of this process, but
+not that of the machine. If the disk is full in the middle of a record, its beginning stays in
+the file, in a line of its own that is not JSON. Such a record counts as lost.
 
-To rotate: rename the file, then call `reopen`. Until then records go to the renamed file.
+To rotate the log, rename the file, then call `reopen`. Records go to the renamed file until
+then.
 
-Thread safety: everything may be called from any thread. The lines are in the order of
-their times (as long as nobody sets the clock back).
+Thread safety: any thread may call anything. The lines are in the order of their times,
+unless somebody sets the clock back.
 
 Sources: write(2) (O_APPEND, short writes), RFC 8259 (JSON), RFC 3339 (the time).
 """
@@ -41,8 +41,8 @@ __all__ = ["AUDIT_FLAGS", "AuditError", "AuditLog"]
 
 logger = logging.getLogger(__name__)
 
-# How to open the file. It is read only to find out whether it ends with a whole line.
-# O_NONBLOCK: what is not a file is refused, instead of waited for.
+# The flags of open(2) for the file. The log reads only its end, to see whether a line is complete.
+# O_NONBLOCK: a FIFO is refused at once; without the flag open(2) would wait for its other end.
 AUDIT_FLAGS: Final = (
     os.O_RDWR
     | os.O_APPEND
@@ -54,7 +54,7 @@ AUDIT_FLAGS: Final = (
 )
 _MODE = 0o600
 _CLOSED_FD = -1
-# What open(2) with these flags says of links, directories, sockets.
+# The errors of open(2) with these flags for a link, a directory and a socket.
 _NOT_REGULAR = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
@@ -65,36 +65,36 @@ class AuditError(OSError):
 class AuditLog:
     """An audit log in the file that `open_file` opens: a context manager, which closes it.
 
-    `open_file` is called at once and by `reopen`. It opens the file with `AUDIT_FLAGS`, and
-    makes it with mode 0600; the descriptor belongs to the log from then on. The file must be
-    a regular one that belongs to the user who makes the log (whoever that is later) and
-    that nobody else may read or write.
+    The constructor and `reopen` call `open_file`. It opens the file with `AUDIT_FLAGS`, makes a
+    missing file with mode 0600, and returns the descriptor, which the log closes. The file
+    must be a regular file. It must belong to the user who created the log, even if this
+    process becomes another user later. Nobody else may read or write it.
 
-    With `required` a record that cannot be written is an error; without, it is lost, and the
-    log of this program says so.
+    `required`: whether a record that cannot be written is an error. Otherwise it is lost, and
+    a line in the program's own log says so.
 
-    Raises `AuditError` if it cannot be opened or is not such a file.
+    Raises `AuditError` if the file cannot be opened or is not such a file.
     """
 
     def __init__(self, open_file: Callable[[], int], *, required: bool = False) -> None:
         self._open_file = open_file
         self._required = required
         self._owner = os.geteuid()
-        # Guards what follows, and that a record is written whole to one file. It is held
-        # while the file is opened, so that no record comes between its being looked at
-        # and its use; never held while something is logged.
+        # Guards the attributes below, and keeps each record whole and in one file. Held while
+        # `reopen` opens the file and reads its end, so no record is written in between. Never
+        # held while something is logged.
         self._lock = threading.Lock()
-        self._fd, self._torn = self._open()  # torn: the file ends within a line
+        self._fd, self._torn = self._open()  # torn: the last line is not complete
         self._lost = 0  # records since the last one that could be written
         self._closed = False
 
     def record(self, **fields: str | int | Sequence[str] | None) -> None:
         """Write one line: `time` (UTC, microseconds), then the fields in the order given.
 
-        Blocks as long as the disk does. A failure is logged as an ERROR once, and as an INFO
-        with the number of lost records when it is over.
+        Blocks as long as the disk does. The first failure is logged as an ERROR; the first
+        success after it as an INFO, with the number of lost records.
 
-        Raises `AuditError` if the record could not be written and must be.
+        Raises `AuditError` if records are required and this one could not be written.
         """
         with self._lock:
             time = datetime.now(UTC).isoformat(timespec="microseconds")
@@ -107,37 +107,37 @@ class AuditLog:
                 lost, self._lost = self._lost, 0
         if problem and lost == 1:
             logger.error(
-                "the audit log cannot be written: %s; %s until it can be. Make room for it, or "
-                "move it to another disk and send SIGHUP",
+                "the audit log cannot be written: %s; %s until it can be. Make room on its disk, "
+                "or move it to another disk and send SIGHUP",
                 problem,
                 "calls are refused" if self._required else "records are lost",
             )
         if not problem and lost:
-            logger.info("the audit log can be written again; lost in between: %d records", lost)
+            logger.info("the audit log can be written again; %d records were lost", lost)
         if problem and self._required:
             raise AuditError(
-                f"the audit log cannot be written ({problem}), and without it nothing is done; "
-                "make room for it, or move it to another disk and send SIGHUP"
+                f"the call is refused, because the audit log cannot be written ({problem}); "
+                "tell the operator to make room on its disk, or to move it and send SIGHUP"
             )
 
     def _write_locked(self, line: bytes) -> str:
-        """Write a line; return why it could not be written, "" if it was."""
+        """Write a line; return the reason of a failure, or ""."""
         data = b"\n" + line if self._torn else line
         try:
-            # One call: what another process appends to the file does not get in between.
+            # One write, so another process that appends to the file cannot write in between.
             written = os.write(self._fd, data)
         except OSError as error:
             return os.strerror(error.errno or 0)
         if written:
             self._torn = not data[:written].endswith(b"\n")
-        if written < len(data):  # the kernel does not say why
+        if written < len(data):  # the kernel does not tell the reason
             return "only the beginning of a record could be written; is the disk full?"
         return ""
 
     def reopen(self) -> None:
-        """Go on in the file that has the name now, without losing a record.
+        """Continue in the file that has the name now; no record is lost.
 
-        If it cannot be opened, that is logged and the old one stays in use. Never raises.
+        If it cannot be opened, an error is logged and the old file stays in use. Never raises.
         """
         try:
             with self._lock:
@@ -145,15 +145,15 @@ class AuditLog:
                     return
                 fd, torn = self._open()
                 old, self._fd, self._torn = self._fd, fd, torn
-        except Exception as error:  # noqa: BLE001 -- whatever the opener's fault is, the log goes on
+        except Exception as error:  # noqa: BLE001 -- an unforeseen error of the opener must not end the log
             logger.error("the audit log stays in the old file: %s", error)
             return
-        with contextlib.suppress(OSError):  # an old file that is not well is not in use any more
+        with contextlib.suppress(OSError):  # an error of the old file no longer matters
             os.close(old)
         logger.info("the audit log was reopened")
 
     def close(self) -> None:
-        """Close the file; idempotent. A record that comes later is one that cannot be written."""
+        """Close the file; idempotent. A later `record` fails like any write error."""
         with self._lock:
             if self._closed:
                 return
@@ -168,7 +168,7 @@ class AuditLog:
         self.close()
 
     def _open(self) -> tuple[int, bool]:
-        """Return the descriptor, and whether the file ends within a line."""
+        """Return the descriptor, and whether the last line of the file is incomplete."""
         try:
             fd = self._open_file()
         except OSError as error:
@@ -192,14 +192,14 @@ class AuditLog:
             raise AuditError("the audit log cannot be opened: it is not a regular file")
         if status.st_uid != self._owner:
             raise AuditError(
-                f"the audit log belongs to uid {status.st_uid}, who could change it; "
-                f"chown it to {self._owner}, or name another file"
+                f"the audit log belongs to uid {status.st_uid}, which could change it; "
+                f"run: chown {self._owner} FILE, or name another file"
             )
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise AuditError(
-                f"others may read or write the audit log (mode {mode:04o}); "
-                "chmod 600 it, or name another file"
+                f"other users may read or write the audit log (mode {mode:04o}); "
+                "run: chmod 600 FILE, or name another file"
             )
-        if mode != _MODE:  # made under an umask that takes away our own rights
+        if mode != _MODE:  # the umask took away the owner's rights
             with contextlib.suppress(OSError):
                 os.fchmod(fd, _MODE)

@@ -1,22 +1,22 @@
-"""Who may call, and what: logins, tokens, logouts, and the one permission table.
+"""Authentication: logins, tokens, logouts, and the table of what each role may call.
 
     authenticator = Authenticator(
         users=SEEDED_USERS,
         key=load_key("state/token.key"),
-        revocations=Revocations("state/revoked"),
+        revocations=Revocations("state/logged-out"),
     )
     token, expires_at = authenticator.login("user", "user", certificate, "192.0.2.1")
     identity = authenticator.authenticate(token, certificate)
     identity.reaches(job.owner)
     authenticator.logout(identity)
 
-A certificate is given as its DER bytes; a token is worth nothing without the one
-that was presented at login. It ends with its expiry, a logout, and any change of its
-user's name, role or password. This module does no I/O but for the key's file, and
-knows nothing of gRPC.
+A certificate is given as its DER bytes. A token is valid only together with the certificate
+of its login. It ends with its expiry, with a logout, and with any change of the name, role
+or password of its user. This module reads and writes only the file of the key, and knows
+nothing of gRPC.
 
-Thread safety: everything may be called from any thread. Nothing is held during a
-password's hashing but one of the few places for it. No lock is taken inside another.
+Thread safety: any thread may call anything. A login holds one of a few places while it
+hashes a password, and no lock. No lock is taken inside another.
 
 Sources: RFC 7519 (JWT), RFC 8725 (its pitfalls), RFC 8705 section 3.1 (`cnf`,
 `x5t#S256`).
@@ -73,31 +73,31 @@ _ALGORITHM = "HS256"
 _KEY_BYTES = 32
 _ENTRY_BYTES = 16
 _THUMBPRINT = "x5t#S256"
-_TOKEN_MAX_CHARACTERS = 2048  # ours have some 600; nothing longer is looked at
+_TOKEN_MAX_CHARACTERS = 2048  # a token has some 600
 _KNOWN_TOKENS = 1024
 _TOKEN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-# PyJWT looks whether the key is JSON, for which one key of a hundred looks like UTF-16 or
-# UTF-32. A server that has given up its rights may be unable to read the library of Python.
+# PyJWT tries to read the key as JSON, and one key in a hundred looks like UTF-16 or UTF-32. So the
+# codecs are loaded now: a server that has given up root may be unable to read Python's files.
 for _encoding in (
     *("utf-8-sig", "utf-16", "utf-16-be", "utf-16-le"),
     *("utf-32", "utf-32-be", "utf-32-le"),
 ):
     codecs.lookup(_encoding)
 
-# Each takes a core, 128 MiB and about 0.5 s.
+# A hash takes a core, 128 MiB and about 0.5 s.
 _HASHES_AT_ONCE = 2
 
-# Whoever has one IPv6 address has all that share these bits with it (RFC 6177).
+# The owner of an IPv6 address has all addresses with the same first 64 bits (RFC 6177).
 _IPV6_PEER_BITS = 64
 
 
 class AuthenticationError(Exception):
-    """The caller is not who they must be. The message tells nothing that helps to guess."""
+    """The login failed. The message is the same for each cause, so it helps nobody to guess."""
 
 
 class TokenError(AuthenticationError):
-    """There is no token, or it is not valid: one message, whatever is wrong."""
+    """The token is missing or invalid. The message is the same for each cause."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -115,30 +115,30 @@ class LoginsClosedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who is calling, as their token and their certificate prove."""
+    """The user who is calling, as proved by a token and its certificate."""
 
     name: str
     role: Role
     token_id: str
     """The token's `jti`."""
     expires_at: datetime
-    """When the token does, UTC."""
+    """The expiry of the token, in UTC."""
     entry: str = field(repr=False)
-    """A digest of the user's entry, to see whether it has changed."""
+    """A digest of the user's entry in the users file: it changes with the entry."""
 
     def reaches(self, owner: str) -> bool:
-        """Whether this caller may see and stop the jobs of `owner`."""
+        """Whether this user may see and stop the jobs of `owner`."""
         return self.role is Role.ADMIN or self.name == owner
 
     def has_expired(self) -> bool:
-        """Whether the token's time is over."""
+        """Whether the token has expired."""
         return datetime.now(UTC) >= self.expires_at
 
 
 _EVERYONE = frozenset(Role)
 
-# Each RPC and the roles that may call it; None: no token is needed. What is not in
-# here is denied. Which jobs a caller reaches is `Identity.reaches`.
+# Each RPC with the roles that may call it; None: it needs no token. An RPC that is missing here is
+# denied. `Identity.reaches` decides about the job that a call is for.
 PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.AuthService/Login": None,
     "/jobworker.v1.AuthService/Logout": _EVERYONE,
@@ -159,9 +159,9 @@ def may_call(method: str, role: Role) -> bool:
 class Authenticator:
     """Checks passwords and tokens against a table of users.
 
-    `key`: the 32 bytes that sign tokens. `revocations`: where logouts are kept, the
-    caller's to close; None for in memory only. Raises ValueError for two users of one
-    name or none at all.
+    `key`: the 32 bytes that sign tokens. `revocations`: the logged-out tokens, which the
+    creator of the authenticator closes; None keeps them in memory only. Raises ValueError
+    if there is no user, or if two users have the same name.
     """
 
     def __init__(
@@ -172,30 +172,29 @@ class Authenticator:
         self._throttle = LoginThrottle()
         self._hashes = threading.BoundedSemaphore(_HASHES_AT_ONCE)
         self._closed = threading.Event()
-        # Guards the watchers, whose keys only tell them apart. Never held while one is called.
+        # Guards `_watchers`. Never held while a watcher is called.
         self._lock = threading.Lock()
         self._watchers: dict[object, tuple[Identity, Callable[[], None]]] = {}
-        # Those who came with a token that is ours, which takes a while to find out, by the
-        # digests of token and certificate; no more than _KNOWN_TOKENS.
+        # A cache, because the check of a signature takes time: the identities of valid tokens by
+        # the digests of token and certificate. At most _KNOWN_TOKENS; a full cache is emptied.
         self._known: dict[bytes, Identity] = {}
         self._signed: dict[str, str] = {}  # the users of tokens that are ours, as many
-        # By name; only ever replaced as a whole, so whoever reads it once has one state.
+        # By name. Replaced as a whole, so reading it needs no lock.
         self._users: Mapping[str, User] = {}
         self.set_users(users)
 
     def close(self) -> None:
-        """Give up the logins that wait for others to be checked; idempotent.
+        """Make the waiting logins fail; idempotent.
 
-        Does not wait for those that are being checked. Tokens are still accepted.
+        Does not wait for the logins whose password is being hashed. Tokens stay valid.
         """
         self._closed.set()
 
     def set_users(self, users: Iterable[User]) -> None:
         """Replace the table of users, for all threads at once.
 
-        The tokens of those who are not in it any more, or with another role or password
-        hash, are invalid from now on. Raises ValueError, as the constructor does, and then
-        changes nothing.
+        A token is invalid from now on if its user is gone, or has another role or password
+        hash. Raises ValueError like the constructor, and then changes nothing.
         """
         users = tuple(users)
         by_name = {user.name: user for user in users}
@@ -209,14 +208,14 @@ class Authenticator:
     ) -> tuple[str, datetime]:
         """Check the password; return a token bound to `certificate`, and its expiry (UTC).
 
-        `peer`: the network address of the caller. Takes about 0.5 s, and up to 2 s when
-        others log in at the same time. Raises `AuthenticationError`, the same and after the
-        same time for an unknown user and a wrong password; `TooManyLoginsError`, at once;
+        `peer`: the network address of the client. Takes about 0.5 s, and up to 2 s while
+        others log in. Raises `AuthenticationError`, with the same text and after the same
+        time for an unknown user and for a wrong password; `TooManyLoginsError`, at once;
         `LoginsClosedError`.
         """
         users = self._users
         user = users.get(username)
-        # For an unknown user somebody's hash is computed all the same.
+        # For an unknown user the hash of another user is computed, which takes the same time.
         some_hash = (user or next(iter(users.values()))).password_hash
         with (
             self._throttle.attempt(username, _peer_key(peer, certificate)) as attempt,
@@ -232,9 +231,9 @@ class Authenticator:
         return token, now + TOKEN_LIFETIME
 
     def authenticate(self, token: str, certificate: bytes) -> Identity:
-        """Return who presents `token` over a connection with `certificate`.
+        """Return the user of `token`, which came over a connection with `certificate`.
 
-        Raises `TokenError`, whatever is wrong.
+        Raises `TokenError`.
         """
         if len(token) <= _TOKEN_MAX_CHARACTERS and token.isascii():
             key = _digest(token.encode()) + _digest(certificate)
@@ -273,9 +272,9 @@ class Authenticator:
         return name
 
     def _decode(self, token: str, certificate: bytes) -> Identity | None:
-        """Return whom a token of ours was given to; None if it is not ours."""
-        # Without the key nobody gets further than the signature: what is in the payload
-        # is ours. All the same, nothing but what `login` writes is accepted.
+        """Return the identity in a token that `login` made; None for any other token."""
+        # Nobody without the key gets past the signature. Nevertheless only a token exactly as
+        # `login` writes it is accepted.
         with contextlib.suppress(jwt.InvalidTokenError):
             claims = jwt.decode(
                 token,
@@ -287,8 +286,8 @@ class Authenticator:
             )
             user = self._users.get(claims["sub"])
             issued_at, token_id = claims["iat"], claims["jti"]
-            # The one comparison that covers header, role, entry, `cnf`, spelling, and
-            # claims too many, too few or of the wrong type.
+            # This comparison covers the header, the role, the entry, `cnf`, the spelling, and
+            # claims that are missing, superfluous or of a wrong type.
             if (
                 user is not None
                 and type(issued_at) is int
@@ -300,7 +299,7 @@ class Authenticator:
         return None
 
     def is_valid(self, identity: Identity) -> bool:
-        """Whether the token of `identity` is still good: no expiry, logout or change of user."""
+        """Whether the token of `identity` is valid: not expired, not logged out, user unchanged."""
         user = self._users.get(identity.name)
         return (
             user is not None
@@ -312,8 +311,8 @@ class Authenticator:
     def logout(self, identity: Identity) -> None:
         """Make the token of `identity` invalid for good; idempotent.
 
-        Blocks until it is on the disk. Raises `RevocationError`, and then the token is as
-        valid as before.
+        Blocks until the logout is on the disk. Raises `RevocationError`, and then the token
+        stays valid.
         """
         self._revocations.add(identity.token_id, identity.expires_at)
         self._tell_watchers()
@@ -321,13 +320,14 @@ class Authenticator:
     def watch(self, identity: Identity, on_invalid: Callable[[], None]) -> Callable[[], None]:
         """Have `on_invalid` called once when a logout or `set_users` ends the token of `identity`.
 
-        At once if it is not valid now. Expiry alone calls nothing: ask `Identity.has_expired`. The
-        call comes from the thread that ended the token; it must not block or raise. Returns
-        a function, idempotent, that takes this back; a call that has begun goes on.
+        If the token is invalid already, `on_invalid` is called at once. The expiry of a token
+        calls nothing; use `Identity.has_expired`. The thread that ends the token makes the
+        call, so `on_invalid` must not block or raise. Returns an idempotent function that
+        cancels the watch; a call that has begun continues.
         """
         key = object()
         with self._lock:
-            # Looked at while nobody can tell the watchers, so that no end falls between.
+            # Under the lock, so that no end of the token is missed between check and entry.
             is_valid = self.is_valid(identity)
             if is_valid:
                 self._watchers[key] = (identity, on_invalid)
@@ -367,8 +367,8 @@ class Authenticator:
         return jwt.encode(claims, self._key, algorithm=_ALGORITHM)
 
     def _entry(self, user: User) -> str:
-        # Keyed, so that a token tells nothing about the hash. The key signs tokens as well,
-        # but what is signed there has no colon and this always has.
+        # A keyed digest, so the token tells nothing about the password hash. The same key signs
+        # tokens, but no token's signed text has a colon, and an entry always has.
         return _base64(hmac.digest(self._key, str(user).encode(), "sha256")[:_ENTRY_BYTES])
 
 
@@ -385,7 +385,7 @@ def _base64(data: bytes) -> str:
 
 
 def _peer_key(peer: str, certificate: bytes) -> str:
-    """Return what the throttle takes for one place to log in from."""
+    """Return the peer as the throttle counts it: network and certificate."""
     with contextlib.suppress(ValueError):
         address = ipaddress.IPv6Address(peer)
         if address.ipv4_mapped is None:
@@ -398,9 +398,9 @@ def _peer_key(peer: str, certificate: bytes) -> str:
 
 
 def load_key(path: str | os.PathLike[str]) -> bytes:
-    """Return the token key kept in `path`, made with mode 0600 when there is none yet.
+    """Return the token key in the file `path`; a missing file is made, with mode 0600.
 
-    Raises OSError; ValueError when the file is not a key or others may read it.
+    Raises OSError; ValueError if the file is not a key, or if other users may access it.
     """
     path = Path(path)
     with contextlib.suppress(FileNotFoundError):
@@ -411,9 +411,9 @@ def load_key(path: str | os.PathLike[str]) -> bytes:
                 "(every token becomes invalid)"
             )
         if path.stat().st_mode & 0o077:
-            raise ValueError(f"others can read the token key; run: chmod 600 {path}")
+            raise ValueError(f"other users may read or change the token key; run: chmod 600 {path}")
         return key
-    # A link appears whole or not at all, whoever else is making one at this moment.
+    # A link makes the whole key appear at once, and keeps the key of a process that was faster.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".key-") as new:
         new.write(secrets.token_bytes(_KEY_BYTES))
         new.flush()

@@ -3,9 +3,11 @@
     for finding in check():
         print(finding)
 
-Each finding is about one thing, says whether it works, and if not what to do. It is
-what `server check` prints, and what the server says when it cannot start for lack of
-something.
+A finding says what was tried, whether it works, and if not, what to do. `server check`
+prints the findings. The server prints those that failed when it cannot start with
+`--limits require`.
+
+Thread safety: one thread at a time may call `check`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _PROBE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. `remedy` is "" when it works."""
+    """The result of one test. `remedy` is "" if `works`."""
 
     what: str
     works: bool
@@ -46,10 +48,10 @@ class Finding:
 
 
 def check(cgroup_root: str | os.PathLike[str] | None = None) -> tuple[Finding, ...]:
-    """Look at everything that `require` needs, in the order it is needed.
+    """Test everything that `--limits require` needs, in the order of need.
 
-    Takes a few seconds and moves the calling process as `Worker` does. All findings
-    work if and only if a server with `--limits require` would start here.
+    Takes a few seconds, and moves the calling process into another cgroup, like `Worker`. If
+    all findings work, a server with `--limits require` starts here; otherwise it does not.
     """
     log = logging.getLogger("cgroups")
     log.addFilter(_hold_back)
@@ -63,7 +65,7 @@ def check(cgroup_root: str | os.PathLike[str] | None = None) -> tuple[Finding, .
 
 
 def _hold_back(_: logging.LogRecord) -> bool:
-    """Drop what `auto` warns of: the findings say the same."""
+    """Drop the warnings of `auto`: the findings say the same."""
     return False
 
 
@@ -74,7 +76,9 @@ def _no_hierarchy(cgroup_root: str | os.PathLike[str] | None) -> Finding:
         return _failure("cgroup v2", error)
     if subtree is not None:
         subtree.close()
-    return Finding("cgroup v2", works=False, detail="it came and went", remedy="try again")
+    return Finding(
+        "cgroup v2", works=False, detail="it was missing for a moment", remedy="try again"
+    )
 
 
 def _failure(what: str, error: CgroupError) -> Finding:
@@ -98,16 +102,16 @@ def _prove(what: str, claim: str, test: Callable[[Worker], str], worker: Worker)
     return Finding(
         what,
         works=False,
-        detail=f"it is not so that {claim}: {seen}",
-        remedy="the kernel takes the setting and does not act on it; see its log",
+        detail=f"the test failed ({claim}): {seen}",
+        remedy="the kernel accepts the limit without enforcing it; see its log (dmesg)",
     )
 
 
-# --- the tests: each runs a job, and returns "" or what was wrong -------------------------
+# --- the tests: each runs a job, and returns "" or the observed failure -------------------
 
 
 def _run(worker: Worker, program: str, limits: Limits) -> Job:
-    """Run a Python program that needs no more than the Python that runs us."""
+    """Run a Python program with the Python that runs this process."""
     job_id = worker.start(sys.executable, ["-I", "-S", "-c", program], limits=limits)
     with contextlib.suppress(TimeoutError):
         return worker.wait(job_id, _PROBE_TIMEOUT_S)
@@ -153,11 +157,11 @@ def _test_pids(worker: Worker) -> str:
     return "" if job.exit_code == 3 else str(job)  # noqa: PLR2004 -- as above
 
 
-# What each proves. But for the first, the names are those of the controllers.
+# Each test with the statement that it proves. The names, except the first, are controllers.
 _TESTS: dict[str, tuple[str, Callable[[Worker], str]]] = {
-    "kill": ("a job is stopped with the child that left its session", _test_kill),
-    "cpu": ("a job that may use a tenth of a core is held back", _test_cpu),
-    "memory": ("a job that takes more than it may is killed", _test_memory),
-    "io": ("a job has its limit on every physical disk", _test_io),
-    "pids": ("a job that may have 4 processes gets no fifth", _test_pids),
+    "kill": ("a stop kills also a child that has left the job's session", _test_kill),
+    "cpu": ("a job with a limit of a tenth of a core is slowed down", _test_cpu),
+    "memory": ("a job that exceeds its memory limit is killed", _test_memory),
+    "io": ("a job has its limits on every physical disk", _test_io),
+    "pids": ("a job with a limit of 4 processes gets no fifth", _test_pids),
 }

@@ -1,15 +1,15 @@
-"""The tokens that were logged out, on the disk until they expire.
+"""The logged-out tokens, kept on the disk until they expire.
 
-    with Revocations("state/revoked") as revocations:
+    with Revocations("state/logged-out") as revocations:
         revocations.add(token_id, expires_at)
         assert token_id in revocations
 
-The file has a line `TOKEN_ID EXPIRES_AT` for each, in seconds since 1970, and mode 0600.
-It is made when there is none, and loses the lines that have expired; then it is kept
-open, so that nothing is opened after the process has given up its rights. One process
-at a time may use it.
+The file has mode 0600 and a line `TOKEN_ID EXPIRES_AT` for each token; the time is in seconds
+since 1970. The constructor makes a missing file, and removes the lines of expired tokens.
+Then the file stays open, because the process may lose the right to open it. Only one process
+at a time may use the file.
 
-Thread safety: everything may be called from any thread. Reading never waits.
+Thread safety: any thread may call anything. `in` never waits.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _LINE = re.compile(r"([0-9a-f-]{36}) ([0-9]{1,12})")
 
 
 class RevocationError(OSError):
-    """A logout could not be recorded, so it did not happen: the token is still valid."""
+    """A logout could not be recorded, so the token is still valid."""
 
 
 class Revocations:
-    """Those in the file `path`; None for in memory only.
+    """The logged-out tokens in the file `path`; None keeps them in memory only.
 
-    Raises OSError; ValueError that names the line when the file is damaged.
+    Raises OSError; ValueError with the line if the file is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        # Guards the file and the writing of `_expiries`, which is replaced as a whole, so
-        # that reading it needs no lock. Held during a write to the disk: logouts queue.
+        # Guards the file, and the replacement of `_expiries`, which is replaced as a whole, so
+        # reading it needs no lock. Held during a write to the disk, so logouts wait for each other.
         self._lock = threading.Lock()
         self._expiries: Mapping[str, int] = {}  # by token ID; in seconds since 1970
-        self._fd: int | None = None  # -1 when closed, and so refused by the kernel
+        self._fd: int | None = None  # -1 when closed: the kernel refuses it
         if path is not None:
             path = Path(path)
             self._expiries = _load(path)
@@ -55,7 +55,7 @@ class Revocations:
             _sync_directory(path.parent)
 
     def close(self) -> None:
-        """Close the file; after that `add` fails. Idempotent."""
+        """Close the file; idempotent. A later `add` fails."""
         with self._lock:
             if self._fd is not None and self._fd >= 0:
                 os.close(self._fd)
@@ -71,9 +71,9 @@ class Revocations:
         return token_id in self._expiries
 
     def add(self, token_id: str, expires_at: datetime) -> None:
-        """Revoke a token, for good when this returns; idempotent. Blocks for the disk.
+        """Revoke a token for good; idempotent. Blocks until it is on the disk.
 
-        Raises `RevocationError`, and then nothing has changed.
+        Raises `RevocationError`, and then the token stays valid.
         """
         with self._lock:
             if token_id in self._expiries:
@@ -90,12 +90,12 @@ class Revocations:
         try:
             size = os.fstat(fd).st_size
             if os.write(fd, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: TRY301 -- like the kernel's
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: TRY301 -- treated like an error of the kernel
             os.fsync(fd)
         except OSError as error:
             if size is not None:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(fd, size)  # or the next line would end a half one
+                    os.ftruncate(fd, size)  # otherwise the next line would continue this half line
             raise RevocationError(
                 f"the logout cannot be recorded ({error.strerror}), so the token is still "
                 "valid; tell the operator, and try again later"
@@ -103,13 +103,13 @@ class Revocations:
 
 
 def _load(path: Path) -> dict[str, int]:
-    """Return what has not expired of the file, if there is one, and leave no more in it."""
+    """Return the tokens of the file that have not expired, and remove the others from it."""
     try:
         *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return {}
-    # Without its newline the last line was being written when the machine went down: that
-    # logout has not been confirmed to anybody.
+    # A last line without its newline was being written when the machine went down. Nobody has had
+    # a confirmation of that logout.
     expiries: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         parts = _LINE.fullmatch(line)
@@ -122,7 +122,7 @@ def _load(path: Path) -> dict[str, int]:
     now = time.time()
     live = {token_id: expiry for token_id, expiry in expiries.items() if expiry > now}
     if rest or len(live) < len(lines):
-        new = path.with_name(f"{path.name}.new")  # of an earlier try, maybe
+        new = path.with_name(f"{path.name}.new")  # it may exist from an earlier attempt
         with os.fdopen(_open_private(new, os.O_TRUNC), "w", encoding="utf-8") as file:
             file.writelines(f"{token_id} {expiry}\n" for token_id, expiry in live.items())
             file.flush()
@@ -139,7 +139,7 @@ def _open_private(path: Path, flag: int) -> int:
 
 
 def _sync_directory(path: Path) -> None:
-    """Make sure that the file of a new name is there after a crash."""
+    """Make the name of a new file survive a crash of the machine."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -163,8 +163,8 @@ def test_range_that_leaves_somebody_out_is_refused(path: Path, uids: range) -> N
     with pytest.raises(AccountsError) as caught:
         Accounts(path, uids)
     assert str(caught.value) == (
-        f"{path}, line {line}: {name} has the uid {uid}, which is not in the range "
-        f"{uids.start}-{uids.stop - 1} any more; widen --uids again"
+        f"{path}, line {line}: {name} has the uid {uid}, which the range "
+        f"{uids.start}-{uids.stop - 1} does not contain; widen --uids"
     )
     assert path.read_text() == before
 
@@ -398,7 +398,7 @@ def test_text_that_is_no_range_is_refused(text: str) -> None:
 )
 def test_range_that_cannot_be_used_is_refused(text: str) -> None:
     """No number of a system account, not only one, none that means "no user"."""
-    with pytest.raises(AccountsError, match=f"{text} must be two numbers or more, from 1000 up"):
+    with pytest.raises(AccountsError, match=f"{text} must be a range of two uids or more"):
         parse_uids(text)
 
 
@@ -420,5 +420,5 @@ def test_range_outside_of_the_user_namespace_is_refused(
         with pytest.raises(AccountsError) as caught:
             parse_uids(text)
         assert str(caught.value) == (
-            f"--uids {text} is not available in this user namespace, which has 0-0, 1-65536"
+            f"--uids {text} is not available in this user namespace; choose from 0-0, 1-65536"
         )

@@ -302,7 +302,7 @@ def test_outage_is_logged_once_and_its_end_with_the_number_of_lost_records(
     log.record(n=5)
     log.record(n=6)
     assert _messages(caplog)[1:] == [
-        ("INFO", "the audit log can be written again; lost in between: 3 records")
+        ("INFO", "the audit log can be written again; 3 records were lost")
     ]
     with _full_disk(log):
         log.record(n=7)
@@ -432,7 +432,7 @@ def test_file_that_others_may_read_or_write_is_refused(path: Path, mode: int) ->
     """What is in it, they may have read or written; it is left as it is."""
     path.write_text("{}")
     path.chmod(mode)
-    with pytest.raises(AuditError, match=rf"mode {mode:04o}\); chmod 600"):
+    with pytest.raises(AuditError, match=rf"mode {mode:04o}\); run: chmod 600"):
         AuditLog(lambda: _open(path))
     assert path.stat().st_mode & 0o7777 == mode
     assert path.read_text() == "{}"
@@ -443,7 +443,7 @@ def test_file_of_somebody_else_is_refused(path: Path) -> None:
     """Root could open it, and its owner change it."""
     path.touch(0o600)
     os.chown(path, _OTHER_UID, _OTHER_UID)
-    with pytest.raises(AuditError, match=f"belongs to uid {_OTHER_UID}.*chown it to 0"):
+    with pytest.raises(AuditError, match=f"belongs to uid {_OTHER_UID}.*run: chown 0 "):
         AuditLog(lambda: _open(path))
 
 

@@ -111,7 +111,7 @@ def test_probe_that_does_not_feel_its_limit_fails(test: object, seen: str) -> No
     with Worker(enforcement="off") as worker:
         finding = hostcheck._prove("cpu", "it is held back", test, worker)  # type: ignore[arg-type]
     assert (finding.what, finding.works) == ("cpu", False)
-    assert finding.detail.startswith("it is not so that it is held back: ")
+    assert finding.detail.startswith("the test failed (it is held back): ")
     assert seen in finding.detail
     assert finding.remedy
 
@@ -132,4 +132,4 @@ def test_probe_that_fails_makes_the_check_fail(monkeypatch: pytest.MonkeyPatch) 
     findings = check()
     if not findings[0].works:
         pytest.skip(f"this host has no usable cgroup v2 hierarchy: {findings[0].detail}")
-    assert str(findings[1]).startswith("FAILED  kill: it is not so that it is stopped: nothing")
+    assert str(findings[1]).startswith("FAILED  kill: the test failed (it is stopped): nothing")

@@ -1162,7 +1162,7 @@ def test_users_file_that_jobs_could_read_is_not_taken_up(
 @pytest.mark.parametrize(
     ("uids", "problem"),
     [
-        ("0-10", "must be two numbers or more, from 1000 up"),
+        ("0-10", "must be a range of two uids or more, from 1000 up"),
         ("nonsense", "is not FIRST-LAST"),
         ("70000-70001", "no uid is left for"),
     ],

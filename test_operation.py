@@ -866,7 +866,7 @@ def test_full_disk_is_reported_once_and_does_not_stop_the_service(
         client.stop(job_id)
     filler.unlink()
     client.list()
-    text = program.await_log("can be written again; lost in between: 60 records")
+    text = program.await_log("can be written again; 60 records were lost")
     assert text.count("the audit log cannot be written: No space left on device") == 1
     assert [record["rpc"] for record in program.records()] == [f"{_WORKER}/ListJobs"] * 2
 

@@ -380,9 +380,9 @@ def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
     ("name", "content", "mode", "problem"),
     [
         ("token.key", b"short", 0o600, "is not a token key of 32 bytes"),
-        ("token.key", bytes(32), 0o640, "others can read the token key"),
+        ("token.key", bytes(32), 0o640, "other users may read or change the token key"),
         ("logged-out", b"what\n", 0o600, "line 1: not TOKEN_ID EXPIRES_AT"),
-        ("audit.log", b"", 0o644, "others may read or write the audit log"),
+        ("audit.log", b"", 0o644, "other users may read or write the audit log"),
         ("output", b"", 0o600, "output"),
     ],
 )

@@ -1,30 +1,30 @@
-"""Slows down whoever guesses passwords, and keeps the others able to log in.
+"""Slows down the guessing of passwords, and keeps logins possible for everybody else.
 
     throttle = LoginThrottle()
     with throttle.attempt(user, peer) as attempt:
         attempt.succeeded = password_is_right(user, password)
 
-A *peer* is where attempts come from, as a string that the caller makes. Users are names
-as they were sent; whether there is such a user is not known here, so nothing here can
-tell it. What was failed is counted three times:
+A *peer* is the place that an attempt comes from, as a string that the user of this module
+makes. A user is the name as it was sent. This module does not know which users exist, so its
+answers cannot reveal it. A failure is counted three times:
 
-- by user and peer: somebody guesses one user's password;
-- by peer: somebody tries a few passwords with many names;
-- by user: somebody guesses from many peers. This slows down only those peers that failed
-  for this user themselves, so nobody is locked out by what others do elsewhere.
+- by user and peer, against guessing one user's password;
+- by peer, against trying a few passwords with many names;
+- by user, against guessing from many peers. This count slows down only a peer that itself
+  failed for the user, so nobody can lock out a user from elsewhere.
 
-After some free attempts each further one has to wait, twice as long every time. The wait
-counts from the last failure. An attempt that comes earlier is refused unchecked; it is
-not counted and extends nothing. At best a peer gets 1,350 guesses a day: some free ones
-at a time, and then 15 minutes of silence until they are forgotten.
+After some free attempts each further attempt has to wait, twice as long every time. The wait
+begins with the last failure. An earlier attempt is refused without a check of its password;
+it is not counted and does not extend the wait. So a peer has at most 1,350 guesses a day: the
+free attempts, then 15 minutes without attempts until the failures are forgotten, and again.
 
-A success takes back what this user failed from this peer, in all three counts: those were
-slips. The rest of a peer's count stays, so that a valid account cannot be used to
-wash away the failures for other users' names.
+A success removes this user's failures from this peer from all three counts: they were typing
+errors. The peer's other failures stay, so a valid account cannot erase the failures for other
+users' names.
 
-Thread safety: everything may be called from any thread, and nothing waits here. One lock
-guards all. It is never held while a password is checked, but for some microseconds, and
-for some 10 ms when everything in full tables is forgotten at once.
+Thread safety: any thread may call anything, and no call waits. One lock guards all state. It
+is never held during the check of a password. It is held for some microseconds; for some 10 ms
+when all entries of full tables are forgotten at once.
 
 Sources: OWASP Authentication Cheat Sheet (login throttling), NIST SP 800-63B-3 section
 5.2.2 (rate limiting).
@@ -46,23 +46,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt", "LoginThrottle", "TooManyLoginsError"]
 
-# Those whose password is checked or waits for it. Two are hashed at a time, for some 0.5 s
-# each, so the last of eight waits for 2 s. One of each peer: else a single peer could take
-# all places, and could have several guesses checked before the first is counted.
+# Attempts whose password is being checked, or waits for the check. Two passwords are hashed at a
+# time, each in some 0.5 s, so the last of eight attempts waits 2 s. A peer may have only one: with
+# more it could keep everybody else out, and have guesses checked before it is slowed down.
 _ATTEMPTS_AT_ONCE = 8
-_RETRY_WHEN_FULL_S = 1  # about what it takes until a place is free
+_RETRY_WHEN_FULL_S = 1  # an attempt ends about this often
 
-# Longer than the longest wait, so that waiting it out does not bring free attempts back.
+# Longer than the longest wait: after that wait a peer must not have free attempts again.
 _FORGET_AFTER_S = 15 * 60
 
-# In each of the three tables: some 3 MB. Attackers who have that many names or addresses
-# push out the oldest counts, which are those that matter least.
+# In each of the three tables, in some 3 MB. An attacker with more names or addresses makes them
+# forget the oldest failures, which matter least.
 _MAX_ENTRIES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class _Policy:
-    """How long an attempt has to wait after so many failures: 0, then 2, 4, 8 ... seconds."""
+    """The wait after a number of failures: 0 at first, then 2, 4, 8 ... seconds."""
 
     free_attempts: int
     longest_wait_s: int
@@ -71,25 +71,25 @@ class _Policy:
         if failures < self.free_attempts:
             return 0
         doublings = failures - self.free_attempts + 1
-        # The exponent is cut first: a large count must not make a huge number.
+        # The exponent is limited first, so a large count does not make a huge number.
         return min(self.longest_wait_s, 1 << min(doublings, self.longest_wait_s.bit_length()))
 
 
-# People mistype a password or use a wrong one, but seldom three times. Who is known to
-# have the right one in the end should not wait for more than a minute.
+# People mistype a password, but seldom three times. An honest user should never wait for more than
+# a minute.
 _BY_PAIR = _Policy(free_attempts=3, longest_wait_s=60)
-# Several people may share a peer, so it has more free attempts. But after them hardly
-# anybody is left who means well.
+# Several people may share a peer, so a peer has more free attempts. After them the peer is most
+# likely an attacker.
 _BY_PEER = _Policy(free_attempts=10, longest_wait_s=5 * 60)
-# More than one person's slips within the time that is remembered. No longer than a minute:
-# it hits true users too, if they mistype while others guess.
+# More failures than one person's typing errors. The wait is at most a minute, because it also
+# delays the true user after a typing error while somebody else guesses.
 _BY_USER = _Policy(free_attempts=20, longest_wait_s=60)
 
 
 class TooManyLoginsError(Exception):
-    """The attempt is refused, unchecked; the message says why and when to try again.
+    """The attempt is refused without a check; the message says why and when to try again.
 
-    Attribute: `retry_after_s`, in whole seconds, at least 1.
+    Attribute: `retry_after_s`, whole seconds, at least 1.
     """
 
     def __init__(self, why: str, retry_after_s: int) -> None:
@@ -101,8 +101,8 @@ class TooManyLoginsError(Exception):
 class Attempt:
     """A login that is under way.
 
-    Attribute: `succeeded`, to be set to whether the password was right. While it is None
-    nothing has been found out, and nothing will be counted.
+    Attribute: `succeeded`: whether the password was right, which the user of the context
+    sets. Nothing is counted while it is None.
     """
 
     succeeded: bool | None = None
@@ -111,12 +111,12 @@ class Attempt:
 class LoginThrottle:
     """Decides which attempts to log in may be checked now.
 
-    `clock`: tells seconds and never goes back.
+    `clock`: returns seconds, and never goes back.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # Guards all below. Never held while a password is checked or anything else locked.
+        # Guards all attributes below. Never held while a password is checked or another lock taken.
         self._lock = threading.Lock()
         self._under_way: set[bytes] = set()  # peers
         self._by_pair = _Failures()
@@ -125,11 +125,11 @@ class LoginThrottle:
 
     @contextmanager
     def attempt(self, user: str, peer: str) -> Iterator[Attempt]:
-        """Check the password of `user`, any string, within this context.
+        """The context in which a password of `user` (any string) may be checked.
 
-        Set `succeeded` of what it yields. It counts when the block is left, however that
-        happens. An exception before it is set, as when the server closes, counts nothing.
-        Raises `TooManyLoginsError` at once when the attempt must not be checked now.
+        The block sets `succeeded` of the `Attempt` that it gets. The end of the block counts
+        the result, also after an exception. Without a result nothing is counted. Raises
+        `TooManyLoginsError` at once if this attempt must not be checked now.
         """
         user_key, peer_key = _key(user), _key(peer)
         attempt = Attempt()
@@ -150,8 +150,8 @@ class LoginThrottle:
         for table in (self._by_pair, self._by_peer, self._by_user):
             table.forget(now)
         of_pair, of_peer = self._by_pair.get(user + peer), self._by_peer.get(peer)
-        # From this peer's own failure on, for others could prolong it for ever. A peer without
-        # one last failed infinitely long ago, so nothing is left of any wait.
+        # The wait begins with this peer's own failure; others could prolong any other wait for
+        # ever. A peer without failures failed infinitely long ago, so it does not wait.
         pair_wait_s = max(
             _BY_PAIR.wait_s(of_pair.count), _BY_USER.wait_s(self._by_user.get(user).count)
         )
@@ -181,13 +181,13 @@ class LoginThrottle:
 
 
 def _key(name: str) -> bytes:
-    """Return 32 bytes for a name of any length, for attackers choose how long it is."""
+    """Return 32 bytes for a name of any length, because attackers choose the length."""
     return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """How often something failed, and when it last did."""
+    """The number of failures, and the time of the last one."""
 
     count: int
     last_s: float
@@ -197,10 +197,12 @@ _NEVER = _Failed(0, -math.inf)
 
 
 class _Failures:
-    """A table of failures with a bound. Guarded by the lock of `LoginThrottle`."""
+    """A bounded table of failures. Guarded by the lock of `LoginThrottle`."""
 
     def __init__(self) -> None:
-        self._failed: OrderedDict[bytes, _Failed] = OrderedDict()  # who failed last is last
+        self._failed: OrderedDict[bytes, _Failed] = (
+            OrderedDict()
+        )  # in the order of the last failures
 
     def get(self, key: bytes) -> _Failed:
         return self._failed.get(key, _NEVER)
@@ -212,7 +214,7 @@ class _Failures:
             self._failed.popitem(last=False)
 
     def take_back(self, key: bytes, count: int) -> None:
-        """Count `count` less. It does not change when the rest is forgotten."""
+        """Subtract `count` failures. The others are forgotten at the same time as before."""
         failed = self.get(key)
         if failed.count > count:
             self._failed[key] = _Failed(failed.count - count, failed.last_s)

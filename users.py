@@ -4,9 +4,9 @@
     users = parse_users(f"{user}\n".encode(), "the users file")
     password_matches("correct horse", users[0].password_hash)
 
-What a user may do, and how they log in, stands in `auth.py`. This module does no I/O.
+`auth.py` decides what a user may do and how users log in. This module does no I/O.
 
-Thread safety: everything may be called from any thread; nothing is shared.
+Thread safety: there is no shared state.
 
 Sources: OWASP Password Storage Cheat Sheet (scrypt parameters), RFC 7914 (scrypt).
 """
@@ -34,8 +34,8 @@ __all__ = [
     "password_matches",
 ]
 
-# scrypt as OWASP asks: N=2^17, r=8, p=1. One hash takes about 0.5 s and 128 MiB. No
-# other cost is accepted: the time of a login would tell whose password has it.
+# The parameters that OWASP asks for: N=2^17, r=8, p=1. One hash takes about 0.5 s and 128 MiB. No
+# other parameters are accepted: the time of a login would reveal the users that have them.
 _SCRYPT_LOG2_N = 17
 _SCRYPT_R = 8
 _SCRYPT_P = 1
@@ -51,26 +51,26 @@ class UsersFileError(ValueError):
 
 
 class Role(Enum):
-    """What a user is."""
+    """The rights of a user."""
 
-    ADMIN = "admin"  # reaches every job
-    USER = "user"  # reaches their own jobs
+    ADMIN = "admin"  # may see and stop every job
+    USER = "user"  # may see and stop their own jobs
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """An entry of the users table."""
+    """A user, as in one line of the users file."""
 
     name: str
     role: Role
     password_hash: str = field(repr=False)
 
     def __str__(self) -> str:
-        """The entry as it stands in a users file."""
+        """Return the line of the users file."""
         return f"{self.name}:{self.role.value}:{self.password_hash}"
 
 
-# Their passwords are their names, as the documentation tells everybody.
+# Their passwords are their names, and the documentation says so.
 SEEDED_USERS: Final = (
     User(
         "admin",
@@ -89,23 +89,24 @@ def make_user(name: str, role: str, password: str) -> User:
     """Make an entry for the users file. Raises ValueError for a bad name, role or password."""
     if not _USER_NAME.fullmatch(name):
         raise ValueError(
-            f"bad user name {name!r}: up to 64 letters, digits and . _ @ -, a letter or digit first"
+            f"bad user name {name!r}; use up to 64 letters, digits and . _ @ -, and begin with a "
+            "letter or digit"
         )
     if not password:
         raise ValueError("the password must not be empty")
     try:
         password.encode()
     except UnicodeEncodeError:
-        # The error's own text would show some of it.
-        raise ValueError("the password must be UTF-8: no login could send it") from None
+        # The text of that error contains a part of the password.
+        raise ValueError("the password must be UTF-8, or no login could send it") from None
     return User(name, Role(role), hash_password(password))
 
 
 def parse_users(data: bytes, source: str) -> tuple[User, ...]:
-    """Return the users of a file: one `NAME:ROLE:HASH` a line, blank lines and `#` comments apart.
+    """Return the users of a file: `NAME:ROLE:HASH` in each line, except blank lines and comments.
 
-    `data`: what is in it. `source`: its name, for errors. Raises `UsersFileError` for
-    anything that is wrong in it.
+    `data`: the content of the file. `source`: its name, for errors. A comment begins with
+    `#`. Raises `UsersFileError`.
     """
     users: dict[str, User] = {}
     for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
@@ -130,15 +131,19 @@ def parse_users(data: bytes, source: str) -> tuple[User, ...]:
                 f"./server user {user.name} --role {user.role.value}"
             ) from None
         if user.name in users:
-            raise UsersFileError(f"{source}, line {number}: a second entry for {user.name}")
+            raise UsersFileError(
+                f"{source}, line {number}: a second entry for {user.name}; delete one of them"
+            )
         users[user.name] = user
     if not users:
-        raise UsersFileError(f"{source}: no users in it")
+        raise UsersFileError(
+            f"{source}: no users in it; make an entry with: ./server user NAME --role ROLE"
+        )
     return tuple(users.values())
 
 
 def has_public_password(user: User) -> bool:
-    """Whether `user` is one of the seeded users, or has the same well-known password."""
+    """Whether `user` has the well-known password of a seeded user."""
     return user in SEEDED_USERS or (
         user.name in {seeded.name for seeded in SEEDED_USERS}
         and password_matches(user.name, user.password_hash)
@@ -149,15 +154,18 @@ def has_public_password(user: User) -> bool:
 
 
 def hash_password(password: str) -> str:
-    """Return `scrypt$LOG2_N$R$P$SALT$HASH` with a new salt, both in base64url. Takes 0.5 s."""
+    """Return `scrypt$LOG2_N$R$P$SALT$HASH` with a new salt. Takes 0.5 s and 128 MiB.
+
+    SALT and HASH are in base64url.
+    """
     salt = secrets.token_bytes(_SALT_BYTES)
     return f"{_prefix()}{_base64(salt)}${_base64(_scrypt(password, salt))}"
 
 
 def password_matches(password: str, password_hash: str) -> bool:
-    """Whether `password` is that of the hash. Takes 0.5 s and 128 MiB, whatever they are.
+    """Whether the hash is that of `password`. Always takes 0.5 s and 128 MiB.
 
-    Raises ValueError for what is not a hash from `hash_password`.
+    Raises ValueError if `password_hash` was not made by `hash_password`.
     """
     salt, digest = _parse_hash(password_hash)
     return hmac.compare_digest(_scrypt(password, salt), digest)
@@ -168,13 +176,11 @@ def _prefix() -> str:
 
 
 def _parse_hash(password_hash: str) -> tuple[bytes, bytes]:
-    """Return the salt and the hash in the result of `hash_password`. Raises ValueError."""
+    """Return salt and hash of a result of `hash_password`. Raises ValueError."""
     prefix = _prefix()
     parts = _SALT_AND_HASH.fullmatch(password_hash.removeprefix(prefix))
     if not password_hash.startswith(prefix) or parts is None:
-        raise ValueError(
-            f"not a password hash that is accepted here ({prefix}SALT$HASH, of this cost only)"
-        )
+        raise ValueError(f"not a password hash of the accepted form ({prefix}SALT$HASH)")
     salt, digest = (base64.urlsafe_b64decode(part + "==") for part in parts.groups())
     return salt, digest
 
@@ -182,14 +188,14 @@ def _parse_hash(password_hash: str) -> tuple[bytes, bytes]:
 def _scrypt(password: str, salt: bytes) -> bytes:
     n = 1 << _SCRYPT_LOG2_N
     return hashlib.scrypt(
-        # Some lone surrogate is a wrong password like any other, and no error.
+        # A password with a lone surrogate is just a wrong password.
         password.encode(errors="surrogatepass"),
         salt=salt,
         n=n,
         r=_SCRYPT_R,
         p=_SCRYPT_P,
         dklen=_HASH_BYTES,
-        # RFC 7914 section 2, and some room
+        # the need by RFC 7914 section 2, and some reserve
         maxmem=128 * _SCRYPT_R * (n + _SCRYPT_P + 2) + 1024 * 1024,
     )
 

@@ -1,49 +1,50 @@
 #!/bin/sh
 # Makes the certificates for mutual TLS with openssl (1.1.1 or newer); see usage below.
 #
-# A key and its certificate are made in the directory .new.pem, whose name git ignores, and moved
-# into place together, so an interruption leaves no half of anything; a SIGKILL leaves .new.pem to
-# the next run.
+# The script makes a key and its certificate in the directory .new.pem, whose name git ignores, and
+# moves both into place together. So an interruption leaves no half of a pair. After a SIGKILL the
+# next run removes .new.pem.
 set -euf
-umask 077 # no key is readable by others, not even for a moment
+umask 077 # other users cannot read a key, not even for a moment
 export LC_ALL=C
 
 usage() {
     cat <<'EOF'
 usage: generate.sh [--dir DIR] [--hosts HOST,...] [NAME...]
 
-Makes what is missing, expired (or about to, within a day), without its key, or not signed by the
-present CA: a CA for servers, a CA for clients, and a certificate signed by each, `server` and
-`client`. Leaves alone whatever is valid, and prints one line for each file made.
+Makes a CA for servers, a CA for clients, and a certificate signed by each, `server` and `client`.
+Leaves a valid certificate alone. Makes a new one for a certificate that is missing, expires within
+a day, has lost its key, or is not signed by the present CA. Prints one line for each file made.
 
-  NAME             make a further client certificate, NAME.pem and NAME-key.pem
-  --hosts HOST,... make the server's certificate anew, for these host names and IP addresses
-                   besides localhost, 127.0.0.1 and ::1; later renewals keep them
-  --dir DIR        where the files are (default: where this script is)
+  NAME             make another client certificate, NAME.pem and NAME-key.pem
+  --hosts HOST,... make a new server certificate, for these host names and IP addresses and for
+                   localhost, 127.0.0.1 and ::1; later renewals keep the names
+  --dir DIR        the directory of the files (default: that of this script)
   --help           show this
 
-With NAME alone only the clients' side is looked at, with --hosts alone only the server's, unless
-there is no CA yet. The CAs' keys are needed only to sign: keep them elsewhere if you like.
+With NAME alone only the clients' files are checked and made, with --hosts alone only the
+server's, unless there is no CA yet. The keys of the CAs are needed only to sign. You may keep them
+elsewhere.
 EOF
 }
 
 die() { echo "generate.sh: $*" >&2 && exit 1; }
 misuse() { echo "generate.sh: $* (see --help)" >&2 && exit 2; }
 
-# Runs openssl, which talks too much, and shows what it said only when it failed.
+# Runs openssl, and shows its output only if it failed.
 run() {
     said=$(openssl "$@" 2>&1) || die "openssl $1 failed: $(printf %s "$said" | tr '\n' ' ')"
 }
 
-# Is the key of $1 the one that its certificate is for?
+# Do the key and the certificate of $1 belong together?
 key_matches() {
-    # A key that somebody else may read is not a wrong one, to be replaced.
+    # A key that this user may not read is not a wrong key, so it must not be replaced.
     [ ! -e "$1-key.pem" ] || [ -r "$1-key.pem" ] || die "$dir/$1-key.pem is not readable"
     [ "$(openssl x509 -noout -pubkey -in "$1.pem" 2>/dev/null)" = \
         "$(openssl pkey -pubout -in "$1-key.pem" 2>/dev/null)" ]
 }
 
-# Is $1 a valid CA? Its key may be elsewhere.
+# Is $1 a valid CA? Its key may be kept elsewhere.
 ca_is_valid() {
     openssl x509 -noout -checkend $day_s -in "$1.pem" >/dev/null 2>&1 &&
         { [ ! -e "$1-key.pem" ] || key_matches "$1"; }
@@ -57,14 +58,14 @@ leaf_is_valid() {
 
 # Makes the key and the certificate $1 of a $2: a ca, which signs itself, a server or a client.
 make_pair() {
-    [ "$2" = ca ] || [ -e "$2-ca-key.pem" ] || die "$dir/$1.pem has to be made and" \
-        "$dir/$2-ca-key.pem, which signs it, is missing: put it there while this runs," \
-        "or delete $dir/$2-ca.pem to begin anew with another CA"
+    [ "$2" = ca ] || [ -e "$2-ca-key.pem" ] || die "$dir/$1.pem has to be made, but" \
+        "$dir/$2-ca-key.pem, which signs it, is missing: put it there and run this again," \
+        "or delete $dir/$2-ca.pem to make another CA"
     rm -rf .new.pem
     mkdir .new.pem 2>/dev/null || die "cannot write to the directory $dir"
     key=.new.pem/$1-key.pem certificate=.new.pem/$1.pem names=''
     [ "$2" != server ] || names="subjectAltName = $server_names"
-    # A config of our own, because the system's could add extensions.
+    # This config replaces the one of the system, which could add extensions.
     cat >.new.pem/config <<EOF
 [req]
 distinguished_name = subject
@@ -126,7 +127,7 @@ unset IFS
 for tool in openssl flock; do command -v $tool >/dev/null || die "$tool is not installed"; done
 mkdir -p -- "$dir" 2>/dev/null || die "cannot make the directory $dir"
 CDPATH='' cd -- "$dir" 2>/dev/null || die "cannot enter the directory $dir"
-exec 9<. && flock 9 # until we end, so that .new.pem is ours
+exec 9<. && flock 9 # until this script ends; only one run at a time uses .new.pem
 trap 'rm -rf .new.pem' EXIT
 trap 'exit 130' HUP INT TERM
 
@@ -148,5 +149,5 @@ for file in ${new_client_ca:+*-key.pem}; do
     name=${file%-key.pem}
     case $name in server | *-ca) continue ;; esac
     leaf_is_valid "$name" client || echo "generate.sh: $dir/$name.pem is of the former client CA;" \
-        "for a new one run: generate.sh $name" >&2
+        "to make a new one, run: generate.sh $name" >&2
 done
