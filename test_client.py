@@ -52,7 +52,7 @@ _SILENT = ("sh", "-c", "echo ready; exec sleep infinity")
 
 
 class _Program:
-    """`client.py` as a program. Attribute: `environment`, to be changed at will."""
+    """`client.py` as a program. Attribute: `environment`, which a test may change."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
@@ -81,13 +81,13 @@ class _Program:
         return process.returncode, stdout, stderr.decode()
 
     def read(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run what is to succeed and say nothing on stderr; return stdout."""
+        """Run a command that must succeed with nothing on stderr; return stdout."""
         status, stdout, stderr = self.run(*arguments, stdin=stdin)
         assert (status, stderr) == (0, "")
         return stdout.decode()
 
     def fail(self, *arguments: str) -> str:
-        """Run what is to fail with 1, no output and one line; return the line."""
+        """Run a command that must fail with 1, no output and one line; return the line."""
         status, stdout, stderr = self.run(*arguments)
         assert (status, stdout) == (1, b""), stderr
         assert re.fullmatch(r"client: [^\n]+\n", stderr), stderr
@@ -133,7 +133,7 @@ def run(
 
 
 class _Pretended(grpc.GenericRpcHandler):
-    """Answers each method with what its function yields, also where one message is due."""
+    """Answers each method with all messages of a function, even if the method returns only one."""
 
     def __init__(self, methods: dict[str, Callable[[Any], Iterable[Message]]]) -> None:
         self._methods = methods
@@ -148,7 +148,7 @@ class _Pretended(grpc.GenericRpcHandler):
 
 @pytest.fixture
 def pretend(certs: Path) -> Iterator[Pretend]:
-    """Run a server that answers what no good server of ours would; return its address."""
+    """Run a server whose answers a test chooses; return its address."""
     key, cert, ca = (
         (certs / name).read_bytes() for name in ("server-key.pem", "server.pem", "client-ca.pem")
     )
@@ -167,7 +167,7 @@ def pretend(certs: Path) -> Iterator[Pretend]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Programs started inherit no ignored SIGINT, as they would from a shell's background job."""
+    """A shell's background job ignores SIGINT; programs of the test do not inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -179,7 +179,7 @@ def interruptible() -> Iterator[None]:
 def test_login_prints_the_token_and_keeps_it_privately(
     stranger: _Program, program: ServerProgram, tmp_path: Path
 ) -> None:
-    """After it the other subcommands need no token; the file is 0600, named after the server."""
+    """Other subcommands then need no token. The file has mode 0600 and the server's name."""
     token = stranger.read("login", "-u", "user", "-p", "user")
     assert token.count(".") == 2
     kept = tmp_path / "xdg" / "job-worker" / f"token-{program.address}"
@@ -196,7 +196,7 @@ def test_login_prints_the_token_and_keeps_it_privately(
 def test_login_takes_the_password_from_stdin(
     stranger: _Program, arguments: list[str], stdin: bytes
 ) -> None:
-    """Its first line without the end, LF or CR LF, if it is no terminal or after `-p -`."""
+    """Without a terminal, or with `-p -`, it reads a line and drops its LF or CR LF."""
     assert stranger.read("login", "-u", "user", *arguments, stdin=stdin).count(".") == 2
 
 
@@ -208,7 +208,7 @@ def test_login_takes_the_password_from_stdin(
 def test_login_at_a_terminal_asks_without_echo(
     stranger: _Program, typed: bytes, status: int, tokens: int, said: bytes
 ) -> None:
-    """The question goes to the terminal, the token alone to stdout, the password nowhere."""
+    """The terminal shows the question, stdout only the token, and nothing shows the password."""
     ours, terminal = pty.openpty()
     with (
         open(ours, "r+b", buffering=0) as keyboard,
@@ -231,7 +231,7 @@ def test_login_at_a_terminal_asks_without_echo(
 
 
 def test_failed_login_keeps_nothing(stranger: _Program, tmp_path: Path) -> None:
-    """One line, and no file."""
+    """It prints one line and makes no file."""
     assert stranger.fail("login", "-u", "user", "-p", "hunter2") == (
         "client: wrong user name or password\n"
     )
@@ -241,7 +241,7 @@ def test_failed_login_keeps_nothing(stranger: _Program, tmp_path: Path) -> None:
 def test_login_that_cannot_keep_the_token_still_prints_it(
     stranger: _Program, tmp_path: Path
 ) -> None:
-    """The token is what was asked for; one line says that it was not kept."""
+    """It prints the token, and one line that says that the token was not kept."""
     (tmp_path / "file").touch()
     stranger.environment["XDG_STATE_HOME"] = str(tmp_path / "file")
     status, stdout, stderr = stranger.run("login", "-u", "user", "-p", "user")
@@ -252,7 +252,7 @@ def test_login_that_cannot_keep_the_token_still_prints_it(
 def test_token_is_taken_from_the_option_then_the_environment_then_the_file(
     stranger: _Program, tokens: dict[str, str], program: ServerProgram, tmp_path: Path
 ) -> None:
-    """In this order, whatever the later ones are."""
+    """The first source that has a token counts."""
 
     def owner(*arguments: str) -> str:
         job_id = stranger.read("start", *arguments, "-c", "true").strip()
@@ -287,7 +287,7 @@ def test_token_of_one_server_is_not_sent_to_another(
 def test_kept_token_is_a_file_in_the_state_directory_whatever_the_server_is_called(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: str
 ) -> None:
-    """No name of a server leads out of it."""
+    """No server name leads to a file outside of it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert commands._token_path(server).parent == tmp_path / "job-worker"
 
@@ -295,7 +295,7 @@ def test_kept_token_is_a_file_in_the_state_directory_whatever_the_server_is_call
 def test_login_that_yields_no_token_is_told(
     stranger: _Program, pretend: Pretend, tmp_path: Path
 ) -> None:
-    """What would steer the terminal, or could never be sent, is neither printed nor kept."""
+    """Text that could control the terminal, or could never be sent, is neither printed nor kept."""
     address = pretend(Login=lambda _: [auth_pb.LoginResponse(access_token="a\x1b[31m")])
     assert stranger.fail("login", "-u", "user", "-p", "x", "--server", address) == (
         f"client: {address} answered the login with something that is not a token; "
@@ -308,14 +308,14 @@ def test_login_that_yields_no_token_is_told(
 def test_password_that_is_not_utf_8_is_told_without_it(
     stranger: _Program, arguments: list[str]
 ) -> None:
-    """From the command line and from stdin; the line does not repeat the password."""
+    """It may come from the command line or from stdin. The error does not repeat it."""
     status, stdout, stderr = stranger.run("login", "-u", "user", *arguments, stdin=b"hunter\xff")
     assert (status, stdout) == (1, b"")
     assert stderr == "client: the password is not valid UTF-8\n"
 
 
 def test_password_may_begin_with_a_dash(pretend: Pretend, certs: Path) -> None:
-    """In the same word as its option, or as a word of its own if it is a number."""
+    """It stands in the same word as the option; a negative number may be a word of its own."""
     sent = []
 
     def login(context: grpc.ServicerContext) -> Iterable[Message]:
@@ -339,7 +339,7 @@ def test_no_home_directory_is_told(
     program: ServerProgram,
     certs: Path,
 ) -> None:
-    """A login succeeds, and says that the token was not kept; and nobody is logged in."""
+    """A login succeeds and says that the token was not kept. The next command is not logged in."""
     for name in ("HOME", "XDG_STATE_HOME", "JOBWORKER_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # whom /etc/passwd does not know
@@ -362,7 +362,7 @@ def kept(program: ServerProgram, tmp_path: Path) -> Path:
 
 
 def test_logout_makes_the_token_worthless_and_forgets_it(stranger: _Program, kept: Path) -> None:
-    """It prints nothing; a copy of the token is refused, and the next command says to log in."""
+    """It prints nothing. A copy of the token is refused. The next command says to log in."""
     token = stranger.read("login", "-u", "user", "-p", "user").strip()
     assert stranger.read("list", "-t", token)
     assert stranger.read("logout") == ""
@@ -372,7 +372,7 @@ def test_logout_makes_the_token_worthless_and_forgets_it(stranger: _Program, kep
 
 
 def test_logout_of_another_token_keeps_the_kept_one(stranger: _Program, kept: Path) -> None:
-    """Only the token that was given is worthless then; of one given twice nothing is left."""
+    """Only the given token becomes invalid. The kept file goes only if it holds that token."""
     other = stranger.read("login", "-u", "admin", "-p", "admin").strip()
     token = stranger.read("login", "-u", "user", "-p", "user").strip()
     assert stranger.read("logout", "-t", other) == ""
@@ -385,7 +385,7 @@ def test_logout_of_another_token_keeps_the_kept_one(stranger: _Program, kept: Pa
 def test_logout_with_a_token_that_is_refused_is_told_and_forgets_it(
     stranger: _Program, kept: Path
 ) -> None:
-    """Not a success: with another certificate the token may be good."""
+    """It is an error, because the token may be valid with another certificate."""
     kept.parent.mkdir(parents=True)
     kept.write_text("a.b.c")
     assert "nothing to log out of" in stranger.fail("logout", "-t", "d.e.f")
@@ -413,7 +413,7 @@ _SECRET = "hunter2-e42"
 
 
 def _arguments_of(process: subprocess.Popen[bytes]) -> list[str]:
-    """Those of `client.py`, as everybody on this machine can see them."""
+    """Return the arguments of `client.py`, as every user of this machine can see them."""
     words = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode().split("\0")
     return words[2:-1]
 
@@ -453,7 +453,7 @@ def _arguments_of(process: subprocess.Popen[bytes]) -> list[str]:
 def test_password_and_token_are_not_in_the_process_list(
     stranger: _Program, arguments: list[str], shown: list[str]
 ) -> None:
-    """Before the client connects they are overwritten, and nothing but they: no job's words."""
+    """The client overwrites them before it connects. A job's own words stay visible."""
     del stranger.environment["JOBWORKER_SERVER"]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stranger.environment["JOBWORKER_SERVER"] = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -468,7 +468,7 @@ def test_password_and_token_are_not_in_the_process_list(
 def test_token_is_not_in_the_process_list_while_a_stream_waits(
     stranger: _Program, connect: Connect, tokens: dict[str, str]
 ) -> None:
-    """The token that was overwritten is the one that was sent."""
+    """The stream works, so the client sent the token that it overwrote."""
     job_id = connect().start(_SILENT[0], _SILENT[1:])
     with stranger.start("stream", "-t", tokens["user"], "-j", job_id) as process:
         assert process.stdout
@@ -513,14 +513,14 @@ def test_only_the_own_process_loses_its_arguments(
 def test_wrong_usage_does_not_repeat_a_secret(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    """Also where it is given to the wrong subcommand; the line may end up in a log."""
+    """The line may end up in a log. The secret may stand where it does not belong."""
     with pytest.raises(SystemExit):
         main(arguments)
     assert _SECRET not in capsys.readouterr().err
 
 
 def test_word_that_only_looks_like_a_secret_stays_the_value_it_is() -> None:
-    """`start` has no -p, so this is a command with a space in it."""
+    """`start` has no -p. The command here begins like that option and has a space."""
     arguments = cli_module.parse(["start", "-t", "x", "-c", "-p x", "-args", "-t", "y"])
     assert (arguments.command, arguments.token, arguments.args) == ("-p x", "x", ["-t", "y"])
 
@@ -550,7 +550,7 @@ def test_word_that_only_looks_like_a_secret_stays_the_value_it_is() -> None:
 def test_start_executes_exactly_the_words_given(
     run: Callable[..., str], connect: Connect, arguments: list[str], argv: list[str]
 ) -> None:
-    """In each of the three forms; the job's dashes are the job's. It prints the ID alone."""
+    """In each form, words with dashes belong to the job. The output is only the ID."""
     printed = run("start", *arguments)
     assert re.fullmatch(r"[0-9a-f-]{36}\n", printed)
     job = connect().stop(printed.strip())
@@ -560,7 +560,7 @@ def test_start_executes_exactly_the_words_given(
 def test_start_takes_its_options_before_the_command(
     stranger: _Program, tokens: dict[str, str], connect: Connect
 ) -> None:
-    """Also those with values, in front of a bare command."""
+    """An option with a value may precede a command without `--`."""
     printed = stranger.read("start", "-t", tokens["user"], "tail", "-f", "/dev/null")
     assert list(connect().stop(printed.strip()).args) == ["-f", "/dev/null"]
 
@@ -596,7 +596,7 @@ def test_start_asks_for_the_limits_given_and_no_others(  # noqa: PLR0913
     limits: dict[str, float],
     words: list[str],
 ) -> None:
-    """In their units; an option behind the command is the job's."""
+    """They are sent in bytes, cores and numbers. An option after the command belongs to the job."""
     sent: list[Any] = []
 
     def call(_: Client, __: object, request: Any, **___: object) -> worker_pb.StartJobResponse:
@@ -624,7 +624,7 @@ def test_start_asks_for_the_limits_given_and_no_others(  # noqa: PLR0913
 def test_limit_that_the_server_refuses_is_told(
     cli: _Program, tmp_path: Path, options: list[str], parts: list[str]
 ) -> None:
-    """Its one line names what was asked for and what is allowed; the command has not run."""
+    """The line names the requested and the allowed value. The command does not run."""
     told = cli.fail("start", *options, "touch", str(tmp_path / "marker"))
     assert [part for part in parts if part not in told] == []
     assert not (tmp_path / "marker").exists()
@@ -676,7 +676,7 @@ def test_limit_that_the_server_refuses_is_told(
 def test_wrong_usage_is_one_line_and_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    """The line says what is wrong and where to read on."""
+    """The line says what is wrong, and which help to read."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     captured = capsys.readouterr()
@@ -688,7 +688,7 @@ def test_wrong_usage_is_one_line_and_2(
 
 
 def test_stop_kills_the_job_and_says_how_it_ended(run: Callable[..., str]) -> None:
-    """Again and again the same; a job that ended by itself is left as it is."""
+    """A second stop says the same. A job that had ended by itself keeps its end."""
     job_id = run("start", *_SILENT).strip()
     assert run("stop", "-j", job_id) == "STOPPED (stopped by owner)\n"
     assert run("stop", "-j", job_id) == "STOPPED (stopped by owner)\n"
@@ -701,7 +701,7 @@ def test_stop_kills_the_job_and_says_how_it_ended(run: Callable[..., str]) -> No
 def test_stop_status_and_remove_take_several_jobs(
     cli: _Program, connect: Connect, form: str
 ) -> None:
-    """A job that does not exist is an error, and the others are served all the same."""
+    """An unknown job is an error; the command still applies to the others."""
     jobs = [connect().start(*_SILENT[:1], _SILENT[1:]) for _ in range(2)]
     words = form.format(jobs[0], ABSENT, jobs[1]).split()
     status, stdout, stderr = cli.run("stop", *words)
@@ -719,7 +719,7 @@ def test_stop_status_and_remove_take_several_jobs(
 
 
 def test_stream_of_two_jobs_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing would tell their outputs apart."""
+    """Their outputs could not be told apart."""
     with pytest.raises(SystemExit):
         main(["stream", "-j", "x", "-j", "y"])
     assert capsys.readouterr().err == (
@@ -730,7 +730,7 @@ def test_stream_of_two_jobs_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -
 def test_json_status_has_every_field_of_a_running_job(
     run: Callable[..., str], connect: Connect
 ) -> None:
-    """Proto names in their order, enums by name, and null for what is absent."""
+    """Fields have their proto names and order, enums are names, absent fields are null."""
     job_id = run("start", *_SILENT).strip()
     chunks = connect().stream(job_id)
     next(chunks)
@@ -766,7 +766,7 @@ def test_json_status_has_every_field_of_a_running_job(
 
 
 def test_json_shows_zero_and_empty_as_such_and_limits_by_value() -> None:
-    """Zero is not absent: an exit code, a size, no arguments, no swap."""
+    """Zero and empty are not absent: exit code 0, size 0, no arguments, no swap."""
     job = worker_pb.Job(exit_code=0, limits=worker_pb.Limits(swap_bytes=0, cpu_cores=0.5))
     fields = commands._to_dict(job)
     assert (fields["exit_code"], fields["signal"]) == (0, None)
@@ -775,7 +775,7 @@ def test_json_shows_zero_and_empty_as_such_and_limits_by_value() -> None:
 
 
 def test_json_list_holds_what_status_shows(run: Callable[..., str]) -> None:
-    """One array, of one's own jobs, in the order of their start."""
+    """It is an array of the user's own jobs, in the order of their starts."""
     ids = [run("start", "true").strip() for _ in range(2)]
     for job_id in ids:
         run("stream", "-j", job_id)
@@ -795,7 +795,7 @@ def test_json_list_holds_what_status_shows(run: Callable[..., str]) -> None:
 def test_status_tells_a_human_how_the_job_ended(
     run: Callable[..., str], script: str, end: str
 ) -> None:
-    """A line for each thing worth knowing."""
+    """It prints a line for each property."""
     job_id = run("start", "sh", "-c", f"printf four; {script}").strip()
     run("stream", "-j", job_id)
     shown = dict(line.split(maxsplit=1) for line in run("status", "-j", job_id).splitlines())
@@ -810,13 +810,13 @@ def test_status_tells_a_human_how_the_job_ended(
 
 
 def _shown(job: worker_pb.Job, name: str) -> str:
-    """What `status` shows on the line `name`."""
+    """Return what `status` shows in the line `name`."""
     lines = dict(line.split(maxsplit=1) for line in commands._describe(job).splitlines()[6:])
     return lines[name]
 
 
 def test_limits_are_shown_in_units() -> None:
-    """As a human says them; what is not in force is not shown."""
+    """Limits that are not in force are not shown."""
     limits = worker_pb.Limits(
         cpu_cores=1.5, memory_bytes=512 << 20, swap_bytes=0, io_read_bps=50 << 20, pids=512
     )
@@ -831,7 +831,7 @@ def test_limits_are_shown_in_units() -> None:
 
 
 def test_usage_is_shown_in_units() -> None:
-    """While the job runs and afterwards; what is not accounted is not shown."""
+    """The same while the job runs and afterwards. Values that are unknown are not shown."""
     usage = worker_pb.Usage(
         source=worker_pb.CGROUP,
         cpu_user_s=1.23456,
@@ -867,7 +867,7 @@ def test_usage_is_shown_in_units() -> None:
 
 
 def test_json_shows_usage_exactly() -> None:
-    """Numbers as they are, the source by its name, null for what is not accounted."""
+    """Numbers are not rounded, the source is a name, unknown values are null."""
     usage = worker_pb.Usage(
         source=worker_pb.RUSAGE, cpu_user_s=1.234567, memory_peak_bytes=(1 << 53) + 1, oom_kills=0
     )
@@ -878,7 +878,7 @@ def test_json_shows_usage_exactly() -> None:
 
 
 def test_json_and_status_show_output_that_was_not_kept() -> None:
-    """How much there is, and how much more there was."""
+    """Both show the kept size and the size of the lost part."""
     job = worker_pb.Job(output_bytes=1 << 30, output_lost_bytes=52)
     assert _shown(job, "output") == "1073741824 bytes (52 more were not kept)"
     assert commands._to_dict(job)["output_lost_bytes"] == 52
@@ -886,7 +886,7 @@ def test_json_and_status_show_output_that_was_not_kept() -> None:
 
 
 def test_status_and_reason_of_a_newer_server_are_shown_by_number() -> None:
-    """They are not in our .proto yet."""
+    """This client's .proto does not have them."""
     job = worker_pb.Job()
     job.MergeFromString(bytes([5 << 3, 99, 6 << 3, 98]))
     fields = commands._to_dict(job)
@@ -907,7 +907,7 @@ def _is_harmless(text: str) -> bool:
 
 
 def test_others_words_do_not_steer_the_terminal(cli: _Program) -> None:
-    """Escape sequences and line ends in a command are shown, in list, status and errors."""
+    """List, status and errors show escape sequences and line ends of a command as text."""
     nasty = _NASTY.replace("\0", "")
     job_id = cli.read("start", "true", nasty).strip()
     for shown in (cli.read("list"), cli.read("status", "-j", job_id), cli.fail("start", nasty)):
@@ -917,7 +917,7 @@ def test_others_words_do_not_steer_the_terminal(cli: _Program) -> None:
 
 
 def test_lone_surrogate_is_shown_as_an_escape(cli: _Program) -> None:
-    """Which an argument that is not UTF-8 becomes, and no message of a server can hold."""
+    """An argument that is not UTF-8 has them; a server's message cannot."""
     assert cli_module.printable("\ud800\udcff") == r"\ud800\udcff"
     assert r"\udcff" in cli.fail("start", "true", os.fsdecode(b"\xff"))
 
@@ -927,7 +927,7 @@ def _fail_nastily(context: grpc.ServicerContext) -> Iterable[Message]:
 
 
 def test_servers_words_do_not_steer_the_terminal(cli: _Program, pretend: Pretend) -> None:
-    """Names, IDs and errors; each stays on its line. JSON is ASCII, and holds what was sent."""
+    """Names, IDs and errors stay on their lines. JSON is ASCII, and holds the sent text."""
     job = worker_pb.Job(
         job_id=_NASTY, owner=_NASTY, command=_NASTY, args=[_NASTY], subscribers=[_NASTY, _NASTY]
     )
@@ -965,7 +965,7 @@ def test_servers_words_do_not_steer_the_terminal(cli: _Program, pretend: Pretend
 def test_character_that_stdout_cannot_show_becomes_an_escape(
     cli: _Program, connect: Connect, subcommand: str
 ) -> None:
-    """In a locale that knows ASCII only."""
+    """For example in a locale with ASCII only."""
     job_id = connect().start("true", ["Jürg", "\U0001f642"])
     cli.environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     shown = cli.read(subcommand, *(["-j", job_id] if subcommand == "status" else []))
@@ -973,7 +973,7 @@ def test_character_that_stdout_cannot_show_becomes_an_escape(
 
 
 def test_list_is_a_table_with_a_line_for_each_job(run: Callable[..., str]) -> None:
-    """A heading, and columns that line up."""
+    """It has a heading and aligned columns."""
     job_id = run("start", "echo", "a b").strip()
     run("stream", "-j", job_id)
     heading, *rows = run("list").splitlines()
@@ -997,14 +997,14 @@ def test_list_is_a_table_with_a_line_for_each_job(run: Callable[..., str]) -> No
     ],
 )
 def test_width_of_text_is_in_cells_of_a_terminal(text: str, cells: int) -> None:
-    """Wide characters have two, combining ones none."""
+    """A wide character has two, a combining character none."""
     assert commands._width(text) == cells
 
 
 def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
     cli: _Program, pretend: Pretend
 ) -> None:
-    """Wide characters count twice where columns line up and where a line is cut."""
+    """Alignment and cutting count a wide character as two cells."""
     names = ["x" * 100, "漢" * 100, "x" + "漢" * 100, "\U0001f642" * 100, "e\u0301" * 100]
     jobs = [
         worker_pb.Job(job_id="1", owner="漢字" if i % 2 else "abcd", command="ls", args=[name])
@@ -1036,7 +1036,7 @@ def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
 
 
 def test_stream_writes_the_bytes_as_they_are(cli: _Program, connect: Connect) -> None:
-    """Not a byte is changed, added or left out; also from an offset, and past the end."""
+    """No byte is changed, added or lost, also from an offset and past the end."""
     output = Path("/bin/sh").read_bytes() * 10
     job_id = connect().start("cat", ["/bin/sh"] * 10)
     assert cli.run("stream", "-j", job_id) == (0, output, "")
@@ -1048,7 +1048,7 @@ def test_stream_writes_the_bytes_as_they_are(cli: _Program, connect: Connect) ->
 
 
 def test_stream_writes_what_comes_when_it_comes(cli: _Program, connect: Connect) -> None:
-    """Half a line of a job that is blocked reaches whoever reads our stdout."""
+    """Half a line arrives while the job waits."""
     job_id = connect().start("sh", ["-c", "printf half; exec sleep infinity"])
     with cli.start("stream", "-j", job_id) as process:
         assert process.stdout
@@ -1059,7 +1059,7 @@ def test_stream_writes_what_comes_when_it_comes(cli: _Program, connect: Connect)
 
 
 def test_stream_into_a_pipe_that_closes_ends_quietly(cli: _Program, connect: Connect) -> None:
-    """As in `| head -c 5`: no traceback, nothing on stderr."""
+    """Like with `| head -c 5`, there is no traceback, and stderr is empty."""
     job_id = connect().start("yes")
     with cli.start("stream", "-j", job_id) as process:
         assert process.stdout
@@ -1074,7 +1074,7 @@ def test_stream_into_a_pipe_that_closes_ends_quietly(cli: _Program, connect: Con
 def test_stream_that_ends_with_data_loss_writes_all_there_is_first(
     cli: _Program, pretend: Pretend
 ) -> None:
-    """Raw, whatever is in it; then one line says how much is missing, and the exit status is 1."""
+    """It writes all bytes. Then one line says how much is missing, and the exit status is 1."""
     kept = bytes(range(256)) * 1000
 
     def stream(context: grpc.ServicerContext) -> Iterator[Message]:
@@ -1094,7 +1094,7 @@ def test_stream_that_ends_with_data_loss_writes_all_there_is_first(
 def test_output_that_cannot_be_written_is_told(
     cli: _Program, connect: Connect, subcommand: str
 ) -> None:
-    """In one line, as on a full disk; with exit status 1."""
+    """On a full disk there is one line, and the exit status is 1."""
     job_id = connect().start("echo", ["x"])
     arguments = {"list": ["list"], "stream": ["stream", "-j", job_id], "help": ["--help"]}
     cli.environment.pop("PYTHONUNBUFFERED", None)  # argparse hides errors that come at once
@@ -1118,7 +1118,7 @@ def test_output_that_cannot_be_written_is_told(
 def test_stream_that_fits_only_in_part_is_told(
     cli: _Program, connect: Connect, tmp_path: Path, unbuffered: str
 ) -> None:
-    """What could be written is; a write that stops half way is not taken for a whole one."""
+    """The first part is written. A partial write is not taken for a whole one."""
     job_id = connect().start("head", ["-c", "5000", "/dev/zero"])
     cli.environment["PYTHONUNBUFFERED"] = unbuffered
     script = 'ulimit -f 1; exec "$0" "$1" stream -j "$2" >"$3"'
@@ -1139,7 +1139,7 @@ def test_stream_that_fits_only_in_part_is_told(
 
 @pytest.mark.parametrize("redirection", ["<&-", ">&-"])
 def test_closed_standard_stream_is_told(stranger: _Program, redirection: str) -> None:
-    """With what to do about it."""
+    """The line says what to do."""
     script = f'"$0" "$1" login -u user -p user {redirection}'
     result = subprocess.run(
         ["sh", "-c", script, sys.executable, str(_HERE / "client.py")],
@@ -1160,7 +1160,7 @@ def test_closed_standard_stream_is_told(stranger: _Program, redirection: str) ->
 def test_other_output_into_a_closed_pipe_ends_quietly(
     cli: _Program, connect: Connect, subcommand: str
 ) -> None:
-    """Also when what is lost is all of a short output."""
+    """Also if a short output is lost as a whole."""
     job_id = connect().start("true")
     with cli.start(subcommand, *(["-j", job_id] if subcommand == "status" else [])) as process:
         assert process.stdout
@@ -1172,7 +1172,7 @@ def test_other_output_into_a_closed_pipe_ends_quietly(
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_stream_quietly(cli: _Program, connect: Connect) -> None:
-    """Exit status 130; the job runs on."""
+    """The exit status is 130, and the job continues."""
     job_id = connect().start(_SILENT[0], _SILENT[1:])
     with cli.start("stream", "-j", job_id) as process:
         assert process.stdout
@@ -1187,7 +1187,7 @@ def test_ctrl_c_ends_a_stream_quietly(cli: _Program, connect: Connect) -> None:
 def test_broken_stream_tells_where_to_go_on(
     cli: _Program, connect: Connect, start_server: Callable[..., ServerProgram]
 ) -> None:
-    """When the server dies, one line names the offset."""
+    """If the server dies, one line names the offset to continue from."""
     program = start_server()
     job_id = connect("user", program.address).start(_SILENT[0], _SILENT[1:])
     with cli.start("stream", "--server", program.address, "-j", job_id) as process:
@@ -1204,7 +1204,7 @@ def test_broken_stream_tells_where_to_go_on(
 
 @contextlib.contextmanager
 def _listener(serve_one: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Something else than our server; yields its address."""
+    """A server that is no job-worker; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
@@ -1224,7 +1224,7 @@ def _listener(serve_one: Callable[[socket.socket], None]) -> Iterator[str]:
 
 
 def test_no_server_is_told(cli: _Program) -> None:
-    """With its address, and the question that leads on."""
+    """The line has the address, and what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     assert cli.fail("list", "--server", address) == (
@@ -1233,7 +1233,7 @@ def test_no_server_is_told(cli: _Program) -> None:
 
 
 def test_server_that_does_not_speak_tls_is_told(cli: _Program) -> None:
-    """A web server, say."""
+    """For example a web server."""
     with _listener(lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address:
         assert f"what listens on {address} does not speak TLS" in cli.fail(
             "list", "--server", address
@@ -1241,13 +1241,13 @@ def test_server_that_does_not_speak_tls_is_told(cli: _Program) -> None:
 
 
 def test_server_that_only_closes_is_told(cli: _Program) -> None:
-    """It hangs up before a word."""
+    """It closes the connection without an answer."""
     with _listener(lambda _: None) as address:
         assert address in cli.fail("list", "--server", address)
 
 
 def test_server_of_tls_1_2_is_refused(cli: _Program, certs: Path) -> None:
-    """Even when its certificate is the right one."""
+    """Even if its certificate is right."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certs / "server.pem", certs / "server-key.pem")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -1263,7 +1263,7 @@ def test_server_of_tls_1_2_is_refused(cli: _Program, certs: Path) -> None:
 
 
 def test_unknown_host_is_told(cli: _Program) -> None:
-    """Not as a server that is down."""
+    """The line does not say that the server is down."""
     server = "no..such..host:50051"  # which no resolver has to be asked about
     assert cli.fail("list", "--server", server) == (
         f"client: the host name in {server} cannot be resolved; see --server\n"
@@ -1271,14 +1271,14 @@ def test_unknown_host_is_told(cli: _Program) -> None:
 
 
 def test_server_of_another_ca_is_told(cli: _Program, foreign_certs: Path) -> None:
-    """What may be wrong, and which options it is about."""
+    """The line names possible mistakes and the options."""
     line = cli.fail("list", "--ca", str(foreign_certs / "server-ca.pem"))
     assert "was not signed by your server CA" in line
     assert "--ca" in line
 
 
 def test_refused_client_certificate_is_told(cli: _Program, foreign_certs: Path) -> None:
-    """Under TLS 1.3 the server only closes; the line says what that can mean."""
+    """Under TLS 1.3 the server just closes the connection. The line explains that."""
     directory = foreign_certs
     line = cli.fail(
         *(
@@ -1293,7 +1293,7 @@ def test_refused_client_certificate_is_told(cli: _Program, foreign_certs: Path) 
 
 
 def test_not_logged_in_is_told(stranger: _Program, program: ServerProgram) -> None:
-    """With the command that logs in."""
+    """The line has the command to log in."""
     for arguments in (["list"], ["start", "true"], ["stop", "-j", ABSENT]):
         assert stranger.fail(*arguments) == (
             f"client: not logged in to {program.address}; run: client login -u USER\n"
@@ -1302,7 +1302,7 @@ def test_not_logged_in_is_told(stranger: _Program, program: ServerProgram) -> No
 
 @pytest.mark.parametrize("name", ["client.pem", "client-key.pem", "server-ca.pem"])
 def test_missing_certificate_is_told(cli: _Program, certs: Path, tmp_path: Path, name: str) -> None:
-    """With its path and the command that makes it."""
+    """The line has the path, and the command that makes the file."""
     directory = shutil.copytree(certs, tmp_path / "certs")
     (directory / name).unlink()
     line = cli.fail("list", "--certs", str(directory))
@@ -1356,7 +1356,7 @@ def test_unusable_certificate_or_key_is_told_before_grpc_sees_it(  # noqa: PLR09
     change: Callable[[bytes], bytes] | str,
     problem: str,
 ) -> None:
-    """gRPC would end the process at an empty file, and report others as a failed connection."""
+    """gRPC would abort the process at an empty file, and call the others a failed connection."""
     directory = shutil.copytree(certs, tmp_path / "certs")
     before = (directory / name).read_bytes()
     after = (certs / change).read_bytes() if isinstance(change, str) else change(before)
@@ -1370,7 +1370,7 @@ def test_unusable_certificate_or_key_is_told_before_grpc_sees_it(  # noqa: PLR09
 def test_certificate_that_cannot_be_read_is_told(
     cli: _Program, tmp_path: Path, option: str
 ) -> None:
-    """With the file and the reason."""
+    """The line has the file and the reason."""
     assert f"cannot read {tmp_path}: Is a directory" in cli.fail("list", option, str(tmp_path))
 
 
@@ -1389,7 +1389,7 @@ _BAD_TOKENS += ["x" * length for length in (5_000, 7_500, 7_501, 12_000, 17_000,
 
 @pytest.mark.parametrize("token", _BAD_TOKENS, ids=lambda token: ascii(token)[:20])
 def test_bad_token_is_told(cli: _Program, token: str) -> None:
-    """With what to do about it, also where gRPC would refuse to send it."""
+    """The line says what to do, also for a token that gRPC refuses to send."""
     line = cli.fail("list", "-t", token)
     assert "log in" in line
     assert token.strip() == "" or token not in line
@@ -1399,7 +1399,7 @@ def test_bad_token_is_told(cli: _Program, token: str) -> None:
 def test_kept_file_that_holds_no_token_is_told(
     stranger: _Program, kept: Path, content: bytes
 ) -> None:
-    """Whatever somebody put there; a login puts it right."""
+    """The file may hold anything. A login replaces it."""
     kept.parent.mkdir(parents=True)
     kept.write_bytes(content)
     assert "this is not a token; log in again" in stranger.fail("list")
@@ -1409,7 +1409,7 @@ def test_kept_file_that_holds_no_token_is_told(
 
 @pytest.mark.parametrize("server", ["localhost", "::1", "[::1]", "localhost:https", ":50051"])
 def test_server_without_a_port_is_told(stranger: _Program, server: str) -> None:
-    """gRPC would take port 443, and report that nobody answers."""
+    """gRPC would take port 443."""
     assert stranger.fail("list", "--server", server) == (
         f"client: the server {server!r} is not HOST:PORT, like 127.0.0.1:50051 or [::1]:50051; "
         "see --server and JOBWORKER_SERVER\n"
@@ -1417,7 +1417,7 @@ def test_server_without_a_port_is_told(stranger: _Program, server: str) -> None:
 
 
 def test_client_raises_its_own_error_for_what_is_not_a_token(connect: Connect) -> None:
-    """Before it calls."""
+    """It raises before it calls."""
     for token in ("x" * 8_000, "a\nb", "tökén"):
         client = connect("", token=token)
         for call in (client.list, client.logout, lambda c=client: next(c.stream(ABSENT))):
@@ -1437,7 +1437,7 @@ def test_client_raises_its_own_error_for_what_is_not_a_token(connect: Connect) -
 def test_client_error_tells_when_to_try_again(
     pretend: Pretend, certs: Path, value: str | None, seconds: int | None
 ) -> None:
-    """In whole seconds, if the server says so in a form that can be read."""
+    """`retry_after_s` is None if the server sends no whole number of seconds."""
 
     def refuse(context: grpc.ServicerContext) -> Iterable[Message]:
         if value is not None:
@@ -1451,7 +1451,7 @@ def test_client_error_tells_when_to_try_again(
 
 
 def test_when_to_try_again_is_in_the_servers_words(stranger: _Program, pretend: Pretend) -> None:
-    """The command line adds nothing to them."""
+    """The command line adds nothing to the server's text."""
 
     def refuse(context: grpc.ServicerContext) -> Iterable[Message]:
         context.set_trailing_metadata((("retry-after", "7"),))
@@ -1464,7 +1464,7 @@ def test_when_to_try_again_is_in_the_servers_words(stranger: _Program, pretend: 
 
 @pytest.mark.parametrize("subcommand", ["remove", "status", "stop", "stream"])
 def test_unknown_job_is_told(cli: _Program, subcommand: str) -> None:
-    """An ID that no job has, and a text that is no ID."""
+    """The ID of no job, and a text that is not an ID."""
     assert cli.fail(subcommand, "-j", ABSENT) == "client: no such job\n"
     assert cli.fail(subcommand, "-j", "x").startswith("client: not a job ID: 'x'; it looks like")
 
@@ -1474,7 +1474,7 @@ def test_unknown_job_is_told(cli: _Program, subcommand: str) -> None:
     [("no-such-command", "command not found"), ("/usr", "it is a directory"), ("", "is empty")],
 )
 def test_command_that_cannot_be_executed_is_told(cli: _Program, command: str, problem: str) -> None:
-    """By name and problem."""
+    """The line has the name and the problem."""
     line = cli.fail("start", "-c", command)
     assert f"cannot execute {command!r}" in line
     assert problem in line
@@ -1497,7 +1497,7 @@ def _parsers() -> dict[str, Any]:
 def test_help_of_every_subcommand_names_all_its_options(
     capsys: pytest.CaptureFixture[str], subcommand: str
 ) -> None:
-    """And explains them."""
+    """Each option has an explanation."""
     with pytest.raises(SystemExit) as caught:
         main([subcommand, "--help"])
     captured = capsys.readouterr()
@@ -1509,7 +1509,7 @@ def test_help_of_every_subcommand_names_all_its_options(
 
 
 def test_help_names_every_subcommand_and_variable(capsys: pytest.CaptureFixture[str]) -> None:
-    """These and no others."""
+    """It names all of them."""
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
@@ -1520,7 +1520,7 @@ def test_help_names_every_subcommand_and_variable(capsys: pytest.CaptureFixture[
 
 
 def _imported(environment: dict[str, str], *command: str | Path) -> set[str]:
-    """The names of all modules that a Python program imports, but those that Python itself does."""
+    """Return the names of the modules that a Python program imports after Python's own start."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -1536,7 +1536,7 @@ def _imported(environment: dict[str, str], *command: str | Path) -> set[str]:
 
 @pytest.fixture
 def launcher() -> Path:
-    """The file `client`; skips where it has no environment of its own."""
+    """The file `client`; skips the test if there is no `.venv`."""
     if not (_HERE / ".venv" / "bin" / "python").exists():
         pytest.skip("the launcher needs .venv; make it with `make setup`")
     return _HERE / "client"
@@ -1551,7 +1551,7 @@ def launcher() -> Path:
 def test_what_calls_nothing_imports_nothing_to_call_with(
     stranger: _Program, tmp_path: Path, launcher: Path, arguments: list[str]
 ) -> None:
-    """Help, mistakes, missing certificates and tokens: told where grpc is not installed, too."""
+    """Help and mistakes, missing certificates and tokens are reported without importing grpc."""
     stranger.environment["JOBWORKER_CERTS"] = str(tmp_path)
     modules = _imported(stranger.environment, launcher, *arguments)
     assert "argparse" in modules
@@ -1561,7 +1561,7 @@ def test_what_calls_nothing_imports_nothing_to_call_with(
 
 
 def test_garbage_collector_works_while_a_command_runs(cli: _Program) -> None:
-    """It leaves alone what was imported, and only that: a stream may run for days."""
+    """It ignores imported objects only, because a stream may run for days."""
     script = (
         "import atexit, gc, sys, client\n"
         "atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000))\n"
@@ -1575,7 +1575,7 @@ def test_garbage_collector_works_while_a_command_runs(cli: _Program) -> None:
 
 
 def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., str]) -> None:
-    """One that runs a command by itself."""
+    """`main(argv)` does not change it."""
     before = gc.get_freeze_count()
     run("list")
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
@@ -1585,7 +1585,7 @@ def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., s
 def test_launcher_works_from_wherever_it_is_called(
     tmp_path: Path, launcher: Path, call: str
 ) -> None:
-    """By its path, its name, through PATH and links; what lies in the directory is not imported."""
+    """By its path, its name, PATH and links. It imports nothing from the current directory."""
     home = tmp_path / "a place"
     home.mkdir()
     for name in ("client", "client.py", "cli.py", "connection.py", "units.py", ".venv"):
@@ -1619,7 +1619,7 @@ def test_launcher_works_from_wherever_it_is_called(
 
 
 def test_launcher_hands_on_every_word_and_hides_secrets(stranger: _Program, launcher: Path) -> None:
-    """As `client.py` does: what follows is the client's, empty words and secrets included."""
+    """Also empty words; like `client.py` it hides secrets."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stranger.environment["JOBWORKER_SERVER"] = f"127.0.0.1:{listener.getsockname()[1]}"
         arguments = ["start", "-t", _SECRET, "--", "a b", "", "-h", "*"]
@@ -1636,7 +1636,7 @@ def test_launcher_hands_on_every_word_and_hides_secrets(stranger: _Program, laun
 
 @pytest.mark.parametrize("launcher", ["client", "server"])
 def test_launcher_without_its_environment_says_what_to_run(tmp_path: Path, launcher: str) -> None:
-    """In a clone that is not set up yet; from wherever and through a link it is called."""
+    """In a new clone, called from anywhere and through a link."""
     shutil.copy(_HERE / launcher, tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / launcher)
     result = subprocess.run(
@@ -1650,7 +1650,7 @@ def test_launcher_without_its_environment_says_what_to_run(tmp_path: Path, launc
 
 
 def test_client_does_it_all_for_another_program(connect: Connect) -> None:
-    """Log in, start, stream, status, stop and list, with plain values and the messages."""
+    """Its methods log in, start, stream, show, stop and list."""
     client = connect("")
     token, _ = client.login("user", "user")
     assert client.token == token
@@ -1663,7 +1663,7 @@ def test_client_does_it_all_for_another_program(connect: Connect) -> None:
 
 
 def test_client_that_logged_out_has_no_token(connect: Connect) -> None:
-    """Its next call is refused, and another client's that had the same token."""
+    """Its next call fails; so does that of another client with the same token."""
     client = connect("")
     token, _ = client.login("user", "user")
     other = connect("", token=token)
@@ -1677,7 +1677,7 @@ def test_client_that_logged_out_has_no_token(connect: Connect) -> None:
 
 
 def test_client_error_tells_the_code(connect: Connect) -> None:
-    """By the name of the gRPC status; without a call it is empty."""
+    """`code` is the name of the gRPC status, and empty if there was no call."""
     client = connect()
     calls: dict[str, Callable[[], object]] = {
         "NOT_FOUND": lambda: client.status(ABSENT),
@@ -1693,7 +1693,7 @@ def test_client_error_tells_the_code(connect: Connect) -> None:
 
 
 def test_client_may_be_used_from_several_threads(connect: Connect) -> None:
-    """Each gets the answers to its own calls."""
+    """Each thread gets the answers to its own calls."""
     client = connect()
 
     def echo(number: int) -> bool:
@@ -1705,7 +1705,7 @@ def test_client_may_be_used_from_several_threads(connect: Connect) -> None:
 
 
 def test_close_ends_open_streams_and_may_be_repeated(connect: Connect) -> None:
-    """A thread that waits for output is woken by an error."""
+    """A thread that waits for output gets an error."""
     owner, client = connect(), connect()
     job_id = owner.start(_SILENT[0], _SILENT[1:])
     chunks = client.stream(job_id)

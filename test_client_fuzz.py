@@ -1,4 +1,4 @@
-"""Property-based tests of the command line: whatever is typed, no traceback and one line."""
+"""Property-based tests of the command line: any words lead to one line and no traceback."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _ARGUMENTS = st.lists(
 
 @pytest.fixture
 def nobodys(certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options that lead to no server, with good certificates."""
+    """Options with good certificates, for an address where no server listens."""
     for name in ("JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -80,7 +80,7 @@ def nobodys(certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
 
 @contextlib.contextmanager
 def _streams() -> Iterator[tuple[io.TextIOWrapper, io.TextIOWrapper]]:
-    """Give ourselves an empty stdin, and stdout and stderr as strict as a program's."""
+    """Give this process an empty stdin, and stdout and stderr as strict as a program's."""
     stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
     stderr = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     before = sys.stdin
@@ -105,7 +105,7 @@ def _run(argv: list[str]) -> tuple[Any, str, str]:
 
 
 def _check(argv: list[str]) -> tuple[Any, str]:
-    """Run it, check what holds for every command line; return exit status and stderr."""
+    """Run a command line, check what must hold for all; return exit status and stderr."""
     status, stdout, stderr = _run(argv)
     if status == 0:  # help
         assert stdout.startswith("usage: client")
@@ -122,7 +122,7 @@ def _check(argv: list[str]) -> tuple[Any, str]:
 @_EXAMPLES
 @given(words=_ARGUMENTS)
 def test_any_words_are_help_or_an_error_of_one_line(nobodys: list[str], words: list[str]) -> None:
-    """Without a subcommand, or with one that nobody knows, most of the time."""
+    """Mostly without a subcommand, or with an unknown one."""
     del nobodys
     status, _ = _check(words)
     assert status in {0, 2}
@@ -133,7 +133,7 @@ def test_any_words_are_help_or_an_error_of_one_line(nobodys: list[str], words: l
 def test_any_arguments_are_help_or_an_error_of_one_line(
     nobodys: list[str], subcommand: str, words: list[str]
 ) -> None:
-    """Behind each subcommand."""
+    """After each subcommand."""
     _check([subcommand, *nobodys, *words])
 
 
@@ -142,7 +142,7 @@ def test_any_arguments_are_help_or_an_error_of_one_line(
 def test_any_user_and_password_are_sent_or_told(
     nobodys: list[str], user: str, password: str, joined: bool
 ) -> None:
-    """They reach the call, which fails as there is no server; no line repeats the password."""
+    """The call fails because there is no server. No line repeats the password."""
     secret = f"hunter2{password}"
     words = [f"--password={secret}"] if joined else ["-p", secret]
     status, stderr = _check(["login", *nobodys, f"--user={user}", *words])
@@ -155,7 +155,7 @@ def test_any_user_and_password_are_sent_or_told(
 def test_any_token_is_sent_or_told(
     nobodys: list[str], subcommand: str, token: str, size: int
 ) -> None:
-    """Of any size and characters; no line repeats it."""
+    """The token has any size and characters. No line repeats it."""
     secret = f"hunter2{token * 10 ** (2 * size)}"
     more = {"start": ["true"], "list": [], "logout": []}.get(subcommand, ["-j", "x"])
     status, stderr = _check([subcommand, *nobodys, f"--token={secret}", *more])
@@ -166,7 +166,7 @@ def test_any_token_is_sent_or_told(
 @_EXAMPLES
 @given(job_id=_WORDS, offset=_NUMBERS)
 def test_any_job_and_offset_are_sent_or_told(nobodys: list[str], job_id: str, offset: str) -> None:
-    """Wrong usage is what is not a number of 64 bits."""
+    """Only a number of 64 bits is an offset; anything else is wrong usage."""
     status, _ = _check(["stream", *nobodys, "-t", "x", f"--job={job_id}", f"--offset={offset}"])
     is_number = set(offset) <= set(string.digits) and len(offset) <= 20
     assert status == (1 if is_number and int(offset) < 1 << 64 and job_id != "--" else 2)
@@ -175,14 +175,14 @@ def test_any_job_and_offset_are_sent_or_told(nobodys: list[str], job_id: str, of
 @_EXAMPLES
 @given(option=st.sampled_from(sorted(cli._LIMIT_OPTIONS)), value=st.one_of(_NUMBERS, _WORDS))
 def test_any_limit_is_sent_or_told(nobodys: list[str], option: str, value: str) -> None:
-    """What is accepted fits into its field of the message."""
+    """An accepted value fits into its field of the message."""
     _check(["start", *nobodys, "-t", "x", f"{option}={value}", "true"])
 
 
 @_EXAMPLES
 @given(words=st.lists(_WORDS, min_size=1, max_size=6))
 def test_any_words_of_a_job_are_the_jobs(words: list[str]) -> None:
-    """Whatever they are, behind each of the three signs that they begin."""
+    """Any words after `-args`, `--args` or `--` belong to the job."""
     for ours in (["-c", "x", "-args"], ["-t", "x", "-c=x", "--args"]):
         assert cli.parse(["start", *ours, *words]).args == words
     parsed = cli.parse(["start", "-t", "x", "--", *words])
@@ -200,7 +200,7 @@ def test_any_words_of_a_job_are_the_jobs(words: list[str]) -> None:
     )
 )
 def test_any_server_is_an_error_of_one_line(nobodys: list[str], host: str) -> None:
-    """A name that cannot be, or one where nobody answers."""
+    """An impossible name, or a name without a server."""
     status, _ = _check(["list", *nobodys, "-t", "x", f"--server={host}"])
     assert status == 1
 
@@ -230,7 +230,7 @@ _TEXTS = st.text(max_size=20)
     )
 )
 def test_any_job_is_shown_on_lines_of_its_own(job: worker_pb.Job) -> None:
-    """Whatever the server says: ten lines, or one below a heading. JSON is ASCII."""
+    """Any job has ten lines in `status`, and one in `list`. JSON is ASCII."""
     with _streams() as (stdout, _):
         stdout.write(commands._describe(job) + "\n")
         commands._print_table([job])

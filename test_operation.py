@@ -684,37 +684,6 @@ def test_requests_have_a_size_and_arguments_a_number_and_a_length(
     assert set(outcomes[:-2]) <= {"CANCELLED", "INVALID_ARGUMENT"}
 
 
-def test_calls_that_send_no_request_hold_up_nobody(start: Start, connect: Connect) -> None:
-    """More of them than the server has threads: they are ended, and their user is held off."""
-    program = start("--max-streams", "1")
-    client = connect("admin", program.address)
-    job_id = client.start(*FOREVER)
-    held = threading.Event()
-
-    def no_requests() -> Iterator[bytes]:
-        held.wait(GUARD_S)
-        yield from ()
-
-    attacker = connect("user", program.address)
-    rpc: Any = attacker._channel.stream_unary(f"{_WORKER}/ListJobs")
-    try:
-        calls = [rpc.future(no_requests(), metadata=attacker._metadata()) for _ in range(150)]
-        codes = [call.code().name for call in calls]  # blocks until they are over
-        # UNAVAILABLE: gRPC's own, for what comes before it has let go of one that has ended.
-        assert set(codes) <= {"CANCELLED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
-        assert codes.count("CANCELLED") > 32
-        error = _refusal(attacker.list)
-        assert error.code == "RESOURCE_EXHAUSTED"
-        assert error.retry_after_s
-        assert 0 < error.retry_after_s <= 60
-        assert client.stop(job_id).end_reason == worker_pb.STOPPED_BY_OWNER
-    finally:
-        held.set()
-        for call in calls:
-            call.cancel()
-    assert client.list()
-
-
 # --- the audit log -----------------------------------------------------------------------
 
 

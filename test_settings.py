@@ -1,4 +1,4 @@
-"""Tests of the configuration: what a file says, what is wrong with it, what a job gets."""
+"""Tests of the settings: the keys of the file, errors in it, and the limits of a job."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _NO_CEILINGS = Config(ceilings=NO_LIMITS)
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Load a configuration with the text given."""
+    """Load a configuration file with the given text."""
     path = tmp_path / "limits.toml"
 
     def load(text: str | bytes) -> Config:
@@ -94,7 +94,7 @@ def test_constants_are_sound() -> None:
 def test_key_sets_its_field_and_no_other(
     load: Load, table: str, line: str, field: str, value: float | None
 ) -> None:
-    """Sizes as integers or as text; "unlimited" takes a limit away."""
+    """A size is an integer or text; "unlimited" removes a limit."""
     before: Any = getattr(Config(), table)
     assert load(f"[{table}]\n{line}\n") == replace(
         Config(), **{table: replace(before, **{field: value})}
@@ -145,7 +145,7 @@ _QUOTA_LINES: list[tuple[str, str, float | None]] = [
 def test_key_of_a_ceiling_sets_its_field_and_no_other(
     load: Load, table: str, line: str, field: str, value: float | None
 ) -> None:
-    """Of one user, of all together, of a request; up to the first and the last that makes sense."""
+    """For one user, all users and a request, with the lowest and the highest value."""
     before: Any = getattr(Config(), table)
     assert load(f"[{table}]\n{line}\n") == replace(
         Config(), **{table: replace(before, **{field: value})}
@@ -161,18 +161,18 @@ def test_key_of_a_ceiling_sets_its_field_and_no_other(
     ],
 )
 def test_kept_output_per_job_is_set(load: Load, line: str, value: int | None) -> None:
-    """The one key of its table."""
+    """The table `per_job` has one key."""
     assert load(f"[per_job]\n{line}\n") == Config(job_output_bytes=value)
 
 
 def test_ceiling_of_one_user_may_be_above_that_of_all(load: Load) -> None:
-    """It has no effect then, and is no mistake."""
+    """Such a quota has no effect, and is not an error."""
     loaded = load("[per_user]\nrunning_jobs = 9\n[in_all]\nrunning_jobs = 8\n")
     assert (loaded.per_user.running_jobs, loaded.in_all.running_jobs) == (9, 8)
 
 
 def test_no_user_can_have_all_there_is() -> None:
-    """By default whoever is at every ceiling leaves as much to the others."""
+    """By default a user at every quota leaves at least as much to the others."""
     for field in Quota.__slots__:
         assert getattr(IN_ALL, field) >= 2 * getattr(PER_USER, field), field
     assert PER_USER.output_bytes is not None
@@ -180,7 +180,7 @@ def test_no_user_can_have_all_there_is() -> None:
 
 
 def test_finished_jobs_leave_room_for_output_of_running_ones() -> None:
-    """By default what is kept of all that is less than one user may have."""
+    """By default retention keeps less output than one user may have."""
     kept = Config().retention.output_bytes
     assert kept is not None
     assert PER_USER.output_bytes is not None
@@ -199,7 +199,7 @@ def test_finished_jobs_leave_room_for_output_of_running_ones() -> None:
     ],
 )
 def test_every_field_has_a_key(table: str, fields: tuple[str, ...]) -> None:
-    """Whatever there is can be set, each by one key."""
+    """One key sets each field."""
     assert sorted(kind.field for kind in settings._TABLES[table].values()) == sorted(fields)
 
 
@@ -208,7 +208,7 @@ def test_every_field_has_a_key(table: str, fields: tuple[str, ...]) -> None:
     [(table, name) for table in settings._TABLES for name in settings._TABLES[table]],
 )
 def test_constant_is_a_value_that_the_file_may_have(table: str, name: str) -> None:
-    """The range of a key includes what it is when the file does not name it."""
+    """The range of a key includes its default."""
     key = settings._TABLES[table][name]
     constant = getattr(getattr(Config(), table, Config()), key.field)
     assert key.value("unlimited" if constant is None else constant) == constant
@@ -224,7 +224,7 @@ def test_constant_is_a_value_that_the_file_may_have(table: str, name: str) -> No
     ],
 )
 def test_every_way_to_write_toml_is_the_same(load: Load, text: str) -> None:
-    """Dotted and quoted keys, inline tables, any order and line end."""
+    """Dotted and quoted keys, inline tables, any order, any line end."""
     loaded = load(text)
     assert (loaded.defaults.pids, loaded.ceilings.pids) == (7, 8)
 
@@ -339,7 +339,7 @@ _TIME = 'write a time like "7d", or "unlimited"'
 def test_mistake_is_told_with_its_line_and_the_right_form(
     load: Load, tmp_path: Path, text: str, line: int, parts: list[str]
 ) -> None:
-    """Whether the name, the type or the value is wrong: file, line, key, what it should be."""
+    """For a wrong name, type or value the error has file, line, key and right form."""
     with pytest.raises(ConfigError) as caught:
         load(text)
     told = str(caught.value)
@@ -360,7 +360,7 @@ def test_mistake_is_told_with_its_line_and_the_right_form(
 def test_what_costs_threads_or_memory_cannot_be_unlimited(
     load: Load, table: str, key: str, right: str
 ) -> None:
-    """And the right form that the error tells does not offer it."""
+    """The right form in the error does not offer "unlimited"."""
     with pytest.raises(ConfigError, match=rf"line 2: {table}\.{key}: .*; write {right}$"):
         load(f'[{table}]\n{key} = "unlimited"\n')
 
@@ -376,20 +376,20 @@ def test_what_costs_threads_or_memory_cannot_be_unlimited(
     ],
 )
 def test_what_is_not_toml_is_told_with_its_line(load: Load, text: str, line: int) -> None:
-    """In the words of Python's parser."""
+    """The error has the words of Python's parser."""
     with pytest.raises(ConfigError, match=rf"limits\.toml: not TOML: .* line {line}, column"):
         load(text)
 
 
 def test_what_is_not_utf_8_is_told_with_its_line(load: Load) -> None:
-    """As other editors' files may be."""
+    """Some editors save other encodings."""
     with pytest.raises(ConfigError, match=r"limits\.toml, line 2: not UTF-8"):
         load(b"[defaults]\n# gro\xdf\npids = 1\n")
 
 
 @pytest.mark.parametrize("name", ["absent.toml", "."])
 def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    """The operating system's own error, with the path."""
+    """It is an OSError with the path."""
     with pytest.raises(OSError, match=re.escape(str(tmp_path / name).rstrip("."))):
         load_config(tmp_path / name)
 
@@ -398,7 +398,7 @@ def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_what_a_job_does_not_ask_for_is_the_default() -> None:
-    """And what it asks for it gets, above the default or below."""
+    """A job gets a limit that it asks for, above or below the default."""
     assert _NO_CEILINGS.limits({}) == DEFAULTS
     asked: dict[str, Any] = {"cpu_cores": 2.5, "memory_bytes": 1, "pids": 1000}
     assert _NO_CEILINGS.limits(asked) == replace(DEFAULTS, **asked)
@@ -406,7 +406,7 @@ def test_what_a_job_does_not_ask_for_is_the_default() -> None:
 
 @pytest.mark.parametrize("field", Limits.__slots__)
 def test_ceiling_can_be_reached_and_not_passed(field: str) -> None:
-    """One more is an error that names the field, the value and the ceiling."""
+    """A higher value is an error with the field, the value and the ceiling."""
     ceiling = getattr(CEILINGS, field)
     assert getattr(Config().limits({field: ceiling}), field) == ceiling
     text = rf"{field} {ceiling + 1} is above this server's ceiling of {ceiling}"
@@ -417,7 +417,7 @@ def test_ceiling_can_be_reached_and_not_passed(field: str) -> None:
 
 @pytest.mark.parametrize("field", Limits.__slots__)
 def test_no_limit_means_the_ceiling(field: str) -> None:
-    """A job that asks for nothing gets no more than one that asks, whatever the default."""
+    """A job that asks for nothing gets no more than the ceiling."""
     settings = Config(defaults=NO_LIMITS)
     assert getattr(settings.limits({}), field) == getattr(CEILINGS, field)
     assert Config(NO_LIMITS, NO_LIMITS).limits({}) == NO_LIMITS
@@ -441,14 +441,14 @@ def test_no_limit_means_the_ceiling(field: str) -> None:
 )
 @pytest.mark.parametrize("settings", [Config(), _NO_CEILINGS], ids=["ceilings", "none"])
 def test_senseless_limit_is_an_error(settings: Config, asked: dict[str, Any]) -> None:
-    """It names the field, what is allowed and the value."""
+    """The error has the field, the allowed range and the value."""
     ((field, value),) = asked.items()
     with pytest.raises(LimitError, match=rf"{field} must be at least [\d.]+, not {value}"):
         settings.limits(asked)
 
 
 def test_endless_limit_is_an_error() -> None:
-    """Infinity is above every ceiling, and nothing that the kernel takes where there is none."""
+    """Infinity is above every ceiling; without a ceiling the kernel would not accept it."""
     with pytest.raises(LimitError, match=r"cpu_cores inf is above .* 8\.0"):
         Config().limits({"cpu_cores": math.inf})
     with pytest.raises(LimitError, match=r"cpu_cores must be at most [0-9]+, not inf"):
