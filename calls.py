@@ -32,6 +32,7 @@ import contextlib
 import functools
 import logging
 import threading
+import time
 from collections import Counter, deque
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Final
@@ -56,7 +57,11 @@ _LONG_S = 0.01
 _THREADS_OF_ONE = 64
 # Unary calls of one caller that are under way or wait. A burst of 1,000 calls is served.
 _CALLS_OF_ONE = 1024
-# The same of all callers together. A caller with less than _CALLS_ALWAYS is not refused for
+# A queue this long whose first call has waited this long is an overload and not a burst. It
+# does not get longer, so that those who are served are served within a second.
+_STANDING_CALLS = 256
+_STANDING_S = 0.4
+# Unary calls of all callers together. A caller with less than _CALLS_ALWAYS is not refused for
 # what others have under way.
 _CALLS_IN_ALL = 4096
 _CALLS_ALWAYS = 64
@@ -112,7 +117,8 @@ class Ticket:
     """
 
     __slots__ = (
-        *("_calls", "caller", "counts", "is_stream", "key", "refusal", "run", "runs", "unread"),
+        *("_calls", "caller", "counts", "is_stream", "key", "refusal", "run", "runs", "since"),
+        "unread",
     )
 
     def __init__(self, calls: Calls, key: object, *, is_stream: bool) -> None:
@@ -120,6 +126,7 @@ class Ticket:
         self.key = key
         self.is_stream = is_stream
         self.refusal: OverloadError | None = None
+        self.since = calls.clock()
         self.run: Callable[[], object] | None = None  # until it runs
         # Guarded by the lock of `Calls`.
         self.caller = _Caller(key)
@@ -170,11 +177,19 @@ class Calls(Executor):
     """The queues and threads of a server's calls: its executor, and a context manager.
 
     `streams`: how many streams may be open; `streams_of_one`: how many of one caller.
-    Attributes: `accepting`, gRPC's accepting thread, None before the first call;
-    `of_one_connection`, how many calls gRPC should let one connection have.
+    `clock`: tells seconds and never goes back. Attributes: `accepting`, gRPC's accepting thread,
+    None before the first call; `of_one_connection`, how many calls gRPC should let one
+    connection have.
     """
 
-    def __init__(self, *, streams: int, streams_of_one: int) -> None:
+    def __init__(
+        self,
+        *,
+        streams: int,
+        streams_of_one: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
         self._streams_in_all = streams + _STREAMS_SPARE
         self._streams_of_one = min(streams, streams_of_one) + _STREAMS_SPARE_OF_ONE
         # One connection may have all that its caller may have. gRPC's clients wait for more.
@@ -219,6 +234,11 @@ class Calls(Executor):
         """Return the ticket of a call of this caller. gRPC submits the call next."""
         self.accepting = threading.current_thread()
         self._arriving = ticket = Ticket(self, key, is_stream=is_stream)
+        with self._lock:
+            ticket.caller = self._callers.get(key, ticket.caller)
+            why = self._why_refused_locked(ticket.caller, ticket)
+        if why is not None:
+            ticket.refusal = OverloadError(why)
         return ticket
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -231,23 +251,19 @@ class Calls(Executor):
         try:
             if ticket is None:
                 raise RuntimeError("submit without arrive")  # noqa: TRY301 -- logged below
-            ticket.run = functools.partial(fn, *args, **kwargs)
-            with self._lock:
-                self._admit_locked(ticket)
             if ticket.refusal is not None:
-                ticket.run()
-                ticket.run = None
+                fn(*args, **kwargs)
+            else:
+                ticket.run = functools.partial(fn, *args, **kwargs)
+                with self._lock:
+                    self._admit_locked(ticket)
         except Exception:
             logger.exception("a call could not be queued and stays without an answer")
         return _DONE
 
     def _admit_locked(self, ticket: Ticket) -> None:
-        caller = ticket.caller = self._callers.get(ticket.key, ticket.caller)
-        why = self._why_refused_locked(caller, ticket)
-        if why is not None:
-            ticket.refusal = OverloadError(why)
-            return
-        self._callers[ticket.key] = caller
+        # The caller may have been forgotten since `arrive`.
+        caller = ticket.caller = self._callers.setdefault(ticket.key, ticket.caller)
         ticket.counts = True
         if ticket.is_stream:
             caller.streams += 1
@@ -273,6 +289,10 @@ class Calls(Executor):
             return None
         if caller.calls >= _CALLS_OF_ONE:
             return f"{caller.calls} of your calls are under way"
+        if len(caller.queue) >= _STANDING_CALLS:
+            waits_s = self.clock() - caller.queue[0].since
+            if waits_s > _STANDING_S:
+                return f"{len(caller.queue)} of your calls wait, one for {waits_s:.1f} s"
         if self._calls >= _CALLS_IN_ALL and caller.calls >= _CALLS_ALWAYS:
             return f"{self._calls} calls are under way, {caller.calls} of them yours"
         return None

@@ -14,6 +14,7 @@ it lasts. It also waits for the request of its call, which a client may never se
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import ssl
@@ -167,26 +168,32 @@ class Call:
 
 
 class _Overload:
-    """Records the calls that are refused for overload: those alike, of a second, in one line."""
+    """Records the calls that are refused for overload: one line a second for all that are alike.
 
-    def __init__(self) -> None:
+    In an overload there is no time for a line each.
+    """
+
+    def __init__(self, audit: AuditLog) -> None:
+        self._audit = audit
         # Guards all below. Notified when there is something to record, and when it is closed.
         self._changed = threading.Condition()
-        # By connection and method: the first call, why it was refused, and how many there were.
-        self._refused: dict[tuple[str, str], tuple[Call, str, int]] = {}
+        # By caller and method: the first call, and how many there were.
+        self._refused: dict[tuple[object, str], tuple[Call, int]] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="overload", daemon=True)
         self._thread.start()
 
-    def add(self, call: Call, message: str) -> None:
-        key = (str(call.context.peer()), call.method)
+    def add(self, method: str, ticket: Ticket, context: grpc.ServicerContext) -> None:
+        """Count a call that is refused. Neither raises nor blocks."""
+        key = (ticket.key, method)
         with self._changed:
-            first, reason, count = self._refused.get(key, (call, message, 0))
-            if not count:
+            first, count = self._refused.get(key, (None, 0))
+            if first is None:
+                first = Call(method, context, self._audit, ticket)
                 with contextlib.suppress(auth.AuthenticationError):
-                    call.certificate = _certificate(call.context)
+                    first.certificate = _certificate(context)
                 self._changed.notify()
-            self._refused[key] = (first, reason, count + 1)
+            self._refused[key] = (first, count + 1)
 
     def close(self) -> None:
         """Record what is left, and end the thread."""
@@ -202,8 +209,9 @@ class _Overload:
                 self._changed.wait_for(lambda: self._closed or self._refused)
                 closed = self._changed.wait_for(lambda: self._closed, _TOGETHER_S)
                 refused, self._refused = self._refused, {}
-            for call, reason, count in refused.values():
+            for call, count in refused.values():
                 with contextlib.suppress(AuditError):  # refused they are in any case
+                    reason = str(call.ticket.refusal)
                     call.record(grpc.StatusCode.RESOURCE_EXHAUSTED.name, reason, calls=count)
 
 
@@ -230,7 +238,7 @@ class Gate(grpc.ServerInterceptor):
         self._audit = audit
         self._calls = calls
         self._request_bytes = request_bytes
-        self._overload = _Overload()
+        self._overload = _Overload(audit)
 
     def close(self) -> None:
         """End the gate's thread, when no more calls come."""
@@ -251,47 +259,65 @@ class Gate(grpc.ServerInterceptor):
         method = handler_call_details.method[:SHOWN_CHARACTERS]
         is_stream = handler is not None and handler.response_streaming
         ticket = self._calls.arrive(self._caller(handler_call_details), is_stream=is_stream)
+        # For gRPC every call has a stream of requests. So the behaviour begins before the request
+        # is there, and a call that is not admitted does not wait for its request. gRPC is given no
+        # deserializer, because whoever may not call learns nothing about the request's form.
+        if ticket.refusal is not None:
+            behaviour = functools.partial(self._refuse_at_once, method, ticket)
+            return grpc.stream_unary_rpc_method_handler(behaviour)
+        if is_stream:
+            return grpc.stream_stream_rpc_method_handler(
+                functools.partial(self._stream, method, handler, ticket)
+            )
+        return grpc.stream_unary_rpc_method_handler(
+            functools.partial(self._unary, method, handler, ticket)
+        )
 
-        def unary(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-            call = Call(method, context, self._audit, ticket)
-            if ticket.refusal is not None:
-                self._refuse_at_once(call, ticket.refusal)
-            try:
-                ticket.begin(context)
-                self._admit(call, handler)
-                with self._share(call):
-                    answer = handler.unary_unary(self._receive(handler, requests, call), call)
-                    data: bytes = handler.response_serializer(answer)
-                    ticket.hold(len(data) - ticket.unread)
-                    if not call.recorded:
-                        call.record()
-            except Exception as error:  # noqa: BLE001 -- the one place that translates them
-                self._refuse(call, error)
-            return data
+    def _unary(
+        self,
+        method: str,
+        handler: Any,
+        ticket: Ticket,
+        requests: Iterator[bytes],
+        context: grpc.ServicerContext,
+    ) -> bytes:
+        """Be the behaviour of a unary call."""
+        call = Call(method, context, self._audit, ticket)
+        try:
+            ticket.begin(context)
+            self._admit(call, handler)
+            with self._share(call):
+                answer = handler.unary_unary(self._receive(handler, requests, call), call)
+                data: bytes = handler.response_serializer(answer)
+                ticket.hold(len(data) - ticket.unread)
+                if not call.recorded:
+                    call.record()
+        except Exception as error:  # noqa: BLE001 -- the one place that translates them
+            self._refuse(call, error)
+        return data
 
-        def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            call = Call(method, context, self._audit, ticket)
-            if ticket.refusal is not None:
-                self._refuse_at_once(call, ticket.refusal)
-            try:
-                ticket.begin(context)
-                self._admit(call, handler)
-                messages = handler.unary_stream(self._receive(handler, requests, call), call)
-                with contextlib.closing(messages):
-                    ticket.leave()
-                    # Serialized: gRPC would keep the message too, until the client reads on.
-                    yield from messages
-            except Exception as error:  # noqa: BLE001 -- the same
-                self._refuse(call, error)
-
-        # As if for a stream of requests, of which one is read, when the call is admitted: a
-        # call that is not does not keep a thread until its request has come. And no
-        # deserializer: who may not call learns nothing about the request's form.
-        if handler is None:
-            return grpc.stream_unary_rpc_method_handler(unary)
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(stream)
-        return grpc.stream_unary_rpc_method_handler(unary)
+    def _stream(
+        self,
+        method: str,
+        handler: Any,
+        ticket: Ticket,
+        requests: Iterator[bytes],
+        context: grpc.ServicerContext,
+    ) -> Iterator[bytes]:
+        """Be the behaviour of a stream."""
+        call = Call(method, context, self._audit, ticket)
+        try:
+            ticket.begin(context)
+            self._admit(call, handler)
+            messages = handler.unary_stream(self._receive(handler, requests, call), call)
+            with contextlib.closing(messages):
+                ticket.leave()
+                # A client that waits for the first output knows now that the stream is accepted.
+                context.send_initial_metadata(())
+                # Serialized: gRPC would keep the message too, until the client reads on.
+                yield from messages
+        except Exception as error:  # noqa: BLE001 -- the same
+            self._refuse(call, error)
 
     def _caller(self, details: grpc.HandlerCallDetails) -> object:
         """Return in whose queue the call belongs. Only `_admit` checks the token as a whole."""
@@ -310,14 +336,17 @@ class Gate(grpc.ServerInterceptor):
             return self._calls.login(call.certificate)
         return _UNBOUNDED
 
-    def _refuse_at_once(self, call: Call, error: OverloadError) -> NoReturn:
-        """Refuse a call that is one too many, in gRPC's accepting thread.
-
-        The audit log has such calls within a second, one line for all of the same connection
-        and method, because there is no time for a line each.
-        """
-        self._overload.add(call, str(error))
-        _abort(call.context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
+    def _refuse_at_once(
+        self,
+        method: str,
+        ticket: Ticket,
+        _requests: Iterator[bytes],
+        context: grpc.ServicerContext,
+    ) -> NoReturn:
+        """Be the behaviour of a call that is one too many, in gRPC's accepting thread."""
+        error = ticket.refusal or AssertionError("the call is not refused")
+        self._overload.add(method, ticket, context)
+        _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
 
     def _admit(self, call: Call, handler: Any) -> None:
         """Raise unless TLS, the token and the role allow this call, and there is a handler."""

@@ -28,6 +28,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Self, cast
@@ -112,7 +113,8 @@ _SHARED_UID = (
 class Server:
     """A running server: a context manager, which calls `stop`.
 
-    Attribute: `address`, the HOST:PORT it listens on. Raises `SettingsError`,
+    Attributes: `address`, the HOST:PORT it listens on; `grpc_threads`, the threads in which gRPC
+    accepts calls. Raises `SettingsError`,
     `CertificateError`, `UntrustedFileError`, `AccountsError`, `CgroupError`, ValueError or
     OSError when it cannot start.
     """
@@ -143,7 +145,9 @@ class Server:
             self._server = self._make_grpc_server(config, undo)
             bound_port = _bind(self._server, self._host, port, self._certificates.credentials())
             self.address = join_address(self._host, bound_port)
+            before = set(threading.enumerate())
             self._server.start()
+            self.grpc_threads = frozenset(threading.enumerate()) - before
             self._undo = undo.pop_all()
 
     def _make_worker(self, config: Config, uids: range | None) -> worker.Worker:
@@ -233,6 +237,10 @@ class Server:
         self._worker.close()
         stopped.wait()
         self._undo.close()
+
+    def kill_jobs(self) -> None:
+        """Kill every job and start no more; blocks until they are gone."""
+        self._worker.close()
 
     def _uid_of(self, user: str) -> int | None:
         return self._accounts.uid(user) if self._accounts else None
@@ -385,6 +393,7 @@ def _serve(settings: Settings) -> None:
             "or accept weaker limits with --limits auto",
         ]
         raise SettingsError("\n".join(lines)) from error
+    _end_if_grpc_ends(server)
     print(f"listening on {server.address}", flush=True)
     while (number := signal.sigwait(signals)) == signal.SIGHUP:
         logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
@@ -393,6 +402,28 @@ def _serve(settings: Settings) -> None:
     faulthandler.dump_traceback_later(_WATCHDOG_S, exit=True)
     server.stop()
     faulthandler.cancel_dump_traceback_later()
+
+
+def _end_if_grpc_ends(server: Server) -> None:
+    """Make the program end if an exception ends the thread in which gRPC accepts calls.
+
+    The server would answer no call from then on. The systemd unit restarts a program that ends.
+    """
+
+    def on_exception(args: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(args)
+        if args.thread in server.grpc_threads:
+            logger.critical(
+                "gRPC's accepting thread has ended (%s: %s), so no call would be answered; "
+                "killing the jobs and ending",
+                *(args.exc_type.__name__, args.exc_value),
+            )
+            faulthandler.dump_traceback_later(_WATCHDOG_S, exit=True)
+            # Not `server.stop`: it waits for the thread that has ended.
+            server.kill_jobs()
+            os._exit(1)
+
+    threading.excepthook = on_exception
 
 
 def _keep_memory() -> None:

@@ -33,6 +33,7 @@ from testkit import (
     HTTP2_GREETING,
     call_rpc,
     children_of,
+    clean_environment,
     follow,
     make_fifo,
     run_job,
@@ -633,6 +634,44 @@ def test_signal_ends_server_jobs_and_streams(
     with pytest.raises(ClientError) as caught:
         client.status(job_id)
     assert caught.value.code == "UNAVAILABLE"
+
+
+_WITH_FAULT = """
+import sys
+import calls, server
+
+def submit(*_):
+    raise MemoryError("a fault of the test")
+
+calls.Calls.submit = submit
+sys.exit(server.main(sys.argv[1:]))
+"""
+
+
+def test_server_whose_accepting_thread_has_ended_ends_and_says_why(
+    certs: Path, make_state: Callable[[], Path], tmp_path: Path
+) -> None:
+    """A service manager can restart it. Without this it would live on and answer no call."""
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        program = subprocess.Popen(
+            [
+                *(sys.executable, "-c", _WITH_FAULT, "--listen", "127.0.0.1:0"),
+                *("--limits", "auto", "--certs", certs, "--state-dir", make_state()),
+            ],
+            cwd=_HERE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=clean_environment(),
+        )
+    with program:
+        assert program.stdout
+        address = program.stdout.readline().removeprefix("listening on ").strip()
+        with Client(address, certs=certs) as client, pytest.raises(ClientError):
+            client.login("user", "user")
+        assert program.wait(GUARD_S) == 1
+    assert "gRPC's accepting thread has ended (MemoryError: a fault of the test)" in log.read_text()
 
 
 def test_server_ends_though_a_client_does_not_read(

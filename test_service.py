@@ -660,7 +660,7 @@ def test_job_of_a_dead_spawner_is_lost_and_no_other_can_start(
     job = client.status(job_id)
     assert (job.status, job.end_reason) == (worker_pb.FINISHED, worker_pb.LOST)
     code, details = call_rpc(client, "StartJob", command="true")
-    assert (code, "restarts" in details) == ("UNAVAILABLE", True)
+    assert (code, "restart the server" in details) == ("UNAVAILABLE", True)
 
 
 # --- jobs -------------------------------------------------------------------------------
