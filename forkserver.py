@@ -92,7 +92,6 @@ class _ForkServer:
         self._jobs_cgroup: str | None = duties["jobs_cgroup"]
         self._uids = range(*duties["uids"]) if duties["uids"] else None
         self._dismantling: list[Any] | None = duties["dismantle"]
-        self._files: dict[str, int] = duties["files"]
         self._dismantles_at_end = False
         self._fork_child = clone if clone_works() else popen
         self._leaders: dict[int, _Leader] = {}  # by pid
@@ -170,8 +169,6 @@ class _ForkServer:
                     self._reap_some()
                     if request["job"] in self._pids:
                         self._kill_or_reap(self._pids[request["job"]])
-                case "open":
-                    passed.append(self._open(request["path"]))
                 case "dismantle_at_end":
                     self._dismantles_at_end = True
                 case _:
@@ -183,11 +180,6 @@ class _ForkServer:
                 send(reply, answer, passed)
         finally:
             close_all(passed)
-
-    def _open(self, path: str) -> int:
-        if path not in self._files:
-            raise PermissionError(errno.EPERM, "not one of the files named at the start", path)
-        return os.open(path, self._files[path] | os.O_CLOEXEC, 0o600)
 
     def _fork(
         self, job: str, reply: socket.socket, stdout_fd: int, exit_fd: int

@@ -57,6 +57,7 @@ except ImportError as error:
 
 import hostcheck
 import worker
+from fileopener import FileOpener
 from privileges import can_change_user
 from settings import Config, Settings, SettingsError, load_config, parse_arguments
 from trustedfiles import READ_FLAGS, TrustedFiles, UntrustedFileError, check_private
@@ -121,6 +122,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._opener: FileOpener | None = None  # if this process has given up its rights
         try:
             self._host, port = parse_address(settings.listen)
         except ValueError as error:
@@ -140,6 +142,8 @@ class Server:
             self._open_state(users, uids, undo)
             _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
+                self._opener = undo.enter_context(FileOpener(self._files.flags))
+                self._files.open_with(self._opener.open)
                 # Before the server listens, and before it has threads.
                 self._worker.drop_privileges(own_uid)
             self._server = self._make_grpc_server(config, undo)
@@ -151,17 +155,14 @@ class Server:
             self._undo = undo.pop_all()
 
     def _make_worker(self, config: Config, uids: range | None) -> worker.Worker:
-        jobs = worker.Worker(
+        return worker.Worker(
             limits=config.limits({}),
             enforcement=self._settings.enforcement,
             cgroup_root=self._settings.cgroup_root,
             output_dir=self._settings.state_dir / "output",
             uids=uids,
-            files=self._files.flags,
             retention=config.retention,
         )
-        self._files.open_with(jobs.open_file)
-        return jobs
 
     def _open_state(
         self, users: Sequence[User], uids: range | None, undo: contextlib.ExitStack
@@ -224,7 +225,6 @@ class Server:
             AccountsError,
             ValueError,
             OSError,
-            worker.SpawnerDiedError,
         ) as error:
             logger.error("the users stay as they were: %s", error)
         else:
@@ -234,6 +234,8 @@ class Server:
         """Refuse new calls, kill the jobs, let the streams end; blocks until that is done."""
         stopped = self._server.stop(_STOP_GRACE_S)
         self._authenticator.close()
+        if self._opener is not None:
+            self._opener.close()  # first, because the worker removes the cgroup that it is in
         self._worker.close()
         stopped.wait()
         self._undo.close()

@@ -79,8 +79,7 @@ class Spawner:
     `jobs_cgroup`: the directory with the jobs' cgroups. A job's cgroup has the job's name, and
     exists before `fork`. `uids`: jobs run as users of this range; that needs the right to change
     users (`privileges.can_change_user`). Without it they run as the caller. `dismantle`: the
-    arguments of `cgroupfs.dismantle`, for `dismantle_at_end`. `files`: what `open` may open, each
-    path with the flags of open(2).
+    arguments of `cgroupfs.dismantle`, for `dismantle_at_end`.
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class Spawner:
         jobs_cgroup: Path | None = None,
         uids: range | None = None,
         dismantle: Sequence[Any] | None = None,
-        files: Mapping[str, int] | None = None,
     ) -> None:
         # Guards the socket against being closed while it is used. Held while a request is sent,
         # never while its answer is awaited.
@@ -104,7 +102,6 @@ class Spawner:
                 "jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None,
                 "uids": [uids.start, uids.stop] if uids else None,
                 "dismantle": dismantle,
-                "files": dict(files or {}),
             }
             # It imports no site-packages, obeys no PYTHON* variables, and, in a session of its
             # own, gets no signals from a terminal. Without a preexec_fn Popen uses vfork, which
@@ -154,26 +151,11 @@ class Spawner:
         """
         self._request({"op": "dismantle_at_end"})
 
-    def open(self, path: str) -> int:
-        """Open one of `files` with the fork server's rights; return the descriptor.
-
-        A file that is created has mode 0600. Raises OSError, PermissionError for a path that is
-        not in `files`, `SpawnerDiedError`.
-        """
-        try:
-            received = self._request({"op": "open", "path": path})
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, path) from None
-        if not received:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-        return received[0]
-
-    def _request(self, request: dict[str, Any]) -> list[int]:
-        """Ask for something other than a process; return the descriptors in the answer."""
-        answer, received = self._collect(self._ask(request, []), _ANSWER_S)
+    def _request(self, request: dict[str, Any]) -> None:
+        """Ask for something other than a process; wait until it is done."""
+        answer, _ = self._collect(self._ask(request, []), _ANSWER_S)
         if "errno" in answer:
             raise _error(answer)
-        return received
 
     def _ask(self, request: dict[str, Any], fds: list[int]) -> socket.socket:
         """Send a request; return the socket on which the answer will come."""

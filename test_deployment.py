@@ -26,7 +26,7 @@ import workerservice_pb2 as worker_pb
 from accounts import parse_uids
 from client import Client, ClientError
 from settings import Config, parse_arguments
-from testkit import GUARD_S, ServerProgram, children_of
+from testkit import GUARD_S, ServerProgram, fork_server_of
 from worker import Worker
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _started(
         before=before,
     )
     with contextlib.ExitStack() as stack:
-        (helper,) = children_of(program.process.pid)
+        helper = fork_server_of(program.process.pid)
         pidfd = stack.enter_context(open(os.pidfd_open(helper)))
         stack.callback(select.select, [pidfd], [], [], GUARD_S)
         stack.enter_context(program.process)
@@ -249,7 +249,7 @@ def test_rights_of_the_unit_are_enough(
     """Limited jobs, a stop, SIGTERM, a second start; no process, cgroup or output is left."""
     for _ in range(2):  # the second finds a state directory that was in use
         with _started(certs, state, _rights(unit, base)) as (program, user):
-            (helper,) = children_of(program.process.pid)
+            helper = fork_server_of(program.process.pid)
             assert _status(program.process.pid)["Uid"].split() == [str(_SERVER_UID)] * 4
             kept = sum(1 << number for number in (1, 6, 7))  # DAC_OVERRIDE, SETGID, SETUID
             assert int(_status(helper)["CapEff"], 16) == kept

@@ -31,7 +31,7 @@ import workerservice_pb2 as worker_pb
 from cgroupfs import wait_event
 from client import Client, ClientError
 from privileges import can_change_user, can_kill_any
-from testkit import GUARD_S, NOBODY, children_of, clean_environment
+from testkit import GUARD_S, NOBODY, clean_environment, fork_server_of
 from users import make_user
 from worker import Worker
 
@@ -113,11 +113,6 @@ _CARELESS = (
 )
 
 
-def _helper_of(server: int) -> int:
-    (helper,) = children_of(server)
-    return helper
-
-
 def _status(pid: int | str) -> dict[str, str]:
     """The fields of /proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -175,7 +170,7 @@ class _House:
 
     @property
     def helper_pid(self) -> int:
-        return _helper_of(self.server_pid)
+        return fork_server_of(self.server_pid)
 
     @property
     def targets(self) -> list[int]:
@@ -851,7 +846,7 @@ def _await_end(pid: int) -> None:
 def test_death_of_the_server_leaves_nothing(certs: Path, public: Path, witness: _Witness) -> None:
     """SIGKILL: every job of every user dies, the helper ends, and the cgroups go with it."""
     with _busy(certs, public, witness) as program:
-        helper, subtree = _helper_of(program.process.pid), _subtree_of(program.process.pid)
+        helper, subtree = fork_server_of(program.process.pid), _subtree_of(program.process.pid)
         with open(os.pidfd_open(helper)) as pidfd:
             program.process.kill()
             witness.await_end()
@@ -865,12 +860,12 @@ def test_death_of_the_helper_leaves_no_job(certs: Path, public: Path, witness: _
         subtree = _subtree_of(program.process.pid)
         if subtree is None:
             pytest.skip("needs cgroup v2: without, only the leaders die with the helper")
-        os.kill(_helper_of(program.process.pid), signal.SIGKILL)
+        os.kill(fork_server_of(program.process.pid), signal.SIGKILL)
         witness.await_end()
         with _login(program.address, certs, "admin", "admin") as admin:
             for job in admin.list():
                 assert _end_of(admin, job.job_id).end_reason == worker_pb.LOST
-            with pytest.raises(ClientError, match="fork server has died"):
+            with pytest.raises(ClientError, match="has died; restart the server"):
                 _sh(admin, "true")
         assert program.end() == 0
         # Nobody with the right to remove it is left, but for the next server.
@@ -884,7 +879,7 @@ def test_death_of_the_helper_leaves_no_job(certs: Path, public: Path, witness: _
 def test_graceful_stop_leaves_nothing(certs: Path, public: Path, witness: _Witness) -> None:
     """SIGTERM: no process, no cgroup, no output file, and exit status 0."""
     with _busy(certs, public, witness) as program:
-        helper, subtree = _helper_of(program.process.pid), _subtree_of(program.process.pid)
+        helper, subtree = fork_server_of(program.process.pid), _subtree_of(program.process.pid)
         assert program.end() == 0
         witness.await_end()
         assert not Path(f"/proc/{helper}").exists()
@@ -904,7 +899,7 @@ def test_nothing_stays_in_the_cgroup_tree(
         with _login(program.address, certs, "user", "user") as user:
             _sh(user, witness.script)
             witness.await_up(1)
-        helper = _helper_of(program.process.pid)
+        helper = fork_server_of(program.process.pid)
         assert (base / "cgroup.procs").read_text() == ""
         with open(os.pidfd_open(helper)) as pidfd:
             program.process.send_signal(number)
@@ -997,8 +992,6 @@ def test_isolation_with_capabilities_instead_of_root(
             for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
                 assert int(status[name], 16) == 0
             assert status["NoNewPrivs"] == "1"
-        helper = _status(_helper_of(pid))
-        assert int(helper["CapEff"], 16) == sum(1 << number for number in (5, 6, 7))
         with (
             _login(program.address, certs, "user", "user") as user,
             _login(program.address, certs, "admin", "admin") as admin,
@@ -1007,10 +1000,13 @@ def test_isolation_with_capabilities_instead_of_root(
             assert len(uids) == 2
             assert uids <= set(range(_FIRST_UID - 1, 80_000))
             assert "CapEff:\t0000000000000000" in _run(user, "cat /proc/self/status")
+            # Not before a job has run: the fork server gives up its other rights as it starts.
+            fork_server = _status(fork_server_of(pid))
+            assert int(fork_server["CapEff"], 16) == sum(1 << number for number in (5, 6, 7))
             job = _sh(user, witness.script)
             witness.await_up(1)
             script = 'kill -9 $1 $2 && echo gained; cat "$3/token.key" && echo gained'
-            output = _run(user, script, pid, _helper_of(pid), state_of_nobody)
+            output = _run(user, script, pid, fork_server_of(pid), state_of_nobody)
             assert "gained" not in output
             assert user.stop(job).status == worker_pb.STOPPED
         assert program.end() == 0
@@ -1028,7 +1024,7 @@ def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
     options = ("--certs", certs, "--state-dir", state_of_nobody, "--limits", "require")
     before = (*enter, *_as_nobody("setuid", "setgid"))
     with _server(public / "log", *options, "--require-isolation", before=before) as program:
-        helper = _helper_of(program.process.pid)
+        helper = fork_server_of(program.process.pid)
         with _login(program.address, certs, "user", "user") as user:
             assert _uid_of(user) >= _FIRST_UID - 1
             job = _sh(user, witness.script)

@@ -63,9 +63,10 @@ _MODULES = {
         "gate": "audit auth calls google grpc quotas settings worker",
         "service": f"auth gate google quotas worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
         "settings": "limits units users worker",
+        "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
-        "server": "accounts audit auth calls gate grpc hostcheck privileges service "
-        " settings tls trustedfiles units users worker",
+        "server": "accounts audit auth calls fileopener gate grpc hostcheck privileges service "
+        "settings tls trustedfiles units users worker",
     },
     "client": {
         "connection": f"certcheck grpc units {_AUTH_PB} {_WORKER_PB}; google",

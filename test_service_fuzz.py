@@ -38,7 +38,15 @@ from calls import (
 )
 from client import Client
 from settings import Requests
-from testkit import GUARD_S, HTTP2_PREFACE, ServerProgram, children_of, descriptors_of, http2_frame
+from testkit import (
+    GUARD_S,
+    HTTP2_PREFACE,
+    ServerProgram,
+    children_of,
+    descriptors_of,
+    fork_server_of,
+    http2_frame,
+)
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:
@@ -97,7 +105,7 @@ class _Server:
         self.certs = certs
         self.address = program.address
         self.pid = program.process.pid
-        (self._helper,) = children_of(self.pid)
+        self._helper = fork_server_of(self.pid)
         self._users = {user.name: user for user in SEEDED_USERS}
         self._authenticator = Authenticator(users=SEEDED_USERS, key=key)
         self.admin = Client(self.address, certs=certs, token=self.token("admin"))

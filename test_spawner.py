@@ -15,7 +15,6 @@ import resource
 import select
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -1101,11 +1100,12 @@ _NO_NAMES: list[object] = [[], {}]
 _MESSAGES: list[bytes | dict[str, Any]] = [
     *({"op": op} for op in _OPS),
     *({"op": "kill", "job": job} for job in _NO_NAMES),
-    *({"op": op} for op in ("fork", "kill", "open")),
+    *({"op": op} for op in ("fork", "kill")),
     *(b"", b"{", b"not JSON", b"\xff\xfe", b"[]", b"5", b"null", b'"fork"', b"{}"),
     *(b'{"job": "honest"}', b"[" * 4000, b"x" * 5000),
     json.dumps({"op": "kill", "job": "x" * 5000}).encode(),
-    json.dumps({"op": "open", "path": "/etc/shadow"}).encode()[:-3],
+    {"op": "open", "path": "/etc/shadow"},
+    json.dumps({"op": "kill", "job": "honest"}).encode()[:-3],
 ]
 
 
@@ -1122,47 +1122,6 @@ def test_message_larger_than_the_socket_takes_is_refused_by_the_kernel(seat: _Se
     with pytest.raises(OSError, match="Message too long"):
         seat.ask(b"x" * (8 << 20))
     seat.assert_nothing_gained(seat.ask({"op": "?"}))
-
-
-@pytest.mark.parametrize("uids", [_UIDS, None])
-@pytest.mark.usefixtures("as_root")
-def test_only_the_named_files_are_opened(tmp_path: Path, uids: range | None) -> None:
-    """As they were named, character by character, and never for more than was allowed."""
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "named").write_text("named")
-    named, log = str(tmp_path / "named"), str(tmp_path / "log")
-    files = {named: os.O_RDONLY, log: os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW}
-    with contextlib.closing(_Seat(uids=uids, files=files)) as seat:
-        for path in [
-            *("/etc/shadow", "/", "", ".", "..", "named", "./named", f"{tmp_path}/secret"),
-            *(
-                f"{tmp_path}/../{tmp_path.name}/named",
-                f"{tmp_path}//named",
-                f"{named}/",
-                f"/{named}",
-            ),
-            *(f"{tmp_path}/./named", f"{named}\0", f"{named}/../secret", "/proc/self/environ"),
-            *("/proc/self/fd/0", None, 0, 1, True, [named], {named: 1}),
-        ]:
-            seat.assert_nothing_gained(seat.ask({"op": "open", "path": path}))
-        with open(seat.spawner.open(named)) as file:
-            assert file.read() == "named"
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.write(file.fileno(), b"x")
-        with open(seat.spawner.open(log), "ab", buffering=0) as file:
-            file.write(b"line\n")
-            os.pwrite(file.fileno(), b"LINE", 0)  # appends, for so it was opened
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.read(file.fileno(), 1)
-        assert Path(log).read_bytes() == b"line\nLINE"
-        assert stat.S_IMODE(Path(log).stat().st_mode) == 0o600
-        with pytest.raises(PermissionError, match="shadow"):
-            seat.spawner.open("/etc/shadow")
-        os.unlink(log)
-        os.symlink(tmp_path / "secret", log)
-        with pytest.raises(OSError, match="symbolic links"):
-            seat.spawner.open(log)
-    assert (tmp_path / "secret").read_text() == "secret"
 
 
 @pytest.mark.parametrize("job", ["nobody", "../honest", "", "1", 1, str(os.getpid()), -1])

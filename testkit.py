@@ -101,6 +101,16 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def fork_server_of(main: int) -> int:
+    """Return the fork server of the main process `main`, which may have other children."""
+    (found,) = [
+        pid
+        for pid in children_of(main)
+        if b"forkserver.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return found
+
+
 def job_processes(fork_server: int) -> list[int]:
     """Return the children of a worker's fork server, except the spare process."""
     program = Path(f"/proc/{fork_server}/cmdline").read_bytes()

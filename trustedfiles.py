@@ -2,7 +2,7 @@
 
     files = TrustedFiles({Path("certs/server-key.pem"): READ_FLAGS}, check=True)
     key = files.read(Path("certs/server-key.pem"))
-    files.open_with(worker.open_file)
+    files.open_with(opener.open)               # of `fileopener.py`
 
 The server opens these files again at SIGHUP, when it is no longer root. Then it asks a
 process that still is, with the function given to `open_with`. Only files that were named at
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["READ_FLAGS", "TrustedFiles", "UntrustedFileError", "check_private"]
 
-# Without O_NONBLOCK the opening process would wait at a FIFO, and jobs could not start meanwhile.
+# Without O_NONBLOCK the opening process would wait at a FIFO.
 READ_FLAGS: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 _MODE = 0o600
 

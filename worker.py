@@ -73,7 +73,7 @@ from spares import Spare, Spares
 from spawner import AttachError, Spawner, SpawnerDiedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from broadcaster import Budget
 
@@ -123,9 +123,8 @@ class Worker:
     `output_dir`: where output is kept; made with mode 0700; default: a temporary directory. It
     belongs to one worker at a time, and output that a former worker left in it is deleted.
     `uids`: each job runs as one of these users, which `start` is told, and not as the user of
-    the main process. Needs the right to change users (`privileges.can_change_user`). `files`:
-    for `open_file`, each path with the flags of open(2). `retention`: how long finished jobs
-    are kept; default: until they are removed.
+    the main process. Needs the right to change users (`privileges.can_change_user`).
+    `retention`: how long finished jobs are kept; default: until they are removed.
 
     Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
     `uids` cannot be.
@@ -139,7 +138,6 @@ class Worker:
         cgroup_root: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         uids: range | None = None,
-        files: Mapping[str, int] | None = None,
         retention: Retention | None = None,
     ) -> None:
         self._limits = limits or Limits()
@@ -164,7 +162,6 @@ class Worker:
                 jobs_cgroup=self._subtree.jobs if self._subtree else None,
                 uids=uids,
                 dismantle=self._subtree.dismantling if self._subtree else None,
-                files=files,
             )
             undo.callback(self._spawner.close)
             self._spares = Spares(self._subtree, self._output_dir, self._spawner)
@@ -205,13 +202,6 @@ class Worker:
                 self._spawner.dismantle_at_end()
         privileges.drop_privileges(uid)
         self._spares.fill()  # not before, because the spare's cgroup must belong to `uid`
-
-    def open_file(self, path: str) -> int:
-        """Open one of `files` with the rights the process had; return the descriptor.
-
-        Raises OSError, PermissionError for another path, `SpawnerDiedError`.
-        """
-        return self._spawner.open(path)
 
     def start(  # noqa: PLR0913 -- all but the first are optional
         self,

@@ -228,9 +228,13 @@ class Service:
 
     @property
     def processes(self) -> tuple[int, int]:
-        """The server and its helper."""
-        (helper,) = children(self.pid)
-        return self.pid, helper
+        """The server and its fork server."""
+        (fork_server,) = [
+            pid
+            for pid in children(self.pid)
+            if b"forkserver.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        return self.pid, fork_server
 
     @property
     def threads(self) -> int:
