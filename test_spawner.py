@@ -412,8 +412,8 @@ with Worker(uids=None if uid is None else range(uid, uid + 1)) as worker:
             cgroup.path.rmdir()
             return cgroup
         worker.subtree.create = make_and_remove
-        worker.start("true", uid=uid)  # has the place that was prepared
-        told.append(error("true").replace(str(worker.subtree.jobs), "JOBS"))
+        errors = [error("true") for _ in range(3)]  # the first two may have spares made before
+        told.append(errors[-1].replace(str(worker.subtree.jobs), "JOBS"))
 print(told)
 """
 
