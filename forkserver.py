@@ -54,7 +54,7 @@ from privileges import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["JOB_RLIMITS"]
+__all__ = ["JOB_RLIMITS", "set_signals"]
 
 JOB_RLIMITS = (
     (resource.RLIMIT_NPROC, 8192, 8192),
@@ -102,7 +102,7 @@ class _ForkServer:
         """Serve until the main process is gone; then kill everything."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        _set_signals()
+        set_signals()
         # Orphans of a job become children of this process instead of init's. So it can tell
         # when a process group is gone.
         prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -278,7 +278,7 @@ class _ForkServer:
 # --- signals and children -----------------------------------------------------------------
 
 
-def _set_signals() -> None:
+def set_signals() -> None:
     """Unblock every signal, and give each its default disposition, for this process and jobs.
 
     A few signals get a handler that does nothing, because a service manager sends SIGTERM to

@@ -40,7 +40,7 @@ _BY_HAND = """
 import json, os, socket, sys, time
 here, jobs, way, uid = sys.argv[1:]
 sys.path.insert(0, here)
-import forkserver
+import forkserver, leader
 
 def start(name, argv, read):
     uid_, cgroup = json.loads(uid), None
@@ -54,17 +54,18 @@ def start(name, argv, read):
     if jobs:
         cgroup = os.open(f"{jobs}/{name}", os.O_RDONLY | os.O_DIRECTORY)
     times.append(time.perf_counter())
-    program = forkserver._Program(argv, {}, [argv[0]], uid_)
-    if way == "clone3":
-        pid, pidfd = forkserver._clone(cgroup)
-        if pid == 0:
-            try:
-                forkserver._detach(theirs.fileno(), out)
-                forkserver._become(program)
-            finally:
-                os._exit(127)
-    else:
-        pid, pidfd = forkserver._popen(program, out, theirs, cgroup)
+    program = leader.Program(argv, {}, [argv[0]], uid_)
+
+    def child(procs):
+        try:
+            leader.detach(out, [theirs.fileno(), *([] if procs is None else [procs])])
+            if procs is not None:
+                os.write(procs, b"0")
+            leader.execute(program)
+        finally:
+            os._exit(127)
+
+    pid, pidfd = (leader.clone if way == "clone3" else leader.popen)(cgroup, child)
     times.append(time.perf_counter())
     theirs.close()
     assert ours.recv(1) == b""  # closed by the exec
@@ -81,7 +82,7 @@ def start(name, argv, read):
     return [end - begin for begin, end in zip(times, times[1:])]
 
 os.chdir("/")
-forkserver._set_signals()
+forkserver.set_signals()
 for line in sys.stdin:
     count, gap, argv, read = json.loads(line)
     steps = []
