@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -460,6 +461,29 @@ def test_start_that_hangs_holds_up_no_other(*, prepared: bool) -> None:
             with contextlib.closing(hanging.result(GUARD_S)) as job:
                 assert job.read() == b"late\n"
                 assert [job.exit(), job.exit()] == [Exit(exit_code=0), None]
+
+
+def test_start_of_a_leased_file_holds_up_neither_starts_nor_kills(
+    spawner: Spawner, leased: tuple[Path, Callable[[], object]], *, prepared: bool
+) -> None:
+    """One user's write lease on a script keeps only the start of that script waiting."""
+    path, _release = leased
+    asked = threading.Event()  # the kernel has asked for the lease: the exec has begun
+    previous = signal.signal(signal.SIGURG, lambda *_: asked.set())
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            hanging = pool.submit(_Job, spawner, [str(path)], "leased", prepared=prepared)
+            assert asked.wait(GUARD_S)
+            for name in ("first", "second"):
+                with contextlib.closing(_Job(spawner, ["sleep", "infinity"], name)) as other:
+                    spawner.kill(name)
+                    assert [other.exit(), other.exit()] == [Exit(signal=signal.SIGKILL), None]
+            assert not hanging.done()
+            spawner.kill("leased")
+            with contextlib.closing(hanging.result(GUARD_S)) as job:
+                assert [job.exit(), job.exit()] == [Exit(signal=signal.SIGKILL), None]
+    finally:
+        signal.signal(signal.SIGURG, previous)
 
 
 def test_process_that_dies_before_its_command_is_told_as_its_end(*, prepared: bool) -> None:
