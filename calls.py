@@ -7,7 +7,7 @@ calls. More threads would not be faster, because they share one interpreter.
     with Calls(streams=2000, streams_of_one=1000) as calls:
         server = grpc.server(calls, interceptors=[gate])
 
-    call = calls.arrive("alice", is_stream=False)   # in `intercept_service` of the gate
+    ticket = calls.arrive("alice", Kind.QUICK)  # in `intercept_service` of the gate
 
 gRPC's accepting thread calls `arrive` and then, for the same call, `submit`. The behaviour that
 the gate gives to gRPC runs later, in a worker, and tells the call's `Ticket` how far it is.
@@ -32,9 +32,9 @@ import contextlib
 import functools
 import logging
 import threading
-import time
 from collections import Counter, deque
 from concurrent.futures import Executor, Future
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -42,14 +42,18 @@ if TYPE_CHECKING:
 
     import grpc
 
-__all__ = ["STRANGERS", "STRANGERS_LOGIN", "Calls", "OverloadError", "Ticket"]
+__all__ = ["STRANGERS", "STRANGERS_LOGIN", "Calls", "Kind", "OverloadError", "Ticket"]
 
 logger = logging.getLogger(__name__)
 
 # --- the numbers ------------------------------------------------------------------------
 
-# Threads that run calls. See docs/benchmarks.md for the figures of other numbers.
-_WORKERS = 2
+# Workers of each kind of call. Quick calls compute only, and several at the same time take the
+# interpreter from gRPC's accepting thread: with two workers it fell behind at 4,000 calls per
+# second, and gRPC cancelled a tenth of them. Slow calls wait for the kernel, for the disk or
+# for the hash of a password.
+_QUICK_WORKERS = 1
+_SLOW_WORKERS = 2
 # A worker that is busy with one call for this long is replaced. Most calls take a millisecond.
 _LONG_S = 0.01
 # Threads that run unary calls of one caller at the same time. They are more than the workers
@@ -57,14 +61,12 @@ _LONG_S = 0.01
 _THREADS_OF_ONE = 64
 # Unary calls of one caller that are under way or wait. A burst of 1,000 calls is served.
 _CALLS_OF_ONE = 1024
-# A queue this long whose first call has waited this long is an overload and not a burst. It
-# does not get longer, so that those who are served are served within a second.
-_STANDING_CALLS = 256
-_STANDING_S = 0.4
 # Unary calls of all callers together. A caller with less than _CALLS_ALWAYS is not refused for
 # what others have under way.
 _CALLS_IN_ALL = 4096
 _CALLS_ALWAYS = 64
+# Calls that gRPC keeps for its accepting thread. Beyond, it cancels calls of anybody.
+_CALLS_IN_CORE = 8192
 # Bytes of answers of one caller that the clients have not taken yet. The answer that exceeds
 # the bound is still sent. Most answers have less than 1 KiB; a list has megabytes.
 _UNREAD_OF_ONE = 8 * 1024 * 1024
@@ -95,16 +97,49 @@ class OverloadError(Exception):
         self.retry_after_s = _RETRY_AFTER_S
 
 
+class Kind(Enum):
+    """What a call takes."""
+
+    QUICK = "quick"  # the interpreter, for a millisecond
+    SLOW = "slow"  # most of its time it waits
+    STREAM = "stream"  # a thread of its own, once it has begun
+
+
+class _Lane:
+    """The workers for quick or for slow calls. Guarded by the lock of `Calls`."""
+
+    def __init__(self, name: str, lock: threading.Lock, wanted: int) -> None:
+        self.name = name
+        # Notified when a call is queued while a worker is idle, and when `Calls` is shut down.
+        self.queued = threading.Condition(lock)
+        self.turns: deque[_Queue] = deque()  # the queues whose next call can run, each once
+        self.wanted = wanted  # how many workers there should be
+        self.workers = 0
+        self.idle = 0  # of the workers
+        self.running: dict[threading.Thread, Ticket] = {}  # what the other workers do
+
+
+class _Queue:
+    """The calls of one caller that wait in one lane. Guarded by the lock of `Calls`."""
+
+    __slots__ = ("has_turn", "lane", "running", "tickets")
+
+    def __init__(self, lane: _Lane) -> None:
+        self.lane = lane
+        self.tickets: deque[Ticket] = deque()
+        self.has_turn = False  # whether it is in `_Lane.turns`
+        self.running = 0  # calls that have a thread; streams only until they begin
+
+
 class _Caller:
     """The calls of one caller. Guarded by the lock of `Calls`."""
 
-    __slots__ = ("calls", "key", "queue", "running", "streams", "unread", "waits")
+    __slots__ = ("calls", "key", "quick", "slow", "streams", "unread")
 
-    def __init__(self, key: object) -> None:
+    def __init__(self, key: object, quick: _Lane, slow: _Lane) -> None:
         self.key = key
-        self.queue: deque[Ticket] = deque()
-        self.waits = False  # whether it is in `Calls._turns`
-        self.running = 0  # calls that have a thread; streams only until they begin
+        self.quick = _Queue(quick)
+        self.slow = _Queue(slow)
         self.calls = 0  # unary calls that are not over
         self.streams = 0  # streams that are not over
         self.unread = 0  # bytes of answers of calls that are not over
@@ -117,21 +152,21 @@ class Ticket:
     """
 
     __slots__ = (
-        *("_calls", "caller", "counts", "is_stream", "key", "refusal", "run", "runs", "since"),
+        *("_calls", "caller", "counts", "is_stream", "key", "queue", "refusal", "run", "runs"),
         "unread",
     )
 
-    def __init__(self, calls: Calls, key: object, *, is_stream: bool) -> None:
+    def __init__(self, calls: Calls, caller: _Caller, kind: Kind) -> None:
         self._calls = calls
-        self.key = key
-        self.is_stream = is_stream
+        self.key = caller.key
+        self.is_stream = kind is Kind.STREAM
         self.refusal: OverloadError | None = None
-        self.since = calls.clock()
         self.run: Callable[[], object] | None = None  # until it runs
         # Guarded by the lock of `Calls`.
-        self.caller = _Caller(key)
+        self.caller = caller
+        self.queue = caller.slow if kind is Kind.SLOW else caller.quick
         self.counts = False  # from `submit` until the call is over
-        self.runs = False  # whether it is counted in `_Caller.running`
+        self.runs = False  # whether it is counted in `_Queue.running`
         self.unread = 0
 
     def begin(self, context: grpc.ServicerContext) -> bool:
@@ -177,32 +212,25 @@ class Calls(Executor):
     """The queues and threads of a server's calls: its executor, and a context manager.
 
     `streams`: how many streams may be open; `streams_of_one`: how many of one caller.
-    `clock`: tells seconds and never goes back. Attributes: `accepting`, gRPC's accepting thread,
-    None before the first call; `of_one_connection`, how many calls gRPC should let one
-    connection have.
+    Attributes, for gRPC's options:
+    `of_one_connection`, how many calls one connection may have; `of_core`, how many calls may
+    wait for the accepting thread.
     """
 
-    def __init__(
-        self,
-        *,
-        streams: int,
-        streams_of_one: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.clock = clock
+    def __init__(self, *, streams: int, streams_of_one: int) -> None:
         self._streams_in_all = streams + _STREAMS_SPARE
         self._streams_of_one = min(streams, streams_of_one) + _STREAMS_SPARE_OF_ONE
         # One connection may have all that its caller may have. gRPC's clients wait for more.
         self.of_one_connection = self._streams_of_one + _CALLS_OF_ONE
-        self.accepting: threading.Thread | None = None
+        self.of_core = _CALLS_IN_CORE
         self._arriving: Ticket | None = None  # the accepting thread alone uses it
         # The calls that wait for their request, and how to cancel each. Not guarded: single
         # operations on a dictionary are atomic.
         self.receiving: dict[Ticket, Callable[[], object]] = {}
         # Guards all below, and the attributes of every `_Caller`. Held for microseconds.
         self._lock = threading.Lock()
-        # Notified when a call is queued while a worker is idle, and when this is closed.
-        self._queued = threading.Condition(self._lock)
+        self._quick = _Lane("quick", self._lock, _QUICK_WORKERS)
+        self._slow = _Lane("slow", self._lock, _SLOW_WORKERS)
         # Notified when a call has to wait while nobody looks for late workers, and when closed.
         self._late = threading.Condition(self._lock)
         # Notified when a call begins to wait for its request while nobody looks after these
@@ -211,32 +239,29 @@ class Calls(Executor):
         # Notified when a thread of ours ends.
         self._ended = threading.Condition(self._lock)
         self._callers: dict[object, _Caller] = {}  # those with calls that are not over
-        self._turns: deque[_Caller] = deque()  # callers whose next call can run, each once
         self._calls = 0  # unary calls that are not over
         self._streams = 0  # streams that are not over
         self._unread = 0  # bytes of answers of calls that are not over
         self._logins: Counter[bytes] = Counter()  # that run, by certificate
-        self._running: dict[threading.Thread, Ticket] = {}  # what the workers do
-        self._workers = 0
-        self._idle = 0  # of the workers
         self._looks_for_late = False
         self.looks_for_overdue = False
         self._closed = False
         self._threads: set[threading.Thread] = set()
         for target, name in ((self._replace_late, "late-calls"), (self._cancel_overdue, "overdue")):
             self._start_thread(target, name)
-        for _ in range(_WORKERS):
-            self._start_worker()
+        for lane in (self._quick, self._slow):
+            for _ in range(lane.wanted):
+                self._start_worker(lane)
 
     # --- in the accepting thread ---
 
-    def arrive(self, key: object, *, is_stream: bool) -> Ticket:
+    def arrive(self, key: object, kind: Kind) -> Ticket:
         """Return the ticket of a call of this caller. gRPC submits the call next."""
-        self.accepting = threading.current_thread()
-        self._arriving = ticket = Ticket(self, key, is_stream=is_stream)
         with self._lock:
-            ticket.caller = self._callers.get(key, ticket.caller)
-            why = self._why_refused_locked(ticket.caller, ticket)
+            caller = self._callers.get(key) or _Caller(key, self._quick, self._slow)
+            ticket = Ticket(self, caller, kind)
+            why = self._why_refused_locked(caller, ticket)
+        self._arriving = ticket
         if why is not None:
             ticket.refusal = OverloadError(why)
         return ticket
@@ -262,8 +287,8 @@ class Calls(Executor):
         return _DONE
 
     def _admit_locked(self, ticket: Ticket) -> None:
-        # The caller may have been forgotten since `arrive`.
-        caller = ticket.caller = self._callers.setdefault(ticket.key, ticket.caller)
+        # Between `arrive` and now, the caller's last call may have been over.
+        caller = self._callers.setdefault(ticket.key, ticket.caller)
         ticket.counts = True
         if ticket.is_stream:
             caller.streams += 1
@@ -271,11 +296,20 @@ class Calls(Executor):
         else:
             caller.calls += 1
             self._calls += 1
-        caller.queue.append(ticket)
-        self._queue_locked(caller)
-        if self._idle:
-            self._queued.notify()
-        self._look_for_late_locked()
+        ticket.queue.tickets.append(ticket)
+        self._take_turn_locked(ticket.queue)
+
+    def _take_turn_locked(self, queue: _Queue) -> None:
+        """Put the queue in line for a turn, if its next call can run, and see who serves it."""
+        lane = queue.lane
+        if queue.tickets and not queue.has_turn and queue.running < _THREADS_OF_ONE:
+            queue.has_turn = True
+            lane.turns.append(queue)
+            if lane.idle:
+                lane.queued.notify()
+            elif not self._looks_for_late:
+                self._looks_for_late = True
+                self._late.notify()
 
     def _why_refused_locked(self, caller: _Caller, ticket: Ticket) -> str | None:
         """Return why the call is one too many; None if it is not."""
@@ -289,10 +323,6 @@ class Calls(Executor):
             return None
         if caller.calls >= _CALLS_OF_ONE:
             return f"{caller.calls} of your calls are under way"
-        if len(caller.queue) >= _STANDING_CALLS:
-            waits_s = self.clock() - caller.queue[0].since
-            if waits_s > _STANDING_S:
-                return f"{len(caller.queue)} of your calls wait, one for {waits_s:.1f} s"
         if self._calls >= _CALLS_IN_ALL and caller.calls >= _CALLS_ALWAYS:
             return f"{self._calls} calls are under way, {caller.calls} of them yours"
         return None
@@ -337,18 +367,18 @@ class Calls(Executor):
 
     def leave(self, ticket: Ticket) -> None:
         """See `Ticket.leave`."""
-        thread = threading.current_thread()
+        thread, lane = threading.current_thread(), ticket.queue.lane
         with self._lock:
-            if self._running.pop(thread, None) is None:
+            if lane.running.pop(thread, None) is None:
                 self._stop_running_locked(ticket)
-                return  # it has been replaced already
-            self._workers -= 1
+                return  # another worker has taken its place already
+            lane.workers -= 1
         try:
-            self._start_worker()
+            self._start_worker(lane)
         except RuntimeError as error:
             with self._lock:
-                self._workers += 1
-                self._running[thread] = ticket
+                lane.workers += 1
+                lane.running[thread] = ticket
             raise OverloadError("no more threads can be started") from error
         with self._lock:
             self._stop_running_locked(ticket)
@@ -371,16 +401,11 @@ class Calls(Executor):
             self._forget_locked(caller)
 
     def _forget_locked(self, caller: _Caller) -> None:
-        if not (caller.calls or caller.streams or caller.running):
+        running = caller.quick.running + caller.slow.running
+        if not (caller.calls or caller.streams or running):
             self._callers.pop(caller.key, None)
 
     # --- workers ---
-
-    def _queue_locked(self, caller: _Caller) -> None:
-        """Let the caller have a turn if its next call can run."""
-        if caller.queue and not caller.waits and caller.running < _THREADS_OF_ONE:
-            caller.waits = True
-            self._turns.append(caller)
 
     def _start_thread(self, target: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
@@ -393,21 +418,20 @@ class Calls(Executor):
                 self._end_locked(thread)
             raise
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, lane: _Lane) -> None:
         """Start a worker. Raises RuntimeError if the system allows no more threads."""
         with self._lock:
-            self._workers += 1
+            lane.workers += 1
         try:
-            self._start_thread(self._work, "call")
+            self._start_thread(functools.partial(self._work, lane), f"call-{lane.name}")
         except RuntimeError:
             with self._lock:
-                self._workers -= 1
+                lane.workers -= 1
             raise
 
-    def _work(self) -> None:
+    def _work(self, lane: _Lane) -> None:
         """Run calls, as long as this thread is a worker."""
-        thread = threading.current_thread()
-        ticket = self._next(thread, None)
+        ticket = self._next(lane, None)
         while ticket is not None:
             run, ticket.run = ticket.run, None
             if run is not None:
@@ -416,68 +440,64 @@ class Calls(Executor):
                 except Exception:
                     logger.exception("a call has failed outside of its behaviour")
                 del run
-            ticket = self._next(thread, ticket)
+            ticket = self._next(lane, ticket)
 
-    def _next(self, thread: threading.Thread, done: Ticket | None) -> Ticket | None:
+    def _next(self, lane: _Lane, done: Ticket | None) -> Ticket | None:
         """Wait for the next call; return None if this thread is to end."""
+        thread = threading.current_thread()
         with self._lock:
             if done is not None:
                 self._stop_running_locked(done)
-                if self._running.pop(thread, None) is None:  # another one has taken its place
-                    if self._workers >= _WORKERS:
+                if lane.running.pop(thread, None) is None:  # another one has taken its place
+                    if lane.workers >= lane.wanted:
                         self._end_locked(thread)
                         return None
-                    self._workers += 1
-            while not self._turns:
+                    lane.workers += 1
+            while not lane.turns:
                 if self._closed:
                     self._end_locked(thread)
                     return None
-                self._idle += 1
-                self._queued.wait()
-                self._idle -= 1
-            caller = self._turns.popleft()
-            caller.waits = False
-            caller.running += 1
-            ticket = caller.queue.popleft()
+                lane.idle += 1
+                lane.queued.wait()
+                lane.idle -= 1
+            queue = lane.turns.popleft()
+            ticket = queue.tickets.popleft()
             ticket.runs = True
-            self._queue_locked(caller)
-            self._running[thread] = ticket
-            self._look_for_late_locked()
+            queue.running += 1
+            queue.has_turn = False
+            lane.running[thread] = ticket
+            self._take_turn_locked(queue)
             return ticket
-
-    def _look_for_late_locked(self) -> None:
-        if self._turns and not self._idle and not self._looks_for_late:
-            self._looks_for_late = True
-            self._late.notify()
 
     def _stop_running_locked(self, ticket: Ticket) -> None:
         if ticket.runs:
             ticket.runs = False
-            ticket.caller.running -= 1
-            self._queue_locked(ticket.caller)
+            ticket.queue.running -= 1
+            self._take_turn_locked(ticket.queue)
             self._forget_locked(ticket.caller)
 
     def _replace_late(self) -> None:
         """Replace workers that are busy with one call for long, while others wait for a turn."""
+        lanes = (self._quick, self._slow)
         while True:
             with self._lock:
-                self._looks_for_late = bool(self._turns) and not self._idle
+                self._looks_for_late = any(lane.turns for lane in lanes)
                 self._late.wait_for(lambda: self._closed or self._looks_for_late)
-                before = dict(self._running)
+                before = [dict(lane.running) for lane in lanes]
                 if self._late.wait_for(lambda: self._closed, _LONG_S):
                     self._end_locked(threading.current_thread())
                     return
-                for thread, ticket in before.items():
-                    if self._turns and self._running.get(thread) is ticket:
-                        del self._running[thread]
-                        self._workers -= 1
-                missing = _WORKERS - self._workers
-            for _ in range(missing):
-                try:
-                    self._start_worker()
-                except RuntimeError:
-                    logger.error("no more threads can be started; calls wait for one")
-                    break
+                for lane, running in zip(lanes, before, strict=True):
+                    for thread, ticket in running.items():
+                        if lane.turns and lane.running.get(thread) is ticket:
+                            del lane.running[thread]
+                            lane.workers -= 1
+                missing = [lane for lane in lanes for _ in range(lane.wanted - lane.workers)]
+            try:
+                for lane in missing:
+                    self._start_worker(lane)
+            except RuntimeError:
+                logger.error("no more threads can be started; calls wait for one")
 
     def _cancel_overdue(self) -> None:
         """Cancel the calls whose request does not arrive."""
@@ -504,7 +524,8 @@ class Calls(Executor):
         """Refuse new calls; wait until the others, which are served, are over."""
         with self._lock:
             self._closed = True
-            self._queued.notify_all()
+            self._quick.queued.notify_all()
+            self._slow.queued.notify_all()
             self._late.notify_all()
             self._overdue.notify_all()
             if wait:

@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError
 import auth
 import worker
 from audit import AuditError, AuditLog
-from calls import STRANGERS, STRANGERS_LOGIN, Calls, OverloadError, Ticket
+from calls import STRANGERS, STRANGERS_LOGIN, Calls, Kind, OverloadError, Ticket
 from quotas import QuotaError
 from settings import LimitError
 
@@ -41,6 +41,15 @@ __all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate"]
 logger = logging.getLogger(__name__)
 
 _TOGETHER_S = 1.0  # refusals for overload are recorded
+
+# The calls that wait for the kernel, the disk or the hash of a password.
+_SLOW = {
+    "/jobworker.v1.AuthService/Login",
+    "/jobworker.v1.AuthService/Logout",
+    "/jobworker.v1.WorkerService/StartJob",
+    "/jobworker.v1.WorkerService/StopJob",
+    "/jobworker.v1.WorkerService/RemoveJob",
+}
 
 SHOWN_CHARACTERS = 64
 """Of what should be a name or an ID, and may be anything."""
@@ -258,7 +267,8 @@ class Gate(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)  # None: there is none
         method = handler_call_details.method[:SHOWN_CHARACTERS]
         is_stream = handler is not None and handler.response_streaming
-        ticket = self._calls.arrive(self._caller(handler_call_details), is_stream=is_stream)
+        kind = Kind.STREAM if is_stream else Kind.SLOW if method in _SLOW else Kind.QUICK
+        ticket = self._calls.arrive(self._caller(handler_call_details), kind)
         # For gRPC every call has a stream of requests. So the behaviour begins before the request
         # is there, and a call that is not admitted does not wait for its request. gRPC is given no
         # deserializer, because whoever may not call learns nothing about the request's form.

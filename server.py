@@ -198,6 +198,8 @@ class Server:
                 *GRPC_OPTIONS,
                 ("grpc.max_receive_message_length", config.requests.size * _MESSAGE_FACTOR),
                 ("grpc.max_concurrent_streams", calls.of_one_connection),
+                ("grpc.server.max_pending_requests", calls.of_core),
+                ("grpc.server.max_pending_requests_hard_limit", calls.of_core),
             ),
         )
         add_services(server, self._worker, self._authenticator, config=config, uid_of=self._uid_of)

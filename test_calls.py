@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
+import grpc
 import pytest
 
 import calls as calls_module
-from calls import Calls, OverloadError, Ticket
-from testkit import GUARD_S
+import workerservice_pb2 as worker_pb
+from calls import Calls, Kind, OverloadError, Ticket
+from client import Client
+from testkit import FOREVER, GUARD_S, run_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from server import Server
+    from testkit import ServerProgram
+
+    Connect = Callable[..., Client]
+    Serve = Callable[..., Server]
     Run = Callable[[Ticket], object]
 
 
@@ -26,9 +35,16 @@ class _Server:
         self.calls = calls
         self.go_on = threading.Event()
 
-    def call(self, key: str, run: Run = lambda _: None, *, is_stream: bool = False) -> Ticket:
+    def call(
+        self,
+        key: str,
+        run: Run = lambda _: None,
+        kind: Kind = Kind.QUICK,
+        *,
+        is_stream: bool = False,
+    ) -> Ticket:
         """Bring a call, which runs `run`; return its ticket."""
-        ticket = self.calls.arrive(key, is_stream=is_stream)
+        ticket = self.calls.arrive(key, Kind.STREAM if is_stream else kind)
         assert self.calls.submit(run, ticket).done()
         return ticket
 
@@ -85,7 +101,7 @@ def test_callers_take_turns(server: _Server) -> None:
             order.append(str(ticket.key))
         done.release()
 
-    server.hold("mallory", calls_module._WORKERS)
+    server.hold("mallory", calls_module._QUICK_WORKERS)
     for _ in range(100):
         server.call("mallory", note)
     for _ in range(2):
@@ -95,7 +111,9 @@ def test_callers_take_turns(server: _Server) -> None:
     for _ in range(103):
         assert done.acquire(timeout=GUARD_S)
     # Two workers may note two calls in either order.
-    assert max(i for i, key in enumerate(order) if key != "mallory") <= 4 + calls_module._WORKERS
+    assert (
+        max(i for i, key in enumerate(order) if key != "mallory") <= 4 + calls_module._QUICK_WORKERS
+    )
 
 
 @pytest.mark.usefixtures("small")
@@ -213,7 +231,7 @@ def test_threads_of_calls_that_took_long_end(server: _Server) -> None:
     before = set(server.calls._threads)
     server.hold("mallory", 20)
     more = set(server.calls._threads) - before
-    assert len(more) >= 20 - calls_module._WORKERS
+    assert len(more) >= 20 - calls_module._QUICK_WORKERS
     server.go_on.set()
     for thread in (before | more) - set(server.calls._threads):
         thread.join(GUARD_S)
@@ -299,7 +317,7 @@ def test_calls_wait_while_no_thread_can_be_started_and_are_served_then(
     logged, done = threading.Event(), threading.Event()
     monkeypatch.setattr(calls_module.logger, "error", lambda *_: logged.set())
     with _no_more_threads():
-        server.hold("mallory", calls_module._WORKERS)
+        server.hold("mallory", calls_module._QUICK_WORKERS)
         server.call("alice", lambda _: done.set())
         assert logged.wait(GUARD_S)
         assert not done.is_set()
@@ -364,7 +382,7 @@ def test_calls_whose_request_does_not_arrive_are_cancelled(
                 assert cancelled.wait(GUARD_S)
 
         for each in cancelled:
-            ticket = server.calls.arrive("alice", is_stream=False)
+            ticket = server.calls.arrive("alice", Kind.QUICK)
             server.calls.submit(run, ticket, each)
         for each in cancelled:
             assert each.wait(GUARD_S)
@@ -385,3 +403,119 @@ def _log_in(calls: Calls, certificate: bytes, count: int) -> Any:
     if count:
         with calls.login(certificate), calls.login(b"alice"):
             _log_in(calls, certificate, count - 1)
+
+
+# --- over gRPC: bursts, floods, and clients that do not read ------------------------------
+
+
+def _status_rpc(client: Client) -> Any:
+    return client._channel.unary_unary(
+        "/jobworker.v1.WorkerService/GetJobStatus",
+        request_serializer=worker_pb.GetJobStatusRequest.SerializeToString,
+    )
+
+
+@pytest.mark.parametrize("count", [300, 1000])
+def test_idle_server_serves_a_burst_completely(connect: Connect, count: int) -> None:
+    """Of one client, over one connection, all at once."""
+    client = connect()
+    request = worker_pb.GetJobStatusRequest(job_id=run_job(client))
+    rpc, metadata = _status_rpc(client), client._metadata()
+    answers = [rpc.future(request, metadata=metadata, timeout=GUARD_S) for _ in range(count)]
+    assert {answer.code().name for answer in answers} == {"OK"}
+
+
+class _Flood:
+    """One user's calls, each of which follows the answer to the last, until the context ends."""
+
+    def __init__(self, clients: list[Client], at_once: int) -> None:
+        self._request = worker_pb.GetJobStatusRequest(job_id=run_job(clients[0]))
+        self._clients = clients
+        self._at_once = at_once
+        self._stopped = threading.Event()
+        self._running = threading.Semaphore(0)
+        self.served = threading.Semaphore(0)
+
+    def _call(self, rpc: Any, metadata: Any) -> None:
+        answer = rpc.future(self._request, metadata=metadata, timeout=GUARD_S)
+        answer.add_done_callback(lambda answer: self._answered(answer, rpc, metadata))
+
+    def _answered(self, answer: Any, rpc: Any, metadata: Any) -> None:
+        if answer.code().name == "OK":
+            self.served.release()
+        if self._stopped.is_set():
+            self._running.release()
+        else:
+            self._call(rpc, metadata)
+
+    def __enter__(self) -> Self:
+        for client in self._clients:
+            for _each in range(self._at_once):
+                self._call(_status_rpc(client), client._metadata())
+        assert self.served.acquire(timeout=GUARD_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for _each in range(len(self._clients) * self._at_once):
+            assert self._running.acquire(timeout=GUARD_S)
+
+
+@pytest.mark.parametrize(("connections", "at_once"), [(2, 100), (20, 20), (2, 700)])
+def test_flood_of_one_user_costs_another_no_call(
+    connect: Connect, connections: int, at_once: int
+) -> None:
+    """Over any number of connections, also with more calls than one user may have."""
+    admin = connect("admin")
+    jobs = [admin.start("sleep", ["infinity"]) for _ in range(50)]
+    with _Flood([connect() for _ in range(connections)], at_once) as flood:
+        for job_id in jobs:
+            assert admin.status(job_id).status == worker_pb.RUNNING
+            assert admin.stop(job_id).status == worker_pb.STOPPED
+            assert flood.served.acquire(timeout=GUARD_S)
+
+
+def test_refusal_tells_people_and_grpcs_own_retries_when_to_try_again(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`retry-after` is in seconds, and `grpc-retry-pushback-ms` is what gRPC's clients obey."""
+    monkeypatch.setattr(calls_module, "_CALLS_OF_ONE", 0)
+    client = connect("user", serve().address)
+    with pytest.raises(grpc.RpcError) as caught:
+        _status_rpc(client)(worker_pb.GetJobStatusRequest(), metadata=client._metadata())
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    trailing = dict(error.trailing_metadata())
+    assert (trailing["retry-after"], trailing["grpc-retry-pushback-ms"]) == ("1", "1000")
+
+
+def test_streams_that_have_ended_leave_no_threads_and_no_memory(
+    start_server: Callable[..., ServerProgram], certs: Path
+) -> None:
+    """After 1,000 streams, 100 at a time, there are as many threads and hardly more memory."""
+    program = start_server()
+    with Client(program.address, certs=certs) as client:
+        client.login("user", "user")
+        job_id = client.start(*FOREVER)
+
+        def open_streams(count: int) -> None:
+            streams = [client.stream(job_id) for _ in range(count)]
+            for stream in streams:
+                assert next(stream) == b"ready\n"
+            for stream in streams:
+                stream.close()
+
+        def state() -> tuple[int, int]:
+            while client.status(job_id).subscribers:
+                pass
+            status = Path(f"/proc/{program.process.pid}/status").read_text()
+            fields = dict(line.split(":", 1) for line in status.splitlines())
+            return int(fields["Threads"]), int(fields["VmRSS"].split()[0])
+
+        open_streams(100)
+        threads, memory = state()
+        for _ in range(10):
+            open_streams(100)
+        while state()[0] > threads:  # until the last thread has ended
+            pass
+        assert state()[1] <= memory * 1.2
