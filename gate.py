@@ -1,14 +1,14 @@
-"""The gate that every call goes through: it admits calls, and records and translates their end.
+"""The gate that every call passes: it admits calls, and translates and records how they end.
 
-Who a caller is and what they may do stands in `auth.py`, what becomes of a call that is
-admitted in `service.py`. Here its connection, token and role are checked, its request is
-received, its errors become status codes (one table), and what became of it a line in the
-audit log.
+The gate checks the connection, the token and the role of a call, receives its request, turns its
+errors into status codes (`_ERRORS` is the only table) and writes its line in the audit log.
+`auth.py` says who a caller is and what they may do, `calls.py` whether the call is one too many
+and when it runs, `service.py` what an admitted call does.
 
-Threads: gRPC's `_serve` thread runs the interceptor and the callbacks of ended calls, so
-nothing may block there. The rest runs in the thread of the call, a stream's for as long as
-it lasts. It also waits for the request of its call, which a client may never send:
-`admission.Arrivals` bounds that.
+Threads: gRPC's accepting thread runs the interceptor, the refusal of a call that is one too many,
+and the callbacks of ended calls. Nothing may block there. Everything else runs in the call's own
+thread, which also waits for the request. A client may never send it; `Ticket.receiving` bounds
+that wait.
 """
 
 from __future__ import annotations
@@ -225,14 +225,11 @@ class _Overload:
 
 
 class Gate(grpc.ServerInterceptor):
-    """Admits calls, records and translates what becomes of them, for every RPC alike.
-
-    The interceptor itself runs on the `_serve` thread, for which any work is too much;
-    so it only wraps the handler, and the wrapper does the rest in the handler's thread.
+    """Admits calls, and translates and records how they end, in the same way for every RPC.
 
     A context manager, because it has a thread. `calls`: the server's executor. `request_bytes`:
-    the largest request that is not refused. gRPC should let pass some more, for it refuses
-    without saying which setting is in the way.
+    the largest request that is not refused. gRPC's own ceiling should be higher, because gRPC's
+    refusal does not name the setting.
     """
 
     def __init__(

@@ -1,11 +1,10 @@
-"""The gRPC services over `worker.py`, behind the gate of `gate.py`.
+"""The gRPC services: they turn requests into calls of the worker, and its results into messages.
 
-What a job is stands in `worker.py`, who may do what in `auth.py`, how much of it in
-`quotas.py`, the messages in the .proto files. Here requests become calls of those, and
-their results messages.
+`gate.py` has admitted a call before it comes here. `worker.py` says what a job is, `auth.py` who
+may do what, `quotas.py` how much of it, and the .proto files what the messages mean.
 
-Threads: a servicer's method runs in a thread of its call's pool, a stream for as long as it
-lasts.
+Threads: a servicer's method runs in the thread that `calls.py` gives to the call. A stream keeps
+that thread as long as it lasts.
 """
 
 from __future__ import annotations
