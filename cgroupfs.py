@@ -299,7 +299,7 @@ def dissolve(path: str, base: str | None, controllers: Sequence[str]) -> None:
             with contextlib.suppress(CgroupError):  # a neighbour uses it
                 for directory in (path, base):
                     write(f"{directory}/cgroup.subtree_control", f"-{controller}")
-        for pid in read(f"{path}/server/cgroup.procs").split():
+        for pid in read(f"{path}/main/cgroup.procs").split():
             try:
                 write(f"{base}/cgroup.procs", pid, remedy=DELEGATE)
             except CgroupError as error:

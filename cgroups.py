@@ -4,7 +4,7 @@ A `Subtree` is this process's own piece of the cgroup tree:
 
     BASE/                      our own cgroup when we start, or the root given
       job-worker-<random>/     locked (flock) while its owner lives
-        server/                the owner and its spawner
+        main/                  the main process and its fork server
         jobs/
           <job>/               one job, with its limits
 
@@ -170,10 +170,10 @@ class Subtree:
         if self._home is not None:
             self._home._guests += 1
         _open_subtrees.append(self)
-        _mkdir(self.path / "server")
+        _mkdir(self.path / "main")
         _mkdir(self.jobs)
         if base == _own_cgroup(_cgroup2_mounts()):
-            write(self.path / "server/cgroup.procs", "0", remedy=DELEGATE)
+            write(self.path / "main/cgroup.procs", "0", remedy=DELEGATE)
             self._moved_from = base
         available = read(base / "cgroup.controllers").split()
         deadline = time.monotonic() + _DEATH_S
@@ -220,7 +220,7 @@ class Subtree:
             write(
                 base / "cgroup.subtree_control",
                 f"+{controller}",
-                remedy=f"{DELEGATE}; no process but the server may be in {base}",
+                remedy=f"{DELEGATE}; no process but this one may be in {base}",
             )
             self._enabled_in_base.append(controller)
         for directory in (self.path, self.jobs):
@@ -295,10 +295,10 @@ class Subtree:
         """
         if not (self.jobs / "cgroup.kill").exists():
             raise CgroupError(
-                "this kernel cannot kill a cgroup, and the server would have no right to kill "
+                "this kernel cannot kill a cgroup, and this process would have no right to kill "
                 "the processes in it",
                 path=self.jobs / "cgroup.kill",
-                remedy="use Linux 5.14 or newer, or start the server as an ordinary user",
+                remedy="use Linux 5.14 or newer, or start this program as an ordinary user",
             )
         try:
             # A cgroup belongs to whoever makes it, so the directory to make it in is enough.
@@ -445,7 +445,7 @@ def _find_base(root: str | os.PathLike[str] | None) -> Path:
                 if _v1_controllers()
                 else "mount one: mount -t cgroup2 none /sys/fs/cgroup",
             )
-        if own.name == "server" and own.parent.name.startswith(_PREFIX):
+        if own.name == "main" and own.parent.name.startswith(_PREFIX):
             # Another subtree of this process, or of its parent: stay where we are and
             # work beside it, for its leaf must not hand controllers down.
             return own.parent.parent
@@ -470,7 +470,7 @@ def _make_locked(base: Path) -> tuple[Path, int]:
     while True:
         path = base / f"{_PREFIX}{os.urandom(4).hex()}"
         _mkdir(path)
-        # Another server's sweep may take it for a left-over before we have locked it.
+        # Another process's sweep may take it for a left-over before we have locked it.
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -492,10 +492,10 @@ def _sweep(base: Path) -> None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             kill_and_remove(path / "jobs")
-            # The dead server's spawner may still be on its way out.
+            # The fork server of the dead main process may not have ended yet.
             wait_event(path, "populated", "0", _DEATH_S)
             remove_tree(path)
-            logger.info("removed the left-over cgroup %s of a dead server", path)
+            logger.info("removed the left-over cgroup %s of a dead process", path)
         except BlockingIOError:
             pass  # its owner lives
         except CgroupError as error:
@@ -628,7 +628,7 @@ def _read_io(path: str) -> dict[str, int]:
 def _mkdir(path: Path) -> None:
     try:
         path.mkdir()
-        # Whatever the umask: a server that becomes another user has to walk through it, and
+        # Whatever the umask: a process that becomes another user has to walk through it, and
         # programs in jobs look up their own limits.
         path.chmod(0o755)
     except OSError as error:

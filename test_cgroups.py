@@ -366,7 +366,7 @@ def test_owner_moves_to_a_leaf_and_back(inside: Path) -> None:
     """In its own cgroup the owner moves into `server`; close undoes that and the controllers."""
     subtree = Subtree.open("require")
     assert subtree
-    assert own_cgroup() == f"{inside.name}/{subtree.path.name}/server"
+    assert own_cgroup() == f"{inside.name}/{subtree.path.name}/main"
     assert subtree.path.parent == inside
     assert (inside / "cgroup.subtree_control").read_text().split() == _CONTROLLERS
     subtree.close()
@@ -389,7 +389,7 @@ def test_owner_stays_out_of_a_root_it_is_not_in(base: Path) -> None:
 def test_one_process_may_have_two_subtrees(inside: Path, first_to_close: int) -> None:
     """The second is made beside the first, without a move; either may be closed first."""
     subtrees = [_open(inside)]
-    leaf = f"{inside.name}/{subtrees[0].path.name}/server"
+    leaf = f"{inside.name}/{subtrees[0].path.name}/main"
     second = Subtree.open("require")
     assert second
     assert second.path.parent == inside
@@ -408,7 +408,7 @@ def test_stranger_in_the_root_is_an_error_with_its_remedy(
 ) -> None:
     """Where another process keeps controllers from being handed down we move back and say so."""
     stranger = run_in(inside, _SLEEP)
-    with pytest.raises(CgroupError, match=rf"no process but the server may be in {inside}"):
+    with pytest.raises(CgroupError, match=rf"no process but this one may be in {inside}"):
         Subtree.open("require")
     assert own_cgroup() == inside.name
     stranger.kill()
@@ -498,7 +498,7 @@ pause("removed")
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("moment", ["server", "removed"])
+@pytest.mark.parametrize("moment", ["main", "removed"])
 @pytest.mark.parametrize("place", ["inside", "outside"])
 def test_successor_waits_for_the_helper_of_a_dead_owner(
     base: Path, monkeypatch: pytest.MonkeyPatch, moment: str, place: str
@@ -735,6 +735,6 @@ def test_process_without_rights_can_join_by_the_open_descriptor(subtree: Subtree
         os.write(procs_fd, b"0")
         return own_cgroup()
 
-    place = _in(subtree.path / "server", join, as_nobody=True)
+    place = _in(subtree.path / "main", join, as_nobody=True)
     os.close(procs_fd)
     assert place.endswith(f"/{subtree.path.name}/jobs/job")

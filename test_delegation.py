@@ -229,7 +229,7 @@ def test_stranger_is_not_moved(base: Path, certs: Path, tmp_path: Path) -> None:
         assert (base / "cgroup.procs").read_text() == f"{stranger.pid}\n"
         stranger.kill()
     assert status == 1
-    assert f"no process but the server may be in {base}" in "\n".join(lines)
+    assert f"no process but this one may be in {base}" in "\n".join(lines)
 
 
 def test_two_servers_do_not_disturb_each_other(
