@@ -15,8 +15,8 @@ of its login. It ends with its expiry, with a logout, and with any change of the
 or password of its user. This module reads and writes only the file of the key, and knows
 nothing of gRPC.
 
-Thread safety: any thread may call anything. A login holds one of a few places while it
-hashes a password, and no lock. No lock is taken inside another.
+Thread safety: any thread may call anything. A few logins at a time hash their
+password, without a lock. No lock is taken inside another.
 
 Sources: RFC 7519 (JWT), RFC 8725 (its pitfalls), RFC 8705 section 3.1 (`cnf`,
 `x5t#S256`).

@@ -207,7 +207,7 @@ def test_file_is_private_under_any_umask(path: Path, umask: int) -> None:
 
 @pytest.mark.parametrize("target", ["file", "nowhere"])
 def test_symbolic_link_is_refused(path: Path, tmp_path: Path, target: str) -> None:
-    """Nothing is written, or made, where somebody else's link points."""
+    """Nothing is written or made at the target of the link."""
     (tmp_path / "file").write_text("precious")
     path.symlink_to(tmp_path / target)
     with pytest.raises(OSError, match="uids") as caught:
@@ -244,7 +244,7 @@ def test_symbolic_link_is_refused(path: Path, tmp_path: Path, target: str) -> No
     ],
 )
 def test_damaged_file_is_refused_and_left_alone(path: Path, lines: str, number: int) -> None:
-    """Nobody gets an uid by guessing: the error says which line, and the operator looks."""
+    """No uid is guessed: the error names the line, and the operator decides."""
     _write(path, lines)
     before = descriptors_of()
     with pytest.raises(AccountsError, match=rf"line {number}: not NAME UID.*restore the file"):
@@ -254,7 +254,7 @@ def test_damaged_file_is_refused_and_left_alone(path: Path, lines: str, number: 
 
 
 def test_file_that_is_not_text_is_refused(path: Path) -> None:
-    """Bytes that are no UTF-8 are an error like others and not a traceback."""
+    """Bytes that are not UTF-8 are an ordinary error."""
     path.write_bytes(b"alice \xff\xfe\n")
     with pytest.raises(AccountsError, match="line 1: not NAME UID"):
         Accounts(path, _UIDS)
@@ -262,7 +262,7 @@ def test_file_that_is_not_text_is_refused(path: Path) -> None:
 
 @pytest.mark.parametrize("torn", ["b", "bob", "bob ", "bob 7", "bob 70002"])
 def test_torn_last_line_is_dropped(path: Path, torn: str) -> None:
-    """What the machine did not finish writing was nobody's yet; the next line is whole."""
+    """Nobody had got the uid of an unfinished line. The next line is whole."""
     _write(path, f"alice 70001\n{torn}")
     with Accounts(path, _UIDS) as accounts:
         with pytest.raises(KeyError):
@@ -273,7 +273,7 @@ def test_torn_last_line_is_dropped(path: Path, torn: str) -> None:
 
 
 def test_long_file_is_read_whole(path: Path) -> None:
-    """However many users there have been."""
+    """The number of users does not matter."""
     uids = range(70_001, 90_001)
     names = [f"user-with-a-rather-long-name-{i}" for i in range(5_000)]
     given = _added(path, *names, uids=uids)
@@ -315,7 +315,7 @@ with Accounts(path, range(70001, 70011)) as accounts:
     ],
 )
 def test_full_disk_gives_nothing_out(path: Path, room: int, reason: str) -> None:
-    """If not all fits nobody has an uid, nothing of it is in the file, and later it works."""
+    """If not all lines fit, no user gets a uid, and the file is unchanged. Later it works."""
     size = len("alice 70001\n")
     program = [sys.executable, "-c", _FULL_DISK, str(path), str(size + room)]
     output = subprocess.check_output(program, cwd=_HERE, text=True, timeout=GUARD_S)
@@ -324,7 +324,7 @@ def test_full_disk_gives_nothing_out(path: Path, room: int, reason: str) -> None
 
 
 def test_uid_is_on_the_disk_before_it_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a power failure it must not be given to another."""
+    """After a power failure another user must not get it."""
 
     def fail(_: int) -> None:
         assert "bob 70002" in path.read_text()
@@ -342,7 +342,7 @@ def test_uid_is_on_the_disk_before_it_is_used(path: Path, monkeypatch: pytest.Mo
 
 
 def test_file_is_used_through_its_descriptor(path: Path) -> None:
-    """Users can be added when the process may not walk the path to it any more."""
+    """Users can be added when the process may no longer open the path."""
     with Accounts(path, _UIDS) as accounts:
         accounts.add(["alice"])
         moved = path.rename(path.with_name("moved"))
@@ -363,7 +363,7 @@ def test_file_is_used_through_its_descriptor(path: Path) -> None:
     ],
 )
 def test_range_is_first_to_last(text: str, uids: range) -> None:
-    """Both ends are of it; the least and the greatest numbers there are can be had."""
+    """Both ends belong to it. The lowest and the highest possible uid are accepted."""
     if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
         pytest.skip("this user namespace does not have every uid")
     assert parse_uids(text) == uids
@@ -379,7 +379,7 @@ def test_range_is_first_to_last(text: str, uids: range) -> None:
     ],
 )
 def test_text_that_is_no_range_is_refused(text: str) -> None:
-    """The error shows what it should look like."""
+    """The error shows the right form."""
     with pytest.raises(AccountsError, match=r"--uids .* is not FIRST-LAST, like 70000-79999"):
         parse_uids(text)
 
@@ -397,7 +397,7 @@ def test_text_that_is_no_range_is_refused(text: str) -> None:
     ],
 )
 def test_range_that_cannot_be_used_is_refused(text: str) -> None:
-    """No number of a system account, not only one, none that means "no user"."""
+    """System accounts, a single uid, and the number for "no user" are refused."""
     with pytest.raises(AccountsError, match=f"{text} must be a range of two uids or more"):
         parse_uids(text)
 
@@ -406,7 +406,7 @@ def test_range_that_cannot_be_used_is_refused(text: str) -> None:
 def test_range_outside_of_the_user_namespace_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a container: users and groups must both be there, and what is there is told."""
+    """Like in a container: both maps must have the range, and the error shows what they have."""
     real = Path.read_text
     maps = {"uid_map": "0 0 4294967295\n", "gid_map": "0 0 4294967295\n"}
     maps[name] = "         0       1000          1\n         1     100000      65536\n"

@@ -1,4 +1,4 @@
-"""Tests of the audit log: real files, a device that is full, a limit that files run into."""
+"""Tests of the audit log: real files, a full device, a real limit of the file size."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _open(path: Path) -> int:
 
 @contextlib.contextmanager
 def _full_disk(log: AuditLog) -> Iterator[None]:
-    """Put the device that is always full where the log's file was: each write fails at once."""
+    """Put the device that is always full in place of the log's file: each write fails."""
     kept = os.dup(log._fd)
     full = os.open("/dev/full", os.O_WRONLY)
     try:
@@ -63,7 +63,7 @@ def _full_disk(log: AuditLog) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _size_limit(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond so many bytes."""
+    """Limit the size of all files of this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -100,7 +100,7 @@ def test_record_is_a_line_with_the_time_and_the_fields_in_order(log: AuditLog, p
 
 
 def test_times_do_not_run_backwards(log: AuditLog, path: Path) -> None:
-    """Lines of several threads are in the order of their times."""
+    """The lines of several threads are in the order of their times."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: log.record(n=n), range(400)))
     times = [record["time"] for record in _records(path)]
@@ -126,7 +126,7 @@ def test_any_strings_make_one_line_of_printable_ascii_and_come_back(
     number: int,
     absent: str | None,
 ) -> None:
-    """No text ends a line, reaches a terminal as a control character, or changes on the way."""
+    """No text ends the line or contains a control character, and every text can be read back."""
     path = tmp_path_factory.getbasetemp() / "any-strings.log"
     path.unlink(missing_ok=True)
     log = AuditLog(lambda: _open(path))
@@ -141,7 +141,7 @@ def test_any_strings_make_one_line_of_printable_ascii_and_come_back(
 
 
 def test_forged_line_in_an_argument_stays_an_argument(log: AuditLog, path: Path) -> None:
-    """What looks like the end of a record and another one is one string of the first."""
+    """A text that looks like the end of a record and the next record stays one string."""
     forged = '"]}\n{"time": "2026-01-01T00:00:00+00:00", "user": "admin"}\n\x1b[2J'
     log.record(user="mallory", argv=["echo", forged])
     (record,) = _records(path)
@@ -161,7 +161,7 @@ def test_longest_command_is_kept_whole(log: AuditLog, path: Path) -> None:
 def test_what_is_not_json_is_a_programming_error_that_writes_nothing(
     log: AuditLog, path: Path
 ) -> None:
-    """It is not counted as a fault of the disk, and the log goes on."""
+    """It does not count as a lost record, and the log continues."""
     value: Any = b"bytes"
     with pytest.raises(TypeError):
         log.record(user=value)
@@ -207,7 +207,7 @@ def test_no_record_is_lost_torn_or_doubled_while_the_log_is_rotated(path: Path) 
 def test_records_go_to_the_renamed_file_until_the_log_is_reopened(
     log: AuditLog, path: Path, tmp_path: Path
 ) -> None:
-    """So nothing is lost between `mv` and SIGHUP."""
+    """No record is lost between `mv` and SIGHUP."""
     old = tmp_path / "audit.log.1"
     log.record(n=1)
     path.rename(old)
@@ -231,13 +231,13 @@ def test_reopening_without_a_rename_goes_on_in_the_same_file(log: AuditLog, path
     ("error", "reason"),
     [
         (OSError(errno.EMFILE, "?"), "the audit log cannot be opened: Too many open files"),
-        (RuntimeError("no helper"), "no helper"),
+        (RuntimeError("no opener"), "no opener"),
     ],
 )
 def test_file_that_cannot_be_reopened_leaves_the_old_one_in_use(
     path: Path, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
 ) -> None:
-    """Whatever the opener raises: it is logged, nothing is lost, and the next try may succeed."""
+    """Any exception of the opener is logged. No record is lost. The next attempt may succeed."""
     openers: list[Callable[[], int]] = []
     log = AuditLog(lambda: openers.pop()() if openers else _open(path))
 
@@ -256,7 +256,7 @@ def test_file_that_cannot_be_reopened_leaves_the_old_one_in_use(
 
 
 def test_log_keeps_one_descriptor_however_often_it_is_reopened(path: Path) -> None:
-    """And none when it is closed, even if it is told to reopen then."""
+    """A closed log has none, and `reopen` does not change that."""
     before = descriptors_of()
     log = AuditLog(lambda: _open(path))
     for _ in range(10):
@@ -271,7 +271,7 @@ def test_log_keeps_one_descriptor_however_often_it_is_reopened(path: Path) -> No
 def test_record_after_the_close_is_one_that_cannot_be_written(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It reaches no file that has the descriptor's number now."""
+    """It does not reach another file that has got the same descriptor number."""
     logs = [AuditLog(lambda: _open(path), required=r) for r in (False, True)]
     for log in logs:
         log.close()
@@ -290,7 +290,7 @@ def test_record_after_the_close_is_one_that_cannot_be_written(
 def test_outage_is_logged_once_and_its_end_with_the_number_of_lost_records(
     log: AuditLog, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The service goes on; a second outage is told of again."""
+    """The service continues. A second outage is logged again."""
     caplog.set_level(logging.INFO)
     log.record(n=1)
     with _full_disk(log):
@@ -313,7 +313,7 @@ def test_outage_is_logged_once_and_its_end_with_the_number_of_lost_records(
 def test_outage_of_many_threads_is_logged_once_and_every_lost_record_counted(
     log: AuditLog, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However many of them find out at the same time."""
+    """Many threads notice the outage at the same time."""
     caplog.set_level(logging.INFO)
     with _full_disk(log), ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: log.record(n=n), range(200)))
@@ -327,7 +327,7 @@ def test_outage_of_many_threads_is_logged_once_and_every_lost_record_counted(
 def test_required_log_refuses_every_record_it_cannot_write(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each time, with a message that says why and what to do; the log tells of it once."""
+    """Each refusal says why and what to do. The program's log has one line."""
     with AuditLog(lambda: _open(path), required=True) as log:
         with _full_disk(log):
             for _ in range(3):
@@ -346,7 +346,7 @@ def test_required_log_refuses_every_record_it_cannot_write(
 def test_record_after_a_torn_one_begins_a_line_of_its_own(
     path: Path, caplog: pytest.LogCaptureFixture, required: bool
 ) -> None:
-    """Disks fill up within a record: the torn one counts as lost, and all others are whole."""
+    """A disk can fill up within a record. That record counts as lost; all others are whole."""
     refused = []
     with AuditLog(lambda: _open(path), required=required) as log:
 
@@ -379,7 +379,7 @@ def test_record_after_a_torn_one_begins_a_line_of_its_own(
 
 
 def test_torn_record_of_a_former_process_stays_alone_on_its_line(path: Path) -> None:
-    """A server that ended on a full disk, or with the machine, spoils no later record.
+    """A record torn by an earlier server spoils no later record.
 
     Not even if the disk is still full when the next one starts.
     """
@@ -429,7 +429,7 @@ def test_file_is_made_private_under_any_umask(path: Path, umask: int) -> None:
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o640, 0o620, 0o644, 0o666])
 def test_file_that_others_may_read_or_write_is_refused(path: Path, mode: int) -> None:
-    """What is in it, they may have read or written; it is left as it is."""
+    """Other users may have read or written it. The file is left unchanged."""
     path.write_text("{}")
     path.chmod(mode)
     with pytest.raises(AuditError, match=rf"mode {mode:04o}\); run: chmod 600"):
@@ -440,7 +440,7 @@ def test_file_that_others_may_read_or_write_is_refused(path: Path, mode: int) ->
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_file_of_somebody_else_is_refused(path: Path) -> None:
-    """Root could open it, and its owner change it."""
+    """Its owner could change it."""
     path.touch(0o600)
     os.chown(path, _OTHER_UID, _OTHER_UID)
     with pytest.raises(AuditError, match=f"belongs to uid {_OTHER_UID}.*run: chown 0 "):
@@ -470,7 +470,7 @@ _NOT_REGULAR: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", _NOT_REGULAR)
 def test_what_is_not_a_regular_file_is_refused_at_once(path: Path, kind: str) -> None:
-    """A link is not followed, nor anything made where it points; a FIFO is not waited for."""
+    """A link is not followed. A FIFO is not waited for."""
     _NOT_REGULAR[kind](path)
     before = descriptors_of()
     with pytest.raises(AuditError, match="cannot be opened: it is not a regular file"):
@@ -480,7 +480,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(path: Path, kind: str) ->
 
 
 def test_fifo_that_somebody_reads_and_a_device_are_refused(path: Path) -> None:
-    """They can be opened for writing, but keep nothing."""
+    """They can be opened for writing, but keep no record."""
     os.mkfifo(path, 0o600)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -493,13 +493,13 @@ def test_fifo_that_somebody_reads_and_a_device_are_refused(path: Path) -> None:
 
 
 def test_missing_directory_is_told(tmp_path: Path) -> None:
-    """With the path and the reason, as an `AuditError` that the program shows in one line."""
+    """The `AuditError` has the path and the reason, and is one line."""
     with pytest.raises(AuditError, match=r"absent/audit\.log cannot be opened: No such file"):
         AuditLog(lambda: _open(tmp_path / "absent" / "audit.log"))
 
 
 def test_log_only_appends_and_its_descriptor_is_not_inherited(path: Path) -> None:
-    """What is in the file stays."""
+    """The existing content stays."""
     path.touch(0o600)
     path.write_text("kept\n")
     with AuditLog(lambda: _open(path)) as log:
@@ -515,12 +515,12 @@ _GIVE_UP_RIGHTS = """
 import os, socket, sys
 from audit import AUDIT_FLAGS, AuditLog
 path, uid = sys.argv[1], int(sys.argv[2])
-helper = socket.socket(fileno=int(sys.argv[3]))
+opener = socket.socket(fileno=int(sys.argv[3]))
 files = [os.open(path, AUDIT_FLAGS, 0o600)]
-log = AuditLog(lambda: files.pop() if files else socket.recv_fds(helper, 1, 1)[1][0])
+log = AuditLog(lambda: files.pop() if files else socket.recv_fds(opener, 1, 1)[1][0])
 os.setresuid(uid, uid, uid)
 log.record(n=1)
-helper.send(b"1")
+opener.send(b"1")
 log.reopen()
 log.record(n=2)
 """
@@ -528,9 +528,9 @@ log.record(n=2)
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights")
 def test_log_is_reopened_after_the_process_has_given_up_its_rights(path: Path) -> None:
-    """Somebody else opens the file then, which is still the first user's."""
-    helper, theirs = socket.socketpair()
-    with helper, theirs:
+    """The file still belongs to the first user, and another process opens it."""
+    opener, theirs = socket.socketpair()
+    with opener, theirs:
         argv = [
             sys.executable,
             "-c",
@@ -541,10 +541,10 @@ def test_log_is_reopened_after_the_process_has_given_up_its_rights(path: Path) -
         ]
         with subprocess.Popen(argv, cwd=_HERE, pass_fds=[theirs.fileno()]) as server:
             theirs.close()
-            assert helper.recv(1) == b"1"
+            assert opener.recv(1) == b"1"
             path.rename(f"{path}.1")
             fd = _open(path)
-            socket.send_fds(helper, [b"!"], [fd])
+            socket.send_fds(opener, [b"!"], [fd])
             os.close(fd)
     assert server.returncode == 0
     assert [record["n"] for record in _records(Path(f"{path}.1"))] == [1]

@@ -1,6 +1,6 @@
 """Tests of logins, tokens, logouts and permissions.
 
-Hashes are made with the lowest cost here.
+The tests hash passwords at the lowest cost.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ _THUMBPRINT = _base64(hashlib.sha256(_CERTIFICATE).digest())
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap() -> Iterator[None]:
-    """A hash costs nothing, and those that cost nothing are accepted."""
+    """Hashes have the lowest cost, and hashes of that cost are accepted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(users, "_SCRYPT_LOG2_N", 1)
         yield
 
 
 def _user(name: str, role: Role = Role.USER, password: str = "secret") -> User:
-    """A user whose password is hashed with a cost that costs nothing."""
+    """Return a user whose password is hashed at the lowest cost."""
     salt = hashlib.sha256(name.encode()).digest()[:16]
     digest = hashlib.scrypt(password.encode(), salt=salt, n=2, r=8, p=1, dklen=32)
     return User(name, role, f"scrypt$1$8$1${_base64(salt)}${_base64(digest)}")
@@ -133,14 +133,14 @@ def test_login_returns_a_token_of_exactly_the_documented_claims(
 
 
 def test_two_logins_return_different_tokens(authenticator: Authenticator) -> None:
-    """The jti tells two tokens of one second apart."""
+    """Two tokens of the same second differ in their jti."""
     assert _login(authenticator) != _login(authenticator)
 
 
 def test_unknown_user_and_wrong_password_are_the_same(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both get one message and cost one hash of the same cost."""
+    """Both get the same message after one hash of the same cost."""
     scrypt, calls = hashlib.scrypt, []
 
     def spy(password: bytes, **options: Any) -> bytes:
@@ -164,7 +164,7 @@ def test_unknown_user_and_wrong_password_are_the_same(
 
 
 class _Hashing:
-    """Holds every hash back until it is told to go on, and counts those that have begun."""
+    """Stops every hash until `release`, and counts the hashes that have begun."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = threading.Semaphore(0)
@@ -181,7 +181,7 @@ class _Hashing:
 def test_two_hashes_are_made_at_once(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The logins of three peers: the third waits until one of the others is done."""
+    """Of three peers' logins the third waits until one of the others has ended."""
     hashing = _Hashing(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
         logins = [
@@ -199,7 +199,7 @@ def test_two_hashes_are_made_at_once(
 def test_login_that_waits_is_given_up_when_the_authenticator_is_closed(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is hashed after that, and it counts as nobody's failure; tokens still work."""
+    """It is not hashed and not counted as a failure. Tokens stay valid."""
     token = _login(authenticator)
     hashing = _Hashing(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
@@ -222,7 +222,7 @@ def _is_throttled(
     certificate: bytes = _CERTIFICATE,
     password: str = "wrong",
 ) -> bool:
-    """Whether an attempt is refused unchecked; otherwise it was with a wrong password."""
+    """Whether an attempt with a wrong password is refused without a check."""
     try:
         authenticator.login(name, password, certificate, peer)
     except TooManyLoginsError:
@@ -243,7 +243,7 @@ def _fail(authenticator: Authenticator, name: str, peer: str) -> None:
 def test_wrong_passwords_have_to_wait_by_user_and_peer(
     authenticator: Authenticator, name: str
 ) -> None:
-    """Known and unknown alike; the true user gets in from elsewhere or by another certificate."""
+    """Also for unknown users. The true user gets in from another address or certificate."""
     _fail(authenticator, name, _PEER)
     assert _is_throttled(authenticator, name, _PEER)
     assert not _is_throttled(authenticator, "root", _PEER)
@@ -254,14 +254,14 @@ def test_wrong_passwords_have_to_wait_by_user_and_peer(
 def test_unknown_user_with_the_password_of_another_is_a_failure(
     authenticator: Authenticator,
 ) -> None:
-    """Though it is that other's hash which is computed for them, and it matches."""
+    """The hash of another user is computed for an unknown user; a match is no login."""
     attempts = [_is_throttled(authenticator, "nobody", _PEER, password="secret") for _ in range(10)]
     assert attempts[0] is False
     assert attempts[-1] is True
 
 
 def test_right_password_is_not_checked_while_it_has_to_wait(authenticator: Authenticator) -> None:
-    """Or a guesser would learn it all the same."""
+    """Otherwise a guesser could learn the password during the wait."""
     _fail(authenticator, "alice", _PEER)
     with pytest.raises(TooManyLoginsError) as caught:
         _login(authenticator)
@@ -282,7 +282,7 @@ def test_right_password_is_not_checked_while_it_has_to_wait(authenticator: Authe
     ],
 )
 def test_peer_is_an_ipv4_address_or_an_ipv6_network(first: str, second: str, same: bool) -> None:
-    """Whoever has one IPv6 address has 2^64 of them to guess from."""
+    """The owner of an IPv6 address can guess from 2^64 addresses."""
     authenticator = Authenticator(users=[_ALICE], key=_KEY)
     _fail(authenticator, "alice", first)
     assert _is_throttled(authenticator, "alice", second) is same
@@ -290,7 +290,7 @@ def test_peer_is_an_ipv4_address_or_an_ipv6_network(first: str, second: str, sam
 
 @pytest.mark.parametrize("table", [[], [_ALICE, _user("alice", Role.ADMIN)]])
 def test_table_without_users_or_with_a_name_twice_is_refused(table: list[User]) -> None:
-    """Nobody could log in, or it would be a matter of luck as whom; what was, stays."""
+    """Such a table is refused, and the former table stays in force."""
     with pytest.raises(ValueError, match="users"):
         Authenticator(users=table, key=_KEY)
     authenticator = Authenticator(users=[_ALICE], key=_KEY)
@@ -304,7 +304,7 @@ def test_table_without_users_or_with_a_name_twice_is_refused(table: list[User]) 
 
 
 def _claims(**changes: Any) -> dict[str, Any]:
-    """Claims that are accepted, with `changes`; a change to ... leaves the claim out."""
+    """Return valid claims with `changes`; the value ... removes a claim."""
     now = int(time.time())
     claims = {
         "iss": "job-worker",
@@ -330,7 +330,7 @@ def _issued(seconds_ago: int) -> dict[str, int]:
 
 
 def _assemble(header: bytes, payload: bytes) -> str:
-    """A token of any header and payload, with the right HMAC-SHA256 for both."""
+    """Return a token of any header and payload, with the right signature."""
     signed = f"{_base64(header)}.{_base64(payload)}"
     return f"{signed}.{_base64(hmac.digest(_KEY, signed.encode(), 'sha256'))}"
 
@@ -347,7 +347,7 @@ def _with_header(header: object) -> str:
 
 
 def _with_number(claim: str, literal: str) -> str:
-    """A claim that is `literal` in the JSON, whether or not that is JSON."""
+    """Return a token whose claim is `literal` in the JSON text, valid or not."""
     return _assemble(
         _HEADER, _payload(**{claim: "LITERAL"}).replace(b'"LITERAL"', literal.encode())
     )
@@ -369,7 +369,7 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
 def _respelt(token: str) -> str:
-    """The same bytes: the last character of the signature has two bits that nobody reads."""
+    """Respell the last character of the signature: two of its bits are unused."""
     return token[:-1] + _ALPHABET[_ALPHABET.index(token[-1]) + 1]
 
 
@@ -521,7 +521,7 @@ _FORGERIES: dict[str, Callable[[], str]] = {
 
 
 def _token_of_any_type(**changes: Any) -> str:
-    """Claims of types that `jwt.encode` would not sign."""
+    """Return a token with a claim of a type that `jwt.encode` would not sign."""
     return _assemble(_HEADER, _payload(**changes))
 
 
@@ -544,7 +544,7 @@ def _assert_refused(
 def test_token_of_the_forgers_table_would_be_accepted_unchanged(
     authenticator: Authenticator,
 ) -> None:
-    """What the forgeries start from is valid, so each fails for its own reason."""
+    """The forgeries start from a valid token, so each fails for its own reason."""
     accepted = [
         _token(),
         _token_of_any_type(),
@@ -566,7 +566,7 @@ def test_token_of_the_forgers_table_would_be_accepted_unchanged(
 def test_forged_token_is_refused_with_the_one_message(
     authenticator: Authenticator, forgery: str
 ) -> None:
-    """Whatever is wrong with a token, the answer is the same and tells nothing."""
+    """The answer is the same for each forgery, and tells nothing."""
     _assert_refused(authenticator, _FORGERIES[forgery]())
 
 
@@ -574,7 +574,7 @@ def test_forged_token_is_refused_with_the_one_message(
 def test_what_is_longer_than_any_token_is_not_looked_at(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch, forgery: str
 ) -> None:
-    """It costs nothing, however often it is sent."""
+    """Such a text is refused before any work."""
     token = _FORGERIES[forgery]()
     calls: list[object] = []
     monkeypatch.setattr(jwt, "decode", lambda *arguments, **_: calls.append(arguments))
@@ -589,7 +589,7 @@ def test_what_is_longer_than_any_token_is_not_looked_at(
     )
 )
 def test_no_text_is_a_token_by_chance(token: str) -> None:
-    """Any text is refused in the same way, and never by another error."""
+    """Any text gets the same error."""
     _assert_refused(Authenticator(users=[_ALICE], key=_KEY), token)
 
 
@@ -602,7 +602,7 @@ _JSON = st.recursive(
 
 @given(claim=st.sampled_from(sorted(_claims())), value=_JSON)
 def test_claim_of_any_value_is_refused_even_with_the_right_key(claim: str, value: Any) -> None:
-    """Nothing but what a login writes is a token, whatever its types."""
+    """Only a token as a login writes it is valid, whatever the types of its claims."""
     if value != _claims()[claim]:
         token = _token_of_any_type(**{claim: value})
         _assert_refused(Authenticator(users=[_ALICE], key=_KEY), token)
@@ -610,7 +610,7 @@ def test_claim_of_any_value_is_refused_even_with_the_right_key(claim: str, value
 
 @given(data=st.data())
 def test_token_with_any_character_changed_is_refused(data: st.DataObject) -> None:
-    """No character of a token is of no consequence."""
+    """Every character of a token matters."""
     token = _token()
     at = data.draw(st.integers(0, len(token) - 1))
     other = data.draw(st.sampled_from(f"{_ALPHABET}.= \n").filter(lambda c: c != token[at]))
@@ -632,7 +632,7 @@ def test_token_is_worth_nothing_with_another_certificate(authenticator: Authenti
 
 
 def test_tokens_that_are_known_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever logs in again and again does not fill the memory; all the tokens stay good."""
+    """Many logins do not fill the memory. All their tokens stay valid."""
     monkeypatch.setattr("auth._KNOWN_TOKENS", 3)
     authenticator = Authenticator(users=[_ALICE], key=_KEY)
     tokens = [_token(jti=str(uuid.uuid4())) for _ in range(5)]
@@ -655,7 +655,7 @@ _CHANGES = {
 
 @pytest.mark.parametrize("change", _CHANGES)
 def test_token_ends_with_any_change_of_its_user(authenticator: Authenticator, change: str) -> None:
-    """At once, and the same after a restart; if the entry is restored, the token is."""
+    """At once and after a restart. If the entry is restored, the token is valid again."""
     token = _login(authenticator)
     identity = authenticator.authenticate(token, _CERTIFICATE)
     authenticator.set_users(_CHANGES[change])
@@ -667,7 +667,7 @@ def test_token_ends_with_any_change_of_its_user(authenticator: Authenticator, ch
 
 
 def test_token_does_not_end_when_others_change(authenticator: Authenticator) -> None:
-    """Nor with the order of the entries, nor with new ones."""
+    """Nor does it end with another order of the entries, or with new entries."""
     token = _login(authenticator)
     identity = authenticator.authenticate(token, _CERTIFICATE)
     authenticator.set_users([_user("bob"), _user("root", password="x"), _ALICE])
@@ -676,7 +676,7 @@ def test_token_does_not_end_when_others_change(authenticator: Authenticator) -> 
 
 
 def test_new_users_log_in_and_removed_ones_do_not(authenticator: Authenticator) -> None:
-    """The new table is that of the logins, too."""
+    """The new table applies to logins, too."""
     authenticator.set_users([_user("bob", password="builder"), _ALICE_WITH_A_NEW_PASSWORD])
     assert _login(authenticator, "bob", "builder")
     assert _login(authenticator, "alice", "changed")
@@ -688,7 +688,7 @@ def test_new_users_log_in_and_removed_ones_do_not(authenticator: Authenticator) 
 def test_token_of_a_login_that_was_overtaken_by_a_change_is_not_valid(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old password was checked while the user got a new one."""
+    """The user got a new password while the old one was being checked."""
     hashing = _Hashing(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         login = pool.submit(_login, authenticator)
@@ -701,7 +701,7 @@ def test_token_of_a_login_that_was_overtaken_by_a_change_is_not_valid(
 def test_token_survives_a_new_authenticator_of_the_same_key_only(
     authenticator: Authenticator,
 ) -> None:
-    """Tokens outlive a restart, and end with their key."""
+    """Tokens survive a restart, but not another key."""
     token = _login(authenticator)
     again = Authenticator(users=[_ROOT, _ALICE], key=_KEY)
     assert again.authenticate(token, _CERTIFICATE).name == "alice"
@@ -709,14 +709,14 @@ def test_token_survives_a_new_authenticator_of_the_same_key_only(
 
 
 def test_identity_is_valid_until_it_expires(authenticator: Authenticator) -> None:
-    """A stream can ask, and so does not outlive its token."""
+    """A stream can ask for it, so the stream can end with its token."""
     identity = authenticator.authenticate(_token(), _CERTIFICATE)
     assert authenticator.is_valid(identity)
     assert not authenticator.is_valid(replace(identity, expires_at=datetime.now(UTC)))
 
 
 def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
-    """Now and after restarts, however it is spelt; another token of the user goes on."""
+    """Also after restarts and in another spelling. The user's other tokens stay valid."""
     path = tmp_path / "revoked"
     with Revocations(path) as revocations:
         authenticator = Authenticator(users=[_ALICE], key=_KEY, revocations=revocations)
@@ -739,7 +739,7 @@ def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
 
 
 def test_token_stays_valid_when_its_logout_cannot_be_recorded(tmp_path: Path) -> None:
-    """Nobody is told that a token is dead which a restart would revive."""
+    """The logout fails, because a restart would make the token valid again."""
     revocations = Revocations(tmp_path / "revoked")
     authenticator = Authenticator(users=[_ALICE], key=_KEY, revocations=revocations)
     token = _login(authenticator)
@@ -757,7 +757,7 @@ def test_token_stays_valid_when_its_logout_cannot_be_recorded(tmp_path: Path) ->
 
 
 class _Watcher:
-    """Counts the calls; asks the authenticator in each, which would hang if a lock were held."""
+    """Counts its calls. Each call asks the authenticator, which would hang if a lock were held."""
 
     def __init__(self, authenticator: Authenticator, identity: Identity) -> None:
         self.calls = 0
@@ -773,7 +773,7 @@ class _Watcher:
 
 @pytest.fixture
 def watched(authenticator: Authenticator) -> tuple[Identity, list[_Watcher]]:
-    """Alice, twice with one token, and then with another; root."""
+    """Watched identities: Alice twice with one token, Alice with another, and root."""
     first, second = (
         authenticator.authenticate(_login(authenticator), _CERTIFICATE) for _ in range(2)
     )
@@ -784,7 +784,7 @@ def watched(authenticator: Authenticator) -> tuple[Identity, list[_Watcher]]:
 def test_logout_calls_those_who_watch_that_token_once(
     authenticator: Authenticator, watched: tuple[Identity, list[_Watcher]]
 ) -> None:
-    """All of them, and nobody else; nothing is called again for what follows."""
+    """All watchers of the token are called, no others, and only once."""
     identity, watchers = watched
     authenticator.logout(identity)
     assert [watcher.calls for watcher in watchers] == [1, 1, 0, 0]
@@ -797,7 +797,7 @@ def test_logout_calls_those_who_watch_that_token_once(
 def test_change_of_a_user_calls_those_who_watch_their_tokens(
     authenticator: Authenticator, watched: tuple[Identity, list[_Watcher]], change: str
 ) -> None:
-    """Whatever the change; those of an unchanged user go on."""
+    """For any change. The watchers of an unchanged user are not called."""
     _, watchers = watched
     authenticator.set_users([*(u for u in _CHANGES[change] if u != _ROOT), _ROOT])
     assert [watcher.calls for watcher in watchers] == [1, 1, 1, 0]
@@ -806,7 +806,7 @@ def test_change_of_a_user_calls_those_who_watch_their_tokens(
 def test_who_has_forgotten_is_not_called(
     authenticator: Authenticator, watched: tuple[Identity, list[_Watcher]]
 ) -> None:
-    """Taking it back is idempotent, before and after the end, and concerns one watcher only."""
+    """Cancelling a watch is idempotent, also after the end, and affects one watcher only."""
     identity, watchers = watched
     watchers[0].forget()
     watchers[0].forget()
@@ -820,7 +820,7 @@ def test_who_has_forgotten_is_not_called(
 def test_who_comes_too_late_is_called_at_once(
     authenticator: Authenticator, watched: tuple[Identity, list[_Watcher]]
 ) -> None:
-    """Logged out, changed or expired: a token that is not valid is not watched."""
+    """A watch of an invalid token calls the watcher at once."""
     identity, _ = watched
     authenticator.logout(identity)
     late = [identity, replace(identity, expires_at=datetime.now(UTC), token_id=str(uuid.uuid4()))]
@@ -832,7 +832,7 @@ def test_who_comes_too_late_is_called_at_once(
 
 
 def test_no_end_falls_between_asking_and_watching(authenticator: Authenticator) -> None:
-    """Whichever comes first, of many who start and a logout, each is called exactly once."""
+    """Many watches begin beside a logout, and each watcher is called exactly once."""
     barrier = threading.Barrier(8)
 
     def watch(identity: Identity) -> list[_Watcher]:
@@ -860,7 +860,7 @@ def test_no_end_falls_between_asking_and_watching(authenticator: Authenticator) 
 def test_no_password_hash_key_or_token_shows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not in the repr or text of anything, not in a traceback, not in a log."""
+    """No repr, text, traceback or log contains one."""
     caplog.set_level(logging.DEBUG)
     revocations = Revocations(tmp_path / "revoked")
     password = "hunter2"  # and nowhere else here: tracebacks have the lines of this test
@@ -902,7 +902,7 @@ def test_no_password_hash_key_or_token_shows(
 
 
 def test_permission_table_names_exactly_the_methods_of_the_services() -> None:
-    """No RPC is forgotten in the table, streams included, and none is in it that is not there."""
+    """The table has every RPC, streams included, and no other."""
     services = [
         *authservice_pb2.DESCRIPTOR.services_by_name.values(),
         *workerservice_pb2.DESCRIPTOR.services_by_name.values(),
@@ -926,12 +926,12 @@ def test_only_login_needs_no_token() -> None:
     ["", "/jobworker.v1.WorkerService/Nothing", "StartJob", "/jobworker.v1.AuthService/Login"],
 )
 def test_what_is_not_granted_is_denied(method: str, role: Role) -> None:
-    """A method without roles in the table may be called by nobody, admins included."""
+    """Nobody, not even an admin, may call a method without roles in the table."""
     assert not may_call(method, role)
 
 
 def test_admin_reaches_all_jobs_and_a_user_their_own() -> None:
-    """Ownership is by exact name."""
+    """The owner is compared by the exact name."""
     assert _identity(_ROOT).reaches("alice")
     assert _identity(_ALICE).reaches("alice")
     for owner in ("root", "Alice", "alice2", ""):
@@ -942,7 +942,7 @@ def test_admin_reaches_all_jobs_and_a_user_their_own() -> None:
 
 
 def test_key_is_made_once_privately_and_kept(tmp_path: Path) -> None:
-    """The first call makes 32 random bytes, mode 0600, and leaves nothing else; later ones read."""
+    """The first call makes a file of 32 random bytes with mode 0600. Later calls read it."""
     path = tmp_path / "token.key"
     key = load_key(path)
     assert len(key) == 32
@@ -953,7 +953,7 @@ def test_key_is_made_once_privately_and_kept(tmp_path: Path) -> None:
 
 
 def test_all_who_make_the_key_at_once_get_the_same(tmp_path: Path) -> None:
-    """However many start at the same moment, one key wins for all of them."""
+    """Of many simultaneous starts all get the same key."""
     barrier = threading.Barrier(8)
 
     def load(_: int) -> bytes:
@@ -967,7 +967,7 @@ def test_all_who_make_the_key_at_once_get_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 31, 33])
 def test_key_of_the_wrong_size_is_refused(tmp_path: Path, size: int) -> None:
-    """A damaged key is not used and not silently replaced."""
+    """A damaged key is neither used nor replaced."""
     path = tmp_path / "token.key"
     path.write_bytes(bytes(size))
     path.chmod(0o600)
@@ -978,7 +978,7 @@ def test_key_of_the_wrong_size_is_refused(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
-    """The remedy is in the message."""
+    """The message has the remedy."""
     path = tmp_path / "token.key"
     load_key(path)
     path.chmod(mode)
@@ -987,7 +987,7 @@ def test_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
 
 
 def test_key_cannot_be_made_where_there_is_no_directory(tmp_path: Path) -> None:
-    """The operator's mistake is an OSError, not a key in some other place."""
+    """A missing directory is an OSError."""
     with pytest.raises(FileNotFoundError):
         load_key(tmp_path / "absent" / "token.key")
 
@@ -1000,7 +1000,7 @@ _BEGINNINGS = (
 
 
 def test_every_key_works_in_a_process_that_can_import_nothing_more() -> None:
-    """As in a server that has given up its rights, and runs Python out of a closed directory."""
+    """Like a server that has given up root, and whose Python is in a closed directory."""
     source = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

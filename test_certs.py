@@ -28,7 +28,7 @@ _DEFAULT_NAMES = {"DNS:localhost", "IP Address:127.0.0.1", "IP Address:0:0:0:0:0
 
 
 def _files(*pairs: str) -> list[str]:
-    """The files of some pairs, in the order the script makes them."""
+    """Return the files of some pairs, in the order in which the script makes them."""
     return [file for pair in pairs for file in (f"{pair}-key.pem", f"{pair}.pem")]
 
 
@@ -39,7 +39,7 @@ def _run(*argv: str | Path, **options: object) -> subprocess.CompletedProcess[st
 
 
 def _generate(directory: Path, *args: str) -> list[str]:
-    """Run the script, which must succeed and complain of nothing; the names of what it made."""
+    """Run the script, which must succeed without complaint; return the files that it made."""
     run = _run(_SCRIPT, "--dir", directory, *args)
     assert (run.returncode, run.stderr) == (0, "")
     return _made(run, directory)
@@ -50,7 +50,7 @@ def _made(run: subprocess.CompletedProcess[str], directory: Path) -> list[str]:
 
 
 def _refused(run: subprocess.CompletedProcess[str], code: int) -> str:
-    """The one line on stderr with which a run must have failed."""
+    """Return the one line on stderr of a run that must have failed."""
     assert (run.returncode, run.stdout) == (code, "")
     (line,) = run.stderr.splitlines()
     assert line.startswith("generate.sh: ")
@@ -84,7 +84,7 @@ def _verifies(directory: Path, name: str, purpose: str, ca: str) -> bool:
 
 
 def _snapshot(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """What changes for a file that is replaced or written to."""
+    """Return the properties of a file that change if it is replaced or written."""
     return {
         entry.name: (entry.stat().st_ino, entry.stat().st_mtime_ns, entry.stat().st_size)
         for entry in os.scandir(directory)
@@ -93,7 +93,7 @@ def _snapshot(directory: Path) -> dict[str, tuple[int, int, int]]:
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with everything in it; for reading only."""
+    """A directory with all files, which tests only read."""
     directory = tmp_path_factory.mktemp("pristine")
     _generate(directory)
     return directory
@@ -101,7 +101,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def certs(pristine: Path, tmp_path: Path) -> Path:
-    """A directory with everything in it; for changing."""
+    """A directory with all files, which a test may change."""
     return shutil.copytree(pristine, tmp_path / "certs")
 
 
@@ -109,7 +109,7 @@ def certs(pristine: Path, tmp_path: Path) -> Path:
 
 
 def test_fresh_directory_gets_everything(tmp_path: Path) -> None:
-    """Two CAs, a server and a client are made, and each file is told of in one line."""
+    """It makes two CAs, a server and a client, and prints a line for each file."""
     directory = tmp_path / "new"
     assert _generate(directory) == _files(*_PAIRS)
     assert sorted(os.listdir(directory)) == sorted(_files(*_PAIRS))
@@ -139,7 +139,7 @@ def test_only_keys_are_private(tmp_path: Path) -> None:
 def test_leaf_verifies_for_its_purpose_against_its_ca_alone(
     pristine: Path, leaf: str, purpose: str, ca: str
 ) -> None:
-    """A strict verifier takes a leaf for nothing but its own side's certificate."""
+    """A strict verifier accepts a leaf only for its own side."""
     assert _verifies(pristine, leaf, purpose, ca) == (purpose == leaf and ca == f"{leaf}-ca")
 
 
@@ -197,7 +197,7 @@ def test_server_is_named_localhost_by_default(pristine: Path) -> None:
 
 
 def test_second_run_does_nothing(certs: Path) -> None:
-    """Where everything is valid nothing is touched and nothing said."""
+    """If everything is valid, it changes and prints nothing."""
     before = _snapshot(certs)
     assert _generate(certs) == []
     assert _snapshot(certs) == before
@@ -271,7 +271,7 @@ def test_what_is_not_valid_is_made_anew(certs: Path, case: str) -> None:
 
 
 def test_cas_keys_may_be_kept_elsewhere(certs: Path) -> None:
-    """As long as nothing has to be signed nobody misses the CAs' keys."""
+    """Without anything to sign, the CAs' keys are not needed."""
     for side in ("server", "client"):
         (certs / f"{side}-ca-key.pem").unlink()
     before = _snapshot(certs)
@@ -292,7 +292,7 @@ def test_missing_ca_key_is_asked_for_when_something_must_be_signed(certs: Path, 
 
 
 def test_key_that_may_not_be_read_is_not_replaced(pristine: Path) -> None:
-    """To somebody who may not read a key, that key is not a wrong one: they get an error."""
+    """A user who may not read a key gets an error; the key is not replaced as a wrong one."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as parent:  # whose own parents everybody may enter
         directory = shutil.copytree(pristine, Path(parent) / "certs")
@@ -312,7 +312,7 @@ def test_key_that_may_not_be_read_is_not_replaced(pristine: Path) -> None:
 
 
 def test_further_client_is_one_more_client(certs: Path) -> None:
-    """A name makes that client's pair and touches nothing else; made once, it is kept."""
+    """A name makes that client's pair and changes nothing else. A second run keeps it."""
     before = _snapshot(certs)
     assert _generate(certs, "alice", "b.o_b-2") == _files("alice", "b.o_b-2")
     after = _snapshot(certs)
@@ -326,7 +326,7 @@ def test_further_client_is_one_more_client(certs: Path) -> None:
 
 
 def test_client_is_made_without_the_servers_ca(certs: Path) -> None:
-    """Where clients' certificates are made, the server's side may be absent."""
+    """The server's files may be elsewhere."""
     for file in _files("server-ca", "server"):
         (certs / file).unlink()
     assert _generate(certs, "alice") == _files("alice")
@@ -348,7 +348,7 @@ def test_further_clients_of_a_former_ca_are_told_of(certs: Path) -> None:
 def test_first_run_makes_everything_whatever_it_is_asked(
     tmp_path: Path, args: tuple[str, ...]
 ) -> None:
-    """Where there is no CA yet, a server and a client can be run after any command."""
+    """Without a CA, every command makes the pairs of a server and of a client."""
     assert set(_files(*_PAIRS)) <= set(_generate(tmp_path, *args))
 
 
@@ -428,12 +428,12 @@ def test_missing_openssl_is_said_to_be_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("directory", ["/proc", "/proc/none", "/dev/null"])
 def test_directory_that_cannot_be_used_is_an_error(directory: str) -> None:
-    """Where nothing can be written the error names the directory."""
+    """If the directory cannot be written, the error names it."""
     assert _refused(_run(_SCRIPT, "--dir", directory), 1).endswith(f"directory {directory}")
 
 
 def test_runs_at_the_same_time_do_the_work_once(tmp_path: Path) -> None:
-    """Of several runs at once each file is made by one, and the others wait for it."""
+    """One of several simultaneous runs makes the files, and the others wait."""
     with ThreadPoolExecutor(4) as pool:
         runs = list(pool.map(lambda _: _generate(tmp_path), range(4)))
     assert sorted(file for made in runs for file in made) == sorted(_files(*_PAIRS))
@@ -465,7 +465,7 @@ exec "$OPENSSL" "$@"
 def test_interrupted_run_leaves_nothing_half_made(
     tmp_path: Path, number: signal.Signals, group: bool
 ) -> None:
-    """Run after run, each interrupted one step later than the last, leaves whole pairs only."""
+    """An interruption at any step leaves only whole pairs."""
     directory, calls, tools = tmp_path / "certs", tmp_path / "calls", tmp_path / "bin"
     tools.mkdir()
     (tools / "openssl").write_text(_OPENSSL)
@@ -522,7 +522,7 @@ def _context(directory: Path, side: int, own: str, ca: str) -> ssl.SSLContext:
 
 
 def _handshake(directory: Path, host: str, client: str = "client") -> str:
-    """Connect over mutual TLS 1.3; the client's name as the server has verified it."""
+    """Connect over mutual TLS 1.3; return the client's name that the server verified."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.settimeout(GUARD_S)
@@ -559,12 +559,12 @@ def test_mutual_tls_works_for_further_clients_and_hosts(certs: Path) -> None:
 
 
 def test_client_refuses_another_host_name(pristine: Path) -> None:
-    """A server under a name that its certificate does not hold is refused."""
+    """The certificate must have the host name."""
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         _handshake(pristine, "jobs.example.org")
 
 
 def test_server_refuses_a_certificate_of_its_own_ca(pristine: Path) -> None:
-    """What the server CA signed is no client: that connection ends with an alert."""
+    """A certificate of the server CA is no client certificate."""
     with pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):
         _handshake(pristine, "localhost", "server")

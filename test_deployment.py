@@ -1,7 +1,7 @@
 """Tests of the deployment: the systemd unit `deploy/job-worker.service`, and docs/security.md.
 
-What the unit says is read with a parser of our own that is strict: it knows no more of the
-form than the unit uses.
+The tests read the unit with a strict parser of their own, which knows only the forms that the
+unit uses.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _UNIT = _HERE / "deploy/job-worker.service"
 _UNITS_OF_SYSTEMD = Path("/usr/lib/systemd/system")
 _INSTALLED = "opt/job-worker"
 
-# What `systemd-analyze security` says of the unit, of 10; systemd 252 says 2.8. What is left
-# is what the server is for: root's start, other uids, cgroups, the network. Rather than raise
-# it, find out which line of the unit has lost its effect.
+# The figure of `systemd-analyze security` for the unit, of 10; systemd 252 says 2.8. The rest is
+# what the server needs: a start as root, other uids, cgroups, the network. If the figure rises,
+# find the line of the unit that has lost its effect, and do not raise this limit.
 _MAX_EXPOSURE = 3.0
 
 _SERVER_UID, _FIRST_UID = 70_000, 70_001
@@ -47,7 +47,7 @@ _RLIMITS = {"LimitNOFILE": "nofile", "LimitCORE": "core"}
 
 
 def _parse(text: str) -> dict[str, list[str]]:
-    """Read a unit; the values of each key, whatever its section."""
+    """Read a unit; return the values of each key, without the sections."""
     values = defaultdict(list)
     for line in text.replace("\\\n", "").splitlines():
         if line and not line.startswith(("#", "[")):
@@ -63,7 +63,7 @@ def unit() -> dict[str, list[str]]:
 
 
 def _analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run systemd-analyze, or skip; in CI it is an error to go without."""
+    """Run systemd-analyze; skip the test without it, except in CI."""
     if not shutil.which("systemd-analyze"):
         reason = "needs systemd-analyze: install systemd (it need not run)"
         if os.environ.get("JOBWORKER_REQUIRE_KERNEL") == "1":
@@ -79,7 +79,7 @@ def _analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def _verify(root: Path, text: str) -> tuple[int, str]:
-    """Let systemd look at the unit in a machine on which it is installed."""
+    """Let systemd verify the unit in a root directory where the project is installed."""
     for directory in (_INSTALLED, "etc/systemd/system", "usr/bin"):
         (root / directory).mkdir(parents=True)
     shutil.copytree(_UNITS_OF_SYSTEMD, root / "usr/lib/systemd/system", symlinks=True)
@@ -94,12 +94,12 @@ def _verify(root: Path, text: str) -> tuple[int, str]:
 
 
 def test_systemd_has_no_complaint(tmp_path: Path) -> None:
-    """`systemd-analyze verify`: every key and value is known, every program is there."""
+    """`systemd-analyze verify` knows every key and value, and finds every program."""
     assert _verify(tmp_path / "good", _UNIT.read_text(encoding="utf-8")) == (0, "")
 
 
 def test_complaint_of_systemd_would_be_noticed(tmp_path: Path) -> None:
-    """The check above sees an unknown key, and a program that is not there."""
+    """The test above notices an unknown key and a missing program."""
     text = _UNIT.read_text(encoding="utf-8")
     _, said = _verify(tmp_path / "key", text.replace("NoNewPrivileges=", "NoNewPrivilege="))
     assert "NoNewPrivilege" in said
@@ -109,7 +109,7 @@ def test_complaint_of_systemd_would_be_noticed(tmp_path: Path) -> None:
 
 
 def _exposure(unit: Path, *, allowed: float) -> tuple[int, float]:
-    """Exit status and figure of `systemd-analyze security`, which fails above `allowed`."""
+    """Return exit status and figure of `systemd-analyze security`; it fails above `allowed`."""
     threshold = f"--threshold={round(allowed * 10)}"
     result = _analyze("security", "--offline=yes", threshold, unit)
     (figure,) = re.findall(r"Overall exposure level for .*: ([0-9.]+)", result.stdout)
@@ -117,14 +117,14 @@ def _exposure(unit: Path, *, allowed: float) -> tuple[int, float]:
 
 
 def test_exposure_is_low() -> None:
-    """`systemd-analyze security`, by the file alone."""
+    """`systemd-analyze security` judges the file alone."""
     status, figure = _exposure(_UNIT, allowed=_MAX_EXPOSURE)
     assert (status, figure <= _MAX_EXPOSURE) == (0, True), figure
 
 
 @pytest.mark.parametrize("key", ["CapabilityBoundingSet", "SystemCallFilter", "RestrictNamespaces"])
 def test_exposure_rises_without_a_protection(tmp_path: Path, key: str) -> None:
-    """So the figure above says something about these lines."""
+    """So the figure of the test above depends on these lines."""
     weaker = tmp_path / _UNIT.name
     weaker.write_text(re.sub(rf"^{key}=.*\n", "", _UNIT.read_text(), flags=re.MULTILINE))
     status, figure = _exposure(weaker, allowed=_MAX_EXPOSURE)
@@ -136,7 +136,7 @@ def test_exposure_rises_without_a_protection(tmp_path: Path, key: str) -> None:
 
 
 def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> None:
-    """Every option is one of ours; users, isolation, limits and the audit log are not left out."""
+    """The server has every option of the unit. Users, isolation, limits and audit are required."""
     (command,) = unit["ExecStart"]
     program, *options = shlex.split(command)
     assert program == f"/{_INSTALLED}/server"
@@ -152,7 +152,7 @@ def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> 
 
 
 def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
-    """The places in the instructions, and the uids of jobs, are those of the deployed server."""
+    """The paths and uids in the instructions are those of the unit."""
     (command,) = unit["ExecStart"]
     program, *options = shlex.split(command)
     arguments = parse_arguments(options)
@@ -165,7 +165,7 @@ def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
 
 
 def test_systemd_waits_longer_than_the_server(unit: dict[str, list[str]]) -> None:
-    """The watchdog ends the server before systemd does; the signals are those it waits for."""
+    """The watchdog ends the server before systemd does. The unit sends the right signals."""
     (timeout,) = unit["TimeoutStopSec"]
     assert int(timeout) > server._WATCHDOG_S + server._STOP_GRACE_S
     assert unit["KillSignal"] == ["SIGTERM"]
@@ -174,7 +174,7 @@ def test_systemd_waits_longer_than_the_server(unit: dict[str, list[str]]) -> Non
 
 
 def test_files_suffice_for_every_stream(unit: dict[str, list[str]]) -> None:
-    """The default ceilings fit, so that the server does not warn."""
+    """The unit allows enough open files for the default quotas."""
     (limit,) = unit["LimitNOFILE"]
     streams = Config().in_all.streams or 0
     assert int(limit) >= streams * server._FDS_PER_STREAM + server._FDS_SPARE
@@ -189,7 +189,7 @@ def _capabilities(unit: dict[str, list[str]]) -> set[str]:
 
 
 def _rights(unit: dict[str, list[str]], cgroup: Path, *, without: str = "") -> tuple[str, ...]:
-    """The command that takes away what the unit takes away, and enters the service's cgroup."""
+    """Return the command that drops the same rights as the unit and enters the service's cgroup."""
     assert unit["NoNewPrivileges"] == ["yes"]
     (umask,) = unit["UMask"]
     kept = sorted(_capabilities(unit) - {without})
@@ -205,7 +205,7 @@ def _rights(unit: dict[str, list[str]], cgroup: Path, *, without: str = "") -> t
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    """A state directory as systemd makes it."""
+    """A state directory like one that systemd makes."""
     path = tmp_path / "state"
     path.mkdir(0o700)
     return path
@@ -215,7 +215,7 @@ def state(tmp_path: Path) -> Path:
 def _started(
     certs: Path, state: Path, before: tuple[str, ...]
 ) -> Iterator[tuple[ServerProgram, Client]]:
-    """A server with these rights, and a client that is logged in; its helper ends with it."""
+    """A server with these rights, and a logged-in client; its fork server ends with it."""
     program = ServerProgram(
         state.with_name("log"),
         *("--listen", "127.0.0.1:0", "--limits", "require", "--require-isolation"),
@@ -246,14 +246,14 @@ def _status(pid: int | str) -> dict[str, str]:
 def test_rights_of_the_unit_are_enough(
     base: Path, certs: Path, state: Path, unit: dict[str, list[str]]
 ) -> None:
-    """Limited jobs, a stop, SIGTERM, a second start; no process, cgroup or output is left."""
+    """Jobs with limits, a stop, SIGTERM and a second start work, and leave nothing behind."""
     for _ in range(2):  # the second finds a state directory that was in use
         with _started(certs, state, _rights(unit, base)) as (program, user):
             helper = fork_server_of(program.process.pid)
             assert _status(program.process.pid)["Uid"].split() == [str(_SERVER_UID)] * 4
             kept = sum(1 << number for number in (1, 6, 7))  # DAC_OVERRIDE, SETGID, SETUID
-            assert int(_status(helper)["CapEff"], 16) == kept
-            assert int(_status(helper)["CapBnd"], 16) == 0
+            assert int(_status(fork_server)["CapEff"], 16) == kept
+            assert int(_status(fork_server)["CapBnd"], 16) == 0
             script = "cat /proc/self/status; ulimit -Hc; umask; cat /proc/self/cgroup"
             output = _run(user, script)
             job = dict(line.split(":\t") for line in output.splitlines() if ":\t" in line)
@@ -269,7 +269,7 @@ def test_rights_of_the_unit_are_enough(
             assert user.stop(running).status == worker_pb.STOPPED
             last = user.start("sh", ["-c", tree])
             next(user.stream(last))
-            with open(os.pidfd_open(helper)) as pidfd:
+            with open(os.pidfd_open(fork_server)) as pidfd:
                 assert program.end(signal.SIGTERM) == 0
                 assert select.select([pidfd], [], [], GUARD_S)[0]
         assert [each for each in base.iterdir() if each.is_dir()] == []
@@ -281,7 +281,7 @@ def test_rights_of_the_unit_are_enough(
 
 
 def _problem(certs: Path, state: Path, before: tuple[str, ...]) -> str:
-    """What a server with these rights cannot do; "" if it does all it should."""
+    """Return what a server with these rights cannot do; "" if it can do everything."""
     try:
         with _started(certs, state, before) as (program, user):
             output = _run(user, "grep ^Cap /proc/self/status | grep -v 0000000000000000")
@@ -305,7 +305,7 @@ _MISSED = {
 def test_rights_of_the_unit_are_the_least(
     base: Path, certs: Path, tmp_path: Path, unit: dict[str, list[str]]
 ) -> None:
-    """Without any one of its capabilities the server does not start, or a job is not as it must."""
+    """Without any one of its capabilities the server does not start, or a job goes wrong."""
     assert _capabilities(unit) == set(_MISSED)
     for name, missed in _MISSED.items():
         state = tmp_path / name / "state"

@@ -1,4 +1,4 @@
-"""Tests of the host check: as a program on this host, and of what each finding says."""
+"""Tests of the host check: the program on this host, and the text of each finding."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _check(*options: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_finding_is_one_line_with_its_remedy() -> None:
-    """What works says what it does; what fails says what to do."""
+    """A working limit says what was proved; a failed one says what to do."""
     assert str(Finding("cpu", works=True, detail="held back")) == "ok      cpu: held back"
     finding = Finding("cpu", works=False, detail="is missing", remedy="get one")
     assert str(finding) == "FAILED  cpu: is missing; get one"
 
 
 def test_check_has_a_line_for_each_item_and_exits_0_only_if_all_are_well() -> None:
-    """What fails has a remedy; nothing is said twice, on stderr."""
+    """Each failure has a remedy. Stderr does not repeat it."""
     result = _check()
     lines = [_LINE.fullmatch(line) for line in result.stdout.splitlines()]
     found = [(line[2], line[1].strip(), line[4]) for line in lines if line]
@@ -53,7 +53,7 @@ def test_check_has_a_line_for_each_item_and_exits_0_only_if_all_are_well() -> No
 @pytest.mark.parametrize("place", ["ordinary", "absent"])
 @pytest.mark.parametrize("after", [True, False])
 def test_root_that_is_no_cgroup_fails_the_check(tmp_path: Path, place: str, after: bool) -> None:
-    """One line that names it, however the option is placed."""
+    """One line names it. The option may stand before or after `check`."""
     root = tmp_path / place
     (tmp_path / "ordinary").mkdir()
     program = [sys.executable, str(_HERE / "server.py")]
@@ -68,7 +68,7 @@ def test_root_that_is_no_cgroup_fails_the_check(tmp_path: Path, place: str, afte
 
 
 def test_check_says_what_require_would_say() -> None:
-    """`require` works where all findings do, and nowhere else; its error is among theirs."""
+    """`--limits require` works if and only if all findings work. Its error is one of theirs."""
     failed = [f"{finding.detail}; {finding.remedy}" for finding in check() if not finding.works]
     if not failed:
         Worker(enforcement="require").close()
@@ -79,7 +79,7 @@ def test_check_says_what_require_would_say() -> None:
 
 
 def test_check_leaves_nothing_and_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """No cgroup of its own, this process where it was, and the log as it was."""
+    """It leaves no cgroup, moves this process back, and restores the log."""
     before = Path("/proc/self/cgroup").read_text()
     check()
     assert Path("/proc/self/cgroup").read_text() == before
@@ -107,7 +107,7 @@ def _broken(_: Worker) -> str:
     [(_seen, "nothing happened"), (_missing, "no such file"), (_broken, "/x/io.max")],
 )
 def test_probe_that_does_not_feel_its_limit_fails(test: object, seen: str) -> None:
-    """So does one that cannot be run; the finding says what was claimed and what was seen."""
+    """So does a test that cannot run. The finding has the statement and the observation."""
     with Worker(enforcement="off") as worker:
         finding = hostcheck._prove("cpu", "it is held back", test, worker)  # type: ignore[arg-type]
     assert (finding.what, finding.works) == ("cpu", False)
@@ -118,7 +118,7 @@ def test_probe_that_does_not_feel_its_limit_fails(test: object, seen: str) -> No
 
 @pytest.mark.parametrize("what", ["cpu", "memory", "io", "pids"])
 def test_probe_finds_out_when_nothing_is_enforced(what: str) -> None:
-    """Without cgroups each of the four limits is found not to be in force."""
+    """Without cgroups each of the four tests fails."""
     claim, test = hostcheck._TESTS[what]
     with Worker(enforcement="off") as worker:
         finding = hostcheck._prove(what, claim, test, worker)
@@ -127,7 +127,7 @@ def test_probe_finds_out_when_nothing_is_enforced(what: str) -> None:
 
 
 def test_probe_that_fails_makes_the_check_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the probe job did counts, not that cgroups can be made."""
+    """The behaviour of the test job counts."""
     monkeypatch.setitem(hostcheck._TESTS, "kill", ("it is stopped", _seen))
     findings = check()
     if not findings[0].works:

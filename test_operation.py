@@ -1,5 +1,5 @@
-"""Tests of the server in operation: the real program during floods, reloads, full disks, and with
-its ceilings reached; what it promises as a whole, where the modules' tests prove the parts.
+"""Tests of the whole server: the real program during floods, reloads and full disks, and at its
+ceilings. The modules' tests prove the parts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HASH_BYTES = 128 * 1024 * 1024  # what a scrypt of ours takes
 
 
 class _Log:
-    """What a program writes to its stderr, and a way to wait for it.
+    """The stderr of a program, and a way to wait for a text in it.
 
     Is given to `ServerProgram` in the place of a file.
     """
@@ -77,7 +77,7 @@ class _Log:
             return self._text
 
     def await_text(self, pattern: str, start: int = 0) -> str:
-        """Block until `pattern` is in what follows position `start`; return that."""
+        """Block until `pattern` is in the text after position `start`; return that text."""
         with self._changed:
             assert self._changed.wait_for(
                 lambda: self._ended or re.search(pattern, self._text[start:]), GUARD_S
@@ -87,7 +87,7 @@ class _Log:
 
 
 class _Program(ServerProgram):
-    """A server program with a log to wait for. Attributes: `audit` (its file), `state`."""
+    """A server program and its log. Attributes: `audit`, `state` (paths)."""
 
     def __init__(self, state: Path, audit: Path | None, *options: str) -> None:
         self.state = state
@@ -126,7 +126,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def peers(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The certificates and some more for clients."""
+    """The certificates, with some more for clients."""
     directory = tmp_path_factory.mktemp("peers")
     shutil.copytree(certs, directory, dirs_exist_ok=True)
     command = [str(_HERE / "certs" / "generate.sh"), "--dir", str(directory), *_PEERS]
@@ -141,7 +141,7 @@ def alice() -> User:
 
 @pytest.fixture
 def start(certs: Path, make_state: Callable[[], Path], tmp_path: Path) -> Iterator[Start]:
-    """Start a server with the text of a configuration, users, and more options."""
+    """Start a server with a configuration, users and more options."""
     with contextlib.ExitStack() as programs:
 
         def start(
@@ -194,7 +194,7 @@ def _finish(client: Client, command: str = "true", args: Sequence[str] = ()) -> 
 
 
 def _follow(client: Client, job_id: str) -> Generator[bytes, None, None]:
-    """Open a stream of a job that is `FOREVER`; it is admitted when this returns."""
+    """Open a stream of a job that is `FOREVER`; the server has admitted it when this returns."""
     chunks = client.stream(job_id)
     assert next(chunks) == b"ready\n"
     return chunks
@@ -204,7 +204,7 @@ def _follow(client: Client, job_id: str) -> Generator[bytes, None, None]:
 
 
 @pytest.fixture(scope="module")
-def gate(
+def logins(
     peers: Path,
     alice: User,
     make_state: Callable[[], Path],
@@ -220,7 +220,7 @@ def gate(
 
 
 def _peer(address: str, peers: Path, name: str) -> Client:
-    """A client that is another peer than those with other names."""
+    """A client; each name is another peer for the throttle."""
     return Client(address, certs=peers, cert=peers / f"{name}.pem", key=peers / f"{name}-key.pem")
 
 
@@ -231,16 +231,16 @@ def _memory(pid: int, field: str) -> int:
 
 
 def test_login_flood_neither_stops_the_others_nor_takes_memory(
-    gate: _Program, peers: Path, connect: Connect
+    logins: _Program, peers: Path, connect: Connect
 ) -> None:
-    """Every Status is answered meanwhile, more of them than logins; two passwords hash at once."""
-    client = connect("user", gate.address)
+    """Every Status is answered meanwhile. At most two passwords are hashed at once."""
+    client = connect("user", logins.address)
     job_id = _finish(client)
-    before = _memory(gate.process.pid, "VmRSS")
+    before = _memory(logins.process.pid, "VmRSS")
     codes: list[str] = []
 
     def flood(name: str, user: str, password: str) -> None:
-        with _peer(gate.address, peers, name) as attacker:
+        with _peer(logins.address, peers, name) as attacker:
             try:
                 attacker.login(user, password)
                 codes.append("OK")
@@ -260,11 +260,11 @@ def test_login_flood_neither_stops_the_others_nor_takes_memory(
     assert set(hashed) <= {"OK", "UNAUTHENTICATED"}
     assert len(hashed) >= 4
     assert answered > len(hashed)
-    assert _memory(gate.process.pid, "VmHWM") - before < 2.5 * _HASH_BYTES
+    assert _memory(logins.process.pid, "VmHWM") - before < 2.5 * _HASH_BYTES
 
 
 def _guess_until_refused(client: Client, name: str) -> ClientError:
-    """Fail three times; and again, if we were so slow that the wait for that was over."""
+    """Fail until refused: three times, or more if this test was slower than the wait."""
     for tries in range(8):
         error = _refusal(client.login, name, "guess")
         if error.code == "RESOURCE_EXHAUSTED":
@@ -275,12 +275,12 @@ def _guess_until_refused(client: Client, name: str) -> ClientError:
 
 
 def test_guesser_has_to_wait_while_the_true_user_logs_in_from_elsewhere(
-    gate: _Program, peers: Path
+    logins: _Program, peers: Path
 ) -> None:
-    """For a user that there is and for one that there is not in the same words."""
+    """The refusal has the same words for an existing and for an unknown user."""
     with (
-        _peer(gate.address, peers, "client") as attacker,
-        _peer(gate.address, peers, "other") as true_user,
+        _peer(logins.address, peers, "client") as attacker,
+        _peer(logins.address, peers, "other") as true_user,
     ):
         refusals = [_guess_until_refused(attacker, name) for name in ("alice", "nobody")]
         words = {re.sub(r"\d+ s", "N s", str(error)) for error in refusals}
@@ -305,11 +305,11 @@ def test_guesser_has_to_wait_while_the_true_user_logs_in_from_elsewhere(
         assert true_user.list() == []
 
 
-def test_passwords_and_tokens_are_written_nowhere(gate: _Program, peers: Path) -> None:
-    """Neither to the log nor to the audit log, by no error, and on no command line of ours."""
+def test_passwords_and_tokens_are_written_nowhere(logins: _Program, peers: Path) -> None:
+    """No log, audit log, error or command line has one."""
     guess, forged = "the hunter's second guess", "a.forged.token"
     told = []
-    with _peer(gate.address, peers, _PEERS[0]) as client:
+    with _peer(logins.address, peers, _PEERS[0]) as client:
         told.append(str(_refusal(client.login, "mallory", guess)))
         token, _ = client.login("alice", _PASSWORD)
         client.start("sleep", ["infinity"])
@@ -318,11 +318,11 @@ def test_passwords_and_tokens_are_written_nowhere(gate: _Program, peers: Path) -
         told.append(str(_refusal(client.list)))
         client.token = forged
         told.append(str(_refusal(client.list)))
-    ours = [gate.process.pid, *children_of(gate.process.pid)]
+    ours = [logins.process.pid, *children_of(logins.process.pid)]
     told += [Path(f"/proc/{pid}/cmdline").read_text() for pid in ours]
     told += [Path(f"/proc/{pid}/environ").read_text() for pid in ours]
-    told += [gate.log.read_text(), gate.audit.read_text()]
-    told += [(gate.state / name).read_text() for name in ("logged-out", "uids")]
+    told += [logins.log.read_text(), logins.audit.read_text()]
+    told += [(logins.state / name).read_text() for name in ("logged-out", "uids")]
     for secret in (guess, forged, _PASSWORD, token):
         assert not [text for text in told if secret in text]
 
@@ -332,7 +332,7 @@ def test_passwords_and_tokens_are_written_nowhere(gate: _Program, peers: Path) -
 
 @pytest.fixture
 def live(certs: Path, tmp_path: Path) -> Path:
-    """A copy of the certificates, which only root may read."""
+    """A copy of the certificates that only root may read."""
     directory = tmp_path / "live"
     shutil.copytree(certs, directory)
     _only_for_root(directory)
@@ -351,7 +351,7 @@ _LINES_FOR_EVER = "i=0; while :; do echo $i; i=$((i + 1)); sleep 0.002; done"
 def test_new_certificates_and_users_are_taken_up_under_an_open_stream(  # noqa: PLR0913
     start: Start, live: Path, foreign_certs: Path, connect: Connect, alice: User, tmp_path: Path
 ) -> None:
-    """The stream goes on, to the last byte; new connections need the new certificates."""
+    """The stream continues to the last byte. New connections need the new certificates."""
     _as_root()
     program = start(certs=live, users=SEEDED_USERS)
     client = connect("user", program.address)
@@ -392,7 +392,7 @@ def _instead(path: Path, make: Callable[[Path], object]) -> None:
 def test_broken_files_are_reported_and_the_old_ones_stay_in_force(
     start: Start, live: Path, foreign_certs: Path, connect: Connect, tmp_path: Path
 ) -> None:
-    """One line each, which names the file; a fifo, too, holds up nobody."""
+    """One line for each names the file. A FIFO in place of a file delays nobody."""
     audit = tmp_path / "audit.log"
     program = start(certs=live, users=SEEDED_USERS, audit=audit)
     users = tmp_path / "users"
@@ -435,7 +435,7 @@ def test_broken_files_are_reported_and_the_old_ones_stay_in_force(
 def test_users_who_change_lose_their_tokens_and_streams_and_others_do_not(
     start: Start, connect: Connect, alice: User, tmp_path: Path
 ) -> None:
-    """One is removed, one gets another role, one another password. Jobs go on.
+    """One is removed, one gets another role, one another password. Jobs continue.
 
     The job of somebody who is gone is an admin's to stop; it is theirs again if they come back.
     """
@@ -483,7 +483,7 @@ def test_users_who_change_lose_their_tokens_and_streams_and_others_do_not(
 def test_running_jobs_and_streams_have_ceilings_that_every_end_gives_back(
     start: Start, connect: Connect
 ) -> None:
-    """Per user and in all; what fails or is refused uses up nothing."""
+    """The quotas of one user and of all users. A failed or refused call uses up nothing."""
     program = start(
         "--max-streams",
         "3",
@@ -532,7 +532,7 @@ def test_running_jobs_and_streams_have_ceilings_that_every_end_gives_back(
 
 
 def _follow_when_admitted(client: Client, job_id: str) -> Generator[bytes, None, None]:
-    """As `_follow`, where the client before has gone: no call tells when that is noticed."""
+    """Like `_follow`, repeated until the server has noticed that the former client is gone."""
     deadline = time.monotonic() + GUARD_S
     while True:
         try:
@@ -545,7 +545,7 @@ def _follow_when_admitted(client: Client, job_id: str) -> Generator[bytes, None,
 def test_killed_clients_give_their_streams_back(
     start: Start, connect: Connect, certs: Path, tokens: dict[str, str]
 ) -> None:
-    """Processes that die in the middle of a silent stream."""
+    """The clients are processes that die during a silent stream."""
     program = start(config="[per_user]\nstreams = 2\n")
     client = connect("user", program.address)
     job_id = client.start(*FOREVER)
@@ -576,7 +576,7 @@ def test_killed_clients_give_their_streams_back(
 def test_starts_have_a_rate_of_which_refused_ones_take_nothing(
     start: Start, connect: Connect
 ) -> None:
-    """One user's haste leaves another their share; both are told when to try again."""
+    """A user who starts too fast does not slow down another. Both learn when to try again."""
     program = start(
         config="[per_user]\nstarts_per_second = 0.01\nstart_burst = 3\n"
         "[in_all]\nstarts_per_second = 0.02\nstart_burst = 5\n"
@@ -604,13 +604,13 @@ _SIX_KIB_LEFT = "[per_job]\nkept_output = '64K'\n[per_user]\nkept_output = '70K'
 def test_output_past_a_ceiling_is_counted_and_told_and_blocks_no_job(
     start: Start, connect: Connect, certs: Path, tokens: dict[str, str]
 ) -> None:
-    """That of a job, of a user and of all; the status and every stream have the number."""
+    """The ceilings of a job, a user and all users. Status and streams tell the lost bytes."""
     program = start(config=_SIX_KIB_LEFT + "[in_all]\nkept_output = '80K'\n")
     user, admin = connect("user", program.address), connect("admin", program.address)
     written, kib = 100_003, 1024
 
     def hold(client: Client, kept: int) -> None:
-        """Have a running job whose output takes that much: a finished one's would make room."""
+        """Run a job with that much output, which keeps running: a finished job would make room."""
         script = 'head -c "$1" /dev/zero; exec sleep infinity'
         chunks = client.stream(client.start("sh", ["-c", script, "sh", str(written)]))
         while kept > 0:
@@ -657,7 +657,7 @@ def test_output_past_a_ceiling_is_counted_and_told_and_blocks_no_job(
 def test_requests_have_a_size_and_arguments_a_number_and_a_length(
     start: Start, connect: Connect
 ) -> None:
-    """Up to the ceiling, and not one more; the answer names which."""
+    """The ceiling can be reached but not exceeded. The answer names the ceiling."""
     program = start(config="[requests]\nsize = '8K'\nargs = 5\narg_length = 1000\n")
     client = connect("user", program.address)
     _finish(client, "true", ["x" * 1000] * 5)
@@ -701,7 +701,7 @@ def _raw(client: Client, method: str, data: bytes, token: str | None = None) -> 
 def test_every_call_has_a_line_with_what_was_decided(  # noqa: PLR0915 -- it is every call
     start: Start, connect: Connect, certs: Path, tokens: dict[str, str]
 ) -> None:
-    """Whatever becomes of it: who, from where, what, on which job, and why not."""
+    """The line has user, peer, method, job and, for a refusal, the reason."""
     program = start()
     user, admin = connect("user", program.address), connect("admin", program.address)
     hostile = "mallory\n{}\r\x1b[2J\u2028\u2029\x85\x00\"\\'"
@@ -783,7 +783,7 @@ def test_every_call_has_a_line_with_what_was_decided(  # noqa: PLR0915 -- it is 
 
 
 def test_rotation_loses_no_line_under_load(start: Start, connect: Connect, tmp_path: Path) -> None:
-    """Each of the calls is in one of the files, once."""
+    """Each call is in exactly one of the files."""
     audit = tmp_path / "audit.log"
     program = start(audit=audit)
     client = connect("user", program.address)
@@ -813,7 +813,7 @@ def small_disk() -> Iterator[Path]:
 
 
 def _fill(audit: Path) -> Path:
-    """Fill the disk of the audit log, and its last page; return the file that can be deleted."""
+    """Fill the disk and the last page of the audit log; return a file whose deletion makes room."""
     filler = audit.with_name("filler")
     for path in (filler, audit):
         with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
@@ -825,7 +825,7 @@ def _fill(audit: Path) -> Path:
 def test_full_disk_is_reported_once_and_does_not_stop_the_service(
     start: Start, connect: Connect, small_disk: Path
 ) -> None:
-    """And its end, with the number of what could not be recorded."""
+    """The end is reported too, with the number of lost records."""
     program = start(audit=small_disk / "audit.log")
     client = connect("user", program.address)
     client.list()
@@ -843,7 +843,7 @@ def test_full_disk_is_reported_once_and_does_not_stop_the_service(
 def test_what_cannot_be_recorded_is_refused_if_it_must_be(
     start: Start, connect: Connect, small_disk: Path
 ) -> None:
-    """No login, no logout, no stop, no stream, and no job; with room again, all of it."""
+    """Logins, logouts, starts, stops and streams are refused until there is room again."""
     program = start("--audit-required", "--max-streams", "1", audit=small_disk / "audit.log")
     client = connect("user", program.address)
     other = connect("", program.address)

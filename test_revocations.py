@@ -46,7 +46,7 @@ def kept(path: Path) -> Iterator[Revocations]:
 
 @contextmanager
 def _full_disk(size: int) -> Iterator[None]:
-    """No file of ours may grow beyond `size` bytes."""
+    """Limit the size of all files of this process."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -56,7 +56,7 @@ def _full_disk(size: int) -> Iterator[None]:
 
 
 def test_revoked_token_is_in_the_file_when_add_returns(path: Path, kept: Revocations) -> None:
-    """One line each, in the documented form, private; other tokens are not in it."""
+    """The file is private, and has a line of the documented form for each token."""
     assert path.read_bytes() == b""
     kept.add(_IDS[0], _LATER)
     kept.add(_IDS[1], _LATER)
@@ -66,7 +66,7 @@ def test_revoked_token_is_in_the_file_when_add_returns(path: Path, kept: Revocat
 
 
 def test_revocation_survives_a_process_that_is_killed(path: Path) -> None:
-    """What `add` returned from is there, however the process ends."""
+    """After `add` has returned, a kill of the process changes nothing."""
     program = (
         "import os, sys\nfrom datetime import UTC, datetime\nfrom revocations import Revocations\n"
         "revocations = Revocations(sys.argv[1])\n"
@@ -88,7 +88,7 @@ def test_revocation_survives_a_process_that_is_killed(path: Path) -> None:
 def test_line_is_on_the_disk_before_the_token_counts_as_revoked(
     kept: Revocations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One write of one whole line, then fsync of the same file, then memory."""
+    """The order is: one write of the whole line, fsync of the file, then memory."""
     write, fsync = os.write, os.fsync
     calls: list[tuple[object, ...]] = []
 
@@ -114,7 +114,7 @@ def test_line_is_on_the_disk_before_the_token_counts_as_revoked(
 def test_new_file_is_in_its_directory_on_the_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """A crash does not take away the file itself, made or rewritten, with what is added later."""
+    """A crash of the machine does not remove the new or rewritten file."""
     fsync = os.fsync
     synced: list[tuple[os.stat_result, int]] = []
 
@@ -133,7 +133,7 @@ def test_new_file_is_in_its_directory_on_the_disk(
 
 
 def test_token_is_recorded_once(path: Path, kept: Revocations) -> None:
-    """A second logout changes nothing, in the same process and after a restart."""
+    """A second logout changes nothing, also after a restart."""
     for _ in range(3):
         kept.add(_IDS[0], _LATER)
     with Revocations(path) as again:
@@ -142,7 +142,7 @@ def test_token_is_recorded_once(path: Path, kept: Revocations) -> None:
 
 
 def test_all_who_log_out_at_once_get_a_line_each(path: Path, kept: Revocations) -> None:
-    """Lines do not mix, and whoever logs out several times has one."""
+    """Lines do not mix. A token that is logged out several times has one line."""
     barrier = threading.Barrier(8)
 
     def add(index: int) -> None:
@@ -157,7 +157,7 @@ def test_all_who_log_out_at_once_get_a_line_each(path: Path, kept: Revocations) 
 
 
 def test_nothing_is_opened_after_the_start(path: Path, kept: Revocations) -> None:
-    """The file may be moved, and its directory closed to the process: the descriptor remains."""
+    """The file may be moved, and its directory closed to the process."""
     moved = path.with_name("moved")
     path.rename(moved)
     kept.add(_IDS[0], _LATER)
@@ -166,7 +166,7 @@ def test_nothing_is_opened_after_the_start(path: Path, kept: Revocations) -> Non
 
 
 def test_in_memory_only_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Revocations(None)` revokes for as long as it lives."""
+    """`Revocations(None)` forgets its tokens with the object."""
     monkeypatch.chdir(tmp_path)
     with Revocations(None) as revocations:
         revocations.add(_IDS[0], _LATER)
@@ -178,7 +178,7 @@ def test_in_memory_only_there_is_no_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_has_expired_is_dropped_from_the_file_at_the_start(path: Path) -> None:
-    """The rest stays, private, and what is added comes after it; nothing else is left there."""
+    """Other tokens stay, and new ones follow. The file is private, and no other file is left."""
     path.write_text(_line(_IDS[0]) + _line(_IDS[1], _EARLIER) + _line(_IDS[2]))
     with Revocations(path) as revocations:
         assert [token_id in revocations for token_id in _IDS[:3]] == [True, False, True]
@@ -190,7 +190,7 @@ def test_what_has_expired_is_dropped_from_the_file_at_the_start(path: Path) -> N
 
 
 def test_file_without_expired_lines_is_not_rewritten(path: Path) -> None:
-    """It is the same file, with private permissions from now on."""
+    """It stays the same file, and becomes private."""
     path.write_text(_line(_IDS[0]))
     path.chmod(0o644)
     before = path.stat().st_ino
@@ -201,7 +201,7 @@ def test_file_without_expired_lines_is_not_rewritten(path: Path) -> None:
 
 
 def test_left_over_of_a_broken_off_rewriting_is_replaced(path: Path) -> None:
-    """A crash between writing and renaming does no harm."""
+    """A crash between write and rename does no harm."""
     path.write_text(_line(_IDS[0]) + _line(_IDS[1], _EARLIER))
     path.with_name("revoked.new").write_text("half a line" * 100)
     Revocations(path).close()
@@ -212,7 +212,7 @@ def test_left_over_of_a_broken_off_rewriting_is_replaced(path: Path) -> None:
 def test_what_expires_meanwhile_is_dropped_from_memory(
     kept: Revocations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next logout makes room: memory holds live tokens only."""
+    """The next logout removes expired tokens from memory."""
     kept.add(_IDS[0], _LATER)
     kept.add(_IDS[1], _LATER + timedelta(days=1))
     monkeypatch.setattr(time, "time", _LATER.timestamp)
@@ -225,7 +225,7 @@ def test_what_expires_meanwhile_is_dropped_from_memory(
 
 @pytest.mark.parametrize("torn", [_line(_IDS[1])[:-1], _line(_IDS[1])[:20], "\0\0\0", "\ufffd"])
 def test_torn_last_line_is_dropped(path: Path, torn: str) -> None:
-    """The machine went down during that logout, which nobody was told had succeeded."""
+    """The machine went down during that logout, and nobody got a confirmation."""
     path.write_text(_line(_IDS[0]) + torn)
     with Revocations(path) as revocations:
         assert [token_id in revocations for token_id in _IDS[:2]] == [True, False]
@@ -250,7 +250,7 @@ def test_torn_last_line_is_dropped(path: Path, torn: str) -> None:
     ],
 )
 def test_damaged_file_is_an_error_that_names_the_line(path: Path, line: bytes) -> None:
-    """Logouts are not forgotten in silence, and the file is left as it is."""
+    """No logout is forgotten silently. The file is left unchanged."""
     data = _line(_IDS[0]).encode() + line + b"\n" + _line(_IDS[2]).encode()
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"{path}, line 2: not TOKEN_ID EXPIRES_AT; restore"):
@@ -260,7 +260,7 @@ def test_damaged_file_is_an_error_that_names_the_line(path: Path, line: bytes) -
 
 @pytest.mark.parametrize("room", [0, 10])
 def test_token_stays_valid_when_the_disk_is_full(path: Path, kept: Revocations, room: int) -> None:
-    """Nothing and half a line are the same; there is no rest of it, and the next one is whole."""
+    """A half line is removed again, and the next line is whole."""
     kept.add(_IDS[0], _LATER)
     with (
         _full_disk(path.stat().st_size + room),
@@ -292,7 +292,7 @@ def test_token_stays_valid_when_the_disk_does_not_confirm(
 
 
 def test_closed_record_takes_no_logout(path: Path) -> None:
-    """It is an error and not a logout that a restart forgets; closing twice is none."""
+    """A logout after `close` is an error. A second `close` is not."""
     revocations = Revocations(path)
     revocations.add(_IDS[0], _LATER)
     revocations.close()
@@ -303,13 +303,13 @@ def test_closed_record_takes_no_logout(path: Path) -> None:
 
 
 def test_record_cannot_be_made_where_there_is_no_directory(tmp_path: Path) -> None:
-    """The operator's mistake is an OSError."""
+    """A missing directory is an OSError."""
     with pytest.raises(FileNotFoundError):
         Revocations(tmp_path / "absent" / "revoked")
 
 
 def test_link_is_not_followed(path: Path, tmp_path: Path) -> None:
-    """Nobody can have us write into another file."""
+    """The target of the link stays unchanged."""
     target = tmp_path / "target"
     target.touch()
     path.symlink_to(target)

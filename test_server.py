@@ -1,6 +1,6 @@
 """Tests of the server: its settings, its start, its certificates, the program and its end.
 
-What it serves is tested in `test_service.py`.
+`test_service.py` tests the calls.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _SETTINGS_TYPE = 4
 
 
 def _converse(address: str, context: ssl.SSLContext | None, greeting: bytes) -> bytes:
-    """Send a greeting; return what a server that hangs up answers, or its first frame."""
+    """Send a greeting; return the server's first frame, or what it answers before it hangs up."""
     host, _, port = address.rpartition(":")
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(socket.create_connection((host, int(port)), GUARD_S))
@@ -76,7 +76,7 @@ def _converse(address: str, context: ssl.SSLContext | None, greeting: bytes) -> 
 
 
 def _is_admitted(answer: bytes) -> bool:
-    """Whether it is an HTTP/2 frame of settings: the server begins with it, but in TLS only."""
+    """Whether the answer is the HTTP/2 frame of settings that a server sends first inside TLS."""
     return answer[3:4] == bytes([_SETTINGS_TYPE])
 
 
@@ -84,7 +84,7 @@ def _is_admitted(answer: bytes) -> bool:
 def test_client_certificate_of_the_client_ca_gets_through_over_tls_1_3(
     program: ServerProgram, certs: Path, name: str
 ) -> None:
-    """What is refused below is refused for what is wrong with it. (More cases: test_tls.py.)"""
+    """So the clients below are refused for their one mistake. test_tls.py has more cases."""
     assert _is_admitted(
         _converse(program.address, tls_context(certs, certs / f"{name}.pem"), HTTP2_GREETING)
     )
@@ -93,7 +93,7 @@ def test_client_certificate_of_the_client_ca_gets_through_over_tls_1_3(
 def test_client_certificate_of_another_ca_does_not_get_through(
     program: ServerProgram, certs: Path, foreign_certs: Path, connect: Connect
 ) -> None:
-    """The connection ends before anything is said on it, and the server goes on."""
+    """The connection ends before any call, and the server continues."""
     context = tls_context(certs, foreign_certs / "client.pem")
     assert not _is_admitted(_converse(program.address, context, HTTP2_GREETING))
     connect().list()
@@ -102,7 +102,7 @@ def test_client_certificate_of_another_ca_does_not_get_through(
 def test_no_client_certificate_does_not_get_through(
     program: ServerProgram, certs: Path, connect: Connect
 ) -> None:
-    """There is no one-sided mode."""
+    """There is no mode without client certificates."""
     assert not _is_admitted(_converse(program.address, tls_context(certs, None), HTTP2_GREETING))
     connect().list()
 
@@ -111,7 +111,7 @@ def test_no_client_certificate_does_not_get_through(
 def test_tls_1_2_does_not_get_through(
     program: ServerProgram, serve: Serve, certs: Path, connect: Connect, in_process: bool
 ) -> None:
-    """With the right certificate and every suite that OpenSSL has, it finds none in common."""
+    """A client with the right certificate and every suite of OpenSSL has none in common."""
     address = serve().address if in_process else program.address
     context = tls_context(certs, certs / "client.pem")
     context.set_ciphers("ALL:@SECLEVEL=0")
@@ -129,7 +129,7 @@ def test_tls_1_2_does_not_get_through(
 def test_what_is_not_tls_does_not_get_through(
     program: ServerProgram, connect: Connect, greeting: bytes
 ) -> None:
-    """Plaintext and garbage get no frame, and disturb nobody; nor does who says no more."""
+    """Plaintext, garbage and silence get no frame, and disturb nobody."""
     host, _, port = program.address.rpartition(":")
     with socket.create_connection((host, int(port))) as silent:
         silent.sendall(greeting)
@@ -144,7 +144,7 @@ def test_what_is_not_tls_does_not_get_through(
 
 
 def test_idle_connections_hold_up_nobody(program: ServerProgram, connect: Connect) -> None:
-    """Connections that never begin a handshake cost the others nothing."""
+    """Connections that never begin a handshake delay nobody."""
     host, _, port = program.address.rpartition(":")
     with contextlib.ExitStack() as idle:
         for _ in range(50):
@@ -157,7 +157,7 @@ def test_idle_connections_hold_up_nobody(program: ServerProgram, connect: Connec
 
 
 def _run_server(*options: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `server.py`, which is to end by itself."""
+    """Run `server.py` with options that make it end by itself."""
     return subprocess.run(
         [sys.executable, _HERE / "server.py", *options],
         input=stdin,
@@ -169,7 +169,7 @@ def _run_server(*options: str | Path, stdin: str = "") -> subprocess.CompletedPr
 
 
 def _assert_one_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """It failed with one line on stderr, which says all `parts`."""
+    """Assert that it failed with one line on stderr, which contains all `parts`."""
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(r"server: [^\n]+\n", result.stderr), result.stderr
     for part in parts:
@@ -184,7 +184,7 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], *parts: str) -> N
     ],
 )
 def test_listen_must_be_host_and_port(certs: Path, tmp_path: Path, listen: str) -> None:
-    """What is not HOST:PORT is refused with an example, before anything is made."""
+    """Any other form is refused with an example, before any file is made."""
     with pytest.raises(SettingsError, match=re.escape(f"--listen {listen!r} is not HOST:PORT")):
         Server(Settings(listen=listen, certs=certs, state_dir=tmp_path / "state"))
     assert not (tmp_path / "state").exists()
@@ -192,7 +192,7 @@ def test_listen_must_be_host_and_port(certs: Path, tmp_path: Path, listen: str) 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 300, "a\nb", "a\ud800"])
 def test_listen_must_be_a_host_that_there_is(certs: Path, tmp_path: Path, host: str) -> None:
-    """Nor can everything be the name of one."""
+    """Nor is any text a host name."""
     text = re.escape(f"--listen: cannot resolve {host!r}: ")
     with pytest.raises(SettingsError, match=rf"{text}[^\n]+$"):
         Server(Settings(listen=f"{host}:0", certs=certs, state_dir=tmp_path / "state"))
@@ -203,7 +203,7 @@ def test_listen_must_be_a_host_that_there_is(certs: Path, tmp_path: Path, host: 
 def test_any_loopback_address_can_be_listened_on(
     serve: Serve, connect: Connect, listen: str
 ) -> None:
-    """By name and by number, and the address told can be connected to."""
+    """By name and by number; clients can connect to the printed address."""
     if listen.startswith("[") and not _has_ipv6():
         pytest.skip("this host has no IPv6")
     server = serve(listen=listen)
@@ -224,7 +224,7 @@ _EXPOSED = ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "build.example:0"]
 
 
 def _resolve_example(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let build.example be two addresses, one of them loopback."""
+    """Make build.example two addresses, one of them loopback."""
     resolve = socket.getaddrinfo
 
     def fake(host: str, port: Any) -> Any:
@@ -239,7 +239,7 @@ def _resolve_example(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_users_with_public_passwords_are_not_exposed(
     certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listen: str
 ) -> None:
-    """Beyond loopback the seeded users are refused, with the remedy."""
+    """Outside of loopback the seeded users are refused, with the remedy."""
     _resolve_example(monkeypatch)
     with pytest.raises(SettingsError, match=r"admin and user are public.*--users FILE"):
         Server(Settings(listen=listen, certs=certs, state_dir=tmp_path / "state"))
@@ -254,7 +254,7 @@ def _users_file(path: Path, *users: User) -> Path:
 def test_users_file_that_repeats_a_public_password_is_not_exposed(
     certs: Path, tmp_path: Path
 ) -> None:
-    """A salt of one's own makes `admin` no better a password for admin."""
+    """The password `admin` of admin is public with any salt."""
     users = [make_user("admin", "admin", "admin"), make_user("bob", "user", "bob")]
     path = _users_file(tmp_path / "users", *users)
     settings = Settings(listen="0.0.0.0:0", certs=certs, users=path, state_dir=tmp_path / "state")
@@ -263,7 +263,7 @@ def test_users_file_that_repeats_a_public_password_is_not_exposed(
 
 
 def test_users_of_their_own_may_be_exposed(serve: Serve, connect: Connect, tmp_path: Path) -> None:
-    """With other passwords the server listens anywhere, and only they can log in."""
+    """With a users file the server listens anywhere, and only these users can log in."""
     users = _users_file(tmp_path / "users", make_user("admin", "user", "changed"))
     server = serve(listen="0.0.0.0:0", users=users)
     client = connect("", server.address.replace("0.0.0.0", "127.0.0.1"))
@@ -277,7 +277,7 @@ def test_users_of_their_own_may_be_exposed(serve: Serve, connect: Connect, tmp_p
 def test_token_of_a_user_who_is_not_the_same_in_the_file_is_unauthenticated(
     serve: Serve, connect: Connect, tmp_path: Path, change: str
 ) -> None:
-    """Whoever is taken out of the users file, or changed in it, is out with the next start."""
+    """A user who was removed or changed in the file needs a new login after the next start."""
     admin, user = SEEDED_USERS
     changed = {
         "nothing": [user],
@@ -292,7 +292,7 @@ def test_token_of_a_user_who_is_not_the_same_in_the_file_is_unauthenticated(
 
 
 def test_bad_users_file_is_told_at_the_start(certs: Path, tmp_path: Path) -> None:
-    """With the file and the line; nothing is served."""
+    """The error has the file and the line. The server does not listen."""
     users = tmp_path / "users"
     users.write_text("# ours\nbob:user:secret\n")
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
@@ -321,7 +321,7 @@ def test_missing_certificates_name_the_command_that_makes_them(tmp_path: Path) -
 def test_unusable_certificates_are_refused_at_the_start(
     certs: Path, foreign_certs: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
-    """Not when the first client fails to connect."""
+    """The server does not wait for the first client to fail."""
     directory = shutil.copytree(certs, tmp_path / "certs")
     good = (foreign_certs / name).read_bytes()
     (directory / name).write_bytes(good if damage == "of another" else b"garbage")
@@ -331,7 +331,7 @@ def test_unusable_certificates_are_refused_at_the_start(
 
 
 def test_unusable_certificates_are_told_by_the_program(certs: Path, tmp_path: Path) -> None:
-    """In one line."""
+    """The program prints one line."""
     directory = shutil.copytree(certs, tmp_path / "certs")
     (directory / "server.pem").write_bytes(b"garbage")
     result = _run_server("--certs", directory, "--state-dir", tmp_path / "state")
@@ -339,7 +339,7 @@ def test_unusable_certificates_are_told_by_the_program(certs: Path, tmp_path: Pa
 
 
 def test_port_in_use_is_an_error(program: ServerProgram, certs: Path, tmp_path: Path) -> None:
-    """A second server does not silently share the port, and leaves no process behind."""
+    """A second server does not share the port, and leaves no process behind."""
     result = _run_server(
         *("--listen", program.address, "--certs", certs, "--state-dir", tmp_path / "state"),
         *("--limits", "off"),
@@ -360,7 +360,7 @@ def test_state_directory_in_use_is_an_error(
 
 
 def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
-    """So is everything in it."""
+    """All files in it are private, too."""
     serve(state_dir=tmp_path / "a" / "state")
     modes = {
         str(path.relative_to(tmp_path / "a")): path.stat().st_mode & 0o777
@@ -390,7 +390,7 @@ def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
 def test_state_that_is_damaged_or_not_private_is_told_at_the_start(  # noqa: PLR0913
     certs: Path, tmp_path: Path, name: str, content: bytes, mode: int, problem: str
 ) -> None:
-    """With the file; it is left as it is, and nothing is served."""
+    """The error has the file, which stays unchanged. The server does not listen."""
     path = tmp_path / name
     path.write_bytes(content)
     path.chmod(mode)
@@ -402,7 +402,7 @@ def test_state_that_is_damaged_or_not_private_is_told_at_the_start(  # noqa: PLR
 def test_failed_start_leaves_nothing_running(
     program: ServerProgram, certs: Path, tmp_path: Path
 ) -> None:
-    """No helper and no thread, and the state directory is free for the next one."""
+    """There is no fork server and no thread, and the next server can use the state directory."""
     settings = Settings(
         listen="127.0.0.1:0", certs=certs, state_dir=tmp_path / "state", enforcement="off"
     )
@@ -421,7 +421,7 @@ def test_failed_start_leaves_nothing_running(
 def test_server_that_must_enforce_limits_and_cannot_says_how_it_could(
     certs: Path, tmp_path: Path
 ) -> None:
-    """With --limits require, the default, it exits with the remedy and runs nothing."""
+    """With --limits require, the default, it exits with the remedy."""
     options = ["--listen", "127.0.0.1:0", "--certs", str(certs), "--state-dir", str(tmp_path)]
     with subprocess.Popen(
         [sys.executable, _HERE / "server.py", *options],
@@ -459,7 +459,7 @@ def test_server_that_must_enforce_limits_and_cannot_says_how_it_could(
 def test_bad_configuration_is_told_at_the_start(
     certs: Path, tmp_path: Path, text: str | None, parts: list[str]
 ) -> None:
-    """With the file and the line; nothing is served."""
+    """The error has the file and the line. The server does not listen."""
     path = tmp_path / "limits.toml"
     if text is not None:
         path.write_text(text)
@@ -475,7 +475,7 @@ def test_bad_configuration_is_told_at_the_start(
     [["--max-streams", "0"], ["--max-streams", "x"], ["--limits", "some"], ["--lis", "x"]],
 )
 def test_wrong_usage_of_the_server_exits_with_2(options: list[str]) -> None:
-    """Options are not guessed at."""
+    """Abbreviated options are not accepted."""
     result = _run_server(*options)
     assert (result.returncode, result.stdout) == (2, "")
 
@@ -491,7 +491,7 @@ def test_wrong_usage_of_the_server_exits_with_2(options: list[str]) -> None:
 def test_max_streams_has_the_bounds_of_the_configuration(
     tmp_path: Path, written: str, problem: str
 ) -> None:
-    """And the same words: each stream has a thread, whoever says how many there may be."""
+    """The option has the same range and the same error as the key of the file."""
     path = tmp_path / "limits.toml"
     path.write_text(f"[in_all]\nstreams = {written}\n")
     with pytest.raises(ConfigError) as caught:
@@ -509,7 +509,7 @@ def test_max_streams_has_the_bounds_of_the_configuration(
 def test_user_command_makes_an_entry_that_can_log_in(
     serve: Serve, connect: Connect, tmp_path: Path
 ) -> None:
-    """Its output is a line of the users file, and does not show the password."""
+    """It prints a line for the users file, without the password."""
     result = _run_server("user", "carol", "--role", "admin", stdin="hunter2\n")
     assert (result.returncode, result.stderr) == (0, "")
     assert re.fullmatch(r"carol:admin:scrypt\$17\$8\$1\$[\w-]+\$[\w-]+\n", result.stdout)
@@ -531,13 +531,13 @@ def test_user_command_makes_an_entry_that_can_log_in(
 def test_user_command_refuses_what_the_file_could_not_hold(
     arguments: list[str], stdin: str, problem: str
 ) -> None:
-    """One line, no entry."""
+    """It prints one line and no entry."""
     _assert_one_line(_run_server("user", *arguments, stdin=stdin), problem)
 
 
 @pytest.mark.parametrize("second", ["hunter2", "hunter3"])
 def test_user_command_asks_twice_at_a_terminal_without_echo(second: str) -> None:
-    """Two different answers make no entry; neither answer is shown."""
+    """Two different answers make no entry. No answer is shown."""
     ours, terminal = pty.openpty()
     with (
         open(ours, "r+b", buffering=0) as keyboard,
@@ -578,7 +578,7 @@ def _read_until(fd: int, end: bytes) -> bytes:
 
 
 class _Witness:
-    """A FIFO that every process of a job holds open: end-of-file means that none lives."""
+    """A FIFO that every process of a job holds open: end-of-file means that all have ended."""
 
     def __init__(self, path: Path) -> None:
         make_fifo(path)
@@ -608,7 +608,7 @@ def witness(public: Path) -> Iterator[_Witness]:
 
 
 def test_server_says_one_line_on_stdout_and_the_rest_on_stderr(start_server: StartServer) -> None:
-    """The line is `listening on HOST:PORT`, with the port that was taken."""
+    """The line is `listening on HOST:PORT`, with the real port."""
     program = start_server()  # which checks the first line
     assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d*", program.address)
     assert program.end() == 0  # which checks that there is no second
@@ -619,7 +619,7 @@ def test_server_says_one_line_on_stdout_and_the_rest_on_stderr(start_server: Sta
 def test_signal_ends_server_jobs_and_streams(
     start_server: StartServer, connect: Connect, witness: _Witness, number: signal.Signals
 ) -> None:
-    """Exit status 0, which the watchdog denies after 4.5 s; no process of a job is left."""
+    """The exit status is 0; the watchdog would change it. No process of a job is left."""
     program = start_server()
     client = connect("user", program.address)
     job_id = client.start(*witness.command)
@@ -677,7 +677,7 @@ def test_server_whose_accepting_thread_has_ended_ends_and_says_why(
 def test_server_ends_though_a_client_does_not_read(
     start_server: StartServer, connect: Connect
 ) -> None:
-    """A stream that is stuck for want of a reader does not keep the server."""
+    """A stream whose client does not read cannot delay the end of the server."""
     program = start_server()
     client = connect("user", program.address)
     stalled = client.stream(client.start("cat", ["/dev/zero"]))
@@ -688,7 +688,7 @@ def test_server_ends_though_a_client_does_not_read(
 def test_killed_server_leaves_no_process_of_a_job(
     start_server: StartServer, connect: Connect, witness: _Witness
 ) -> None:
-    """SIGKILL gives it no chance to clean up; the spawner does."""
+    """The server cannot clean up after SIGKILL; the fork server does."""
     program = start_server()
     client = connect("user", program.address)
     follow(client, client.start(*witness.command))
@@ -700,7 +700,7 @@ def test_killed_server_leaves_no_process_of_a_job(
 def test_logout_survives_every_end_of_the_server(
     start_server: StartServer, connect: Connect, make_state: Callable[[], Path]
 ) -> None:
-    """It is on the disk before it is answered; the other tokens go on."""
+    """A logout is on the disk before its answer. Other tokens stay valid."""
     state = make_state()
     program = start_server(state=state)
     client = connect("", program.address)
@@ -717,7 +717,7 @@ def test_logout_survives_every_end_of_the_server(
 def test_token_survives_a_restart_and_jobs_do_not(
     start_server: StartServer, connect: Connect, make_state: Callable[[], Path]
 ) -> None:
-    """The key is kept, the output is deleted."""
+    """The server keeps the key and deletes the output."""
     state = make_state()
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
         program = start_server(state=state)
@@ -734,7 +734,7 @@ def test_token_survives_a_restart_and_jobs_do_not(
 
 
 def test_job_has_nothing_of_the_servers_environment(connect: Connect) -> None:
-    """It has five variables, and no descriptor but the standard three."""
+    """A job has five variables, and only the three standard descriptors."""
     client = connect()
     job_id = client.start("sh", ["-c", "env; ls /proc/$$/fd"])
     lines = b"".join(client.stream(job_id)).decode().splitlines()
@@ -748,7 +748,7 @@ def test_job_has_nothing_of_the_servers_environment(connect: Connect) -> None:
 def test_passwords_and_tokens_are_in_no_log(
     start_server: StartServer, connect: Connect, make_state: Callable[[], Path]
 ) -> None:
-    """Who logs in is in the audit log, forged lines apart; arguments are there and nowhere else."""
+    """The audit log has each login and a job's arguments. No other log has arguments."""
     state = make_state()
     program = start_server(state=state, env={"A_SECRET_OF_THE_SERVER": "do not tell"})
     client = connect("", program.address)

@@ -35,7 +35,7 @@ def _fail(throttle: LoginThrottle, user: str, peer: str, times: int = 1) -> None
 
 
 def _refusal(throttle: LoginThrottle, user: str, peer: str) -> TooManyLoginsError | None:
-    """Why an attempt would be refused now; None if it would be checked. Counts nothing."""
+    """Return the reason why an attempt would be refused now, or None. Counts nothing."""
     try:
         with throttle.attempt(user, peer):
             return None
@@ -44,13 +44,13 @@ def _refusal(throttle: LoginThrottle, user: str, peer: str) -> TooManyLoginsErro
 
 
 def _wait_s(throttle: LoginThrottle, user: str, peer: str) -> int:
-    """How long an attempt would have to wait now; 0 if it would be checked. Counts nothing."""
+    """Return the seconds that an attempt would have to wait now. Counts nothing."""
     refusal = _refusal(throttle, user, peer)
     return refusal.retry_after_s if refusal else 0
 
 
 def _fail_and_wait(throttle: LoginThrottle, clock: Clock, user: str, peer: str) -> int:
-    """Fail, and wait for as long as is asked then; return how long that is."""
+    """Fail, then wait as long as required; return the wait in seconds."""
     _fail(throttle, user, peer)
     wait_s = _wait_s(throttle, user, peer)
     clock.now += wait_s
@@ -71,7 +71,7 @@ def test_failures_of_a_pair_wait_longer_every_time_up_to_a_minute(
 def test_attempt_is_checked_when_the_wait_is_over_and_not_before(
     throttle: LoginThrottle, clock: Clock
 ) -> None:
-    """The retry time is what is left, rounded up, so that who comes then gets in."""
+    """The retry time is the rest of the wait, rounded up, so an attempt after it is checked."""
     _fail(throttle, "alice", "p", 3)
     left = []
     for elapsed in (0, 0.25, 0.75, 0.999):  # after the one before it
@@ -85,7 +85,7 @@ def test_attempt_is_checked_when_the_wait_is_over_and_not_before(
 def test_refused_attempt_is_not_checked_and_extends_nothing(
     throttle: LoginThrottle, clock: Clock
 ) -> None:
-    """Whoever keeps trying gets in when who waits does, and waits no longer afterwards."""
+    """Attempts during the wait do not change its end."""
     _fail(throttle, "alice", "p", 3)
     for _ in range(50):
         with pytest.raises(TooManyLoginsError), throttle.attempt("alice", "p"):
@@ -96,7 +96,7 @@ def test_refused_attempt_is_not_checked_and_extends_nothing(
 
 
 def test_wait_counts_from_the_last_failure(throttle: LoginThrottle, clock: Clock) -> None:
-    """Not from the first of them."""
+    """The wait begins with the last failure, not with the first."""
     _fail(throttle, "alice", "p", 2)
     clock.now += 100
     _fail(throttle, "alice", "p")
@@ -105,7 +105,7 @@ def test_wait_counts_from_the_last_failure(throttle: LoginThrottle, clock: Clock
 
 
 def test_failure_counts_from_when_it_is_found_out(throttle: LoginThrottle, clock: Clock) -> None:
-    """The time for which the password waits to be checked is not taken off the wait."""
+    """A failure counts from the end of the check, not from its begin."""
     _fail(throttle, "alice", "p", 2)
     with throttle.attempt("alice", "p") as attempt:
         clock.now += 30
@@ -114,7 +114,7 @@ def test_failure_counts_from_when_it_is_found_out(throttle: LoginThrottle, clock
 
 
 def test_pair_is_held_back_for_itself_only(throttle: LoginThrottle) -> None:
-    """The same user elsewhere, another user here, and names cut elsewhere are not."""
+    """Another peer, another user, and other names with the same joined text are free."""
     _fail(throttle, "ab", "c", 3)
     assert _wait_s(throttle, "ab", "c") == 2
     for user, peer in (("ab", "other"), ("other", "c"), ("a", "bc"), ("abc", ""), ("c", "ab")):
@@ -136,7 +136,7 @@ def test_success_clears_the_pair(throttle: LoginThrottle, clock: Clock) -> None:
 def test_failures_of_a_peer_with_many_users_wait_up_to_five_minutes(
     throttle: LoginThrottle, clock: Clock
 ) -> None:
-    """Ten attempts are free; it does not matter which user is next."""
+    """Ten attempts are free. The wait applies to every user."""
     waits = []
     for number in range(20):
         _fail(throttle, f"user{number}", "p")
@@ -147,7 +147,7 @@ def test_failures_of_a_peer_with_many_users_wait_up_to_five_minutes(
 
 
 def test_longer_one_of_two_waits_is_what_holds(throttle: LoginThrottle, clock: Clock) -> None:
-    """Of the pair's and the peer's; the message is about the one that holds."""
+    """Of the waits of the pair and of the peer; the message names the longer one."""
     for number in range(12):
         _fail_and_wait(throttle, clock, f"user{number}", "p")
     refusals = []
@@ -170,7 +170,7 @@ def test_longer_one_of_two_waits_is_what_holds(throttle: LoginThrottle, clock: C
 def test_valid_account_does_not_wash_away_a_peers_failures(
     throttle: LoginThrottle, clock: Clock
 ) -> None:
-    """Successes in between change nothing for who tries a password with many names."""
+    """Successes do not help a peer that tries a password with many names."""
     waits = []
     for number in range(13):
         _fail(throttle, f"user{number}", "p")
@@ -181,7 +181,7 @@ def test_valid_account_does_not_wash_away_a_peers_failures(
 
 
 def test_success_takes_the_users_own_slips_off_the_peers_count(throttle: LoginThrottle) -> None:
-    """Somebody who mistypes twice every time never gets held back, nor do others there."""
+    """A user who mistypes twice each time never waits; nor do others at that peer."""
     _fail(throttle, "other", "p", 2)
     for _ in range(50):
         _fail(throttle, "alice", "p", 2)
@@ -194,7 +194,7 @@ def test_success_takes_the_users_own_slips_off_the_peers_count(throttle: LoginTh
 
 
 def test_success_takes_the_peers_own_slips_off_the_users_count(throttle: LoginThrottle) -> None:
-    """A user's own slips, made good, do not look like guessing from many peers."""
+    """Typing errors before a success do not count as guessing from many peers."""
     for number in range(30):
         _fail(throttle, "alice", f"p{number}", 2)
         _log_in(throttle, "alice", f"p{number}", succeeded=True)
@@ -206,7 +206,7 @@ def test_success_takes_the_peers_own_slips_off_the_users_count(throttle: LoginTh
 
 
 def test_many_peers_guessing_wait_even_in_their_free_attempts(throttle: LoginThrottle) -> None:
-    """From the user's 20th failure on, every peer with one of its own: 2, 4, 8 ... 60 s."""
+    """After 20 failures of a user, each peer with a failure waits 2, 4, 8 ... 60 s."""
     waits = []
     for number in range(27):
         _fail(throttle, "alice", f"p{number}")
@@ -216,12 +216,12 @@ def test_many_peers_guessing_wait_even_in_their_free_attempts(throttle: LoginThr
 
 
 def test_wait_after_very_many_failures_is_found_at_once() -> None:
-    """An attack that goes on for years makes no number that fills the memory."""
+    """The wait after a very large count is computed without huge numbers."""
     assert _BY_USER.wait_s(10**12) == 60
 
 
 def test_others_failures_never_hold_back_a_peer_without_any(throttle: LoginThrottle) -> None:
-    """However many guess for a user elsewhere, the true one gets in from where they are."""
+    """Guesses from elsewhere never delay a peer that has not failed."""
     for number in range(500):
         _fail(throttle, "alice", f"p{number}")
         assert _wait_s(throttle, "alice", "alice's") == 0
@@ -233,7 +233,7 @@ def test_others_failures_never_hold_back_a_peer_without_any(throttle: LoginThrot
 
 
 def test_others_failures_do_not_prolong_a_peers_wait(throttle: LoginThrottle, clock: Clock) -> None:
-    """A slip during an attack costs a minute from then on, though the attack goes on."""
+    """A typing error during an attack costs one minute, although the attack continues."""
     for number in range(30):
         _fail(throttle, "alice", f"p{number}")
     _fail(throttle, "alice", "alice's")
@@ -246,7 +246,7 @@ def test_others_failures_do_not_prolong_a_peers_wait(throttle: LoginThrottle, cl
 
 
 def test_success_from_one_peer_does_not_free_the_others(throttle: LoginThrottle) -> None:
-    """The true user logs in while others guess; those wait as before."""
+    """The true user logs in while others guess. The others wait as before."""
     for number in range(25):
         _fail(throttle, "alice", f"p{number}")
     _log_in(throttle, "alice", "alice's", succeeded=True)
@@ -260,7 +260,7 @@ _NAMES = ["", "alice", "no such user", "a\0b", "\ud800", "\N{SNOWMAN}", "x" * 1_
 
 @pytest.mark.parametrize("user", _NAMES, ids=lambda name: ascii(name)[:15])
 def test_refusal_has_the_same_words_for_every_name(throttle: LoginThrottle, user: str) -> None:
-    """So it does not tell whether there is such a user, nor repeats what was sent."""
+    """The words do not reveal whether the user exists, and do not repeat the name."""
     _fail(throttle, user, "p", 3)
     text = "too many failed logins for this user from here; try again in 2 s"
     assert str(_refusal(throttle, user, "p")) == text
@@ -271,7 +271,7 @@ def test_refusal_has_the_same_words_for_every_name(throttle: LoginThrottle, user
 def test_refusal_of_a_peer_has_the_same_words_for_every_name(
     throttle: LoginThrottle, peer: str
 ) -> None:
-    """The same, when it is the peer that failed too often."""
+    """The same for a peer that failed too often."""
     for number in range(10):
         _fail(throttle, f"user{number}", peer)
     text = "too many failed logins from here; try again in 2 s"
@@ -282,7 +282,7 @@ def test_refusal_of_a_peer_has_the_same_words_for_every_name(
 
 
 def test_one_attempt_of_a_peer_at_a_time(throttle: LoginThrottle) -> None:
-    """A second one, of whatever user, is refused at once until the first has ended."""
+    """A second attempt, for any user, is refused at once until the first has ended."""
     with throttle.attempt("alice", "p"):
         for user in ("alice", "bob"):
             text = "another login from here is under way; try again in 1 s"
@@ -293,13 +293,13 @@ def test_one_attempt_of_a_peer_at_a_time(throttle: LoginThrottle) -> None:
 
 
 def test_one_of_many_threads_of_a_peer_gets_in(throttle: LoginThrottle) -> None:
-    """They come at the same moment; exactly one is let in, the others do not wait for it."""
+    """Of simultaneous attempts exactly one is checked; the others are refused at once."""
     assert _outcomes(throttle, ["p"] * 16).count("in") == 1
     assert _wait_s(throttle, "alice", "p") == 0
 
 
 def test_eight_of_many_peers_get_in(throttle: LoginThrottle) -> None:
-    """At the same moment; the others are refused for now, and counted nowhere."""
+    """Of simultaneous attempts eight are checked. The others are refused and not counted."""
     peers = [f"p{number}" for number in range(20)]
     outcomes = _outcomes(throttle, peers)
     assert outcomes.count("in") == 8
@@ -308,7 +308,7 @@ def test_eight_of_many_peers_get_in(throttle: LoginThrottle) -> None:
 
 
 def _outcomes(throttle: LoginThrottle, peers: list[str]) -> list[str]:
-    """Let a thread of each peer try at once; who gets in stays until all have tried."""
+    """Let one thread for each peer try at once; a checked attempt lasts until all have tried."""
     start = threading.Barrier(len(peers))
     outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
     leave = threading.Event()
@@ -334,9 +334,9 @@ def _outcomes(throttle: LoginThrottle, peers: list[str]) -> list[str]:
 
 
 class _Meeting:
-    """A lock for a throttle, and a place to be put where it should be held.
+    """A lock for a throttle, and a meeting point inside the code that must hold it.
 
-    Who comes to the place first stays until another one comes there too, or waits for the
+    The first thread that reaches it stays until another one reaches it too, or waits for the
     lock. So if the lock does not keep them apart, they do meet.
     """
 
@@ -364,7 +364,7 @@ class _Meeting:
 def test_nobody_gets_in_between_another_ones_look_and_step(
     throttle: LoginThrottle, monkeypatch: pytest.MonkeyPatch, inside: int, peers: list[str]
 ) -> None:
-    """Two of a peer, or two for the last place, have both come before one is in."""
+    """Two attempts of a peer, or two for the last free one, arrive before one is admitted."""
     meeting = _Meeting()
 
     class Peers(set[bytes]):
@@ -383,7 +383,7 @@ def test_nobody_gets_in_between_another_ones_look_and_step(
 def test_failures_of_two_peers_at_once_are_both_counted(
     throttle: LoginThrottle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither counts on from what the other one is about to change."""
+    """Neither count is lost."""
     for number in range(19):
         _fail(throttle, "alice", f"p{number}")
     meeting = _Meeting()
@@ -415,7 +415,7 @@ def test_failures_of_two_peers_at_once_are_both_counted(
 def test_exception_before_the_password_is_checked_counts_nothing(
     throttle: LoginThrottle, kind: type[BaseException]
 ) -> None:
-    """It comes out as it is, the place is free again, and it was no failure."""
+    """The exception passes unchanged. The peer may try again, and nothing is counted."""
     for _ in range(30):
         error = kind("closing")
         with pytest.raises(kind) as caught, throttle.attempt("alice", "p"):
@@ -426,7 +426,7 @@ def test_exception_before_the_password_is_checked_counts_nothing(
 
 
 def test_exception_after_the_password_was_found_wrong_counts(throttle: LoginThrottle) -> None:
-    """Raising from inside the block does not get around the count."""
+    """An exception in the block does not prevent the count."""
 
     def fail() -> NoReturn:
         with throttle.attempt("alice", "p") as attempt:
@@ -440,7 +440,7 @@ def test_exception_after_the_password_was_found_wrong_counts(throttle: LoginThro
 
 
 def test_attempts_without_an_outcome_count_nothing(throttle: LoginThrottle) -> None:
-    """Neither as a failure nor as a success."""
+    """They count neither as a failure nor as a success."""
     for _ in range(30):
         assert _wait_s(throttle, "bob", "p") == 0
     _fail(throttle, "alice", "p", 2)
@@ -456,7 +456,7 @@ def test_attempts_without_an_outcome_count_nothing(throttle: LoginThrottle) -> N
 def test_pair_is_forgotten_15_minutes_after_its_last_failure(
     throttle: LoginThrottle, clock: Clock, pause_s: float, wait_s: int
 ) -> None:
-    """Not after its first: each failure keeps all of them."""
+    """The time begins again with each failure."""
     _fail(throttle, "alice", "p", 2)
     clock.now += 600
     _fail(throttle, "alice", "p")
@@ -469,7 +469,7 @@ def test_pair_is_forgotten_15_minutes_after_its_last_failure(
 def test_peer_is_forgotten_15_minutes_after_its_last_failure(
     throttle: LoginThrottle, clock: Clock, pause_s: float, wait_s: int
 ) -> None:
-    """A success does not make it sooner or later."""
+    """A success does not change that time."""
     for number in range(10):
         _fail(throttle, f"user{number}", "p")
     clock.now += 300
@@ -483,7 +483,7 @@ def test_peer_is_forgotten_15_minutes_after_its_last_failure(
 def test_user_is_forgotten_15_minutes_after_the_last_failure(
     throttle: LoginThrottle, clock: Clock, pause_s: float, wait_s: int
 ) -> None:
-    """When the guessing has stopped, slips are free again."""
+    """After the end of the guessing, typing errors are free again."""
     for number in range(20):
         _fail(throttle, "alice", f"p{number}")
     clock.now += pause_s
@@ -494,7 +494,7 @@ def test_user_is_forgotten_15_minutes_after_the_last_failure(
 def test_tables_have_a_bound_and_drop_who_failed_least_recently(
     throttle: LoginThrottle,
 ) -> None:
-    """20,000 names leave 10,000 in each table, the later ones."""
+    """Of 20,000 names the later 10,000 stay in each table."""
     for number in range(2 * _MAX_ENTRIES):
         _fail(throttle, f"user{number}", f"p{number}")
     tables = (throttle._by_pair, throttle._by_peer, throttle._by_user)
@@ -509,7 +509,7 @@ def test_tables_have_a_bound_and_drop_who_failed_least_recently(
 def test_failing_again_makes_a_pair_the_last_to_be_dropped(
     throttle: LoginThrottle, others: int, kept: bool
 ) -> None:
-    """It is the last failure that counts, not the first."""
+    """The last failure counts, not the first."""
     _fail(throttle, "alice", "p")
     for number in range(_MAX_ENTRIES - 1):
         _fail(throttle, f"user{number}", f"p{number}")
@@ -524,7 +524,7 @@ def test_failing_again_makes_a_pair_the_last_to_be_dropped(
 def test_peers_and_users_are_dropped_like_pairs(
     throttle: LoginThrottle, clock: Clock, attack: str, others: int, wait_s: int
 ) -> None:
-    """With one other name fewer than the table holds they are still known."""
+    """They stay while the table has room for them."""
     from_one_peer = attack == "from one peer"
     for number in range(10 if from_one_peer else 20):
         _fail(
@@ -542,7 +542,7 @@ def test_peers_and_users_are_dropped_like_pairs(
 def test_success_after_the_counts_were_dropped_takes_back_nothing(
     throttle: LoginThrottle,
 ) -> None:
-    """And is no error."""
+    """Nor is it an error."""
     _fail(throttle, "alice", "p", 2)
     for number in range(_MAX_ENTRIES):
         _fail(throttle, f"user{number}", f"p{number}")
@@ -554,7 +554,7 @@ def test_success_after_the_counts_were_dropped_takes_back_nothing(
 def test_forgotten_and_cleared_entries_take_no_memory(
     throttle: LoginThrottle, clock: Clock
 ) -> None:
-    """Tables are empty again after a quiet quarter of an hour, and after a success."""
+    """The tables are empty after 15 minutes without failures, and after a success."""
     tables = (throttle._by_pair, throttle._by_peer, throttle._by_user)
     for number in range(100):
         _fail(throttle, f"user{number}", f"p{number}")
@@ -566,7 +566,7 @@ def test_forgotten_and_cleared_entries_take_no_memory(
 
 
 def test_long_names_take_no_more_memory_than_short_ones(throttle: LoginThrottle) -> None:
-    """The attacker chooses the name, so it is not what is kept."""
+    """The attacker chooses the name, so its digest is kept."""
     tracemalloc.start()
     try:
         for number in range(50):
@@ -581,7 +581,7 @@ def test_long_names_take_no_more_memory_than_short_ones(throttle: LoginThrottle)
 
 
 def test_guesses_of_a_peer_in_a_day_are_few(throttle: LoginThrottle, clock: Clock) -> None:
-    """Whatever number of guesses it makes in a row before it waits to be forgotten."""
+    """For any number of guesses before each wait of 15 minutes."""
     per_day = []
     for in_a_row in range(1, 40):
         began = clock.now
@@ -594,5 +594,5 @@ def test_guesses_of_a_peer_in_a_day_are_few(throttle: LoginThrottle, clock: Cloc
 
 
 def test_default_clock_never_goes_back() -> None:
-    """Setting the host's clock neither frees anybody nor locks anybody out."""
+    """A change of the host's clock neither frees nor locks out anybody."""
     assert LoginThrottle()._clock is time.monotonic

@@ -103,7 +103,7 @@ def _der(path: Path) -> bytes:
 def wrong_clients(
     certs: Path, foreign_certs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Client certificates by what is wrong with them, and nothing else is; and a right one."""
+    """A right client certificate, and others by the one mistake in them."""
     directory = tmp_path_factory.mktemp("clients")
     ca = certs / "client-ca"
     return {
@@ -120,7 +120,7 @@ def wrong_clients(
 
 @pytest.fixture
 def live(certs: Path, tmp_path: Path) -> Path:
-    """The directory of a server's certificates, to be changed."""
+    """A directory with a server's certificates, which a test may change."""
     return shutil.copytree(certs, tmp_path / "live")
 
 
@@ -128,7 +128,7 @@ def live(certs: Path, tmp_path: Path) -> Path:
 
 
 class _Server:
-    """A server with one RPC, a stream of what is put into `messages` until None comes."""
+    """A server with one RPC: it streams the items of `messages` until None."""
 
     def __init__(self, credentials: grpc.ServerCredentials) -> None:
         self.messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -152,7 +152,7 @@ class _Server:
 
 
 def _handshakes() -> list[threading.Thread]:
-    """What keeps handshakes under way after a reload."""
+    """The threads that keep handshakes under way after a reload."""
     return [thread for thread in threading.enumerate() if thread.name == "handshake"]
 
 
@@ -173,7 +173,7 @@ def serve() -> Iterator[_Serve]:
 
 @pytest.fixture(params=["at the start", "after a reload"])
 def server(request: pytest.FixtureRequest, serve: _Serve, certs: Path, live: Path) -> _Server:
-    """A server with the certificates `certs`, from the start or because they were reloaded."""
+    """A server with the certificates `certs`, from its start or after a reload."""
     if request.param == "at the start":
         return serve(Certificates(Path.read_bytes, certs).credentials())
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
@@ -188,7 +188,7 @@ def server(request: pytest.FixtureRequest, serve: _Serve, certs: Path, live: Pat
 def _connection(
     address: str, context: ssl.SSLContext, session: ssl.SSLSession | None = None
 ) -> Iterator[ssl.SSLSocket]:
-    """A TLS connection on which the client has greeted."""
+    """A TLS connection; the client has sent its greeting."""
     host, _, port = address.rpartition(":")
     with (
         socket.create_connection((host, int(port)), GUARD_S) as raw,
@@ -199,7 +199,7 @@ def _connection(
 
 
 def _admits(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> bool:
-    """Whether the server answers; in TLS 1.3 a client is refused after its handshake."""
+    """Whether the server answers. In TLS 1.3 it refuses a client after the client's handshake."""
     try:
         with _connection(address, context, session) as sock:
             return _is_settings(sock.recv(9))
@@ -222,7 +222,7 @@ def _certificate_shown(address: str) -> bytes:
 def test_right_client_certificate_gets_in_over_tls_1_3(
     server: _Server, certs: Path, wrong_clients: dict[str, Path]
 ) -> None:
-    """What is refused below is refused for what is wrong with it."""
+    """So the clients below are refused for their one mistake."""
     for certificate in (certs / "client.pem", wrong_clients["nothing"]):
         with _connection(server.address, tls_context(certs, certificate)) as sock:
             assert sock.version() == "TLSv1.3"
@@ -244,18 +244,18 @@ def test_right_client_certificate_gets_in_over_tls_1_3(
 def test_wrong_client_certificate_does_not_get_in(
     server: _Server, certs: Path, wrong_clients: dict[str, Path], wrong: str
 ) -> None:
-    """Whatever is wrong with it, before anything is said; others get in as ever."""
+    """It is refused before any call. Other clients still get in."""
     assert not _admits(server.address, tls_context(certs, wrong_clients[wrong]))
     assert _admits(server.address, tls_context(certs, certs / "client.pem"))
 
 
 def test_no_client_certificate_does_not_get_in(server: _Server, certs: Path) -> None:
-    """There is no one-sided mode."""
+    """There is no mode without client certificates."""
     assert not _admits(server.address, tls_context(certs, None))
 
 
 def test_tls_1_2_does_not_get_in(server: _Server, certs: Path) -> None:
-    """With the right certificate and every suite that OpenSSL has."""
+    """The client has the right certificate and every suite of OpenSSL."""
     context = tls_context(certs, certs / "client.pem")
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -323,7 +323,7 @@ def _server_certificate(wrong: str, directory: Path, certs: Path, foreign_certs:
 def test_client_trusts_a_right_server_only(
     serve: _Serve, certs: Path, foreign_certs: Path, tmp_path: Path, wrong: str
 ) -> None:
-    """Our client says in one line that it is the certificate, and sends no token."""
+    """The client reports the certificate in one line, and sends no token."""
     certificate = _server_certificate(wrong, tmp_path, certs, foreign_certs)
     key = tmp_path / "server-key.pem"
     # Not `Certificates`: that would not take most of these.
@@ -459,7 +459,7 @@ _DAMAGES: dict[str, tuple[_Damage, str]] = {
 
 @pytest.mark.parametrize("damage", _DAMAGES)
 def test_unusable_certificates_are_refused(live: Path, foreign_certs: Path, damage: str) -> None:
-    """In one line, which says what is wrong with which file, where, and what to do."""
+    """The error is one line with the mistake, the file, the directory and the remedy."""
     change, problem = _DAMAGES[damage]
     change(live, foreign_certs)
     with pytest.raises(CertificateError) as caught:
@@ -472,7 +472,7 @@ def test_unusable_certificates_are_refused(live: Path, foreign_certs: Path, dama
 
 
 def test_all_missing_files_are_named(tmp_path: Path) -> None:
-    """At once, not one by one."""
+    """One error names all of them."""
     with pytest.raises(CertificateError) as caught:
         Certificates(Path.read_bytes, tmp_path)
     for path in certificate_files(tmp_path):
@@ -482,7 +482,7 @@ def test_all_missing_files_are_named(tmp_path: Path) -> None:
 def test_files_may_hold_text_a_chain_and_further_cas(
     serve: _Serve, live: Path, certs: Path, foreign_certs: Path, wrong_clients: dict[str, Path]
 ) -> None:
-    """As `openssl x509 -text` and `cat` make them; each of the CAs is trusted, none else."""
+    """`openssl x509 -text` and `cat` make such files. All CAs of the file are trusted."""
     ca, chain = live / "client-ca.pem", live / "server.pem"
     _make_ca(live, "old-ca", days=(-2, -1))
     chain.write_bytes(
@@ -510,7 +510,7 @@ def test_files_may_hold_text_a_chain_and_further_cas(
     ids=lambda key: key[-1],
 )
 def test_usual_kinds_of_keys_work(serve: _Serve, live: Path, key: tuple[str, ...]) -> None:
-    """What passes the check works."""
+    """A key that passes the check works."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca", key=key)
     address = serve(Certificates(Path.read_bytes, live).credentials()).address
     context = tls_context(live, live / "client.pem")
@@ -532,7 +532,7 @@ except CertificateError as error:
 
 
 def test_key_with_a_password_is_refused_and_nobody_asked_for_it(live: Path) -> None:
-    """Not even at a terminal, where OpenSSL would ask, and wait."""
+    """At a terminal OpenSSL would ask for it, and wait."""
     key = live / "server-key.pem"
     _openssl("ec", "-aes128", "-passout", "pass:secret", "-in", key, "-out", live / "locked")
     (live / "locked").replace(key)
@@ -555,7 +555,7 @@ def test_key_with_a_password_is_refused_and_nobody_asked_for_it(live: Path) -> N
 def test_damaged_files_are_taken_or_refused_but_raise_nothing_else(
     certs: Path, data: st.DataObject
 ) -> None:
-    """Whatever bytes are in one of the files."""
+    """One of the files has arbitrary bytes."""
     contents = {path: path.read_bytes() for path in certificate_files(certs)}
     path = data.draw(st.sampled_from(sorted(contents)))
     good = contents[path]
@@ -589,7 +589,7 @@ except CertificateError:
 
 
 def test_certificates_are_checked_by_a_process_that_has_given_up_its_rights(certs: Path) -> None:
-    """Which may open no file of the certificates', nor be dumped."""
+    """The process may not open the files, and is not dumpable."""
     run = subprocess.run(
         [sys.executable, "-c", _AFTER_THE_DROP, certs, str(NOBODY)],
         cwd=_HERE,
@@ -623,7 +623,7 @@ def _messages(caplog: pytest.LogCaptureFixture, level: int = logging.ERROR) -> l
 def test_next_connection_sees_the_reloaded_certificate(
     running: _Server, certificates: Certificates, live: Path
 ) -> None:
-    """As soon as `reload` has returned, and as often as they are reloaded."""
+    """It holds as soon as `reload` has returned, also after several reloads."""
     for _ in range(3):
         certificate = _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
         assert _certificate_shown(running.address) != _der(certificate)
@@ -635,7 +635,7 @@ def test_next_connection_sees_the_reloaded_certificate(
 def test_open_stream_survives_the_reload(
     running: _Server, certificates: Certificates, live: Path
 ) -> None:
-    """It goes on, though by now even its client's CA is another; new calls on it as well."""
+    """The connection continues, also for new calls, even if the clients' CA has changed."""
     credentials = grpc.ssl_channel_credentials(
         *((live / name).read_bytes() for name in ("server-ca.pem", "client-key.pem", "client.pem"))
     )
@@ -658,7 +658,7 @@ def test_open_stream_survives_the_reload(
 def test_reloaded_client_ca_decides_who_gets_in(
     running: _Server, certificates: Certificates, live: Path, wrong_clients: dict[str, Path]
 ) -> None:
-    """The old CA's clients do not any more, not with an earlier connection's session either."""
+    """Clients of the old CA do not get in, not even by resuming an earlier TLS session."""
     old = tls_context(live, wrong_clients["nothing"])
     with _connection(running.address, old) as sock:
         assert _is_settings(sock.recv(9))
@@ -687,7 +687,7 @@ def test_broken_certificates_leave_the_old_ones_in_force(  # noqa: PLR0913
     caplog: pytest.LogCaptureFixture,
     damage: str,
 ) -> None:
-    """Whatever is wrong is logged, once; and put right, they are taken up."""
+    """The mistake is logged once. Corrected files come into force."""
     change, problem = _DAMAGES[damage]
     change(live, foreign_certs)
     assert not certificates.reload(running.address)
@@ -705,7 +705,7 @@ def test_broken_certificates_leave_the_old_ones_in_force(  # noqa: PLR0913
 def test_half_replaced_certificates_wait_for_the_other_half(
     running: _Server, certificates: Certificates, live: Path, foreign_certs: Path
 ) -> None:
-    """Certificate and key are two files, and a reload may come in between."""
+    """A reload may come when only one of certificate and key has been replaced."""
     before = _certificate_shown(running.address)
     shutil.copy(foreign_certs / "server.pem", live)
     assert not certificates.reload(running.address)
@@ -718,7 +718,7 @@ def test_half_replaced_certificates_wait_for_the_other_half(
 def test_reload_of_the_same_files_changes_nothing(
     running: _Server, certificates: Certificates, live: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And says so. gRPC gets new certificates once: a session of before can be resumed."""
+    """The log says so. gRPC gets no new certificates, so earlier TLS sessions can be resumed."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
     assert certificates.reload(running.address)
     (under_way,) = _handshakes()
@@ -751,11 +751,13 @@ def test_key_that_grpc_does_not_know_is_told_and_the_old_one_stays(
     assert _certificate_shown(running.address) == _der(new)
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "not for you"), RuntimeError("no helper")])
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "not for you"), RuntimeError("no fork server")]
+)
 def test_files_that_cannot_be_read_change_nothing(
     serve: _Serve, live: Path, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    """Whatever the reader raises."""
+    """The reader raises any exception."""
     errors: list[Exception] = []
 
     def read(path: Path) -> bytes:
@@ -775,7 +777,7 @@ def test_files_that_cannot_be_read_change_nothing(
 def test_reload_when_nobody_answers_changes_nothing(
     certificates: Certificates, live: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is for a server that is running."""
+    """Without an answer the new certificates cannot be tried."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
@@ -786,7 +788,7 @@ def test_reload_when_nobody_answers_changes_nothing(
 def test_handshake_is_under_way_from_before_a_reload_until_the_server_ends(
     running: _Server, certificates: Certificates, live: Path
 ) -> None:
-    """It keeps gRPC from a crash (see `Certificates`), and gets no one in."""
+    """It prevents a crash of gRPC (see `tls.py`), and admits nobody."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
     assert certificates.reload(running.address)
     (thread,) = _handshakes()
@@ -827,7 +829,7 @@ server.stop(0).wait()
 
 
 def test_server_survives_reloads_while_many_connect(certs: Path, foreign_certs: Path) -> None:
-    """Thirty of them, with sixteen clients in the middle of handshakes all the time.
+    """Thirty reloads, while sixteen clients keep making handshakes.
 
     (The crash in gRPC is too rare to show here; what prevents it has the test above.)
     """

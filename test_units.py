@@ -19,7 +19,7 @@ from units import format_size, join_address, parse_address, parse_duration, pars
     ],
 )
 def test_size_is_understood(text: str, size: int) -> None:
-    """A number, perhaps with a point, and a power of 1024; fractions of a byte are dropped."""
+    """A number, possibly with a point, and a power of 1024. Fractions of a byte are dropped."""
     assert parse_size(text) == size
 
 
@@ -32,7 +32,7 @@ def test_size_is_understood(text: str, size: int) -> None:
     ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
-    """With the text and the right form; so is what no kernel could count."""
+    """The error has the text and the right form. Sizes beyond 63 bits are refused too."""
     with pytest.raises(ValueError, match=r"is not a size; write .* 64K, 256M, 1\.5G") as caught:
         parse_size(text)
     assert str(caught.value).startswith(repr(text))
@@ -46,7 +46,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     ],
 )
 def test_time_is_understood(text: str, seconds: float) -> None:
-    """A number, perhaps with a point, and a unit from seconds to weeks; seconds without."""
+    """A number, possibly with a point, and a unit from seconds to weeks. No unit means seconds."""
     assert parse_duration(text) == seconds
 
 
@@ -58,7 +58,7 @@ def test_time_is_understood(text: str, seconds: float) -> None:
     ],
 )
 def test_what_is_no_time_is_refused(text: str) -> None:
-    """With the text and the right form."""
+    """The error has the text and the right form."""
     with pytest.raises(ValueError, match=r"is not a time; write .* 30m, 12h, 7d") as caught:
         parse_duration(text)
     assert str(caught.value).startswith(repr(text))
@@ -73,13 +73,13 @@ def test_what_is_no_time_is_refused(text: str) -> None:
     ],
 )
 def test_size_is_shown_in_its_largest_unit(size: int, text: str) -> None:
-    """With up to four digits."""
+    """It has up to four digits."""
     assert format_size(size) == text
 
 
 @given(st.integers(min_value=1024, max_value=1000 << 40))
 def test_shown_size_can_be_typed_in_again(size: int) -> None:
-    """And is the same but for what four digits lose."""
+    """The result differs only by the rounding to four digits."""
     assert parse_size(format_size(size)) == pytest.approx(size, rel=0.0006, abs=1)
 
 

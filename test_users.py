@@ -1,6 +1,6 @@
 """Tests of users, their passwords and the users file.
 
-Hashes are made with the lowest cost here, except where the cost is what is tested.
+The tests hash passwords at the lowest cost, except where they test the cost.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROOT = User("root", Role.ADMIN, _HASH)
 
 @pytest.fixture
 def cheap() -> Iterator[None]:
-    """A hash costs nothing, and those that cost nothing are accepted."""
+    """Hashes have the lowest cost, and hashes of that cost are accepted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(users, "_SCRYPT_LOG2_N", 1)
         yield
@@ -68,12 +68,12 @@ def test_two_hashes_of_a_password_differ_and_both_match() -> None:
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("password", ["", "\ud800", "\0", "x" * 1_000_000])
 def test_any_text_is_only_a_wrong_password(password: str) -> None:
-    """What is not even UTF-8 does not match, and is no other error."""
+    """Text that is not even UTF-8 does not match, and raises nothing."""
     assert not password_matches(password, hash_password("secret"))
 
 
 def test_hash_of_another_cost_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused before any work is done, so no entry makes a login slow or fast."""
+    """It is refused before any work, so every login takes the same time."""
     calls: list[object] = []
 
     def scrypt(*arguments: Any, **options: Any) -> bytes:
@@ -100,7 +100,7 @@ def test_seeded_users_have_their_names_as_passwords() -> None:
 
 @pytest.mark.usefixtures("cheap")
 def test_public_passwords_are_known_whatever_their_salt() -> None:
-    """A seeded user is public, as is a seeded name with its name as password; nobody else is."""
+    """Public are a seeded user, and a seeded name with itself as password; no other user is."""
     assert all(map(has_public_password, SEEDED_USERS))
     assert has_public_password(make_user("admin", "admin", "admin"))
     assert has_public_password(make_user("admin", "user", "admin"))
@@ -119,7 +119,7 @@ def test_public_passwords_are_known_whatever_their_salt() -> None:
     ],
 )
 def test_bad_user_is_not_made(name: str, role: str, password: str) -> None:
-    """A name, role or password that could not be used is refused; no error shows a password."""
+    """An unusable name, role or password is refused. No error shows a password."""
     with pytest.raises(ValueError, match=r"name|role|password|Role") as caught:
         make_user(name, role, password)
     assert "hunter2" not in repr(caught.value)
@@ -138,7 +138,7 @@ def _parse(text: str) -> tuple[User, ...]:
 
 
 def test_users_file_holds_entries_comments_and_blank_lines() -> None:
-    """Entries are as `str(User)` writes them; what is blank or begins with # does not count."""
+    """`str(User)` writes entries. Blank lines and lines that begin with # are ignored."""
     text = f"# who may call\n\n{_ALICE}\n   \n  {_ROOT}  \n#{_ALICE}"
     assert _parse(text) == (_ALICE, _ROOT)
 
@@ -167,7 +167,7 @@ def test_made_user_comes_back_from_the_file() -> None:
     ],
 )
 def test_bad_line_of_the_users_file_is_named_with_its_number(line: str) -> None:
-    """The error names file, line and the right form, and does not show what stands there."""
+    """The error names file, line and right form, and does not show the line."""
     text = f"{_ROOT}\n# comment\n{line}\n"
     with pytest.raises(UsersFileError) as caught:
         _parse(text)
@@ -196,7 +196,7 @@ def test_bad_line_of_the_users_file_is_named_with_its_number(line: str) -> None:
     ],
 )
 def test_hash_of_another_form_or_cost_asks_for_a_new_entry(password_hash: str) -> None:
-    """There is one cost, so every login takes the same; the error has the whole command."""
+    """Only one cost is accepted, so every login takes the same time. The error has the command."""
     text = f"{_ROOT}\nalice:admin:{password_hash}\n"
     with pytest.raises(UsersFileError) as caught:
         _parse(text)
@@ -208,7 +208,7 @@ def test_hash_of_another_form_or_cost_asks_for_a_new_entry(password_hash: str) -
 
 
 def test_second_entry_of_a_name_is_refused() -> None:
-    """Which of two entries counts must not depend on their order."""
+    """The order of entries must not matter."""
     text = f"{_ALICE}\nalice:admin:{_HASH}\n"
     with pytest.raises(UsersFileError, match=r"line 2: a second entry for alice"):
         _parse(text)
