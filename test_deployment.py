@@ -223,8 +223,8 @@ def _started(
         before=before,
     )
     with contextlib.ExitStack() as stack:
-        helper = fork_server_of(program.process.pid)
-        pidfd = stack.enter_context(open(os.pidfd_open(helper)))
+        fork_server = fork_server_of(program.process.pid)
+        pidfd = stack.enter_context(open(os.pidfd_open(fork_server)))
         stack.callback(select.select, [pidfd], [], [], GUARD_S)
         stack.enter_context(program.process)
         stack.callback(program.process.kill)
@@ -249,7 +249,7 @@ def test_rights_of_the_unit_are_enough(
     """Jobs with limits, a stop, SIGTERM and a second start work, and leave nothing behind."""
     for _ in range(2):  # the second finds a state directory that was in use
         with _started(certs, state, _rights(unit, base)) as (program, user):
-            helper = fork_server_of(program.process.pid)
+            fork_server = fork_server_of(program.process.pid)
             assert _status(program.process.pid)["Uid"].split() == [str(_SERVER_UID)] * 4
             kept = sum(1 << number for number in (1, 6, 7))  # DAC_OVERRIDE, SETGID, SETUID
             assert int(_status(fork_server)["CapEff"], 16) == kept

@@ -204,7 +204,7 @@ def _follow(client: Client, job_id: str) -> Generator[bytes, None, None]:
 
 
 @pytest.fixture(scope="module")
-def logins(
+def flooded(
     peers: Path,
     alice: User,
     make_state: Callable[[], Path],
@@ -231,16 +231,16 @@ def _memory(pid: int, field: str) -> int:
 
 
 def test_login_flood_neither_stops_the_others_nor_takes_memory(
-    logins: _Program, peers: Path, connect: Connect
+    flooded: _Program, peers: Path, connect: Connect
 ) -> None:
     """Every Status is answered meanwhile. At most two passwords are hashed at once."""
-    client = connect("user", logins.address)
+    client = connect("user", flooded.address)
     job_id = _finish(client)
-    before = _memory(logins.process.pid, "VmRSS")
+    before = _memory(flooded.process.pid, "VmRSS")
     codes: list[str] = []
 
     def flood(name: str, user: str, password: str) -> None:
-        with _peer(logins.address, peers, name) as attacker:
+        with _peer(flooded.address, peers, name) as attacker:
             try:
                 attacker.login(user, password)
                 codes.append("OK")
@@ -260,7 +260,7 @@ def test_login_flood_neither_stops_the_others_nor_takes_memory(
     assert set(hashed) <= {"OK", "UNAUTHENTICATED"}
     assert len(hashed) >= 4
     assert answered > len(hashed)
-    assert _memory(logins.process.pid, "VmHWM") - before < 2.5 * _HASH_BYTES
+    assert _memory(flooded.process.pid, "VmHWM") - before < 2.5 * _HASH_BYTES
 
 
 def _guess_until_refused(client: Client, name: str) -> ClientError:
@@ -275,12 +275,12 @@ def _guess_until_refused(client: Client, name: str) -> ClientError:
 
 
 def test_guesser_has_to_wait_while_the_true_user_logs_in_from_elsewhere(
-    logins: _Program, peers: Path
+    flooded: _Program, peers: Path
 ) -> None:
     """The refusal has the same words for an existing and for an unknown user."""
     with (
-        _peer(logins.address, peers, "client") as attacker,
-        _peer(logins.address, peers, "other") as true_user,
+        _peer(flooded.address, peers, "client") as attacker,
+        _peer(flooded.address, peers, "other") as true_user,
     ):
         refusals = [_guess_until_refused(attacker, name) for name in ("alice", "nobody")]
         words = {re.sub(r"\d+ s", "N s", str(error)) for error in refusals}
@@ -305,11 +305,11 @@ def test_guesser_has_to_wait_while_the_true_user_logs_in_from_elsewhere(
         assert true_user.list() == []
 
 
-def test_passwords_and_tokens_are_written_nowhere(logins: _Program, peers: Path) -> None:
+def test_passwords_and_tokens_are_written_nowhere(flooded: _Program, peers: Path) -> None:
     """No log, audit log, error or command line has one."""
     guess, forged = "the hunter's second guess", "a.forged.token"
     told = []
-    with _peer(logins.address, peers, _PEERS[0]) as client:
+    with _peer(flooded.address, peers, _PEERS[0]) as client:
         told.append(str(_refusal(client.login, "mallory", guess)))
         token, _ = client.login("alice", _PASSWORD)
         client.start("sleep", ["infinity"])
@@ -318,11 +318,11 @@ def test_passwords_and_tokens_are_written_nowhere(logins: _Program, peers: Path)
         told.append(str(_refusal(client.list)))
         client.token = forged
         told.append(str(_refusal(client.list)))
-    ours = [logins.process.pid, *children_of(logins.process.pid)]
+    ours = [flooded.process.pid, *children_of(flooded.process.pid)]
     told += [Path(f"/proc/{pid}/cmdline").read_text() for pid in ours]
     told += [Path(f"/proc/{pid}/environ").read_text() for pid in ours]
-    told += [logins.log.read_text(), logins.audit.read_text()]
-    told += [(logins.state / name).read_text() for name in ("logged-out", "uids")]
+    told += [flooded.log.read_text(), flooded.audit.read_text()]
+    told += [(flooded.state / name).read_text() for name in ("logged-out", "uids")]
     for secret in (guess, forged, _PASSWORD, token):
         assert not [text for text in told if secret in text]
 
