@@ -75,14 +75,14 @@ class _RequestSizeError(Exception):
 
 
 class _NoRequestError(Exception):
-    """The call is over before its request was there. Nobody is left to be told."""
+    """The call ended before its request had arrived. The client cannot receive an answer."""
 
     def __init__(self) -> None:
-        super().__init__("the client went, was too slow, or sent more than is read")
+        super().__init__("the client has gone, was too slow, or sent too large a request")
 
 
-# The first line that matches says how an error is told to the client: the code, and
-# the message if not the error's own. Anything else is INTERNAL.
+# The first line that matches an error gives the status code and the message; None stands for the
+# error's own message. An error that matches no line is INTERNAL.
 _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (BadRequestError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (worker.CommandError, grpc.StatusCode.INVALID_ARGUMENT, None),
@@ -113,7 +113,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (auth.RevocationError, grpc.StatusCode.UNAVAILABLE, None),
     (AuditError, grpc.StatusCode.UNAVAILABLE, "the audit log cannot be written; tell the operator"),
 )
-# Those of the above that the operator must hear of. (The audit log tells of itself.)
+# The errors above that the operator has to know of, so they are logged. (`audit.py` logs its own.)
 _OPERATOR_ERRORS = (
     worker.CgroupError,
     worker.SpawnerDiedError,
@@ -124,7 +124,7 @@ _OPERATOR_ERRORS = (
 
 @dataclass(slots=True)
 class Call:
-    """One call: what a servicer gets beside the request, and what the audit log is told."""
+    """One call: what a servicer gets beside the request, and what the audit log records of it."""
 
     method: str
     context: grpc.ServicerContext
@@ -132,12 +132,12 @@ class Call:
     ticket: Ticket
     certificate: bytes = b""  # the client's, DER
     identity: auth.Identity | None = None  # None only where no token is needed
-    user: str | None = None  # who the caller is, or says to be
+    user: str | None = None  # the caller's name; before a login the name in the request
     job_id: str | None = None
     argv: list[str] | None = None  # of a start
-    reason: str | None = None  # what the caller is not told
+    reason: str | None = None  # for the audit log alone
     recorded: bool = False
-    undo: Callable[[], object] | None = None  # if it cannot be recorded
+    undo: Callable[[], object] | None = None  # to be called if the call cannot be recorded
 
     @property
     def caller(self) -> auth.Identity:
@@ -147,7 +147,7 @@ class Call:
 
     @property
     def address(self) -> str:
-        """Where it comes from, without the port."""
+        """The client's address, without the port."""
         _, _, address = unquote(str(self.context.peer())).partition(":")
         return address.rpartition(":")[0].strip("[]")
 
@@ -156,10 +156,11 @@ class Call:
         return hashlib.sha256(self.certificate).hexdigest() if self.certificate else None
 
     def record(self, outcome: str = "OK", reason: str | None = None, **more: str | int) -> None:
-        """Write a line about this call. Raises `AuditError` if it must be and cannot.
+        """Write the call's line in the audit log.
 
-        A servicer does it before what cannot be undone, else the gate when the outcome is
-        known. What fails after its line has another one.
+        A servicer calls this before it does what cannot be undone. For other calls the gate does,
+        when the outcome is known. A call that fails after its line gets a second line. Raises
+        `AuditError` if a record is required and cannot be written.
         """
         self.recorded = True
         self.audit.record(
@@ -219,7 +220,7 @@ class _Overload:
                 closed = self._changed.wait_for(lambda: self._closed, _TOGETHER_S)
                 refused, self._refused = self._refused, {}
             for call, count in refused.values():
-                with contextlib.suppress(AuditError):  # refused they are in any case
+                with contextlib.suppress(AuditError):  # the calls have been refused already
                     reason = str(call.ticket.refusal)
                     call.record(grpc.StatusCode.RESOURCE_EXHAUSTED.name, reason, calls=count)
 
@@ -247,7 +248,7 @@ class Gate(grpc.ServerInterceptor):
         self._overload = _Overload(audit)
 
     def close(self) -> None:
-        """End the gate's thread, when no more calls come."""
+        """End the gate's thread. No call may come after that."""
         self._overload.close()
 
     def __enter__(self) -> Self:
@@ -288,7 +289,7 @@ class Gate(grpc.ServerInterceptor):
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
     ) -> bytes:
-        """Be the behaviour of a unary call."""
+        """Handle a unary call in its thread; return the serialized answer."""
         call = Call(method, context, self._audit, ticket)
         try:
             ticket.begin(context)
@@ -311,7 +312,7 @@ class Gate(grpc.ServerInterceptor):
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
     ) -> Iterator[bytes]:
-        """Be the behaviour of a stream."""
+        """Handle a stream in its thread; yield its serialized messages."""
         call = Call(method, context, self._audit, ticket)
         try:
             ticket.begin(context)
@@ -321,13 +322,13 @@ class Gate(grpc.ServerInterceptor):
                 ticket.leave()
                 # A client that waits for the first output knows now that the stream is accepted.
                 context.send_initial_metadata(())
-                # Serialized: gRPC would keep the message too, until the client reads on.
+                # Serialized here, because gRPC would also keep the message until the client reads.
                 yield from messages
         except Exception as error:  # noqa: BLE001 -- the same
             self._refuse(call, error)
 
     def _caller(self, details: grpc.HandlerCallDetails) -> object:
-        """Return in whose queue the call belongs. Only `_admit` checks the token as a whole."""
+        """Return whose queue the call joins. Only `_admit` checks the whole token."""
         with contextlib.suppress(auth.TokenError):
             name = self._authenticator.signed_for(_bearer_token(details.invocation_metadata))
             if name is not None:

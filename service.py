@@ -39,15 +39,18 @@ __all__ = ["add_services"]
 
 _REFUSED_ARGV_BYTES = 4096  # of a refused start, in the audit log
 
-# The message of a stream: large ones are faster (see `broadcaster.py`), and each may be the
-# one that its client does not take. Ten are of some 195 KiB each, a hundred of 64 KiB, and only
-# more than 128 such exceed the sum.
+# The size of a stream's message. Large messages are faster (see `broadcaster.py`), but the server
+# keeps a message that its client does not take. So all messages that
+# were not taken should have at most _UNTAKEN_BYTES together. The next message may have 1 /
+# _UNTAKEN_SHARE of what is left of that: with ten streams some 195 KiB, with a hundred 64 KiB. Only
+# more than 128 streams exceed the sum.
 _MESSAGE_BYTES = 256 * 1024
 _SMALL_MESSAGE_BYTES = 64 * 1024
 _UNTAKEN_BYTES = 8 * 1024 * 1024
 _UNTAKEN_SHARE = 32
 
-_DATA_TAG = bytes([worker_pb.StreamOutputResponse.DATA_FIELD_NUMBER << 3 | 2])  # 2: has a length
+# The field's number and its wire type, 2: bytes that follow their length.
+_DATA_TAG = bytes([worker_pb.StreamOutputResponse.DATA_FIELD_NUMBER << 3 | 2])
 
 _STATUSES = {
     Status.RUNNING: worker_pb.RUNNING,
@@ -62,7 +65,7 @@ _END_REASONS = {
     EndReason.CLOSED: worker_pb.SERVER_SHUTDOWN,
     EndReason.LOST: worker_pb.LOST,
 }
-# What the worker is told as the reason of a stop, and tells in the job's state.
+# The reasons that are given to `Worker.stop` and come back in `Job.stop_reason`.
 _BY_OWNER, _BY_ADMIN = "owner", "admin"
 _STOP_REASONS = {_BY_OWNER: worker_pb.STOPPED_BY_OWNER, _BY_ADMIN: worker_pb.STOPPED_BY_ADMIN}
 
@@ -97,8 +100,8 @@ class _AuthServicer:
 class _Untaken:
     """Counts the bytes of messages that clients have not taken yet, of all streams together.
 
-    A client that does not read keeps its message in memory, twice, for as long as it likes. So
-    the more there is of that, the smaller the next message is.
+    A client that does not read keeps two copies of its message in the server's memory for as long
+    as the client likes. So the next message is smaller the more such bytes there are.
     """
 
     def __init__(self) -> None:
@@ -107,7 +110,7 @@ class _Untaken:
         self._size = 0
 
     def room(self) -> int:
-        """Return how large the next message may be: a share of what is left, within bounds."""
+        """Return how many bytes the next message may have."""
         left = _UNTAKEN_BYTES - self._size
         return max(_SMALL_MESSAGE_BYTES, min(left // _UNTAKEN_SHARE, _MESSAGE_BYTES))
 
@@ -139,8 +142,8 @@ class _WorkerServicer:
             config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
         )
         self._untaken = _Untaken()
-        # Held while a list is made, which takes milliseconds of the interpreter and megabytes of
-        # memory: lists would not be ready sooner if several were made at the same time.
+        # Held while a list is made. A list takes the interpreter for milliseconds, and megabytes of
+        # memory. Several at the same time would not be ready sooner.
         self._listing = threading.Lock()
 
     def StartJob(  # noqa: N802
@@ -148,7 +151,7 @@ class _WorkerServicer:
     ) -> worker_pb.StartJobResponse:
         user = call.caller.name
         argv = [request.command, *request.args]
-        call.argv = _beginning(argv)  # no ceiling holds for refusals: they may not fill the disk
+        call.argv = _beginning(argv)  # refusals have no ceiling, so their lines must be short
         self._check_argv(argv)
         asked = {field.name: value for field, value in request.limits.ListFields()}
         limits = self._config.limits(asked)
@@ -202,7 +205,7 @@ class _WorkerServicer:
     ) -> worker_pb.RemoveJobResponse:
         job_id, _ = self._reach(request.job_id, call)
         if self._worker.status(job_id).status is Status.RUNNING:
-            raise worker.JobRunningError(job_id)  # before it is on record as removed
+            raise worker.JobRunningError(job_id)  # before the audit log says that it was removed
         call.record()
         self._worker.remove(job_id)
         return worker_pb.RemoveJobResponse()
@@ -234,18 +237,18 @@ class _WorkerServicer:
         call: Call,
     ) -> Iterator[bytes]:
         with ending:
-            # A generator that waits is not told that its client is gone; this wakes it.
+            # gRPC does not wake a generator whose client has gone. This callback does.
             if not call.context.add_callback(chunks.close):
                 return
             ending.callback(self._authenticator.watch(call.caller, chunks.close))
             chunks.chunk_bytes = self._untaken.room
             for chunk in chunks:
                 if call.caller.has_expired():
-                    break  # which is all that the watch does not tell
+                    break  # `watch` reports every other end of a token
                 message = [_serialized(chunk, offset)]
                 size = len(chunk)
                 offset += size
-                # Here we wait for a client that does not read, and hold nothing meanwhile.
+                # `yield` blocks while the client does not read. Nothing may keep the message then.
                 del chunk
                 with self._untaken.held(size):
                     yield message.pop()
@@ -267,9 +270,10 @@ class _WorkerServicer:
         return answer
 
     def _reach(self, text: str, call: Call) -> tuple[str, str]:
-        """Return the job's ID and its owner, if there is one and the caller reaches it.
+        """Return the job's ID and owner, if the job exists and the caller may see it.
 
-        If not, the same error after the same work: its owner is all that is looked at.
+        Otherwise raises the same error in both cases, after the same work: only the job's owner is
+        looked at.
         """
         job_id = call.job_id = _job_id(text)
         owner = self._worker.owner(job_id)
@@ -280,7 +284,7 @@ class _WorkerServicer:
 
 
 def _beginning(argv: list[str]) -> list[str]:
-    """Return argv, or its first bytes and, as one more argument, how much there was besides."""
+    """Return argv; a long one is cut, and its last item says how many bytes are missing."""
     encoded = [argument.encode(errors="surrogatepass") + b"\0" for argument in argv]
     left = _REFUSED_ARGV_BYTES
     for number, argument in enumerate(encoded):
@@ -293,7 +297,7 @@ def _beginning(argv: list[str]) -> list[str]:
 
 
 def _job_id(text: str) -> str:
-    """Return the job ID in its one spelling."""
+    """Return the job ID in lower case. Raises `BadRequestError`."""
     try:
         job_id = str(uuid.UUID(text))
         if job_id == text.lower():
@@ -337,18 +341,18 @@ def _end_reason(job: Job) -> worker_pb.EndReason:
 
 
 def _fields(value: Limits | Usage) -> dict[str, Any]:
-    # A list may have ten thousand jobs, and with dataclasses.asdict it took twice as long.
+    # dataclasses.asdict would take twice as long, and a list may have ten thousand jobs.
     return {name: getattr(value, name) for name in value.__slots__}
 
 
 def _serialized(data: bytes, offset: int) -> bytes:
-    """Return what a `StreamOutputResponse` is on the wire: its fields, one after the other.
+    """Return the bytes of a `StreamOutputResponse` on the wire.
 
-    `data` is not left to protobuf, which copies it twice: with this a stream is a tenth faster.
-    See https://protobuf.dev/programming-guides/encoding/.
+    protobuf would copy `data` twice. Without that a stream is a tenth faster. Source:
+    https://protobuf.dev/programming-guides/encoding/.
     """
     length, left = bytearray(), len(data)
-    while left >= 1 << 7:  # a varint: seven bits in a byte, and whether there are more
+    while left >= 1 << 7:  # a varint: seven bits in each byte; the eighth says that more follow
         length.append(left & 0x7F | 0x80)
         left >>= 7
     length.append(left)
@@ -372,7 +376,7 @@ def add_services(
 ) -> None:
     """Serve both services on `server`, which must have a `Gate` for the same authenticator.
 
-    `uid_of`: the uid that the jobs of a user run as; None if that is the server's.
+    `uid_of`: returns the uid that a user's jobs run as; None for the server's own.
     """
     authservice_pb2_grpc.add_AuthServiceServicer_to_server(_AuthServicer(authenticator), server)
     workerservice_pb2_grpc.add_WorkerServiceServicer_to_server(
