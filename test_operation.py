@@ -413,7 +413,7 @@ def test_broken_files_are_reported_and_the_old_ones_stay_in_force(
             live / "server-key.pem",
             lambda path: shutil.copy(foreign_certs / "server-key.pem", path),
         ),
-        ("audit log stays .* others may read", audit, lambda path: path.chmod(0o644)),
+        ("audit log stays .* other users may read", audit, lambda path: path.chmod(0o644)),
         ("audit log stays .* not a reg", audit, lambda path: _instead(path, Path.mkdir)),
     ]
     for problem, path, damage in damages:
