@@ -1,4 +1,4 @@
-"""Measures the command line, as whole processes from fork to exit; see `bench.py`."""
+"""Measures the command line, as whole processes from fork to exit; see `python -m bench`."""
 
 from __future__ import annotations
 

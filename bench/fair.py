@@ -1,4 +1,4 @@
-"""Measures how much one user who has all they may slows another; see `bench.py`.
+"""Measures how much one user who has all they may slows another; see `python -m bench`.
 
 python -m bench.fair --greedy ADDRESS    # be that user
 """

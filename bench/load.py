@@ -1,4 +1,4 @@
-"""Measures a server under many starts, and its memory with much to keep; see `bench.py`.
+"""Measures a server under many starts, and its memory with much to keep; see `python -m bench`.
 
 python -m bench.load --start ADDRESS COUNT THREADS    # be clients that start jobs
 """
@@ -71,7 +71,7 @@ def bench_sustained(service: Service, jobs: int) -> None:
     report(
         "one finished job costs",
         f"{server + helper:.0f} B",
-        f"{server:.0f} server, {helper:.0f} helper",
+        f"{server:.0f} server, {helper:.0f} fork server",
     )
 
 
@@ -163,9 +163,9 @@ def bench_memory(service: Service, gibibytes: int) -> None:
     )
     before = sum(peaks.values()) / MIB
     report(
-        "server and helper, peak",
+        "server and fork server, peak",
         f"{server + helper:.0f} MiB",
-        f"{server:.0f} server, {helper:.0f} helper",
+        f"{server:.0f} server, {helper:.0f} fork server",
         f"{before:.0f} MiB before",
         _MEMORY_AIM,
     )

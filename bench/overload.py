@@ -1,4 +1,4 @@
-"""Measures what becomes of overload; see `bench.py`.
+"""Measures what becomes of overload; see `python -m bench`.
 
     python -m bench.overload ADDRESS REQUEST RATE SECONDS    # be the clients
 

@@ -59,7 +59,7 @@ jobs = {_KEPT}
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the server and its helper hold. Memory in MiB."""
+    """What the server and its fork server hold. Memory in MiB."""
 
     descriptors: float
     helper_descriptors: float

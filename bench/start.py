@@ -1,4 +1,4 @@
-"""Measures what a start costs, against a bare call and the same start by hand; see `bench.py`."""
+"""Measures what a start costs, against a bare call and the same start by hand; see `python -m bench`."""
 
 from __future__ import annotations
 
