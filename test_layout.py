@@ -11,14 +11,10 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from testkit import LIBRARY
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _HERE = Path(__file__).resolve().parent
 
@@ -114,21 +110,6 @@ _PRIVATE_PARTS = re.compile(
 # Underscored, but documented.
 _DOCUMENTED = {"_exit", "_asdict", "_fields", "_make", "_replace"}
 
-# To be mended; goes when all are.
-_NOT_YET = {
-    "words": {*["errors", "cgroups", "cgroupfs"]},
-    "lines": set[str](),
-    "functions": set[str](),
-    "private": set[str](),
-}
-
-
-def _params(rule: str, modules: Iterable[str]) -> list[Any]:
-    mend = pytest.mark.xfail(reason="to be mended", strict=False)
-    return [
-        pytest.param(module, marks=mend if module in _NOT_YET[rule] else ()) for module in modules
-    ]
-
 
 @cache
 def _text(module: str) -> str:
@@ -202,7 +183,7 @@ def test_library_is_what_the_makefile_copies_and_needs_no_package() -> None:
     assert set(LIBRARY) == set(_MODULES["library"])
 
 
-@pytest.mark.parametrize("module", _params("words", _MODULES["library"]))
+@pytest.mark.parametrize("module", _MODULES["library"])
 def test_library_knows_nothing_of_a_server_its_protocol_and_its_users(module: str) -> None:
     """Neither in its code nor in its comments.
 
@@ -216,13 +197,13 @@ def test_library_knows_nothing_of_a_server_its_protocol_and_its_users(module: st
 # --- sizes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", _params("lines", sorted(_GROUPS.keys() - _LONGER_MODULES)))
+@pytest.mark.parametrize("module", sorted(_GROUPS.keys() - _LONGER_MODULES))
 def test_module_can_be_read_in_one_sitting(module: str) -> None:
     """It has at most 600 lines."""
     assert len(_text(module).splitlines()) <= _MAX_MODULE_LINES
 
 
-@pytest.mark.parametrize("module", _params("functions", _GROUPS))
+@pytest.mark.parametrize("module", _GROUPS)
 def test_functions_are_short(module: str) -> None:
     """None has more than 60 lines, its docstring included and its decorators not."""
     long = [
@@ -277,7 +258,7 @@ def _private_names_used_in(tree: ast.AST) -> set[str]:
     return set(filter(_is_private, names))
 
 
-@pytest.mark.parametrize("module", _params("private", _GROUPS))
+@pytest.mark.parametrize("module", _GROUPS)
 def test_module_uses_no_private_name_of_another(module: str) -> None:
     """Neither of another package nor of another module: what it uses, it defines itself."""
     tree = _parse(module)
