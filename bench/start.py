@@ -1,4 +1,4 @@
-"""Measures what a start costs, against a bare call and the same start by hand; see `python -m bench`."""
+"""Measures what a start costs, against a bare call and a start by hand; see `python -m bench`."""
 
 from __future__ import annotations
 
@@ -217,6 +217,6 @@ def bench_growth(fresh: Service, old: Service) -> None:
     report(
         "one running job costs",
         f"{sum(each_bytes) / 1024:.1f} KiB",
-        f"{each_bytes[0] / 1024:.1f} server, {each_bytes[1] / 1024:.1f} helper",
+        f"{each_bytes[0] / 1024:.1f} server, {each_bytes[1] / 1024:.1f} fork server",
         f"{each_threads:.2f} threads",
     )

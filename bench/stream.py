@@ -517,7 +517,7 @@ def bench_silence(service: Service, floor: Floor) -> None:
     ours, bare = (b - a for a, b in zip(before, used_s(), strict=True))
     print_heading(f"{_SILENT:,} silent followers and {_SILENT:,} sleeping jobs")
     report(
-        f"CPU of server and helper over {_SILENCE_S:.0f} s",
+        f"CPU of server and fork server over {_SILENCE_S:.0f} s",
         f"{ours / _SILENCE_S:.2%}",
         "",
         f"{ours:.2f} s",
@@ -533,7 +533,7 @@ def bench_silence(service: Service, floor: Floor) -> None:
         report(
             f"{what} costs",
             f"{sum(kib):.1f} KiB",
-            f"{kib[0]:.1f} server, {kib[1]:.1f} helper",
+            f"{kib[0]:.1f} server, {kib[1]:.1f} fork server",
             f"{each[2]:.2f} threads, {each[3]:.2f} fds",
             aim,
         )
