@@ -1,4 +1,4 @@
-"""Measures what a start costs, against a bare call and the same start by hand: `python -m bench`."""
+"""Measures what a start costs, against a bare call and a start by hand; see `python -m bench`."""
 
 from __future__ import annotations
 
