@@ -19,6 +19,7 @@ import platform
 import time
 from typing import TYPE_CHECKING
 
+from bench.call import bench_call
 from bench.cli import bench_command_line
 from bench.fair import GREEDY_CONFIG, bench_fairness
 from bench.floor import Floor
@@ -71,6 +72,7 @@ def _bench_fairness() -> None:
 
 
 _PARTS: dict[str, Callable[[], None]] = {
+    "call": lambda: _with_floor(bench_call),
     "start": lambda: _with_floor(bench_start),
     "much": _bench_much,
     "stream": lambda: _with_floor(bench_stream),
