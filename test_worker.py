@@ -30,7 +30,6 @@ import pytest
 
 from job import _BUFFERS, RunningJob, _rest_ms
 from limits import NO_LIMITS
-from spawner import read_exit
 from testkit import (
     GUARD_S,
     LIBRARY,
@@ -71,6 +70,8 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 _FOREVER = "exec sleep infinity"
 _ENDLESS_MS = 1_000_000_000
+# For a test that is about what happens before or after the fork.
+_ONE_WAY_TO_FORK = pytest.mark.parametrize("way_to_fork", ["clone3"], indirect=True)
 
 
 @pytest.fixture(params=["off", "auto"])
@@ -79,7 +80,11 @@ def enforcement(request: pytest.FixtureRequest) -> Enforcement:
 
 
 @pytest.fixture
-def worker(enforcement: Enforcement) -> Iterator[Worker]:
+def worker(
+    enforcement: Enforcement,
+    way_to_fork: str,  # noqa: ARG001 -- only to be run first
+) -> Iterator[Worker]:
+    """A worker with and without cgroups, each with both ways to fork."""
     with Worker(enforcement=enforcement) as worker:
         yield worker
 
@@ -193,12 +198,12 @@ def _traces(worker: Worker) -> dict[str, object]:
     """Everything a job could leave behind."""
     spawner = worker._spawner
     settle_spares(worker)
-    spawner.kill("nobody")  # once it answers, the helper has cleaned up after the last request
+    spawner.kill("nobody")  # once it answers, the fork server has cleaned up
     jobs = worker._subtree.jobs if worker._subtree else None
     return {
         # Not which ones, because those of the spare vary.
         "descriptors": len(descriptors_of()),
-        "helper's descriptors": len(descriptors_of(spawner.pid)),
+        "fork server's descriptors": len(descriptors_of(spawner.pid)),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "files": job_files(worker),
         "cgroups": len([path for path in jobs.iterdir() if path.is_dir()]) if jobs else 0,
@@ -209,24 +214,14 @@ def _traces(worker: Worker) -> dict[str, object]:
 
 
 def _await_reaped(worker: Worker) -> None:
-    """Block until the helper has reaped its children, which are about to die."""
-    for pid in job_processes(worker._spawner.pid):
+    """Block until the fork server has reaped every child. No job may be running."""
+    discard_spares(worker)
+    worker._spawner.kill("nobody")  # the fork server answers in order: all forks are done
+    for pid in children_of(worker._spawner.pid):
         with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as pidfd:
             assert select.select([pidfd], [], [], GUARD_S)[0]
-    # It reaps all there is when this one ends.
-    output_fd, stdout_fd = os.pipe()
-    exit_fd, their_exit_fd = os.pipe()
-    cgroup = worker._subtree.create("last", NO_LIMITS) if worker._subtree else None
-    process = worker._spawner.fork("last", stdout_fd=stdout_fd, exit_fd=their_exit_fd)
-    _, leader = process.execute(["/bin/true"], {})
-    os.close(their_exit_fd)
-    assert (end := read_exit(exit_fd)) is not None
-    assert end.exit_code == 0
-    assert read_exit(exit_fd) is None
-    for fd in (output_fd, stdout_fd, exit_fd, leader):
-        os.close(fd)
-    if cgroup:
-        cgroup.remove()
+    worker._spawner.kill("nobody")  # the fork server reaps before it answers
+    assert children_of(worker._spawner.pid) == []
 
 
 def _program(source: str, *args: str) -> list[str]:
@@ -388,28 +383,40 @@ def test_script_that_cannot_be_executed_is_named_and_leaves_nothing(
 
 
 def test_start_that_the_kernel_holds_up_fails_after_a_while_and_leaves_nothing(
-    worker: Worker, leased: tuple[Path, Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+    worker: Worker,
+    pool: ThreadPoolExecutor,
+    leased: tuple[Path, Callable[[], object]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As where a file server does not answer; others start meanwhile, and it does when it can."""
-    path, release = leased
-    # Long enough for `true` to start in time on a busy machine.
-    monkeypatch.setattr("worker._START_TIMEOUT_S", 1.0)
-    with ThreadPoolExecutor() as pool:
-        starts = [pool.submit(worker.start, str(path)) for _ in range(8)]
-        assert worker.wait(worker.start("true"), GUARD_S).exit_code == 0
-        for start in starts:
-            with pytest.raises(StartTimeoutError, match=r"leased' was not executing after 1 s"):
-                start.result(GUARD_S)
+    """Starts of a program that the kernel does not hand out are given up."""
+    monkeypatch.setattr("worker._START_TIMEOUT_S", 0.5)
     before = _traces(worker)
-    with pytest.raises(StartTimeoutError):
-        worker.start(str(path))
+    starts = [pool.submit(worker.start, str(leased[0])) for _ in range(8)]
+    for start in starts:
+        with pytest.raises(StartTimeoutError, match=r"leased' was not executing after 0\.5 s"):
+            start.result(GUARD_S)
+    pool.shutdown()  # its threads are no traces of a job
     assert _traces(worker) == before
+
+
+def test_start_that_the_kernel_holds_up_goes_on_later_and_holds_up_no_other(
+    worker: Worker,
+    pool: ThreadPoolExecutor,
+    leased: tuple[Path, Callable[[], object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job runs to its end meanwhile. The starts succeed once the kernel has the file."""
+    path, release = leased
+    monkeypatch.setattr("worker._START_TIMEOUT_S", GUARD_S)
+    starts = [pool.submit(worker.start, str(path)) for _ in range(8)]
+    assert worker.wait(worker.start("true"), GUARD_S).exit_code == 0
+    assert not any(start.done() for start in starts)
     release()
-    job_id = worker.start(str(path))
-    with worker.stream(job_id) as chunks:
-        assert next(chunks) == b"begun\n"
+    for start in starts:
+        assert _first_line(worker, start.result(GUARD_S)) == b"begun"
 
 
+@_ONE_WAY_TO_FORK
 def test_wrong_types_are_refused(worker: Worker) -> None:
     """One string is not a list of arguments, and a number is not a string."""
     with pytest.raises(TypeError, match="not one string"):
@@ -829,14 +836,14 @@ def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
     """The race, staged: the leader is dead, nobody knows yet, and a stop comes in."""
     script = f'exec 3>"$1"; sleep infinity & read x <"$2"; {script}'
     job_id = _sh(worker, script, fifo.path, gate)
-    job, helper = _running(worker, job_id), worker._spawner.pid
+    job, fork_server = _running(worker, job_id), worker._spawner.pid
     real_kill = job._kill_processes
 
     def kill_processes() -> None:  # the stop has by now decided whose end it is
-        os.kill(helper, signal.SIGCONT)
+        os.kill(fork_server, signal.SIGCONT)
         real_kill()
 
-    os.kill(helper, signal.SIGSTOP)  # it cannot tell of the leader's end
+    os.kill(fork_server, signal.SIGSTOP)  # it cannot report the leader's end
     try:
         gate.write_text("\n")
         assert select.select([job._pidfd], [], [], GUARD_S)[0]
@@ -846,7 +853,7 @@ def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
             patch.setattr(job, "_kill_processes", kill_processes)
             assert _end(worker.stop(job_id)) == end
     finally:
-        os.kill(helper, signal.SIGCONT)
+        os.kill(fork_server, signal.SIGCONT)
     assert not fifo.is_held()
 
 
@@ -900,6 +907,7 @@ def test_stop_leaves_no_process_of_a_big_tree(worker: Worker, fifo: _Fifo) -> No
     assert job_processes(worker._spawner.pid) == []
 
 
+@pytest.mark.usefixtures("way_to_fork")
 def test_stop_reaches_escapees(fifo: _Fifo) -> None:
     """With a cgroup even a process in a session of its own, adopted by others, is killed."""
     with Worker(enforcement="auto") as worker:
@@ -1134,6 +1142,7 @@ def _cpu_s(job: Job) -> float:
     return job.usage.cpu_user_s + job.usage.cpu_system_s
 
 
+@pytest.mark.usefixtures("way_to_fork")
 def test_without_cgroups_usage_is_what_the_reaper_learns() -> None:
     """With an awaited child's share; not before the end, and marked for what it is."""
     program = (
@@ -1179,6 +1188,7 @@ def test_stopped_job_has_its_usage() -> None:
         assert worker.stop(job_id) == job
 
 
+@pytest.mark.usefixtures("way_to_fork")
 def test_usage_of_a_cgroup_is_live_and_in_the_end_final(gate: Path) -> None:
     """It only grows, and counts a child that nobody waits for."""
     program = (
@@ -1213,6 +1223,7 @@ def test_usage_of_a_cgroup_is_live_and_in_the_end_final(gate: Path) -> None:
 # --- status, wait, list -----------------------------------------------------------------------
 
 
+@_ONE_WAY_TO_FORK
 def test_wait_gives_up_after_its_timeout(worker: Worker) -> None:
     """To give up changes nothing for the job."""
     job_id = _sh(worker, _FOREVER)
@@ -1231,6 +1242,7 @@ def test_wait_returns_when_the_job_ends(worker: Worker, pool: ThreadPoolExecutor
 
 
 @pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
+@_ONE_WAY_TO_FORK
 def test_unknown_job_is_an_error_everywhere(worker: Worker, job_id: str) -> None:
     """No method makes up a job, and the error is a WorkerError and a LookupError."""
     worker.start("true")
@@ -1242,6 +1254,7 @@ def test_unknown_job_is_an_error_everywhere(worker: Worker, job_id: str) -> None
         assert isinstance(caught.value, LookupError)
 
 
+@_ONE_WAY_TO_FORK
 def test_list_is_in_order_and_by_owner(worker: Worker) -> None:
     """All jobs, ended ones too, as they were started; or those of one owner."""
     owners = ["alice", "bob", "alice", ""]
@@ -1452,17 +1465,21 @@ def test_death_of_the_spawner_is_told_truthfully(
     assert len(worker.list()) == 4
 
 
-def test_start_after_the_spawner_died_leaves_nothing(worker: Worker) -> None:
-    """A start that fails because the helper is gone cleans up like any other."""
+def test_start_after_the_fork_server_died_leaves_nothing(worker: Worker) -> None:
+    """A start that fails because the fork server is gone removes all that it has made."""
+
+    def held() -> tuple[list[str], int, list[Path]]:
+        discard_spares(worker)  # one may seem ready while the fork server is dying
+        return descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
+
     os.kill(worker._spawner.pid, signal.SIGKILL)
     with pytest.raises(SpawnerDiedError):
         worker.start("true")
-    before = descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
+    before = held()
     for _ in range(5):
         with pytest.raises(SpawnerDiedError):
             worker.start("true")
-    after = descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
-    assert after == before
+    assert held() == before
     assert before[2] == []
     if worker._subtree is not None:
         assert not [path for path in worker._subtree.jobs.iterdir() if path.is_dir()]
