@@ -1,7 +1,8 @@
-"""Tests of the worker: real jobs, with cgroups where the host has them and without.
+"""Tests of the worker with real jobs: without cgroups, and with them if the host has them.
 
-A job tells the test where it is by its output or by opening a FIFO, and a FIFO that
-reads end-of-file proves that every process that held it is dead.
+A job tells the test how far it has come: it writes output, or opens a FIFO. A process that has a
+FIFO open for writing keeps the test from reading end-of-file. So end-of-file proves that all such
+processes are dead.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 _FOREVER = "exec sleep infinity"
 _ENDLESS_MS = 1_000_000_000
-# For a test that is about what happens before or after the fork.
+# For a test of what happens before or after the fork, where the way to fork does not matter.
 _ONE_WAY_TO_FORK = pytest.mark.parametrize("way_to_fork", ["clone3"], indirect=True)
 
 
@@ -91,7 +92,7 @@ def worker(
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks() -> Iterator[None]:
-    """Every test must give back all descriptors, threads and processes, and leave its cgroup."""
+    """A test must close all descriptors, end all threads and processes, and restore the cgroup."""
 
     def held() -> tuple[object, ...]:
         cgroup = Path("/proc/self/cgroup").read_text()
@@ -99,7 +100,7 @@ def _nothing_leaks() -> Iterator[None]:
 
     descriptors, before = descriptors_of(), held()
     yield
-    # Not that there are as many: gRPC, which other modules have used, may close some late.
+    # A subset, because gRPC, which tests of other modules have used, may close descriptors late.
     assert set(descriptors_of()) <= set(descriptors)
     assert held() == before
 
@@ -129,30 +130,30 @@ class _Fifo:
         return line
 
     def is_held(self) -> bool:
-        """Whether a process has it open for writing, at this moment."""
+        """Whether a process has the FIFO open for writing now."""
         try:
             return os.read(self.fd, 1) != b""
         except BlockingIOError:
             return True
 
     def await_release(self) -> None:
-        """Block until no process has it open for writing any more."""
+        """Block until no process has the FIFO open for writing."""
         assert select.select([self.fd], [], [], GUARD_S)[0]
         assert not self.is_held()
 
 
 @pytest.fixture
 def fifo(tmp_path: Path) -> Iterator[_Fifo]:
-    """What a job reports on, and holds as long as it has a process."""
+    """A FIFO that a job writes reports to, and that its processes hold open."""
     fifo = _Fifo(tmp_path / "fifo")
     yield fifo
     os.close(fifo.fd)
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    """What a job waits at (`read x < gate`) until the test writes a line to it."""
-    path = tmp_path / "gate"
+def latch(tmp_path: Path) -> Path:
+    """A FIFO that a job reads (`read x <latch`), so that it waits until the test writes a line."""
+    path = tmp_path / "latch"
     os.mkfifo(path)
     return path
 
@@ -163,13 +164,13 @@ def _sh(worker: Worker, script: str, *args: str | Path, owner: str = "") -> str:
 
 
 def _output(worker: Worker, job_id: str, offset: int = 0) -> bytes:
-    """All of a job's output; blocks until the job has ended."""
+    """Return all of a job's output. Blocks until the job has ended."""
     with worker.stream(job_id, offset=offset) as chunks:
         return b"".join(chunks)
 
 
 def _first_line(worker: Worker, job_id: str) -> bytes:
-    """Block until the job has written a line."""
+    """Block until the job has written a line; return the line."""
     with worker.stream(job_id) as chunks:
         output = b""
         while b"\n" not in output:
@@ -178,7 +179,7 @@ def _first_line(worker: Worker, job_id: str) -> bytes:
 
 
 def _running(worker: Worker, job_id: str) -> RunningJob:
-    """The inside of a job that has not ended."""
+    """Return the object that looks after a job that has not ended."""
     job = worker._job(job_id)
     assert isinstance(job, RunningJob)
     return job
@@ -195,13 +196,13 @@ _LOST = (Status.FINISHED, EndReason.LOST, None, None)
 
 
 def _traces(worker: Worker) -> dict[str, object]:
-    """Everything a job could leave behind."""
+    """Return everything that a job could leave behind."""
     spawner = worker._spawner
     settle_spares(worker)
-    spawner.kill("nobody")  # once it answers, the fork server has cleaned up
+    spawner.kill("nobody")  # the fork server answers in order, so it has dealt with the rest
     jobs = worker._subtree.jobs if worker._subtree else None
     return {
-        # Not which ones, because those of the spare vary.
+        # Only how many, because the numbers of the spare's descriptors vary.
         "descriptors": len(descriptors_of()),
         "fork server's descriptors": len(descriptors_of(spawner.pid)),
         "threads": sorted(thread.name for thread in threading.enumerate()),
@@ -216,7 +217,7 @@ def _traces(worker: Worker) -> dict[str, object]:
 def _await_reaped(worker: Worker) -> None:
     """Block until the fork server has reaped every child. No job may be running."""
     discard_spares(worker)
-    worker._spawner.kill("nobody")  # the fork server answers in order: all forks are done
+    worker._spawner.kill("nobody")  # the fork server answers in order, so all forks are done
     for pid in children_of(worker._spawner.pid):
         with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as pidfd:
             assert select.select([pidfd], [], [], GUARD_S)[0]
@@ -225,7 +226,7 @@ def _await_reaped(worker: Worker) -> None:
 
 
 def _program(source: str, *args: str) -> list[str]:
-    """Run `source` as a program that can import the library."""
+    """Return the argv that runs `source` as a program that can import the library."""
     return [
         sys.executable,
         "-c",
@@ -238,7 +239,7 @@ def _program(source: str, *args: str) -> list[str]:
 
 
 def test_job_runs_and_tells_all_about_itself(worker: Worker) -> None:
-    """A short job ends with its output, exit code and times, under a random UUID4."""
+    """A short job has a random UUID4, and after its end its output, exit code and times."""
     before = datetime.now(UTC)
     job_id = worker.start("sh", ["-c", "echo hi; exit 7"], owner="alice")
     job = worker.wait(job_id, GUARD_S)
@@ -254,14 +255,14 @@ def test_job_runs_and_tells_all_about_itself(worker: Worker) -> None:
 
 
 def test_running_job_has_no_end(worker: Worker) -> None:
-    """While a job runs it has neither end time nor exit code nor reason."""
+    """While a job runs, it has no end time, no exit code and no end reason."""
     job = worker.status(_sh(worker, _FOREVER))
     assert _end(job) == (Status.RUNNING, None, None, None)
     assert job.ended_at is None
 
 
 def test_without_cgroups_no_limit_is_claimed() -> None:
-    """A job's limits are those in force, and "off" enforces none."""
+    """The status shows only limits that are in force; "off" enforces none."""
     with Worker(enforcement="off", limits=Limits(pids=5)) as worker:
         job = worker.status(worker.start("true"))
     assert job.limits == NO_LIMITS
@@ -278,7 +279,7 @@ def test_without_cgroups_no_limit_is_claimed() -> None:
     ],
 )
 def test_argv_arrives_as_given(worker: Worker, args: list[str]) -> None:
-    """No shell, no quoting and no decoding come between the caller and the program."""
+    """The program gets the caller's arguments byte for byte: no shell, no quoting, no decoding."""
     job_id = worker.start("printf", ["%s\\0", *args])
     received = _output(worker, job_id).split(b"\0")[:-1]
     assert received == [os.fsencode(arg) for arg in args]
@@ -286,13 +287,13 @@ def test_argv_arrives_as_given(worker: Worker, args: list[str]) -> None:
 
 
 def test_shell_syntax_is_not_a_command(worker: Worker) -> None:
-    """A command line in one string is the name of a program that does not exist."""
+    """A whole command line as the command is taken as the name of one program, which is missing."""
     with pytest.raises(CommandNotFoundError):
         worker.start("echo hello; id")
 
 
 def test_leader_has_its_own_session_null_stdin_and_no_extra_descriptor(worker: Worker) -> None:
-    """The job has no terminal, no input and nothing of the worker's."""
+    """The job has no terminal and no input, and inherits no descriptor of the worker."""
     with open(__file__) as leak:
         os.set_inheritable(leak.fileno(), True)
         script = "cat /proc/$$/stat; echo $$; readlink /proc/$$/fd/0; pwd; ls -m /proc/self/fd"
@@ -304,7 +305,7 @@ def test_leader_has_its_own_session_null_stdin_and_no_extra_descriptor(worker: W
 
 
 def test_stdout_and_stderr_are_one_stream(worker: Worker) -> None:
-    """What is printed on either comes out in the order it was written."""
+    """Output on stdout and stderr is kept in the order in which it was written."""
     job_id = _sh(worker, "echo 1; echo 2 >&2; echo 3; echo 4 >&2")
     assert _output(worker, job_id) == b"1\n2\n3\n4\n"
 
@@ -312,7 +313,7 @@ def test_stdout_and_stderr_are_one_stream(worker: Worker) -> None:
 def test_environment_is_exactly_the_documented_one(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker's own variables, secrets among them, do not reach a job."""
+    """A job does not get the worker's own variables, some of which may be secrets."""
     monkeypatch.setenv("SECRET", "x")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere")
     job_id = worker.start("env", ["-0"])
@@ -351,7 +352,7 @@ def _assert_start_fails_cleanly(
     assert _traces(worker) == before
     assert type(caught.value) is error
     assert caught.value.command == command
-    assert repr(command)[:200] in str(caught.value)  # long ones are shortened
+    assert repr(command)[:200] in str(caught.value)  # the message shortens a long command
     assert "\n" not in str(caught.value)
 
 
@@ -359,7 +360,7 @@ def _assert_start_fails_cleanly(
 def test_command_that_cannot_be_executed_is_named_and_leaves_nothing(
     worker: Worker, command: str, args: list[str], error: type[CommandError], text: str
 ) -> None:
-    """Each way to fail has its own error; no ID, file, descriptor, thread or process stays."""
+    """Each cause has its own error; no ID, file, descriptor, thread or process is left."""
     _assert_start_fails_cleanly(worker, command, args, error, text)
 
 
@@ -374,7 +375,7 @@ def test_command_that_cannot_be_executed_is_named_and_leaves_nothing(
 def test_script_that_cannot_be_executed_is_named_and_leaves_nothing(
     worker: Worker, tmp_path: Path, script: tuple[int, str], error: type[CommandError], text: str
 ) -> None:
-    """A script without x, without #! or without its interpreter: the error says which."""
+    """The error says what is missing: the permission, the #! line or the interpreter."""
     mode, content = script
     path = tmp_path / "script"
     path.write_text(content)
@@ -388,14 +389,14 @@ def test_start_that_the_kernel_holds_up_fails_after_a_while_and_leaves_nothing(
     leased: tuple[Path, Callable[[], object]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Starts of a program that the kernel does not hand out are given up."""
+    """A leased file blocks exec, as a dead file server does. Such starts raise after a time."""
     monkeypatch.setattr("worker._START_TIMEOUT_S", 0.5)
     before = _traces(worker)
     starts = [pool.submit(worker.start, str(leased[0])) for _ in range(8)]
     for start in starts:
         with pytest.raises(StartTimeoutError, match=r"leased' was not executing after 0\.5 s"):
             start.result(GUARD_S)
-    pool.shutdown()  # its threads are no traces of a job
+    pool.shutdown()  # otherwise the pool's threads would be counted
     assert _traces(worker) == before
 
 
@@ -405,7 +406,7 @@ def test_start_that_the_kernel_holds_up_goes_on_later_and_holds_up_no_other(
     leased: tuple[Path, Callable[[], object]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A job runs to its end meanwhile. The starts succeed once the kernel has the file."""
+    """While eight starts wait for a leased file, another job runs; then the eight succeed."""
     path, release = leased
     monkeypatch.setattr("worker._START_TIMEOUT_S", GUARD_S)
     starts = [pool.submit(worker.start, str(path)) for _ in range(8)]
@@ -418,7 +419,7 @@ def test_start_that_the_kernel_holds_up_goes_on_later_and_holds_up_no_other(
 
 @_ONE_WAY_TO_FORK
 def test_wrong_types_are_refused(worker: Worker) -> None:
-    """One string is not a list of arguments, and a number is not a string."""
+    """A string instead of a list of arguments, or a number as an argument, is a TypeError."""
     with pytest.raises(TypeError, match="not one string"):
         worker.start("echo", "hello")
     with pytest.raises(TypeError, match="not int"):
@@ -427,7 +428,7 @@ def test_wrong_types_are_refused(worker: Worker) -> None:
 
 
 def test_longest_argv_is_accepted(worker: Worker) -> None:
-    """The limit is what may be passed, not the first that may not."""
+    """An argv of exactly `MAX_ARGV_BYTES` is accepted; one byte more is refused."""
     args = ["x" * 1023] * (MAX_ARGV_BYTES // 1024 - 1)
     room = MAX_ARGV_BYTES - sum(len(arg) + 1 for arg in args) - len("true\0")
     job_id = worker.start("true", [*args, "y" * (room - 1)])
@@ -436,10 +437,10 @@ def test_longest_argv_is_accepted(worker: Worker) -> None:
         worker.start("true", [*args, "y" * room])
 
 
-def test_no_thread_to_be_had_is_a_clean_failure(
+def test_start_without_a_thread_fails_cleanly(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What could not be looked after is not executed, and nothing of it is left."""
+    """If no thread can be started for the job, the command is not executed and nothing is left."""
 
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -460,7 +461,7 @@ def test_no_thread_to_be_had_is_a_clean_failure(
 
 @contextlib.contextmanager
 def _descriptors_left(count: int) -> Iterator[None]:
-    """Let this process open `count` more descriptors, no more."""
+    """Let this process open `count` more descriptors and then no more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     taken: list[int] = []
@@ -479,7 +480,7 @@ def _descriptors_left(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("left", range(10))
 def test_start_without_descriptors_left_works_or_fails_cleanly(worker: Worker, left: int) -> None:
-    """However few descriptors there are, a job is started whole or not at all."""
+    """With few descriptors left, a job is started completely or not at all."""
     before = _traces(worker)
     with _descriptors_left(left):
         try:
@@ -494,7 +495,7 @@ def test_start_without_descriptors_left_works_or_fails_cleanly(worker: Worker, l
 
 
 def test_many_jobs_start_at_once(worker: Worker, pool: ThreadPoolExecutor) -> None:
-    """Forty starts from as many threads are forty jobs, each with its own output."""
+    """Forty starts from 32 threads make forty jobs, each with its own output."""
     starts = [pool.submit(worker.start, "echo", [str(i)]) for i in range(40)]
     job_ids = [start.result(GUARD_S) for start in starts]
     assert len(set(job_ids)) == 40
@@ -502,12 +503,12 @@ def test_many_jobs_start_at_once(worker: Worker, pool: ThreadPoolExecutor) -> No
 
 
 def test_ended_jobs_keep_their_output_and_nothing_else(worker: Worker) -> None:
-    """Fifty jobs later there are fifty files more, and no descriptor, thread or process."""
+    """After fifty jobs there are fifty more files, and no more descriptors, threads, processes."""
     before = _traces(worker)
     job_ids = [worker.start("true") for _ in range(50)]
     for job_id in job_ids:
         worker.wait(job_id, GUARD_S)
-    for thread in threading.enumerate():  # has published the end, and has nothing left to do
+    for thread in threading.enumerate():  # a job's thread publishes the end before it ends itself
         if thread.name.startswith("job-"):
             thread.join(GUARD_S)
     after = _traces(worker)
@@ -520,15 +521,15 @@ def test_ended_jobs_keep_their_output_and_nothing_else(worker: Worker) -> None:
 
 
 def _spare(worker: Worker) -> int:
-    """The one process that waits for its job."""
+    """Return the pid of the spare's process."""
     settle_spares(worker)
-    worker._spawner.kill("nobody")  # the fork server answers in order: it has forked the spare
+    worker._spawner.kill("nobody")  # the fork server answers in order, so it has forked the spare
     (spare,) = set(children_of(worker._spawner.pid)) - set(job_processes(worker._spawner.pid))
     return spare
 
 
 def _pid(worker: Worker, **options: Any) -> int:
-    """Start a job, await its end, and return its leader's pid."""
+    """Run a job to its end; return the pid of its leader."""
     job_id = worker.start("sh", ["-c", "echo $$"], **options)
     pid = int(_output(worker, job_id))
     worker.wait(job_id, GUARD_S)
@@ -536,14 +537,14 @@ def _pid(worker: Worker, **options: Any) -> int:
 
 
 def test_the_next_jobs_process_is_there_before_its_start(worker: Worker) -> None:
-    """From the first job on, and for each: it becomes the job, and another waits."""
+    """From the first job on, the spare's process becomes the leader, and a new spare is made."""
     for _ in range(5):
         spare = _spare(worker)
         assert _pid(worker) == spare
 
 
-def test_failed_start_has_another_spare_made(worker: Worker) -> None:
-    """The process it was to have is gone, and nothing else of it is there."""
+def test_after_a_failed_start_a_new_spare_is_made(worker: Worker) -> None:
+    """The process and everything else of the used spare are gone."""
     before, spare = _traces(worker), _spare(worker)
     for command in ("/no/such", "/etc", "no-such-command"):
         with pytest.raises(CommandError):
@@ -554,7 +555,7 @@ def test_failed_start_has_another_spare_made(worker: Worker) -> None:
 
 
 def test_spare_whose_process_was_killed_is_replaced(worker: Worker) -> None:
-    """Whoever has killed it: the job is forked then, in the same cgroup."""
+    """If somebody kills the spare's process, the next job gets a new process in that cgroup."""
     spare = _spare(worker)
     pidfd = os.pidfd_open(spare)
     os.kill(spare, signal.SIGKILL)
@@ -569,51 +570,51 @@ def test_spare_whose_process_was_killed_is_replaced(worker: Worker) -> None:
 
 @pytest.mark.parametrize("code", [0, 1, 7, 126, 127, 137, 255])
 def test_exit_code_is_the_leaders_own(worker: Worker, code: int) -> None:
-    """Codes that shells use for other things are just codes."""
+    """Codes with a special meaning in shells, like 126, 127 and 137, are reported as they are."""
     job = worker.wait(_sh(worker, f"exit {code}"), GUARD_S)
     assert _end(job) == (Status.FINISHED, EndReason.EXITED, code, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE])
 def test_signal_that_we_did_not_send_is_reported(worker: Worker, number: signal.Signals) -> None:
-    """A job killed by itself or a stranger is FINISHED and signalled, SIGKILL included."""
+    """A leader killed by a signal of its own is FINISHED and SIGNALLED, even with SIGKILL."""
     job = worker.wait(_sh(worker, f"ulimit -c 0; kill -{number:d} $$"), GUARD_S)
     assert _end(job) == (Status.FINISHED, EndReason.SIGNALLED, None, number)
 
 
 @pytest.mark.parametrize("keeper", ["", "setsid"])
 def test_grandchild_that_holds_stdout_hangs_nothing(
-    worker: Worker, fifo: _Fifo, gate: Path, keeper: str
+    worker: Worker, fifo: _Fifo, latch: Path, keeper: str
 ) -> None:
-    """When the leader exits the job ends with all its output, whoever keeps the pipe open."""
+    """When the leader exits, the job ends with all its output, even if a child holds the pipe."""
     script = f"""
         {keeper} sh -c 'exec 3>"$1"; read x <"$2"; echo >&3; {_FOREVER}' sh "$1" "$2" &
         echo >"$2"; read x <"$1.go"; echo last words; exit 7"""
     go = Path(f"{fifo.path}.go")
     os.mkfifo(go)
-    job_id = _sh(worker, script, fifo.path, gate)
+    job_id = _sh(worker, script, fifo.path, latch)
     assert fifo.readline() == b"\n"
     go.write_text("\n")
     assert _output(worker, job_id) == b"last words\n"
     assert _end(worker.status(job_id)) == _EXITED_7
     if worker._subtree is not None or not keeper:
         assert not fifo.is_held()
-    worker.close()  # without cgroups an escapee lives until here
+    worker.close()  # without cgroups, a process in another session lives until here
     assert not fifo.is_held()
 
 
 def test_background_writer_does_not_keep_the_job_alive(worker: Worker) -> None:
-    """A child that writes without end dies with the leader."""
+    """When the leader exits, a child that writes for ever is killed, and the job ends."""
     job_id = _sh(worker, "yes & exit 7")
     output = _output(worker, job_id)
     assert _end(worker.status(job_id)) == _EXITED_7
     assert len(output) == worker.status(job_id).output_bytes
 
 
-def test_job_that_closes_its_output_runs_on(worker: Worker, gate: Path) -> None:
-    """The end of the output is not the end of the job, nor a reason to spin."""
-    job_id = _sh(worker, 'echo hi; exec >&- 2>&-; read x <"$1"; exit 7', gate)
-    with gate.open("w") as release:  # blocks until the job has closed its output
+def test_job_that_closes_its_output_runs_on(worker: Worker, latch: Path) -> None:
+    """A job that closes stdout and stderr is still RUNNING, and its thread uses no CPU."""
+    job_id = _sh(worker, 'echo hi; exec >&- 2>&-; read x <"$1"; exit 7', latch)
+    with latch.open("w") as release:  # blocks until the job has closed its output
         ident = _running(worker, job_id).thread.ident
         assert ident is not None
         clock = time.pthread_getcpuclockid(ident)
@@ -629,7 +630,7 @@ def test_job_that_closes_its_output_runs_on(worker: Worker, gate: Path) -> None:
 def test_end_of_output_and_terminal_status_come_together(
     worker: Worker, pool: ThreadPoolExecutor
 ) -> None:
-    """Where the stream ends the job has ended, and when it has ended all output is there."""
+    """A stream ends only after the job has ended; a job that has ended has all its output."""
 
     def stream(job_id: str) -> tuple[int, Job]:
         return len(_output(worker, job_id)), worker.status(job_id)
@@ -644,22 +645,22 @@ def test_end_of_output_and_terminal_status_come_together(
 
 
 def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
-    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, latch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever was written before the end is read, though nobody had read it until then."""
+    """The job's thread reads what is still in the pipe when it learns of the leader's end."""
     script = 'exec 3<"$1"; read n <&3; printf x; read m <&3; head -c "$n" /dev/zero; exit 7'
-    job_id = _sh(worker, script, gate)
+    job_id = _sh(worker, script, latch)
     job, entered = _running(worker, job_id), threading.Event()
     real_append = job.output.append
 
-    def append(data: memoryview) -> None:  # holds the job's thread until the end is told
+    def append(data: memoryview) -> None:  # holds up the job's thread until the leader has ended
         entered.set()
         assert select.select([job._exit_fd], [], [], GUARD_S)[0]
         real_append(data)
 
     monkeypatch.setattr(job.output, "append", append)
     size = fcntl.fcntl(job._output_fd, fcntl.F_GETPIPE_SZ) - 16 * 1024  # fits into the pipe
-    with gate.open("w", buffering=1) as orders:
+    with latch.open("w", buffering=1) as orders:
         orders.write(f"{size}\n")
         assert entered.wait(GUARD_S)
         orders.write("\n")
@@ -668,29 +669,29 @@ def test_output_left_in_the_pipe_when_the_leader_ends_is_kept(
 
 
 def test_tiny_writes_are_taken_together_and_the_first_at_once(
-    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, latch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a line that is there at once, what follows in the pause is one chunk at its end.
+    """The first line comes at once; all that is written in the pause after it is one chunk.
 
-    The pause is endless here, so only the end of the job can have ended it.
+    The pause is endless in this test. So only the end of the job can have ended it.
     """
     monkeypatch.setattr("job._rest_ms", lambda *_: _ENDLESS_MS)
     script = 'echo first; read x <"$1"; for x in $(seq 1000); do echo $x; done; exit 7'
-    job_id = _sh(worker, script, gate)
+    job_id = _sh(worker, script, latch)
     with worker.stream(job_id) as chunks:
         assert next(chunks) == b"first\n"
-        gate.write_text("\n")
+        latch.write_text("\n")
         assert list(chunks) == [b"".join(b"%d\n" % number for number in range(1, 1001))]
     assert _end(worker.status(job_id)) == _EXITED_7
 
 
 def test_line_after_a_silence_is_taken_at_once(
-    worker: Worker, gate: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, latch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pause is over with its time, whether there was anything to take or not."""
+    """The pause ends after its time, even if the job wrote nothing in it."""
     monkeypatch.setattr("job._rest_ms", lambda *_: 1)
-    job_id = _sh(worker, 'exec 3<"$1"; while read x <&3; do echo "$x"; done; exit 7', gate)
-    with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
+    job_id = _sh(worker, 'exec 3<"$1"; while read x <&3; do echo "$x"; done; exit 7', latch)
+    with latch.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         for number in range(100):
             orders.write(f"{number}\n")
             assert next(chunks) == b"%d\n" % number
@@ -704,12 +705,12 @@ def test_line_after_a_silence_is_taken_at_once(
         (4096, 0, 1.0, 65_536, 1),
         (8192, 8192, 0.001, 65_536, 1),
         (32_768, 0, 0.0011, 65_536, 1),
-        (32_769, 0, 1.0, 65_536, 0),  # half of the pipe, however long it took
-        (8192, 8192, 0.0002, 65_536, 0),  # by then it would be more than that
+        (32_769, 0, 1.0, 65_536, 0),  # more than half of the pipe, however long that took
+        (8192, 8192, 0.0002, 65_536, 0),  # in a pause at this rate it would be more than half
         (8192, 8192, 0.0002, 1_048_576, 1),
-        (2000, 2000, 0.0002, 65_536, 0),  # many tiny writes, too
+        (2000, 2000, 0.0002, 65_536, 0),  # the same rate with tiny writes
         (2000, 2000, 0.0002, 1_048_576, 4),
-        (2000, 32_769, 0.01, 65_536, 0),  # there was no room for more
+        (2000, 32_769, 0.01, 65_536, 0),  # the job may have waited for room before
         (2048, 0, 1.0, 8192, 4),
         (8192, 0, 1.0, 8192, 0),
         (0, 0, 0.0, 65_536, 4),
@@ -718,17 +719,17 @@ def test_line_after_a_silence_is_taken_at_once(
 def test_job_gets_a_pause_but_none_in_which_its_pipe_could_be_full(
     size: int, before: int, time_s: float, pipe_bytes: int, rest_ms: int
 ) -> None:
-    """As it wrote, it is going to write; and a pipe is filled to a half at most."""
+    """The pause is 0 if a job that goes on at its rate would fill more than half of the pipe."""
     assert _rest_ms(size, before, time_s, pipe_bytes) == rest_ms
 
 
-def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, gate: Path) -> None:
-    """It needs to wait for its output to be taken a sixteenth as often."""
+def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, latch: Path) -> None:
+    """The pipe of a job that writes 10 MB grows from 64 KiB to 1 MiB."""
     size = 10_000_000
     script = 'exec 3<"$1"; read x <&3; head -c $x /dev/zero; read x <&3'
-    job_id = _sh(worker, script, gate)
+    job_id = _sh(worker, script, latch)
     pipe_fd = _running(worker, job_id)._output_fd
-    with gate.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
+    with latch.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         assert fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ) == 64 * 1024
         orders.write(f"{size}\n")
         offset = 0
@@ -740,14 +741,14 @@ def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, gate: Path) -> 
 
 
 def test_pipe_grows_for_a_job_that_fills_it(
-    worker: Worker, gate: Path, fifo: _Fifo, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, latch: Path, fifo: _Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before: all pipes of the server's user have only so much memory together."""
+    """The pipe keeps 64 KiB until it is full, because the pipes of one user share a quota."""
     script = (
         'exec 3<"$2"; read x <&3; printf x; read x <&3; head -c 65536 /dev/zero; echo >"$1"; '
         "read x <&3; printf y; read x <&3"
     )
-    job_id = _sh(worker, script, fifo.path, gate)
+    job_id = _sh(worker, script, fifo.path, latch)
     job, moved, go_on = _running(worker, job_id), threading.Semaphore(0), threading.Event()
     real_append = job.output.append
 
@@ -757,16 +758,16 @@ def test_pipe_grows_for_a_job_that_fills_it(
         assert go_on.wait(GUARD_S)
 
     monkeypatch.setattr(job.output, "append", append)
-    with gate.open("w", buffering=1) as orders:
+    with latch.open("w", buffering=1) as orders:
         orders.write("\n")
-        assert moved.acquire(timeout=GUARD_S)  # one byte
+        assert moved.acquire(timeout=GUARD_S)  # the job's thread has moved one byte
         assert fcntl.fcntl(job._output_fd, fcntl.F_GETPIPE_SZ) == 65536
         orders.write("\n")
         fifo.readline()  # the pipe is full
         go_on.set()
         assert moved.acquire(timeout=GUARD_S)
         orders.write("\n")
-        assert moved.acquire(timeout=GUARD_S)  # after the pipe has been looked at
+        assert moved.acquire(timeout=GUARD_S)  # "y", moved after the pipe was made larger
         assert fcntl.fcntl(job._output_fd, fcntl.F_GETPIPE_SZ) == 1024 * 1024
         orders.write("\n")
     assert worker.wait(job_id, GUARD_S).output_bytes == 1 + 65536 + 1
@@ -775,7 +776,7 @@ def test_pipe_grows_for_a_job_that_fills_it(
 def test_output_waits_while_all_buffers_are_in_use_and_nothing_else_does(
     worker: Worker,
 ) -> None:
-    """As when the disk makes other jobs wait: silent ones start and end, and no byte is lost."""
+    """If a slow disk keeps all buffers in use, silent jobs still start and end; no byte is lost."""
     script = "for x in 1 2 3; do head -c 100000 /dev/zero; echo $x; done"
     with contextlib.ExitStack() as others:
         for _ in range(_BUFFERS):
@@ -792,7 +793,7 @@ def test_output_waits_while_all_buffers_are_in_use_and_nothing_else_does(
 
 @pytest.mark.parametrize("reason", ["", "by its owner"])
 def test_stop_ends_a_deaf_job_and_records_the_reason(worker: Worker, reason: str) -> None:
-    """A job that ignores every signal it can is STOPPED, its output up to there kept."""
+    """A job that ignores all signals it can ignore is STOPPED, and keeps its output."""
     job_id = _sh(worker, "trap '' TERM INT HUP QUIT; echo ready; while :; do sleep 100; done")
     assert _first_line(worker, job_id) == b"ready"
     job = worker.stop(job_id, reason=reason)
@@ -803,7 +804,7 @@ def test_stop_ends_a_deaf_job_and_records_the_reason(worker: Worker, reason: str
 
 
 def test_stop_is_idempotent_and_keeps_the_first_reason(worker: Worker) -> None:
-    """Stopping again, for whatever reason, changes nothing and fails nothing."""
+    """A second stop, with another reason, succeeds and changes nothing."""
     job_id = _sh(worker, _FOREVER)
     job = worker.stop(job_id)
     assert worker.stop(job_id, reason="another") == job
@@ -812,7 +813,7 @@ def test_stop_is_idempotent_and_keeps_the_first_reason(worker: Worker) -> None:
 
 
 def test_stop_of_a_finished_job_changes_nothing(worker: Worker) -> None:
-    """What has ended by itself stays FINISHED with its own exit code."""
+    """A job that ended by itself stays FINISHED with its own exit code."""
     job_id = _sh(worker, "exit 7")
     job = worker.wait(job_id, GUARD_S)
     assert worker.stop(job_id) == job
@@ -820,7 +821,7 @@ def test_stop_of_a_finished_job_changes_nothing(worker: Worker) -> None:
 
 
 def test_stop_of_a_stopped_process_works(worker: Worker) -> None:
-    """SIGSTOP does not save a job."""
+    """A process stopped by SIGSTOP is killed like any other."""
     job_id = _sh(worker, "(kill -STOP $$; echo stopped); " + _FOREVER)
     assert _first_line(worker, job_id) == b"stopped"
     assert _end(worker.stop(job_id)) == _STOPPED
@@ -831,21 +832,24 @@ _KILLED_ITSELF = (Status.FINISHED, EndReason.SIGNALLED, None, 9)
 
 @pytest.mark.parametrize(("script", "end"), [("exit 7", _EXITED_7), ("kill -9 $$", _KILLED_ITSELF)])
 def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
-    worker: Worker, fifo: _Fifo, gate: Path, script: str, end: tuple[object, ...]
+    worker: Worker, fifo: _Fifo, latch: Path, script: str, end: tuple[object, ...]
 ) -> None:
-    """The race, staged: the leader is dead, nobody knows yet, and a stop comes in."""
+    """The leader is dead, the fork server has not reported the end, and a stop comes.
+
+    The job ends as the leader ended, and the stop kills only the other processes.
+    """
     script = f'exec 3>"$1"; sleep infinity & read x <"$2"; {script}'
-    job_id = _sh(worker, script, fifo.path, gate)
+    job_id = _sh(worker, script, fifo.path, latch)
     job, fork_server = _running(worker, job_id), worker._spawner.pid
     real_kill = job._kill_processes
 
-    def kill_processes() -> None:  # the stop has by now decided whose end it is
+    def kill_processes() -> None:  # called after the stop has looked whether the leader lives
         os.kill(fork_server, signal.SIGCONT)
         real_kill()
 
     os.kill(fork_server, signal.SIGSTOP)  # it cannot report the leader's end
     try:
-        gate.write_text("\n")
+        latch.write_text("\n")
         assert select.select([job._pidfd], [], [], GUARD_S)[0]
         assert worker.status(job_id).status is Status.RUNNING
         assert fifo.is_held()
@@ -858,11 +862,11 @@ def test_leader_that_ended_just_before_the_stop_keeps_its_own_end(
 
 
 def test_racing_stop_and_exit_are_never_mixed(worker: Worker) -> None:
-    """Whichever is first, the result is one of two whole truths."""
+    """If a stop and the leader's exit race, the job is STOPPED by the stop or FINISHED with 7."""
     ends = []
     for i in range(50):
         job_id = _sh(worker, "exit 7")
-        for _ in range(i * 300):  # more and more time for the job to be the first
+        for _ in range(i * 300):  # from round to round the exit has more time to come first
             pass
         job = worker.stop(job_id)
         assert worker.status(job_id) == job
@@ -871,7 +875,7 @@ def test_racing_stop_and_exit_are_never_mixed(worker: Worker) -> None:
 
 
 def test_stop_right_after_start(worker: Worker, fifo: _Fifo) -> None:
-    """A job stopped before it has done anything is STOPPED like any other."""
+    """A job that is stopped right after its start is STOPPED, and its processes are gone."""
     for _ in range(50):
         job_id = _sh(worker, f'exec 3>"$1"; {_FOREVER}', fifo.path)
         assert _end(worker.stop(job_id)) == _STOPPED
@@ -879,7 +883,7 @@ def test_stop_right_after_start(worker: Worker, fifo: _Fifo) -> None:
 
 
 def test_stop_from_twenty_threads_at_once(worker: Worker, pool: ThreadPoolExecutor) -> None:
-    """All of them return, with the same result."""
+    """All twenty stops return the same result."""
     for _ in range(5):
         job_id = _sh(worker, _FOREVER)
         barrier = threading.Barrier(20)
@@ -893,7 +897,7 @@ def test_stop_from_twenty_threads_at_once(worker: Worker, pool: ThreadPoolExecut
 
 
 def test_stop_leaves_no_process_of_a_big_tree(worker: Worker, fifo: _Fifo) -> None:
-    """When stop returns, children and grandchildren are gone, not merely signalled."""
+    """When a stop returns, all children and grandchildren are dead, not only signalled."""
     script = f"""
         exec 3>"$1"
         for i in 1 2 3 4 5 6 7 8 9 10; do
@@ -908,8 +912,8 @@ def test_stop_leaves_no_process_of_a_big_tree(worker: Worker, fifo: _Fifo) -> No
 
 
 @pytest.mark.usefixtures("way_to_fork")
-def test_stop_reaches_escapees(fifo: _Fifo) -> None:
-    """With a cgroup even a process in a session of its own, adopted by others, is killed."""
+def test_stop_reaches_processes_in_other_sessions(fifo: _Fifo) -> None:
+    """With a cgroup, a stop also kills a process that left the session and the process group."""
     with Worker(enforcement="auto") as worker:
         if worker._subtree is None:
             pytest.skip("no cgroup v2 that this process may use")
@@ -924,7 +928,7 @@ def test_stop_reaches_escapees(fifo: _Fifo) -> None:
 def test_a_stop_that_takes_long_holds_up_nobody_else(
     worker: Worker, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one job's stop hangs, others are started, listed, streamed and stopped."""
+    """While the stop of one job blocks, other jobs are started, listed, streamed and stopped."""
     slow = _running(worker, _sh(worker, _FOREVER, owner="slow"))
     entered, go_on = threading.Event(), threading.Event()
     real_kill = slow._kill_processes
@@ -955,7 +959,7 @@ def test_a_stop_that_takes_long_holds_up_nobody_else(
 def test_starts_and_stops_in_parallel_leave_nothing(
     worker: Worker, pool: ThreadPoolExecutor, fifo: _Fifo
 ) -> None:
-    """Eight threads start, stop and wait for jobs; every end is right, nothing is left."""
+    """Eight threads start, stop and wait for jobs; every end is right and no process is left."""
 
     def live(i: int) -> None:
         for n in range(6):
@@ -976,7 +980,7 @@ def test_starts_and_stops_in_parallel_leave_nothing(
 def test_processes_that_will_not_die_are_reported(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stop that the kernel does not carry out is an error, and the job is still RUNNING."""
+    """If the kernel does not end the processes, the stop raises, and the job is still RUNNING."""
     job_id = _sh(worker, _FOREVER)
     with monkeypatch.context() as patch:
         patch.setattr("worker._STOP_TIMEOUT_S", 0.01)
@@ -990,17 +994,17 @@ def test_processes_that_will_not_die_are_reported(
 # --- output --------------------------------------------------------------------------------
 
 
-def test_bytes_are_delivered_when_they_come(worker: Worker, gate: Path) -> None:
-    """A single byte without a newline is read while the job does nothing more."""
-    job_id = _sh(worker, 'printf x; read x <"$1"; printf y', gate)
+def test_bytes_are_delivered_when_they_come(worker: Worker, latch: Path) -> None:
+    """A subscriber gets a single byte without a newline while the job waits."""
+    job_id = _sh(worker, 'printf x; read x <"$1"; printf y', latch)
     with worker.stream(job_id) as chunks:
         assert next(chunks) == b"x"
-        gate.write_text("\n")
+        latch.write_text("\n")
         assert b"".join(chunks) == b"y"
 
 
 def test_every_byte_value_passes_untouched(worker: Worker, tmp_path: Path) -> None:
-    """Output is bytes."""
+    """All 256 values of a byte reach a subscriber unchanged."""
     data = bytes(range(256)) * 1000
     (tmp_path / "data").write_bytes(data)
     assert _output(worker, worker.start("cat", [str(tmp_path / "data")])) == data
@@ -1009,7 +1013,7 @@ def test_every_byte_value_passes_untouched(worker: Worker, tmp_path: Path) -> No
 def test_twenty_megabytes_reach_early_and_late_subscribers_alike(
     worker: Worker, pool: ThreadPoolExecutor
 ) -> None:
-    """Five subscribers, two of whom join midway and after the end, get the same 20 MB."""
+    """Subscribers that begin before, during and after the output get the same 20 MB."""
     count = 2_700_000
     digest = hashlib.sha256()
     for i in range(0, count, 10_000):
@@ -1035,7 +1039,7 @@ def test_twenty_megabytes_reach_early_and_late_subscribers_alike(
 
 
 def test_offsets_of_a_stream(worker: Worker) -> None:
-    """Reading resumes at a byte; past the end of an ended job there is nothing to wait for."""
+    """A stream begins at its offset; an offset past the end of an ended job is an error."""
     job_id = worker.start("printf", ["0123456789"])
     worker.wait(job_id, GUARD_S)
     assert [_output(worker, job_id, offset) for offset in (0, 4, 10)] == [
@@ -1050,7 +1054,7 @@ def test_offsets_of_a_stream(worker: Worker) -> None:
 
 
 def test_stream_ahead_of_a_job_that_ends_short_is_an_error(worker: Worker) -> None:
-    """Nobody waits for bytes that will never come."""
+    """A subscriber whose offset the output never reaches gets an `OffsetError` at the end."""
     job_id = _sh(worker, _FOREVER)
     with worker.stream(job_id, offset=5) as chunks:
         worker.stop(job_id)
@@ -1059,7 +1063,7 @@ def test_stream_ahead_of_a_job_that_ends_short_is_an_error(worker: Worker) -> No
 
 
 def test_stop_ends_streams(worker: Worker, pool: ThreadPoolExecutor) -> None:
-    """Who follows a job that is stopped gets all its output and then the end."""
+    """Subscribers of a job that is stopped get all of its output, and then their streams end."""
     job_id = _sh(worker, "echo ready; " + _FOREVER)
     followers = [pool.submit(_output, worker, job_id) for _ in range(5)]
     assert _first_line(worker, job_id) == b"ready"
@@ -1068,7 +1072,7 @@ def test_stop_ends_streams(worker: Worker, pool: ThreadPoolExecutor) -> None:
 
 
 def test_subscribers_are_recorded_while_they_stream(worker: Worker) -> None:
-    """The status names who is reading now, each once, and nobody afterwards."""
+    """The status has the name of each subscriber once, and no name after the streams ended."""
     job_id = _sh(worker, _FOREVER)
     with (
         worker.stream(job_id, subscriber="bob"),
@@ -1079,15 +1083,17 @@ def test_subscribers_are_recorded_while_they_stream(worker: Worker) -> None:
     assert list(worker.status(job_id).subscribers) == []
 
 
-def test_full_disk_loses_output_but_not_the_job(worker: Worker, gate: Path) -> None:
-    """A job whose output cannot be stored runs to its end, and readers are told."""
-    job_id = _sh(worker, 'printf 0123456789; read x <"$1"; head -c 3000000 /dev/zero; exit 7', gate)
+def test_full_disk_loses_output_but_not_the_job(worker: Worker, latch: Path) -> None:
+    """A job whose output cannot be stored runs to its end, and its subscribers get an error."""
+    job_id = _sh(
+        worker, 'printf 0123456789; read x <"$1"; head -c 3000000 /dev/zero; exit 7', latch
+    )
     with worker.stream(job_id) as chunks:
         assert next(chunks) == b"0123456789"
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
-            gate.write_text("\n")
+            latch.write_text("\n")
             assert _end(worker.wait(job_id, GUARD_S)) == _EXITED_7
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -1120,7 +1126,7 @@ with Worker(enforcement="off") as worker:
 
 
 def test_output_does_not_live_in_memory() -> None:
-    """While a job writes 64 MiB, with one reader stalled, the peak grows by less than 16."""
+    """A job writes 64 MiB, one subscriber does not read; memory grows by less than 16 MiB."""
     growth_kb = int(subprocess.check_output(_program(_GROWTH), timeout=GUARD_S))
     assert growth_kb < 16 * 1024
 
@@ -1143,20 +1149,20 @@ def _cpu_s(job: Job) -> float:
 
 
 @pytest.mark.usefixtures("way_to_fork")
-def test_without_cgroups_usage_is_what_the_reaper_learns() -> None:
-    """With an awaited child's share; not before the end, and marked for what it is."""
+def test_without_cgroups_usage_is_what_wait4_reports() -> None:
+    """Usage includes a child that the leader waited for; it is there after the end, as RUSAGE."""
     program = (
         f"{_BURN}\nblock = b'x' * {64 << 20}\n"
         "if os.fork() == 0: burn(); os._exit(0)\n"
         "os.wait(); print(flush=True); sys.stdin = open(sys.argv[1]); sys.stdin.readline()"
     )
     with Worker(enforcement="off") as worker, tempfile.TemporaryDirectory() as directory:
-        gate = os.path.join(directory, "gate")
-        os.mkfifo(gate)
-        job_id = worker.start(sys.executable, ["-I", "-S", "-c", program, gate])
+        latch = os.path.join(directory, "latch")
+        os.mkfifo(latch)
+        job_id = worker.start(sys.executable, ["-I", "-S", "-c", program, latch])
         _first_line(worker, job_id)
         running = worker.status(job_id)
-        Path(gate).write_text("on\n")
+        Path(latch).write_text("on\n")
         job = worker.wait(job_id, GUARD_S)
         assert worker.list() == (job,)
     assert (running.usage, running.usage_source) == (None, None)
@@ -1170,7 +1176,7 @@ def test_without_cgroups_usage_is_what_the_reaper_learns() -> None:
 
 
 def test_without_cgroups_an_idle_job_has_used_next_to_nothing() -> None:
-    """What jobs before it used is not counted, nor is its waiting."""
+    """A job's usage does not include CPU time of earlier jobs."""
     with Worker(enforcement="off") as worker:
         busy = worker.start(sys.executable, ["-I", "-S", "-c", f"{_BURN}\nburn()"])
         assert _cpu_s(worker.wait(busy, GUARD_S)) > 0.25
@@ -1178,7 +1184,7 @@ def test_without_cgroups_an_idle_job_has_used_next_to_nothing() -> None:
 
 
 def test_stopped_job_has_its_usage() -> None:
-    """A job that is killed has used what it has."""
+    """A stopped job has the CPU time that it used before the stop."""
     with Worker(enforcement="off") as worker:
         program = f"{_BURN}\nburn(); print(flush=True); time.sleep(1000)"
         job_id = worker.start(sys.executable, ["-I", "-S", "-c", program])
@@ -1189,8 +1195,8 @@ def test_stopped_job_has_its_usage() -> None:
 
 
 @pytest.mark.usefixtures("way_to_fork")
-def test_usage_of_a_cgroup_is_live_and_in_the_end_final(gate: Path) -> None:
-    """It only grows, and counts a child that nobody waits for."""
+def test_usage_of_a_cgroup_is_live_and_in_the_end_final(latch: Path) -> None:
+    """CPU time only grows, and includes a child that the leader did not wait for."""
     program = (
         f"{_BURN}\nburn(); print(flush=True); open(sys.argv[1]).readline()\n"
         "end, child = os.pipe()\n"
@@ -1200,11 +1206,11 @@ def test_usage_of_a_cgroup_is_live_and_in_the_end_final(gate: Path) -> None:
     with Worker(enforcement="auto") as worker:
         if worker.subtree is None:
             pytest.skip("this host has no usable cgroup v2 hierarchy")
-        job_id = worker.start(sys.executable, ["-I", "-S", "-c", program, str(gate)])
+        job_id = worker.start(sys.executable, ["-I", "-S", "-c", program, str(latch)])
         _first_line(worker, job_id)
         first, second = worker.status(job_id), worker.status(job_id)
         assert worker.list()[0].usage is None
-        gate.write_text("on\n")
+        latch.write_text("on\n")
         job = worker.wait(job_id, GUARD_S)
         assert worker.status(job_id) == job == worker.list()[0]
     sources = {first.usage_source, second.usage_source, job.usage_source}
@@ -1225,7 +1231,7 @@ def test_usage_of_a_cgroup_is_live_and_in_the_end_final(gate: Path) -> None:
 
 @_ONE_WAY_TO_FORK
 def test_wait_gives_up_after_its_timeout(worker: Worker) -> None:
-    """To give up changes nothing for the job."""
+    """A wait that times out raises TimeoutError, and the job runs on."""
     job_id = _sh(worker, _FOREVER)
     for timeout in (0, 0.01):
         with pytest.raises(TimeoutError, match=job_id):
@@ -1234,7 +1240,7 @@ def test_wait_gives_up_after_its_timeout(worker: Worker) -> None:
 
 
 def test_wait_returns_when_the_job_ends(worker: Worker, pool: ThreadPoolExecutor) -> None:
-    """Everyone who waits gets the same final state."""
+    """Five threads that wait for a job get the same final state."""
     job_id = _sh(worker, _FOREVER)
     waiting = [pool.submit(worker.wait, job_id) for _ in range(5)]
     job = worker.stop(job_id)
@@ -1244,7 +1250,7 @@ def test_wait_returns_when_the_job_ends(worker: Worker, pool: ThreadPoolExecutor
 @pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
 @_ONE_WAY_TO_FORK
 def test_unknown_job_is_an_error_everywhere(worker: Worker, job_id: str) -> None:
-    """No method makes up a job, and the error is a WorkerError and a LookupError."""
+    """Every method raises `UnknownJobError`, which is a WorkerError and a LookupError."""
     worker.start("true")
     for method in (worker.stop, worker.status, worker.wait, worker.stream):
         with pytest.raises(UnknownJobError) as caught:
@@ -1256,7 +1262,7 @@ def test_unknown_job_is_an_error_everywhere(worker: Worker, job_id: str) -> None
 
 @_ONE_WAY_TO_FORK
 def test_list_is_in_order_and_by_owner(worker: Worker) -> None:
-    """All jobs, ended ones too, as they were started; or those of one owner."""
+    """The list has running and ended jobs in the order of their starts, all or one owner's."""
     owners = ["alice", "bob", "alice", ""]
     job_ids = [worker.start("true", owner=owner) for owner in owners]
     worker.wait(job_ids[0], GUARD_S)
@@ -1274,7 +1280,7 @@ def test_list_is_in_order_and_by_owner(worker: Worker) -> None:
 def test_two_workers_in_one_program_are_independent(
     enforcement: Enforcement, older_first: bool, busy: bool
 ) -> None:
-    """Each knows its own jobs, and closing one, in whatever order, does not touch the other."""
+    """Each worker knows only its own jobs; closing one does not affect the other's."""
     with contextlib.ExitStack() as closing:
         workers = [closing.enter_context(Worker(enforcement=enforcement)) for _ in range(2)]
         job_ids = [_sh(worker, _FOREVER) for worker in workers]
@@ -1293,7 +1299,7 @@ def test_two_workers_in_one_program_are_independent(
 def test_close_ends_everything(
     enforcement: Enforcement, fifo: _Fifo, pool: ThreadPoolExecutor
 ) -> None:
-    """Jobs end as CLOSED, streams end; no process, thread, file or cgroup stays."""
+    """Jobs end as CLOSED and streams end; no process, thread, file or cgroup is left."""
     pool.submit(int).result(GUARD_S)
     descriptors = descriptors_of()
     worker = Worker(enforcement=enforcement)
@@ -1320,7 +1326,7 @@ def test_close_ends_everything(
 
 
 def test_closed_worker_refuses_new_work(worker: Worker) -> None:
-    """After close nothing is started or streamed; what is known can still be asked."""
+    """After a close, starts and streams are refused; the state of known jobs can be read."""
     job_id = worker.start("true")
     worker.close()
     with pytest.raises(WorkerClosedError, match="shutting down"):
@@ -1333,7 +1339,7 @@ def test_closed_worker_refuses_new_work(worker: Worker) -> None:
 def test_starts_that_race_with_close_run_or_are_refused(
     enforcement: Enforcement, fifo: _Fifo, pool: ThreadPoolExecutor
 ) -> None:
-    """Whatever got in before close is stopped by it; nothing slips through."""
+    """A close stops every job whose start succeeded, and refuses all other starts."""
     for _ in range(5):
         worker = Worker(enforcement=enforcement)
         barrier = threading.Barrier(9)
@@ -1359,7 +1365,7 @@ def test_starts_that_race_with_close_run_or_are_refused(
 def test_close_ends_starts_that_the_kernel_holds_up(
     worker: Worker, leased: tuple[Path, Callable[[], object]], pool: ThreadPoolExecutor
 ) -> None:
-    """They are refused as closed, and nothing of them is left."""
+    """A close ends starts that wait for the kernel; they raise, and leave no job."""
     starts = [pool.submit(worker.start, str(leased[0])) for _ in range(4)]
     while len(worker._executing) < len(starts):
         pass
@@ -1373,7 +1379,7 @@ def test_close_ends_starts_that_the_kernel_holds_up(
 def test_stream_that_races_with_close_ends_or_is_refused_as_closed(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream asked for just before close either reads or raises WorkerClosedError."""
+    """If a close comes in the middle of `stream`, the stream ends, or `WorkerClosedError` comes."""
     job_id = worker.start("true")
     worker.wait(job_id, GUARD_S)
     real_job = worker._job
@@ -1389,7 +1395,7 @@ def test_stream_that_races_with_close_ends_or_is_refused_as_closed(
 
 
 def test_output_directory_is_private_and_for_one_worker(tmp_path: Path) -> None:
-    """It is made with mode 0700, a second worker is refused, and the next may have it."""
+    """It has mode 0700, only one worker at a time may use it, and later another may."""
     directory = tmp_path / "new" / "output"
     with Worker(enforcement="off", output_dir=directory) as worker:
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -1399,14 +1405,14 @@ def test_output_directory_is_private_and_for_one_worker(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError, match="another worker"):
             Worker(enforcement="off", output_dir=directory)
         assert _output(worker, job_id) == b"hi\n"
-    assert list(directory.iterdir()) == []  # the directory is the caller's, and stays
+    assert list(directory.iterdir()) == []  # the caller gave the directory, so it stays
     with Worker(enforcement="off", output_dir=directory):
         pass
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o750, 0o701])
 def test_output_directory_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
-    """The error says what to do, and nothing in the directory is touched."""
+    """The error names the chmod to run, and no file in the directory is deleted."""
     left_over = tmp_path / f"{uuid.uuid4()}.out"
     left_over.touch()
     tmp_path.chmod(mode)
@@ -1417,7 +1423,7 @@ def test_output_directory_that_others_can_enter_is_refused(tmp_path: Path, mode:
 
 
 def test_left_over_output_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    """Only what looks exactly like an output file of ours is deleted."""
+    """Only files whose names are exactly those of output files are deleted."""
     left_over = tmp_path / f"{uuid.uuid4()}.out"
     others = [
         tmp_path / name
@@ -1434,17 +1440,17 @@ def test_left_over_output_is_swept_and_nothing_else(tmp_path: Path) -> None:
 def test_worker_that_cannot_be_made_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrong argument costs no directory, descriptor or process."""
+    """A wrong argument raises and leaves no directory, descriptor or process."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ValueError, match="enforcement must be one of"):
         Worker(enforcement=cast("Enforcement", "sometimes"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_death_of_the_spawner_is_told_truthfully(
+def test_death_of_the_fork_server_ends_jobs_as_lost(
     worker: Worker, fifo: _Fifo, pool: ThreadPoolExecutor
 ) -> None:
-    """Running jobs end as LOST, their processes are gone, and nothing hangs or pretends."""
+    """Running jobs end as LOST and their processes are killed; streams, stops and starts end."""
     ended = worker.wait(_sh(worker, "exit 7"), GUARD_S)
     script = f'exec 3>"$1"; sleep infinity & echo ready; {_FOREVER}'
     job_ids = [_sh(worker, script, fifo.path) for _ in range(3)]
@@ -1469,7 +1475,7 @@ def test_start_after_the_fork_server_died_leaves_nothing(worker: Worker) -> None
     """A start that fails because the fork server is gone removes all that it has made."""
 
     def held() -> tuple[list[str], int, list[Path]]:
-        discard_spares(worker)  # one may seem ready while the fork server is dying
+        discard_spares(worker)  # a spare made while the fork server died may seem to be ready
         return descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
 
     os.kill(worker._spawner.pid, signal.SIGKILL)
@@ -1497,7 +1503,7 @@ assert next(worker.stream(job_id)) == b"ready\\n"
 def test_program_that_forgets_to_close_ends_and_leaves_no_process(
     enforcement: Enforcement, fifo: _Fifo, tmp_path: Path
 ) -> None:
-    """Threads do not keep the program alive, and its jobs do not outlive it."""
+    """A program that does not close its worker ends all the same, and its jobs are killed."""
     subprocess.run(
         _program(_FORGETFUL, enforcement, fifo.path),
         env={**os.environ, "TMPDIR": str(tmp_path)},
@@ -1505,7 +1511,7 @@ def test_program_that_forgets_to_close_ends_and_leaves_no_process(
         check=True,
     )
     fifo.await_release()
-    Worker(enforcement=enforcement).close()  # sweeps the cgroup that the program left
+    Worker(enforcement=enforcement).close()  # removes the cgroup that the program left
 
 
 _COPY = """
@@ -1523,7 +1529,7 @@ with Worker(enforcement=sys.argv[1]) as worker:
 def test_library_is_its_files_and_the_standard_library(
     enforcement: Enforcement, tmp_path: Path
 ) -> None:
-    """Copied into an empty folder, with nothing installed, it runs a job."""
+    """Copied into an empty folder, with no package installed, the library runs a job."""
     subprocess.run(["make", "-s", "library", f"DEST={tmp_path}"], cwd=_HERE, check=True)
     (tmp_path / "program.py").write_text(_COPY)
     output = subprocess.check_output(
@@ -1532,5 +1538,5 @@ def test_library_is_its_files_and_the_standard_library(
         timeout=GUARD_S,
         text=True,
     )
-    ours = sorted(set(LIBRARY) - {"forkserver", "leader"})  # those two are a program of their own
+    ours = sorted(set(LIBRARY) - {"forkserver", "leader"})  # these two run as another program
     assert output == f"hello\n0 {ours}\n"
