@@ -1,6 +1,6 @@
-"""Tests of the output log: real files, real threads.
+"""Tests of the output log, with real files and real threads.
 
-Where a test must know that a thread waits it uses `_Watched`, never a delay.
+A test that needs to know that a thread waits uses `_Watched`, never a delay.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ALL_BYTES = bytes(range(256))
 
 
 class _Watched(threading.Condition):
-    """Tells when a thread waits: `waiting` is released with the lock held, just before."""
+    """Releases `waiting` each time that a thread begins to wait, while it still has the lock."""
 
     def __init__(self, log: OutputLog) -> None:
         super().__init__(log._lock)
@@ -47,10 +47,10 @@ class _Watched(threading.Condition):
         return super().wait(timeout)
 
     def await_waiters(self, count: int) -> None:
-        """Block until threads have begun to wait `count` times since last asked."""
+        """Block until threads have begun to wait `count` times more."""
         for _ in range(count):
             assert self.waiting.acquire(timeout=GUARD_S)
-        with self:  # the last of them holds the lock until it really waits
+        with self:  # the last thread releases the lock only when it waits
             pass
 
 
@@ -60,7 +60,7 @@ def _descriptors() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks() -> Iterator[None]:
-    """Every test, whatever it does, must give back all descriptors and threads."""
+    """Every test must close all its descriptors and end all its threads."""
     descriptors, threads = _descriptors(), threading.active_count()
     yield
     assert _descriptors() == descriptors
@@ -81,7 +81,7 @@ def log(path: Path) -> Iterator[OutputLog]:
 
 @pytest.fixture
 def watched(log: OutputLog) -> _Watched:
-    """The log's condition, replaced by one that tells of waiters."""
+    """The log's condition, replaced by one that shows when threads wait."""
     log._changed = watched = _Watched(log)
     return watched
 
@@ -99,7 +99,7 @@ def _read(log: OutputLog, offset: int = 0, subscriber: str = "") -> bytes:
 
 @contextlib.contextmanager
 def _file_size_limit(size: int) -> Iterator[None]:
-    """Let no file grow past `size`: a disk that is full at a chosen byte."""
+    """Let no file grow past `size`, as on a disk that is full at that byte."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -112,7 +112,7 @@ def _file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_early_middle_and_late_subscribers_get_identical_bytes(log: OutputLog) -> None:
-    """Whoever joins before, while or after the output is written reads the same bytes."""
+    """Subscribers that begin before, while or after the output is written get the same bytes."""
     early = log.subscribe("early")
     log.append(b"one ")
     assert next(early) == b"one "
@@ -127,14 +127,14 @@ def test_early_middle_and_late_subscribers_get_identical_bytes(log: OutputLog) -
 
 
 def test_subscriber_of_empty_output_ends_at_once(log: OutputLog) -> None:
-    """A complete log without a byte gives no chunk, and never an empty one."""
+    """A complete log without a byte gives no chunk, not even an empty one."""
     log.append(b"")
     log.complete()
     assert list(log.subscribe()) == []
 
 
 def test_bytes_arrive_as_they_are_appended(log: OutputLog) -> None:
-    """A chunk is delivered without waiting for a line, a buffer or the end."""
+    """A chunk comes at once; no full line, full buffer or end of the output is needed."""
     with log.subscribe() as subscription:
         for byte in b"ab\n":
             log.append(bytes([byte]))
@@ -142,7 +142,7 @@ def test_bytes_arrive_as_they_are_appended(log: OutputLog) -> None:
 
 
 def test_every_byte_value_and_split_utf8_pass_untouched(log: OutputLog) -> None:
-    """Output is bytes: NUL, CR and invalid UTF-8 pass, and so does a character cut in two."""
+    """NUL, CR, invalid UTF-8 and a character cut in two are delivered unchanged."""
     euro = "€".encode()
     written = [_ALL_BYTES, euro[:1], euro[1:], b"\r\n\0", _ALL_BYTES[::-1]]
     with log.subscribe() as subscription:
@@ -166,7 +166,7 @@ def test_append_takes_a_view_of_a_reused_buffer(log: OutputLog) -> None:
 
 
 def test_chunks_are_bounded_and_never_empty(log: OutputLog) -> None:
-    """A megabyte comes in pieces of at most 256 KiB."""
+    """A megabyte comes in chunks of 1 byte to 256 KiB."""
     log.append(bytes(1024 * 1024 + 1))
     log.complete()
     with log.subscribe() as subscription:
@@ -175,8 +175,8 @@ def test_chunks_are_bounded_and_never_empty(log: OutputLog) -> None:
     assert all(0 < size <= 256 * 1024 for size in sizes)
 
 
-def test_each_chunk_is_as_large_as_its_reader_says_then(log: OutputLog) -> None:
-    """The reader is asked when there are bytes for it, and every byte comes all the same."""
+def test_chunk_has_at_most_the_bytes_that_chunk_bytes_returns(log: OutputLog) -> None:
+    """`chunk_bytes` is called once for each chunk, and no byte is lost."""
     data = os.urandom(40)
     sizes = iter([16, 1, 20, 100])
     with log.subscribe() as subscription:
@@ -191,7 +191,7 @@ def test_each_chunk_is_as_large_as_its_reader_says_then(log: OutputLog) -> None:
 def test_any_subscriber_gets_what_follows_its_offset(
     parts: list[bytes], offset: int, joins_after: int
 ) -> None:
-    """For all outputs, offsets and times of joining: the bytes from the offset on, or an error."""
+    """For any output, offset and time of subscribing: the bytes from the offset, or an error."""
     whole = b"".join(parts)
     with tempfile.TemporaryDirectory() as directory:
         log = OutputLog(Path(directory, "job.out"))
@@ -213,7 +213,7 @@ def test_any_subscriber_gets_what_follows_its_offset(
 def test_writer_and_many_concurrent_subscribers_agree_byte_for_byte(
     log: OutputLog, pool: ThreadPoolExecutor
 ) -> None:
-    """Twenty subscribers, joining at any time and offset, hash the same as what was written."""
+    """Twenty subscribers, with different times and offsets, read exactly what was written."""
     data = os.urandom(4 * 1024 * 1024)
     offsets = [i * 10_007 % len(data) for i in range(10)]
 
@@ -242,7 +242,7 @@ def test_writer_and_many_concurrent_subscribers_agree_byte_for_byte(
 @pytest.mark.parametrize("complete", [False, True])
 @pytest.mark.parametrize("offset", [0, 1, 5, 9])
 def test_subscription_starts_at_its_offset(log: OutputLog, offset: int, complete: bool) -> None:
-    """An offset up to the end gives exactly the bytes that follow it."""
+    """A subscription with an offset before the end gives exactly the bytes from there on."""
     log.append(b"0123456789")
     if complete:
         log.complete()
@@ -252,14 +252,14 @@ def test_subscription_starts_at_its_offset(log: OutputLog, offset: int, complete
 
 
 def test_offset_at_the_end_of_complete_output_gives_nothing(log: OutputLog) -> None:
-    """To resume where the output turned out to end is not an error."""
+    """An offset equal to the size of complete output is not an error."""
     log.append(b"abc")
     log.complete()
     assert _read(log, 3) == b""
 
 
 def test_offset_past_complete_output_is_refused(log: OutputLog) -> None:
-    """The error tells the offset and the size, and nobody is left subscribed."""
+    """The error has the offset and the size, and the subscriber is not listed."""
     log.append(b"abc")
     log.complete()
     with pytest.raises(OffsetError, match=r"offset 4 .* 3 bytes") as caught:
@@ -269,7 +269,7 @@ def test_offset_past_complete_output_is_refused(log: OutputLog) -> None:
 
 
 def test_negative_offset_is_refused(log: OutputLog) -> None:
-    """There is nothing before byte 0."""
+    """An offset below 0 raises ValueError."""
     with pytest.raises(ValueError, match="negative"):
         log.subscribe(offset=-1)
 
@@ -277,12 +277,12 @@ def test_negative_offset_is_refused(log: OutputLog) -> None:
 def test_offset_ahead_of_growing_output_waits_for_it(
     log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
 ) -> None:
-    """A subscriber ahead of the output gets nothing until the output is past its offset."""
+    """A subscriber with an offset past the present end waits until the output exceeds it."""
     log.append(b"abc")
     with log.subscribe(offset=5) as subscription:
         chunk = pool.submit(next, subscription)
         watched.await_waiters(1)
-        log.append(b"de")  # up to the offset, not past it
+        log.append(b"de")  # ends at the offset
         watched.await_waiters(1)
         assert not chunk.done()
         log.append(b"fg")
@@ -292,7 +292,7 @@ def test_offset_ahead_of_growing_output_waits_for_it(
 def test_output_that_ends_before_the_offset_is_an_error(
     log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
 ) -> None:
-    """A subscriber that waits ahead of the output is told when it never gets there."""
+    """A subscriber waits at its offset; if the output ends before it, `OffsetError` is raised."""
     log.append(b"abc")
     with log.subscribe("alice", offset=5) as subscription:
         chunk = pool.submit(next, subscription)
@@ -309,7 +309,7 @@ def test_output_that_ends_before_the_offset_is_an_error(
 def test_subscriber_that_never_reads_blocks_nobody(
     log: OutputLog, pool: ThreadPoolExecutor
 ) -> None:
-    """Writer and readers go on while somebody has stopped reading after one chunk."""
+    """A subscriber that stops reading holds up neither the writer nor other subscribers."""
     with log.subscribe("asleep"), log.subscribe("stalled") as stalled:
         reader = pool.submit(_read, log)
         log.append(b"x")
@@ -318,13 +318,13 @@ def test_subscriber_that_never_reads_blocks_nobody(
             log.append(bytes(64 * 1024))
         log.complete()
         assert len(reader.result(GUARD_S)) == 1 + 64 * 64 * 1024
-        assert sum(map(len, stalled)) == 64 * 64 * 1024  # and may still catch up
+        assert sum(map(len, stalled)) == 64 * 64 * 1024  # it can still read the rest
 
 
 def test_close_wakes_a_waiting_subscriber(
     log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
 ) -> None:
-    """close from another thread ends an iteration that waits, and only that one."""
+    """`close` in another thread ends the waiting iteration, and no other one."""
     closed, other = log.subscribe("closed"), log.subscribe("other")
     chunks, others = pool.submit(list, closed), pool.submit(list, other)
     watched.await_waiters(2)
@@ -339,7 +339,7 @@ def test_close_wakes_a_waiting_subscriber(
 def test_complete_ends_all_waiting_subscribers(
     log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
 ) -> None:
-    """Everyone who waits for more learns that there is no more."""
+    """`complete` wakes twenty subscribers that wait, and their iterations end."""
     waiting = [pool.submit(_read, log) for _ in range(20)]
     watched.await_waiters(20)
     log.complete()
@@ -349,7 +349,7 @@ def test_complete_ends_all_waiting_subscribers(
 def test_waiting_subscribers_use_no_cpu(
     log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
 ) -> None:
-    """While another thread computes, a hundred that wait run for not one nanosecond."""
+    """While another thread computes, the CPU clocks of a hundred waiting threads stand still."""
     idents = []
 
     def follow() -> bytes:
@@ -367,14 +367,14 @@ def test_waiting_subscribers_use_no_cpu(
         hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000)
         return used_ns() == before
 
-    # Several rounds, as at first some may be on their way from the lock into the wait.
+    # Several rounds, because at first some threads may still be between the lock and the wait.
     assert any(nobody_ran() for _ in range(10))
     log.complete()
     assert [future.result(GUARD_S) for future in followers] == [b""] * 100
 
 
 def test_close_is_idempotent_and_final(log: OutputLog) -> None:
-    """A closed subscription gives nothing more, however often it is closed."""
+    """A closed subscription gives no chunk, also after a second close."""
     log.append(b"abc")
     subscription = log.subscribe()
     subscription.close()
@@ -386,7 +386,7 @@ def test_close_is_idempotent_and_final(log: OutputLog) -> None:
 def test_close_during_a_read_leaves_the_descriptor_open(
     log: OutputLog, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last subscriber's close does not close the file under a read that is under way."""
+    """If `close` comes during a read, the file is closed only after the read."""
     log.append(b"abc")
     log.complete()
     entered, go_on = threading.Event(), threading.Event()
@@ -415,7 +415,7 @@ def test_close_during_a_read_leaves_the_descriptor_open(
 def test_closing_while_reading_never_reads_another_file(
     log: OutputLog, tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    """Under a storm of closes and of descriptors reused, no byte of another file appears."""
+    """Subscriptions are closed while another thread opens files; no byte of those is read."""
     log.append(b"A" * (1024 * 1024))
     log.complete()
     decoy = tmp_path / "decoy"
@@ -443,7 +443,7 @@ def test_closing_while_reading_never_reads_another_file(
 
 
 def test_descriptors_are_closed_with_the_last_subscriber(path: Path) -> None:
-    """One descriptor serves all while the log grows or is read, and none afterwards."""
+    """All subscribers share one descriptor; it is closed after the end and the last subscriber."""
     before = len(_descriptors())
     log = OutputLog(path)
     subscriptions = [log.subscribe() for _ in range(10)]
@@ -453,13 +453,13 @@ def test_descriptors_are_closed_with_the_last_subscriber(path: Path) -> None:
     for subscription in subscriptions:
         subscription.close()
     assert len(_descriptors()) == before
-    with log.subscribe():  # opened again for a late one
+    with log.subscribe():  # opens the file again
         assert len(_descriptors()) == before + 1
     assert len(_descriptors()) == before
 
 
 def test_subscribers_are_listed_while_they_read(log: OutputLog) -> None:
-    """Names are sorted and appear once; the nameless are not listed."""
+    """Each name is listed once, in order; a subscriber without a name is not listed."""
     with log.subscribe("bob"), log.subscribe("alice"), log.subscribe(""):
         with log.subscribe("bob"):
             assert list(log.subscribers) == ["alice", "bob"]
@@ -468,7 +468,7 @@ def test_subscribers_are_listed_while_they_read(log: OutputLog) -> None:
     log.complete()
     last = log.subscribe("carol")
     assert list(log.subscribers) == ["carol"]
-    assert list(last) == []  # reading to the end is leaving
+    assert list(last) == []  # a subscription that is read to the end is closed
     assert list(log.subscribers) == []
 
 
@@ -477,7 +477,7 @@ def test_subscribers_are_listed_while_they_read(log: OutputLog) -> None:
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_file_is_private_whatever_the_umask(path: Path, umask: int) -> None:
-    """Nobody but the server may read a job's output."""
+    """The file has mode 0600 with any umask."""
     previous = os.umask(umask)
     try:
         log = OutputLog(path)
@@ -489,7 +489,7 @@ def test_file_is_private_whatever_the_umask(path: Path, umask: int) -> None:
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "dangling symlink"])
 def test_existing_file_is_refused_and_left_alone(path: Path, tmp_path: Path, kind: str) -> None:
-    """A log never writes to what somebody else put in its place."""
+    """A log never writes to a file or symlink that exists under its name."""
     target = tmp_path / "precious"
     if kind != "dangling symlink":
         target.write_bytes(b"precious")
@@ -504,7 +504,7 @@ def test_existing_file_is_refused_and_left_alone(path: Path, tmp_path: Path, kin
 
 
 def test_remove_while_reading_loses_nothing(log: OutputLog, path: Path) -> None:
-    """The file's name goes at once; who was reading gets every byte, nobody else may join."""
+    """`remove` deletes the file; present subscribers get every byte, new ones are refused."""
     log.append(bytes(300 * 1024))
     with log.subscribe() as subscription:
         size = len(next(subscription))
@@ -517,7 +517,7 @@ def test_remove_while_reading_loses_nothing(log: OutputLog, path: Path) -> None:
 
 
 def test_append_after_complete_is_refused(log: OutputLog) -> None:
-    """What has been declared complete never grows, nor does declaring it twice hurt."""
+    """A complete log does not grow; a second `complete` does nothing."""
     log.append(b"abc")
     log.complete()
     log.complete()
@@ -527,10 +527,10 @@ def test_append_after_complete_is_refused(log: OutputLog) -> None:
     assert _read(log) == b"abc"
 
 
-def test_full_disk_is_told_where_the_stored_part_ends(
+def test_full_disk_is_an_error_where_the_stored_part_ends(
     log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
 ) -> None:
-    """Subscribers get all that was kept, then an error that counts what was lost."""
+    """Subscribers get all bytes that were kept, then an error with the number of lost bytes."""
     received: list[bytes] = []
 
     def follow() -> None:
@@ -541,8 +541,8 @@ def test_full_disk_is_told_where_the_stored_part_ends(
     watched.await_waiters(1)
     with _file_size_limit(60):
         log.append(b"a" * 50)
-        log.append(b"b" * 30)  # ten of them fit
-    log.append(b"c" * 5)  # there is room again, but a hole in the middle would be a lie
+        log.append(b"b" * 30)  # ten of these bytes fit
+    log.append(b"c" * 5)  # there is room again, but these bytes would follow a gap
     assert log.size == 60
     log.complete()
     with pytest.raises(OutputIncompleteError, match="not kept") as caught:
@@ -558,7 +558,7 @@ def test_full_disk_is_told_where_the_stored_part_ends(
 
 
 def test_truncated_file_is_an_error_and_not_an_endless_loop(log: OutputLog, path: Path) -> None:
-    """If somebody meddles with the file, the subscriber is told where."""
+    """If the file was truncated from outside, the subscriber gets an OSError."""
     log.append(b"abc")
     os.truncate(path, 0)
     with log.subscribe() as subscription, pytest.raises(OSError, match="truncated"):
@@ -568,8 +568,8 @@ def test_truncated_file_is_an_error_and_not_an_endless_loop(log: OutputLog, path
 # --- a directory instead of a path ------------------------------------------------------
 
 
-def test_log_needs_its_directory_only_and_not_the_path_to_it(tmp_path: Path) -> None:
-    """It is made, read late and removed by way of a descriptor, wherever the directory is now."""
+def test_log_with_dir_fd_needs_no_path_to_its_directory(tmp_path: Path) -> None:
+    """After its directory was renamed, a log is made, read and removed through the descriptor."""
     (tmp_path / "before").mkdir()
     directory = os.open(tmp_path / "before", os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -578,7 +578,7 @@ def test_log_needs_its_directory_only_and_not_the_path_to_it(tmp_path: Path) -> 
         log.append(b"abc")
         log.complete()
         assert stat.S_IMODE((tmp_path / "after" / "job.out").stat().st_mode) == 0o600
-        assert _read(log) == b"abc"  # opens it again
+        assert _read(log) == b"abc"  # opens the file again
         log.remove()
         assert list((tmp_path / "after").iterdir()) == []
         assert not (tmp_path / "before").exists()
@@ -615,7 +615,7 @@ print(os.listdir(directory))
 
 
 def test_log_works_where_the_path_may_no_longer_be_walked(tmp_path: Path) -> None:
-    """As in a server that has given up its rights: the directory is its own, those above not."""
+    """A process that owns the directory, but may not enter its parent, can use the log."""
     outer = tmp_path / "outer"
     (outer / "inner").mkdir(parents=True)
     outer.chmod(0o700)
@@ -637,7 +637,7 @@ def test_log_works_where_the_path_may_no_longer_be_walked(tmp_path: Path) -> Non
 
 
 def _together(pool: ThreadPoolExecutor, *calls: Callable[[], object]) -> None:
-    """Run all of them at the same time, to their ends."""
+    """Make all calls at the same time; return when all have returned."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], object]) -> None:
@@ -649,7 +649,7 @@ def _together(pool: ThreadPoolExecutor, *calls: Callable[[], object]) -> None:
 
 
 def test_budget_gives_what_it_has_and_no_more() -> None:
-    """The last of it may be part of what was asked for; what is given back can be taken again."""
+    """A take beyond the limit gets the rest; bytes that were given back can be taken again."""
     budget = Budget(10, "ten")
     assert budget.take(0) == (0, None)
     assert budget.take(4) == (4, None)
@@ -663,7 +663,7 @@ def test_budget_gives_what_it_has_and_no_more() -> None:
 
 
 def test_budget_without_a_limit_is_never_used_up() -> None:
-    """It counts all the same."""
+    """A budget without a limit gives any number of bytes, and counts them."""
     budget = Budget(None, "none")
     assert budget.take(1 << 62) == (1 << 62, None)
     assert budget.take(1 << 62) == (1 << 62, None)
@@ -671,7 +671,7 @@ def test_budget_without_a_limit_is_never_used_up() -> None:
 
 
 def test_budget_of_zero_gives_nothing() -> None:
-    """And is used up from the start."""
+    """A budget of 0 bytes is used up from the start."""
     budget = Budget(0, "zero")
     assert budget.is_used_up
     assert budget.take(1) == (0, budget)
@@ -679,7 +679,7 @@ def test_budget_of_zero_gives_nothing() -> None:
 
 @pytest.mark.parametrize("size", [1, 0, -1])
 def test_giving_back_what_was_not_taken_is_an_error(size: int) -> None:
-    """It would let others have more than there is; nothing changes."""
+    """Giving back too much, or a negative size, raises ValueError and changes nothing."""
     parent = Budget(9, "parent")
     child, other = Budget(9, "child", parent), Budget(9, "other", parent)
     child.take(3)
@@ -696,10 +696,10 @@ def test_giving_back_what_was_not_taken_is_an_error(size: int) -> None:
         *((6, 5, 9, "user"), (6, 6, 5, "all"), (5, 6, 6, "job"), (5, 5, 5, "job")),
     ],
 )
-def test_budget_is_taken_from_every_parent_or_from_none(
+def test_bytes_are_taken_from_every_parent_or_from_none(
     job: int | None, user: int, everybody: int, refuser: str
 ) -> None:
-    """The least of them bounds all, is named, and the others keep what they did not give."""
+    """The smallest budget bounds the take and is returned; all budgets count the same bytes."""
     of_all = Budget(everybody, "all")
     of_user = Budget(user, "user", of_all)
     of_job = Budget(job, "job", of_user)
@@ -713,7 +713,7 @@ def test_budget_is_taken_from_every_parent_or_from_none(
 
 
 def test_full_parent_takes_nothing_from_the_child() -> None:
-    """A budget whose parent is empty has all of its own left, for when the parent has some."""
+    """If a parent has nothing left, the child counts no byte, and can take when it has again."""
     parent = Budget(5, "parent")
     first, second = Budget(5, "first", parent), Budget(5, "second", parent)
     first.take(5)
@@ -724,7 +724,7 @@ def test_full_parent_takes_nothing_from_the_child() -> None:
 
 
 def test_threads_together_never_take_more_than_there_is(pool: ThreadPoolExecutor) -> None:
-    """Out of a shared parent they get all of it and not a byte more, and can give all back."""
+    """Eight threads take exactly the limit of their shared parent, and give all of it back."""
     parent = Budget(100_003, "parent")
     children = [Budget(30_000, str(i), parent) for i in range(8)]
     taken = [0] * len(children)
@@ -743,7 +743,7 @@ def test_threads_together_never_take_more_than_there_is(pool: ThreadPoolExecutor
 
 
 def test_takes_and_returns_at_the_same_time_agree(pool: ThreadPoolExecutor) -> None:
-    """However they interleave, nobody is refused while there is enough, and all comes back."""
+    """Eight threads take and give back; no take is refused, and in the end nothing is taken."""
     parent = Budget(8 * 3, "parent")
     shared = [Budget(2 * 3, "child", parent) for _ in range(4)]  # by two threads each
 
@@ -757,7 +757,7 @@ def test_takes_and_returns_at_the_same_time_agree(pool: ThreadPoolExecutor) -> N
 
 
 def test_budget_may_be_given_back_in_the_middle_of_a_take() -> None:
-    """By the same thread, as when the garbage collector closes an abandoned subscription."""
+    """`give_back` may be called inside `take`, as when the garbage collector closes a stream."""
 
     class Collecting(Budget):
         def take(self, size: int) -> tuple[int, Budget | None]:
@@ -791,7 +791,7 @@ def _follow(log: OutputLog, offset: int = 0) -> tuple[bytes, str]:
 
 @pytest.mark.parametrize("parts", [[10], [4, 6], [10, 0], [0, 1, 9]])
 def test_output_of_exactly_the_budget_is_kept(path: Path, parts: list[int]) -> None:
-    """Nothing is lost, and the stream ends as any other."""
+    """Output as large as the budget is all kept, and the subscription ends without an error."""
     budget = Budget(10, _CEILING)
     log = OutputLog(path, budget=budget)
     for size in parts:
@@ -811,10 +811,10 @@ def test_output_of_exactly_the_budget_is_kept(path: Path, parts: list[int]) -> N
         ([b"01234567", b"89ab", b"cdef"], b"0123456789", 6),
     ],
 )
-def test_output_past_the_budget_is_counted_and_told_and_not_kept(
+def test_output_past_the_budget_is_counted_and_reported_and_not_kept(
     path: Path, pool: ThreadPoolExecutor, parts: list[bytes], kept: bytes, lost: int
 ) -> None:
-    """Live and late subscribers get exactly the kept part, then an error that names the ceiling."""
+    """All subscribers get exactly the kept part, then an error that names the ceiling."""
     log = OutputLog(path, budget=Budget(10, _CEILING))
     log._changed = watched = _Watched(log)
     live = pool.submit(_follow, log)
@@ -837,10 +837,10 @@ def test_output_past_the_budget_is_counted_and_told_and_not_kept(
     log.remove()
 
 
-def test_subscriber_of_a_growing_log_is_told_at_the_end_only(
+def test_subscriber_of_a_growing_log_gets_the_error_only_at_its_end(
     path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    """While the job runs its reader waits, as only its end says how much was lost."""
+    """Until the log is complete its subscriber waits, because more bytes may be lost."""
     log = OutputLog(path, budget=Budget(1, "one"))
     log._changed = watched = _Watched(log)
     log.append(b"ab")
@@ -854,8 +854,8 @@ def test_subscriber_of_a_growing_log_is_told_at_the_end_only(
     log.remove()
 
 
-def test_output_without_any_budget_is_all_counted_and_none_kept(path: Path) -> None:
-    """Zero bytes are a ceiling like any other."""
+def test_with_a_budget_of_zero_all_output_is_counted_and_none_kept(path: Path) -> None:
+    """With 0 bytes to keep, the subscriber gets only the error with the number of lost bytes."""
     budget = Budget(0, "nothing")
     log = OutputLog(path, budget=budget)
     log.append(b"")
@@ -869,7 +869,7 @@ def test_output_without_any_budget_is_all_counted_and_none_kept(path: Path) -> N
 
 
 def test_room_that_comes_back_does_not_make_a_gap(path: Path, tmp_path: Path) -> None:
-    """What follows lost output is lost too, and takes nothing out of the budget."""
+    """Output after lost output is lost too, and takes nothing from the budget."""
     shared = Budget(6, "shared")
     other = OutputLog(tmp_path / "other.out", budget=shared)
     other.append(b"xxxx")
@@ -886,7 +886,7 @@ def test_room_that_comes_back_does_not_make_a_gap(path: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("refuser", ["job", "user", "all"])
 def test_error_names_the_budget_that_refused(path: Path, refuser: str) -> None:
-    """Of those of the job, its user and all, the one that had no more."""
+    """The error names the budget that was used up: the job's, the user's or that of all."""
     parent = None
     for what in ("all", "user", "job"):
         parent = Budget(3 if what == refuser else 9, f"the {what}'s ceiling", parent)
@@ -899,8 +899,8 @@ def test_error_names_the_budget_that_refused(path: Path, refuser: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [100, 70, 60])
-def test_budget_for_what_the_disk_did_not_take_is_given_back(path: Path, limit: int) -> None:
-    """Only what is stored counts, and the error is of what came first: here the disk."""
+def test_bytes_that_the_disk_refused_are_given_back_to_the_budget(path: Path, limit: int) -> None:
+    """Only stored bytes count; the error is that of the first lost byte, here the disk's."""
     budget = Budget(limit, _CEILING)
     log = OutputLog(path, budget=budget)
     log.append(b"a" * 50)
@@ -915,7 +915,7 @@ def test_budget_for_what_the_disk_did_not_take_is_given_back(path: Path, limit: 
 
 
 def test_log_that_cannot_be_made_takes_nothing(path: Path) -> None:
-    """Nor does one that was not written to."""
+    """A log whose file exists already takes nothing from the budget, nor does an empty log."""
     budget = Budget(10, _CEILING)
     path.touch()
     with pytest.raises(FileExistsError):
@@ -931,7 +931,7 @@ def test_log_that_cannot_be_made_takes_nothing(path: Path) -> None:
 def test_budget_comes_back_when_the_output_is_removed_and_once(
     path: Path, tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    """Not when it is complete; and however many remove it at the same time."""
+    """`remove` gives the bytes back, `complete` does not; 16 threads give them back once."""
     budget = Budget(10, _CEILING)
     other = OutputLog(tmp_path / "other.out", budget=budget)
     other.append(b"xx")
@@ -948,7 +948,7 @@ def test_budget_comes_back_when_the_output_is_removed_and_once(
 
 
 def test_budget_comes_back_when_the_last_subscriber_has_left(path: Path) -> None:
-    """A deleted file takes up the disk while somebody reads it."""
+    """A deleted file keeps its disk space while it is open, so its bytes count until then."""
     budget = Budget(10, _CEILING)
     log = OutputLog(path, budget=budget)
     log.append(b"abc")
@@ -956,7 +956,7 @@ def test_budget_comes_back_when_the_last_subscriber_has_left(path: Path) -> None
         log.remove()
         assert not path.exists()
         assert budget.used == 3
-        assert list(reading) == [b"abc"]  # to its end: it has left
+        assert list(reading) == [b"abc"]  # at the end this subscription is closed
         assert budget.used == 3
         idle.close()
         assert budget.used == 0
@@ -968,7 +968,7 @@ def test_budget_comes_back_when_the_last_subscriber_has_left(path: Path) -> None
 def test_budget_does_not_come_back_under_a_read(
     path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A subscription closed in the middle of a read has the file open until that returns."""
+    """A subscription closed during a read keeps the file open until the read returns."""
     budget = Budget(10, _CEILING)
     log = OutputLog(path, budget=budget)
     log.append(b"abc")
@@ -993,7 +993,7 @@ def test_budget_does_not_come_back_under_a_read(
 
 
 def test_budget_of_a_file_that_cannot_be_deleted_stays_taken(path: Path) -> None:
-    """It still takes up the disk; whoever removes it learns why."""
+    """`remove` raises the error, and the bytes stay taken because the file is still there."""
     budget = Budget(10, _CEILING)
     log = OutputLog(path, budget=budget)
     log.append(b"abc")
@@ -1008,7 +1008,7 @@ def test_budget_of_a_file_that_cannot_be_deleted_stays_taken(path: Path) -> None
 def test_logs_that_share_a_budget_keep_all_of_it_and_no_more(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    """Written at the same time, each keeps the beginning of its own output, and counts the rest."""
+    """Eight logs grow at once; each keeps the beginning of its output and counts the rest."""
     shared = Budget(100_000, "the user's ceiling")
     logs = [
         OutputLog(tmp_path / f"{i}.out", budget=Budget(30_000, "the job's ceiling", shared))
@@ -1036,7 +1036,7 @@ def test_logs_that_share_a_budget_keep_all_of_it_and_no_more(
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(0, 120))
 def test_any_output_within_any_budget_is_kept_up_to_it(parts: list[bytes], limit: int) -> None:
-    """For all outputs and ceilings: the beginning is kept, the rest counted, the end told."""
+    """For any output and ceiling: the beginning is kept, the rest counted, the error at the end."""
     whole = b"".join(parts)
     with tempfile.TemporaryDirectory() as directory:
         budget = Budget(limit, "the ceiling")

@@ -1,6 +1,7 @@
-"""Tests of the removal of finished jobs: by their users, and by the rule that bounds them.
+"""Tests of how finished jobs are removed: by a user, and by the rule that bounds their number.
 
-First of the library, with real jobs and files, then over the API and the command line.
+The first tests use the library, with real jobs and files. The others use the API and the command
+line.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    """One that keeps everything until it is told otherwise."""
+    """A worker whose rule has no bounds."""
     with Worker(enforcement="off") as worker:
         yield worker
 
@@ -81,14 +82,14 @@ def _keeping(**bounds: float) -> Worker:
 
 
 def _settle(worker: Worker | None) -> None:
-    """Block until all that the ends of jobs have brought about is done."""
+    """Block until the threads of all ended jobs are done, and so have removed what is too much."""
     assert worker is not None
     for thread in tuple(worker._registry._leaving):
         thread.join(GUARD_S)
 
 
 def _finish(worker: Worker, *argv: str, owner: str = "", budget: Budget | None = None) -> str:
-    """Run a job to its end and to what follows from it; return its ID."""
+    """Run a job to its end, and wait until its thread is done; return its ID."""
     command, *args = argv or ("true",)
     job_id = worker.start(command, args, owner=owner, budget=budget)
     worker.wait(job_id, GUARD_S)
@@ -102,14 +103,14 @@ def _write(worker: Worker, size: int, owner: str = "", budget: Budget | None = N
 
 
 def _kept(worker: Worker) -> list[str]:
-    """The jobs that are known, each of which must have its file, and no other job one."""
+    """Return the IDs of all known jobs. Exactly these jobs must have an output file."""
     job_ids = [job.job_id for job in worker.list()]
     assert job_files(worker) == sorted(f"{job_id}.out" for job_id in job_ids)
     return job_ids
 
 
 def _together(pool: ThreadPoolExecutor, *calls: Callable[[], Any]) -> list[Any]:
-    """Run all of them at the same time, to their ends; return what they return or raise."""
+    """Make all calls at the same time; return their results, or the types of their errors."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -126,7 +127,7 @@ def _together(pool: ThreadPoolExecutor, *calls: Callable[[], Any]) -> list[Any]:
 
 
 def test_removed_job_is_unknown_and_its_output_is_gone(worker: Worker) -> None:
-    """To every method, a second removal too; the others stay."""
+    """Every method then raises `UnknownJobError`, also `remove`; other jobs are not affected."""
     budget = Budget(None, "none")
     others = [_finish(worker), _finish(worker)]
     job_id = _write(worker, 1000, budget=budget)
@@ -141,13 +142,13 @@ def test_removed_job_is_unknown_and_its_output_is_gone(worker: Worker) -> None:
 
 @pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
 def test_removal_of_an_unknown_job_is_an_error(worker: Worker, job_id: str) -> None:
-    """As every method has it."""
+    """Removing a job that does not exist raises `UnknownJobError`."""
     with pytest.raises(UnknownJobError):
         worker.remove(job_id)
 
 
 def test_running_job_is_not_removed(worker: Worker) -> None:
-    """The error says what to do; when that is done it works."""
+    """The error says that the job has to be stopped; after a stop the removal succeeds."""
     job_id = worker.start(*FOREVER)
     with pytest.raises(JobRunningError, match=f"{job_id} is still running; stop it first") as error:
         worker.remove(job_id)
@@ -159,8 +160,8 @@ def test_running_job_is_not_removed(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("learn", ["stop", "wait", "stream"])
-def test_whoever_learns_of_the_end_can_remove_the_job(worker: Worker, learn: str) -> None:
-    """At once: by a stop, by waiting, or by the end of the output."""
+def test_job_can_be_removed_as_soon_as_its_end_is_known(worker: Worker, learn: str) -> None:
+    """After a stop, a wait or the end of a stream, a removal succeeds at once."""
     for _ in range(20):
         job_id = worker.start("echo", ["x"])
         if learn == "stream":
@@ -175,7 +176,7 @@ def test_whoever_learns_of_the_end_can_remove_the_job(worker: Worker, learn: str
 def test_job_can_be_removed_from_the_moment_its_output_ends(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the one that reads it may be faster than the thread that ends the job."""
+    """A subscriber may act on the end of the output while the job's thread still ends the job."""
     job_id = worker.start(*FOREVER)
     outcomes: list[str] = []
     output = worker._job(job_id).output
@@ -194,10 +195,10 @@ def test_job_can_be_removed_from_the_moment_its_output_ends(
     assert _kept(worker) == []
 
 
-def test_stream_of_a_job_that_is_removed_meanwhile_is_of_an_unknown_job(
+def test_stream_of_a_job_that_is_removed_meanwhile_raises_unknown_job(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not of a worker that is closed."""
+    """If a job is removed in the middle of `stream`, the error is not `WorkerClosedError`."""
     job_id, real_job = _finish(worker), worker._job
 
     def remove_meanwhile(job_id: str) -> object:
@@ -211,7 +212,7 @@ def test_stream_of_a_job_that_is_removed_meanwhile_is_of_an_unknown_job(
 
 
 def test_readers_of_a_removed_job_get_all_of_its_output(worker: Worker) -> None:
-    """Wherever in it they are; the room comes back with the last of them."""
+    """Subscribers at any position get the rest; the last one to end gives the budget its bytes."""
     size, budget = 3_000_000, Budget(None, "none")
     job_id = worker.start(
         sys.executable,
@@ -238,7 +239,7 @@ def test_readers_of_a_removed_job_get_all_of_its_output(worker: Worker) -> None:
 def test_removal_that_races_with_everything_is_one_removal(
     worker: Worker, pool: ThreadPoolExecutor
 ) -> None:
-    """One remover succeeds; readers get all or nothing; nothing is left behind."""
+    """One of four removals succeeds; a subscriber gets all bytes or an error; nothing is left."""
     _finish(worker)
     descriptors = len(descriptors_of())
     for _ in range(20):
@@ -264,17 +265,17 @@ def test_removal_that_races_with_everything_is_one_removal(
 def test_removal_that_races_with_the_end_removes_or_is_refused(
     worker: Worker, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
-    """A job that was still running stays as it is; the other is gone with all it had."""
-    gate, outcomes = tmp_path / "gate", set()
-    os.mkfifo(gate)
+    """A removal before the job's end is refused; a removal after the end leaves nothing."""
+    latch, outcomes = tmp_path / "latch", set()
+    os.mkfifo(latch)
     for _ in range(20):
-        job_id = worker.start("sh", ["-c", f"echo x; read line <{gate}; echo y"])
+        job_id = worker.start("sh", ["-c", f"echo x; read line <{latch}; echo y"])
         with worker.stream(job_id) as chunks:
             assert next(chunks) == b"x\n"
-            # The first waits in its open for the job to come, and then lets it end.
+            # The first call blocks until the job opens the FIFO. Its line then lets the job end.
             results = _together(
                 pool,
-                lambda: gate.write_text("\n"),
+                lambda: latch.write_text("\n"),
                 *[functools.partial(worker.remove, job_id)] * 4,
             )
             assert b"".join(chunks) == b"y\n"
@@ -293,7 +294,7 @@ def test_removal_that_races_with_the_end_removes_or_is_refused(
 def test_removal_that_races_with_close_leaves_nothing(
     pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
-    """It is done, or refused because the worker is closing; the directory is empty."""
+    """A removal succeeds or raises `WorkerClosedError`; in both cases the directory is empty."""
     pool.submit(int).result(GUARD_S)
     for _ in range(10):
         descriptors = descriptors_of()
@@ -310,7 +311,7 @@ def test_removal_that_races_with_close_leaves_nothing(
 
 
 class _Watched(threading.Condition):
-    """Sets `event` when somebody waits."""
+    """Sets `event` when a thread begins to wait."""
 
     def __init__(self, event: threading.Event) -> None:
         super().__init__()
@@ -324,7 +325,7 @@ class _Watched(threading.Condition):
 def test_close_waits_for_a_removal(
     worker: Worker, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which needs the directory that close gives up."""
+    """`close` returns only after a removal that is under way, which needs the directory."""
     job_id, closing = _finish(worker), threading.Event()
     worker._idle = _Watched(closing)
     output = worker._job(job_id).output
@@ -344,7 +345,7 @@ def test_close_waits_for_a_removal(
 
 
 def test_closed_worker_removes_nothing(worker: Worker) -> None:
-    """What is known can still be asked."""
+    """After a close, `remove` and `make_room` raise; the state of a job can still be read."""
     job_id = _finish(worker)
     worker.close()
     with pytest.raises(WorkerClosedError):
@@ -354,10 +355,10 @@ def test_closed_worker_removes_nothing(worker: Worker) -> None:
     assert worker.status(job_id).exit_code == 0
 
 
-def test_output_that_cannot_be_deleted_is_told(
+def test_output_that_cannot_be_deleted_is_reported(
     worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To who removes the job, which is forgotten, and by the log where nobody asked."""
+    """`remove` raises and forgets the job; a removal to make room logs an error."""
     job_id = _write(worker, 10)
     path = Path(worker._output_dir.path, f"{job_id}.out")
     path.unlink()
@@ -378,10 +379,10 @@ def test_output_that_cannot_be_deleted_is_told(
     assert f"job {job_id}: its output stays until the worker is closed" in caplog.text
 
 
-def test_end_that_comes_before_the_start_has_returned_is_kept_in_mind(
+def test_job_that_ends_before_its_start_has_returned_is_not_taken_for_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A job that has ended, and even one that was too much, is not taken for a running one."""
+    """Such a job is FINISHED, or unknown if the rule has removed it already."""
     with _keeping(jobs=1) as worker:
         real_give = JobThread.give
 
@@ -403,8 +404,8 @@ def test_end_that_comes_before_the_start_has_returned_is_kept_in_mind(
         assert len(_kept(worker)) == 1
 
 
-def test_finished_job_is_what_it_was_and_who_reads_it(worker: Worker) -> None:
-    """Its state after the end is the one that waiting told, but for the subscribers of now."""
+def test_state_of_a_finished_job_changes_only_in_its_subscribers(worker: Worker) -> None:
+    """Every method returns the state that `wait` returned, with the present subscribers."""
     job_id = worker.start("sh", ["-c", "echo hi; exit 7"], owner="alice")
     job = worker.wait(job_id, GUARD_S)
     assert (job.exit_code, job.output_bytes, job.args) == (7, 3, ("-c", "echo hi; exit 7"))
@@ -415,7 +416,7 @@ def test_finished_job_is_what_it_was_and_who_reads_it(worker: Worker) -> None:
 
 
 def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
-    """Neither the thread nor what it worked with; and no more descriptors."""
+    """The job's thread, its `RunningJob`, its condition and its descriptors are gone."""
     _finish(worker)
     descriptors = len(descriptors_of())
     parts: list[weakref.ref[Any]] = []
@@ -427,7 +428,7 @@ def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
         del job
         worker.stop(job_id)
     _settle(worker)
-    _finish(worker)  # as it ends, those before are let go
+    _finish(worker)  # the end of this job drops the last references to the earlier ones
     gc.collect()
     assert [part() for part in parts] == [None] * len(parts)
     assert len(descriptors_of()) == descriptors
@@ -441,14 +442,14 @@ def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
     [{"age_s": -1}, {"age_s": float("nan")}, {"jobs": 0}, {"output_bytes": -1}, {"argv_bytes": -1}],
 )
 def test_senseless_rule_is_an_error(bounds: dict[str, Any]) -> None:
-    """It names the bound."""
+    """The error names the bound and its value."""
     ((name, value),) = bounds.items()
     with pytest.raises(ValueError, match=rf"{name} must be at least [01], not {value}"):
         Retention(**bounds)
 
 
 def test_without_a_rule_everything_is_kept() -> None:
-    """And no thread waits for anything."""
+    """Ten finished jobs are kept, and the worker has no thread more than before."""
     with Worker(enforcement="off") as worker:
         settle_spares(worker)
         threads = threading.active_count()
@@ -458,8 +459,8 @@ def test_without_a_rule_everything_is_kept() -> None:
         assert threading.active_count() == threads
 
 
-def test_too_many_jobs_lose_those_that_ended_first() -> None:
-    """Whenever they were started; those that run do not count."""
+def test_of_too_many_jobs_those_that_ended_first_are_removed() -> None:
+    """The order of their starts does not matter; running jobs do not count."""
     with _keeping(jobs=2) as worker:
         running = worker.start(*FOREVER)
         last = worker.start(*FOREVER)
@@ -470,8 +471,8 @@ def test_too_many_jobs_lose_those_that_ended_first() -> None:
         assert _kept(worker) == [running, last, job_ids[2]]
 
 
-def test_too_much_output_loses_the_oldest() -> None:
-    """As many as it takes; what was removed by hand does not count."""
+def test_for_too_much_output_the_oldest_jobs_are_removed() -> None:
+    """As many as needed are removed; the output of a job that a user removed does not count."""
     with _keeping(output_bytes=100) as worker:
         first, second, third = (_write(worker, 30) for _ in range(3))
         worker.remove(second)
@@ -482,7 +483,7 @@ def test_too_much_output_loses_the_oldest() -> None:
 
 
 def test_job_that_has_just_ended_is_never_too_much() -> None:
-    """Its owner can look at it until the next job ends, however large it is."""
+    """A job that exceeds the bounds alone is kept until the next job ends."""
     with _keeping(output_bytes=100, argv_bytes=0) as worker:
         large = _write(worker, 1000)
         assert _kept(worker) == [large]
@@ -490,8 +491,8 @@ def test_job_that_has_just_ended_is_never_too_much() -> None:
         assert _kept(worker) == [small]
 
 
-def test_too_much_argv_loses_the_oldest() -> None:
-    """It is in memory, where a character may take four bytes and an argument fifty."""
+def test_for_too_much_argv_the_oldest_jobs_are_removed() -> None:
+    """Argv counts as it is kept in memory: up to 4 bytes a character, some 50 an argument."""
     with _keeping(argv_bytes=300_000) as worker:
         first = _finish(worker, "true", "x" * 100_000)
         second = _finish(worker, "true", "x" * 100_000)
@@ -504,73 +505,76 @@ def test_too_much_argv_loses_the_oldest() -> None:
 
 @pytest.mark.parametrize("bound", ["jobs", "output_bytes"])
 def test_one_owners_flood_does_not_push_out_anothers_jobs(bound: str) -> None:
-    """The owner with the most loses their oldest."""
+    """Only jobs of the owner who has the most are removed, the oldest first."""
     with _keeping(**{bound: 5 if bound == "jobs" else 50}) as worker:
         alices = [_write(worker, 10, "alice") for _ in range(2)]
         floods = [_write(worker, 10, "mallory") for _ in range(12)]
         assert _kept(worker) == alices + floods[-3:]
 
 
-def test_owners_with_as_many_each_lose_the_oldest_of_all() -> None:
-    """So somebody who has just come has their first job."""
+def test_of_owners_with_equally_many_jobs_the_oldest_job_is_removed() -> None:
+    """So the first job of a new owner is kept."""
     with _keeping(jobs=3) as worker:
         job_ids = [_finish(worker, owner=f"owner{i}") for i in range(6)]
         assert _kept(worker) == job_ids[3:]
 
 
-class _Tell(Budget):
-    """Sets `told` when its bytes are given back, that is when the job's file is gone."""
+class _SignallingBudget(Budget):
+    """Sets `given_back` when it gets bytes back, which is when the job's file is deleted."""
 
-    __slots__ = ("told",)
+    __slots__ = ("given_back",)
 
     def __init__(self) -> None:
         super().__init__(None, "none")
-        self.told = threading.Event()
+        self.given_back = threading.Event()
 
     def give_back(self, size: int) -> None:
         super().give_back(size)
-        self.told.set()
+        self.given_back.set()
 
 
 def test_job_that_is_too_old_is_removed() -> None:
-    """Not before; each in its turn, without anybody asking, and after a pause too."""
+    """No job is removed before its age; every job is removed then, without a call of the worker.
+
+    This also works after all earlier jobs were removed.
+    """
     with _keeping(age_s=0.2) as worker:
         for _ in range(3):
-            budgets = [_Tell(), _Tell()]
+            budgets = [_SignallingBudget(), _SignallingBudget()]
             before = time.monotonic()
             for budget in budgets:
                 worker.start("echo", budget=budget)
             for budget in budgets:
-                assert budget.told.wait(GUARD_S)
+                assert budget.given_back.wait(GUARD_S)
             assert time.monotonic() - before >= 0.2
             assert _kept(worker) == []
 
 
 def test_old_job_that_is_read_is_read_to_its_end(tmp_path: Path) -> None:
-    """It is unknown to all others."""
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+    """A job that is too old is unknown, but its subscriber still gets all of its output."""
+    latch = tmp_path / "latch"
+    os.mkfifo(latch)
     with _keeping(age_s=0.1) as worker:
-        budget = _Tell()
-        script = f"read line <{gate}; head -c 1000000 /dev/zero"
+        budget = _SignallingBudget()
+        script = f"read line <{latch}; head -c 1000000 /dev/zero"
         job_id = worker.start("sh", ["-c", script], budget=budget)
         job = worker._job(job_id)
         with worker.stream(job_id) as chunks:
-            gate.write_text("\n")
+            latch.write_text("\n")
             size = len(next(chunks))
             assert job.wait(GUARD_S)
-            removed = _Tell()
-            worker.start("echo", budget=removed)  # is removed after the other
-            assert removed.told.wait(GUARD_S)
+            removed = _SignallingBudget()
+            worker.start("echo", budget=removed)  # removed after the job that is read
+            assert removed.given_back.wait(GUARD_S)
             with pytest.raises(UnknownJobError):
                 worker.stream(job_id)
-            assert not budget.told.is_set()
+            assert not budget.given_back.is_set()
             assert size + sum(map(len, chunks)) == 1_000_000
-        assert budget.told.is_set()
+        assert budget.given_back.is_set()
 
 
 def test_thread_that_waits_for_age_ends_with_the_worker() -> None:
-    """There is one, from the first end on; and it begins no earlier."""
+    """The thread begins when the first job ends, there is only one, and `close` ends it."""
 
     def threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name == "retention"]
@@ -584,10 +588,10 @@ def test_thread_that_waits_for_age_ends_with_the_worker() -> None:
         assert threads() == []
 
 
-def test_no_room_for_that_thread_is_told_and_tried_again(
+def test_failure_to_start_that_thread_is_logged_and_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The job whose end it was is kept meanwhile."""
+    """The jobs that have ended are kept until the thread can be started."""
     real_start = threading.Thread.start
 
     def start(thread: threading.Thread) -> None:
@@ -601,21 +605,21 @@ def test_no_room_for_that_thread_is_told_and_tried_again(
             job_id = _write(worker, 1)
             assert _kept(worker) == [job_id]
         assert "no thread can be started to remove old jobs: can't start" in caplog.text
-        budget = _Tell()
+        budget = _SignallingBudget()
         worker.start("echo", budget=budget)
-        assert budget.told.wait(GUARD_S)
+        assert budget.given_back.wait(GUARD_S)
         assert _kept(worker) == []
 
 
 def test_a_thousand_jobs_later_there_is_no_more_than_the_rule_says(
     pool: ThreadPoolExecutor,
 ) -> None:
-    """No thread, descriptor, file or process; ends, removals and readers all at once."""
+    """Jobs end, are read and removed at the same time; no thread, descriptor or process is left."""
     with _keeping(jobs=20, age_s=3600) as worker:
         _finish(worker)
 
         def held() -> tuple[object, ...]:
-            worker._spawner.kill("nobody")  # once it answers, it has cleaned up before
+            worker._spawner.kill("nobody")  # answered in order, so earlier requests are done
             spawner = worker._spawner.pid
             threads = sorted(thread.name for thread in threading.enumerate())
             processes = len(children_of(spawner)), job_processes(spawner)
@@ -630,13 +634,13 @@ def test_a_thousand_jobs_later_there_is_no_more_than_the_rule_says(
                     with contextlib.suppress(UnknownJobError):
                         worker.remove(job_id)
 
-        _together(pool, *[int] * 32)  # so that all threads of the pool are there
+        _together(pool, *[int] * 32)  # starts all threads of the pool
         before = held()
         _together(pool, *(lambda i=i: use(f"owner{i % 5}") for i in range(24)))
         _settle(worker)
         assert held() == before
         assert len(_kept(worker)) <= 20
-        for _ in range(24):  # as many as may have been removed last
+        for _ in range(24):  # 24 threads may have removed a job each after the last end
             _finish(worker)
         assert len(_kept(worker)) == 20
 
@@ -645,7 +649,7 @@ def test_a_thousand_jobs_later_there_is_no_more_than_the_rule_says(
 
 
 class _Model:
-    """What the rule says, in the plainest words, and slowly."""
+    """The rule written as simply as possible, without regard to speed."""
 
     def __init__(self, rule: Retention) -> None:
         self.bounds = (rule.jobs, rule.output_bytes, rule.argv_bytes)
@@ -659,7 +663,7 @@ class _Model:
         left, gone = list(self.jobs), []
         for i, bound in enumerate(self.bounds):
             while bound is not None and sum(self.counts(job)[i] for job in left) > bound:
-                owners = {job.owner: 0 for job in left}  # by their oldest
+                owners = {job.owner: 0 for job in left}  # in the order of their oldest jobs
                 for job in left:
                     owners[job.owner] += self.counts(job)[i]
                 most = max(owners, key=lambda owner: owners[owner])
@@ -696,8 +700,8 @@ def _record(number: int, owner: str, size: int, args: tuple[str, ...], log: Outp
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_rule_says_the_same_in_plain_words(seed: int, tmp_path: Path) -> None:
-    """For many jobs of some owners, ending and removed in any order."""
+def test_rule_removes_what_the_model_removes(seed: int, tmp_path: Path) -> None:
+    """300 jobs of some owners end and are removed at random; rule and model agree each time."""
     dice = random.Random(seed)
     rule = Retention(
         jobs=dice.choice([None, 1, 7]),
@@ -729,7 +733,7 @@ def test_rule_says_the_same_in_plain_words(seed: int, tmp_path: Path) -> None:
 
 
 def test_room_is_made_by_the_oldest_of_the_owner(worker: Worker) -> None:
-    """By one at a time, and not by one that has no output, as long as there is one that has."""
+    """The oldest job that has output is removed, one for each call; other owners lose nothing."""
     alices, bobs = Budget(110, "alice's"), Budget(5, "bob's")
     empty, large, small = (
         _write(worker, size, "alice", Budget(None, "a job's", alices)) for size in (0, 100, 10)
@@ -750,7 +754,7 @@ def test_room_is_made_by_the_oldest_of_the_owner(worker: Worker) -> None:
 
 
 def test_output_that_is_read_makes_no_room(worker: Worker) -> None:
-    """It would give back nothing now, so the next one does."""
+    """Deleting it would free nothing before its subscriber ends, so another job is removed."""
     budget = Budget(20, "twenty")
     first, _ = (_write(worker, 10, "alice", Budget(None, "a job's", budget)) for _ in range(2))
     with worker.stream(first):
@@ -764,7 +768,7 @@ def test_output_that_is_read_makes_no_room(worker: Worker) -> None:
 
 
 def test_jobs_that_need_room_at_once_lose_nothing(worker: Worker, pool: ThreadPoolExecutor) -> None:
-    """Each takes what it made room for, or makes more, as long as there are finished jobs."""
+    """Eight jobs write at the ceiling; finished jobs give way, and no byte is lost."""
     budget = Budget(1_000_000, "a million")
 
     def finish(size: int) -> str:
@@ -800,7 +804,7 @@ def _refusal(call: Callable[..., Any], *args: Any) -> tuple[str, str]:
 
 
 def test_removed_unknown_and_foreign_look_alike(connect: Connect) -> None:
-    """To every call that names a job."""
+    """Every call that names such a job gets the same status and message."""
     client, admin = connect("user"), connect("admin")
     removed, foreign = _run(client, "echo", "x"), _run(admin)
     client.remove(removed)
@@ -812,7 +816,7 @@ def test_removed_unknown_and_foreign_look_alike(connect: Connect) -> None:
 
 
 def test_admin_removes_anybodys_job(connect: Connect) -> None:
-    """A user only their own."""
+    """An admin can remove a user's job, and the user then does not find it."""
     client, admin = connect("user"), connect("admin")
     job_id = _run(client)
     admin.remove(job_id)
@@ -820,11 +824,11 @@ def test_admin_removes_anybodys_job(connect: Connect) -> None:
 
 
 def test_running_job_must_be_stopped_before_it_is_removed(connect: Connect) -> None:
-    """The answer says so; a user's foreign running job is not there at all."""
+    """The refusal says so to the owner; for a job of somebody else it is "no such job"."""
     client, admin = connect("user"), connect("admin")
     job_id, foreign = client.start(*FOREVER), admin.start(*FOREVER)
-    told = f"job {job_id} is still running; stop it first"
-    assert _refusal(client.remove, job_id) == ("FAILED_PRECONDITION", told)
+    message = f"job {job_id} is still running; stop it first"
+    assert _refusal(client.remove, job_id) == ("FAILED_PRECONDITION", message)
     assert _refusal(client.remove, foreign) == ("NOT_FOUND", "no such job")
     client.stop(job_id)
     client.remove(job_id)
@@ -833,15 +837,15 @@ def test_running_job_must_be_stopped_before_it_is_removed(connect: Connect) -> N
 
 
 @pytest.mark.parametrize("job_id", ["", "x", ABSENT + "0"])
-def test_what_is_no_job_id_is_an_invalid_argument(connect: Connect, job_id: str) -> None:
-    """As for every call."""
-    code, told = _refusal(connect().remove, job_id)
+def test_malformed_job_id_is_an_invalid_argument(connect: Connect, job_id: str) -> None:
+    """A removal refuses text that is not a UUID, as every other call does."""
+    code, message = _refusal(connect().remove, job_id)
     assert code == "INVALID_ARGUMENT"
-    assert told.startswith("not a job ID")
+    assert message.startswith("not a job ID")
 
 
 def test_open_streams_of_a_removed_job_get_all_of_it(connect: Connect) -> None:
-    """Far more than is on its way already when it is removed; the end is a good one."""
+    """The output is far larger than what gRPC buffers; the streams end with OK."""
     client, size = connect(), 30_000_000
     script = f"head -c {size} /dev/zero | tr '\\0' x"
     job_id = client.start("sh", ["-c", script])
@@ -856,7 +860,7 @@ def test_open_streams_of_a_removed_job_get_all_of_it(connect: Connect) -> None:
 
 
 def test_removals_are_on_record(serve: Serve, connect: Connect, tmp_path: Path) -> None:
-    """With the job, whether they succeed or not."""
+    """The audit log has a line with the job's ID for each removal, also for refused ones."""
     server = serve(audit_log=tmp_path / "audit.log")
     client = connect("user", server.address)
     job_id, running = _run(client), client.start(*FOREVER)
@@ -878,7 +882,7 @@ def test_removals_are_on_record(serve: Serve, connect: Connect, tmp_path: Path) 
 def test_server_keeps_what_its_configuration_says(
     serve: Serve, connect: Connect, tmp_path: Path
 ) -> None:
-    """The oldest of who has most is unknown then, and the rest is all there."""
+    """With `jobs = 3` the oldest job of the user who has the most is removed."""
     config = tmp_path / "config.toml"
     config.write_text('[retention]\njobs = 3\nage = "1h"\n')
     server = serve(config=config)
@@ -902,7 +906,7 @@ def _server_with_ceiling(serve: Serve, tmp_path: Path) -> Server:
 def test_kept_output_of_finished_jobs_blocks_nothing(
     serve: Serve, connect: Connect, tmp_path: Path
 ) -> None:
-    """At the ceiling the oldest give way, to a start as to what a running job writes."""
+    """At the ceiling, the oldest finished job gives way to a start and to a running job."""
     server = _server_with_ceiling(serve, tmp_path)
     client = connect("user", server.address)
     write = ("head", "-c", "102400", "/dev/zero")
@@ -916,14 +920,14 @@ def test_kept_output_of_finished_jobs_blocks_nothing(
 def test_kept_output_of_running_jobs_blocks_starts_until_it_is_removed(
     serve: Serve, connect: Connect, tmp_path: Path
 ) -> None:
-    """The refusal says what to do, and that helps."""
+    """The refusal says to stop or remove jobs; after that a start succeeds."""
     server = _server_with_ceiling(serve, tmp_path)
     client = connect("user", server.address)
     job_id = client.start("sh", ["-c", "head -c 102400 /dev/zero; echo ready; sleep infinity"])
     await_output(server._worker, job_id, b"\0" * 102_400)
-    code, told = _refusal(client.start, "true")
+    code, message = _refusal(client.start, "true")
     assert code == "RESOURCE_EXHAUSTED"
-    assert "ceiling of 100 KiB (per_user.kept_output) is reached; stop or remove jobs" in told
+    assert "ceiling of 100 KiB (per_user.kept_output) is reached; stop or remove jobs" in message
     client.stop(job_id)
     client.remove(job_id)
     assert [job.job_id for job in client.list()] == []
@@ -933,7 +937,7 @@ def test_kept_output_of_running_jobs_blocks_starts_until_it_is_removed(
 def test_restart_begins_with_nothing(
     serve: Serve, connect: Connect, make_state: Callable[[], Path]
 ) -> None:
-    """What was kept by the server before is gone, whatever its rule."""
+    """A restarted server has no jobs, and deletes the output of its predecessor."""
     state = make_state()
     server = serve(state_dir=state)
     job_id = _run(connect("user", server.address), "echo", "x")
@@ -956,7 +960,7 @@ def test_remove_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Silent when it has worked, as rm; else one line and 1; 2 without a job."""
+    """Success prints nothing; an error prints a line and exits 1; a missing --job exits 2."""
     client = connect()
     monkeypatch.setenv("JOBWORKER_TOKEN", client.token)
     options = ["--server", client._server, "--certs", str(certs)]
@@ -969,8 +973,8 @@ def test_remove_on_the_command_line(
     job_id, running = _run(client), client.start(*FOREVER)
     assert remove("-j", job_id) == (0, "", "")
     assert remove("-j", job_id) == (1, "", "client: no such job\n")
-    told = f"client: job {running} is still running; stop it first\n"
-    assert remove("--job", running) == (1, "", told)
+    message = f"client: job {running} is still running; stop it first\n"
+    assert remove("--job", running) == (1, "", message)
     client.stop(running)
     assert remove("--job", running) == (0, "", "")
     with pytest.raises(SystemExit, match="2"):
