@@ -98,16 +98,16 @@ def test_soak_sees_what_is_more_than_chance() -> None:
     assert soak.Load(*[50.0] * 8).excess_over(first) == {}
     more = soak.Load(
         descriptors=120,
-        helper_descriptors=103,
+        fork_server_descriptors=103,
         threads=121,
         memory=110,
-        helper_memory=100,
+        fork_server_memory=100,
         cgroups=101,
         files=101,
         processes=100,
     )
     assert more.excess_over(first) == {
-        "helper_descriptors": 3,
+        "fork_server_descriptors": 3,
         "threads": 21,
         "cgroups": 1,
         "files": 1,

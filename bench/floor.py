@@ -42,7 +42,7 @@ here, jobs, way, uid = sys.argv[1:]
 sys.path.insert(0, here)
 import forkserver, leader
 
-def start(name, argv, read):
+def fork(name, argv):
     uid_, cgroup = json.loads(uid), None
     argv = [word.encode() for word in argv]
     output, out = os.pipe()
@@ -68,28 +68,66 @@ def start(name, argv, read):
     pid, pidfd = (leader.clone if way == "clone3" else leader.popen)(cgroup, child)
     times.append(time.perf_counter())
     theirs.close()
+    return name, pid, ours, [output, out, pidfd, *([cgroup] if jobs else [])], times
+
+def await_exec(name, pid, ours, fds, times):
     assert ours.recv(1) == b""  # closed by the exec
     times.append(time.perf_counter())
-    if read:
-        assert os.read(output, 1)
-        times.append(time.perf_counter())
-    assert os.waitpid(pid, 0)[1] == 0
+
+def has_ended(pid, options):
+    found, status = os.waitpid(pid, options)
+    assert status == 0
+    return found == pid
+
+def clean_up(name, pid, ours, fds, times):
     ours.close()
-    for fd in (output, out, pidfd, *([cgroup] if jobs else [])):
+    for fd in fds:
         os.close(fd)
     if jobs:
         os.rmdir(f"{jobs}/{name}")
+
+def start(name, argv, read):
+    process = _, pid, _, (output, *_), times = fork(name, argv)
+    await_exec(*process)
+    if read:
+        assert os.read(output, 1)
+        times.append(time.perf_counter())
+    assert has_ended(pid, 0)
+    clean_up(*process)
     return [end - begin for begin, end in zip(times, times[1:])]
+
+def start_many(count, at_once, argv):
+    begin = time.perf_counter()
+    executing, running = [], []
+    for i in range(count):
+        executing.append(fork(f"by-hand-{os.getpid()}-{i}", argv))
+        if len(executing) == at_once or i == count - 1:
+            for process in executing:
+                await_exec(*process)
+            running += executing
+            executing = []
+        for process in running[:]:
+            if has_ended(process[1], os.WNOHANG):
+                clean_up(*process)
+                running.remove(process)
+    took = time.perf_counter() - begin
+    for process in running:
+        assert has_ended(process[1], 0)
+        clean_up(*process)
+    return took
 
 os.chdir("/")
 forkserver.set_signals()
 for line in sys.stdin:
-    count, gap, argv, read = json.loads(line)
-    steps = []
-    for i in range(count):
-        time.sleep(gap)
-        steps.append(start(f"by-hand-{os.getpid()}-{i}", argv, read))
-    print(json.dumps(steps), flush=True)
+    count, gap, argv, read, at_once = json.loads(line)
+    answer = []
+    if at_once:
+        answer = start_many(count, at_once, argv)
+    else:
+        for i in range(count):
+            time.sleep(gap)
+            answer.append(start(f"by-hand-{os.getpid()}-{i}", argv, read))
+    print(json.dumps(answer), flush=True)
 """
 HAND_STEPS = ("make the cgroup", "open it", "fork", "child, to its exec")
 
@@ -120,13 +158,25 @@ class ByHand:
     ) -> list[list[float]]:
         """Start that many, one after the other; return, of each, the seconds of each step.
 
-        The last step is the wait for the first byte of output, if that is wanted.
+        The end of each is awaited before the next, and not measured. `gap_s`: a pause before
+        each. The last step is the wait for the first byte of output, if that is wanted.
         """
+        steps: list[list[float]] = self._ask(count, gap_s, argv, first_byte, 0)
+        return steps
+
+    def start_many(self, count: int, at_once: int) -> float:
+        """Start so many without waiting for their ends; return the seconds that all took.
+
+        The execs of `at_once` processes are awaited together.
+        """
+        took: float = self._ask(count, 0, ("/bin/true",), False, at_once)
+        return took
+
+    def _ask(self, *request: object) -> Any:
         if self._process.stdin is None or self._process.stdout is None:
             raise AssertionError("both are pipes")
-        print(json.dumps([count, gap_s, argv, first_byte]), file=self._process.stdin, flush=True)
-        steps: list[list[float]] = json.loads(self._process.stdout.readline())
-        return steps
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         """End the program."""

@@ -67,11 +67,11 @@ def bench_sustained(service: Service, jobs: int) -> None:
     grown = [
         memory_bytes(pid) - before for pid, before in zip(service.processes, settled, strict=True)
     ]
-    server, helper = (max(0, each) / left for each in grown)
+    server, fork_server = (max(0, each) / left for each in grown)
     report(
         "one finished job costs",
-        f"{server + helper:.0f} B",
-        f"{server:.0f} server, {helper:.0f} fork server",
+        f"{server + fork_server:.0f} B",
+        f"{server:.0f} server, {fork_server:.0f} fork server",
     )
 
 
@@ -155,7 +155,7 @@ def bench_memory(service: Service, gibibytes: int) -> None:
                 stack.enter_context(stalling(service, job_id, _STALLED))
             if sum(map(len, service.client.stream(job_id))) != _JOB_OUTPUT_BYTES:
                 fail("the stream is not complete")
-        server, helper = (memory_bytes(pid, "VmHWM") / MIB for pid in service.processes)
+        server, fork_server = (memory_bytes(pid, "VmHWM") / MIB for pid in service.processes)
     count = len(service.client.list())
     print_heading(
         f"Memory through {gibibytes} GiB of output, {count:,} jobs finished, "
@@ -164,8 +164,8 @@ def bench_memory(service: Service, gibibytes: int) -> None:
     before = sum(peaks.values()) / MIB
     report(
         "server and fork server, peak",
-        f"{server + helper:.0f} MiB",
-        f"{server:.0f} server, {helper:.0f} fork server",
+        f"{server + fork_server:.0f} MiB",
+        f"{server:.0f} server, {fork_server:.0f} fork server",
         f"{before:.0f} MiB before",
         _MEMORY_AIM,
     )

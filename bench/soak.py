@@ -62,10 +62,10 @@ class Load:
     """What the server and its fork server hold. Memory in MiB."""
 
     descriptors: float
-    helper_descriptors: float
+    fork_server_descriptors: float
     threads: float
     memory: float
-    helper_memory: float
+    fork_server_memory: float
     cgroups: float
     files: float
     processes: float
@@ -77,7 +77,7 @@ class Load:
 
 
 _COLUMNS = (
-    *("descriptors", "of helper", "threads", "memory, MiB", "of helper"),
+    *("descriptors", "of fork server", "threads", "memory, MiB", "of fork server"),
     *("cgroups", "files", "processes"),
 )
 # What may be more at the end than after the first thousand. How many threads and connections
@@ -85,10 +85,10 @@ _COLUMNS = (
 # show fifty thousand times.
 _SLACK = Load(
     descriptors=20,
-    helper_descriptors=2,
+    fork_server_descriptors=2,
     threads=20,
     memory=10,
-    helper_memory=2,
+    fork_server_memory=2,
     cgroups=0,
     files=0,
     processes=0,
@@ -96,13 +96,13 @@ _SLACK = Load(
 
 
 def _look(service: Service) -> Load:
-    pid, helper = service.processes
+    pid, fork_server = service.processes
     return Load(
         descriptors=len(os.listdir(f"/proc/{pid}/fd")),
-        helper_descriptors=len(os.listdir(f"/proc/{helper}/fd")),
+        fork_server_descriptors=len(os.listdir(f"/proc/{fork_server}/fd")),
         threads=service.threads,
         memory=memory_bytes(pid) / MIB,
-        helper_memory=memory_bytes(helper) / MIB,
+        fork_server_memory=memory_bytes(fork_server) / MIB,
         cgroups=_count_cgroups(pid),
         files=len(os.listdir(service.state / "output")),
         processes=_count_descendants(pid),

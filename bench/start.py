@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -17,6 +19,7 @@ from bench.floor import HAND_STEPS, ByHand, Floor
 from bench.harness import (
     MIB,
     Service,
+    in_turn,
     memory_bytes,
     ms,
     percentile,
@@ -29,15 +32,17 @@ from bench.harness import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from client import Client
 
 __all__ = ["bench_growth", "bench_start"]
 
 _STARTS = 10  # in a turn, of which a round has ten
-_APART = 1  # the same, with a pause before each
+_APART = 2  # the same, with a pause before each
 _APART_S = 0.02
+_MANY = 150  # without a pause, in a round
+_CLIENTS = 16
 _HEAP_BYTES = 500 * MIB
 _RUNNING = 1000
 _SAY = ("/bin/echo", "x")
@@ -49,7 +54,9 @@ _STEPS: tuple[tuple[str, object, str], ...] = (
 
 
 def bench_start(service: Service, floor: Floor) -> None:
-    """StartJob, and the start to the first byte of output; and what they consist of.
+    """StartJob at three paces, and the start to the first byte of output; what they consist of.
+
+    The paces: back to back, waiting for each job's end between two starts, and 20 ms apart.
 
     Floor (a) is a bare unary call, (b) the start by hand. For the first byte (b) reads it from
     a pipe, and (c) is a bare stream of one message.
@@ -70,22 +77,25 @@ def bench_start(service: Service, floor: Floor) -> None:
             "first": lambda: _first_bytes(service.client, _STARTS),
             "(b) first": lambda: _sums(hand.start(_STARTS, _SAY, first_byte=True)),
             "(c)": lambda: times(lambda: floor.read_stream(2), _STARTS),
+            "StartJob apart": lambda: _start_jobs(service.client, _APART, _APART_S),
+            "(a) apart": lambda: _apart(floor.unary, _APART),
             "popen": lambda: _sums(popen.start(_STARTS)),
             "apart": lambda: _sums(hand.start(_APART, gap_s=_APART_S)),
             "popen apart": lambda: _sums(popen.start(_APART, gap_s=_APART_S)),
             "worker": lambda: _start_in_worker(jobs, uid, steps),
         }
+        _report_rates(_back_to_back(service, floor, hand))
         found = sampled(measures)
         hand_steps = list(zip(*hand.start(100), strict=True))
-    where = "" if directory is None else ", in a cgroup"
-    who = "" if uid is None else ", as another user"
-    print_heading(f"Start over mTLS{where}{who}: time / floor")
+    print_heading("Start over mTLS, waiting for each job's end or 20 ms apart: time / floor")
     floors = {
         "StartJob": _added(found["(a)"], found["(b)"]),
+        "StartJob apart": _added(found["(a) apart"], found["apart"]),
         "first": _added(found["(a)"], found["(b) first"], found["(c)"]),
     }
     names = {
         "StartJob": "StartJob / (a) unary call + (b) by hand",
+        "StartJob apart": "StartJob, 20 ms apart / (a) + (b) 20 ms apart",
         "first": "start to first byte / (a) + (b) + (c) stream",
     }
     for key, name in names.items():
@@ -129,10 +139,69 @@ def _added(*floors: list[list[float]]) -> list[list[float]]:
     ]
 
 
-def _start_jobs(client: Client, count: int) -> list[float]:
-    """Of each the end is awaited, as it is by hand, and not measured."""
+def _back_to_back(service: Service, floor: Floor, hand: ByHand) -> dict[str, list[float]]:
+    """How many seconds a start takes without a pause, in each round, by one client and many."""
+    measures: dict[str, Callable[[], float]] = {}
+    for clients in (1, _CLIENTS):
+        measures[f"StartJob {clients}"] = functools.partial(_start_many, service.client, clients)
+        measures[f"(a) {clients}"] = functools.partial(_call_many, floor.unary, clients)
+        measures[f"(b) {clients}"] = functools.partial(_by_hand, hand, clients)
+    return in_turn(measures)
+
+
+def _by_hand(hand: ByHand, at_once: int) -> float:
+    return hand.start_many(_MANY, at_once) / _MANY
+
+
+def _call_many(call: Callable[[], object], clients: int) -> float:
+    """Have so many threads call; return the seconds a call takes of the whole time."""
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(lambda _: None, range(clients)))  # its threads
+        begin = time.perf_counter()
+        for each in [pool.submit(call) for _ in range(_MANY)]:
+            each.result()
+        return (time.perf_counter() - begin) / _MANY
+
+
+def _start_many(client: Client, clients: int) -> float:
+    """The same for StartJob; afterwards it waits until all those jobs have ended."""
+    job_ids = []
+    took = _call_many(lambda: job_ids.append(client.start("/bin/true")), clients)
+    for job_id in job_ids:
+        for _data in client.stream(job_id):
+            pass
+    return took
+
+
+def _report_rates(found: Mapping[str, list[float]]) -> None:
+    print_heading("Starts over mTLS, back to back: time / floor")
+    for clients, who in ((1, "one client"), (_CLIENTS, "sixteen clients")):
+        ours = found[f"StartJob {clients}"]
+        floors = zip(found[f"(a) {clients}"], found[f"(b) {clients}"], strict=True)
+        theirs = [sum(each) for each in floors]
+        _report_times(f"StartJob, {who} / (a) + (b) back to back", ours, theirs, "")
+        rates = sorted(1 / seconds for seconds in ours)
+        report(
+            f"StartJob, {who}",
+            f"{statistics.median(rates):.0f} /s",
+            f"{rates[0]:.0f} to {rates[-1]:.0f}",
+            aim=">= 400 /s" if clients == 1 else "",
+        )
+
+
+def _apart(call: Callable[[], object], count: int) -> list[float]:
     taken = []
     for _ in range(count):
+        time.sleep(_APART_S)
+        taken += times(call, 1)
+    return taken
+
+
+def _start_jobs(client: Client, count: int, gap_s: float = 0.0) -> list[float]:
+    """Of each the end is awaited, as it is by hand, and not measured; `gap_s`: a pause before."""
+    taken = []
+    for _ in range(count):
+        time.sleep(gap_s)
         begin = time.perf_counter()
         job_id = client.start("/bin/true")
         taken.append(time.perf_counter() - begin)

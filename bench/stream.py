@@ -481,14 +481,14 @@ def bench_merging(service: Service, _floor: Floor) -> None:
 
 class _Held(NamedTuple):
     server: int  # bytes
-    helper: int
+    fork_server: int
     threads: int
     descriptors: int
 
     @classmethod
     def by(cls, service: Service) -> _Held:
-        server, helper = map(memory_bytes, service.processes)
-        return cls(server, helper, service.threads, len(os.listdir(f"/proc/{service.pid}/fd")))
+        server, fork_server = map(memory_bytes, service.processes)
+        return cls(server, fork_server, service.threads, len(os.listdir(f"/proc/{service.pid}/fd")))
 
 
 def bench_silence(service: Service, floor: Floor) -> None:
