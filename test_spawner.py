@@ -324,6 +324,56 @@ class _Pidfd:
         os.close(self.fd)
 
 
+def _fill(sock: socket.socket) -> None:
+    """Let the next send on `sock` block until the other side receives."""
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(b"{}")
+    sock.setblocking(True)
+
+
+def test_orphans_that_end_by_the_hundred_do_not_hold_up_a_start(
+    spawner: Spawner, spawn: Callable[..., _Job], tmp_path: Path
+) -> None:
+    """The fork server forks the next job while orphans that have ended are still to be reaped."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as orphans_wait:
+        orphans_wait.callback(os.close, os.open(fifo, os.O_RDWR))
+        # Each child of a setsid becomes an orphan. It waits for end-of-file on the FIFO.
+        script = """exec 3<"$0"
+            for i in $(seq 100); do setsid --fork sh -c 'read x <&3'; done
+            echo; exec sleep infinity"""
+        flood = spawn("sh", "-c", script, str(fifo), name="flood")
+        flood.readline()
+        orphans = set(children_of(spawner.pid)) - {flood.pid}
+        assert len(orphans) == 100
+        pidfds = [stack.enter_context(contextlib.closing(_Pidfd(pid))).fd for pid in orphans]
+        os.kill(spawner.pid, signal.SIGSTOP)
+        stack.callback(os.kill, spawner.pid, signal.SIGCONT)
+        orphans_wait.close()
+        for pidfd in pidfds:
+            _await_end(pidfd)
+        # The fork server will block when it answers. So it reaps nothing after the fork.
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fds, output_fd = stack.enter_context(_pipes())
+        with ours, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
+            with theirs:
+                _fill(theirs)
+                request = json.dumps({"op": "fork", "job": "next"}).encode()
+                socket.send_fds(spawner._socket, [request], [theirs.fileno(), *fds])
+            for fd in fds:
+                os.close(fd)
+            work = {"argv": ["echo", "forked"], "env": _ENV, "uid": None}
+            program.write(json.dumps(work).encode())
+            socket.send_fds(ours, [b"{}"], [program.fileno()])
+            os.kill(spawner.pid, signal.SIGCONT)
+            assert select.select([output_fd], [], [], GUARD_S)[0]
+            assert os.read(output_fd, 100) == b"forked\n"
+            assert orphans & set(children_of(spawner.pid))
+
+
 # --- what jobs inherit ------------------------------------------------------------------------
 
 _HOSTILE_OWNER = """
@@ -756,6 +806,88 @@ def test_nothing_outlives_the_owner(number: signal.Signals) -> None:
         owner.send_signal(number)
         assert owner.stdout.read() == b""
         assert owner.wait(GUARD_S) == -number
+
+
+_FORKING_OWNER = """
+import os, signal
+from spawner import Spawner
+spawner = Spawner()
+_, exit_fd = os.pipe()
+spawner.fork("job", stdout_fd=1, exit_fd=exit_fd).execute(sys.argv[1:], {"PATH": os.defpath})
+if os.fork() == 0:
+    null = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2, exit_fd):
+        os.dup2(null, fd)
+    for told in (b"forked", b"alive"):
+        os.write(3, told)
+        os.read(3, 1)
+    os._exit(0)
+signal.pause()
+"""
+
+
+def test_child_of_the_main_process_keeps_no_job_alive() -> None:
+    """The main process is killed while a fork of it still holds the fork server's socket."""
+    theirs, ours = socket.socketpair()
+    with ours, theirs:
+        # Descriptor 3 is the socket.
+        program = ["sh", "-c", 'exec 3<&0 "$@"', "sh", *_program(_FORKING_OWNER)]
+        with subprocess.Popen(
+            [*program, "sh", "-c", f"echo up; {_FOREVER}"],
+            stdin=theirs.fileno(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as main:
+            theirs.close()
+            assert main.stdout is not None
+            ours.settimeout(GUARD_S)
+            assert main.stdout.readline() == b"up\n"
+            assert ours.recv(100) == b"forked"
+            main.kill()
+            assert main.stdout.read() == b""  # the job and the fork server held this pipe
+        ours.send(b"x")
+        assert ours.recv(100) == b"alive"  # the fork still holds the fork server's socket
+
+
+def test_child_of_the_main_process_does_not_hold_up_close(
+    spawner: Spawner, spawn: Callable[..., _Job]
+) -> None:
+    """The fork server ends by itself, and is not killed after the time limit of `close`."""
+    job = spawn("sh", "-c", f"echo up; {_FOREVER}")
+    assert job.readline() == b"up\n"
+    wait_fd, end_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end_fd)
+        os.read(wait_fd, 1)
+        os._exit(0)
+    try:
+        spawner.close()
+        assert spawner._process.returncode == 0
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # the child still holds the socket
+        assert job.read() == b""
+    finally:
+        os.close(end_fd)
+        os.close(wait_fd)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["answer", "request"])
+def test_stopped_fork_server_is_an_error_after_the_time_limit(
+    monkeypatch: pytest.MonkeyPatch, *, full: bool
+) -> None:
+    """A request fails whether the fork server does not answer it or does not even receive it."""
+    monkeypatch.setattr(spawner_module, "_ANSWER_S", 0.2)
+    with Spawner() as spawner:
+        os.kill(spawner.pid, signal.SIGSTOP)
+        try:
+            if full:
+                _fill(spawner._socket)
+                spawner._socket.settimeout(spawner_module._ANSWER_S)
+            with pytest.raises(SpawnerDiedError, match=r"has not answered for 0\.2 s"):
+                spawner.kill("nobody")
+        finally:
+            os.kill(spawner.pid, signal.SIGCONT)
 
 
 def test_interrupted_request_does_not_mix_up_the_answers(
