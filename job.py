@@ -52,7 +52,6 @@ __all__ = [
     "Status",
     "UsageSource",
     "Work",
-    "kill_processes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -249,7 +248,11 @@ class RunningJob:
         self._kill_processes()
 
     def _kill_processes(self) -> None:
-        kill_processes(self.job_id, self._cgroup, self._spawner)
+        if self._cgroup is not None:
+            self._cgroup.kill()
+        else:
+            with contextlib.suppress(SpawnerDiedError):  # this job's thread notices it, too
+                self._spawner.kill(self.job_id)
 
     # --- what the job's thread runs --------------------------------------------------
 
@@ -394,15 +397,6 @@ class RunningJob:
             if self._usage is not None and self._usage.oom_kills:
                 return EndReason.OUT_OF_MEMORY
         return EndReason.SIGNALLED
-
-
-def kill_processes(job_id: str, cgroup: Cgroup | None, spawner: Spawner) -> None:
-    """SIGKILL every process of a job or of a spare. Raises `CgroupError`."""
-    if cgroup is not None:
-        cgroup.kill()
-    else:
-        with contextlib.suppress(SpawnerDiedError):  # whoever waits for the end notices it too
-            spawner.kill(job_id)
 
 
 def _rest_ms(size: int, before: int, time_s: float, pipe_bytes: int) -> int:

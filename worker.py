@@ -66,7 +66,7 @@ from errors import (
     WorkerClosedError,
     WorkerError,
 )
-from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work, kill_processes
+from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work
 from limits import Enforcement, Limits, Usage
 from retention import FinishedJob, Registry, Retention
 from spares import Spare, Spares
@@ -336,8 +336,14 @@ class Worker:
 
     def _kill(self, spare: Spare) -> None:
         """Kill the process of a start that hangs; the start itself then fails."""
-        with contextlib.suppress(CgroupError):
-            kill_processes(spare.job_id, spare.cgroup, self._spawner)
+        # This also kills a process that is not in its cgroup yet, or that is not forked yet: the
+        # fork server does one request after the other.
+        with contextlib.suppress(SpawnerDiedError):
+            self._spawner.kill(spare.job_id)
+        # The command may have begun meanwhile, and have children that left the process group.
+        if spare.cgroup is not None:
+            with contextlib.suppress(CgroupError):
+                spare.cgroup.kill()
 
     def stop(self, job_id: str, *, reason: str = "") -> Job:
         """SIGKILL every process of the job; return its state once they are gone.
