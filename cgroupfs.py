@@ -1,7 +1,7 @@
 """The files and directories of cgroup v2: read, write, wait, kill, remove.
 
-`cgroups.py` builds on this module. The fork server needs only this much, to `dismantle` a
-subtree when its main process cannot, so nothing large is imported here.
+`cgroups.py` builds on this module. The fork server imports only this module, to `dismantle` a
+subtree that the main process cannot remove itself. So nothing large is imported here.
 
     write(f"{path}/pids.max", "100")
     kill_tree(path)
@@ -10,9 +10,10 @@ subtree when its main process cannot, so nothing large is imported here.
 
 Every failure is a `CgroupError` that names the path, the value and the remedy.
 
-Thread safety: nothing here has state; any thread may call it.
+Thread safety: this module has no state; any thread may call its functions. An `Events` belongs to
+one thread.
 
-Source of all kernel facts: cgroup-v2.rst in the kernel's documentation.
+Source of the kernel facts: Documentation/admin-guide/cgroup-v2.rst in the kernel's source.
 """
 
 from __future__ import annotations
@@ -51,30 +52,30 @@ __all__ = [
 ]
 
 RETRY_MS = 10
-"""How long to wait before looking again where the kernel may not wake us."""
+"""How long to wait for an event that the kernel may not send, before trying again."""
 DISMANTLER = b"job-worker-end"
 """The name, in /proc/PID/comm, of a process that runs `dismantle`."""
 DELEGATE = (
     "run the program as root, or in a delegated cgroup of its own: "
     "systemd-run --scope -p Delegate=yes ... (--user for an ordinary user)"
 )
-"""A remedy: the process lacks the right."""
+"""The remedy when this process lacks the right to change a cgroup."""
 
 _CHECK_VALUE = "check the limit's value and the kernel's log"
-_REMOVE_RETRY_S = 2.0  # how long rmdir may go on saying EBUSY once the cgroup is empty
-_FREEZE_S = 0.5
+_REMOVE_RETRY_S = 2.0  # how long rmdir may fail with EBUSY although the cgroup is empty
+_FREEZE_S = 0.5  # how long to wait for a cgroup to freeze before killing what is in it
 _READ_BYTES = 64 * 1024
 _DEATH_S = 5.0  # how long killed processes may take to be gone
-_GONE = (errno.ENOENT, errno.ENODEV)  # no such file; a file of a cgroup removed meanwhile
+_GONE = (errno.ENOENT, errno.ENODEV)  # no such file; its cgroup was removed while the file was open
 
 Path = str | os.PathLike[str]
 
 
 class CgroupError(OSError):
-    """Something about cgroups failed.
+    """An operation on a cgroup failed.
 
-    Attributes: `path` and `value` (what was being written where; may be ""),
-    `remedy` (what the operator can do), and OSError's `errno`.
+    Attributes: `problem`, what failed; `path` and `value`, what was to be written where ("" if
+    nothing was); `remedy`, what the operator can do; and OSError's `errno` (0 if there is none).
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class CgroupError(OSError):
 def failure(
     error: OSError, action: str, path: Path, *, value: str = "", remedy: str
 ) -> CgroupError:
-    """Return the `CgroupError` for an `error` of the kernel."""
+    """Return the `CgroupError` for an OSError that the kernel gave when it refused `action`."""
     return CgroupError(
         f"cannot {action} {os.fspath(path)}: {error.strerror}",
         path=path,
@@ -104,7 +105,7 @@ def failure(
 
 
 def write(path: Path, value: str, *, remedy: str = _CHECK_VALUE) -> None:
-    """Write `value` to a file that exists. Raises `CgroupError` for whatever the kernel says."""
+    """Write `value` to an existing file; never creates one. Raises `CgroupError`."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -124,7 +125,7 @@ def read(path: Path) -> str:
 
 
 def read_if_there(path: Path) -> str:
-    """Return the content of a file; "" if this kernel has no such file or the cgroup is gone.
+    """Return the content of a file; "" if the kernel has no such file or the cgroup is gone.
 
     Raises `CgroupError`.
     """
@@ -149,7 +150,7 @@ def read_text(path: Path) -> str:
 
 
 def wait_event(path: Path, key: str, value: str, timeout: float | None) -> bool:
-    """Block until cgroup.events of `path` says `key value`, or the cgroup is gone.
+    """Block until cgroup.events of `path` has the line `key value`, or the cgroup is gone.
 
     Returns False if neither happens within `timeout` seconds; None means no bound.
     """
@@ -164,7 +165,7 @@ def wait_event(path: Path, key: str, value: str, timeout: float | None) -> bool:
 
 
 class Events:
-    """The open cgroup.events file of a cgroup. Raises FileNotFoundError if the cgroup is gone."""
+    """An open cgroup.events file. Opening raises FileNotFoundError if the cgroup is gone."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(os.path.join(path, "cgroup.events"), os.O_RDONLY | os.O_CLOEXEC)
@@ -178,7 +179,7 @@ class Events:
         os.close(self._fd)
 
     def read(self) -> dict[str, str]:
-        """Return what the file says now."""
+        """Return the current content. Raises FileNotFoundError if the cgroup is gone."""
         try:
             text = os.pread(self._fd, 4096, 0).decode()
         except OSError as error:
@@ -188,22 +189,22 @@ class Events:
         return dict(line.split() for line in text.splitlines())
 
     def wait_change(self, timeout_ms: float | None) -> None:
-        """Block until the file has changed since `read`; the kernel wakes us."""
+        """Block until the file has changed since `read`, at most `timeout_ms`; None: no bound."""
         self._poll.poll(timeout_ms)
 
 
 def kill_tree(path: Path) -> None:
-    """SIGKILL every process in the cgroup `path` and below, concurrent forks included.
+    """SIGKILL every process in the cgroup and below it, also those that are being forked.
 
-    Does not wait for their end. Does nothing if there is no such cgroup. Raises `CgroupError`.
+    Does not wait for their end. Does nothing if the cgroup is gone. Raises `CgroupError`.
     """
     try:
         write(os.path.join(path, "cgroup.kill"), "1", remedy=DELEGATE)
     except CgroupError as error:
         if error.errno not in _GONE:
             raise
-        # Either the kernel is older than 5.14 and has no cgroup.kill, or the cgroup is gone:
-        # another thread may remove it as soon as its processes are dead.
+        # ENOENT has two causes: the kernel is older than 5.14 and has no cgroup.kill, or another
+        # thread has removed the cgroup. It may do this as soon as the processes are dead.
         try:
             freeze_and_kill(path)
         except CgroupError as problem:
@@ -212,14 +213,16 @@ def kill_tree(path: Path) -> None:
 
 
 def freeze_and_kill(path: Path) -> None:
-    """Do what `kill_tree` does, without cgroup.kill. A frozen process cannot fork meanwhile."""
+    """Do what `kill_tree` does, without cgroup.kill: freeze, so that nothing forks, then kill."""
     frozen = False
     while not frozen and os.path.exists(path):
         write(os.path.join(path, "cgroup.freeze"), "1", remedy=DELEGATE)
         frozen = wait_event(path, "frozen", "1", _FREEZE_S)
         for directory in _directories(path):
             for pid in read_if_there(f"{directory}/cgroup.procs").split():
-                if pid == "0":  # a process of another PID namespace; kill(0) kills our own group
+                # A process of another PID namespace is listed as 0. os.kill(0, ...) would kill
+                # this process's own group.
+                if pid == "0":
                     continue
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
@@ -233,9 +236,9 @@ def remove_tree(path: Path) -> None:
 
 
 def _directories(path: Path) -> list[str]:
-    """List the cgroup and those below it, each before what is in it.
+    """List the cgroup and those below it, parents before children.
 
-    Without recursion, because a job may make cgroups as deep as the kernel lets it.
+    Not recursive, because a job may nest cgroups deeper than Python can recurse.
     """
     found = [os.fspath(path)]
     for directory in found:
@@ -255,7 +258,7 @@ def _remove(path: str) -> None:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 remedy = "see which processes its cgroup.procs lists"
                 raise failure(error, "remove", path, remedy=remedy) from error
-            # The kernel can call a cgroup busy for a moment after its last process has gone.
+            # rmdir may fail with EBUSY for a moment after the last process has gone.
             with contextlib.suppress(FileNotFoundError), Events(path) as events:
                 events.read()
                 events.wait_change(RETRY_MS)
@@ -264,9 +267,9 @@ def _remove(path: str) -> None:
 
 
 def kill_and_remove(path: Path) -> None:
-    """Kill every process in the cgroup and below, and remove it. Raises `CgroupError`.
+    """Kill every process in the cgroup and below it, wait for their end, remove the cgroups.
 
-    Blocks until the processes are gone, for up to 5 s.
+    Waits for up to 5 s. Raises `CgroupError`.
     """
     kill_tree(path)
     wait_event(path, "populated", "0", _DEATH_S)
@@ -276,9 +279,10 @@ def kill_and_remove(path: Path) -> None:
 def dismantle(path: str, base: str | None, controllers: Sequence[str]) -> None:
     """Do in another process what `Subtree.close` would do for the subtree at `path`.
 
-    Kills and removes the jobs, then `dissolve`s the subtree. What fails is left for the next
-    start to sweep. The process, which should have one thread, gets a name by which a successor
-    knows whom to wait for. The process should end then.
+    First renames the calling process to `DISMANTLER`, so that the next main process knows that it
+    has to wait for this one. Then kills and removes the jobs, and `dissolve`s the subtree. Errors
+    are ignored: the next `Subtree.open` removes what is left. The calling process should have one
+    thread, and should end afterwards.
     """
     set_process_name(DISMANTLER)
     with contextlib.suppress(CgroupError):
@@ -288,15 +292,16 @@ def dismantle(path: str, base: str | None, controllers: Sequence[str]) -> None:
 
 
 def dissolve(path: str, base: str | None, controllers: Sequence[str]) -> None:
-    """Leave and remove a subtree that has no jobs any more. Raises `CgroupError`.
+    """Move the processes out of a subtree that has no jobs, and remove it.
 
-    `base`: the cgroup that the processes of the subtree go back to; None if they did not come
-    from there. `controllers`: those that `base` hands down only for this subtree.
+    `base`: the cgroup that the processes move back to; None if they did not come from there.
+    `controllers`: those that were enabled in `base` for this subtree. Raises `CgroupError`.
     """
     if base is not None:
-        # A cgroup that hands down controllers admits no process, unless it is the root.
+        # First disable the controllers: as long as any is enabled in `base`, no process may enter
+        # it (unless it is the root).
         for controller in controllers:
-            with contextlib.suppress(CgroupError):  # a neighbour uses it
+            with contextlib.suppress(CgroupError):  # another subtree uses it
                 for directory in (path, base):
                     write(f"{directory}/cgroup.subtree_control", f"-{controller}")
         for pid in read(f"{path}/main/cgroup.procs").split():

@@ -1,15 +1,15 @@
 """Control groups (cgroup v2) for jobs: discovery, limits, kill, removal.
 
-A `Subtree` is this process's own piece of the cgroup tree:
+A `Subtree` is the part of the cgroup tree that belongs to one main process:
 
-    BASE/                      our own cgroup when we start, or the root given
-      job-worker-<random>/     locked (flock) while its owner lives
+    BASE/                      the cgroup that the main process starts in, or the given root
+      job-worker-<random>/     locked (flock) while the main process lives
         main/                  the main process and its fork server
         jobs/
           <job>/               one job, with its limits
 
-Only leaves hold processes, because the kernel does not let a cgroup that hands
-controllers to its children have processes of its own. v1 is not supported.
+Only leaves contain processes: the kernel does not allow processes in a cgroup that enables
+controllers for its children. cgroup v1 is not supported.
 
     subtree = Subtree.open("require")
     cgroup = subtree.create("some-job", Limits(cpu_cores=0.5))
@@ -21,12 +21,12 @@ controllers to its children have processes of its own. v1 is not supported.
 
 Every failure is a `CgroupError` that names the path, the value and the remedy.
 
-Thread safety: a `Subtree` may be used from any thread once `open` has returned; a
-`Cgroup` has no state of its own besides its path. `open` and `close` move the
-calling process, so they must not run at the same time as another's.
+Thread safety: a `Subtree` may be used from any thread once `open` has returned. A `Cgroup` only
+has a path and limits, which never change. `open` and `close` move the calling process to another
+cgroup, so only one of them may run at a time in a process.
 
-Source of all kernel facts, unless another is named: the kernel's
-Documentation/admin-guide/cgroup-v2.rst.
+Source of the kernel facts, unless another is named: Documentation/admin-guide/cgroup-v2.rst in
+the kernel's source.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ logger = logging.getLogger(__name__)
 
 _CPU_PERIOD_US = 100_000
 _PREFIX = "job-worker-"
-_DEATH_S = 5.0  # how long killed processes of a dead or closing owner may take to be gone
+_DEATH_S = 5.0  # how long killed processes may take to be gone
 
 
 _UNIFIED = (
@@ -90,7 +90,7 @@ _READ_ONLY = (
 )
 
 
-# The controllers needed, and the fields of `Limits` that each enforces.
+# Each controller with the fields of `Limits` that it enforces.
 _CONTROLLERS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_cores",),
     "memory": ("memory_bytes", "swap_bytes"),
@@ -100,11 +100,11 @@ _CONTROLLERS: dict[str, tuple[str, ...]] = {
 
 
 class Subtree:
-    """The cgroups of one owner process. Make one with `open`; end it with `close`.
+    """The cgroups of one main process. Make one with `open`; end it with `close`.
 
-    Attributes: `path`, `jobs` (the directory that holds the jobs' cgroups),
-    `controllers` (those the jobs have), `shortcomings` (why `auto` goes without the
-    others, or without a limit: the first error for each controller).
+    Attributes: `path`; `jobs`, the directory that contains the jobs' cgroups; `controllers`, those
+    that the jobs have; `shortcomings`, which has the first error of each controller that is
+    missing or has refused a limit (only under `auto`).
     """
 
     def __init__(self, path: Path, lock_fd: int, enforcement: Enforcement) -> None:
@@ -112,11 +112,12 @@ class Subtree:
         self.jobs = path / "jobs"
         self.controllers: frozenset[str] = frozenset()
         self._enforcement = enforcement
-        # Held as long as we live: a subtree whose lock can be taken has a dead owner.
+        # Locked while this process lives. If the lock can be taken, the main process is dead.
         self._lock_fd = lock_fd
         self._moved_from: Path | None = None
-        # Others of this process that were opened while it was in our leaf, and whose
-        # spawners are there. We can leave it when they have closed.
+        # A process with several subtrees lives in the leaf of the first, its home. The other
+        # subtrees are guests: their fork servers are in that leaf too. So the home can be
+        # dissolved only after all guests have closed.
         self._home: Subtree | None = None
         self._guests = 0
         self._closing = False
@@ -132,15 +133,15 @@ class Subtree:
         root: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
     ) -> Subtree | None:
-        """Make this process's subtree below `root` (default: the cgroup it is in).
+        """Make a subtree for this process below `root` (default: the cgroup that it is in).
 
-        When it is in `root` itself it moves into a leaf of its own. Left-overs of
-        dead owners below `root` are removed. A cgroup with `limits` (default
-        `Limits()`) is made and removed again, to find now what would fail later.
+        If this process is in `root` itself, it moves into a leaf of its own. Subtrees of dead
+        main processes below `root` are removed. A cgroup with `limits` (default: `Limits()`) is
+        made and removed as a trial, so that an error shows now and not at the first job.
 
-        require: raises `CgroupError` for anything missing. auto: logs one warning
-        instead and goes without; None when there is no usable hierarchy at all.
-        off: None.
+        `enforcement`: "require" raises `CgroupError` if anything is missing. "auto" logs one
+        warning and continues without what is missing; it returns None if no cgroup can be made
+        at all. "off" returns None. Raises ValueError for any other word.
         """
         if enforcement not in get_args(Enforcement):
             raise ValueError(
@@ -197,19 +198,24 @@ class Subtree:
     def _enable_or_wait(
         self, base: Path, controller: str, available: list[str], deadline: float
     ) -> None:
-        """Enable, and if what is left of a dead owner is in the way, wait for its end."""
+        """Enable `controller`.
+
+        If the fork server of a dead main process prevents that, wait for its end and try again.
+        Raises `CgroupError`.
+        """
         while True:
             try:
                 return self._enable(base, controller, available)
             except CgroupError as error:
-                # A process is in `base`. It is, but `base` has let pass +cpu and become a
-                # threaded domain. What `base` handed down has just been taken back.
+                # EBUSY: a process is in `base`. EOPNOTSUPP: the same, after `base` accepted +cpu
+                # and became a threaded domain. ENOENT: the fork server of a dead main process has
+                # just disabled the controller in `base` again.
                 reasons = (errno.EBUSY, errno.EOPNOTSUPP, errno.ENOENT)
                 if error.errno not in reasons or not _await_dismantlers(base, deadline):
                     raise
 
     def _enable(self, base: Path, controller: str, available: list[str]) -> None:
-        """Hand `controller` down from `base` to the jobs."""
+        """Enable `controller` on the whole way from `base` to the jobs. Raises `CgroupError`."""
         if controller not in available:
             raise CgroupError(
                 f"{base} does not have the {controller} controller",
@@ -227,11 +233,11 @@ class Subtree:
             write(directory / "cgroup.subtree_control", f"+{controller}", remedy=DELEGATE)
 
     def create(self, name: str, limits: Limits) -> Cgroup:
-        """Make the cgroup of one job and write every limit before returning it.
+        """Make the cgroup of one job and write all its limits.
 
-        Raises `CgroupError`, and leaves nothing behind, when it cannot be made or,
-        under `require`, when a limit cannot be written. Under `auto` such a limit is
-        None in the result's `limits`.
+        Raises `CgroupError` if the cgroup cannot be made. If a limit cannot be written, "require"
+        raises `CgroupError`, and "auto" returns a cgroup whose `limits` has None there. Nothing is
+        left after an error.
         """
         path = self.jobs / name
         _mkdir(path)
@@ -243,9 +249,9 @@ class Subtree:
             raise
 
     def limit(self, cgroup: Cgroup, limits: Limits) -> Cgroup:
-        """Write every limit of a cgroup that has none, and return it with those in force.
+        """Write all limits to a cgroup that has none; return it with the limits in force.
 
-        Raises as `create`; then some may have been written.
+        Raises as `create` does. After an error some of the limits may have been written.
         """
         unlimited: list[str] = []
         for controller, names in _CONTROLLERS.items():
@@ -266,12 +272,12 @@ class Subtree:
         self.shortcomings.setdefault(controller, error)
 
     def close(self) -> None:
-        """Kill what is left of the jobs, leave the subtree and remove it; idempotent.
+        """Kill the remaining jobs, move this process out of the subtree, remove it; idempotent.
 
-        The spawner must have ended. Blocks until the killed processes are gone. Logs
-        a warning, and leaves the directory for the next start to sweep, when
-        something else keeps it in use. While other subtrees of this process are open,
-        the leaf that it is in is left to the last of them to remove.
+        The fork server must have ended. Blocks until the killed processes are gone, for up to
+        5 s. If the subtree cannot be removed, logs a warning; the next `open` removes it. If
+        other subtrees of this process are open, the last of them to close removes the leaf that
+        this process is in. After `delegate` nothing is removed here, because `dismantle` does it.
         """
         if self._closing:
             return
@@ -290,8 +296,8 @@ class Subtree:
     def delegate(self, uid: int) -> None:
         """Let the user `uid` make, limit, kill and remove the cgroups of jobs, and no others.
 
-        For an owner that is going to be that user. `close` then leaves it to somebody
-        else to `dismantle` the rest. Raises `CgroupError`.
+        For a main process that is about to become that user. Afterwards `close` removes nothing:
+        a process that still has the rights must call `dismantle`. Raises `CgroupError`.
         """
         if not (self.jobs / "cgroup.kill").exists():
             raise CgroupError(
@@ -301,7 +307,7 @@ class Subtree:
                 remedy="use Linux 5.14 or newer, or start this program as an ordinary user",
             )
         try:
-            # A cgroup belongs to whoever makes it, so the directory to make it in is enough.
+            # A new cgroup belongs to the user who makes it. So the parent directory is enough.
             os.chown(self.jobs, uid, uid)
         except OSError as error:
             raise failure(error, "change the owner of", self.jobs, remedy=DELEGATE) from error
@@ -328,31 +334,31 @@ class Subtree:
         kill_and_remove(self.jobs)
 
 
-# Those of this process that are open, or that wait for their guests.
+# The subtrees of this process that are open, or closed but waiting for their guests to close.
 _open_subtrees: list[Subtree] = []
 
 
 class Cgroup:
-    """One job's cgroup. Attributes: `path`, `limits` (those in force; None where not)."""
+    """One job's cgroup. Attributes: `path`; `limits`, those in force, None for all others."""
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path = path
         self.limits = limits
 
     def kill(self) -> None:
-        """SIGKILL every process in the cgroup and below; nothing when it is gone."""
+        """SIGKILL every process in the cgroup and below it. Does nothing if the cgroup is gone."""
         kill_tree(self.path)
 
     def wait_empty(self, timeout: float | None = None) -> None:
-        """Block until no living process is in the cgroup or below.
+        """Block until no living process is in the cgroup or below it, or the cgroup is gone.
 
-        The kernel wakes us. Raises TimeoutError after `timeout` seconds.
+        Raises TimeoutError after `timeout` seconds; None means no bound.
         """
         if not wait_event(self.path, "populated", "0", timeout):
             raise TimeoutError(f"processes in {self.path} are still alive after {timeout} s")
 
     def usage(self) -> Usage:
-        """Read what the job has used so far. All None when the cgroup is gone."""
+        """Read what the job has used so far; None for each figure whose file is missing."""
         path = str(self.path)
         cpu = _read_pairs(f"{path}/cpu.stat")
         io = _read_io(f"{path}/io.stat")
@@ -373,13 +379,13 @@ class Cgroup:
         )
 
     def remove(self) -> None:
-        """Remove the cgroup and what the job made below it. It must be empty of processes."""
+        """Remove the cgroup and those that the job made below it. No process may be in them."""
         remove_tree(self.path)
 
     def remove_if_unused(self) -> bool:
-        """Remove the cgroup if neither a process nor a cgroup is in it; return whether it was.
+        """Remove the cgroup if it contains neither a process nor a cgroup; return whether it did.
 
-        Works even when this process has no descriptor left.
+        Opens no file, so it works even if this process has no descriptor left.
         """
         try:
             self.path.rmdir()
@@ -420,13 +426,13 @@ def _v1_controllers() -> bool:
 
 
 def _own_cgroup(mounts: list[_Mount]) -> Path | None:
-    """The directory of the v2 cgroup we are in (the `0::` line), if it is mounted."""
+    """Return the directory of this process's v2 cgroup (the `0::` line); None if not mounted."""
     for line in Path("/proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
         if line.startswith("0::"):
             own = line[3:].removesuffix(" (deleted)")
             for mount in mounts:
                 if mount.root.startswith("/.."):
-                    continue  # made outside of our cgroup namespace; who knows where we are in it
+                    continue  # mounted outside this cgroup namespace: our path in it is unknown
                 relative = os.path.relpath(own, mount.root)
                 if not relative.startswith(".."):
                     return Path(os.path.normpath(mount.point / relative))
@@ -434,7 +440,7 @@ def _own_cgroup(mounts: list[_Mount]) -> Path | None:
 
 
 def _find_base(root: str | os.PathLike[str] | None) -> Path:
-    """Return the cgroup to work below, having made sure that it is one."""
+    """Return the cgroup in which the subtree is made. Raises `CgroupError` if it is none."""
     mounts = _cgroup2_mounts()
     if root is None:
         own = _own_cgroup(mounts)
@@ -446,13 +452,13 @@ def _find_base(root: str | os.PathLike[str] | None) -> Path:
                 else "mount one: mount -t cgroup2 none /sys/fs/cgroup",
             )
         if own.name == "main" and own.parent.name.startswith(_PREFIX):
-            # Another subtree of this process, or of its parent: stay where we are and
-            # work beside it, for its leaf must not hand controllers down.
+            # This process is in the leaf of another subtree, its own or its parent's. A leaf may
+            # not enable controllers, so the new subtree is made beside the other one.
             return own.parent.parent
         return own
     path = Path(os.path.realpath(root))
-    # The innermost mount decides: on a hybrid host /sys/fs/cgroup is a tmpfs, where
-    # mkdir works and a limit would be written to an ordinary file.
+    # Look at the innermost mount: on a hybrid host /sys/fs/cgroup is a tmpfs. There mkdir would
+    # work, but the limits would be ordinary files without effect.
     covering = [m for m in _mounts() if path.is_relative_to(m.point)]
     innermost = max(covering, key=lambda m: len(m.point.parts), default=None)
     if innermost is None or innermost.type != "cgroup2" or not path.is_dir():
@@ -466,11 +472,11 @@ def _find_base(root: str | os.PathLike[str] | None) -> Path:
 
 
 def _make_locked(base: Path) -> tuple[Path, int]:
-    """Make a new subtree directory in `base` and lock it."""
+    """Make a directory for a subtree in `base` and lock it; return it and the locked descriptor."""
     while True:
         path = base / f"{_PREFIX}{os.urandom(4).hex()}"
         _mkdir(path)
-        # Another process's sweep may take it for a left-over before we have locked it.
+        # Before it is locked, another process's `_sweep` may remove it. Then make another.
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -483,12 +489,12 @@ def _make_locked(base: Path) -> tuple[Path, int]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove the subtrees in `base` whose owner is dead: those whose lock is free."""
+    """Remove the subtrees in `base` whose lock is free, because their main process is dead."""
     for path in base.glob(f"{_PREFIX}*"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
-            continue  # gone meanwhile, or not ours to touch
+            continue  # removed meanwhile, or it belongs to another user
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             kill_and_remove(path / "jobs")
@@ -497,7 +503,7 @@ def _sweep(base: Path) -> None:
             remove_tree(path)
             logger.info("removed the left-over cgroup %s of a dead process", path)
         except BlockingIOError:
-            pass  # its owner lives
+            pass  # its main process lives
         except CgroupError as error:
             logger.warning("a left-over cgroup could not be removed: %s", error)
         finally:
@@ -505,12 +511,13 @@ def _sweep(base: Path) -> None:
 
 
 def _await_dismantlers(base: Path, deadline: float) -> bool:
-    """Block until somebody who dismantles the subtree of a dead owner has left `base`.
+    """Wait for a fork server in `base` that dismantles a dead main process's subtree.
 
-    They move there to remove the cgroup that they were in, and end. False, at once, if
-    anybody else is in `base`, and after `deadline`: then trying again is of no use.
+    Such a fork server moves to `base`, because it removes the cgroup that it was in, and then
+    ends. Returns True when one has ended, or none is there any more: try again then. Returns
+    False at once if any other process is in `base`, and after `deadline`.
     """
-    _sweep(base)  # waits for those who are not there yet
+    _sweep(base)  # waits for fork servers that have not moved to `base` yet
     with contextlib.ExitStack() as opened:
         ends = select.poll()
         pids = read(base / "cgroup.procs").split()
@@ -521,14 +528,14 @@ def _await_dismantlers(base: Path, deadline: float) -> bool:
                 name = Path(f"/proc/{pid}/comm").read_bytes()
             except (ProcessLookupError, FileNotFoundError):
                 return time.monotonic() < deadline  # it has just ended
-            except OSError:  # of another PID namespace, say
+            except OSError:  # for example a process of another PID namespace
                 return False
             if name != DISMANTLER + b"\n":
                 return False
             ends.register(pidfd, select.POLLIN)
         if pids:
             return bool(ends.poll(max(0.0, deadline - time.monotonic()) * 1000))
-    # They were gone before we looked. As in `remove_tree`, the kernel can be late to notice.
+    # `base` is empty already. The kernel may call it busy for a moment longer, as in `_remove`.
     with Events(base) as events:
         events.read()
         events.wait_change(RETRY_MS)
@@ -536,14 +543,14 @@ def _await_dismantlers(base: Path, deadline: float) -> bool:
 
 
 def _physical_disks() -> list[str]:
-    """The MAJ:MIN of every physical disk.
+    """Return the MAJ:MIN of every physical disk.
 
-    io.max takes whole disks only, which is what /sys/block lists. Below
-    /sys/devices/virtual/block are loop, ram, device-mapper and md devices, whose I/O
-    reaches a physical disk in the end; an empty drive has size 0.
+    io.max accepts only whole disks, and /sys/block lists only those. Devices below
+    /sys/devices/virtual/block (loop, ram, device-mapper, md) are left out, because their I/O
+    reaches a physical disk in the end. An empty drive has size 0 and is left out too.
     """
     disks = []
-    # Quickly, because it is done for each job: a disk may have been plugged in.
+    # Runs for each job, because a disk may have been plugged in. So it avoids slow `Path`.
     for name in os.listdir("/sys/block"):
         entry = f"/sys/block/{name}"
         with contextlib.suppress(OSError):  # unplugged meanwhile
@@ -565,12 +572,12 @@ def _write_cpu(path: Path, limits: Limits) -> None:
 def _write_memory(path: Path, limits: Limits) -> None:
     if limits.memory_bytes is not None:
         write(path / "memory.max", str(limits.memory_bytes))
-        # Without it the kernel kills one process of the job and the rest limps on.
+        # Otherwise the kernel kills only one process of the job, and the others go on.
         write(path / "memory.oom.group", "1")
     if limits.swap_bytes is not None and (
         (path / "memory.swap.max").exists() or len(read("/proc/swaps").splitlines()) > 1
     ):
-        # The file is missing where swap is not accounted; that matters only if there is swap.
+        # A kernel that does not account swap lacks this file. Without swap nothing is needed.
         write(path / "memory.swap.max", str(limits.swap_bytes))
 
 
@@ -606,13 +613,13 @@ def _read_number(path: str) -> int | None:
 
 
 def _read_pairs(path: str) -> dict[str, int]:
-    """Read a flat keyed file: a key and a number a line."""
+    """Read a file whose lines are a key and a number; empty if it is missing."""
     pairs = (line.split() for line in read_if_there(path).splitlines())
     return {key: int(value) for key, value in pairs}
 
 
 def _read_io(path: str) -> dict[str, int]:
-    """Add up io.stat over the disks. A disk that was not used has no line there."""
+    """Add up io.stat over all disks; empty if it is missing. Unused disks have no line there."""
     text = read_if_there(path)
     if not text and not os.path.exists(path):
         return {}
@@ -628,8 +635,8 @@ def _read_io(path: str) -> dict[str, int]:
 def _mkdir(path: Path) -> None:
     try:
         path.mkdir()
-        # Whatever the umask: a process that becomes another user has to walk through it, and
-        # programs in jobs look up their own limits.
+        # Independent of the umask: a process that becomes another user must be able to enter the
+        # directory, and programs in jobs read their own limits.
         path.chmod(0o755)
     except OSError as error:
         remedy = _READ_ONLY if error.errno == errno.EROFS else DELEGATE

@@ -12,23 +12,23 @@ __all__ = ["NO_LIMITS", "Enforcement", "Limits", "Usage"]
 
 _MIB = 1024 * 1024
 _MAX_LIMIT = (1 << 63) - 1  # what the kernel can store
-_MINIMA = {"cpu_cores": 0.01, "swap_bytes": 0}  # of all others: 1. The kernel refuses less CPU.
+_MINIMA = {"cpu_cores": 0.01, "swap_bytes": 0}  # all others: 1. The kernel refuses less CPU.
 
 Enforcement = Literal["require", "auto", "off"]
-"""What to do when a limit cannot be enforced: refuse to run jobs; enforce what can
-be enforced and warn; use no cgroups at all."""
+"""What to do if a limit cannot be enforced. require: refuse to run jobs. auto: log a warning and
+enforce the others. off: use no cgroups at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one job may use. None means no limit. Raises ValueError on a senseless value."""
+    """What one job may use. None means no limit. Raises ValueError for a value out of range."""
 
     cpu_cores: float | None = 1.0
-    """CPU time per wall time, all processes together; at least 0.01. cpu.max"""
+    """CPU seconds per second, all processes together; at least 0.01. cpu.max"""
     memory_bytes: int | None = 512 * _MIB
-    """Memory, page cache included; the whole job is killed when it cannot be kept. memory.max"""
+    """Memory with page cache. A job that needs more is killed as a whole. memory.max"""
     swap_bytes: int | None = 0
-    """Swap on top of the memory. memory.swap.max"""
+    """Bytes of swap, in addition to the memory. memory.swap.max"""
     io_read_bps: int | None = 50 * _MIB
     """Bytes per second read from each physical disk. io.max rbps"""
     io_write_bps: int | None = 50 * _MIB
@@ -49,7 +49,7 @@ class Limits:
             if not isinstance(value, number) or isinstance(value, bool):
                 raise ValueError(f"{field.name} must be a number or None, not {value!r}")  # noqa: TRY004 -- one error for all senseless limits
             minimum = _MINIMA.get(field.name, 1)
-            if not value >= minimum:  # so that not-a-number is refused too
+            if not value >= minimum:  # true for not-a-number too
                 raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
             if value > _MAX_LIMIT:
                 raise ValueError(f"{field.name} must be at most {_MAX_LIMIT}, not {value!r}")
@@ -60,24 +60,24 @@ NO_LIMITS: Final = Limits(*[None] * len(fields(Limits)))
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one job has used so far. None where the host does not account it."""
+    """What one job has used so far. None for each figure that the host does not count."""
 
     cpu_user_s: float | None = None
     cpu_system_s: float | None = None
     cpu_throttled_s: float | None = None
-    """How long processes were held back by the CPU limit, added up over the CPUs."""
+    """How long the CPU limit held processes back, added up over the CPUs."""
     memory_bytes: int | None = None
     """In use now; None when the job has ended."""
     memory_peak_bytes: int | None = None
-    """At the worst moment. memory.peak, since Linux 5.19"""
+    """The most that was in use at one time. memory.peak, since Linux 5.19"""
     io_read_bytes: int | None = None
-    """Read from disks, not from the page cache; all disks together, like the next three."""
+    """Read from disks, not from the page cache. This and the next three: all disks together."""
     io_written_bytes: int | None = None
     io_reads: int | None = None
     io_writes: int | None = None
     pids: int | None = None
     """Processes and threads now; None when the job has ended."""
     pids_peak: int | None = None
-    """At the worst moment. pids.peak, since Linux 6.1"""
+    """The most that existed at one time. pids.peak, since Linux 6.1"""
     oom_kills: int | None = None
     """How many processes the kernel killed because of the memory limit."""

@@ -1,9 +1,9 @@
-"""What one user, and all users together, have now, and whether they may have more.
+"""Counts what each user has, and all users together have, and refuses what exceeds a ceiling.
 
-Counts running jobs, starts, open streams and kept output against the ceilings of `settings.py`.
-What is beyond a ceiling is refused at once with a `QuotaError`, which names the ceiling by its key
-in the configuration. Nobody waits here, and a refusal uses up nothing. Kept output of finished
-jobs leads to no refusal: such jobs are removed where the room is needed (`make_room`).
+What is counted: running jobs, starts, open streams and kept output. The ceilings are those of
+`settings.py`. Above a ceiling a `QuotaError` is raised at once; it names the ceiling by its key in
+the configuration. No call waits for room, and a refused call counts for nothing. Output of
+finished jobs does not cause a refusal: those jobs are removed first (`make_room`).
 
     quotas = Quotas(config.per_user, config.in_all, config.job_output_bytes)
     quotas.check_output("alice")
@@ -12,11 +12,11 @@ jobs leads to no refusal: such jobs are removed where the room is needed (`make_
     ...
     job_ended()
 
-Only names of authenticated users may be given: what is known of a name is kept for ever.
+Pass only names of authenticated users, because the counts of a name are kept for ever.
 
-Thread safety: every method, and every function returned, may be called from any thread. One lock
+Thread safety: every method, and every returned function, may be called from any thread. One lock
 guards all counts and is held for a few instructions at a time. The budgets of `broadcaster.py`
-have locks of their own, which are never taken under it. No output is removed under any lock.
+have locks of their own; the lock of this module is not held while one of those is taken.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ _EVERYBODY = "all users together"
 class QuotaError(Exception):
     """A ceiling is reached; the message names it.
 
-    Attribute: `retry_after_s`, in whole seconds, at least 1; None when waiting alone may
-    not help.
+    Attribute: `retry_after_s`, in whole seconds, at least 1; None if waiting may not help.
     """
 
     def __init__(self, what: str, retry_after_s: int | None = None) -> None:
@@ -56,9 +55,9 @@ class Quotas:
     """Counts what users have, and compares it with the ceilings `per_user` and `in_all`.
 
     `job_output_bytes`: how much of one job's output is kept; None for no ceiling.
-    `make_room`: `Worker.make_room`, or another function that removes output so that a user's
-    budget has a byte left, and returns the budget that still has none; None for nothing to
-    remove. `clock`: tells seconds and never goes back.
+    `make_room`: `Worker.make_room` or a function like it. It removes finished jobs until a user's
+    budget has a byte left, and returns the budget that still has none, or None on success.
+    Without `make_room` nothing is removed. `clock`: returns seconds, and never goes back.
     """
 
     def __init__(
@@ -75,8 +74,9 @@ class Quotas:
         self._job_ceiling = _ceiling("this job's", job_output_bytes, "per_job")
         self._make_room = make_room or _used_up
         self._clock = clock
-        # Guards all accounts. Never held while anything else is locked. Reentrant, because
-        # the garbage collector may end an abandoned stream in the middle of a start.
+        # Guards all accounts. Never held while another lock is taken. Reentrant: while a thread
+        # holds it, the garbage collector may close an abandoned stream in the same thread, and
+        # that takes the lock again.
         self._lock = threading.RLock()
         all_output = Budget(
             in_all.output_bytes, _ceiling("the", in_all.output_bytes, "in_all", _EVERYBODY)
@@ -85,12 +85,12 @@ class Quotas:
         self._users: dict[str, _Account] = {}
 
     def start(self, user: str) -> Callable[[], None]:
-        """Count a job of the user that is about to start, from now on as a running one.
+        """Count one start and, from now on, one running job of the user.
 
-        Returns a function to call when the job has ended or could not be started. It may be
-        called from any thread and more than once, and does not block. Raises `QuotaError` when
-        the user, or all together, have as many running jobs as they may, or have started too
-        many lately.
+        Returns a function that ends the count of the running job. Call it when the job has ended
+        or could not be started. It does not block, may be called from any thread, and does
+        nothing the second time. Raises `QuotaError` if the user, or all users together, have
+        reached their ceiling of running jobs or of starts per second.
         """
         with self._lock:
             mine = self._account_locked(user)
@@ -121,10 +121,10 @@ class Quotas:
             return self._count_locked(mine.jobs, self._all.jobs)
 
     def stream(self, user: str) -> Callable[[], None]:
-        """Count an output stream that the user opens; return a function to call when it ends.
+        """Count one open output stream of the user; return a function that ends the count.
 
-        That function is like the one that `start` returns. Raises `QuotaError` when the user,
-        or all together, have as many open streams as they may.
+        That function is like the one that `start` returns. Raises `QuotaError` if the user, or
+        all users together, have reached their ceiling of open streams.
         """
         with self._lock:
             mine = self._account_locked(user)
@@ -147,9 +147,9 @@ class Quotas:
         return Budget(self._job_output_bytes, self._job_ceiling, mine.output)
 
     def check_output(self, user: str) -> None:
-        """Raise `QuotaError` if not one more byte of output of the user could be kept.
+        """Make room for one more byte of the user's output; raise `QuotaError` if there is none.
 
-        May remove finished jobs, and so blocks for their files.
+        Removes finished jobs if necessary, and blocks while their files are deleted.
         """
         with self._lock:
             mine = self._account_locked(user)
@@ -171,7 +171,7 @@ class Quotas:
         return account
 
     def _count_locked(self, *gauges: _Gauge) -> Callable[[], None]:
-        """Count one more in each gauge; return what takes it back, once."""
+        """Count one more in each gauge; return a function that takes this back once."""
         counted = True
         for gauge in gauges:
             gauge.count += 1
@@ -188,21 +188,21 @@ class Quotas:
 
 
 def _used_up(_user: str, budget: Budget) -> Budget | None:
-    """Return the budget that has no byte left: this one or a parent; None if all have one."""
+    """Return the budget that has no byte left, this one or a parent; None if there is none."""
     taken, refuser = budget.take(1)
     budget.give_back(taken)
     return refuser
 
 
 def _ceiling(whose: str, limit: int | None, table: str, of: str = "") -> str:
-    """Name a ceiling of kept output; one that does not exist is never named to anybody."""
+    """Return the name of a ceiling of kept output. A `limit` of None is never reached or shown."""
     size = "any size" if limit is None else format_size(limit)
     return f"{whose} ceiling of {size}" + (f" for {of}" if of else "") + f" ({table}.kept_output)"
 
 
 @dataclass(slots=True)
 class _Gauge:
-    """How many there are now, of at most `ceiling`; None for any number."""
+    """Counts what exists now. `ceiling`: how many may exist; None for any number."""
 
     ceiling: int | None
     count: int = 0
@@ -213,21 +213,22 @@ class _Gauge:
 
 
 class _Bucket:
-    """A token bucket: `burst` tokens at most, `per_second` new ones; one token is one start.
+    """A token bucket for starts. It holds up to `burst` tokens and gets `per_second` new ones.
 
-    Without a ceiling if either is None. Attribute: `per_second`.
+    Each start takes one token. If either number is None, there is no ceiling.
+    Attribute: `per_second`.
     """
 
     def __init__(self, per_second: float | None, burst: int | None) -> None:
         self.per_second = per_second
         self._burst = burst
         self._last_start_s = 0.0
-        # At that time; None until then: full. Computed at a start only, so that rounding
-        # does not add up over many refusals.
+        # The tokens left after the last start; None before the first: the bucket is full.
+        # Only a start changes it, so rounding errors do not add up over many refusals.
         self._tokens: float | None = None
 
     def wait_s(self, now: float) -> int:
-        """Return how many whole seconds it takes until there is a token; 0 if there is one."""
+        """Return after how many seconds, rounded up, there is a token; 0 if there is one now."""
         if self.per_second is None or self._burst is None:
             return 0
         missing = 1 - self._tokens_at(now, self.per_second, self._burst)
@@ -246,7 +247,7 @@ class _Bucket:
 
 
 class _Account:
-    """What one user has, or all users have. The lock of `Quotas` guards the counts."""
+    """The counts of one user or of all users. The lock of `Quotas` guards them."""
 
     def __init__(self, quota: Quota, output: Budget) -> None:
         self.jobs = _Gauge(quota.running_jobs)
