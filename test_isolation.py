@@ -1,9 +1,10 @@
-"""Tests of isolation: what a job tries against the server and other users' jobs, and fails to do;
-and what rights the server's processes have left.
+"""Tests of isolation: jobs attack the server and other users' jobs.
 
-The server is the real program, started as root, with two users and an admin. Everything it
-keeps is in directories that a job can reach, so that it is the rights that keep a job out.
-A script tells "gained" for each attempt that works, and at its end that it came so far.
+The server is the real program. Root starts it, with two users and an admin. Jobs can enter the
+directories in which the server keeps its files, so only the files' rights keep jobs out. A script
+prints "gained" for each attack that works, and "came so far" at its end.
+
+Other tests look at the rights that the server's own processes have left.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _HERE = Path(__file__).resolve().parent
 _SERVER_UID, _FIRST_UID = 70_000, 70_001
 _PASSWORDS = {"alice": "alice's password", "bob": "bob's password", "root": "an admin's password"}
 _FOREVER = "exec sleep infinity"
-# What these scripts do is no harm to this host as long as there is isolation.
+# Without isolation these scripts would harm this host, so they check their uid first.
 _ONLY_AS_A_USER = f'[ "$(id -u)" -ge {_FIRST_UID} ] || {{ echo gained an uid; exit 1; }}'
 _KILL_ALL = f"{_ONLY_AS_A_USER}; kill -s KILL -- -1"
 _PTRACE, _PROCESS_VM_READV, _PTRACE_ATTACH, _PTRACE_SEIZE = 101, 310, 16, 0x4206  # on x86-64
@@ -50,7 +51,7 @@ _PTRACE, _PROCESS_VM_READV, _PTRACE_ATTACH, _PTRACE_SEIZE = 101, 310, 16, 0x4206
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_root() -> None:
-    """Need the right to change users, or say so; in CI it is an error to go without."""
+    """Skip the tests without root's rights; in CI fail them."""
     if not (os.geteuid() == 0 and can_change_user() and can_kill_any()):
         if os.environ.get("JOBWORKER_REQUIRE_KERNEL") == "1":
             pytest.fail("JOBWORKER_REQUIRE_KERNEL=1, but this test needs root")
@@ -67,8 +68,22 @@ def entries() -> dict[str, str]:
     }
 
 
+# The beginning of a command. What it starts may not use clone3, and forks with Popen.
+_WITHOUT_CLONE3 = (
+    *("env", f"PYTHONPATH={_HERE}", sys.executable, "-c"),
+    "import os, sys, testkit; testkit.refuse_clone3(); os.execvp(sys.argv[1], sys.argv[1:])",
+)
+_ONE_WAY_TO_FORK = pytest.mark.parametrize("way_to_fork", ["clone3"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=["clone3", "popen"])
+def way_to_fork(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The beginning of a server's command, for both ways in which its fork server forks."""
+    return _WITHOUT_CLONE3 if request.param == "popen" else ()
+
+
 class _Program:
-    """A server program, started in whatever way. Attributes: `process`, `address`, `log`."""
+    """A server program. Attributes: `process`, `address`, `log` (a file with its stderr)."""
 
     def __init__(self, log: Path, *command: str | Path) -> None:
         self.log = log
@@ -106,7 +121,7 @@ def _server(log: Path, *options: str | Path, before: tuple[str | Path, ...] = ()
     return _Program(log, *before, sys.executable, _HERE / "server.py", *common, *options)
 
 
-# As an administrator may start it: with groups, a lax umask and core dumps.
+# A careless administrator starts the server with groups, an open umask and core dumps.
 _CARELESS = (
     *("setpriv", "--groups=0,4,24", "sh", "-c"),
     *('umask 0; ulimit -c unlimited; exec "$@"', "sh"),
@@ -114,7 +129,7 @@ _CARELESS = (
 
 
 def _status(pid: int | str) -> dict[str, str]:
-    """The fields of /proc/PID/status."""
+    """Return the fields of /proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
@@ -126,7 +141,7 @@ def _login(address: str, certs: Path, name: str, password: str | None = None) ->
 
 
 def _sh(client: Client, script: str, *args: object) -> str:
-    """Start a shell script, whose arguments are $1, $2, ..."""
+    """Start a shell script with the arguments $1, $2, ...; return the job's ID."""
     return client.start("sh", ["-c", script, "sh", *map(str, args)])
 
 
@@ -154,10 +169,10 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class _House:
-    """A server, its users, and a job of alice's that bob is after."""
+    """A server, its users, and the job of alice that bob attacks."""
 
     program: _Program
-    place: Path
+    directory: Path
     alice: Client
     bob: Client
     admin: Client
@@ -169,15 +184,15 @@ class _House:
         return self.program.process.pid
 
     @property
-    def helper_pid(self) -> int:
+    def fork_server_pid(self) -> int:
         return fork_server_of(self.server_pid)
 
     @property
     def targets(self) -> list[int]:
-        return [self.server_pid, self.helper_pid, self.victim_pid]
+        return [self.server_pid, self.fork_server_pid, self.victim_pid]
 
     def attack(self, script: str, *args: object) -> str:
-        """Run a script as bob; nothing may be gained, and everybody must be well after that."""
+        """Run a script as bob. It must gain nothing, and every target must be alive afterwards."""
         output = _run(self.bob, f"{_ONLY_AS_A_USER}\n{script}\necho came so far", *args)
         assert "gained" not in output, output
         assert output.endswith("came so far\n"), output
@@ -191,28 +206,33 @@ class _House:
 
 @pytest.fixture(scope="module")
 def house(
-    certs: Path, entries: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    certs: Path,
+    entries: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    way_to_fork: tuple[str, ...],
 ) -> Iterator[_House]:
     with contextlib.ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        place.chmod(0o755)
-        shutil.copytree(certs, place / "certs")
-        (place / "certs").chmod(0o755)
-        users = place / "users"
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory.chmod(0o755)
+        shutil.copytree(certs, directory / "certs")
+        (directory / "certs").chmod(0o755)
+        users = directory / "users"
         users.touch(0o600)
         users.write_text("\n".join(entries.values()) + "\n")
         log = tmp_path_factory.mktemp("log") / "server.log"
-        options = ("--certs", place / "certs", "--users", users, "--state-dir", place / "state")
-        program = stack.enter_context(
-            _server(log, *options, "--require-isolation", before=_CARELESS)
+        options = (
+            *("--certs", directory / "certs", "--users", users),
+            *("--state-dir", directory / "state", "--require-isolation"),
         )
+        before = (*way_to_fork, *_CARELESS)
+        program = stack.enter_context(_server(log, *options, before=before))
         clients = [
-            stack.enter_context(_login(program.address, place / "certs", name))
+            stack.enter_context(_login(program.address, directory / "certs", name))
             for name in ("alice", "bob", "root")
         ]
         victim = _sh(clients[0], f"echo $$ ; echo a secret of alice; {_FOREVER}")
         pid = int(_first_line(clients[0], victim))
-        yield _House(program, place, clients[0], clients[1], clients[2], victim, pid)
+        yield _House(program, directory, clients[0], clients[1], clients[2], victim, pid)
         assert program.end() == 0, log.read_text()
 
 
@@ -220,12 +240,14 @@ def house(
 
 
 def test_server_has_no_rights_left_in_any_thread(house: _House) -> None:
-    """After its start the process that talks to the network is an ordinary user, for good."""
+    """The process that talks to the network is an ordinary user, and can gain no right."""
     _run(house.bob, "true")
-    tasks = os.listdir(f"/proc/{house.server_pid}/task")
-    assert len(tasks) > 3
-    for task in tasks:
-        status = _status(f"{house.server_pid}/task/{task}")
+    statuses = []
+    for task in os.listdir(f"/proc/{house.server_pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            statuses.append(_status(f"{house.server_pid}/task/{task}"))
+    assert len(statuses) > 3
+    for status in statuses:
         assert status["Uid"].split() == status["Gid"].split() == [str(_SERVER_UID)] * 4
         assert status["Groups"] == ""
         for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
@@ -233,10 +255,8 @@ def test_server_has_no_rights_left_in_any_thread(house: _House) -> None:
         assert status["NoNewPrivs"] == "1"
 
 
-def test_server_needs_nothing_more_of_a_program_that_only_root_can_read(
-    certs: Path, tmp_path: Path
-) -> None:
-    """As in root's home: all it imports, gRPC too, it imports while it is root."""
+def test_server_imports_everything_while_it_is_root(certs: Path, tmp_path: Path) -> None:
+    """The server works although only root can read its modules and gRPC's."""
     tmp_path.chmod(0o700)
     paths: list[str] = []
     for directory in (_HERE, Path(grpc.__file__).parent.parent):
@@ -245,8 +265,8 @@ def test_server_needs_nothing_more_of_a_program_that_only_root_can_read(
         paths.append(str(link))
     program = ("env", f"PYTHONPATH={':'.join(paths)}", sys.executable, "-P", "-m", "server")
     options = ("--listen", "127.0.0.1:0", "--limits", "auto", "--require-isolation")
-    places = ("--certs", certs, "--state-dir", tmp_path / "state")
-    with _Program(tmp_path / "log", *program, *options, *places) as running:
+    kept = ("--certs", certs, "--state-dir", tmp_path / "state")
+    with _Program(tmp_path / "log", *program, *options, *kept) as running:
         with _login(running.address, certs, "user", "user") as user:
             assert _run(user, "echo hello") == "hello\n"
             job = _sh(user, _FOREVER)
@@ -263,9 +283,9 @@ def test_server_needs_nothing_more_of_a_program_that_only_root_can_read(
     assert "Traceback" not in running.log.read_text()
 
 
-def test_helper_keeps_four_capabilities(house: _House) -> None:
-    """CAP_SETUID, CAP_SETGID, CAP_KILL and CAP_DAC_OVERRIDE; it can gain no more."""
-    status = _status(house.helper_pid)
+def test_fork_server_keeps_four_capabilities(house: _House) -> None:
+    """They are CAP_SETUID, CAP_SETGID, CAP_KILL and CAP_DAC_OVERRIDE. It can gain no other."""
+    status = _status(house.fork_server_pid)
     kept = sum(1 << number for number in (1, 5, 6, 7))
     assert {int(status[name], 16) for name in ("CapPrm", "CapEff")} == {kept}
     assert {int(status[name], 16) for name in ("CapInh", "CapBnd", "CapAmb")} == {0}
@@ -273,15 +293,15 @@ def test_helper_keeps_four_capabilities(house: _House) -> None:
 
 
 def test_what_the_server_keeps_is_private_file_by_file(house: _House) -> None:
-    """Not only because of the directory that it is in."""
-    kept = [path for path in (house.place / "state").rglob("*") if path.is_file()]
+    """Each file has the mode 0600, although the directory is closed too."""
+    kept = [path for path in (house.directory / "state").rglob("*") if path.is_file()]
     names = {path.name for path in kept}
     assert {"token.key", "uids", "audit.log", f"{house.victim}.out"} <= names
-    for path in [*kept, house.place / "users", *(house.place / "certs").glob("*-key.pem")]:
+    for path in [*kept, house.directory / "users", *(house.directory / "certs").glob("*-key.pem")]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
-    for path in (house.place / "state", house.place / "state/output"):
+    for path in (house.directory / "state", house.directory / "state/output"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    # Only the output belongs to the process that talks to the network.
+    # Of these files only the output belongs to the process that talks to the network.
     owners = {path.name: path.stat().st_uid for path in kept if path.suffix != ".out"}
     assert set(owners.values()) == {0}, owners
 
@@ -290,10 +310,10 @@ def test_what_the_server_keeps_is_private_file_by_file(house: _House) -> None:
 
 
 def test_job_has_no_rights_at_all(house: _House) -> None:
-    """Its own uid and gid, no other group, no capability in any set, no_new_privs, umask 077."""
+    """A job has its own uid and gid, no other group, no capability, no_new_privs and umask 077."""
     output = house.attack("cat /proc/self/status; umask")
     status = dict(line.split(":\t") for line in output.splitlines() if ":\t" in line)
-    uids = (house.place / "state/uids").read_text()
+    uids = (house.directory / "state/uids").read_text()
     uid = dict(line.split() for line in uids.splitlines())["bob"]
     assert int(uid) >= _FIRST_UID
     assert status["Uid"].split() == status["Gid"].split() == [uid] * 4
@@ -307,7 +327,7 @@ def test_job_has_no_rights_at_all(house: _House) -> None:
 
 
 def test_users_have_uids_of_their_own(house: _House) -> None:
-    """Each user's jobs have one uid, and no two users the same."""
+    """All jobs of a user have one uid. No two users have the same uid."""
     uids = [
         {_run(client, "id -u; id -g; id -G") for _ in range(2)}
         for client in (house.alice, house.bob, house.admin)
@@ -321,7 +341,7 @@ def test_users_have_uids_of_their_own(house: _House) -> None:
 
 
 def test_job_has_its_limits(house: _House) -> None:
-    """No core dumps, and bounds on descriptors, processes, locked memory and priority."""
+    """A job dumps no core; descriptors, processes, locked memory and priority are bounded."""
     output = house.attack("cat /proc/self/limits; ulimit -c unlimited && echo gained")
     limits = {line[:26].strip(): line[26:].split()[:2] for line in output.splitlines()}
     assert limits["Max core file size"] == ["0", "0"]
@@ -333,7 +353,7 @@ def test_job_has_its_limits(house: _House) -> None:
 
 
 def test_job_has_three_descriptors_and_can_open_them_again(house: _House) -> None:
-    """/dev/stdout and /dev/stderr work, as shell scripts expect; there is nothing else."""
+    """/dev/stdin, /dev/stdout and /dev/stderr work. No other descriptor is open."""
     output = house.attack(
         "ls /proc/self/fd; echo out >/dev/stdout; echo err >/dev/stderr; echo fd >/proc/self/fd/1"
         "; cat </dev/stdin"
@@ -342,7 +362,7 @@ def test_job_has_three_descriptors_and_can_open_them_again(house: _House) -> Non
 
 
 def test_job_knows_nothing_of_the_servers_environment(house: _House) -> None:
-    """Its own is told in the documentation, whole; USER is the API user."""
+    """A job has only the documented variables. USER is the API user."""
     lines = house.attack("exec 2>&1; env").splitlines()
     names = {line.partition("=")[0] for line in lines if "=" in line}
     assert names - {"PWD", "OLDPWD", "SHLVL", "_"} == {"PATH", "HOME", "LANG", "USER", "JOB_ID"}
@@ -370,9 +390,9 @@ _STEAL = """
 
 @pytest.mark.parametrize("name", _SECRETS)
 def test_job_cannot_read_or_change_what_the_server_keeps(house: _House, name: str) -> None:
-    """The keys, the users, their uids, the audit log, another user's output."""
-    path = house.place / name.replace("VICTIM", house.victim)
-    path.open("ab").close()  # one that nothing has been written to yet
+    """These are the keys, the users file, the uids, the audit log and another user's output."""
+    path = house.directory / name.replace("VICTIM", house.victim)
+    path.open("ab").close()  # the server makes some of these files at the first write
     before = path.stat().st_ino, path.stat().st_mode, path.read_bytes()[:10_000]
     output = house.attack(_STEAL, path, *house.targets)
     assert "ermission denied" in output
@@ -381,8 +401,8 @@ def test_job_cannot_read_or_change_what_the_server_keeps(house: _House, name: st
 
 
 def test_job_reaches_what_is_public(house: _House) -> None:
-    """The attempts above fail for want of rights, and not because nothing can be reached."""
-    path = house.place / "certs/server.pem"
+    """A job reads the server's certificate. So the attacks above fail for want of rights."""
+    path = house.directory / "certs/server.pem"
     output = _run(house.bob, 'cat "$1" && echo gained; ls "${1%/*}"', path)
     assert "gained" in output
     assert "server-key.pem" in output
@@ -390,8 +410,8 @@ def test_job_reaches_what_is_public(house: _House) -> None:
 
 @pytest.mark.parametrize("name", ["state", "state/output"])
 def test_job_cannot_look_into_the_state_directory(house: _House, name: str) -> None:
-    """Nor enter it, nor put something there, nor into the output directory in it."""
-    path = house.place / name
+    """A job cannot list, enter, change or move the directory, nor the output directory in it."""
+    path = house.directory / name
     before = sorted(os.listdir(path))
     house.attack(
         """
@@ -410,7 +430,7 @@ def test_job_cannot_look_into_the_state_directory(house: _House, name: str) -> N
 
 
 def test_job_reads_other_users_output_through_no_descriptor(house: _House) -> None:
-    """Nor through the pipe that is another job's stdout, be it by /proc or by /dev."""
+    """/proc/PID/fd opens neither the output log nor the pipe that is another job's stdout."""
     output = house.attack(
         """
         for pid in $1 $2 $3; do
@@ -429,7 +449,7 @@ def test_job_reads_other_users_output_through_no_descriptor(house: _House) -> No
 
 
 def test_job_cannot_signal_anybody(house: _House) -> None:
-    """Not the server, one of its threads, the helper, another's job, their groups, or all."""
+    """A job signals no server, thread, fork server, other user's job or process group."""
     threads = os.listdir(f"/proc/{house.server_pid}/task")
     house.attack(
         """
@@ -442,14 +462,14 @@ def test_job_cannot_signal_anybody(house: _House) -> None:
         *house.targets,
         *threads,
     )
-    # Everybody that it may signal at all: itself is spared, and there is nobody else.
+    # `kill -1` spares the process that calls it. Bob has no other process that is to survive.
     output = _run(house.bob, f"sleep 1000 & {_KILL_ALL}; echo alive")
     assert output == "alive\n"
     house.assert_all_is_well()
 
 
-def test_kill_of_everybody_reaches_only_ones_own(house: _House) -> None:
-    """kill -9 -1 takes along what the same user runs, in whatever job, and nobody else's."""
+def test_kill_of_everybody_reaches_only_the_same_users_jobs(house: _House) -> None:
+    """`kill -9 -1` ends all jobs of the user who runs it, and no other process."""
     own = _sh(house.bob, f"echo up; {_FOREVER}")
     assert _first_line(house.bob, own) == "up"
     assert _run(house.bob, f"{_KILL_ALL}; echo alive") == "alive\n"
@@ -465,7 +485,7 @@ def _end_of(client: Client, job: str) -> worker_pb.Job:
 
 
 def test_users_own_second_job_may_be_signalled(house: _House) -> None:
-    """The jobs of one user are one uid; this is what the documentation says."""
+    """The jobs of one user have one uid, so they may signal each other, as documented."""
     own = _sh(house.bob, f"echo $$; {_FOREVER}")
     pid = int(_first_line(house.bob, own))
     assert _run(house.bob, "kill -TERM $1 && echo sent", pid) == "sent\n"
@@ -490,11 +510,11 @@ _LOOK = """
 
 
 def test_job_cannot_look_into_another_process(house: _House) -> None:
-    """Environment, memory, descriptors and the like of server, threads, helper and others' jobs."""
+    """/proc hides environment, memory and descriptors of server, fork server and others' jobs."""
     threads = os.listdir(f"/proc/{house.server_pid}/task")
     output = house.attack(_LOOK, *house.targets, threads[-1])
     assert "do not tell" not in output
-    # It is the rights: the same works for a process of one's own.
+    # The same script works on bob's own process. So it fails above for want of rights.
     own = _sh(house.bob, f"echo $$; {_FOREVER}")
     pid = int(_first_line(house.bob, own))
     output = _run(house.bob, _LOOK, pid)
@@ -508,7 +528,7 @@ def test_job_cannot_look_into_another_process(house: _House) -> None:
     reason="needs perl, and the numbers of the system calls of x86-64",
 )
 def test_job_cannot_trace_another_process(house: _House) -> None:
-    """ptrace(2) and process_vm_readv(2) are refused, but for one's own processes."""
+    """ptrace(2) and process_vm_readv(2) work only on processes of the same user."""
     program = f"""
         for my $pid (@ARGV) {{
             my $buffer = "x" x 8;
@@ -521,7 +541,7 @@ def test_job_cannot_trace_another_process(house: _House) -> None:
         }}"""
     house.attack('program=$1; shift; perl -e "$program" "$@" 2>&1', program, *house.targets)
     if Path("/proc/sys/kernel/yama/ptrace_scope").exists():
-        return  # not even the children of others with the same uid
+        return  # Yama may forbid tracing even a process of the same user
     own = _sh(house.bob, f"echo $$; {_FOREVER}")
     pid = int(_first_line(house.bob, own))
     output = _run(house.bob, 'program=$1; shift; perl -e "$program" "$@" 2>&1', program, pid)
@@ -533,7 +553,7 @@ def test_job_cannot_trace_another_process(house: _House) -> None:
 
 
 def test_set_user_id_program_gives_nothing(house: _House, public: Path) -> None:
-    """no_new_privs: a set-uid root program, which works for others, is a program like others."""
+    """A set-uid root program runs as the job's own user, because of no_new_privs."""
     program = public / "id"
     shutil.copy("/usr/bin/id", program)
     program.chmod(0o6755)
@@ -546,7 +566,7 @@ def test_set_user_id_program_gives_nothing(house: _House, public: Path) -> None:
 
 
 def test_user_namespace_gives_nothing(house: _House) -> None:
-    """Root of a namespace of one's own is still nobody to what is outside of it."""
+    """A job that is root in its own namespace has no rights outside of it."""
     script = (
         _STEAL
         + "\n"
@@ -560,7 +580,7 @@ def test_user_namespace_gives_nothing(house: _House) -> None:
         chroot /proc/$2/root true && echo gained
         true"""
     )
-    path = house.place / "state/token.key"
+    path = house.directory / "state/token.key"
     house.attack(
         "script=$1; shift; unshare --user --map-root-user --mount --cgroup --pid --fork "
         'sh -c "$script" sh "$@" 2>&1',
@@ -572,7 +592,7 @@ def test_user_namespace_gives_nothing(house: _House) -> None:
 
 
 def test_job_cannot_become_somebody_else(house: _House) -> None:
-    """Neither root nor the server nor another user, by any of the usual programs."""
+    """setpriv, su, chown, chroot and others make a job neither root nor another user."""
     house.attack(
         """
         for uid in 0 $1 $2 65534; do
@@ -599,7 +619,7 @@ def test_job_cannot_become_somebody_else(house: _House) -> None:
 
 
 def test_start_stream_status_and_stop_work_for_every_user(house: _House) -> None:
-    """The owner and an admin reach a job whose uid is not the server's; the whole tree ends."""
+    """The owner and an admin stream and stop a job of another uid. A stop ends its whole tree."""
     for owner, other in ((house.alice, house.admin), (house.bob, house.bob)):
         job = _sh(owner, f"sleep 1000 & setsid sleep 1000 & echo up; {_FOREVER}")
         assert _first_line(other, job) == "up"
@@ -613,7 +633,7 @@ def test_start_stream_status_and_stop_work_for_every_user(house: _House) -> None
 
 
 def test_others_jobs_are_out_of_reach_through_the_api_too(house: _House) -> None:
-    """Bob cannot even tell that alice's job is there."""
+    """The API answers bob as if alice's job did not exist."""
     for call in (house.bob.status, house.bob.stop, lambda job: next(house.bob.stream(job))):
         with pytest.raises(ClientError, match="no such job"):
             call(house.victim)
@@ -621,8 +641,10 @@ def test_others_jobs_are_out_of_reach_through_the_api_too(house: _House) -> None
     assert house.victim in [job.job_id for job in house.admin.list()]
 
 
-def test_job_that_cannot_be_executed_by_its_user_is_told(house: _House, public: Path) -> None:
-    """A program that only root may execute is an error for the caller, and no job."""
+def test_program_that_the_jobs_user_may_not_execute_is_an_error(
+    house: _House, public: Path
+) -> None:
+    """Start fails with "permission denied" for a program that only root may execute."""
     program = public / "private"
     shutil.copy("/bin/true", program)
     program.chmod(0o700)
@@ -632,7 +654,7 @@ def test_job_that_cannot_be_executed_by_its_user_is_told(house: _House, public: 
 
 
 def test_files_of_one_user_are_closed_to_another(house: _House) -> None:
-    """What a job makes in a common directory has the umask 077."""
+    """A file that a job makes in /tmp is closed to other users, because of the umask 077."""
     path = f"/tmp/{house.victim}"
     assert _run(house.alice, 'echo secret >"$1" && echo made', path) == "made\n"
     try:
@@ -651,8 +673,9 @@ _FIND_TOP = """
 
 
 @pytest.mark.kernel
+@_ONE_WAY_TO_FORK  # half a minute; test_job_has_no_rights_at_all covers the other way
 def test_job_cannot_write_to_the_cgroup_tree(house: _House) -> None:
-    """No file, from the root down to its own cgroup; nor make, move or remove a cgroup."""
+    """A job cannot write to any file of the tree, nor make or remove a cgroup."""
     output = house.attack(
         f"""{_FIND_TOP}
         n=0
@@ -674,7 +697,7 @@ def test_job_cannot_write_to_the_cgroup_tree(house: _House) -> None:
 
 @pytest.mark.kernel
 def test_job_cannot_leave_its_cgroup(house: _House) -> None:
-    """Not for the parent, another's job, a second one of its own, the server's or the root."""
+    """A job cannot move into any other cgroup, not even that of another job of its user."""
     own = _sh(house.bob, f"echo up; {_FOREVER}")
     assert _first_line(house.bob, own) == "up"
     output = house.attack(
@@ -687,8 +710,8 @@ def test_job_cannot_leave_its_cgroup(house: _House) -> None:
         ls -d $top/job-worker-*/jobs/*
         cat /proc/self/cgroup"""
     )
-    places = {line for line in output.splitlines() if line.startswith("0::")}
-    assert len(places) == 1
+    cgroups = {line for line in output.splitlines() if line.startswith("0::")}
+    assert len(cgroups) == 1
     assert own in output
     assert house.victim in output
     house.bob.stop(own)
@@ -696,7 +719,7 @@ def test_job_cannot_leave_its_cgroup(house: _House) -> None:
 
 @pytest.mark.kernel
 def test_limits_and_usage_of_a_job_of_another_uid(house: _House) -> None:
-    """It is in its cgroup, under its limits, from its first instruction; usage is told."""
+    """The job runs in its cgroup and under its limits. Its usage is reported."""
     script = f"{_FIND_TOP}\ncat $own/pids.max $own/memory.max; echo up; {_FOREVER}"
     job = house.bob.start("sh", ["-c", script], pids=7, memory_bytes=64 << 20)
     with contextlib.closing(house.bob.stream(job)) as chunks:
@@ -721,7 +744,7 @@ def _uid_of(client: Client) -> int:
 def test_uid_is_stable_and_never_anothers(
     certs: Path, entries: dict[str, str], public: Path
 ) -> None:
-    """Across restarts, a changed order, a reload and a removal; a new user has a new one."""
+    """A user keeps the uid across restarts, reloads and removals. A new user gets a new uid."""
     users, state = public / "users", public / "state"
     options = ("--certs", certs, "--users", users, "--state-dir", state)
     users.touch(0o600)
@@ -740,7 +763,7 @@ def test_uid_is_stable_and_never_anothers(
         with _login(program.address, certs, "bob") as bob:
             assert _uid_of(bob) == of_bob
         assert len({first, of_bob, of_carol}) == 3
-        # The file is read by the helper now, and the uid of who comes back is the old one.
+        # The server reads the file again. Alice comes back and gets her old uid.
         dave = entries["root"].replace("root", "dave", 1)
         users.write_text(f"{dave}\n{entries['alice']}\n")
         program.process.send_signal(signal.SIGHUP)
@@ -755,7 +778,7 @@ def test_uid_is_stable_and_never_anothers(
 
 
 def _await_log(program: _Program, text: str) -> None:
-    """Block until the server has logged something; inotify would be no simpler."""
+    """Block until the server has logged `text`."""
     with subprocess.Popen(
         ["tail", "-n", "+1", "-f", program.log], stdout=subprocess.PIPE, text=True
     ) as tail:
@@ -771,7 +794,10 @@ def _await_log(program: _Program, text: str) -> None:
 
 
 class _Witness:
-    """A FIFO that the processes of jobs hold."""
+    """A FIFO that every process of the test's jobs holds open for writing.
+
+    It reads end-of-file when all of them are dead.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "fifo"
@@ -791,14 +817,14 @@ class _Witness:
             lines += os.read(self._fd, 4096)
 
     def await_end(self) -> None:
-        """Block until no process has it."""
+        """Block until no process holds the FIFO."""
         assert select.select([self._fd], [], [], GUARD_S)[0]
         assert os.read(self._fd, 1) == b""
         os.close(self._fd)
         self._open()
 
     def _open(self) -> None:
-        # Anew for each time: once somebody has had it, it is readable when nobody has.
+        # Opened again after each end-of-file, because a FIFO stays readable after the first one.
         self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
 
     def close(self) -> None:
@@ -812,21 +838,23 @@ def witness(public: Path) -> Iterator[_Witness]:
 
 
 def _subtree_of(pid: int) -> Path | None:
-    """The cgroups of the server `pid`, where it has some."""
-    (path,) = re.findall(r"^0::(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.MULTILINE) or [
-        ""
-    ]
+    """Return the top of the cgroups of the server `pid`; None if it has none."""
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    paths = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     tops = [point for _, point, kind, *_ in mounts if kind == "cgroup2"]
-    return Path(tops[0] + path).parent if tops and path.endswith("/server") else None
+    if not tops or not paths or not paths[0].endswith("/main"):
+        return None
+    return Path(tops[0] + paths[0]).parent
 
 
 @contextlib.contextmanager
-def _busy(certs: Path, place: Path, witness: _Witness, *options: str | Path) -> Iterator[_Program]:
-    """A server with jobs of two users."""
-    with _server(
-        place / "log", "--certs", certs, "--state-dir", place / "state", *options
-    ) as program:
+def _busy(
+    certs: Path, directory: Path, witness: _Witness, way_to_fork: tuple[str, ...]
+) -> Iterator[_Program]:
+    """Run a server with jobs of two users."""
+    options = ("--certs", certs, "--state-dir", directory / "state")
+    with _server(directory / "log", *options, before=way_to_fork) as program:
         with (
             _login(program.address, certs, "user", "user") as user,
             _login(program.address, certs, "admin", "admin") as admin,
@@ -843,23 +871,27 @@ def _await_end(pid: int) -> None:
         assert select.select([pidfd], [], [], GUARD_S)[0]
 
 
-def test_death_of_the_server_leaves_nothing(certs: Path, public: Path, witness: _Witness) -> None:
-    """SIGKILL: every job of every user dies, the helper ends, and the cgroups go with it."""
-    with _busy(certs, public, witness) as program:
-        helper, subtree = fork_server_of(program.process.pid), _subtree_of(program.process.pid)
-        with open(os.pidfd_open(helper)) as pidfd:
+def test_death_of_the_server_leaves_nothing(
+    certs: Path, public: Path, witness: _Witness, way_to_fork: tuple[str, ...]
+) -> None:
+    """After SIGKILL of the server, all jobs die, the fork server ends and removes the cgroups."""
+    with _busy(certs, public, witness, way_to_fork) as program:
+        fork_server, subtree = fork_server_of(program.process.pid), _subtree_of(program.process.pid)
+        with open(os.pidfd_open(fork_server)) as pidfd:
             program.process.kill()
             witness.await_end()
             assert select.select([pidfd], [], [], GUARD_S)[0]
         assert subtree is None or not subtree.exists()
 
 
-def test_death_of_the_helper_leaves_no_job(certs: Path, public: Path, witness: _Witness) -> None:
-    """The jobs die, they are LOST, no further one is started, and the server ends as it should."""
-    with _busy(certs, public, witness) as program:
+def test_death_of_the_fork_server_leaves_no_job(
+    certs: Path, public: Path, witness: _Witness, way_to_fork: tuple[str, ...]
+) -> None:
+    """The jobs die and are LOST. No other can start, and the server ends with status 0."""
+    with _busy(certs, public, witness, way_to_fork) as program:
         subtree = _subtree_of(program.process.pid)
         if subtree is None:
-            pytest.skip("needs cgroup v2: without, only the leaders die with the helper")
+            pytest.skip("needs cgroup v2: without, only the leaders die with the fork server")
         os.kill(fork_server_of(program.process.pid), signal.SIGKILL)
         witness.await_end()
         with _login(program.address, certs, "admin", "admin") as admin:
@@ -868,7 +900,7 @@ def test_death_of_the_helper_leaves_no_job(certs: Path, public: Path, witness: _
             with pytest.raises(ClientError, match="has died; restart the server"):
                 _sh(admin, "true")
         assert program.end() == 0
-        # Nobody with the right to remove it is left, but for the next server.
+        # Nobody is left who may remove the cgroups. The next server does.
         with _server(
             public / "next", "--certs", certs, "--state-dir", public / "state"
         ) as successor:
@@ -876,13 +908,15 @@ def test_death_of_the_helper_leaves_no_job(certs: Path, public: Path, witness: _
             assert successor.end() == 0
 
 
-def test_graceful_stop_leaves_nothing(certs: Path, public: Path, witness: _Witness) -> None:
-    """SIGTERM: no process, no cgroup, no output file, and exit status 0."""
-    with _busy(certs, public, witness) as program:
-        helper, subtree = fork_server_of(program.process.pid), _subtree_of(program.process.pid)
+def test_graceful_stop_leaves_nothing(
+    certs: Path, public: Path, witness: _Witness, way_to_fork: tuple[str, ...]
+) -> None:
+    """SIGTERM leaves no process, cgroup or output file. The exit status is 0."""
+    with _busy(certs, public, witness, way_to_fork) as program:
+        fork_server, subtree = fork_server_of(program.process.pid), _subtree_of(program.process.pid)
         assert program.end() == 0
         witness.await_end()
-        assert not Path(f"/proc/{helper}").exists()
+        assert not Path(f"/proc/{fork_server}").exists()
         assert subtree is None or not subtree.exists()
         assert os.listdir(public / "state/output") == []
 
@@ -890,18 +924,24 @@ def test_graceful_stop_leaves_nothing(certs: Path, public: Path, witness: _Witne
 @pytest.mark.kernel
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_stays_in_the_cgroup_tree(
-    base: Path, certs: Path, public: Path, witness: _Witness, number: signal.Signals
+    base: Path,
+    certs: Path,
+    witness: _Witness,
+    number: signal.Signals,
+    way_to_fork: tuple[str, ...],
 ) -> None:
-    """With every limit, in a root of its own, where the server itself is: all as it was before."""
+    """A server in a cgroup of its own leaves that cgroup as it was, even after SIGKILL."""
+    public = witness.path.parent
     enter = ("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(base))
     options = ("--limits", "require", "--state-dir", public / "state", "--certs", certs)
-    with _server(public / "log", *options, before=enter) as program:
+    before = (*way_to_fork, *enter)
+    with _server(public / "log", *options, before=before) as program:
         with _login(program.address, certs, "user", "user") as user:
             _sh(user, witness.script)
             witness.await_up(1)
-        helper = fork_server_of(program.process.pid)
+        fork_server = fork_server_of(program.process.pid)
         assert (base / "cgroup.procs").read_text() == ""
-        with open(os.pidfd_open(helper)) as pidfd:
+        with open(os.pidfd_open(fork_server)) as pidfd:
             program.process.send_signal(number)
             witness.await_end()
             assert select.select([pidfd], [], [], GUARD_S)[0]
@@ -915,9 +955,9 @@ def test_nothing_stays_in_the_cgroup_tree(
 
 
 def _as_nobody(*capabilities: str) -> tuple[str, ...]:
-    """Become an ordinary user with these rights.
+    """Return the beginning of a command that runs as an ordinary user with `capabilities`.
 
-    The right to read lets it execute a Python that is, say, in root's home.
+    CAP_DAC_READ_SEARCH is added, because Python may be in root's home.
     """
     caps = ",".join(f"+{name}" for name in ("dac_read_search", *capabilities))
     return (
@@ -928,7 +968,7 @@ def _as_nobody(*capabilities: str) -> tuple[str, ...]:
 
 @pytest.fixture
 def state_of_nobody(public: Path) -> Path:
-    """A state directory of an ordinary user's."""
+    """A state directory that belongs to an ordinary user."""
     path = public / "state"
     path.mkdir(0o700)
     os.chown(path, NOBODY, NOBODY)
@@ -939,7 +979,7 @@ def state_of_nobody(public: Path) -> Path:
 def test_ordinary_user_is_warned_that_jobs_share_the_uid(
     certs: Path, public: Path, state_of_nobody: Path, capabilities: tuple[str, ...]
 ) -> None:
-    """The warning says what follows and what to do; jobs run, as the server's own user."""
+    """The warning names the dangers and the remedy. Jobs run as the server's own user."""
     options = ("--certs", certs, "--state-dir", state_of_nobody)
     with _server(public / "log", *options, before=_as_nobody(*capabilities)) as program:
         with _login(program.address, certs, "user", "user") as user:
@@ -957,7 +997,7 @@ def test_ordinary_user_is_warned_that_jobs_share_the_uid(
 def test_require_isolation_makes_it_an_error(
     certs: Path, state_of_nobody: Path, capabilities: tuple[str, ...]
 ) -> None:
-    """One line with what is wrong and what to do; no server, and nothing made."""
+    """The server prints one line with the problem and the remedy, makes nothing and exits."""
     result = subprocess.run(
         [
             *_as_nobody(*capabilities),
@@ -979,11 +1019,15 @@ def test_require_isolation_makes_it_an_error(
 
 
 def test_isolation_with_capabilities_instead_of_root(
-    certs: Path, public: Path, state_of_nobody: Path, witness: _Witness
+    certs: Path,
+    public: Path,
+    state_of_nobody: Path,
+    witness: _Witness,
+    way_to_fork: tuple[str, ...],
 ) -> None:
-    """An ordinary user with CAP_SETUID, CAP_SETGID and CAP_KILL: all the same, and none left."""
+    """A server started with CAP_SETUID, CAP_SETGID and CAP_KILL isolates jobs and keeps none."""
     options = ("--certs", certs, "--state-dir", state_of_nobody, "--require-isolation")
-    before = _as_nobody("setuid", "setgid", "kill")
+    before = (*way_to_fork, *_as_nobody("setuid", "setgid", "kill"))
     with _server(public / "log", *options, before=before) as program:
         pid = program.process.pid
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -1000,7 +1044,7 @@ def test_isolation_with_capabilities_instead_of_root(
             assert len(uids) == 2
             assert uids <= set(range(_FIRST_UID - 1, 80_000))
             assert "CapEff:\t0000000000000000" in _run(user, "cat /proc/self/status")
-            # Not before a job has run: the fork server gives up its other rights as it starts.
+            # A job has run, so the fork server has given up its other rights.
             fork_server = _status(fork_server_of(pid))
             assert int(fork_server["CapEff"], 16) == sum(1 << number for number in (5, 6, 7))
             job = _sh(user, witness.script)
@@ -1015,16 +1059,21 @@ def test_isolation_with_capabilities_instead_of_root(
 
 @pytest.mark.kernel
 def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
-    base: Path, certs: Path, public: Path, state_of_nobody: Path, witness: _Witness
+    base: Path,
+    certs: Path,
+    state_of_nobody: Path,
+    witness: _Witness,
+    way_to_fork: tuple[str, ...],
 ) -> None:
-    """With a cgroup of its own CAP_SETUID and CAP_SETGID are enough."""
+    """A server with a delegated cgroup needs only CAP_SETUID and CAP_SETGID to isolate jobs."""
+    public = witness.path.parent
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
         os.chown(path, NOBODY, NOBODY)
     enter = ("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(base))
     options = ("--certs", certs, "--state-dir", state_of_nobody, "--limits", "require")
-    before = (*enter, *_as_nobody("setuid", "setgid"))
+    before = (*way_to_fork, *enter, *_as_nobody("setuid", "setgid"))
     with _server(public / "log", *options, "--require-isolation", before=before) as program:
-        helper = fork_server_of(program.process.pid)
+        fork_server = fork_server_of(program.process.pid)
         with _login(program.address, certs, "user", "user") as user:
             assert _uid_of(user) >= _FIRST_UID - 1
             job = _sh(user, witness.script)
@@ -1041,13 +1090,13 @@ def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
             assert output == ""
             _sh(user, witness.script)
             witness.await_up(1)
-        with open(os.pidfd_open(helper)) as pidfd:
+        with open(os.pidfd_open(fork_server)) as pidfd:
             program.process.kill()
             witness.await_end()
             assert select.select([pidfd], [], [], GUARD_S)[0]
     assert wait_event(base, "populated", "0", GUARD_S)
     with Worker(enforcement="require", cgroup_root=base):
-        pass  # the next one sweeps
+        pass  # the next worker removes the cgroups of the last one
     assert [each for each in base.iterdir() if each.is_dir()] == []
 
 
@@ -1057,7 +1106,7 @@ def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
 def test_server_works_below_a_directory_that_is_closed_to_it(
     certs: Path, entries: dict[str, str], public: Path
 ) -> None:
-    """Source, certificates, users and state below root's own 0700 directory, all its life long."""
+    """The server runs, reloads and ends below root's own 0700 directory."""
     closed = public / "closed"
     closed.mkdir(0o700)
     for path in _HERE.glob("*.py"):
@@ -1115,7 +1164,7 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
 def test_what_jobs_could_get_at_is_an_error(
     certs: Path, entries: dict[str, str], public: Path, bad: tuple[str, int, str]
 ) -> None:
-    """The users file, the keys and the directories they are in; it says what to do about it."""
+    """If jobs could reach these files, the server exits and prints the chmod command."""
     name, mode, remedy = bad
     shutil.copytree(certs, public / "certs")
     os.chmod(public / "certs", 0o755)
@@ -1133,7 +1182,7 @@ def test_what_jobs_could_get_at_is_an_error(
     )
     assert (run.returncode, run.stdout) == (1, "")
     assert f"run: {remedy}{public / name}" in run.stderr
-    os.chmod(public, 0o700)  # nobody comes to it now, whatever its mode
+    os.chmod(public, 0o700)  # now jobs cannot reach it, whatever its mode
     with _server(public / "log", *options) as program:
         assert program.end() == 0
 
@@ -1141,7 +1190,7 @@ def test_what_jobs_could_get_at_is_an_error(
 def test_users_file_that_jobs_could_read_is_not_taken_up(
     certs: Path, entries: dict[str, str], public: Path
 ) -> None:
-    """On SIGHUP; the users stay as they were, and the log says why."""
+    """On SIGHUP the server keeps the users as they were and logs the reason."""
     users = public / "users"
     users.touch(0o600)
     users.write_text(f"{entries['alice']}\n")
@@ -1163,10 +1212,10 @@ def test_users_file_that_jobs_could_read_is_not_taken_up(
         ("70000-70001", "no uid is left for"),
     ],
 )
-def test_range_that_will_not_do_is_an_error(
+def test_unusable_range_of_uids_is_an_error(
     certs: Path, public: Path, uids: str, problem: str
 ) -> None:
-    """One line that names it, and no server; also when there are more users than uids."""
+    """The server exits and names the problem, also if there are more users than uids."""
     result = subprocess.run(
         [
             *(sys.executable, _HERE / "server.py", "--listen", "127.0.0.1:0", "--limits", "auto"),
