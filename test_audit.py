@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audit import AUDIT_FLAGS, AuditError, AuditLog
-from testkit import GUARD_S, descriptors_of
+from testkit import GUARD_S, descriptors_of, file_size_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,17 +58,6 @@ def _full_disk(log: AuditLog) -> Iterator[None]:
     finally:
         os.close(full)
         os.close(kept)
-
-
-@contextlib.contextmanager
-def _size_limit(size: int) -> Iterator[None]:
-    """Limit the size of all files of this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -357,13 +345,13 @@ def test_record_after_a_torn_one_begins_a_line_of_its_own(
                 refused.append(n)
 
         record(1)
-        with _size_limit(500):  # the second fits in part, the third not at all
+        with file_size_limit(500):  # the second fits in part, the third not at all
             record(2)
             record(3)
-        with _size_limit(501):  # room for the new line that is missing, and for nothing else
+        with file_size_limit(501):  # room for the new line that is missing, and for nothing else
             record(4)
             record(5)
-        with _size_limit(600):  # torn again
+        with file_size_limit(600):  # torn again
             record(6)
         record(7)
         record(8)
@@ -383,10 +371,10 @@ def test_torn_record_of_a_former_process_stays_alone_on_its_line(path: Path) -> 
 
     Not even if the disk is still full when the next one starts.
     """
-    with AuditLog(lambda: _open(path)) as log, _size_limit(50):
+    with AuditLog(lambda: _open(path)) as log, file_size_limit(50):
         log.record(filling="x" * 100)
     with AuditLog(lambda: _open(path)) as log:
-        with _size_limit(50):
+        with file_size_limit(50):
             log.record(n=1)
         log.record(n=2)
     with AuditLog(lambda: _open(path)) as log:  # now nothing is torn, so nothing is put between
@@ -400,7 +388,7 @@ def test_torn_record_and_a_reopened_log_make_no_empty_line(
     log: AuditLog, path: Path, tmp_path: Path, renamed: bool
 ) -> None:
     """After a rotation during an outage the new file begins with a record."""
-    with _size_limit(50):
+    with file_size_limit(50):
         log.record(filling="x" * 100)
     assert path.stat().st_size == 50
     if renamed:

@@ -45,7 +45,7 @@ from auth import (
     load_key,
     may_call,
 )
-from testkit import GUARD_S
+from testkit import GUARD_S, Hashing
 from users import User
 
 if TYPE_CHECKING:
@@ -163,26 +163,11 @@ def test_unknown_user_and_wrong_password_are_the_same(
     assert all(call == calls[0] for call in calls)
 
 
-class _Hashing:
-    """Stops every hash until `release`, and counts the hashes that have begun."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun = threading.Semaphore(0)
-        self.go_on = threading.Event()
-        self._scrypt = hashlib.scrypt
-        monkeypatch.setattr(hashlib, "scrypt", self._blocked)
-
-    def _blocked(self, password: bytes, **options: Any) -> bytes:
-        self.begun.release()
-        assert self.go_on.wait(GUARD_S)
-        return self._scrypt(password, **options)
-
-
 def test_two_hashes_are_made_at_once(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three peers' logins the third waits until one of the others has ended."""
-    hashing = _Hashing(monkeypatch)
+    hashing = Hashing(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
         logins = [
             pool.submit(authenticator.login, "alice", "secret", _CERTIFICATE, f"192.0.2.{number}")
@@ -201,7 +186,7 @@ def test_login_that_waits_is_given_up_when_the_authenticator_is_closed(
 ) -> None:
     """It is not hashed and not counted as a failure. Tokens stay valid."""
     token = _login(authenticator)
-    hashing = _Hashing(monkeypatch)
+    hashing = Hashing(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         for _ in range(2):
             authenticator._hashes.acquire()
@@ -689,7 +674,7 @@ def test_token_of_a_login_that_was_overtaken_by_a_change_is_not_valid(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The user got a new password while the old one was being checked."""
-    hashing = _Hashing(monkeypatch)
+    hashing = Hashing(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         login = pool.submit(_login, authenticator)
         assert hashing.begun.acquire(timeout=GUARD_S)

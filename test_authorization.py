@@ -356,12 +356,15 @@ def test_matrix(house: _House, foreign: dict[str, str], role: str, name: str, jo
 
 
 def test_list_shows_nothing_of_others(house: _House, foreign: dict[str, str]) -> None:
-    """A user sees their own jobs, an admin those of everybody, the removed included."""
-    own = house.run("alice", forever=False)
+    """A user sees their own jobs, an admin all, removed users' too, in the order of start."""
+    own, later = house.run("alice", forever=False), house.run("alice", forever=False)
     with house.client("alice") as alice, house.client("root") as root:
         assert own in {job.job_id for job in alice.list()}
         assert {job.owner for job in alice.list()} == {"alice"}
         assert {own, *foreign.values()} <= {job.job_id for job in root.list()}
+        for client in (alice, root):
+            listed = [job.job_id for job in client.list()]
+            assert listed.index(own) < listed.index(later)
 
 
 @pytest.mark.parametrize("user", ["user", "admin"])
@@ -1100,17 +1103,23 @@ def test_token_does_not_come_back_with_the_name(
 def test_token_ends_with_its_logout_for_good(
     build: Callable[[Path], _House], make_state: Callable[[], Path], number: signal.Signals
 ) -> None:
-    """Its streams too; not the other tokens of the user; and no end of the server undoes it."""
+    """Its silent streams end too. The user's other tokens and streams, and the job, go on.
+
+    The logout holds after any end of the server.
+    """
     state = make_state()
     house = build(state)
     token = house.login("alice")
     other = house.token("alice")
     job_id = house.run("alice", forever=True)
-    stream = _follow(house.channel, token, job_id)
+    stream, still = (_follow(house.channel, each, job_id) for each in (token, other))
     assert _call(house.channel, "Logout", b"", _bearer(token)).code == "OK"
     assert _end(stream) == _NO_TOKEN[:2]
     _assert_ended(house, token)
     assert _is_accepted(house, other)
+    stopped = _call(house.channel, "StopJob", _request("StopJob", job_id), _bearer(other))
+    assert stopped.code == "OK"
+    assert _end(still) == ("OK", "")
     house.program.end(number)
     house = build(state)
     _assert_ended(house, token)

@@ -5,11 +5,9 @@ A test that needs to know that a thread waits uses `_Watched`, never a delay.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
-import resource
 import stat
 import subprocess
 import sys
@@ -25,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broadcaster import Budget, OffsetError, OutputIncompleteError, OutputLog, Subscription
-from testkit import GUARD_S
+from testkit import GUARD_S, file_size_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,17 +93,6 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def _read(log: OutputLog, offset: int = 0, subscriber: str = "") -> bytes:
     with log.subscribe(subscriber, offset) as subscription:
         return b"".join(subscription)
-
-
-@contextlib.contextmanager
-def _file_size_limit(size: int) -> Iterator[None]:
-    """Let no file grow past `size`, as on a disk that is full at that byte."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- the same bytes for everyone ------------------------------------------------------
@@ -539,7 +526,7 @@ def test_full_disk_is_an_error_where_the_stored_part_ends(
 
     follower = pool.submit(follow)
     watched.await_waiters(1)
-    with _file_size_limit(60):
+    with file_size_limit(60):
         log.append(b"a" * 50)
         log.append(b"b" * 30)  # ten of these bytes fit
     log.append(b"c" * 5)  # there is room again, but these bytes would follow a gap
@@ -904,7 +891,7 @@ def test_bytes_that_the_disk_refused_are_given_back_to_the_budget(path: Path, li
     budget = Budget(limit, _CEILING)
     log = OutputLog(path, budget=budget)
     log.append(b"a" * 50)
-    with _file_size_limit(55):
+    with file_size_limit(55):
         log.append(b"b" * 30)
     log.append(b"c" * 30)
     log.complete()

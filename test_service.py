@@ -7,7 +7,6 @@ that must look inside or stage a fault.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -40,7 +39,17 @@ from quotas import QuotaError, Quotas
 from server import Server
 from service import add_services
 from settings import Config, Settings
-from testkit import ABSENT, FOREVER, GUARD_S, call_rpc, follow, make_fifo, rpc_methods, run_job
+from testkit import (
+    ABSENT,
+    FOREVER,
+    GUARD_S,
+    Hashing,
+    call_rpc,
+    follow,
+    make_fifo,
+    rpc_methods,
+    run_job,
+)
 from users import SEEDED_USERS
 from worker import Job, Limits, Worker
 
@@ -85,94 +94,6 @@ def _fields(name: str, job_id: str) -> dict[str, Any]:
 def own(connect: Connect) -> str:
     """A finished job of `user`."""
     return run_job(connect("user"))
-
-
-@pytest.fixture
-def foreign(connect: Connect) -> str:
-    """A finished job of `admin`."""
-    return run_job(connect("admin"))
-
-
-@pytest.mark.parametrize("name", _WITH_TOKEN)
-@pytest.mark.parametrize("user", ["user", "admin"])
-def test_both_roles_may_call_every_rpc(connect: Connect, own: str, name: str, user: str) -> None:
-    """With a token every RPC of the service works, on one's own job and for an admin."""
-    client = connect(user)
-    if name == "Logout":
-        client.login(user, user)  # not to end the token that all share
-    assert call_rpc(client, name, **_fields(name, own)) == ("OK", "")
-
-
-@pytest.mark.parametrize("name", _WITH_TOKEN)
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        [],
-        [("authorization", "")],
-        [("authorization", "Bearer")],
-        [("authorization", "Bearer ")],
-        [("authorization", "Bearer garbage")],
-        [("authorization", "Basic dXNlcjp1c2Vy")],
-        [("authorization", "TOKEN")],
-        [("authorization", "Bearer TOKEN"), ("authorization", "Bearer TOKEN")],
-        [("authorization", "Bearer TOKENx")],
-        [("token", "TOKEN")],
-    ],
-    ids=lambda metadata: " ".join(value for pair in metadata for value in pair) or "nothing",
-)
-def test_call_without_a_good_token_is_unauthenticated(
-    connect: Connect, own: str, tokens: dict[str, str], name: str, metadata: list[tuple[str, str]]
-) -> None:
-    """Streams included, and before anything else is looked at."""
-    sent = [(key, value.replace("TOKEN", tokens["user"])) for key, value in metadata]
-    assert call_rpc(connect(), name, metadata=sent, **_fields(name, own)) == _NO_TOKEN
-    assert call_rpc(connect(), name, metadata=sent, data=b"\xff") == _NO_TOKEN
-
-
-@pytest.mark.parametrize("name", _WITH_TOKEN)
-def test_token_over_another_certificate_is_unauthenticated(
-    connect: Connect, certs: Path, own: str, name: str
-) -> None:
-    """A stolen token is worth nothing, even with a certificate of the same CA."""
-    thief = connect("user", cert=certs / "other.pem", key=certs / "other-key.pem")
-    assert call_rpc(thief, name, **_fields(name, own)) == _NO_TOKEN
-
-
-@pytest.mark.parametrize("name", _WITH_JOB)
-def test_foreign_and_absent_job_cannot_be_told_apart(
-    connect: Connect, foreign: str, name: str
-) -> None:
-    """A user learns nothing of others' jobs: same code, same message. An admin reaches them."""
-    for job_id in (foreign, ABSENT):
-        assert call_rpc(connect("user"), name, job_id=job_id) == ("NOT_FOUND", "no such job")
-    assert call_rpc(connect("admin"), name, job_id=foreign) == ("OK", "")
-    assert call_rpc(connect("admin"), name, job_id=ABSENT) == ("NOT_FOUND", "no such job")
-
-
-def test_list_shows_a_user_their_own_and_an_admin_all(
-    connect: Connect, own: str, foreign: str
-) -> None:
-    """In the order of their start."""
-    mine = [(job.job_id, job.owner) for job in connect("user").list()]
-    everybody = [job.job_id for job in connect("admin").list()]
-    assert (own, "user") in mine
-    assert {owner for _, owner in mine} == {"user"}
-    assert foreign in everybody
-    assert [job_id for job_id in everybody if (job_id, "user") in mine] == [i for i, _ in mine]
-
-
-@pytest.mark.parametrize("name", _METHODS)
-def test_rpc_that_is_not_in_the_permission_table_is_denied(
-    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """An RPC that somebody forgets to give permissions is open to nobody, admins included."""
-    path = f"/{_METHODS[name].containing_service.full_name}/{name}"
-    monkeypatch.setattr(
-        auth, "PERMISSIONS", {p: roles for p, roles in auth.PERMISSIONS.items() if p != path}
-    )
-    client = connect("admin", serve().address)
-    assert call_rpc(client, name, **_fields(name, ABSENT))[0] == "PERMISSION_DENIED"
-    assert call_rpc(client, name, metadata=[]) == _NO_TOKEN
 
 
 @pytest.mark.parametrize("name", _METHODS)
@@ -225,25 +146,6 @@ def test_wrong_logins_are_unauthenticated_alike(serve: Serve, connect: Connect) 
     }
 
 
-class _Hashing:
-    """Holds every hash back until it is told to go on, and counts those that have begun."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun = threading.Semaphore(0)
-        self.go_on = threading.Event()
-        self._scrypt = hashlib.scrypt
-        monkeypatch.setattr(hashlib, "scrypt", self._blocked)
-
-    def _blocked(self, password: bytes, **options: Any) -> bytes:
-        self.begun.release()
-        assert self.go_on.wait(GUARD_S)
-        return self._scrypt(password, **options)
-
-    def await_begun(self, count: int) -> None:
-        for _ in range(count):
-            assert self.begun.acquire(timeout=GUARD_S)
-
-
 def _log_in(client: Client) -> tuple[str, str]:
     return call_rpc(client, "Login", username="user", password="user")
 
@@ -252,7 +154,7 @@ def test_second_login_of_a_peer_at_once_is_refused_at_once(
     serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RESOURCE_EXHAUSTED with a time, not a queue; other calls, and other peers, go on."""
-    hashing = _Hashing(monkeypatch)
+    hashing = Hashing(monkeypatch)
     address = serve().address
     client = connect("user", address)
     other = connect("", address, cert=certs / "other.pem", key=certs / "other-key.pem")
@@ -279,7 +181,7 @@ def test_too_many_logins_at_once_are_refused_at_once(
     generate = [str(_HERE / "certs" / "generate.sh"), "--dir", str(tmp_path), *names]
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
     monkeypatch.setattr(auth, "_HASHES_AT_ONCE", 8)  # so that eight are known to be under way
-    hashing = _Hashing(monkeypatch)
+    hashing = Hashing(monkeypatch)
     address = serve().address
     *peers, ninth = (
         connect("", address, cert=tmp_path / f"{name}.pem", key=tmp_path / f"{name}-key.pem")
@@ -308,7 +210,7 @@ def test_logins_that_wait_for_their_turn_are_given_up_at_the_end(
 
     monkeypatch.setattr(auth, "_HASHES_AT_ONCE", 1)
     monkeypatch.setattr(auth.Authenticator, "login", enter)
-    hashing = _Hashing(monkeypatch)
+    hashing = Hashing(monkeypatch)
     server = serve()
     clients = [
         connect("", server.address, cert=certs / f"{name}.pem", key=certs / f"{name}-key.pem")
@@ -328,34 +230,6 @@ def test_logins_that_wait_for_their_turn_are_given_up_at_the_end(
 
 
 # --- logout -----------------------------------------------------------------------------
-
-
-def test_logout_ends_that_token_for_every_rpc(serve: Serve, connect: Connect) -> None:
-    """At once, a second logout included; other tokens of the same user go on."""
-    address = serve().address
-    client = connect("", address)
-    client.login("user", "user")
-    job_id = run_job(client)
-    assert call_rpc(client, "Logout") == ("OK", "")
-    for name in _WITH_TOKEN:
-        assert call_rpc(client, name, **_fields(name, job_id)) == _NO_TOKEN
-    assert call_rpc(connect("user", address), "GetJobStatus", job_id=job_id) == ("OK", "")
-
-
-def test_logout_ends_the_open_streams_of_that_token(serve: Serve, connect: Connect) -> None:
-    """Silent ones too, as calls that are not authenticated any more; the job goes on."""
-    address = serve().address
-    client, other = connect("", address), connect("user", address)
-    client.login("user", "user")
-    job_id = client.start(*FOREVER)
-    ended, still = follow(client, job_id), follow(other, job_id)
-    client.logout()
-    with pytest.raises(ClientError) as caught:
-        next(ended)
-    assert caught.value.code == "UNAUTHENTICATED"
-    assert other.status(job_id).status == worker_pb.RUNNING
-    other.stop(job_id)
-    assert list(still) == []
 
 
 def test_logout_that_cannot_be_recorded_is_told_and_the_token_stays(

@@ -355,29 +355,6 @@ def test_any_request_is_answered_as_documented(
     check()
 
 
-@pytest.mark.parametrize("name", [name for name in _METHODS if name != "Login"])
-def test_any_request_without_a_token_is_unauthenticated(
-    server: _Server, channel: grpc.Channel, names: dict[bytes, bytes], name: str
-) -> None:
-    """Whatever it is: nobody looks at it."""
-    refusal = _call(channel, name, b"", None)
-    assert refusal[0] == "UNAUTHENTICATED"
-    jobs = server.admin.list()
-
-    @_SLOWER
-    @given(data=_requests(name))
-    def check(data: bytes) -> None:
-        for placeholder, job_id in names.items():
-            data = data.replace(placeholder, job_id)
-        code, details = _call(channel, name, data, None)
-        assert (code, details) == refusal or (
-            code == "RESOURCE_EXHAUSTED" and len(data) > _REQUEST_BYTES
-        )
-
-    check()
-    assert server.admin.list() == jobs
-
-
 @pytest.mark.parametrize("name", ["ListJobs", "StreamOutput"])
 @pytest.mark.parametrize("compression", [None, grpc.Compression.Gzip, grpc.Compression.Deflate])
 def test_request_over_the_ceiling_is_refused_and_takes_no_memory(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
+import resource
 import signal
 import ssl
 import struct
 import subprocess
 import sys
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -47,6 +50,37 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Hashing:
+    """Stops every hash of a password until `go_on` is set. `begun` counts the hashes that began."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Semaphore(0)
+        self.go_on = threading.Event()
+        self._scrypt = hashlib.scrypt
+        monkeypatch.setattr(hashlib, "scrypt", self._blocked)
+
+    def _blocked(self, password: bytes, **options: Any) -> bytes:
+        self.begun.release()
+        assert self.go_on.wait(GUARD_S)
+        return self._scrypt(password, **options)
+
+    def await_begun(self, count: int) -> None:
+        """Block until that many more hashes have begun."""
+        for _ in range(count):
+            assert self.begun.acquire(timeout=GUARD_S)
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let no file of this process grow past `size`, as on a disk that is full at that byte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def descriptors_of(pid: int | str = "self") -> list[str]:
