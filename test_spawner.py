@@ -1,6 +1,7 @@
-"""Tests of the spawner: a real helper process and real jobs.
+"""Tests of the spawner and the fork server: a real fork server and real jobs.
 
-That a process is dead is proved by end-of-file on a pipe that it held open.
+Each test runs with both ways to fork. A process holds a pipe open; end-of-file on that pipe
+proves that the process is dead.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _SERVER_UID = 71_000
 
 
 class _Job:
-    """A job as the spawner sees it, with the read ends of its two pipes."""
+    """A job of a spawner, with the read ends of its output pipe and its exit pipe."""
 
     def __init__(
         self,
@@ -68,13 +69,15 @@ class _Job:
                 theirs.callback(os.close, fd)
             with spawner.fork(name, stdout_fd=stdout_fd, exit_fd=exit_fd) as process:
                 if prepared:
-                    spawner.kill("nobody")  # once it answers, it has done what was asked before
+                    spawner.kill(
+                        "nobody"
+                    )  # the answer comes after the fork, which was requested before
                 self.pid, self.pidfd = process.execute(argv, _ENV, uid=uid)
             undo.callback(os.close, self.pidfd)
             self.close = undo.pop_all().close
 
     def read(self) -> bytes:
-        """Everything the job writes, until no process holds its output."""
+        """Return all output; blocks until no process holds the pipe."""
         with open(self._output_fd, "rb", closefd=False) as output:
             return output.read()
 
@@ -87,22 +90,22 @@ class _Job:
         return line
 
     def has_no_process(self) -> bool:
-        """Block until nobody holds its output any more; False if that takes for ever."""
+        """Block until no process holds the job's output pipe; False after a minute."""
         return _is_abandoned(self._output_fd)
 
     def exit(self) -> Exit | None:
-        """How it ended, without what it used."""
+        """Return how the leader ended, without its usage."""
         end = read_exit(self._exit_fd)
         return end and Exit(end.exit_code, end.signal)
 
 
 def _is_abandoned(read_fd: int) -> bool:
-    """Block until nobody holds the other end of a pipe that nobody writes to."""
+    """Block until no process holds the write end of this silent pipe; False after a minute."""
     return bool(select.select([read_fd], [], [], GUARD_S)[0]) and os.read(read_fd, 1) == b""
 
 
 def _status(pid: int | str) -> dict[str, str]:
-    """The fields of /proc/PID/status."""
+    """Return the fields of /proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
@@ -112,17 +115,17 @@ def _await_end(pidfd: int) -> None:
 
 
 def _program(source: str, *args: str) -> list[str]:
-    """Run `source` as a program that can import the library; it must not use ours."""
+    """Return a command that runs `source`, which can import the library."""
     path = str(Path(__file__).parent)
     return [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n{source}", *args]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks() -> Iterator[None]:
-    """Every test, whatever it does, must give back all descriptors and processes."""
+    """Every test must close all its descriptors and leave no process."""
     before = descriptors_of(), children_of(os.getpid())
     yield
-    # Not that there are as many: gRPC, which other modules have used, may close some late.
+    # Fewer descriptors are no leak: gRPC, which other test modules use, may close some late.
     assert set(descriptors_of()) <= set(before[0])
     assert children_of(os.getpid()) == before[1]
 
@@ -135,7 +138,7 @@ def spawner() -> Iterator[Spawner]:
 
 @pytest.fixture(params=[False, True], ids=["forked", "prepared"])
 def prepared(request: pytest.FixtureRequest) -> bool:
-    """Whether a job's process is there before it is told what to execute."""
+    """Whether the fork is done before the process receives its program."""
     return bool(request.param)
 
 
@@ -168,7 +171,7 @@ def spawn(spawner: Spawner, prepared: bool) -> Iterator[Callable[..., _Job]]:
 def test_exit_pipe_tells_the_end_and_then_that_the_group_is_gone(
     spawn: Callable[..., _Job], script: str, end: Exit
 ) -> None:
-    """One line says how the leader ended, end-of-file that nothing of its group is left."""
+    """One line reports the leader's end; end-of-file reports that its process group is gone."""
     job = spawn("sh", "-c", f"{_FOREVER} & {script}")
     assert job.exit() == end
     assert job.exit() is None
@@ -176,13 +179,13 @@ def test_exit_pipe_tells_the_end_and_then_that_the_group_is_gone(
 
 
 def test_stdout_and_stderr_share_one_pipe_in_order(spawn: Callable[..., _Job]) -> None:
-    """What a job prints on either comes out as it was written, byte for byte."""
+    """Bytes arrive unchanged, in the order in which the job wrote them."""
     job = spawn("sh", "-c", "echo out; echo err >&2; printf 'a\\0b\\377'")
     assert job.read() == b"out\nerr\na\0b\xff"
 
 
 def test_pid_and_pidfd_are_the_leaders(spawn: Callable[..., _Job]) -> None:
-    """The pidfd outlives the process and cannot mean another."""
+    """The pidfd still means the same process after its end."""
     job = spawn("sh", "-c", "echo $$; read line")
     assert job.exit() == Exit(exit_code=1)  # stdin is at its end
     _await_end(job.pidfd)
@@ -194,7 +197,7 @@ def test_pid_and_pidfd_are_the_leaders(spawn: Callable[..., _Job]) -> None:
 def test_leader_has_its_own_session_null_stdin_and_the_root_directory(
     spawn: Callable[..., _Job],
 ) -> None:
-    """Pid, process group and session are one number; there is no terminal."""
+    """Its pid, process group and session are one number. It has no terminal."""
     job = spawn("sh", "-c", "cat /proc/$$/stat; readlink /proc/$$/fd/0; pwd; umask")
     stat, stdin, directory, umask = job.read().decode().splitlines()
     _ppid, group, session, terminal = stat.rpartition(") ")[2].split()[1:5]
@@ -203,7 +206,7 @@ def test_leader_has_its_own_session_null_stdin_and_the_root_directory(
 
 
 def test_argument_of_100_kib_arrives_whole(spawn: Callable[..., _Job]) -> None:
-    """A request larger than any socket buffer's packet limit is no problem."""
+    """An argument may be larger than the largest packet of a socket."""
     text = "".join(f"{i:09}\n" for i in range(10_240))
     with_reader = spawn("printf", "%s", text)
     assert with_reader.read() == text.encode()
@@ -222,7 +225,7 @@ def test_kill_takes_the_whole_process_group(spawner: Spawner, spawn: Callable[..
 def test_kill_of_an_ended_or_unknown_job_does_nothing(
     spawner: Spawner, spawn: Callable[..., _Job]
 ) -> None:
-    """Once reaped a leader's number may be a stranger's; nobody is signalled."""
+    """The kernel may reuse a reaped leader's pid, so the fork server signals nobody."""
     job = spawn("sh", "-c", "exit 5")
     assert [job.exit(), job.exit()] == [Exit(exit_code=5), None]
     spawner.kill("job")
@@ -230,7 +233,7 @@ def test_kill_of_an_ended_or_unknown_job_does_nothing(
 
 
 def test_kill_hits_only_the_job_it_names(spawner: Spawner, spawn: Callable[..., _Job]) -> None:
-    """The other jobs run on."""
+    """The other jobs keep running."""
     first = spawn("sh", "-c", _FOREVER, name="first")
     second = spawn("sh", "-c", "echo alive; " + _FOREVER, name="second")
     spawner.kill("first")
@@ -250,7 +253,7 @@ def test_kill_hits_only_the_job_it_names(spawner: Spawner, spawn: Callable[..., 
 def test_exec_error_carries_its_errno(
     spawn: Callable[..., _Job], tmp_path: Path, mode: int, content: str, code: int
 ) -> None:
-    """Why a file could not be executed comes back as the kernel said it."""
+    """The error of a start is the one of execve(2)."""
     path = tmp_path / "command"
     path.write_text(content)
     path.chmod(mode)
@@ -272,20 +275,22 @@ def test_exec_error_carries_its_errno(
 def test_failed_start_leaves_nothing_and_the_next_one_works(
     spawner: Spawner, spawn: Callable[..., _Job], argv: list[str], code: int
 ) -> None:
-    """The helper keeps neither a child nor a descriptor of a job that never was."""
+    """The fork server keeps neither a child nor a descriptor of a failed start."""
     spawner.kill("warm-up")
     before = descriptors_of(), descriptors_of(spawner.pid)
     for _ in range(5):
         with pytest.raises(OSError, match=os.strerror(code)):
             spawn(*argv)
-    spawner.kill("nobody")  # the helper has cleaned up once it answers this
+    spawner.kill("nobody")  # the fork server cleans up before it answers
     assert (descriptors_of(), descriptors_of(spawner.pid)) == before
     assert children_of(spawner.pid) == []
     assert spawn("echo", "fine").read() == b"fine\n"
 
 
-def test_helper_keeps_nothing_of_ended_jobs(spawner: Spawner, spawn: Callable[..., _Job]) -> None:
-    """After thirty jobs it has no more descriptors and children than before."""
+def test_fork_server_keeps_nothing_of_ended_jobs(
+    spawner: Spawner, spawn: Callable[..., _Job]
+) -> None:
+    """After thirty jobs it has as many descriptors and children as before."""
     spawner.kill("warm-up")
     before = descriptors_of(spawner.pid)
     for i in range(30):
@@ -297,7 +302,7 @@ def test_helper_keeps_nothing_of_ended_jobs(spawner: Spawner, spawn: Callable[..
 
 
 def test_orphans_are_reaped(spawner: Spawner, spawn: Callable[..., _Job], tmp_path: Path) -> None:
-    """A daemon that left its job's group becomes the helper's child, and never a zombie."""
+    """A daemon that left its job's group becomes a child of the fork server, which reaps it."""
     fifo, up = tmp_path / "fifo", tmp_path / "up"
     os.mkfifo(fifo)
     os.mkfifo(up)
@@ -311,7 +316,7 @@ def test_orphans_are_reaped(spawner: Spawner, spawn: Callable[..., _Job], tmp_pa
     with contextlib.closing(_Pidfd(daemon)) as pidfd:
         fifo.write_text("go\n")
         _await_end(pidfd.fd)
-    other = spawn("true", name="other")  # the helper reaps all there is when this one ends
+    other = spawn("true", name="other")  # its end makes the fork server reap
     assert [other.exit(), other.exit()] == [Exit(exit_code=0), None]
     assert children_of(spawner.pid) == []
 
@@ -376,7 +381,7 @@ def test_orphans_that_end_by_the_hundred_do_not_hold_up_a_start(
 
 # --- what jobs inherit ------------------------------------------------------------------------
 
-_HOSTILE_OWNER = """
+_HOSTILE_MAIN = """
 import os, signal
 signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE}
 for number in signals | {signal.SIGUSR1, signal.SIGRTMIN}:
@@ -397,18 +402,18 @@ with Spawner() as spawner:
 """
 
 
-def _from_hostile_owner(*argv: str) -> str:
-    """Run a job whose owner ignores and blocks signals and has things to leak."""
-    return subprocess.check_output(_program(_HOSTILE_OWNER, *argv), text=True, timeout=GUARD_S)
+def _from_hostile_main(*argv: str) -> str:
+    """Run a job under a main process that ignores signals and has descriptors to leak."""
+    return subprocess.check_output(_program(_HOSTILE_MAIN, *argv), text=True, timeout=GUARD_S)
 
 
-def test_job_has_default_signals_whatever_the_owner_did() -> None:
-    """Nothing is blocked, ignored or pending, so that SIGTERM stops what it is meant for.
+def test_job_has_default_signals_whatever_the_main_process_did() -> None:
+    """No signal is blocked, ignored, caught or pending.
 
-    But for the two signals that are the C library's own, below SIGRTMIN: it lets nobody
-    set them, and its posix_spawn, which make uses, leaves them ignored.
+    Two signals below SIGRTMIN are excepted. They belong to the C library, which lets nobody set
+    them; its posix_spawn, which make uses, leaves them ignored.
     """
-    lines = _from_hostile_owner("/bin/cat", "/proc/self/status").splitlines()
+    lines = _from_hostile_main("/bin/cat", "/proc/self/status").splitlines()
     status = dict(line.split(":\t", 1) for line in lines)
     ours = sum(1 << (number - 1) for number in signal.valid_signals())
     signals = {key: int(status[key], 16) & ours for key in ("SigBlk", "SigIgn", "SigCgt", "SigPnd")}
@@ -416,13 +421,13 @@ def test_job_has_default_signals_whatever_the_owner_did() -> None:
 
 
 def test_job_has_no_descriptor_but_the_three() -> None:
-    """Neither the owner's nor the helper's sockets and files reach a job; 3 is ls's own."""
-    assert _from_hostile_owner("/bin/ls", "/proc/self/fd").split() == ["0", "1", "2", "3"]
+    """No descriptor of the main process or the fork server reaches a job; 3 is ls's own."""
+    assert _from_hostile_main("/bin/ls", "/proc/self/fd").split() == ["0", "1", "2", "3"]
 
 
 def test_job_has_only_the_environment_it_was_given() -> None:
-    """No secret of the owner's environment reaches a job."""
-    assert _from_hostile_owner("/usr/bin/env") == "ONLY=this\n"
+    """No variable of the main process reaches a job."""
+    assert _from_hostile_main("/usr/bin/env") == "ONLY=this\n"
 
 
 # --- how they are forked ----------------------------------------------------------------------
@@ -471,7 +476,7 @@ print(told)
 
 @_POPEN_ONLY
 def test_job_is_the_same_where_clone3_is_refused() -> None:
-    """Its cgroup, user, rights, signals, limits and descriptors, and the errors of a start."""
+    """Cgroup, user, rights, signals, limits, descriptors and errors do not depend on the way."""
 
     def tell(source: str) -> list[Any]:
         program = _program(source + _TELL_OF_JOBS)
@@ -493,7 +498,7 @@ def _subtree() -> Iterator[Subtree]:
 
 
 def test_start_that_hangs_holds_up_no_other(*, prepared: bool) -> None:
-    """Whatever keeps a new process from executing its command, the helper serves the others."""
+    """While a new process is frozen before its exec, another job starts and ends."""
     with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
         frozen = subtree.create("frozen", NO_LIMITS)
         (frozen.path / "cgroup.freeze").write_text("1")
@@ -536,8 +541,8 @@ def test_start_of_a_leased_file_holds_up_neither_starts_nor_kills(
         signal.signal(signal.SIGURG, previous)
 
 
-def test_process_that_dies_before_its_command_is_told_as_its_end(*, prepared: bool) -> None:
-    """Killed after the fork and before the exec: no error is made up, and nothing hangs."""
+def test_process_that_dies_before_its_exec_counts_as_a_killed_job(*, prepared: bool) -> None:
+    """A process killed between fork and exec counts as a job that SIGKILL ended."""
     with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
         frozen = subtree.create("frozen", NO_LIMITS)
         (frozen.path / "cgroup.freeze").write_text("1")
@@ -554,7 +559,7 @@ def test_process_that_dies_before_its_command_is_told_as_its_end(*, prepared: bo
 
 
 class _Waiting:
-    """A process that has been forked and not been told what to execute."""
+    """A forked process that has not received its program."""
 
     def __init__(self, spawner: Spawner, name: str = "job") -> None:
         before = set(children_of(spawner.pid))
@@ -582,7 +587,7 @@ def waiting(spawner: Spawner) -> Iterator[_Waiting]:
 
 
 def test_process_that_waits_becomes_the_job(waiting: _Waiting) -> None:
-    """The process that is there is the one that executes."""
+    """The forked process itself executes the program."""
     assert waiting.process.is_waiting
     pid, pidfd = waiting.process.execute(["sh", "-c", "echo $$"], _ENV)
     os.close(pidfd)
@@ -593,8 +598,8 @@ def test_process_that_waits_becomes_the_job(waiting: _Waiting) -> None:
     assert not waiting.process.is_waiting
 
 
-def test_processes_wait_for_what_they_are_told(spawner: Spawner) -> None:
-    """Each is told on its own socket, in whatever order."""
+def test_waiting_processes_receive_their_programs_in_any_order(spawner: Spawner) -> None:
+    """Each process receives its program on a socket of its own."""
     with contextlib.ExitStack() as stack:
         several = [
             stack.enter_context(contextlib.closing(_Waiting(spawner, str(i)))) for i in range(5)
@@ -606,10 +611,10 @@ def test_processes_wait_for_what_they_are_told(spawner: Spawner) -> None:
 
 
 @pytest.mark.parametrize("way", ["given up", "killed by name", "killed by somebody"])
-def test_process_that_is_not_told_anything_ends(
+def test_process_that_receives_no_program_ends(
     spawner: Spawner, waiting: _Waiting, way: str
 ) -> None:
-    """The helper keeps nothing of it, and its name can be another's."""
+    """The fork server keeps nothing of it, and another job can have its name."""
     if way == "given up":
         waiting.process.close()
     elif way == "killed by name":
@@ -627,10 +632,10 @@ def test_process_that_is_not_told_anything_ends(
     assert children_of(spawner.pid) == []
 
 
-def test_killed_process_that_is_told_to_execute_is_told_as_its_end(
+def test_program_for_a_killed_process_counts_as_a_killed_job(
     spawner: Spawner, waiting: _Waiting
 ) -> None:
-    """Nobody can tell whether it had begun; so that it has ended is all there is to say."""
+    """Nobody knows whether the program had begun, so only the process's end is reported."""
     os.kill(waiting.pid, signal.SIGKILL)
     _await_end(waiting.pidfd)
     pid, pidfd = waiting.process.execute(["echo", "never"], _ENV)
@@ -645,13 +650,13 @@ def test_killed_process_that_is_told_to_execute_is_told_as_its_end(
 
 
 def test_process_that_waits_has_nothing_but_its_socket(spawner: Spawner) -> None:
-    """No descriptor of the helper's or of other jobs', and it is in a session of its own."""
+    """It holds no descriptor of the fork server or of other jobs, and leads a session."""
     tell = ["sh", "-c", "ls -l /proc/self/fd | grep -c ' [0-9]* -> '; ps -o sid= $$"]
     with (
         contextlib.closing(_Job(spawner, ["sleep", "infinity"], "running")),
         contextlib.closing(_Waiting(spawner)) as waiting,
     ):
-        # Not before it has been told, for until then it may be giving up what it has.
+        # A waiting process may still be closing descriptors. After the exec it has closed them.
         pid, pidfd = waiting.process.execute(tell, _ENV)
         os.close(pidfd)
         with open(waiting.output_fd, "rb", closefd=False) as output:
@@ -661,7 +666,7 @@ def test_process_that_waits_has_nothing_but_its_socket(spawner: Spawner) -> None
 
 
 def test_process_that_waits_is_in_its_jobs_cgroup() -> None:
-    """Before it is told what to do; so the job is there from its first instruction on."""
+    """It is there before it receives its program, so the job's first instruction runs there."""
     with _subtree() as subtree, Spawner(jobs_cgroup=subtree.jobs) as spawner:
         cgroup = subtree.create("job", NO_LIMITS)
         with contextlib.closing(_Waiting(spawner)) as waiting:
@@ -671,12 +676,12 @@ def test_process_that_waits_is_in_its_jobs_cgroup() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_death_of_the_helper_ends_the_process_that_waits(
+def test_death_of_the_fork_server_ends_the_process_that_waits(
     spawner: Spawner, waiting: _Waiting, number: signal.Signals
 ) -> None:
-    """It would wait for us, and be nobody's child; and a signal meant for the helper is not."""
+    """A waiting process ends with the fork server, and on a SIGTERM of its own."""
     if number == signal.SIGTERM:
-        os.kill(waiting.pid, number)  # as to the whole service
+        os.kill(waiting.pid, number)  # as a service manager does to every process
         spawner.close()
     else:
         os.kill(spawner.pid, number)
@@ -690,7 +695,7 @@ def test_death_of_the_helper_ends_the_process_that_waits(
 
 
 def test_many_starts_at_once_keep_apart(spawner: Spawner, *, prepared: bool) -> None:
-    """Good ones and bad ones from 16 threads: each gets its own pid, output, end or error."""
+    """Sixteen threads start jobs, some of which fail. Each gets its own pid, output and end."""
     spawner.kill("warm-up")
     before = descriptors_of(spawner.pid)
 
@@ -713,11 +718,13 @@ def test_many_starts_at_once_keep_apart(spawner: Spawner, *, prepared: bool) -> 
     assert children_of(spawner.pid) == []
 
 
-# --- the helper ------------------------------------------------------------------------------
+# --- the fork server -------------------------------------------------------------------------
 
 
-def test_helper_is_small_and_single_threaded(spawner: Spawner, spawn: Callable[..., _Job]) -> None:
-    """preexec_fn is safe only where no other thread can hold a lock."""
+def test_fork_server_is_small_and_single_threaded(
+    spawner: Spawner, spawn: Callable[..., _Job]
+) -> None:
+    """preexec_fn is safe only in a process with one thread."""
     spawn("true").exit()
     fields = _status(spawner.pid)
     assert fields["Threads"] == "1"
@@ -725,10 +732,10 @@ def test_helper_is_small_and_single_threaded(spawner: Spawner, spawn: Callable[.
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
-def test_helper_survives_signals_meant_for_the_service(
+def test_fork_server_survives_signals_to_the_whole_service(
     spawner: Spawner, spawn: Callable[..., _Job], number: signal.Signals
 ) -> None:
-    """A service manager signals every process; the helper lives until its owner goes."""
+    """A service manager signals every process. The fork server ends only with the main process."""
     running = spawn("sh", "-c", f"echo; {_FOREVER}", name="running")
     running.readline()
     for _ in range(3):
@@ -737,10 +744,10 @@ def test_helper_survives_signals_meant_for_the_service(
     assert not select.select([running.pidfd], [], [], 0)[0]
 
 
-def test_death_of_the_helper_is_end_of_file_and_an_error(
+def test_death_of_the_fork_server_is_end_of_file_and_an_error(
     spawner: Spawner, spawn: Callable[..., _Job]
 ) -> None:
-    """Without its parent a job's end is unknown: no line is made up, nothing hangs."""
+    """The exit pipe has no line, because nobody knows the job's end. Requests fail."""
     job = spawn("sh", "-c", f"echo; exec {_FOREVER}")
     job.readline()
     os.kill(spawner.pid, signal.SIGKILL)
@@ -757,7 +764,7 @@ def test_death_of_the_helper_is_end_of_file_and_an_error(
 def test_close_kills_jobs_and_daemons_and_is_idempotent(
     spawner: Spawner, spawn: Callable[..., _Job], tmp_path: Path
 ) -> None:
-    """When close returns, no process of any job is left, in whatever session it is."""
+    """When close returns, no process of any job is left, not even in another session."""
     up = tmp_path / "up"
     os.mkfifo(up)
     daemon = f'echo >"$0"; {_FOREVER}'
@@ -773,7 +780,7 @@ def test_close_kills_jobs_and_daemons_and_is_idempotent(
         spawn("true", name="late")
 
 
-_OWNER = """
+_MAIN = """
 import os, resource
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from spawner import Spawner, read_exit
@@ -787,28 +794,28 @@ with Spawner() as spawner:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
-def test_nothing_outlives_the_owner(number: signal.Signals) -> None:
-    """The owner's sudden death ends the helper, the job, its daemons and its deaf children."""
+def test_nothing_outlives_the_main_process(number: signal.Signals) -> None:
+    """A signal that kills the main process ends the fork server and every process of the job."""
     script = f"""
         setsid sh -c 'echo escaped; {_FOREVER}' &
         (setsid sh -c 'setsid sh -c "echo twice; {_FOREVER}" & exit' &)
         sh -c 'trap "" TERM INT HUP; echo deaf; while :; do {_FOREVER}; done' &
         echo leader; wait"""
-    # Owner, helper (its stderr) and all of the job hold the pipe.
+    # The main process, the fork server (its stderr) and all of the job hold the pipe.
     with subprocess.Popen(
-        _program(_OWNER, "sh", "-c", script),
+        _program(_MAIN, "sh", "-c", script),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    ) as owner:
-        assert owner.stdout is not None
-        lines = {owner.stdout.readline() for _ in range(4)}
+    ) as main:
+        assert main.stdout is not None
+        lines = {main.stdout.readline() for _ in range(4)}
         assert lines == {b"escaped\n", b"twice\n", b"deaf\n", b"leader\n"}
-        owner.send_signal(number)
-        assert owner.stdout.read() == b""
-        assert owner.wait(GUARD_S) == -number
+        main.send_signal(number)
+        assert main.stdout.read() == b""
+        assert main.wait(GUARD_S) == -number
 
 
-_FORKING_OWNER = """
+_FORKING_MAIN = """
 import os, signal
 from spawner import Spawner
 spawner = Spawner()
@@ -831,7 +838,7 @@ def test_child_of_the_main_process_keeps_no_job_alive() -> None:
     theirs, ours = socket.socketpair()
     with ours, theirs:
         # Descriptor 3 is the socket.
-        program = ["sh", "-c", 'exec 3<&0 "$@"', "sh", *_program(_FORKING_OWNER)]
+        program = ["sh", "-c", 'exec 3<&0 "$@"', "sh", *_program(_FORKING_MAIN)]
         with subprocess.Popen(
             [*program, "sh", "-c", f"echo up; {_FOREVER}"],
             stdin=theirs.fileno(),
@@ -893,7 +900,7 @@ def test_stopped_fork_server_is_an_error_after_the_time_limit(
 def test_interrupted_request_does_not_mix_up_the_answers(
     spawn: Callable[..., _Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a Ctrl-C while it waited, the next start is not given the answer of the last."""
+    """After a Ctrl-C during a start, the next start does not receive the answer of the first."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -905,12 +912,12 @@ def test_interrupted_request_does_not_mix_up_the_answers(
     try:
         job = spawn("sh", "-c", "echo $$", name="next")
     except SpawnerDiedError:
-        return  # to give up is honest
+        return  # an error is a correct answer, too
     assert int(job.read()) == job.pid
 
 
-def test_exit_lines_are_json_for_the_owner_only() -> None:
-    """read_exit understands what the helper writes, and end-of-file."""
+def test_exit_line_and_end_of_file_are_read() -> None:
+    """read_exit parses the fork server's line, and returns None at end-of-file."""
     read_end, write_end = os.pipe()
     os.write(write_end, json.dumps({"signal": 9}).encode() + b"\n")
     os.close(write_end)
@@ -923,21 +930,21 @@ def test_exit_lines_are_json_for_the_owner_only() -> None:
 
 
 def _in_child(function: Callable[[], object]) -> None:
-    """Call `function` in a process of its own, which may do with its rights what it likes."""
+    """Call `function` in a forked process, which may give up its rights."""
     pid = os.fork()
     if pid == 0:
         try:
             function()
-        except BaseException:  # noqa: BLE001 -- nothing may get back into pytest
+        except BaseException:  # noqa: BLE001 -- the fork must not return to pytest
             os._exit(1)
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_helper_and_jobs_gain_no_privileges_and_dump_no_core(
+def test_fork_server_and_jobs_gain_no_privileges_and_dump_no_core(
     spawner: Spawner, spawn: Callable[..., _Job]
 ) -> None:
-    """Whoever the owner is: no_new_privs is set and the core limit is 0, soft and hard."""
+    """no_new_privs is set, and the soft and hard core limits are 0."""
     job = spawn("sh", "-c", "grep NoNewPrivs /proc/$$/status; ulimit -Sc; ulimit -Hc")
     assert job.read().split() == [b"NoNewPrivs:", b"1", b"0", b"0"]
     assert _status(spawner.pid)["NoNewPrivs"] == "1"
@@ -945,7 +952,7 @@ def test_helper_and_jobs_gain_no_privileges_and_dump_no_core(
 
 
 def test_job_has_sane_limits(spawn: Callable[..., _Job]) -> None:
-    """Descriptors, processes, locked memory and priority are bounded, whatever the owner has."""
+    """Descriptors, processes, locked memory and priority are bounded."""
     job = spawn("sh", "-c", f"echo; {_FOREVER}")
     job.readline()
     descriptors = (resource.RLIMIT_NOFILE, *leader.JOB_DESCRIPTORS)
@@ -956,8 +963,8 @@ def test_job_has_sane_limits(spawn: Callable[..., _Job]) -> None:
         assert resource.prlimit(job.pid, kind) == (min(soft, most), most)
 
 
-def test_job_may_have_no_more_than_its_owner() -> None:
-    """A hard limit of the owner's that is lower stays."""
+def test_job_has_no_higher_limit_than_the_main_process() -> None:
+    """A lower hard limit of the main process stays in force."""
 
     def lower_and_spawn() -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (600, 700))
@@ -971,14 +978,14 @@ def test_job_may_have_no_more_than_its_owner() -> None:
     _in_child(lower_and_spawn)
 
 
-# --- the server's seat ------------------------------------------------------------------------
+# --- a hostile main process -------------------------------------------------------------------
 #
-# What a server that somebody has taken over could send, which may be anything.
+# An attacker who has taken over the main process can send anything to the fork server.
 
 
 @pytest.fixture
 def as_root() -> None:
-    """Need the right to change users, or say so; in CI it is an error to go without."""
+    """Skip the test without the right to change users; in CI fail it."""
     if not (can_change_user() and can_kill_any()):
         problem = "needs root, or CAP_SETUID, CAP_SETGID and CAP_KILL"
         if os.environ.get("JOBWORKER_REQUIRE_KERNEL") == "1":
@@ -986,8 +993,8 @@ def as_root() -> None:
         pytest.skip(problem)
 
 
-class _Seat:
-    """The owner's end of the socket, in hostile hands, and an honest job that is running."""
+class _Attacker:
+    """An attacker with the main process's end of the socket, and an honest job that runs."""
 
     def __init__(self, **duties: Any) -> None:
         with contextlib.ExitStack() as undo:
@@ -1007,9 +1014,9 @@ class _Seat:
         fds: Sequence[int] = (),
         told: tuple[bytes, Sequence[int]] | None = None,
     ) -> dict[str, Any] | None:
-        """Send a message, whole or not, and what a process is told, with descriptors.
+        """Send a request and what the forked process is to receive, both with descriptors.
 
-        Returns the answer, None if the helper has ended.
+        Returns the answer, None if the fork server has ended.
         """
         if isinstance(message, dict):
             message = json.dumps(message).encode()
@@ -1035,7 +1042,7 @@ class _Seat:
         return answer
 
     def assert_nothing_gained(self, answer: dict[str, Any] | None) -> None:
-        """An error, and nothing but the honest job runs; or the end of everything."""
+        """Only the honest job runs after an error. Without an answer, everything has ended."""
         if answer is None:
             assert self.honest.has_no_process()
             self.spawner._process.wait(GUARD_S)
@@ -1043,7 +1050,7 @@ class _Seat:
         assert answer["errno"] > 0
         assert not select.select([self.honest.pidfd], [], [], 0)[0]
         for pid in set(children_of(self.spawner.pid)) - {self.honest.pid}:
-            # One that has told what it cannot do, and is about to end.
+            # A forked process that has reported its error is about to end.
             with contextlib.suppress(ProcessLookupError), contextlib.closing(_Pidfd(pid)) as pidfd:
                 _await_end(pidfd.fd)
         assert children_of(self.honest.pid) == []
@@ -1054,7 +1061,7 @@ class _Seat:
         assert Path(f"/proc/{self.honest.pid}/cgroup").read_text() == self.cgroup
 
     def attack(self, program: bytes | None = None, **request: Any) -> None:
-        """Ask for a process with something wrong about it: there may be none."""
+        """Request a process with something wrong; no process may come of it."""
         if program is None:
             uid = request.pop("uid", self.uid)
             work = {"argv": ["sleep", "infinity"], "env": _ENV, "uid": uid}
@@ -1066,7 +1073,7 @@ class _Seat:
             self.attack_with(fields, (b"{}", [file.fileno()]))
 
     def attack_with(self, request: dict[str, Any], told: tuple[bytes, Sequence[int]]) -> None:
-        """The same, whatever it is told."""
+        """Like `attack`, with any descriptors and any message to the forked process."""
         with _pipes() as (fds, output_fd):
             answer = self.ask(request, fds, told)
             for fd in fds:
@@ -1080,7 +1087,7 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def _pipes() -> Iterator[tuple[list[int], int]]:
-    """What goes with a request, to be closed by whoever uses it; and the output."""
+    """Make the descriptors of a request, which the user closes, and the output's read end."""
     output_fd, stdout_fd = os.pipe()
     exit_read_fd, exit_fd = os.pipe()
     try:
@@ -1091,9 +1098,9 @@ def _pipes() -> Iterator[tuple[list[int], int]]:
 
 
 @pytest.fixture
-def seat(as_root: None) -> Iterator[_Seat]:  # noqa: ARG001 -- only to be run first
-    with contextlib.closing(_Seat()) as seat:
-        yield seat
+def attacker(as_root: None) -> Iterator[_Attacker]:  # noqa: ARG001 -- only to be run first
+    with contextlib.closing(_Attacker()) as attacker:
+        yield attacker
 
 
 @pytest.mark.parametrize(
@@ -1105,16 +1112,16 @@ def seat(as_root: None) -> Iterator[_Seat]:  # noqa: ARG001 -- only to be run fi
     ],
     ids=lambda value: "missing" if value is _MISSING else repr(value)[:20],
 )
-def test_no_process_with_an_uid_that_is_not_of_the_range(seat: _Seat, uid: object) -> None:
-    """Root, the server itself, another user of the host, no user at all, and what is no uid."""
-    seat.attack(uid=uid)
+def test_no_process_with_an_uid_that_is_not_of_the_range(attacker: _Attacker, uid: object) -> None:
+    """Root, the main process's uid, other users and values that are no uid are refused."""
+    attacker.attack(uid=uid)
 
 
-def test_range_is_there_to_be_had(seat: _Seat) -> None:
-    """Every uid of it, with its group and no other: the refusals above are not for all."""
+def test_every_uid_of_the_range_is_allowed(attacker: _Attacker) -> None:
+    """Jobs run with each uid and the same gid. So the refusals above have their reason."""
     for uid in _UIDS:
         argv = ["sh", "-c", "grep -E '^(Uid|Gid|Groups|Cap)' /proc/$$/status; umask"]
-        with contextlib.closing(_Job(seat.spawner, argv, "next", uid)) as job:
+        with contextlib.closing(_Job(attacker.spawner, argv, "next", uid)) as job:
             lines = job.read().decode().splitlines()
             fields = dict(line.replace(" ", "").split(":\t") for line in lines[:-1])
             assert job.exit() == Exit(exit_code=0)
@@ -1127,9 +1134,9 @@ def test_range_is_there_to_be_had(seat: _Seat) -> None:
 
 @pytest.mark.parametrize("uid", [0, _UIDS[0], -1, True, "0"])
 def test_no_process_with_another_uid_where_there_is_no_range(uid: object) -> None:
-    """A helper that was not given a range changes no user, be it root or not."""
-    with contextlib.closing(_Seat(uids=None)) as seat:
-        seat.attack(uid=uid)
+    """A fork server without a range changes no user."""
+    with contextlib.closing(_Attacker(uids=None)) as attacker:
+        attacker.attack(uid=uid)
 
 
 @pytest.mark.parametrize(
@@ -1143,15 +1150,15 @@ def test_no_process_with_another_uid_where_there_is_no_range(uid: object) -> Non
 @_POPEN_ONLY
 @pytest.mark.usefixtures("as_root")
 def test_no_process_under_a_name_that_is_none(job: object, tmp_path: Path) -> None:
-    """A job's name is one path component, new, and a cgroup in our own root."""
-    # Not cgroups: so that each could be opened if only the name were let through.
+    """A job's name is one path component, not in use, and names a cgroup below `jobs_cgroup`."""
+    # Plain directories, which could all be opened if the fork server accepted the name.
     jobs = tmp_path / "jobs"
     for directory in (tmp_path, jobs, jobs / "honest", jobs / "a"):
         directory.mkdir(exist_ok=True)
         (directory / "cgroup.procs").touch()
-    with contextlib.closing(_Seat(jobs_cgroup=jobs)) as seat:
+    with contextlib.closing(_Attacker(jobs_cgroup=jobs)) as attacker:
         assert (jobs / "honest/cgroup.procs").read_text() == "0"
-        seat.attack(job=job)
+        attacker.attack(job=job)
     assert (tmp_path / "cgroup.procs").read_text() == ""
     assert (jobs / "cgroup.procs").read_text() == ""
 
@@ -1159,15 +1166,15 @@ def test_no_process_under_a_name_that_is_none(job: object, tmp_path: Path) -> No
 @_POPEN_ONLY
 @pytest.mark.usefixtures("as_root")
 def test_no_process_without_its_cgroup(tmp_path: Path) -> None:
-    """Where the job's cgroup does not exist, or is none, the command is not executed."""
+    """No command is executed if the job's cgroup is absent or is no cgroup."""
     jobs = tmp_path / "jobs"
     (jobs / "honest").mkdir(parents=True)
     (jobs / "honest/cgroup.procs").touch()
     (jobs / "file").touch()
     (jobs / "empty").mkdir()
-    with contextlib.closing(_Seat(jobs_cgroup=jobs)) as seat:
+    with contextlib.closing(_Attacker(jobs_cgroup=jobs)) as attacker:
         for job in ("absent", "file", "empty"):
-            seat.attack(job=job)
+            attacker.attack(job=job)
     assert sorted(os.listdir(jobs)) == ["empty", "file", "honest"]
 
 
@@ -1191,14 +1198,16 @@ def test_no_process_without_its_cgroup(tmp_path: Path) -> None:
     ],
     ids=lambda program: program[:30].decode(errors="replace"),
 )
-def test_no_process_for_a_program_that_makes_no_sense(seat: _Seat, program: bytes) -> None:
-    """Not JSON, not strings, nested, too large: an error, or the end of the helper."""
-    seat.attack(program)
+def test_no_process_for_a_program_that_makes_no_sense(attacker: _Attacker, program: bytes) -> None:
+    """A malformed program is an error."""
+    attacker.attack(program)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "socket", "/dev/zero", "sparse", "write"])
-def test_no_process_for_a_program_that_is_no_file(seat: _Seat, tmp_path: Path, kind: str) -> None:
-    """The helper neither waits for what never comes nor reads without end."""
+def test_no_process_for_a_program_that_is_no_file(
+    attacker: _Attacker, tmp_path: Path, kind: str
+) -> None:
+    """The forked process neither waits for such a descriptor nor reads it without end."""
     with contextlib.ExitStack() as stack:
         path, flags = {
             "directory": (str(tmp_path), os.O_RDONLY),
@@ -1218,37 +1227,39 @@ def test_no_process_for_a_program_that_is_no_file(seat: _Seat, tmp_path: Path, k
         stack.callback(os.close, bad)
         if kind in {"sparse", "write"}:
             os.ftruncate(bad, 1 << 40 if kind == "sparse" else 10)
-        seat.attack_with({"op": "fork", "job": "job"}, (b"{}", [bad]))
+        attacker.attack_with({"op": "fork", "job": "job"}, (b"{}", [bad]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 20])
-def test_no_process_with_another_number_of_descriptors(seat: _Seat, count: int) -> None:
-    """Neither more nor fewer than two; and what was too many is not kept either."""
-    seat.spawner.kill("nobody")
-    before = descriptors_of(seat.spawner.pid)
-    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV, "uid": seat.uid}).encode()
+def test_no_process_with_another_number_of_descriptors(attacker: _Attacker, count: int) -> None:
+    """Any other number of descriptors is refused, and the fork server closes all of them."""
+    attacker.spawner.kill("nobody")
+    before = descriptors_of(attacker.spawner.pid)
+    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV, "uid": attacker.uid}).encode()
     with open(os.memfd_create("argv"), "w+b", buffering=0) as file, _pipes() as (fds, output_fd):
         file.write(program)
         request = {"op": "fork", "job": "job"}
-        answer = seat.ask(request, (fds * 10)[:count], (b"{}", [file.fileno()]))
+        answer = attacker.ask(request, (fds * 10)[:count], (b"{}", [file.fileno()]))
         for fd in fds:
             os.close(fd)
-        seat.assert_nothing_gained(answer)
+        attacker.assert_nothing_gained(answer)
         assert _is_abandoned(output_fd)
     if answer is not None:
-        seat.spawner.kill("nobody")
-        assert descriptors_of(seat.spawner.pid) == before
+        attacker.spawner.kill("nobody")
+        assert descriptors_of(attacker.spawner.pid) == before
 
 
 @pytest.mark.parametrize("count", [0, 2, 5, 20])
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_process_that_is_told_no_sense_ends(seat: _Seat, count: int, *, is_whole: bool) -> None:
-    """Not one descriptor, or not what we say; it has the helper's rights, so it does nothing."""
-    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV, "uid": seat.uid}).encode()
+def test_process_that_receives_a_malformed_message_ends(
+    attacker: _Attacker, count: int, *, is_whole: bool
+) -> None:
+    """The forked process still has the fork server's rights, so it executes nothing."""
+    program = json.dumps({"argv": ["sleep", "infinity"], "env": _ENV, "uid": attacker.uid}).encode()
     with open(os.memfd_create("argv"), "w+b", buffering=0) as file:
         file.write(program)
         told = b"{}" if is_whole else b"\xff{"
-        seat.attack_with({"op": "fork", "job": "job"}, (told, [file.fileno()] * count))
+        attacker.attack_with({"op": "fork", "job": "job"}, (told, [file.fileno()] * count))
 
 
 _OPS: list[object] = [*("", "exec", "spawn", "FORK", "dismantle", "_open", "__init__", None, 5, [])]
@@ -1267,32 +1278,32 @@ _MESSAGES: list[bytes | dict[str, Any]] = [
 
 @pytest.mark.parametrize("message", _MESSAGES, ids=lambda message: repr(message)[:40])
 def test_message_that_makes_no_sense_gains_nothing(
-    seat: _Seat, message: bytes | dict[str, Any]
+    attacker: _Attacker, message: bytes | dict[str, Any]
 ) -> None:
-    """Unknown, incomplete, cut off, giant or no message: an error, or the end of everything."""
-    seat.assert_nothing_gained(seat.ask(message))
+    """A malformed message is an error, or ends the fork server and all jobs."""
+    attacker.assert_nothing_gained(attacker.ask(message))
 
 
-def test_message_larger_than_the_socket_takes_is_refused_by_the_kernel(seat: _Seat) -> None:
-    """It never reaches the helper, which works on."""
+def test_message_larger_than_the_socket_takes_is_refused_by_the_kernel(attacker: _Attacker) -> None:
+    """It does not reach the fork server, which goes on."""
     with pytest.raises(OSError, match="Message too long"):
-        seat.ask(b"x" * (8 << 20))
-    seat.assert_nothing_gained(seat.ask({"op": "?"}))
+        attacker.ask(b"x" * (8 << 20))
+    attacker.assert_nothing_gained(attacker.ask({"op": "?"}))
 
 
 @pytest.mark.parametrize("job", ["nobody", "../honest", "", "1", 1, str(os.getpid()), -1])
-def test_kill_reaches_only_jobs(seat: _Seat, job: object) -> None:
-    """Neither process numbers nor anything else but the name of a job that runs."""
-    seat.ask({"op": "kill", "job": job})
-    assert not select.select([seat.honest.pidfd], [], [], 0)[0]
-    assert seat.spawner._process.poll() is None
-    seat.spawner.kill("honest")
-    assert seat.honest.exit() == Exit(signal=signal.SIGKILL)
+def test_kill_reaches_only_jobs(attacker: _Attacker, job: object) -> None:
+    """A kill accepts only the name of a running job, no pid and no path."""
+    attacker.ask({"op": "kill", "job": job})
+    assert not select.select([attacker.honest.pidfd], [], [], 0)[0]
+    assert attacker.spawner._process.poll() is None
+    attacker.spawner.kill("honest")
+    assert attacker.honest.exit() == Exit(signal=signal.SIGKILL)
 
 
-def test_helper_has_no_more_rights_than_it_needs(seat: _Seat) -> None:
-    """Four capabilities, none to pass on, no bounding set: and it can gain none."""
-    status = _status(seat.spawner.pid)
+def test_fork_server_has_no_more_rights_than_it_needs(attacker: _Attacker) -> None:
+    """It has four capabilities, passes none on and can gain none."""
+    status = _status(attacker.spawner.pid)
     kept = sum(1 << number for number in (1, 5, 6, 7))  # DAC_OVERRIDE, KILL, SETGID, SETUID
     assert int(status["CapEff"], 16) & ~kept == 0
     assert int(status["CapEff"], 16) >> 6 & 3 == 3
@@ -1301,12 +1312,12 @@ def test_helper_has_no_more_rights_than_it_needs(seat: _Seat) -> None:
         assert int(status[name], 16) == 0
     assert status["NoNewPrivs"] == "1"
     assert status["Umask"] == "0077"
-    assert resource.prlimit(seat.spawner.pid, resource.RLIMIT_CORE) == (0, 0)
+    assert resource.prlimit(attacker.spawner.pid, resource.RLIMIT_CORE) == (0, 0)
 
 
-def test_helper_cannot_be_looked_into(seat: _Seat) -> None:
-    """By a user of the range, or as the server: memory, environment, descriptors, ptrace."""
-    pid = seat.spawner.pid
+def test_fork_server_cannot_be_looked_into(attacker: _Attacker) -> None:
+    """A job's user and the main process's user read nothing of it and cannot signal it."""
+    pid = attacker.spawner.pid
 
     def look() -> None:
         for name in ("mem", "environ", "fd/0", "maps", "cwd", "exe", "root", "auxv", "stack"):
@@ -1324,11 +1335,13 @@ def test_helper_cannot_be_looked_into(seat: _Seat) -> None:
 
     for uid in (_UIDS[0], _SERVER_UID):
         _in_child(functools.partial(as_user, uid))
-    assert seat.spawner._process.poll() is None
+    assert attacker.spawner._process.poll() is None
 
 
-def test_owner_without_rights_cannot_signal_a_job_but_stop_it(seat: _Seat) -> None:
-    """drop_privileges is for good, and the helper still does what a server may ask."""
+def test_main_process_without_rights_stops_jobs_only_through_the_fork_server(
+    attacker: _Attacker,
+) -> None:
+    """drop_privileges cannot be undone. Afterwards the fork server still starts and kills jobs."""
 
     def live_without_rights() -> None:
         privileges.drop_privileges(_SERVER_UID)
@@ -1344,27 +1357,27 @@ def test_owner_without_rights_cannot_signal_a_job_but_stop_it(seat: _Seat) -> No
             lambda: os.setgid(0),
             lambda: os.setgroups([0]),
             lambda: os.chroot("/"),
-            lambda: os.kill(seat.honest.pid, signal.SIGKILL),
+            lambda: os.kill(attacker.honest.pid, signal.SIGKILL),
             lambda: os.open("/etc/shadow", os.O_RDONLY),
         ):
             with pytest.raises(PermissionError):
                 call()
-        with contextlib.closing(_Job(seat.spawner, ["id", "-u"], "mine", _UIDS[1])) as job:
+        with contextlib.closing(_Job(attacker.spawner, ["id", "-u"], "mine", _UIDS[1])) as job:
             assert job.read() == b"%d\n" % _UIDS[1]
-        seat.spawner.kill("honest")
+        attacker.spawner.kill("honest")
 
     _in_child(live_without_rights)
-    assert seat.honest.exit() == Exit(signal=signal.SIGKILL)
+    assert attacker.honest.exit() == Exit(signal=signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("as_root")
 def test_supplementary_groups_are_given_up() -> None:
-    """Those that the owner was started with are neither the jobs' nor, later, its own."""
+    """Neither jobs nor, after drop_privileges, the main process keep supplementary groups."""
 
     def start_and_drop() -> None:
         os.setgroups([0, 4, 24, _UIDS[1]])
-        with contextlib.closing(_Seat()) as seat:
-            with contextlib.closing(_Job(seat.spawner, ["id", "-G"], "job", _UIDS[0])) as job:
+        with contextlib.closing(_Attacker()) as attacker:
+            with contextlib.closing(_Job(attacker.spawner, ["id", "-G"], "job", _UIDS[0])) as job:
                 assert job.read() == b"%d\n" % _UIDS[0]
             privileges.drop_privileges(_SERVER_UID)
             assert os.getgroups() == []
@@ -1373,19 +1386,19 @@ def test_supplementary_groups_are_given_up() -> None:
 
 
 @pytest.mark.usefixtures("as_root")
-def test_death_of_the_helper_kills_the_leaders_of_other_users() -> None:
-    """An owner that has given up its rights could not, and where there is no cgroup nobody else."""
-    with contextlib.closing(_Seat()) as seat:
-        os.kill(seat.spawner.pid, signal.SIGKILL)
-        assert seat.honest.has_no_process()
-        assert seat.honest.exit() is None
+def test_death_of_the_fork_server_kills_the_leaders_of_other_users() -> None:
+    """The kernel kills them: a main process without rights could not."""
+    with contextlib.closing(_Attacker()) as attacker:
+        os.kill(attacker.spawner.pid, signal.SIGKILL)
+        assert attacker.honest.has_no_process()
+        assert attacker.honest.exit() is None
 
 
 # --- in real cgroups --------------------------------------------------------------------------
 
 
-def _places(top: Path) -> dict[str, list[str]]:
-    """Each cgroup below, and the processes in it."""
+def _processes_by_cgroup(top: Path) -> dict[str, list[str]]:
+    """Return the processes in each cgroup from `top` down."""
     return {
         directory: Path(directory, "cgroup.procs").read_text().split()
         for directory, _, _ in os.walk(top)
@@ -1395,15 +1408,15 @@ def _places(top: Path) -> dict[str, list[str]]:
 @pytest.mark.kernel
 @pytest.mark.usefixtures("as_root")
 def test_no_process_in_a_cgroup_that_is_not_a_jobs(base: Path) -> None:
-    """Not in the parent, the server's, a neighbour's, one inside a job's, or none at all."""
+    """No name leads to the parent, the main process's cgroup, a neighbour or a nested cgroup."""
     (base / "neighbour").mkdir()
     with contextlib.closing(Subtree.open("require", root=base)) as subtree:  # type: ignore[type-var]
         assert subtree
         honest = subtree.create("honest", NO_LIMITS)
         (subtree.create("other", NO_LIMITS).path / "inner").mkdir()
-        with contextlib.closing(_Seat(jobs_cgroup=subtree.jobs)) as seat:
-            before = _places(base)
-            assert before[str(honest.path)] == [str(seat.honest.pid)]
+        with contextlib.closing(_Attacker(jobs_cgroup=subtree.jobs)) as attacker:
+            before = _processes_by_cgroup(base)
+            assert before[str(honest.path)] == [str(attacker.honest.pid)]
             for name in (
                 *(
                     "..",
@@ -1424,15 +1437,15 @@ def test_no_process_in_a_cgroup_that_is_not_a_jobs(base: Path) -> None:
                     "../jobs/other",
                 ),
             ):
-                seat.attack(job=name)
-                assert _places(base) == before
+                attacker.attack(job=name)
+                assert _processes_by_cgroup(base) == before
     (base / "neighbour").rmdir()
 
 
 @pytest.mark.kernel
 @pytest.mark.usefixtures("as_root")
-def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
-    """When the helper ends: whatever is sent with the request, its arguments were fixed before."""
+def test_fork_server_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
+    """What to dismantle was fixed at its start. A request cannot change it."""
     (base / "neighbour").mkdir()
     with subprocess.Popen(["sleep", "infinity"]) as neighbour, contextlib.ExitStack() as undo:
         undo.callback(neighbour.kill)
@@ -1441,12 +1454,12 @@ def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
         assert subtree
         subtree.create("honest", NO_LIMITS)
         duties = {"jobs_cgroup": subtree.jobs, "dismantle": subtree.dismantling}
-        with contextlib.closing(_Seat(**duties)) as seat:
+        with contextlib.closing(_Attacker(**duties)) as attacker:
             request = {"op": "dismantle_at_end", "dismantle": [str(base / "neighbour")] * 3}
-            assert seat.ask(request) == {}
+            assert attacker.ask(request) == {}
             assert subtree.path.exists()
-            seat.spawner.close()
-            assert seat.honest.has_no_process()
+            attacker.spawner.close()
+            assert attacker.honest.has_no_process()
         assert [each for each in base.iterdir() if each.is_dir()] == [base / "neighbour"]
         assert neighbour.poll() is None
     subtree._delegated = True
@@ -1457,12 +1470,12 @@ def test_hand_over_dismantles_our_own_cgroups_and_no_others(base: Path) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.usefixtures("as_root")
-def test_without_hand_over_the_cgroups_are_the_owners_to_remove(base: Path) -> None:
-    """A helper that ends leaves the cgroups of an owner that still has its rights."""
+def test_fork_server_leaves_the_cgroups_unless_it_was_asked_to_dismantle_them(base: Path) -> None:
+    """A main process that still has its rights removes the cgroups itself."""
     with contextlib.closing(Subtree.open("require", root=base)) as subtree:  # type: ignore[type-var]
         assert subtree
         subtree.create("honest", NO_LIMITS)
         duties = {"jobs_cgroup": subtree.jobs, "dismantle": subtree.dismantling}
-        with contextlib.closing(_Seat(**duties)):
+        with contextlib.closing(_Attacker(**duties)):
             pass
         assert (subtree.jobs / "honest").is_dir()

@@ -1,4 +1,4 @@
-"""Helpers that several test modules share. Fixtures are in conftest.py."""
+"""What several test modules share. Fixtures are in conftest.py."""
 
 from __future__ import annotations
 
