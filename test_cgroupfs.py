@@ -1,4 +1,4 @@
-"""Tests of the files and directories of cgroups, on real ones."""
+"""Tests of `cgroupfs.py` on real cgroups. `test_cgroups.py` has those of what builds on it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _DEPTH = 1500
 
 
 @pytest.mark.kernel
-def test_cgroups_below_each_other_are_removed_however_deep_they_are(base: Path) -> None:
-    """A job or a main process in hostile hands can nest them deeper than Python can recurse."""
+def test_nested_cgroups_are_removed_however_deep_they_are(base: Path) -> None:
+    """Cgroups that a hostile job nested deeper than Python can recurse are removed."""
     fd = os.open(base, os.O_RDONLY)
     try:
         for _ in range(_DEPTH):

@@ -1,7 +1,7 @@
-"""Tests of the cgroups module: on any host what needs no controllers, the rest marked `kernel`.
+"""Tests of `cgroups.py`. Those that need controllers are marked `kernel`; the others run anywhere.
 
-A process in a cgroup holds the pipe that is its stdout; end-of-file on that proves that
-it and all it started are dead.
+A process that a test puts in a cgroup has a pipe as its stdout, and all its descendants inherit
+it. End-of-file on the pipe proves that all of them are dead.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run_in() -> Iterator[Callable[[Path, str], subprocess.Popen[bytes]]]:
 
 
 _SLEEP = "echo up; exec sleep infinity"
-# Ends when all of it is up: a session of its own, a double fork, a stopped process.
+# Starts what could escape a kill: another session, a double fork, a stopped process.
 _ESCAPE = """
     setsid sleep infinity &
     (setsid sh -c 'sleep infinity & exec sleep infinity' &)
@@ -80,15 +80,15 @@ _ESCAPE = """
 
 
 def _all_dead(process: subprocess.Popen[bytes]) -> bool:
-    """Block until nobody holds the process's stdout any more."""
+    """Block until no process holds the stdout any more; return whether nothing more was written."""
     assert process.stdout
     return process.stdout.read() == b""
 
 
 def _in(path: Path, function: Callable[[], str], *, as_nobody: bool = False) -> str:
-    """Call `function` in a process of its own in a cgroup; return its answer."""
+    """Fork a process, put it in a cgroup, call `function` in it; return the result."""
     read_fd, write_fd = os.pipe()
-    pid = os.fork()  # not exec: an ordinary user need not be able to read our Python
+    pid = os.fork()  # no exec: an ordinary user may be unable to read this Python
     if pid == 0:
         try:
             (path / "cgroup.procs").write_text("0")
@@ -97,7 +97,7 @@ def _in(path: Path, function: Callable[[], str], *, as_nobody: bool = False) -> 
                 os.setgid(NOBODY)
                 os.setuid(NOBODY)
             answer = function()
-        except BaseException:  # noqa: BLE001 -- nothing may get back into pytest
+        except BaseException:  # noqa: BLE001 -- the child must not return into pytest
             answer = traceback.format_exc()
         os.write(write_fd, answer.encode())
         os._exit(0)
@@ -112,7 +112,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
 
 
-# --- what any host can tell -----------------------------------------------------------------
+# --- tests for any host ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ids=str,
 )
 def test_senseless_limit_is_refused(senseless: dict[str, Any]) -> None:
-    """A limit out of range or of another type is a ValueError that names it and the value."""
+    """A limit out of range or of a wrong type raises ValueError with the limit's name and value."""
     ((name, value),) = senseless.items()
     with pytest.raises(ValueError, match=f"^{name} must be .*not {value!r}"):
         Limits(**senseless)
 
 
 def test_smallest_limits_are_accepted() -> None:
-    """The least of each limit makes sense, and so does none at all."""
+    """The smallest value of each limit is accepted, and None for every limit too."""
     assert Limits(0.01, 1, 0, 1, 1, 1, 1, 1).cpu_cores == 0.01
     assert NO_LIMITS.pids is None
 
@@ -164,7 +164,7 @@ def test_default_limits_are_those_documented() -> None:
 
 
 def test_mounts_are_those_the_kernel_lists() -> None:
-    """mountinfo gives the same places and types as the simpler /proc/self/mounts."""
+    """What is parsed from mountinfo agrees with the simpler file /proc/self/mounts."""
     lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     assert [(str(mount.point), mount.type) for mount in cgroups._mounts()] == [
         (point.encode().decode("unicode_escape"), kind) for _, point, kind, *_ in lines
@@ -172,7 +172,7 @@ def test_mounts_are_those_the_kernel_lists() -> None:
 
 
 def test_physical_disks_are_whole_disks_of_hardware() -> None:
-    """Every disk to be limited is a whole one and has a device behind it."""
+    """Each listed disk is not a partition, and a hardware device is behind it."""
     for disk in cgroups._physical_disks():
         assert not Path("/sys/dev/block", disk, "partition").exists()
         assert Path("/sys/dev/block", disk, "device").exists()
@@ -180,7 +180,7 @@ def test_physical_disks_are_whole_disks_of_hardware() -> None:
 
 @pytest.mark.parametrize("kind", ["tmpfs or disk", "proc", "missing", "file"])
 def test_root_that_is_no_cgroup_is_refused(kind: str, tmp_path: Path) -> None:
-    """A directory of another filesystem is an error that names it, and stays as it was."""
+    """A root of another filesystem raises an error with its path; nothing is created in it."""
     (tmp_path / "file").touch()
     root = {
         "tmpfs or disk": tmp_path,
@@ -198,7 +198,7 @@ def test_root_that_is_no_cgroup_is_refused(kind: str, tmp_path: Path) -> None:
     not any(each.type == "cgroup" for each in cgroups._mounts()), reason="needs a cgroup v1 mount"
 )
 def test_v1_hierarchy_is_refused() -> None:
-    """A v1 hierarchy and the tmpfs above it, where mkdir works, are not taken for v2."""
+    """A v1 hierarchy is refused as the root; the tmpfs above it, where mkdir works, too."""
     v1 = next(each.point for each in cgroups._mounts() if each.type == "cgroup")
     for root in (v1, v1.parent):
         before = os.listdir(root)
@@ -210,7 +210,7 @@ def test_v1_hierarchy_is_refused() -> None:
 def test_auto_without_a_hierarchy_warns_once_and_goes_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where there is nothing to work with, auto gives None and one warning with the remedy."""
+    """With an unusable root, auto returns None and logs one warning with the remedy."""
     assert Subtree.open("auto", root=tmp_path) is None
     (warning,) = _warnings(caplog)
     assert warning.startswith("jobs run without cgroups and without limits: ")
@@ -219,19 +219,19 @@ def test_auto_without_a_hierarchy_warns_once_and_goes_without(
 
 
 def test_off_uses_no_cgroups(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Off is None, without a look at the root and without a warning."""
+    """Off returns None, does not look at the root, and logs nothing."""
     assert Subtree.open("off", root=tmp_path / "missing") is None
     assert not _warnings(caplog)
 
 
 def test_unknown_enforcement_is_refused() -> None:
-    """A misspelt enforcement is not taken for the lax one."""
+    """An unknown enforcement raises ValueError; it is not treated as auto or off."""
     with pytest.raises(ValueError, match="must be one of require, auto, off, not 'strict'"):
         Subtree.open("strict")  # type: ignore[arg-type]
 
 
-def test_failed_write_tells_path_value_and_remedy(tmp_path: Path) -> None:
-    """A value that cannot be written is an error that has it all; no file is made."""
+def test_failed_write_names_path_value_and_remedy(tmp_path: Path) -> None:
+    """The error of a failed write has path, value and remedy; the missing file is not created."""
     path = tmp_path / "cpu.max"
     with pytest.raises(CgroupError) as caught:
         cgroupfs.write(path, "1000 100000", remedy="do this")
@@ -243,7 +243,7 @@ def test_failed_write_tells_path_value_and_remedy(tmp_path: Path) -> None:
 
 
 def test_write_the_kernel_refuses_is_an_error() -> None:
-    """What write(2) says counts, not only open(2)."""
+    """A write whose open(2) succeeds and whose write(2) fails raises an error."""
     with pytest.raises(CgroupError, match="No space left on device") as caught:
         cgroupfs.write(Path("/dev/full"), "1")
     assert caught.value.errno == errno.ENOSPC
@@ -254,7 +254,7 @@ def test_write_the_kernel_refuses_is_an_error() -> None:
 
 @pytest.mark.kernel
 def test_every_limit_is_written(subtree: Subtree) -> None:
-    """Each limit is in its file as soon as the cgroup is there, and is told to be in force."""
+    """When `create` returns, each limit is in its file and in the cgroup's `limits`."""
     limits = Limits(
         cpu_cores=0.5,
         memory_bytes=64 * _MIB,
@@ -287,8 +287,8 @@ def test_every_limit_is_written(subtree: Subtree) -> None:
 
 
 @pytest.mark.kernel
-def test_no_limit_is_written_where_none_is_wanted(subtree: Subtree) -> None:
-    """None leaves the kernel's own value, which is no limit."""
+def test_limit_of_none_is_not_written(subtree: Subtree) -> None:
+    """A limit of None leaves the kernel's default, which is no limit."""
     path = subtree.create("job", NO_LIMITS).path
     for name in ("cpu.max", "memory.max", "pids.max"):
         assert (path / name).read_text().split()[0] == "max"
@@ -297,7 +297,7 @@ def test_no_limit_is_written_where_none_is_wanted(subtree: Subtree) -> None:
 
 @pytest.mark.kernel
 def test_refused_limit_is_an_error_and_leaves_no_cgroup(subtree: Subtree) -> None:
-    """A value that the kernel does not take is told with its file, and nothing stays behind."""
+    """If the kernel refuses a value, the error names value and file; the cgroup is removed."""
     with pytest.raises(CgroupError, match=f"cannot write '{2**40}' to .*/job/pids.max: ") as caught:
         subtree.create("job", Limits(pids=2**40))
     assert caught.value.errno == errno.EINVAL
@@ -306,15 +306,15 @@ def test_refused_limit_is_an_error_and_leaves_no_cgroup(subtree: Subtree) -> Non
 
 
 @pytest.mark.kernel
-def test_refused_limit_fails_the_start_up_already(base: Path) -> None:
-    """The limits given to `open` are tried out at once; nothing stays behind."""
+def test_refused_default_limit_fails_open(base: Path) -> None:
+    """`open` tries the limits that it is given, and raises if one cannot be written."""
     with pytest.raises(CgroupError, match=r"pids\.max"):
         Subtree.open("require", root=base, limits=Limits(pids=2**40))
 
 
 @pytest.mark.kernel
 def test_auto_goes_without_a_refused_limit(base: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Under auto the other limits are in force, and one warning tells of the one that is not."""
+    """Under auto the other limits are in force, and one warning names the refused one."""
     limits = Limits(pids=2**40)
     subtree = Subtree.open("auto", root=base, limits=limits)
     assert subtree
@@ -327,7 +327,7 @@ def test_auto_goes_without_a_refused_limit(base: Path, caplog: pytest.LogCapture
 
 @pytest.fixture
 def without_pids(base: Path) -> Iterator[Path]:
-    """A cgroup that is handed every controller but pids."""
+    """A cgroup that has every controller except pids."""
     (base / "cgroup.subtree_control").write_text("+cpu +io +memory")
     path = base / "without-pids"
     path.mkdir()
@@ -337,7 +337,7 @@ def without_pids(base: Path) -> Iterator[Path]:
 
 @pytest.mark.kernel
 def test_missing_controller_is_named(without_pids: Path) -> None:
-    """A controller that the root does not have is an error with its name and a remedy."""
+    """If the root lacks a controller, the error has its name and a remedy."""
     with pytest.raises(
         CgroupError, match=f"{without_pids} does not have the pids controller; .*Delegate"
     ):
@@ -348,7 +348,7 @@ def test_missing_controller_is_named(without_pids: Path) -> None:
 def test_auto_goes_without_a_missing_controller(
     without_pids: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Under auto the limits of the controllers that are there are in force."""
+    """Under auto the limits of the other controllers are in force; a warning names this one."""
     subtree = Subtree.open("auto", root=without_pids)
     assert subtree
     with contextlib.closing(subtree):
@@ -362,8 +362,8 @@ def test_auto_goes_without_a_missing_controller(
 
 
 @pytest.mark.kernel
-def test_owner_moves_to_a_leaf_and_back(inside: Path) -> None:
-    """In its own cgroup the owner moves into `server`; close undoes that and the controllers."""
+def test_process_moves_to_a_leaf_and_back(inside: Path) -> None:
+    """A process in the root moves to `main`; close moves it back and disables the controllers."""
     subtree = Subtree.open("require")
     assert subtree
     assert own_cgroup() == f"{inside.name}/{subtree.path.name}/main"
@@ -377,8 +377,8 @@ def test_owner_moves_to_a_leaf_and_back(inside: Path) -> None:
 
 
 @pytest.mark.kernel
-def test_owner_stays_out_of_a_root_it_is_not_in(base: Path) -> None:
-    """With the root elsewhere the owner's own cgroup does not change."""
+def test_process_outside_of_the_root_is_not_moved(base: Path) -> None:
+    """If the root is another cgroup, the calling process stays in its own."""
     before = own_cgroup()
     with contextlib.closing(_open(base)):
         assert own_cgroup() == before
@@ -387,7 +387,7 @@ def test_owner_stays_out_of_a_root_it_is_not_in(base: Path) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("first_to_close", [0, 1])
 def test_one_process_may_have_two_subtrees(inside: Path, first_to_close: int) -> None:
-    """The second is made beside the first, without a move; either may be closed first."""
+    """The second is made beside the first and moves nothing; either may be closed first."""
     subtrees = [_open(inside)]
     leaf = f"{inside.name}/{subtrees[0].path.name}/main"
     second = Subtree.open("require")
@@ -406,7 +406,7 @@ def test_one_process_may_have_two_subtrees(inside: Path, first_to_close: int) ->
 def test_stranger_in_the_root_is_an_error_with_its_remedy(
     inside: Path, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:
-    """Where another process keeps controllers from being handed down we move back and say so."""
+    """If a process in the root prevents enabling controllers, `open` moves back and raises."""
     stranger = run_in(inside, _SLEEP)
     with pytest.raises(CgroupError, match=rf"no process but this one may be in {inside}"):
         Subtree.open("require")
@@ -418,14 +418,14 @@ def test_stranger_in_the_root_is_an_error_with_its_remedy(
 def test_close_kills_what_still_runs(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:
-    """After close there is neither a process nor a cgroup of a job."""
+    """`close` kills the processes of jobs and removes their cgroups."""
     processes = [run_in(subtree.create(name, Limits()).path, _ESCAPE) for name in ("a", "b")]
     subtree.close()
     assert not subtree.path.exists()
     assert all(map(_all_dead, processes))
 
 
-_OWNER = """
+_MAIN_PROCESS = """
 import subprocess, sys
 from cgroups import Subtree
 from limits import Limits
@@ -439,40 +439,40 @@ job.wait()
 
 
 @contextlib.contextmanager
-def _owner(base: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """Another process with a subtree and one job in it; the path is the job's cgroup."""
+def _main_process(base: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Run another main process with a subtree and one job; yield it and the job's cgroup."""
     with subprocess.Popen(
-        [sys.executable, "-c", _OWNER, base], cwd=_HERE, stdout=subprocess.PIPE
-    ) as owner:
-        assert owner.stdout
-        nested = Path(os.fsdecode(owner.stdout.readline().rstrip(b"\n")))
+        [sys.executable, "-c", _MAIN_PROCESS, base], cwd=_HERE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        nested = Path(os.fsdecode(process.stdout.readline().rstrip(b"\n")))
         try:
-            yield owner, nested.parent
+            yield process, nested.parent
         finally:
-            owner.kill()
+            process.kill()
 
 
 @pytest.mark.kernel
-def test_subtree_of_a_dead_owner_is_swept(base: Path) -> None:
-    """The next to open kills what a SIGKILLed owner left running and removes its cgroups."""
-    with _owner(base) as (owner, job):
-        owner.kill()
-        owner.wait()
+def test_subtree_of_a_dead_main_process_is_removed(base: Path) -> None:
+    """The next `open` kills the jobs of a SIGKILLed main process and removes its cgroups."""
+    with _main_process(base) as (process, job):
+        process.kill()
+        process.wait()
         assert "populated 1" in (job / "cgroup.events").read_text()
         with contextlib.closing(_open(base)) as subtree:
             assert [each for each in base.iterdir() if each.is_dir()] == [subtree.path]
-        assert _all_dead(owner)
+        assert _all_dead(process)
 
 
 @pytest.mark.kernel
-def test_subtree_of_a_live_owner_is_left_alone(base: Path) -> None:
-    """Two owners work side by side; opening and closing one does nothing to the other."""
-    with _owner(base) as (owner, job):
+def test_subtree_of_a_live_main_process_is_left_alone(base: Path) -> None:
+    """Opening and closing one subtree does not affect another process's subtree beside it."""
+    with _main_process(base) as (process, job):
         with contextlib.closing(_open(base)) as subtree:
             assert subtree.create("job", Limits()).limits == Limits()
         assert "populated 1" in (job / "cgroup.events").read_text()
-        owner.kill()
-        owner.wait()
+        process.kill()
+        process.wait()
         _open(base).close()
 
 
@@ -484,7 +484,7 @@ from cgroups import Subtree
 base, moment = sys.argv[1:]
 Path(base, "cgroup.procs").write_text("0")
 subtree = Subtree.open("require", root=base)
-os.close(subtree._lock_fd)  # for the owner is to be somebody else, who is dead
+os.close(subtree._lock_fd)  # unlocked, as if the main process were dead
 
 def pause(at):
     if at == moment:
@@ -499,21 +499,21 @@ pause("removed")
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("moment", ["main", "removed"])
-@pytest.mark.parametrize("place", ["inside", "outside"])
-def test_successor_waits_for_the_helper_of_a_dead_owner(
-    base: Path, monkeypatch: pytest.MonkeyPatch, moment: str, place: str
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_open_waits_for_the_fork_server_of_a_dead_main_process(
+    base: Path, monkeypatch: pytest.MonkeyPatch, moment: str, where: str
 ) -> None:
-    """Which is in the root, where it removes the old cgroups, or has, and is about to end."""
+    """`open` waits for a dismantler in the root: before it removes `main`, and before its end."""
     with subprocess.Popen(
         [sys.executable, "-c", _DISMANTLER, base, moment],
         cwd=_HERE,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-    ) as helper:
-        assert helper.stdin
-        assert helper.stdout
+    ) as dismantler:
+        assert dismantler.stdin
+        assert dismantler.stdout
         awaited: set[int] = set()
-        stdin, pidfd_open = helper.stdin, os.pidfd_open
+        stdin, pidfd_open = dismantler.stdin, os.pidfd_open
 
         def let_go(pid: int) -> int:
             awaited.add(pid)
@@ -523,21 +523,21 @@ def test_successor_waits_for_the_helper_of_a_dead_owner(
 
         monkeypatch.setattr(os, "pidfd_open", let_go)
         try:
-            assert helper.stdout.readline() == b"in the way\n"
-            assert (base / "cgroup.procs").read_text() == f"{helper.pid}\n"
+            assert dismantler.stdout.readline() == b"in the way\n"
+            assert (base / "cgroup.procs").read_text() == f"{dismantler.pid}\n"
             with (
-                joined(base) if place == "inside" else contextlib.nullcontext(),
+                joined(base) if where == "inside" else contextlib.nullcontext(),
                 contextlib.closing(_open(base)) as subtree,
             ):
                 assert subtree.create("job", Limits()).limits == Limits()
-            assert awaited == {helper.pid}
+            assert awaited == {dismantler.pid}
         finally:
-            helper.kill()
+            dismantler.kill()
 
 
 @pytest.mark.kernel
 def test_cgroup_outside_of_the_namespace_is_not_taken_for_ours(base: Path) -> None:
-    """In a cgroup namespace under an older mount our own cgroup cannot be told: an error."""
+    """In a cgroup namespace with a mount from outside, the own cgroup is unknown: an error."""
 
     def open_in_namespace() -> str:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -567,7 +567,7 @@ def _open_and_describe() -> str:
 
 @pytest.mark.kernel
 def test_ordinary_user_without_delegation_is_told_the_remedy(base: Path) -> None:
-    """Who may not make cgroups is told how to get one."""
+    """EACCES at the first mkdir becomes an error that says how to get a delegated cgroup."""
     code, message = json.loads(_in(base, _open_and_describe, as_nobody=True))
     assert code == errno.EACCES
     assert f"cannot make {base}/job-worker-" in message
@@ -576,7 +576,7 @@ def test_ordinary_user_without_delegation_is_told_the_remedy(base: Path) -> None
 
 @pytest.mark.kernel
 def test_ordinary_user_with_delegation_has_every_limit(base: Path) -> None:
-    """In a cgroup handed to them an ordinary user can enforce every limit."""
+    """In a delegated cgroup an ordinary user can enforce every limit."""
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
         os.chown(path, NOBODY, NOBODY)
     limits, place, afterwards = json.loads(_in(base, _open_and_describe, as_nobody=True))
@@ -612,7 +612,7 @@ def test_kill_reaches_every_process(
     run_in: Callable[[Path, str], subprocess.Popen[bytes]],
     kill: Callable[[Cgroup], None],
 ) -> None:
-    """Nothing escapes: no session of its own, no double fork, no stopped process."""
+    """Kill also reaches a process in another session, a double fork and a stopped process."""
     cgroup = subtree.create("job", Limits())
     process = run_in(cgroup.path, _ESCAPE)
     kill(cgroup)
@@ -629,7 +629,7 @@ def test_kill_beats_a_process_that_keeps_forking(
     run_in: Callable[[Path, str], subprocess.Popen[bytes]],
     kill: Callable[[Cgroup], None],
 ) -> None:
-    """Processes that fork and exit all the time, under ever new numbers, are gone at once."""
+    """Kill ends processes that fork and exit all the time, so that their numbers change."""
     cgroup = subtree.create("job", Limits())
     process = run_in(cgroup.path, f"exec '{sys.executable}' -S -c '{_HOP}'")
     kill(cgroup)
@@ -641,7 +641,7 @@ def test_kill_beats_a_process_that_keeps_forking(
 def test_kill_without_cgroup_kill_spares_the_killer(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:
-    """A process of another PID namespace is listed as 0, which to kill(2) means one's own group."""
+    """A process of another PID namespace is listed as 0; kill(0) would kill the killer's group."""
     cgroup = subtree.create("job", Limits())
     stranger = run_in(cgroup.path, _SLEEP)
     program = "import cgroupfs, sys; cgroupfs.freeze_and_kill(sys.argv[1])"
@@ -661,7 +661,7 @@ def test_kill_without_cgroup_kill_spares_the_killer(
 def test_wait_empty_blocks_while_a_process_lives(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:
-    """As long as something lives waiting times out, and the end of it wakes who waits."""
+    """While a process lives, a wait with a bound times out; its end wakes a wait without one."""
     cgroup = subtree.create("job", Limits())
     process = run_in(cgroup.path, _SLEEP)
     with pytest.raises(TimeoutError, match=r"still alive after 0\.1 s"):
@@ -675,7 +675,7 @@ def test_wait_empty_blocks_while_a_process_lives(
 
 @pytest.mark.kernel
 def test_kill_and_wait_of_a_removed_cgroup_do_nothing(subtree: Subtree) -> None:
-    """What is gone is dead and empty and removed."""
+    """Kill, wait and remove do nothing if the cgroup has been removed."""
     cgroup = subtree.create("job", Limits())
     cgroup.remove()
     cgroup.kill()
@@ -687,7 +687,7 @@ def test_kill_and_wait_of_a_removed_cgroup_do_nothing(subtree: Subtree) -> None:
 def test_cgroups_made_by_the_job_are_removed(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:
-    """What a job makes below its cgroup, with processes in it, goes with the job."""
+    """Cgroups that a job made below its own are killed and removed with it."""
     cgroup = subtree.create("job", Limits())
     nested = cgroup.path / "a" / "b"
     nested.mkdir(parents=True)
@@ -705,7 +705,7 @@ def test_cgroups_made_by_the_job_are_removed(
 def test_cgroup_in_use_cannot_be_removed(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:
-    """Removing a cgroup with a process in it is an error that tells where to look."""
+    """Removing a cgroup that contains a process raises an error that names cgroup.procs."""
     cgroup = subtree.create("job", Limits())
     run_in(cgroup.path, _SLEEP)
     with pytest.raises(CgroupError, match=r"cannot remove .*/job: .*busy; .*cgroup\.procs"):
@@ -716,7 +716,7 @@ def test_cgroup_in_use_cannot_be_removed(
 def test_oom_kills_counts_only_kills_for_memory(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:
-    """A SIGKILL is not counted, a process over the memory limit is."""
+    """A SIGKILL from another process is not counted; a kill for the memory limit is."""
     cgroup = subtree.create("job", Limits(memory_bytes=20 * _MIB))
     run_in(cgroup.path, _SLEEP).kill()
     assert cgroup.usage().oom_kills == 0
@@ -727,7 +727,7 @@ def test_oom_kills_counts_only_kills_for_memory(
 
 @pytest.mark.kernel
 def test_process_without_rights_can_join_by_the_open_descriptor(subtree: Subtree) -> None:
-    """Who opened cgroup.procs counts, so a child that has dropped its rights can join."""
+    """The kernel checks who opened cgroup.procs, so a child that gave up its rights can join."""
     cgroup = subtree.create("job", Limits())
     procs_fd = os.open(cgroup.path / "cgroup.procs", os.O_WRONLY)
 

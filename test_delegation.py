@@ -1,8 +1,8 @@
-"""Tests of the arrangements that servers meet, on a real kernel: delegated subtrees, missing
-controllers, a read-only hierarchy, other servers; and of `server check` in each of them.
+"""Tests of a server in the cgroup trees that it may find, on a real kernel: a delegated subtree, a
+missing controller, a read-only hierarchy, other servers; and of `server check` in each of them.
 
-A delegated subtree is what `systemd-run --scope -p Delegate=yes` arranges: a cgroup whose
-directory and two files belong to the user. systemd itself cannot run in the test kernel.
+A delegated subtree is a cgroup whose directory and two files belong to the user, as `systemd-run
+--scope -p Delegate=yes` makes it. systemd itself cannot run in the test kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.kernel
 _HERE = Path(__file__).parent
 _ITEMS = ["cgroup v2", "kill", "cpu", "memory", "io", "pids"]
 _IN = ("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"')
-# The right to read lets it run a Python that is, say, in root's home; in a cgroup
-# the right to write is what counts.
+# CAP_DAC_READ_SEARCH lets an ordinary user run a Python that is, for example, in root's home. In a
+# cgroup it changes nothing, because only the right to write matters there.
 _AS_NOBODY = (
     *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
@@ -41,9 +41,9 @@ _READ_ONLY = (
 
 
 def _output_of(*command: str | Path) -> tuple[int, str]:
-    """Run a program to its end; its exit status, and its stdout and stderr together.
+    """Run a program to its end; return its exit status, and its stdout and stderr together.
 
-    The random part of a name in it is replaced by stars.
+    The random part of the names of subtrees is replaced by stars.
     """
     done = subprocess.run(
         command,
@@ -59,7 +59,7 @@ def _output_of(*command: str | Path) -> tuple[int, str]:
 
 
 def _check(*options: str | Path, before: tuple[str | Path, ...] = ()) -> tuple[int, list[str]]:
-    """Run `server check`; its exit status and what it printed, by lines."""
+    """Run `server check`; return its exit status and the lines that it printed."""
     status, text = _output_of(*before, sys.executable, _HERE / "server.py", "check", *options)
     return status, text.splitlines()
 
@@ -67,7 +67,7 @@ def _check(*options: str | Path, before: tuple[str | Path, ...] = ()) -> tuple[i
 def _require(
     certs: Path, state: Path, *options: str | Path, before: tuple[str | Path, ...] = ()
 ) -> tuple[int, list[str]]:
-    """Run a server with --limits require that cannot start; its exit status and its lines."""
+    """Run a server with --limits require that cannot start; return its exit status and lines."""
     common = ("--listen", "127.0.0.1:0", "--certs", certs, "--state-dir", state)
     program = (sys.executable, _HERE / "server.py", "--limits", "require", *common)
     status, text = _output_of(*before, *program, *options)
@@ -75,7 +75,7 @@ def _require(
 
 
 def _state(top: Path, *, but: Path) -> dict[Path, tuple[str, ...]]:
-    """Everything of the hierarchy that is not in `but`: each cgroup, what it says and has."""
+    """Read some files of every cgroup of the hierarchy that is not in `but`."""
     found = {}
     for directory, names, _ in os.walk(top):
         path = Path(directory)
@@ -95,7 +95,7 @@ def delegated(base: Path) -> Path:
 
 @pytest.fixture
 def without_io(base: Path) -> Iterator[Path]:
-    """A cgroup that is handed every controller but io."""
+    """A cgroup that has every controller except io."""
     (base / "cgroup.subtree_control").write_text("+cpu +memory +pids")
     path = base / "without-io"
     path.mkdir()
@@ -107,16 +107,16 @@ def without_io(base: Path) -> Iterator[Path]:
 
 
 def test_check_proves_everything_where_everything_works(base: Path) -> None:
-    """On a host with all that is needed each item is ok, and so is the exit status."""
+    """If nothing is missing, every finding is ok and the exit status is 0."""
     status, lines = _check("--cgroup-root", base)
     assert [line.partition(":")[0] for line in lines] == [f"ok      {item}" for item in _ITEMS]
     assert status == 0
 
 
-def test_missing_controller_is_told_by_check_and_by_require(
+def test_missing_controller_is_reported_by_check_and_by_require(
     without_io: Path, certs: Path, tmp_path: Path
 ) -> None:
-    """The item that fails names the controller and the remedy, and require says the same."""
+    """The failed finding names controller and remedy; a server with require prints the same."""
     status, lines = _check("--cgroup-root", without_io)
     (failed,) = [line for line in lines if not line.startswith("ok ")]
     assert failed.startswith(f"FAILED  io: {without_io} does not have the io controller; ")
@@ -128,10 +128,10 @@ def test_missing_controller_is_told_by_check_and_by_require(
     assert status == 1
 
 
-def test_read_only_hierarchy_is_told_by_check_and_by_require(
+def test_read_only_hierarchy_is_reported_by_check_and_by_require(
     base: Path, certs: Path, tmp_path: Path
 ) -> None:
-    """As in most containers: the message says that it is read-only, and what to start instead."""
+    """In a read-only hierarchy, as in most containers, the message says so and has the remedy."""
     before = (*_READ_ONLY, base.parent)
     status, lines = _check("--cgroup-root", base, before=before)
     (failed,) = lines
@@ -144,8 +144,8 @@ def test_read_only_hierarchy_is_told_by_check_and_by_require(
     assert status == 1
 
 
-def test_host_without_a_disk_is_told_by_check(base: Path) -> None:
-    """Only the limit on disks fails, with what to do about it."""
+def test_host_without_a_disk_is_reported_by_check(base: Path) -> None:
+    """Without a disk only the finding about io fails."""
     before = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys/block && exec "$@"', "sh")
     status, lines = _check("--cgroup-root", base, before=before)
     (failed,) = [line for line in lines if not line.startswith("ok ")]
@@ -153,8 +153,8 @@ def test_host_without_a_disk_is_told_by_check(base: Path) -> None:
     assert status == 1
 
 
-def test_check_in_no_delegation_says_how_to_get_one(base: Path) -> None:
-    """An ordinary user in a cgroup of root's is told to have one delegated."""
+def test_check_without_delegation_says_how_to_get_it(base: Path) -> None:
+    """An ordinary user in a cgroup of root's is told how to get a delegated one."""
     status, lines = _check(before=(*_IN, base, *_AS_NOBODY))
     (failed,) = lines
     assert failed.startswith(f"FAILED  cgroup v2: cannot make {base}/job-worker-")
@@ -185,7 +185,7 @@ with Worker(enforcement="require", limits=limits) as worker:
 
 
 def test_ordinary_user_runs_limited_jobs_in_a_delegated_cgroup(delegated: Path) -> None:
-    """Limits are felt, jobs are killed whole, nothing is left and nothing outside is touched."""
+    """Limits have effect, stops reach every process, and nothing outside the cgroup changes."""
     before = _state(delegated.parent, but=delegated)
     status, text = _output_of(*_IN, delegated, *_AS_NOBODY, sys.executable, "-c", _WORKER)
     assert text.split("\n") == ["OUT_OF_MEMORY True", "2", "STOPPED 2 False", ""]
@@ -196,7 +196,7 @@ def test_ordinary_user_runs_limited_jobs_in_a_delegated_cgroup(delegated: Path) 
 
 
 def test_check_as_an_ordinary_user_in_a_delegated_cgroup(delegated: Path) -> None:
-    """All is ok for who has a cgroup of their own."""
+    """For an ordinary user in a delegated cgroup every finding is ok."""
     status, lines = _check(before=(*_IN, delegated, *_AS_NOBODY))
     assert [line.partition(":")[0] for line in lines] == [f"ok      {item}" for item in _ITEMS]
     assert status == 0
@@ -208,19 +208,19 @@ def test_check_as_an_ordinary_user_in_a_delegated_cgroup(delegated: Path) -> Non
 def test_nothing_outside_the_root_is_touched(
     base: Path, start_server: Callable[..., ServerProgram]
 ) -> None:
-    """A server that works below its root changes no other cgroup, and moves no other process."""
+    """A server changes no cgroup outside its root, and moves no process there."""
     before = _state(base.parent, but=base)
     server = start_server("--limits", "require", "--cgroup-root", str(base))
     during = _state(base.parent, but=base)
     assert server.end() == 0
-    # The server and its spawner are in our cgroup, like us.
+    # Our own cgroup also has the server and its fork server, so its cgroup.procs may differ.
     own = base.parent / own_cgroup()
     assert before.pop(own)[0] == during.pop(own)[0]
     assert during == before
 
 
 def test_stranger_is_not_moved(base: Path, certs: Path, tmp_path: Path) -> None:
-    """With another process in its cgroup the server says so and does not start; that one stays."""
+    """If another process is in its cgroup, the server says so and does not start or move it."""
     command = (*_IN, base, "sh", "-c", "echo up; exec sleep infinity")
     with subprocess.Popen(command, stdout=subprocess.PIPE) as stranger:
         assert stranger.stdout
@@ -235,7 +235,7 @@ def test_stranger_is_not_moved(base: Path, certs: Path, tmp_path: Path) -> None:
 def test_two_servers_do_not_disturb_each_other(
     base: Path, certs: Path, start_server: Callable[..., ServerProgram]
 ) -> None:
-    """One is killed and its successor sweeps up after it; the other's job does not notice."""
+    """One server is killed, the next removes its cgroups; the other server's job is unaffected."""
     import workerservice_pb2 as worker_pb
     from client import Client
 

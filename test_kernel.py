@@ -1,8 +1,8 @@
-"""Tests of the worker and the server on a real kernel: limits that are felt, jobs that do
-not get away, and nothing left behind.
+"""Tests of the worker and the server on a real kernel: limits have their effect, no process of a
+job escapes, and nothing is left behind.
 
-Every process of a job may hold a FIFO that the test reads; end-of-file on that proves
-that all of them are dead.
+In some tests every process of a job holds a FIFO open for writing, and the test reads it.
+End-of-file on the FIFO proves that all these processes are dead.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _SIGNALS = "HUP INT QUIT ILL TRAP ABRT BUS FPE USR1 SEGV USR2 PIPE ALRM TERM CHL
 
 @pytest.fixture
 def worker(base: Path) -> Iterator[Worker]:
-    """A worker that fails rather than go without a limit."""
+    """A worker that refuses to run a job without its limits."""
     with Worker(enforcement="require", cgroup_root=base) as worker:
         yield worker
 
@@ -65,13 +65,13 @@ def _cgroup(worker: Worker, job_id: str) -> Path:
 
 
 def _top(worker: Worker) -> Path:
-    """Where the cgroup hierarchy is mounted."""
+    """Return the directory where the cgroup hierarchy is mounted."""
     assert worker._subtree
     return worker._subtree.path.parent.parent
 
 
 def _output(worker: Worker, job_id: str) -> bytes:
-    """Block until the job has ended; all it has written."""
+    """Block until the job has ended; return all its output."""
     with worker.stream(job_id) as chunks:
         return b"".join(chunks)
 
@@ -82,15 +82,16 @@ def _counters(path: Path) -> dict[str, int]:
 
 
 def _pause(worker: Worker, job_id: str, seconds: float) -> None:
-    """Let a job run for some time, which it must not end in."""
+    """Let a job run for some seconds; it must not end meanwhile."""
     with pytest.raises(TimeoutError):
         worker.wait(job_id, seconds)
 
 
 class _Escapees:
-    """A script that tries to get away, and the FIFO that every process of it holds.
+    """A script whose processes try to escape a kill, and the FIFO that all of them hold.
 
-    `cgroups`: by cgroups of its own too, which a job with a user of its own cannot make.
+    `cgroups`: some of them also enter cgroups that the script makes below the job's. A job with
+    a user of its own has no right to make these.
     """
 
     def __init__(self, path: Path, *, cgroups: bool = True) -> None:
@@ -120,14 +121,14 @@ class _Escapees:
             """
 
     def await_up(self, jobs: int = 1) -> None:
-        """Block until every process of so many jobs is at large."""
+        """Block until every process of so many jobs is running."""
         lines = b""
         while lines.count(b"\n") < self._count * jobs:
             assert select.select([self._fd], [], [], GUARD_S)[0]
             lines += os.read(self._fd, 4096)
 
     def are_dead(self) -> bool:
-        """Whether no process has the FIFO open, at this moment."""
+        """Return whether no process has the FIFO open now."""
         try:
             return os.read(self._fd, 1) == b""
         except BlockingIOError:
@@ -148,7 +149,7 @@ def escapees(tmp_path: Path) -> Iterator[_Escapees]:
 
 
 def test_job_is_in_its_cgroup_from_its_first_instruction(worker: Worker) -> None:
-    """Of 500 jobs, started four at a time beside a busy one, none is elsewhere, nor its child."""
+    """500 jobs and their children, four at a time beside a busy job, are all in their cgroups."""
     busy = worker.start("sh", ["-c", "while :; do :; done"], limits=Limits(cpu_cores=0.2))
     tell = "read place </proc/self/cgroup; echo $place"
     script = f"{tell}; ({tell})"
@@ -167,14 +168,14 @@ def test_job_is_in_its_cgroup_from_its_first_instruction(worker: Worker) -> None
 
 
 def test_limits_are_written_before_the_command_runs(worker: Worker) -> None:
-    """What a job reads in its own cgroup first of all are its limits."""
+    """The first thing that a job reads in its own cgroup is its limits."""
     script = 'cd "$0/$(sed -n s/^0::.//p /proc/self/cgroup)" && cat cpu.max memory.max pids.max'
     limits = Limits(cpu_cores=0.5, memory_bytes=64 * _MIB, pids=9)
     job = worker.start("sh", ["-c", script, str(_top(worker))], limits=limits)
     assert _output(worker, job) == f"50000 100000\n{64 * _MIB}\n9\n".encode()
 
 
-def test_every_limit_is_in_force_and_told(worker: Worker) -> None:
+def test_every_limit_is_in_force_and_in_the_status(worker: Worker) -> None:
     """A running job's cgroup has all the limits, and its status shows them."""
     limits = Limits(
         cpu_cores=0.5,
@@ -200,13 +201,13 @@ def test_every_limit_is_in_force_and_told(worker: Worker) -> None:
 
 
 def test_default_limits_are_in_force(worker: Worker) -> None:
-    """A job started without limits of its own has the defaults, none of them missing."""
+    """A job that is started without limits has all the defaults."""
     assert worker.status(worker.start("sh", _FOREVER)).limits == Limits()
 
 
 @pytest.mark.parametrize("processes", [1, 8])
-def test_cpu_limit_is_felt(worker: Worker, processes: int) -> None:
-    """Busy loops under a limit of 0.2 cores use that together and no more."""
+def test_cpu_limit_has_effect(worker: Worker, processes: int) -> None:
+    """Busy loops under a limit of 0.2 cores use 0.2 cores together."""
     busy = "while :; do :; done"
     script = f"for i in $(seq {processes - 1}); do ({busy}) & done; {busy}"
     job = worker.start("sh", ["-c", script], limits=Limits(cpu_cores=0.2))
@@ -222,8 +223,8 @@ def test_cpu_limit_is_felt(worker: Worker, processes: int) -> None:
 @pytest.mark.parametrize(
     "script", ["exec tail /dev/zero", "tail /dev/zero; echo survived"], ids=["leader", "child"]
 )
-def test_memory_limit_is_felt(worker: Worker, script: str) -> None:
-    """A job over its memory limit is killed whole, and out of memory is why it ended."""
+def test_memory_limit_has_effect(worker: Worker, script: str) -> None:
+    """A job above its memory limit is killed as a whole; its end reason is OUT_OF_MEMORY."""
     limits = Limits(memory_bytes=50 * _MIB)
     job = worker.wait(worker.start("sh", ["-c", script], limits=limits), GUARD_S)
     assert (job.status, job.end_reason) == (Status.FINISHED, EndReason.OUT_OF_MEMORY)
@@ -232,7 +233,7 @@ def test_memory_limit_is_felt(worker: Worker, script: str) -> None:
 
 
 def test_job_below_its_memory_limit_is_left_alone(worker: Worker) -> None:
-    """What fits into the limit ends by itself."""
+    """A job that stays below its memory limit ends by itself."""
     script = "head -c 20M /dev/zero | tail | wc -c"
     job = worker.start("sh", ["-c", script], limits=Limits(memory_bytes=50 * _MIB))
     assert _output(worker, job) == f"{20 * _MIB}\n".encode()
@@ -249,13 +250,13 @@ def test_job_below_its_memory_limit_is_left_alone(worker: Worker) -> None:
 def test_only_the_kernel_says_out_of_memory(
     worker: Worker, script: str, reason: EndReason, exit_code: int | None, number: int | None
 ) -> None:
-    """An exit code of 137 or a SIGKILL by somebody else is told as what it is."""
+    """Neither an exit code of 137 nor a SIGKILL by another process is reported as OUT_OF_MEMORY."""
     job = worker.wait(worker.start("sh", ["-c", script]), GUARD_S)
     assert (job.end_reason, job.exit_code, job.signal) == (reason, exit_code, number)
 
 
 def test_pressing_against_the_memory_limit_is_not_out_of_memory(worker: Worker) -> None:
-    """A job that the kernel only took page cache from, and somebody then killed, was SIGNALLED."""
+    """The kernel only reclaims the job's page cache. Then a SIGKILL ends the job as SIGNALLED."""
     numbers = _physical_disks()[0]
     uevent = Path("/sys/dev/block", numbers, "uevent").read_text()
     (disk,) = [each[8:] for each in uevent.splitlines() if each.startswith("DEVNAME=")]
@@ -271,8 +272,8 @@ def test_pressing_against_the_memory_limit_is_not_out_of_memory(worker: Worker) 
 
 
 def test_stop_after_a_process_ran_out_of_memory_is_a_stop(worker: Worker) -> None:
-    """What our stop ended is STOPPED, although the kernel had to kill a process of it before."""
-    # The greedy one is in a cgroup below the job's, with a lower limit of its own.
+    """A job is STOPPED although the kernel had killed one of its processes for memory before."""
+    # The greedy process is in a cgroup below the job's, which has a lower limit.
     script = """
         cd "$0/$(sed -n s/^0::.//p /proc/self/cgroup)" && mkdir leader greedy &&
         echo $$ >leader/cgroup.procs && echo +memory >cgroup.subtree_control &&
@@ -288,8 +289,8 @@ def test_stop_after_a_process_ran_out_of_memory_is_a_stop(worker: Worker) -> Non
     assert (ended.status, ended.end_reason) == (Status.STOPPED, EndReason.STOPPED)
 
 
-def test_process_limit_is_felt(worker: Worker) -> None:
-    """At its limit a job cannot fork; other jobs and its own stop do not notice."""
+def test_process_limit_has_effect(worker: Worker) -> None:
+    """At its limit a job cannot fork; another job still starts, and the job can be stopped."""
     script = "(while :; do sleep infinity & done) 2>&1; exec sleep infinity"
     job = worker.start("sh", ["-c", script], limits=Limits(pids=10))
     await_output(worker, job, b"fork")
@@ -305,8 +306,8 @@ def test_process_limit_is_felt(worker: Worker) -> None:
 
 
 def test_stop_reaches_every_escapee(worker: Worker, escapees: _Escapees) -> None:
-    """When stop returns nothing of the job lives: setsid, double fork, SIGSTOP, closed output,
-    deaf to signals, in a cgroup of its own, frozen in one."""
+    """When stop returns, every process of the job is dead: after setsid, after a double fork,
+    stopped, without output, ignoring signals, in a cgroup of the job's own, frozen in one."""
     job = worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
     escapees.await_up()
     path = _cgroup(worker, job)
@@ -318,7 +319,7 @@ def test_stop_reaches_every_escapee(worker: Worker, escapees: _Escapees) -> None
 def test_leaders_exit_ends_every_escapee(
     worker: Worker, escapees: _Escapees, tmp_path: Path
 ) -> None:
-    """When a job has FINISHED by itself nothing that it started lives."""
+    """When the leader exits by itself, everything that it started is killed."""
     go = tmp_path / "go"
     os.mkfifo(go)
     job = worker.start("sh", ["-c", f"{escapees.script} read x <'{go}'; exit 3"])
@@ -331,7 +332,7 @@ def test_leaders_exit_ends_every_escapee(
 
 
 def test_close_leaves_nothing(base: Path, escapees: _Escapees) -> None:
-    """A worker that closes while jobs run leaves no process, no cgroup and no thread."""
+    """Closing a worker while jobs run leaves no process, no cgroup and no thread."""
     threads = threading.active_count()
     before = own_cgroup()
     with Worker(enforcement="require", cgroup_root=base) as worker:
@@ -347,7 +348,7 @@ def test_close_leaves_nothing(base: Path, escapees: _Escapees) -> None:
 def test_stop_reaches_a_frozen_job(
     worker: Worker, escapees: _Escapees, monkeypatch: pytest.MonkeyPatch, *, kill_file: bool
 ) -> None:
-    """A job that somebody froze as a whole is stopped, on a kernel without cgroup.kill too."""
+    """A frozen job can be stopped, also on a kernel without cgroup.kill."""
     job = worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
     escapees.await_up()
     (_cgroup(worker, job) / "cgroup.freeze").write_text("1")
@@ -359,10 +360,10 @@ def test_stop_reaches_a_frozen_job(
     assert not _cgroup(worker, job).exists()
 
 
-def test_stop_without_cgroup_kill_is_none_the_worse_for_a_cgroup_that_is_gone(
+def test_stop_without_cgroup_kill_tolerates_a_removed_cgroup(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job's thread removes it between our kill and our thaw; that is no error."""
+    """The job's thread removes the cgroup between the kill and the thaw; stop raises no error."""
     job = worker.start("sleep", ["infinity"])
     _refuse(monkeypatch, "cgroup.kill", errno.ENOENT)
     real, waited = cgroupfs.write, threading.Event()
@@ -383,7 +384,7 @@ def test_stop_without_cgroup_kill_is_none_the_worse_for_a_cgroup_that_is_gone(
 def test_leaders_exit_ends_every_escapee_without_cgroup_kill(
     worker: Worker, escapees: _Escapees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an older kernel what the leader leaves behind is frozen and killed."""
+    """On a kernel without cgroup.kill, what the leader leaves is frozen and killed."""
     _refuse(monkeypatch, "cgroup.kill", errno.ENOENT)
     go = tmp_path / "go"
     os.mkfifo(go)
@@ -398,7 +399,7 @@ def test_leaders_exit_ends_every_escapee_without_cgroup_kill(
 def test_cgroup_that_is_busy_for_a_moment_is_removed(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """rmdir may say EBUSY although the last process has gone; then it is tried again."""
+    """rmdir may fail with EBUSY after the last process has gone; then it is tried again."""
     refusals = [OSError(errno.EBUSY, os.strerror(errno.EBUSY)) for _ in range(3)]
     rmdir = os.rmdir
 
@@ -418,20 +419,20 @@ def test_cgroup_that_is_busy_for_a_moment_is_removed(
 
 
 def _held(worker: Worker | None = None) -> tuple[object, ...]:
-    """What a failed start must give back."""
+    """Return what this process and the worker hold; a failed start must not change it."""
     if worker is not None:
         settle_spares(worker)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
     held = len(os.listdir("/proc/self/fd")), threading.active_count(), children, own_cgroup()
     if worker is None:
         return held
-    worker._spawner.kill("nobody")  # once it answers, it has done what was asked before
+    worker._spawner.kill("nobody")  # answered in turn: earlier requests are done then
     cgroups = job_cgroups(_cgroup(worker, ""))
     return *held, worker.list(), cgroups, job_files(worker)
 
 
 def test_worker_that_cannot_enforce_does_not_start(base: Path) -> None:
-    """Under require a root without controllers is an error with a remedy; nothing is left."""
+    """Under require, a root without controllers raises an error with a remedy; nothing is left."""
     bare = base / "bare"
     bare.mkdir()
     before = _held()
@@ -446,7 +447,7 @@ _FILES = ["cpu.max", "memory.max", "memory.oom.group", "memory.swap.max", "io.ma
 
 
 def _await_failed_start(worker: Worker, marker: Path, limits: Limits | None = None) -> CgroupError:
-    """Start a job that cannot be: nothing may be left of it. Return the error."""
+    """Start a job that must fail; check that nothing of it is left. Return the error."""
     before = _held(worker)
     with pytest.raises(CgroupError) as caught:
         worker.start("touch", [str(marker)], limits=limits)
@@ -457,7 +458,7 @@ def _await_failed_start(worker: Worker, marker: Path, limits: Limits | None = No
 
 
 def _refuse(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
-    """Let nobody in this process open a file of that name."""
+    """Make every open of a file of that name fail in this process."""
     real = os.open
 
     def refuse(path: Any, *rest: Any, **options: Any) -> int:
@@ -469,7 +470,7 @@ def _refuse(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
 
 
 def test_job_that_cannot_be_limited_does_not_run(worker: Worker, tmp_path: Path) -> None:
-    """A limit that the kernel refuses fails the start before the command; nothing is left."""
+    """If the kernel refuses a limit, the start fails before the command runs; nothing is left."""
     marker = tmp_path / "ran"
     error = _await_failed_start(worker, marker, Limits(pids=2**40))
     assert str(error).startswith(f"cannot write '{2**40}' to {error.path}: Invalid argument; ")
@@ -482,7 +483,7 @@ def test_job_that_cannot_be_limited_does_not_run(worker: Worker, tmp_path: Path)
 def test_job_without_a_controller_does_not_run(
     worker: Worker, tmp_path: Path, controller: str
 ) -> None:
-    """A controller, and with it its files, that vanishes fails the next start."""
+    """If a controller disappears, with its files, the next start fails."""
     (_cgroup(worker, "") / "cgroup.subtree_control").write_text(f"-{controller}")
     error = _await_failed_start(worker, tmp_path / "ran")
     assert (error.errno, Path(error.path).name) == (errno.ENOENT, f"{controller}.max")
@@ -493,7 +494,7 @@ def test_job_without_a_controller_does_not_run(
 def test_job_with_one_limit_missing_does_not_run(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whichever file cannot be written, the error has its path, the value and a remedy."""
+    """Whichever limit's file cannot be written, the error has its path, the value and a remedy."""
     _refuse(monkeypatch, name, errno.EIO)
     error = _await_failed_start(worker, tmp_path / "ran", _ALL_LIMITS)
     assert Path(error.path).name == name
@@ -502,7 +503,7 @@ def test_job_with_one_limit_missing_does_not_run(
 
 
 def test_job_whose_cgroup_cannot_be_made_does_not_run(worker: Worker, tmp_path: Path) -> None:
-    """Where no more cgroups are allowed the command is not executed; nothing is left."""
+    """If the kernel allows no more cgroups, the command is not executed; nothing is left."""
     discard_spares(worker)
     (_cgroup(worker, "") / "cgroup.max.descendants").write_text("0")
     error = _await_failed_start(worker, tmp_path / "ran")
@@ -514,7 +515,7 @@ def _remove(path: Path) -> None:
 
 
 def _make_inner(path: Path) -> None:
-    """Let it hand a controller down: such a cgroup takes no process."""
+    """Enable a controller for its children: no process can enter such a cgroup."""
     (path / "cgroup.subtree_control").write_text("+memory")
 
 
@@ -529,7 +530,7 @@ def test_job_that_cannot_enter_its_cgroup_does_not_run(
     spoil: Callable[[Path], None],
     reason: str,
 ) -> None:
-    """Where its cgroup is gone again, or takes no process, the command is not executed."""
+    """If the cgroup was removed, or no process can enter it, the command is not executed."""
     fork = Spawner.fork
 
     def fork_too_late(spawner: Spawner, job: str, **options: Any) -> Process:
@@ -546,7 +547,7 @@ def test_job_that_cannot_enter_its_cgroup_does_not_run(
 
 @pytest.mark.parametrize("command", ["no-such-command", "/etc/passwd", "/proc"])
 def test_command_that_cannot_be_executed_leaves_no_cgroup(worker: Worker, command: str) -> None:
-    """What is missing, not executable or a directory has had a cgroup for a moment: it is gone."""
+    """If the command is missing, not executable or a directory, the cgroup is removed again."""
     before = _held(worker)
     with pytest.raises(CommandError):
         worker.start(command)
@@ -556,7 +557,7 @@ def test_command_that_cannot_be_executed_leaves_no_cgroup(worker: Worker, comman
 def test_job_without_a_thread_does_not_run(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no thread can be had the command is not executed; nothing is left."""
+    """If no thread can be started, the command is not executed; nothing is left."""
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -571,9 +572,9 @@ def test_job_without_a_thread_does_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-# --- the death of the owner -------------------------------------------------------------------
+# --- death of the main process ----------------------------------------------------------------
 
-_OWNER = """
+_MAIN_PROCESS = """
 import signal, sys
 from pathlib import Path
 from spawner import Spawner
@@ -587,14 +588,16 @@ signal.pause()
 """
 
 
-def test_death_of_the_owner_leaves_nothing_running(base: Path, escapees: _Escapees) -> None:
-    """SIGKILL of a program with 5 jobs ends them all; the next worker removes the cgroups."""
+def test_death_of_the_main_process_leaves_nothing_running(base: Path, escapees: _Escapees) -> None:
+    """SIGKILL of a main process ends its 5 jobs; the next worker removes the cgroups."""
     script = escapees.script + "exec sleep infinity"
-    with subprocess.Popen([sys.executable, "-c", _OWNER, base, script], cwd=_HERE) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", _MAIN_PROCESS, base, script], cwd=_HERE
+    ) as process:
         try:
             escapees.await_up(5)
         finally:
-            owner.kill()
+            process.kill()
     assert wait_event(base, "populated", "0", GUARD_S)
     assert escapees.are_dead()
     (left,) = [each for each in base.iterdir() if each.is_dir()]
@@ -605,7 +608,7 @@ def test_death_of_the_owner_leaves_nothing_running(base: Path, escapees: _Escape
 
 @pytest.fixture
 def public_escapees() -> Iterator[_Escapees]:
-    """Escapees for jobs of a server, which have users of their own."""
+    """Escapees whose FIFO every user can open, because a server's jobs have users of their own."""
     with tempfile.TemporaryDirectory() as directory:  # not pytest's, which is private
         Path(directory).chmod(0o711)
         escapees = _Escapees(Path(directory) / "fifo", cgroups=False)
@@ -620,7 +623,7 @@ def test_death_of_the_server_leaves_nothing_running(
     start_server: Callable[..., ServerProgram],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The same for the server itself with 20 jobs; its successor removes the cgroups and serves."""
+    """SIGKILL of a server ends its 20 jobs; the next server removes the cgroups and serves."""
     from client import Client
 
     escapees = public_escapees

@@ -1,7 +1,7 @@
-"""Tests, on a real kernel, that a job feels its limits on memory, disk and processes, and that
-its usage is what it has used. The limit on CPU time is in test_kernel.py.
+"""Tests on a real kernel that the limits on memory, disks and processes have effect, and that a
+job's usage is correct. The test of the limit on CPU time is in `test_kernel.py`.
 
-Each has a margin that it misses without the limit.
+Each test of a rate accepts a range around the limit, which an unlimited job would miss.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _IOPS = 30
 
 @pytest.fixture
 def worker(base: Path) -> Iterator[Worker]:
-    """A worker that fails rather than go without a limit."""
+    """A worker that refuses to run a job without its limits."""
     with Worker(enforcement="require", cgroup_root=base) as worker:
         yield worker
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A directory on a disk that is there to be written to, with 6 MiB in the file `data`."""
+    """A directory on a disk that exists for tests, with 6 MiB in the file `data`."""
     if not _DISK.exists():
         pytest.skip("needs the disks of scripts/kernel-run")
     subprocess.run(["mount", "-t", "ext2", _DISK, tmp_path], check=True)
@@ -72,7 +72,7 @@ def _usage(job: Job) -> Usage:
 
 
 def test_file_on_tmpfs_counts_as_memory(worker: Worker, tmp_path: Path) -> None:
-    """A job that fills a tmpfs is killed whole at its limit, and out of memory is why."""
+    """A job that fills a tmpfs is killed as a whole at its memory limit; it ends OUT_OF_MEMORY."""
     subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
     script = f"head -c 80M /dev/zero >{tmp_path}/file; echo survived"
     job = _run(worker, script, Limits(memory_bytes=50 * _MIB))
@@ -83,7 +83,7 @@ def test_file_on_tmpfs_counts_as_memory(worker: Worker, tmp_path: Path) -> None:
 
 
 def test_page_cache_kills_no_job(worker: Worker, disk: Path) -> None:
-    """A job may write and read files many times its memory limit."""
+    """A job may write and read files that are much larger than its memory limit."""
     script = f"head -c 100M /dev/zero >{disk}/file; cat {disk}/file {disk}/file | wc -c"
     limits = Limits(memory_bytes=16 * _MIB, io_read_bps=None, io_write_bps=None)
     job = _run(worker, script, limits)
@@ -113,8 +113,8 @@ def _seconds(job: Job) -> float:
     ],
     ids=["direct write", "write", "direct read", "read", "partition read", "partition write"],
 )
-def test_disk_rate_is_felt(worker: Worker, disk: Path, script: str) -> None:
-    """6 MiB to or from a disk, or its partition, take the time that the limit says."""
+def test_disk_rate_has_effect(worker: Worker, disk: Path, script: str) -> None:
+    """6 MiB to or from a disk or its partition pass at about the limit's rate."""
     limits = Limits(io_read_bps=_BPS, io_write_bps=_BPS)
     rate = 6 * _MIB / _seconds(_run(worker, f"cd {disk}; {script}", limits))
     assert 0.5 * _BPS < rate < 1.3 * _BPS
@@ -129,8 +129,8 @@ def test_disk_rate_is_felt(worker: Worker, disk: Path, script: str) -> None:
     ids=["write", "read"],
 )
 @pytest.mark.usefixtures("disk")
-def test_disk_operations_are_felt(worker: Worker, script: str) -> None:
-    """90 small operations take the time that their limit says, however few the bytes."""
+def test_limit_of_disk_operations_has_effect(worker: Worker, script: str) -> None:
+    """90 small operations pass at about the limit's rate, although they are few bytes."""
     limits = Limits(io_read_iops=_IOPS, io_write_iops=_IOPS)
     rate = 90 / _seconds(_run(worker, script, limits))
     assert 0.5 * _IOPS < rate < 1.3 * _IOPS
@@ -138,7 +138,7 @@ def test_disk_operations_are_felt(worker: Worker, script: str) -> None:
 
 @pytest.mark.usefixtures("disk")
 def test_every_disk_is_limited_and_no_partition(worker: Worker) -> None:
-    """io.max has each whole disk: the kernel takes no partitions, whose I/O is their disk's."""
+    """io.max has every whole disk. The kernel counts a partition's I/O for its disk."""
     job = worker.start("sleep", ["infinity"], limits=Limits(io_read_bps=_BPS, io_write_bps=None))
     assert worker.subtree
     lines = (worker.subtree.jobs / job / "io.max").read_text().splitlines()
@@ -148,8 +148,8 @@ def test_every_disk_is_limited_and_no_partition(worker: Worker) -> None:
     assert cgroups._physical_disks() == ["98:0", "98:16"]
 
 
-def test_host_without_a_disk_is_told(base: Path) -> None:
-    """Where /sys/block is empty an I/O limit is an error with a remedy, and none is no error."""
+def test_host_without_a_disk_cannot_limit_io(base: Path) -> None:
+    """With an empty /sys/block an I/O limit raises an error with a remedy; no limit raises none."""
     program = """
 import sys
 from cgroups import CgroupError, Subtree
@@ -178,14 +178,14 @@ print("without")
 
 # --- processes --------------------------------------------------------------------------------
 
-# Not for our Python: a job has a user of its own, who need not be able to execute that.
+# In Perl, because the job's user may be unable to execute this Python.
 _BOMB = '$| = 1; 1 while defined fork; print "full\\n"; fork while 1'
 
 
 def test_fork_bomb_stays_inside(
     base: Path, certs: Path, start_server: Callable[..., ServerProgram]
 ) -> None:
-    """Beside a fork bomb the server answers and runs jobs; a stop within 5 s leaves nothing."""
+    """Beside a fork bomb the server still runs jobs; a stop ends the bomb within 5 s."""
     import workerservice_pb2 as worker_pb
     from client import Client
 
@@ -215,7 +215,7 @@ def test_fork_bomb_stays_inside(
 def test_jobs_side_by_side_have_limits_of_their_own(
     base: Path, certs: Path, start_server: Callable[..., ServerProgram]
 ) -> None:
-    """Each job's cgroup and status have what was asked for it, and the defaults otherwise."""
+    """Each job's cgroup and status have the limits of its request, and defaults for the others."""
     from client import Client
 
     server = start_server("--limits", "require", "--cgroup-root", str(base))
@@ -251,7 +251,7 @@ open(sys.argv[1]).readline()
 
 
 def test_usage_is_what_the_job_used(worker: Worker, tmp_path: Path) -> None:
-    """CPU time, memory and processes of a known load are told while it runs and at its end."""
+    """CPU time, memory and processes of a known load are right while it runs and after its end."""
     go = tmp_path / "go"
     os.mkfifo(go)
     program = ["-I", "-S", "-c", _LOAD, str(go)]
@@ -261,7 +261,7 @@ def test_usage_is_what_the_job_used(worker: Worker, tmp_path: Path) -> None:
     go.write_text("\n")
     final = _usage(worker.wait(job_id, GUARD_S))
     for usage in (live, final):
-        # A guest's clock runs on while the host is busy with something else.
+        # The clock of a guest kernel goes on while the host does something else.
         assert 1.9 < (usage.cpu_user_s or 0) + (usage.cpu_system_s or 0) < 4
         assert 40 * _MIB < (usage.memory_peak_bytes or 0) < 60 * _MIB
         assert (usage.cpu_throttled_s, usage.pids_peak, usage.oom_kills) == (0, 4, 0)
@@ -274,7 +274,7 @@ def test_usage_is_what_the_job_used(worker: Worker, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("disk")
 def test_usage_of_disks_is_exact(worker: Worker) -> None:
-    """Direct I/O is told to the byte and the operation, added up over the disks."""
+    """Direct I/O is counted exactly, in bytes and operations, over all disks together."""
     script = f"""
         dd if=/dev/zero of={_PARTITION} bs=64K count=32 oflag=direct
         dd if={_OTHER_DISK} of=/dev/null bs=64K count=16 iflag=direct
@@ -284,8 +284,8 @@ def test_usage_of_disks_is_exact(worker: Worker) -> None:
     assert (usage.io_read_bytes, usage.io_reads) == (2 * _MIB, 48)
 
 
-def test_throttled_time_is_told(worker: Worker) -> None:
-    """A job that wants a core and gets a tenth waits for the most part, and the usage says so."""
+def test_throttled_time_is_counted(worker: Worker) -> None:
+    """A job that needs a core and gets a tenth of one is throttled for most of its time."""
     program = "import time\nwhile time.process_time() < 0.3: pass"
     arguments = ["-I", "-S", "-c", program]
     job = worker.start(sys.executable, arguments, limits=Limits(cpu_cores=0.1))
@@ -296,7 +296,7 @@ def test_throttled_time_is_told(worker: Worker) -> None:
 
 
 def test_usage_is_final_even_when_the_job_is_stopped(worker: Worker) -> None:
-    """What is told of a stopped job was read before its cgroup went."""
+    """The final usage of a stopped job is read before its cgroup is removed."""
     job = worker.start("sh", ["-c", "echo up; while :; do :; done"])
     await_output(worker, job, b"up\n")
     live = _usage(worker.status(job))
@@ -311,7 +311,7 @@ def test_usage_is_final_even_when_the_job_is_stopped(worker: Worker) -> None:
 
 
 def test_status_while_jobs_end_never_fails(worker: Worker) -> None:
-    """Usage is asked for while the cgroup is going: it is there, or None, and no error."""
+    """Reading the usage while the cgroup is being removed gives figures or None, but no error."""
     errors: list[Exception] = []
     done = threading.Event()
     jobs: list[str] = [worker.start("true")]

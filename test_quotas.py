@@ -1,4 +1,4 @@
-"""Tests of the ceilings per user and in all: real threads, and a clock that the test sets."""
+"""Tests of `quotas.py`, with real threads and a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _together(pool: ThreadPoolExecutor, *calls: Callable[[], Any]) -> list[Any]:
-    """Run all of them at the same time, to their ends; return what they return."""
+    """Run all calls at the same time; return their results."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -49,7 +49,7 @@ def _refusal(call: Callable[[str], object], user: str) -> tuple[str, int | None]
 
 
 def _admit_all(call: Callable[[str], Release], user: str, at_most: int) -> list[Release]:
-    """Call until it is refused; return what was admitted, at most so many."""
+    """Call until a call is refused, at most so often; return the results of the others."""
     admitted: list[Release] = []
     try:
         while len(admitted) < at_most:
@@ -90,7 +90,7 @@ _STREAMS_OF_ALL = "all 3 output streams are in use (in_all.streams); try again l
 def test_one_past_the_ceiling_is_refused_until_one_has_ended(
     what: str, per_user: Quota, in_all: Quota, message: str
 ) -> None:
-    """As many as the ceiling says, not one more, and again one for each that ends."""
+    """Up to the ceiling calls are admitted; after that one more for each that has ended."""
     quotas = Quotas(per_user, in_all, None)
     call = getattr(quotas, what)
     first, _, _ = [call("alice") for _ in range(3)]
@@ -104,13 +104,13 @@ def test_one_past_the_ceiling_is_refused_until_one_has_ended(
 
 @pytest.mark.parametrize("what", ["start", "stream"])
 def test_without_ceilings_nothing_is_refused(what: str) -> None:
-    """None is no number that could be reached."""
+    """A ceiling of None is never reached."""
     quotas = Quotas(_NONE, _NONE, None)
     assert len(_admit_all(getattr(quotas, what), "alice", 5000)) == 5000
 
 
-def test_jobs_and_streams_do_not_count_as_each_other() -> None:
-    """Nor does a refused stream end a job's place."""
+def test_jobs_and_streams_are_counted_separately() -> None:
+    """A job does not count as a stream, nor a stream as a job."""
     quotas = Quotas(Quota(running_jobs=1, streams=1), _NONE, None)
     quotas.start("alice")
     quotas.stream("alice")
@@ -122,7 +122,7 @@ def test_jobs_and_streams_do_not_count_as_each_other() -> None:
 def test_release_counts_once_however_often_it_is_called(
     pool: ThreadPoolExecutor, what: str, field: str
 ) -> None:
-    """From any threads at the same time: another one's place is not freed by it."""
+    """Many threads call one release; it takes back its own count and no other."""
     quotas = Quotas(Quota(**{field: 2}), _NONE, None)
     call = getattr(quotas, what)
     release, _ = call("alice"), call("alice")
@@ -133,8 +133,8 @@ def test_release_counts_once_however_often_it_is_called(
 
 
 @pytest.mark.parametrize(("what", "field"), [("start", "running_jobs"), ("stream", "streams")])
-def test_refusal_takes_nothing_of_any_ceiling(what: str, field: str) -> None:
-    """Neither the user's nor that of all: the next who may have one gets it."""
+def test_refused_call_is_not_counted(what: str, field: str) -> None:
+    """A refused call counts neither for the user nor for all users together."""
     quotas = Quotas(Quota(**{field: 2}), Quota(**{field: 3}), None)
     call = getattr(quotas, what)
     alices = [call("alice"), call("alice")]
@@ -142,9 +142,9 @@ def test_refusal_takes_nothing_of_any_ceiling(what: str, field: str) -> None:
         _refusal(call, "alice")
     bobs = call("bob")
     for _ in range(10):
-        _refusal(call, "bob")  # that of all
+        _refusal(call, "bob")  # by the ceiling of all users
     alices[0]()
-    call("bob")  # his second: what was refused has not used it up
+    call("bob")  # bob's second: the refused calls were not counted
     bobs()
     call("alice")
 
@@ -153,7 +153,7 @@ def test_refusal_takes_nothing_of_any_ceiling(what: str, field: str) -> None:
 def test_threads_together_get_exactly_the_ceiling(
     pool: ThreadPoolExecutor, what: str, field: str
 ) -> None:
-    """However many try at once; and when all have ended, exactly as many again."""
+    """Many threads try at once; as many as the ceiling get in, and again after all have ended."""
     quotas = Quotas(Quota(**{field: 50}), Quota(**{field: 120}), None)
     call = getattr(quotas, what)
     for _ in range(3):
@@ -171,10 +171,10 @@ def test_threads_together_get_exactly_the_ceiling(
 def test_never_more_than_the_ceiling_while_threads_come_and_go(
     pool: ThreadPoolExecutor, what: str, field: str
 ) -> None:
-    """Each counts itself in after it was admitted and out before it ends."""
+    """Semaphores as large as the ceilings never run out while threads come and go."""
     quotas = Quotas(Quota(**{field: 3}), Quota(**{field: 5}), None)
     call = getattr(quotas, what)
-    places = {name: threading.Semaphore(count) for name, count in (("alice", 3), ("bob", 3))}
+    of_user = {name: threading.Semaphore(count) for name, count in (("alice", 3), ("bob", 3))}
     of_all = threading.Semaphore(5)
 
     def churn(user: str) -> int:
@@ -185,10 +185,10 @@ def test_never_more_than_the_ceiling_while_threads_come_and_go(
             except QuotaError:
                 continue
             admitted += 1
-            assert places[user].acquire(blocking=False)
+            assert of_user[user].acquire(blocking=False)
             assert of_all.acquire(blocking=False)
             of_all.release()
-            places[user].release()
+            of_user[user].release()
             release()
         return admitted
 
@@ -198,8 +198,8 @@ def test_never_more_than_the_ceiling_while_threads_come_and_go(
     assert len(_admit_all(call, "bob", 100)) == 2
 
 
-def test_place_may_be_released_in_the_middle_of_a_start(clock: Clock) -> None:
-    """By the same thread, as when the garbage collector ends an abandoned stream."""
+def test_release_during_a_start_does_not_deadlock(clock: Clock) -> None:
+    """The same thread releases, as when the garbage collector closes an abandoned stream."""
     releases: list[Release] = []
 
     def collecting_clock() -> float:
@@ -220,7 +220,7 @@ def test_place_may_be_released_in_the_middle_of_a_start(clock: Clock) -> None:
 
 
 def test_burst_then_one_start_for_each_share_of_a_second(clock: Clock) -> None:
-    """So many at once, then as many as time has passed for, and told when to come again."""
+    """A burst is admitted, then the rate; a refusal says when to try again."""
     quotas = Quotas(Quota(starts_per_second=4, start_burst=10), _NONE, None, clock=clock)
     refusal = (
         (
@@ -241,15 +241,15 @@ def test_burst_then_one_start_for_each_share_of_a_second(clock: Clock) -> None:
 
 
 def test_pause_gives_the_burst_again_and_no_more(clock: Clock) -> None:
-    """However long it is."""
+    """After a pause of any length the burst is admitted again, and no more than the burst."""
     quotas = Quotas(Quota(starts_per_second=4, start_burst=10), _NONE, None, clock=clock)
     for pause_s in (0, 2.5, 1e6):
         clock.now += pause_s
         assert len(_admit_all(quotas.start, "alice", 100)) == 10
 
 
-def test_rate_counts_starts_and_not_what_runs(clock: Clock) -> None:
-    """A job that has ended at once was started all the same."""
+def test_rate_counts_starts_and_not_running_jobs(clock: Clock) -> None:
+    """A job that has ended still counts as a start."""
     quotas = Quotas(Quota(starts_per_second=1, start_burst=2), _NONE, None, clock=clock)
     quotas.start("alice")()
     quotas.start("alice")()
@@ -263,7 +263,7 @@ def test_rate_counts_starts_and_not_what_runs(clock: Clock) -> None:
 def test_refusal_tells_when_a_start_will_be_possible(
     clock: Clock, per_second: float, passed_s: float, wait_s: int
 ) -> None:
-    """In whole seconds, rounded up; and whoever comes back then is not refused."""
+    """A refusal has the wait in whole seconds, rounded up; after the wait a start is admitted."""
     quotas = Quotas(Quota(starts_per_second=per_second, start_burst=1), _NONE, None, clock=clock)
     quotas.start("alice")
     clock.now += passed_s
@@ -277,8 +277,8 @@ def test_refusal_tells_when_a_start_will_be_possible(
     quotas.start("alice")
 
 
-def test_refused_starts_do_not_put_off_the_next(clock: Clock) -> None:
-    """Who keeps trying gets in as early as who waits, and uses up nothing of all's rate."""
+def test_refused_starts_do_not_delay_the_next(clock: Clock) -> None:
+    """Refused starts cost a user no time, and take nothing from the rate of all users."""
     quotas = Quotas(
         Quota(starts_per_second=1, start_burst=1),
         Quota(starts_per_second=1, start_burst=3),
@@ -295,8 +295,8 @@ def test_refused_starts_do_not_put_off_the_next(clock: Clock) -> None:
     quotas.start("carol")
 
 
-def test_rate_of_all_is_told_apart_from_the_users(clock: Clock) -> None:
-    """Who has not started too many himself is told so; and his own share is not used up by it."""
+def test_refusal_says_that_the_rate_of_all_users_is_reached(clock: Clock) -> None:
+    """A user below their own rate is told of the rate of all users; their own rate is untouched."""
     quotas = Quotas(
         Quota(starts_per_second=1, start_burst=1),
         Quota(starts_per_second=0.5, start_burst=2),
@@ -322,13 +322,13 @@ def test_rate_of_all_is_told_apart_from_the_users(clock: Clock) -> None:
 def test_rate_without_burst_and_burst_without_rate_are_no_ceiling(
     clock: Clock, quota: Quota
 ) -> None:
-    """Either of them is unlimited then, and so are the starts."""
+    """A rate alone, or a burst alone, limits nothing."""
     quotas = Quotas(quota, quota, None, clock=clock)
     assert len(_admit_all(quotas.start, "alice", 1000)) == 1000
 
 
-def test_job_ceiling_takes_nothing_of_the_rate_and_the_other_way_round(clock: Clock) -> None:
-    """A start that is refused for the one does not count for the other."""
+def test_ceiling_of_jobs_and_rate_of_starts_are_independent(clock: Clock) -> None:
+    """A start that one of them refuses is not counted by the other."""
     quotas = Quotas(
         Quota(running_jobs=2, starts_per_second=1, start_burst=3), _NONE, None, clock=clock
     )
@@ -336,7 +336,7 @@ def test_job_ceiling_takes_nothing_of_the_rate_and_the_other_way_round(clock: Cl
     for _ in range(10):
         assert "running jobs" in _refusal(quotas.start, "alice")[0]
     first()
-    third = quotas.start("alice")  # of the rate there was one left
+    third = quotas.start("alice")  # the burst had one left
     second()
     third()
     for _ in range(10):
@@ -346,7 +346,7 @@ def test_job_ceiling_takes_nothing_of_the_rate_and_the_other_way_round(clock: Cl
 
 
 def test_threads_together_start_exactly_the_burst(pool: ThreadPoolExecutor, clock: Clock) -> None:
-    """While the clock stands still, of one user and of all."""
+    """While the clock stands still, threads start exactly the bursts of their user and of all."""
     quotas = Quotas(
         Quota(starts_per_second=1, start_burst=40),
         Quota(starts_per_second=1, start_burst=100),
@@ -375,10 +375,10 @@ def test_threads_together_start_exactly_the_burst(pool: ThreadPoolExecutor, cloc
         (8192, 4096, 1024, "the ceiling of 1 KiB for all users together (in_all.kept_output)"),
     ],
 )
-def test_output_past_a_ceiling_is_told_by_the_name_of_the_ceiling(
+def test_error_for_output_above_a_ceiling_names_the_ceiling(
     tmp_path: Path, job: int | None, user: int | None, everybody: int | None, ceiling: str
 ) -> None:
-    """Of the job, its owner and all users, the lowest bounds what is kept."""
+    """The lowest ceiling, of the job, its owner or all users, bounds what is kept and is named."""
     quotas = Quotas(Quota(output_bytes=user), Quota(output_bytes=everybody), job)
     log = OutputLog(tmp_path / "job.out", budget=quotas.output("alice"))
     log.append(bytes(2000))
@@ -391,7 +391,7 @@ def test_output_past_a_ceiling_is_told_by_the_name_of_the_ceiling(
 
 
 def test_without_a_ceiling_all_output_is_kept(tmp_path: Path) -> None:
-    """And no start is refused for it."""
+    """Without a ceiling all output is kept, and no start is refused for it."""
     quotas = Quotas(_NONE, _NONE, None)
     log = OutputLog(tmp_path / "job.out", budget=quotas.output("alice"))
     log.append(bytes(100_000))
@@ -401,7 +401,7 @@ def test_without_a_ceiling_all_output_is_kept(tmp_path: Path) -> None:
 
 
 def test_jobs_share_what_their_owner_may_keep(tmp_path: Path) -> None:
-    """Each has its own ceiling, but together they have the user's, until one is removed."""
+    """A user's jobs share the user's ceiling; removing one makes room for another."""
     quotas = Quotas(Quota(output_bytes=100), _NONE, 70)
     logs = [OutputLog(tmp_path / f"{i}.out", budget=quotas.output("alice")) for i in range(3)]
     for log in logs:
@@ -415,8 +415,8 @@ def test_jobs_share_what_their_owner_may_keep(tmp_path: Path) -> None:
         log.remove()
 
 
-def test_check_refuses_who_can_keep_nothing_more() -> None:
-    """With the ceiling's name, from its last byte on, until there is room for one."""
+def test_check_refuses_a_user_without_a_byte_left() -> None:
+    """The check names the ceiling when no byte is left, and passes when one is free again."""
     quotas = Quotas(Quota(output_bytes=1024), _NONE, None)
     quotas.check_output("alice")
     budget = quotas.output("alice")
@@ -435,7 +435,7 @@ def test_check_refuses_who_can_keep_nothing_more() -> None:
 
 
 def test_check_refuses_everybody_when_all_is_used_up() -> None:
-    """Those who have kept nothing themselves too."""
+    """If the ceiling of all users is used up, a user who keeps nothing is refused too."""
     quotas = Quotas(_NONE, Quota(output_bytes=2048), None)
     alices = quotas.output("alice")
     alices.take(2048)
@@ -449,7 +449,7 @@ def test_check_refuses_everybody_when_all_is_used_up() -> None:
 
 
 def test_check_does_not_refuse_for_another_jobs_own_ceiling() -> None:
-    """A job that is at its ceiling says nothing of the next one."""
+    """A job at its own ceiling does not keep its owner from starting another."""
     quotas = Quotas(Quota(output_bytes=100), _NONE, 10)
     assert quotas.output("alice").take(20)[0] == 10
     quotas.check_output("alice")
@@ -457,7 +457,7 @@ def test_check_does_not_refuse_for_another_jobs_own_ceiling() -> None:
 
 
 def test_budgets_of_all_jobs_agree_when_threads_write_at_once(pool: ThreadPoolExecutor) -> None:
-    """Not a byte more than all users may keep, nor than each may, and all of it comes back."""
+    """Threads take exactly the ceilings, never a byte more, and all of it can be given back."""
     quotas = Quotas(Quota(output_bytes=4000), Quota(output_bytes=10_000), 2000)
 
     def take_all(user: str) -> int:
@@ -484,7 +484,7 @@ def test_budgets_of_all_jobs_agree_when_threads_write_at_once(pool: ThreadPoolEx
 
 
 class _Kept:
-    """Finished jobs of several users, and the quotas that their output counts for."""
+    """Finished jobs of several users, and the quotas that count their output."""
 
     def __init__(
         self, worker: Worker, user: int | None, everybody: int | None, job: int | None = None
@@ -506,7 +506,7 @@ class _Kept:
             assert self._worker.wait(job_id, GUARD_S).output_bytes == size
 
     def take(self, user: str, budget: Budget, size: int) -> tuple[int, str]:
-        """Take as the user's running job would; return how much, and what refused the rest."""
+        """Take bytes like a running job; return how many, and the ceiling's name if too few."""
         taken, refuser = self._worker._registry.take(user, budget, size)
         return taken, refuser.what if refuser else ""
 
@@ -520,8 +520,8 @@ def worker() -> Iterator[Worker]:
         yield worker
 
 
-def test_output_of_finished_jobs_makes_room_for_that_of_running_ones(worker: Worker) -> None:
-    """As much as is needed of the same user's, oldest first, and nothing of others'."""
+def test_finished_jobs_give_way_to_output_of_running_jobs(worker: Worker) -> None:
+    """The same user's finished jobs are removed, oldest first, as many as needed; no others."""
     kept = _Kept(worker, 100, None)
     kept.add("alice", 10, 20, 30, 40)
     kept.add("bob", 50)
@@ -537,7 +537,7 @@ def test_output_of_finished_jobs_makes_room_for_that_of_running_ones(worker: Wor
 
 
 def test_running_job_writes_on_while_finished_jobs_give_way(worker: Worker) -> None:
-    """All of a job's output is kept, though the user's ceiling was used up when it began."""
+    """All output of a job is kept although the user's ceiling was reached when it started."""
     kept = _Kept(worker, 1_000_000, None)
     kept.add("alice", 400_000, 600_000)
     kept.add("alice", 900_000)
@@ -545,7 +545,7 @@ def test_running_job_writes_on_while_finished_jobs_give_way(worker: Worker) -> N
 
 
 def test_start_is_not_refused_for_output_of_finished_jobs(worker: Worker) -> None:
-    """One of them goes, and the next start finds room without that."""
+    """One finished job is removed for the first check; the second check finds room."""
     kept = _Kept(worker, 100, None)
     kept.add("alice", 60, 40)
     kept.quotas.check_output("alice")
@@ -555,15 +555,15 @@ def test_start_is_not_refused_for_output_of_finished_jobs(worker: Worker) -> Non
 
 
 def test_a_jobs_own_ceiling_removes_nothing(worker: Worker) -> None:
-    """More room in the user's budget would not help the job."""
+    """At a job's own ceiling no finished job is removed, because that would not help."""
     kept = _Kept(worker, 100, 100, 50)
     kept.add("alice", 40)
     assert kept.take("alice", kept.quotas.output("alice"), 60)[0] == 50
     assert kept.sizes("alice") == [40]
 
 
-def test_room_for_all_is_made_by_the_user_who_has_most(worker: Worker) -> None:
-    """Oldest first; and in the end by the one who needs it."""
+def test_user_with_most_gives_way_at_the_ceiling_of_all(worker: Worker) -> None:
+    """Jobs of the user with most give way, oldest first; in the end those of the writer."""
     kept = _Kept(worker, None, 100)
     kept.add("alice", 30, 30)
     kept.add("bob", 20, 10)
@@ -578,7 +578,7 @@ def test_room_for_all_is_made_by_the_user_who_has_most(worker: Worker) -> None:
 
 
 def test_nobody_makes_room_for_a_user_who_has_more(worker: Worker) -> None:
-    """A user who fills all there is has only their own finished jobs removed."""
+    """A user who fills the ceiling of all users takes nothing from a user who has less."""
     kept = _Kept(worker, None, 100)
     kept.add("bob", 20)
     taken, ceiling = kept.take("alice", kept.quotas.output("alice"), 1000)
@@ -592,8 +592,8 @@ def test_nobody_makes_room_for_a_user_who_has_more(worker: Worker) -> None:
 # --- fairness ---------------------------------------------------------------------------
 
 
-def test_user_at_every_ceiling_leaves_the_others_all_they_may_have(clock: Clock) -> None:
-    """With the constants of the server: what one has used up is one's own."""
+def test_user_at_every_ceiling_takes_nothing_from_the_others(clock: Clock) -> None:
+    """With the server's ceilings a second user still gets all that one user may have."""
     quotas = Quotas(PER_USER, IN_ALL, JOB_OUTPUT_BYTES, clock=clock)
     for user in ("mallory", "alice"):
         quotas.check_output(user)
@@ -607,7 +607,7 @@ def test_user_at_every_ceiling_leaves_the_others_all_they_may_have(clock: Clock)
 
 
 def test_user_who_starts_too_fast_does_not_slow_the_others(clock: Clock) -> None:
-    """A storm of starts is refused without a mark on the rate of all."""
+    """Refused starts of one user take nothing from the rate of all users."""
     quotas = Quotas(
         Quota(starts_per_second=2, start_burst=2),
         Quota(starts_per_second=4, start_burst=4),
@@ -622,8 +622,8 @@ def test_user_who_starts_too_fast_does_not_slow_the_others(clock: Clock) -> None
         clock.now += 1
 
 
-def test_what_is_known_of_a_user_does_not_grow() -> None:
-    """A thousand jobs and streams of one user cost no more than one."""
+def test_memory_for_a_user_does_not_grow() -> None:
+    """A thousand jobs and streams of one user leave one account."""
     quotas = Quotas(_NONE, _NONE, None)
     for _ in range(1000):
         quotas.start("alice")()
