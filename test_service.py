@@ -522,7 +522,7 @@ def test_calls_that_are_refused_for_overload_are_on_record(
         assert record["peer"] == served["peer"]
 
 
-def test_job_of_a_dead_spawner_is_lost_and_no_other_can_start(
+def test_job_of_a_dead_fork_server_is_lost_and_no_other_can_start(
     serve: Serve, connect: Connect
 ) -> None:
     """The end is told as it is, and the server says what to do."""

@@ -105,7 +105,7 @@ class _Server:
         self.certs = certs
         self.address = program.address
         self.pid = program.process.pid
-        self._helper = fork_server_of(self.pid)
+        self._fork_server = fork_server_of(self.pid)
         self._users = {user.name: user for user in SEEDED_USERS}
         self._authenticator = Authenticator(users=SEEDED_USERS, key=key)
         self.admin = Client(self.address, certs=certs, token=self.token("admin"))
@@ -121,8 +121,8 @@ class _Server:
         return {
             "descriptors": len(descriptors_of(self.pid)),
             "children": len(children_of(self.pid)),
-            "descriptors of the helper": len(descriptors_of(self._helper)),
-            "children of the helper": len(children_of(self._helper)),
+            "descriptors of the fork server": len(descriptors_of(self._fork_server)),
+            "children of the fork server": len(children_of(self._fork_server)),
         }
 
     def threads(self) -> int:
@@ -784,3 +784,33 @@ def test_any_authorization_is_unauthenticated(server: _Server) -> None:
             assert _read_status(sock) == grpc.StatusCode.UNAUTHENTICATED.value[0]
 
     check()
+
+
+# --- what a client is told ---------------------------------------------------------------------
+
+
+def test_metadata_above_16_kib_gets_an_error_that_names_the_limit(
+    server: _Server, channel: grpc.Channel
+) -> None:
+    """The client learns that its metadata is too large."""
+    rpc: Any = channel.unary_unary(f"/{_METHODS['ListJobs'].containing_service.full_name}/ListJobs")
+    metadata = [("authorization", f"Bearer {server.token('user')}"), ("x-a", "a" * 16_500)]
+    with pytest.raises(grpc.RpcError) as caught:
+        rpc(b"", metadata=metadata, timeout=GUARD_S)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "metadata size" in str(caught.value.details())
+
+
+def test_stream_of_a_silent_job_begins_with_its_headers(
+    server: _Server, channel: grpc.Channel
+) -> None:
+    """The headers tell the client that the stream was accepted. The job has written nothing."""
+    job_id = server.admin.start("sleep", ["infinity"])
+    path = f"/{_METHODS['StreamOutput'].containing_service.full_name}/StreamOutput"
+    rpc: Any = channel.unary_stream(path)
+    metadata = [("authorization", f"Bearer {server.admin.token}")]
+    call = rpc(_block(1, job_id.encode()), metadata=metadata, timeout=GUARD_S)
+    call.initial_metadata()  # returns when the headers arrive, or when the call ends
+    assert call.is_active()
+    server.admin.stop(job_id)
+    assert list(call) == []
