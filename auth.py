@@ -176,11 +176,12 @@ class Authenticator:
         self._lock = threading.Lock()
         self._watchers: dict[object, tuple[Identity, Callable[[], None]]] = {}
         # A cache, because the check of a signature takes time: the identities of valid tokens by
-        # the digests of token and certificate. At most _KNOWN_TOKENS; a full cache is emptied.
-        self._known: dict[bytes, Identity] = {}
+        # token and certificate. At most _KNOWN_TOKENS; a full cache is emptied.
+        self._known: dict[tuple[str, bytes], Identity] = {}
         self._signed: dict[str, str] = {}  # the users of tokens that are ours, as many
-        # By name. Replaced as a whole, so reading it needs no lock.
+        # By name. Replaced as a whole, so reading them needs no lock.
         self._users: Mapping[str, User] = {}
+        self._entries: Mapping[str, str] = {}
         self.set_users(users)
 
     def close(self) -> None:
@@ -200,6 +201,7 @@ class Authenticator:
         by_name = {user.name: user for user in users}
         if not by_name or len(by_name) != len(users):
             raise ValueError("there must be users, and each name only once")
+        self._entries = {user.name: self._entry(user) for user in users}
         self._users = by_name
         self._tell_watchers()
 
@@ -236,7 +238,7 @@ class Authenticator:
         Raises `TokenError`.
         """
         if len(token) <= _TOKEN_MAX_CHARACTERS and token.isascii():
-            key = _digest(token.encode()) + _digest(certificate)
+            key = token, certificate
             identity = self._known.get(key) or self._decode(token, certificate)
             if identity is not None and self.is_valid(identity):
                 if len(self._known) >= _KNOWN_TOKENS:
@@ -300,10 +302,8 @@ class Authenticator:
 
     def is_valid(self, identity: Identity) -> bool:
         """Whether the token of `identity` is valid: not expired, not logged out, user unchanged."""
-        user = self._users.get(identity.name)
         return (
-            user is not None
-            and hmac.compare_digest(identity.entry, self._entry(user))
+            identity.entry == self._entries.get(identity.name)
             and identity.token_id not in self._revocations
             and not identity.has_expired()
         )

@@ -153,7 +153,7 @@ class Call:
 
     @property
     def fingerprint(self) -> str | None:
-        return hashlib.sha256(self.certificate).hexdigest() if self.certificate else None
+        return _fingerprint(self.certificate) if self.certificate else None
 
     def record(self, outcome: str = "OK", reason: str | None = None, **more: str | int) -> None:
         """Write the call's line in the audit log.
@@ -430,7 +430,18 @@ def _certificate(context: grpc.ServicerContext) -> bytes:
     connection: Any = context.auth_context()  # str to list of bytes
     if connection.get("ssl_tls_version") != [b"TLSv1.3"]:
         raise auth.AuthenticationError("the connection must be TLS 1.3")
-    return ssl.PEM_cert_to_DER_cert(connection["x509_pem_cert"][0].decode())
+    return _der(connection["x509_pem_cert"][0])
+
+
+# A client sends the same certificate with every call. A certificate of 16 KiB is a large one.
+@functools.lru_cache(maxsize=256)
+def _der(pem: bytes) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(pem.decode())
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(certificate: bytes) -> str:
+    return hashlib.sha256(certificate).hexdigest()
 
 
 def _bearer_token(metadata: Any) -> str:

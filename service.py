@@ -10,8 +10,9 @@ that thread as long as it lasts.
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 import threading
-import uuid
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["add_services"]
 
 _REFUSED_ARGV_BYTES = 4096  # of a refused start, in the audit log
+
+_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
 # The size of a stream's message. Large messages are faster (see `broadcaster.py`), but the server
 # keeps a message that its client does not take. So all messages that
@@ -298,12 +301,8 @@ def _beginning(argv: list[str]) -> list[str]:
 
 def _job_id(text: str) -> str:
     """Return the job ID in lower case. Raises `BadRequestError`."""
-    try:
-        job_id = str(uuid.UUID(text))
-        if job_id == text.lower():
-            return job_id
-    except ValueError:
-        pass
+    if _JOB_ID.fullmatch(text):
+        return text.lower()
     raise BadRequestError(
         f"not a job ID: {text[:SHOWN_CHARACTERS]!r}; it looks like "
         "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
@@ -329,9 +328,15 @@ def _job(job: Job) -> worker_pb.Job:
         output_bytes=job.output_bytes,
         output_lost_bytes=job.output_lost_bytes,
         subscribers=job.subscribers,
-        limits=worker_pb.Limits(**_fields(job.limits)),
+        limits=_limits(job.limits),
         usage=usage,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _limits(limits: Limits) -> worker_pb.Limits:
+    """Return the message, which nobody may change: the limits of most jobs are the default."""
+    return worker_pb.Limits(**_fields(limits))
 
 
 def _end_reason(job: Job) -> worker_pb.EndReason:
@@ -361,9 +366,8 @@ def _serialized(data: bytes, offset: int) -> bytes:
 
 
 def _timestamp(moment: datetime) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp
+    # `Timestamp.FromDatetime` would take twice as long.
+    return Timestamp(seconds=int(moment.timestamp()), nanos=moment.microsecond * 1000)
 
 
 def add_services(
