@@ -61,7 +61,8 @@ def _nothing_leaks() -> Iterator[None]:
     """Every test must close all its descriptors and end all its threads."""
     descriptors, threads = _descriptors(), threading.active_count()
     yield
-    assert _descriptors() == descriptors
+    # A subset, because gRPC, which tests of other modules have used, may close descriptors late.
+    assert set(_descriptors()) <= set(descriptors)
     assert threading.active_count() == threads
 
 
