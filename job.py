@@ -29,7 +29,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from cgroups import CgroupError
@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 _LARGE_PIPE_BYTES = 1024 * 1024  # the most that an unprivileged process may ask for (pipe(7))
 _BUFFER_BYTES = _LARGE_PIPE_BYTES  # so that one read empties a pipe
 _BUFFERS = 4
+_SMALL_BUFFER_BYTES = 64 * 1024  # a pipe's size before it grows
 # For how long a job's pipe is left alone after it was emptied: see _rest_ms.
 _TINY_BYTES = 4096
 _TINY_REST_MS = 4
@@ -128,8 +129,10 @@ class Work(NamedTuple):
 class Buffers:
     """The memory that output passes through between a job's pipe and its file.
 
-    All jobs share a few buffers. With one for each, a thousand jobs would take a gigabyte,
-    and most jobs are silent.
+    All jobs share a few large buffers. With one for each, a thousand jobs would take a gigabyte,
+    and most jobs are silent. A job that finds no large buffer free gets a small one of its own
+    and does not wait: a read of a pipe can take for ever, because any process that has the pipe
+    can keep the kernel's lock of it (splice(2) from an idle socket does).
     """
 
     def __init__(self) -> None:
@@ -139,8 +142,12 @@ class Buffers:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[memoryview]:
-        """Lend a buffer within this context. Blocks until another job gives one back."""
-        buffer = self._free.get()
+        """Lend a buffer within this context. Does not block."""
+        try:
+            buffer = self._free.get_nowait()
+        except Empty:
+            yield memoryview(bytearray(_SMALL_BUFFER_BYTES))
+            return
         try:
             yield buffer
         finally:
@@ -179,10 +186,10 @@ class RunningJob:
         self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
         self._pid = pid
-        # Open until the job has ended. The job's thread closes them, under the lock.
+        # Open until the job has ended. The job's thread closes them; alone it uses the first two.
         self._output_fd = spare.output_fd
         self._exit_fd = spare.exit_fd
-        self._pidfd = pidfd
+        self._pidfd = pidfd  # closed under the lock
         self._started_at = started_at
         self._buffers = buffers
         self._finish = finish
@@ -369,6 +376,7 @@ class RunningJob:
         if self._on_end is not None:
             self._on_end()
             self._on_end = None
+        self._close_output()
         with self._ended:
             if self._status is not Status.RUNNING:
                 raise RuntimeError(f"job {self.job_id} has ended already")
@@ -377,13 +385,19 @@ class RunningJob:
             self._status = Status.STOPPED if is_stopped else Status.FINISHED
             self._exit = leader_exit or Exit()
             self._ended_at = ended_at
-            for fd in (self._output_fd, self._exit_fd, self._pidfd):
-                os.close(fd)
+            os.close(self._exit_fd)
+            os.close(self._pidfd)
             # Under the lock, so that nobody sees one without the other: a job that has ended
             # has all its output, and where the output ends the job has ended.
             self._finish(self, self.snapshot(live_usage=False))
             self.output.complete()
             self._ended.notify_all()
+
+    def _close_output(self) -> None:
+        """Close the pipe, once. Not under the lock: another process may keep the pipe's lock."""
+        fd, self._output_fd = self._output_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _find_end_reason_locked(self, leader_exit: Exit | None) -> EndReason:
         if leader_exit is None:

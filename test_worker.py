@@ -773,19 +773,39 @@ def test_pipe_grows_for_a_job_that_fills_it(
     assert worker.wait(job_id, GUARD_S).output_bytes == 1 + 65536 + 1
 
 
-def test_output_waits_while_all_buffers_are_in_use_and_nothing_else_does(
-    worker: Worker,
-) -> None:
-    """If a slow disk keeps all buffers in use, silent jobs still start and end; no byte is lost."""
+def test_job_does_not_wait_for_a_buffer_that_other_jobs_have(worker: Worker) -> None:
+    """While other jobs keep all large buffers, a job's output still arrives, every byte of it."""
     script = "for x in 1 2 3; do head -c 100000 /dev/zero; echo $x; done"
     with contextlib.ExitStack() as others:
         for _ in range(_BUFFERS):
             others.enter_context(worker._buffers.lent())
         job_id = _sh(worker, script)
-        silent = worker.start("true")
-        assert _end(worker.wait(silent, GUARD_S)) == (Status.FINISHED, EndReason.EXITED, 0, None)
-        assert worker.status(job_id).output_bytes == 0
-    assert _output(worker, job_id) == b"".join(bytes(100_000) + b"%d\n" % x for x in (1, 2, 3))
+        assert _output(worker, job_id) == b"".join(bytes(100_000) + b"%d\n" % x for x in (1, 2, 3))
+        assert _end(worker.wait(job_id, GUARD_S)) == (Status.FINISHED, EndReason.EXITED, 0, None)
+
+
+# The byte makes the pipe readable. The kernel keeps the pipe's lock while the splice waits.
+_BLOCKS_ITS_PIPE = """
+import os, socket, sys
+idle, _ = socket.socketpair()
+report = open(sys.argv[1], "w")
+os.write(1, b"x")
+report.write("blocked\\n")
+report.flush()
+os.splice(idle.fileno(), 1, 1)
+"""
+
+
+def test_jobs_that_block_their_own_pipes_hold_up_nobody_else(worker: Worker, fifo: _Fifo) -> None:
+    """A read of such a pipe waits for ever, and there are more such jobs than large buffers."""
+    argv = ["-c", _BLOCKS_ITS_PIPE, fifo.path]
+    blocked = [worker.start(sys.executable, argv) for _ in range(2 * _BUFFERS)]
+    for _ in blocked:
+        assert fifo.readline() == b"blocked\n"
+    assert _output(worker, _sh(worker, "echo hello")) == b"hello\n"
+    for job_id in blocked:
+        assert worker.status(job_id).status is Status.RUNNING
+        assert _end(worker.stop(job_id)) == _STOPPED
 
 
 # --- stop -----------------------------------------------------------------------------------
