@@ -7,6 +7,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import resource
 import signal
 import ssl
@@ -203,6 +204,11 @@ def await_output(worker: Worker, job_id: str, text: bytes) -> None:
             if text in output:
                 return
     pytest.fail(f"the job ended without writing {text!r}; it wrote {output!r}")
+
+
+def without_cgroup_name(error: str) -> str:
+    """Return an error without the random part of the cgroup that the failed attempt would make."""
+    return re.sub(r"job-worker-[0-9a-f]{8}", "job-worker-", error)
 
 
 def make_fifo(path: Path) -> Path:
