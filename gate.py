@@ -1,14 +1,14 @@
-"""The gate that every call passes: it admits calls, and translates and records how they end.
+"""The gate, which every call passes: it admits the call, translates its errors and records it.
 
-The gate checks the connection, the token and the role of a call, receives its request, turns its
-errors into status codes (`_ERRORS` is the only table) and writes its line in the audit log.
-`auth.py` says who a caller is and what they may do, `calls.py` whether the call is one too many
-and when it runs, `service.py` what an admitted call does.
+For each call the gate checks the connection, the token and the role, receives the request, turns
+an error into a status code (`_ERRORS` is the only table) and writes a line in the audit log.
+`auth.py` identifies the caller and knows their permissions. `calls.py` decides whether the call
+is one too many and when the call runs. `service.py` does the work of an admitted call.
 
-Threads: gRPC's accepting thread runs the interceptor, the refusal of a call that is one too many,
-and the callbacks of ended calls. Nothing may block there. Everything else runs in the call's own
-thread, which also waits for the request. A client may never send it; `Ticket.receiving` bounds
-that wait.
+Threads: gRPC's accepting thread runs the interceptor, refuses calls that are one too many, and
+runs the callbacks of ended calls. None of this may block. Everything else runs in the call's own
+thread. This thread also waits for the request, for a bounded time (`Ticket.receiving`), because
+a client may never send one.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ __all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate"]
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER_S = 1.0  # refusals for overload are recorded
+_TOGETHER_S = 1.0  # one line of the audit log sums up the like refusals of this time
 
-# The calls that wait for the kernel, the disk or the hash of a password.
+# These calls wait for the kernel, for the disk or for the hash of a password.
 _SLOW = {
     "/jobworker.v1.AuthService/Login",
     "/jobworker.v1.AuthService/Logout",
@@ -52,11 +52,11 @@ _SLOW = {
 }
 
 SHOWN_CHARACTERS = 64
-"""Of what should be a name or an ID, and may be anything."""
+"""A client may send any text as a name or an ID; messages show this much of the text."""
 
 
 class BadRequestError(Exception):
-    """The request makes no sense."""
+    """The request has a value that is not valid."""
 
 
 class _PermissionError(Exception):
@@ -64,14 +64,14 @@ class _PermissionError(Exception):
 
 
 class _UnknownMethodError(Exception):
-    """There is no such RPC."""
+    """The server has no RPC of this name."""
 
     def __init__(self) -> None:
         super().__init__("this server has no such method")
 
 
 class _RequestSizeError(Exception):
-    """The request is larger than it may be."""
+    """The request has more bytes than the settings allow."""
 
 
 class _NoRequestError(Exception):
@@ -81,8 +81,8 @@ class _NoRequestError(Exception):
         super().__init__("the client has gone, was too slow, or sent too large a request")
 
 
-# The first line that matches an error gives the status code and the message; None stands for the
-# error's own message. An error that matches no line is INTERNAL.
+# The first line that matches an error gives the status code and the message. With None, the error's
+# own message is sent. An error that matches no line is INTERNAL.
 _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (BadRequestError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (worker.CommandError, grpc.StatusCode.INVALID_ARGUMENT, None),
@@ -113,7 +113,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (auth.RevocationError, grpc.StatusCode.UNAVAILABLE, None),
     (AuditError, grpc.StatusCode.UNAVAILABLE, "the audit log cannot be written; tell the operator"),
 )
-# The errors above that the operator has to know of, so they are logged. (`audit.py` logs its own.)
+# These errors are also logged, because the operator has to act. `audit.py` logs `AuditError`.
 _OPERATOR_ERRORS = (
     worker.CgroupError,
     worker.SpawnerDiedError,
@@ -124,20 +124,20 @@ _OPERATOR_ERRORS = (
 
 @dataclass(slots=True)
 class Call:
-    """One call: what a servicer gets beside the request, and what the audit log records of it."""
+    """One call: what a servicer receives beside the request, and what the audit log records."""
 
     method: str
     context: grpc.ServicerContext
     audit: AuditLog
     ticket: Ticket
-    certificate: bytes = b""  # the client's, DER
-    identity: auth.Identity | None = None  # None only where no token is needed
-    user: str | None = None  # the caller's name; before a login the name in the request
+    certificate: bytes = b""  # the client's certificate, DER; empty if not yet known
+    identity: auth.Identity | None = None  # None until the token is checked, and without a token
+    user: str | None = None  # the caller's name; during a login, the name in the request
     job_id: str | None = None
-    argv: list[str] | None = None  # of a start
-    reason: str | None = None  # for the audit log alone
+    argv: list[str] | None = None  # StartJob only
+    reason: str | None = None  # goes to the audit log instead of the message to the client
     recorded: bool = False
-    undo: Callable[[], object] | None = None  # to be called if the call cannot be recorded
+    undo: Callable[[], object] | None = None  # called if the audit log cannot be written
 
     @property
     def caller(self) -> auth.Identity:
@@ -147,7 +147,7 @@ class Call:
 
     @property
     def address(self) -> str:
-        """The client's address, without the port."""
+        """The client's IP address, without the port."""
         _, _, address = unquote(str(self.context.peer())).partition(":")
         return address.rpartition(":")[0].strip("[]")
 
@@ -158,9 +158,10 @@ class Call:
     def record(self, outcome: str = "OK", reason: str | None = None, **more: str | int) -> None:
         """Write the call's line in the audit log.
 
-        A servicer calls this before it does what cannot be undone. For other calls the gate does,
-        when the outcome is known. A call that fails after its line gets a second line. Raises
-        `AuditError` if a record is required and cannot be written.
+        Before a servicer does something that cannot be undone, the servicer calls this. For all
+        other calls the gate calls this once the outcome is known. A call that fails after its line
+        was written gets a second line. Raises `AuditError` if the settings require a record and
+        the line cannot be written.
         """
         self.recorded = True
         self.audit.record(
@@ -178,23 +179,25 @@ class Call:
 
 
 class _Overload:
-    """Records the calls that are refused for overload: one line a second for all that are alike.
+    """Records calls that are refused for overload.
 
-    In an overload there is no time for a line each.
+    In an overload there is no time to write a line for each call. So the refusals of one caller
+    and one method share a line, which is written once a second and has their number.
     """
 
     def __init__(self, audit: AuditLog) -> None:
         self._audit = audit
-        # Guards all below. Notified when there is something to record, and when it is closed.
+        # Guards the fields below. Notified when the first refusal is added, and on close. Never
+        # held during a write to the audit log.
         self._changed = threading.Condition()
-        # By caller and method: the first call, and how many there were.
+        # Key: caller and method. Value: the first refused call, and the number of refused calls.
         self._refused: dict[tuple[object, str], tuple[Call, int]] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="overload", daemon=True)
         self._thread.start()
 
     def add(self, method: str, ticket: Ticket, context: grpc.ServicerContext) -> None:
-        """Count a call that is refused. Neither raises nor blocks."""
+        """Count a refused call. Neither raises nor blocks."""
         key = (ticket.key, method)
         with self._changed:
             first, count = self._refused.get(key, (None, 0))
@@ -206,7 +209,7 @@ class _Overload:
             self._refused[key] = (first, count + 1)
 
     def close(self) -> None:
-        """Record what is left, and end the thread."""
+        """Record the refusals that are not recorded yet, then end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -220,17 +223,17 @@ class _Overload:
                 closed = self._changed.wait_for(lambda: self._closed, _TOGETHER_S)
                 refused, self._refused = self._refused, {}
             for call, count in refused.values():
-                with contextlib.suppress(AuditError):  # the calls have been refused already
+                with contextlib.suppress(AuditError):  # too late: the calls are already refused
                     reason = str(call.ticket.refusal)
                     call.record(grpc.StatusCode.RESOURCE_EXHAUSTED.name, reason, calls=count)
 
 
 class Gate(grpc.ServerInterceptor):
-    """Admits calls, and translates and records how they end, in the same way for every RPC.
+    """Admits calls, translates their errors and records them, in the same way for every RPC.
 
-    A context manager, because it has a thread. `calls`: the server's executor. `request_bytes`:
-    the largest request that is not refused. gRPC's own ceiling should be higher, because gRPC's
-    refusal does not name the setting.
+    A context manager: leaving the context ends the gate's thread. `calls`: the server's executor.
+    `request_bytes`: a larger request is refused. gRPC's own ceiling should be higher, because
+    gRPC's refusal does not name the setting.
     """
 
     def __init__(
@@ -248,7 +251,7 @@ class Gate(grpc.ServerInterceptor):
         self._overload = _Overload(audit)
 
     def close(self) -> None:
-        """End the gate's thread. No call may come after that."""
+        """End the gate's thread. The server must have stopped: no call may come afterwards."""
         self._overload.close()
 
     def __enter__(self) -> Self:
@@ -262,14 +265,15 @@ class Gate(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Any],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = continuation(handler_call_details)  # None: there is none
+        handler = continuation(handler_call_details)  # None: the server has no such method
         method = handler_call_details.method[:SHOWN_CHARACTERS]
         is_stream = handler is not None and handler.response_streaming
         kind = Kind.STREAM if is_stream else Kind.SLOW if method in _SLOW else Kind.QUICK
         ticket = self._calls.arrive(self._caller(handler_call_details), kind)
-        # For gRPC every call has a stream of requests. So the behaviour begins before the request
-        # is there, and a call that is not admitted does not wait for its request. gRPC is given no
-        # deserializer, because whoever may not call learns nothing about the request's form.
+        # The gate tells gRPC that every call has a stream of requests. gRPC then runs the behaviour
+        # before the request has arrived, and a call can be refused without its request. The gate
+        # gives gRPC no deserializer: gRPC would reject a malformed request before the permissions
+        # are checked, and a client without permission would learn the form of the request.
         if ticket.refusal is not None:
             behaviour = functools.partial(self._refuse_at_once, method, ticket)
             return grpc.stream_unary_rpc_method_handler(behaviour)
@@ -289,7 +293,7 @@ class Gate(grpc.ServerInterceptor):
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
     ) -> bytes:
-        """Handle a unary call in its thread; return the serialized answer."""
+        """Handle a unary call in the call's thread; return the serialized answer."""
         call = Call(method, context, self._audit, ticket)
         try:
             ticket.begin(context)
@@ -300,7 +304,7 @@ class Gate(grpc.ServerInterceptor):
                 ticket.hold(len(data) - ticket.unread)
                 if not call.recorded:
                     call.record()
-        except Exception as error:  # noqa: BLE001 -- the one place that translates them
+        except Exception as error:  # noqa: BLE001 -- every error becomes a status
             self._refuse(call, error)
         return data
 
@@ -312,7 +316,7 @@ class Gate(grpc.ServerInterceptor):
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
     ) -> Iterator[bytes]:
-        """Handle a stream in its thread; yield its serialized messages."""
+        """Handle a stream in the call's thread; yield the serialized messages."""
         call = Call(method, context, self._audit, ticket)
         try:
             ticket.begin(context)
@@ -320,15 +324,20 @@ class Gate(grpc.ServerInterceptor):
             messages = handler.unary_stream(self._receive(handler, requests, call), call)
             with contextlib.closing(messages):
                 ticket.leave()
-                # A client that waits for the first output knows now that the stream is accepted.
+                # Tells the client, before the first output, that the stream is accepted.
                 context.send_initial_metadata(())
-                # Serialized here, because gRPC would also keep the message until the client reads.
+                # The messages are serialized already. If gRPC serialized them, gRPC would keep both
+                # the message and its bytes until the client reads.
                 yield from messages
-        except Exception as error:  # noqa: BLE001 -- the same
+        except Exception as error:  # noqa: BLE001 -- every error becomes a status
             self._refuse(call, error)
 
     def _caller(self, details: grpc.HandlerCallDetails) -> object:
-        """Return whose queue the call joins. Only `_admit` checks the whole token."""
+        """Return the key of the queue that the call joins.
+
+        This checks only the token's signature, because the accepting thread may not be held up.
+        `_admit` checks the whole token later.
+        """
         with contextlib.suppress(auth.TokenError):
             name = self._authenticator.signed_for(_bearer_token(details.invocation_metadata))
             if name is not None:
@@ -338,7 +347,10 @@ class Gate(grpc.ServerInterceptor):
         return STRANGERS
 
     def _share(self, call: Call) -> contextlib.AbstractContextManager[None]:
-        """Return a context for what the call does, in which its caller's share is checked."""
+        """Return the context in which the call does its work; for a login, the context limits it.
+
+        Raises `OverloadError` if the caller has too many unread answers.
+        """
         call.ticket.check_unread()
         if call.identity is None:
             return self._calls.login(call.certificate)
@@ -351,13 +363,13 @@ class Gate(grpc.ServerInterceptor):
         _requests: Iterator[bytes],
         context: grpc.ServicerContext,
     ) -> NoReturn:
-        """Be the behaviour of a call that is one too many, in gRPC's accepting thread."""
+        """Refuse a call that is one too many. Runs in gRPC's accepting thread."""
         error = ticket.refusal or AssertionError("the call is not refused")
         self._overload.add(method, ticket, context)
         _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
 
     def _admit(self, call: Call, handler: Any) -> None:
-        """Raise unless TLS, the token and the role allow this call, and there is a handler."""
+        """Raise unless the method exists and TLS, the token and the role allow the call."""
         call.certificate = _certificate(call.context)
         if handler is None:
             raise _UnknownMethodError
@@ -372,11 +384,11 @@ class Gate(grpc.ServerInterceptor):
             raise _PermissionError(f"the role {identity.role.value} may not call {call.method}")
 
     def _receive(self, handler: Any, requests: Iterator[bytes], call: Call) -> Any:
-        """Wait for the request and return it as a message."""
+        """Wait for the request; return the parsed message."""
         try:
             with call.ticket.receiving(call.context.cancel):
                 data = next(requests, None)
-        except grpc.RpcError as error:  # what gRPC raises for a call that is over
+        except grpc.RpcError as error:  # gRPC raises this if the call has ended
             raise _NoRequestError from error
         if data is None:
             raise BadRequestError("there is no request in this call, or a far too large one")
@@ -391,7 +403,7 @@ class Gate(grpc.ServerInterceptor):
             raise BadRequestError("the request is not a message of the right type") from error
 
     def _refuse(self, call: Call, error: Exception) -> NoReturn:
-        """End the call with the status that `_ERRORS` has for `error`."""
+        """Record the error, and end the call with the status that `_ERRORS` has for the error."""
         code, message = _status(call.method, error)
         if not isinstance(error, AuditError):
             try:
@@ -412,7 +424,7 @@ _UNBOUNDED = contextlib.nullcontext()
 def _abort(
     context: grpc.ServicerContext, code: grpc.StatusCode, error: Exception, message: str = ""
 ) -> NoReturn:
-    """End the call. If the error knows when to try again, the trailing metadata says so."""
+    """End the call. The trailing metadata has the error's `retry_after_s`, if there is one."""
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         context.set_trailing_metadata(
@@ -426,14 +438,15 @@ def _abort(
 
 
 def _certificate(context: grpc.ServicerContext) -> bytes:
-    """Return the client's certificate, DER. Raises unless the connection is TLS 1.3."""
-    connection: Any = context.auth_context()  # str to list of bytes
+    """Return the client's certificate, DER. Raises if the connection is not TLS 1.3."""
+    connection: Any = context.auth_context()  # dict[str, list[bytes]]
     if connection.get("ssl_tls_version") != [b"TLSv1.3"]:
         raise auth.AuthenticationError("the connection must be TLS 1.3")
     return _der(connection["x509_pem_cert"][0])
 
 
-# A client sends the same certificate with every call. A certificate of 16 KiB is a large one.
+# Cached, because all calls of a connection have the same certificate. Even a large certificate has
+# only 16 KiB.
 @functools.lru_cache(maxsize=256)
 def _der(pem: bytes) -> bytes:
     return ssl.PEM_cert_to_DER_cert(pem.decode())
@@ -454,7 +467,10 @@ def _bearer_token(metadata: Any) -> str:
 
 
 def _status(method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Look up in `_ERRORS` how the client is told, and tell the operator what concerns them."""
+    """Return the status and message that `_ERRORS` has for the error. Logs some errors.
+
+    The log gets the errors in `_OPERATOR_ERRORS` and those that are not in the table.
+    """
     if isinstance(error, _OPERATOR_ERRORS):
         logger.error("%s: %s", method, error)
     for kind, code, message in _ERRORS:
