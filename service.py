@@ -1,10 +1,10 @@
-"""The gRPC services: they turn requests into calls of the worker, and its results into messages.
+"""The gRPC services: they turn requests into calls of the worker, and results into messages.
 
-`gate.py` has admitted a call before it comes here. `worker.py` says what a job is, `auth.py` who
-may do what, `quotas.py` how much of it, and the .proto files what the messages mean.
+`gate.py` admits every call before a servicer sees it. `worker.py` defines what a job is, `auth.py`
+knows the permissions, `quotas.py` the quotas of a user, and the .proto files explain the messages.
 
 Threads: a servicer's method runs in the thread that `calls.py` gives to the call. A stream keeps
-that thread as long as it lasts.
+its thread until the stream ends.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 
 __all__ = ["add_services"]
 
-_REFUSED_ARGV_BYTES = 4096  # of a refused start, in the audit log
+_REFUSED_ARGV_BYTES = 4096  # the audit log gets this much of the arguments of a refused start
 
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
-# The size of a stream's message. Large messages are faster (see `broadcaster.py`), but the server
-# keeps a message that its client does not take. So all messages that
-# were not taken should have at most _UNTAKEN_BYTES together. The next message may have 1 /
-# _UNTAKEN_SHARE of what is left of that: with ten streams some 195 KiB, with a hundred 64 KiB. Only
-# more than 128 streams exceed the sum.
+# The size of a stream's messages. Large messages are faster (see `broadcaster.py`), but a message
+# stays in the server's memory until its client takes the message. All messages that are not taken
+# should therefore have at most _UNTAKEN_BYTES together. The next message may have 1 /
+# _UNTAKEN_SHARE of the bytes that remain: about 195 KiB with ten streams, 64 KiB with a hundred.
+# A message may always have 64 KiB; therefore more than 128 streams can exceed the sum.
 _MESSAGE_BYTES = 256 * 1024
 _SMALL_MESSAGE_BYTES = 64 * 1024
 _UNTAKEN_BYTES = 8 * 1024 * 1024
 _UNTAKEN_SHARE = 32
 
-# The field's number and its wire type, 2: bytes that follow their length.
+# The tag of the field `data`: the field's number, and wire type 2, a length and as many bytes.
 _DATA_TAG = bytes([worker_pb.StreamOutputResponse.DATA_FIELD_NUMBER << 3 | 2])
 
 _STATUSES = {
@@ -68,7 +68,7 @@ _END_REASONS = {
     EndReason.CLOSED: worker_pb.SERVER_SHUTDOWN,
     EndReason.LOST: worker_pb.LOST,
 }
-# The reasons that are given to `Worker.stop` and come back in `Job.stop_reason`.
+# The service passes these reasons to `Worker.stop` and finds them again in `Job.stop_reason`.
 _BY_OWNER, _BY_ADMIN = "owner", "admin"
 _STOP_REASONS = {_BY_OWNER: worker_pb.STOPPED_BY_OWNER, _BY_ADMIN: worker_pb.STOPPED_BY_ADMIN}
 
@@ -92,7 +92,7 @@ class _AuthServicer:
 
     def Logout(  # noqa: N802
         self,
-        request: auth_pb.LogoutRequest,  # noqa: ARG002 -- has no fields
+        request: auth_pb.LogoutRequest,  # noqa: ARG002 -- the message has no fields
         call: Call,
     ) -> auth_pb.LogoutResponse:
         call.record()
@@ -101,25 +101,26 @@ class _AuthServicer:
 
 
 class _Untaken:
-    """Counts the bytes of messages that clients have not taken yet, of all streams together.
+    """Counts the bytes of messages that clients have not taken yet, over all streams.
 
-    A client that does not read keeps two copies of its message in the server's memory for as long
-    as the client likes. So the next message is smaller the more such bytes there are.
+    If a client does not read, two copies of its message stay in the server's memory for as long as
+    the client likes. Therefore the next message becomes smaller as this count grows.
     """
 
     def __init__(self) -> None:
-        # Guards the size. Reentrant, because the garbage collector may end an abandoned stream.
+        # Guards _size. Reentrant: while a thread holds the lock, the garbage collector may run in
+        # that thread and end an abandoned stream, and the end of a stream takes the lock.
         self._lock = threading.RLock()
         self._size = 0
 
     def room(self) -> int:
-        """Return how many bytes the next message may have."""
+        """Return the number of bytes that the next message may have."""
         left = _UNTAKEN_BYTES - self._size
         return max(_SMALL_MESSAGE_BYTES, min(left // _UNTAKEN_SHARE, _MESSAGE_BYTES))
 
     @contextlib.contextmanager
     def held(self, size: int) -> Iterator[None]:
-        """Count that many bytes within this context."""
+        """Count `size` bytes as not taken while the context lasts."""
         with self._lock:
             self._size += size
         try:
@@ -145,8 +146,8 @@ class _WorkerServicer:
             config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
         )
         self._untaken = _Untaken()
-        # Held while a list is made. A list takes the interpreter for milliseconds, and megabytes of
-        # memory. Several at the same time would not be ready sooner.
+        # Held while a call makes a list: only one list is made at a time. A list takes megabytes
+        # of memory and the interpreter for milliseconds; several at once would not be done sooner.
         self._listing = threading.Lock()
 
     def StartJob(  # noqa: N802
@@ -154,7 +155,9 @@ class _WorkerServicer:
     ) -> worker_pb.StartJobResponse:
         user = call.caller.name
         argv = [request.command, *request.args]
-        call.argv = _beginning(argv)  # refusals have no ceiling, so their lines must be short
+        # In case the start is refused: nothing limits the number of refusals, so their lines in
+        # the audit log must be short.
+        call.argv = _beginning(argv)
         self._check_argv(argv)
         asked = {field.name: value for field, value in request.limits.ListFields()}
         limits = self._config.limits(asked)
@@ -181,7 +184,7 @@ class _WorkerServicer:
             raise
 
     def _check_argv(self, argv: list[str]) -> None:
-        """Raise unless number and length of the arguments are below the ceilings."""
+        """Raise `BadRequestError` if there are too many arguments, or if one is too long."""
         most, longest = self._config.requests.args, self._config.requests.arg_length
         if len(argv) - 1 > most:
             raise BadRequestError(
@@ -208,7 +211,8 @@ class _WorkerServicer:
     ) -> worker_pb.RemoveJobResponse:
         job_id, _ = self._reach(request.job_id, call)
         if self._worker.status(job_id).status is Status.RUNNING:
-            raise worker.JobRunningError(job_id)  # before the audit log says that it was removed
+            # Checked here, because the audit log must not record a removal that the worker refuses.
+            raise worker.JobRunningError(job_id)
         call.record()
         self._worker.remove(job_id)
         return worker_pb.RemoveJobResponse()
@@ -222,7 +226,7 @@ class _WorkerServicer:
     def StreamOutput(  # noqa: N802
         self, request: worker_pb.StreamOutputRequest, call: Call
     ) -> Iterator[bytes]:
-        """Return a generator of serialized messages, if the stream is admitted and recorded."""
+        """Subscribe and record the call; return a generator of serialized messages."""
         job_id, _ = self._reach(request.job_id, call)
         with contextlib.ExitStack() as ending:
             ending.callback(self._quotas.stream(call.caller.name))
@@ -240,18 +244,20 @@ class _WorkerServicer:
         call: Call,
     ) -> Iterator[bytes]:
         with ending:
-            # gRPC does not wake a generator whose client has gone. This callback does.
+            # If the client disconnects, gRPC does not wake a generator that waits for output. This
+            # callback does.
             if not call.context.add_callback(chunks.close):
                 return
             ending.callback(self._authenticator.watch(call.caller, chunks.close))
             chunks.chunk_bytes = self._untaken.room
             for chunk in chunks:
                 if call.caller.has_expired():
-                    break  # `watch` reports every other end of a token
+                    break  # `watch` closes the subscription for every other reason
                 message = [_serialized(chunk, offset)]
                 size = len(chunk)
                 offset += size
-                # `yield` blocks while the client does not read. Nothing may keep the message then.
+                # `yield` blocks while the client does not read. No variable may keep the message
+                # alive meanwhile.
                 del chunk
                 with self._untaken.held(size):
                     yield message.pop()
@@ -260,7 +266,7 @@ class _WorkerServicer:
 
     def ListJobs(  # noqa: N802
         self,
-        request: worker_pb.ListJobsRequest,  # noqa: ARG002 -- has no fields yet
+        request: worker_pb.ListJobsRequest,  # noqa: ARG002 -- the message has no fields yet
         call: Call,
     ) -> worker_pb.ListJobsResponse:
         owner = None if call.caller.role is auth.Role.ADMIN else call.caller.name
@@ -273,10 +279,10 @@ class _WorkerServicer:
         return answer
 
     def _reach(self, text: str, call: Call) -> tuple[str, str]:
-        """Return the job's ID and owner, if the job exists and the caller may see it.
+        """Return the job's ID and owner. Raises `UnknownJobError`.
 
-        Otherwise raises the same error in both cases, after the same work: only the job's owner is
-        looked at.
+        A job that does not exist and a job that the caller may not see give the same error after
+        the same work. The caller therefore cannot find out which IDs exist.
         """
         job_id = call.job_id = _job_id(text)
         owner = self._worker.owner(job_id)
@@ -287,7 +293,7 @@ class _WorkerServicer:
 
 
 def _beginning(argv: list[str]) -> list[str]:
-    """Return argv; a long one is cut, and its last item says how many bytes are missing."""
+    """Return `argv`. If `argv` is long, its end is replaced by the number of bytes left out."""
     encoded = [argument.encode(errors="surrogatepass") + b"\0" for argument in argv]
     left = _REFUSED_ARGV_BYTES
     for number, argument in enumerate(encoded):
@@ -310,7 +316,7 @@ def _job_id(text: str) -> str:
 
 
 def _job(job: Job) -> worker_pb.Job:
-    # The messages Limits and Usage have the fields of the classes of the same names.
+    # The messages Limits and Usage have the same fields as the classes of these names.
     usage = None
     if job.usage is not None and job.usage_source is not None:
         usage = worker_pb.Usage(source=_USAGE_SOURCES[job.usage_source], **_fields(job.usage))
@@ -335,7 +341,7 @@ def _job(job: Job) -> worker_pb.Job:
 
 @functools.lru_cache(maxsize=256)
 def _limits(limits: Limits) -> worker_pb.Limits:
-    """Return the message, which nobody may change: the limits of most jobs are the default."""
+    """Return the message for `limits`. Jobs with equal limits share it: do not change it."""
     return worker_pb.Limits(**_fields(limits))
 
 
@@ -346,18 +352,18 @@ def _end_reason(job: Job) -> worker_pb.EndReason:
 
 
 def _fields(value: Limits | Usage) -> dict[str, Any]:
-    # dataclasses.asdict would take twice as long, and a list may have ten thousand jobs.
+    # A list may have ten thousand jobs, and dataclasses.asdict would take twice as long.
     return {name: getattr(value, name) for name in value.__slots__}
 
 
 def _serialized(data: bytes, offset: int) -> bytes:
-    """Return the bytes of a `StreamOutputResponse` on the wire.
+    """Return a serialized `StreamOutputResponse`.
 
-    protobuf would copy `data` twice. Without that a stream is a tenth faster. Source:
-    https://protobuf.dev/programming-guides/encoding/.
+    protobuf would copy `data` twice. This function copies `data` once, and streams are a tenth
+    faster. Source: https://protobuf.dev/programming-guides/encoding/.
     """
     length, left = bytearray(), len(data)
-    while left >= 1 << 7:  # a varint: seven bits in each byte; the eighth says that more follow
+    while left >= 1 << 7:  # a varint: a byte has seven bits, and the eighth if more bytes follow
         length.append(left & 0x7F | 0x80)
         left >>= 7
     length.append(left)
@@ -378,9 +384,9 @@ def add_services(
     config: Config,
     uid_of: Callable[[str], int | None],
 ) -> None:
-    """Serve both services on `server`, which must have a `Gate` for the same authenticator.
+    """Add both services to `server`. Its interceptor must be a `Gate` with this authenticator.
 
-    `uid_of`: returns the uid that a user's jobs run as; None for the server's own.
+    `uid_of`: returns the uid of a user's jobs. None means that the jobs have the server's own uid.
     """
     authservice_pb2_grpc.add_AuthServiceServicer_to_server(_AuthServicer(authenticator), server)
     workerservice_pb2_grpc.add_WorkerServiceServicer_to_server(
