@@ -1,12 +1,12 @@
-"""Measures the service against the floors under it, in one run. `make bench`.
+"""Measures the service, and the floors under it, in one run. `make bench`.
 
     python -m bench [PART ...]
 
-The table has a line for each measurement: what / floor; the figure; for a ratio the lowest
-and the highest round, and the noise; both sides in their units; what is aimed at. What a
-missing aim means is for the reader to say: the exit status tells only whether all worked.
-How ratios are made, and when one is not printed, is in `harness.py`; the soak is
-`bench/long.py`.
+A floor is the least that the same work costs without the service. The table has a line for each
+measurement: the name (what is measured / its floor); the figure; for a ratio the lowest round,
+the highest round and the noise; both sides of the ratio in their units; the aim. The exit status
+does not say whether the aims are met. It is 0 if every measurement could be made. `harness.py`
+explains how a ratio is made and when it is too noisy to be printed. The soak is in `bench/long.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _with_service(*parts: Callable[[Service], None]) -> None:
 
 
 def _bench_much() -> None:
-    """On a server that has more and more behind it."""
+    """Measure a server with many finished jobs and much output."""
     with serving() as old, serving() as fresh:
         bench_sustained(old, _KEPT_JOBS)
         bench_memory(old, _OUTPUT_GIB)
@@ -88,7 +88,7 @@ _PARTS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    """Run the parts that are named, or all."""
+    """Run the parts named on the command line, or all parts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(_PARTS)}; by default all"
@@ -96,7 +96,7 @@ def main() -> None:
     parts = parser.parse_args().parts or list(_PARTS)
     if unknown := set(parts) - set(_PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
-    logging.disable(logging.WARNING)  # which limits this host cannot enforce
+    logging.disable(logging.WARNING)  # warnings about limits that this host cannot enforce
     begin = time.monotonic()
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Linux {platform.release()}, "

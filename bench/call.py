@@ -1,4 +1,4 @@
-"""Measures what a call costs, against a bare call; see `python -m bench`."""
+"""Measures the time of a call and, as its floor, of a bare gRPC call; see `python -m bench`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_call"]
 
-_CALLS = 20  # in a turn, of which a round has ten
+_CALLS = 20  # in a turn; a round has ten turns
 
 
 def bench_call(service: Service, floor: Floor) -> None:
-    """GetJobStatus of a running and of a finished job; the floor is a bare unary call."""
+    """Measure GetJobStatus of a running job and of a finished one. The floor: a bare unary call."""
     client = service.client
     finished, running = client.start("/bin/true"), client.start("sleep", ["1000"])
     for _ in client.stream(finished):

@@ -1,4 +1,4 @@
-"""Measures the command line, as whole processes from fork to exit; see `python -m bench`."""
+"""Measures commands of the client, as whole processes from fork to exit; see `python -m bench`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_command_line"]
 
-_RUNS = 3  # of each in a round
+_RUNS = 3  # of each command in a round
 
-# What somebody would write who wants to know the same and nothing else.
+# The floor of `client status`: the shortest script that prints the status of a job.
 _BARE_CALL = """
 import os
 import sys
@@ -36,7 +36,10 @@ with grpc.secure_channel(address, credentials) as channel:
 
 
 def bench_command_line(service: Service) -> None:
-    """The client against Python, and against a script that makes the same call."""
+    """Measure `client --help` and `client status`.
+
+    The floors: a Python that does nothing, and a script that makes the same call.
+    """
     job_id = service.client.start("true")
     launcher = str(HERE / "client")
     options = ("--server", service.address, "--certs", str(CERTS))

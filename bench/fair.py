@@ -1,6 +1,6 @@
-"""Measures how much one user who has all they may slows another; see `python -m bench`.
+"""Measures how much a user at every ceiling slows another user down; see `python -m bench`.
 
-python -m bench.fair --greedy ADDRESS    # be that user
+python -m bench.fair --greedy ADDRESS    # act as the user at every ceiling
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ["GREEDY_CONFIG", "bench_fairness"]
 
-_STATUSES = 125  # in a turn, of which a round has four
+_STATUSES = 125  # in a turn
 _TURNS = 4
 _ROUNDS = 5
-_HAND_STARTS = 4  # meanwhile, by hand
+_HAND_STARTS = 4  # by hand, during a turn of bare calls
 _SHOWN = (50, 99)
-# So that the user is at this one too, and each start has to make room. The rest is as it is.
+# With this low ceiling the user is also at the ceiling of kept output, and each start has to make
+# room. All other settings keep their defaults.
 GREEDY_CONFIG = """
 [per_user]
 kept_output = "1M"
@@ -48,10 +49,10 @@ _OUTPUT = ("head", "-c", "16384", "/dev/zero")
 
 
 def bench_fairness(service: Service, floor: Floor) -> None:
-    """Status of the admin: alone; beside the jobs and streams of a user; beside their starts.
+    """Measure Status calls of the admin, alone and beside another user.
 
-    The floor is a bare call, alone and while another program starts as many by hand: what the
-    machine has left beside these.
+    The other user first only has jobs and streams, and then also starts jobs. The floor: bare
+    calls, alone and beside as many starts by hand. It shows what the starts leave of the machine.
     """
     bare_alone, bare_loaded = _floor(floor)
     client = service.client
@@ -91,7 +92,7 @@ def bench_fairness(service: Service, floor: Floor) -> None:
 
 
 def _floor(floor: Floor) -> tuple[list[list[float]], list[list[float]]]:
-    """Return how long bare calls take, alone and beside starts by hand."""
+    """Return the seconds of bare calls, alone and beside starts by hand."""
 
     def calls() -> list[float]:
         return times(floor.unary, _STATUSES)
@@ -113,7 +114,7 @@ def _floor(floor: Floor) -> tuple[list[list[float]], list[list[float]]]:
 
 
 def _tell(program: subprocess.Popen[str], what: str) -> None:
-    """Have it start or rest; return when it does."""
+    """Tell the greedy program to "start" or to "rest"; return when it has confirmed."""
     if program.stdin is None or program.stdout is None:
         raise AssertionError("both are pipes")
     program.stdin.write(f"{what}\n")
@@ -122,17 +123,20 @@ def _tell(program: subprocess.Popen[str], what: str) -> None:
 
 
 def _be_greedy(address: str) -> None:
-    """Have as many jobs and streams as a user may, and starts when told, until stdin ends."""
+    """Keep as many jobs and streams as a user may have, and start jobs when told to.
+
+    Ends at the end of stdin.
+    """
     starting, done = threading.Event(), threading.Event()
     with Client(address, certs=CERTS) as client:
         client.login("user", "user")
-        # One less than may run, so that there is room for those that come and go.
+        # One job fewer than the ceiling, because the short jobs below need room.
         sleepers = (PER_USER.running_jobs or 0) - 1
         script = "echo; exec sleep 1000000"
         jobs = [_start_in_turn(client, "sh", "-c", script) for _ in range(sleepers)]
         streams = [client.stream(jobs[0]) for _ in range(PER_USER.streams or 0)]
         for stream in streams:
-            next(stream)  # so that it is open; nothing more comes
+            next(stream)  # the stream is open now; the job writes nothing more
 
         def start() -> None:
             pause_s = 1 / (PER_USER.starts_per_second or 1)
@@ -159,7 +163,7 @@ def _be_greedy(address: str) -> None:
 
 
 def _start_in_turn(client: Client, *argv: str) -> str:
-    """Start a job as soon as the server's rate of starts allows it."""
+    """Start a job; wait first if the user's rate of starts requires it."""
     while True:
         try:
             return client.start(argv[0], argv[1:])

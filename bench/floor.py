@@ -1,8 +1,9 @@
 """The floors of the benchmark: a gRPC server that does nothing, and starts by hand.
 
-The server has our TLS, options and message size. A start by hand is the cheapest safe start
-of a process: no server, no messages, a small program with one thread, but the same process:
-in a cgroup of its own, as another user, with the limits of a job.
+The server has the TLS settings, the options and the message size of job-worker's server. A start
+by hand is the cheapest safe start of a process. It needs no server and no messages: a small program
+with one thread forks. The started process is like a job's: it has its own cgroup, runs as another
+user and has the limits of a job.
 
     python -m bench.floor       # the server
 """
@@ -135,8 +136,9 @@ HAND_STEPS = ("make the cgroup", "open it", "fork", "child, to its exec")
 class ByHand:
     """The program that starts processes by hand.
 
-    `way`: "clone3", or "popen" for one with a `preexec_fn`. `jobs`: where cgroups are made, if they
-    are. `uid`: who the processes run as; None for ourselves.
+    `way`: "clone3", or "popen" for `subprocess.Popen` with a `preexec_fn`. `jobs`: the cgroup in
+    which each process gets a cgroup; None for no cgroups. `uid`: the user of the processes; None
+    for the user of this program.
     """
 
     def __init__(self, way: str, jobs: Path | None, uid: int | None) -> None:
@@ -156,18 +158,19 @@ class ByHand:
         gap_s: float = 0.0,
         first_byte: bool = False,
     ) -> list[list[float]]:
-        """Start that many, one after the other; return, of each, the seconds of each step.
+        """Start `count` processes one after the other; return for each the seconds of its steps.
 
-        The end of each is awaited before the next, and not measured. `gap_s`: a pause before
-        each. The last step is the wait for the first byte of output, if that is wanted.
+        Each process ends before the next one starts; the wait for the end is not measured. `gap_s`:
+        the pause before each start. With `first_byte` there is one more step, the wait for the
+        first byte of output.
         """
         steps: list[list[float]] = self._ask(count, gap_s, argv, first_byte, 0)
         return steps
 
     def start_many(self, count: int, at_once: int) -> float:
-        """Start so many without waiting for their ends; return the seconds that all took.
+        """Start `count` processes without waiting for their ends; return the seconds in all.
 
-        The execs of `at_once` processes are awaited together.
+        After every `at_once` forks the program waits until these processes have executed.
         """
         took: float = self._ask(count, 0, ("/bin/true",), False, at_once)
         return took
@@ -184,7 +187,7 @@ class ByHand:
 
 
 class Floor:
-    """A client of the floor's server, which is the process `pid` and listens on `address`."""
+    """A client of the floor's server. The server is the process `pid` and listens on `address`."""
 
     def __init__(self, pid: int, address: str) -> None:
         self.pid = pid
@@ -205,26 +208,26 @@ class Floor:
         )
 
     def unary(self) -> None:
-        """A call with neither a request nor an answer of any length."""
+        """Make a call. The request and the answer are empty."""
         self._unary(b"")
 
     def read_stream(self, size: int) -> int:
-        """Read that many bytes, in messages of 256 KiB but for the last; return how many came."""
+        """Read a stream of `size` bytes in messages of 256 KiB; return how many bytes came."""
         return sum(len(message.data) for message in self._stream(str(size).encode()))
 
     def read_file(self, path: str) -> int:
-        """The same, of what the server reads from that file."""
+        """Read a stream of the content of a file on the server; return how many bytes came."""
         return sum(len(message.data) for message in self._stream_file(path.encode()))
 
     def tell(self, lines: int, pause_s: float) -> None:
-        """Have the server send lines, with a pause before each, to all that `lines` follow.
+        """Make the server send lines to all streams of `lines`, then end these streams.
 
-        Then it ends their streams.
+        `pause_s`: the pause before each line.
         """
         self._tell(json.dumps([lines, pause_s]).encode())
 
     def lines(self) -> Iterator[bytes]:
-        """Follow the server's lines: first an empty one, then each time at which one was sent."""
+        """Follow the server's lines. The first is empty; each other line is the time of sending."""
         return (message.data for message in self._lines(b""))
 
     def close(self) -> None:
@@ -233,7 +236,7 @@ class Floor:
 
 
 class _Lines:
-    """Sends lines to many streams. Each stream's thread waits for a queue of its own."""
+    """Sends lines to many streams. The thread of each stream waits on a queue of its own."""
 
     def __init__(self) -> None:
         # Guards _queues. Never held while a stream waits.

@@ -1,9 +1,9 @@
-"""What the parts of the benchmark share: rounds, ratios, the table, the programs measured.
+"""What the parts of the benchmark share: rounds, ratios, the table, the measured programs.
 
-Machines are noisy and differ, so the figures to quote are ratios: what is measured and its
-floor take turns, and a ratio is the median over the rounds, with the lowest and the highest
-beside it. The noise of a ratio is how far its rounds disagree: the distance between their
-quartiles, as a share of their median. A ratio noisier than `NOISE_MAX` is not printed.
+Machines differ and are noisy. The figures to quote are therefore ratios. In each round a measure
+and its floor take turns, and each round gives one ratio. The table shows the median, the lowest
+and the highest ratio of the rounds. The noise is the distance between the quartiles of these
+ratios, as a share of their median. If the noise is above `NOISE_MAX`, the median is not printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-import server  # noqa: F401 -- before grpc: it says which TLS that may speak
+import server  # noqa: F401 -- before grpc: this module sets the TLS versions that grpc may use
 from client import Client
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ HERE = Path(__file__).resolve().parent.parent
 CERTS = HERE / "certs"
 MIB = 1024 * 1024
 ROUNDS = 7
-# The median of seven rounds is then right to about a tenth.
+# With at most this noise, the median of seven rounds is right to about a tenth.
 NOISE_MAX = 0.3
 _SETTLED_S = 1.0
 
-# The benchmark is about speed, and would meet the ceilings of rate and output. What it ends
-# with can be added to.
+# Without this configuration the benchmark would reach the ceilings of rate and output. Callers may
+# append settings to the last table.
 UNHINDERED = """
 [per_user]
 running_jobs = "unlimited"
@@ -80,7 +80,7 @@ kept_output = "unlimited"
 jobs = "unlimited"
 """
 
-# The server with that many small objects more, of some 270 bytes each.
+# Runs the server with so many additional objects in memory.
 _WITH_HEAP = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -94,7 +94,7 @@ _T = TypeVar("_T")
 
 
 def fail(what: str) -> NoReturn:
-    """End the benchmark: something is broken, and not just slow."""
+    """End the benchmark, because something is broken and not only slow."""
     sys.exit(f"bench: {what}")
 
 
@@ -102,19 +102,19 @@ def fail(what: str) -> NoReturn:
 
 
 def times(call: Callable[[], object], count: int) -> list[float]:
-    """How long each of `count` calls took, in seconds, in their order."""
+    """Make `count` calls; return the seconds that each call took, in order."""
     return [seconds(call) for _ in range(count)]
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """How long the call took."""
+    """Make the call; return the seconds that the call took."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest of `values` that at least `percent` of them do not exceed."""
+    """Return the smallest of `values` that at least `percent` % of `values` do not exceed."""
     if not values:
         raise ValueError("no values")
     rank = math.ceil(len(values) * percent / 100)
@@ -122,10 +122,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def in_turn(measures: Mapping[str, Callable[[], _T]], rounds: int = ROUNDS) -> dict[str, list[_T]]:
-    """Let the measures take turns; return what each found in each round.
+    """Let the measures take turns; return the results of each measure, one for each round.
 
-    One round before that warms up. Every other round goes backwards, so that none always
-    comes after the same.
+    A first round, without results, warms up. Every other round has the reverse order, so that no
+    measure always follows the same one.
     """
     found: dict[str, list[_T]] = {name: [] for name in measures}
     for number in range(rounds + 1):
@@ -139,9 +139,10 @@ def in_turn(measures: Mapping[str, Callable[[], _T]], rounds: int = ROUNDS) -> d
 def sampled(
     measures: Mapping[str, Callable[[], list[float]]], rounds: int = ROUNDS, turns: int = 10
 ) -> dict[str, list[list[float]]]:
-    """The same for measures of a few samples each, where a round is that many turns.
+    """Let measures that take a few samples each take turns; return the samples of each round.
 
-    So what slows the machine for a second slows all of them. Returns the samples by round.
+    A round has so many `turns` of each measure. If something slows the machine for a second, it
+    therefore slows all measures alike.
     """
     found = in_turn(measures, (rounds + 1) * turns)
     return {
@@ -155,7 +156,7 @@ def sampled(
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """What the rounds say about a ratio. `noise`: see the module."""
+    """The ratio of a measure to its floor, over all rounds. The module explains `noise`."""
 
     median: float
     lowest: float
@@ -164,31 +165,31 @@ class Ratio:
 
     @classmethod
     def of(cls, measured: Sequence[float], floor: Sequence[float]) -> Ratio:
-        """Divide round by round. Raises ValueError for less than two rounds."""
+        """Divide round by round. Raises ValueError if there are fewer than two rounds."""
         ratios = [ours / theirs for ours, theirs in zip(measured, floor, strict=True)]
-        if len(ratios) < 2:  # noqa: PLR2004 -- one tells nothing of noise
+        if len(ratios) < 2:  # noqa: PLR2004 -- one round has no noise
             raise ValueError("a ratio needs rounds")
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         return cls(median, min(ratios), max(ratios), (upper - lower) / median)
 
     @property
     def is_too_noisy(self) -> bool:
-        """Whether the median says nothing."""
+        """Whether the rounds differ too much for the median to mean anything."""
         return self.noise > NOISE_MAX
 
     @property
     def value(self) -> str:
-        """For the table."""
+        """The median, as the table shows it."""
         return "too noisy" if self.is_too_noisy else f"{self.median:.2f} x"
 
     @property
     def spread(self) -> str:
-        """For the table."""
+        """The lowest and highest ratio and the noise, as the table shows them."""
         return f"{self.lowest:.2f} to {self.highest:.2f}, {self.noise * 100:.0f} %"
 
 
 def ms(values: Sequence[float], digits: int = 2) -> str:
-    """The median of seconds, written in milliseconds."""
+    """Return the median of `values`, which are in seconds, as a text in milliseconds."""
     return f"{statistics.median(values) * 1e3:.{digits}f} ms"
 
 
@@ -196,7 +197,7 @@ def ms(values: Sequence[float], digits: int = 2) -> str:
 
 
 def print_heading(title: str) -> None:
-    """Begin a part."""
+    """Print the heading of a part of the table."""
     print(f"\n{title}", flush=True)
 
 
@@ -209,7 +210,7 @@ def report(what: str, value: str, spread: str = "", detail: str = "", aim: str =
 def report_ratio(
     what: str, measured: Sequence[float], floor: Sequence[float], detail: str = "", aim: str = ""
 ) -> None:
-    """Print the ratio of what was measured in each round to what its floor was."""
+    """Print a line with the ratio of a measure to its floor. Both have one value for each round."""
     ratio = Ratio.of(measured, floor)
     report(what, ratio.value, ratio.spread, detail, aim)
 
@@ -219,7 +220,7 @@ def report_ratio(
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A server of ours. `client` is logged in as the admin; `state`: its state directory."""
+    """A running job-worker server. `client`: logged in as admin. `state`: the state directory."""
 
     pid: int
     address: str
@@ -228,7 +229,7 @@ class Service:
 
     @property
     def processes(self) -> tuple[int, int]:
-        """The server and its fork server."""
+        """The pids of the server and of its fork server."""
         (fork_server,) = [
             pid
             for pid in children(self.pid)
@@ -238,13 +239,13 @@ class Service:
 
     @property
     def threads(self) -> int:
-        """How many the server has."""
+        """The number of the server's threads."""
         return len(os.listdir(f"/proc/{self.pid}/task"))
 
 
 @contextlib.contextmanager
 def running(*command: str) -> Iterator[tuple[int, str]]:
-    """Run a Python program that says where it listens; yield its pid and address."""
+    """Run a Python program that prints its address; yield the program's pid and address."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=HERE,
@@ -265,7 +266,7 @@ def running(*command: str) -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def serving(config: str = UNHINDERED, *, heap_bytes: int = 0) -> Iterator[Service]:
-    """Run a server with that configuration, and that much more memory in use."""
+    """Run a server with this configuration; it has `heap_bytes` more memory in use."""
     with tempfile.TemporaryDirectory() as name:
         state = Path(name)
         (state / "config.toml").write_text(config)
@@ -282,9 +283,9 @@ def serving(config: str = UNHINDERED, *, heap_bytes: int = 0) -> Iterator[Servic
 
 
 def start_program(client: Client, *command: object) -> subprocess.Popen[str]:
-    """Run a Python program that makes calls with the client's token; wait until it is ready.
+    """Run a Python program that makes calls with the client's token; wait until it prints "ready".
 
-    It prints "ready" then. Its stdin and stdout are pipes.
+    The stdin and stdout of the program are pipes.
     """
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -301,7 +302,7 @@ def start_program(client: Client, *command: object) -> subprocess.Popen[str]:
 
 
 def settle(client: Client) -> None:
-    """Wait until no job of the user's runs any more, and what ends with them has ended."""
+    """Wait until all jobs of the client's user have ended, and a second more for the clean-up."""
     from workerservice_pb2 import RUNNING
 
     for job in client.list():
@@ -312,19 +313,19 @@ def settle(client: Client) -> None:
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    """What proc(5) has in /proc/PID/status, as VmRSS or VmHWM."""
+    """Return a field of /proc/PID/status (proc(5)), such as VmRSS or VmHWM, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 def cpu_s(pid: int) -> float:
-    """The CPU time the process has used, in seconds."""
+    """Return the CPU time that the process has used, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def children(pid: int) -> list[int]:
-    """The processes whose parent is `pid`."""
+    """Return the pids of the processes whose parent is `pid`."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Measures followers that are threads of the program that holds the worker; see `python -m bench`.
+"""Measures followers that are threads of the worker's own program; see `python -m bench`.
 
-No gRPC, no TLS and no other process take part. So this is what the library alone does when a job
-writes and many subscribers read.
+There is no gRPC, no TLS and no other process. The figures therefore show the library alone, while
+a job writes and many subscribers read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ _JOBS = {
     "lines": ([sys.executable, "-c", _MAKE_LINES], _LINES_BYTES),
     "as fast as it can": (["head", "-c", str(_ZEROS_BYTES), "/dev/zero"], _ZEROS_BYTES),
 }
-# Adds the times at which the command began and ended, in nanoseconds since the epoch.
+# Runs the command, then writes when it began and ended, in nanoseconds since the epoch.
 _TIMED = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d%020d" $s $e'
 
 
 class _Run(NamedTuple):
-    """A job that many followed. All but `slowest` in seconds from the command's begin.
+    """What was measured of one job. The times are in seconds since the command began.
 
-    `slowest`: the share of the output that the slowest follower had when the command ended.
+    `took_s`: when the command ended. `slowest`: the share of the output that the slowest follower
+    had then. `last_s`: when the last follower had all output.
     """
 
     took_s: float
@@ -52,7 +53,7 @@ class _Run(NamedTuple):
 
 
 def _follow(worker: Worker, job_id: str) -> list[tuple[float, int]]:
-    """Read all output; return after each chunk the time and how many bytes there were."""
+    """Read all output; return for each chunk the time and the number of bytes read so far."""
     progress, size = [], 0
     with worker.stream(job_id) as chunks:
         for chunk in chunks:
@@ -89,7 +90,7 @@ def _timed(argv: Sequence[str]) -> _Run:
 
 
 def bench_library() -> None:
-    """How fast a job writes, and how far its followers are, with one and with ten of them."""
+    """Measure how fast a job writes and how far its followers are, with one and ten followers."""
     print_heading("Followers in the worker's program: the job's rate / into job | cat >file")
     with contextlib.closing(Worker(enforcement="off")) as worker:
         for what, (argv, size) in _JOBS.items():

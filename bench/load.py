@@ -1,6 +1,6 @@
-"""Measures a server under many starts, and its memory with much to keep; see `python -m bench`.
+"""Measures a server under many starts, and its memory under much output; see `python -m bench`.
 
-python -m bench.load --start ADDRESS COUNT THREADS    # be clients that start jobs
+python -m bench.load --start ADDRESS COUNT THREADS    # act as clients that start jobs
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from client import Client
 
 __all__ = ["bench_memory", "bench_sustained", "fill"]
 
-_CLIENTS = {1: 1, 16: 4}  # clients that start jobs one after the other: in how many processes
+_CLIENTS = {1: 1, 16: 4}  # number of clients: number of processes that these clients share
 _WARM_UP = 500
 _STATUS_PAUSE_S = 0.005
 _STALLED = 100
@@ -39,7 +39,7 @@ _MEMORY_AIM = "<= 150"
 
 
 def bench_sustained(service: Service, jobs: int) -> None:
-    """Starts per second, and Status meanwhile; what so many jobs cost when they have ended."""
+    """Measure starts per second, Status meanwhile, and the memory that a finished job takes."""
     client = service.client
     job_id = client.start("true")
     fill(service, _WARM_UP, clients=16)
@@ -76,7 +76,7 @@ def bench_sustained(service: Service, jobs: int) -> None:
 
 
 class _StatusTimes:
-    """How long a Status takes, in `seconds`, while the context lasts."""
+    """Measures Status calls while the context lasts. `seconds`: the time of each call."""
 
     def __init__(self, client: Client, job_id: str) -> None:
         self.seconds: list[float] = []
@@ -98,9 +98,9 @@ class _StatusTimes:
 
 
 def fill(service: Service, count: int, *, clients: int, settled: bool = True) -> float:
-    """Have that many jobs started by so many clients; return how many in a second.
+    """Start `count` jobs with so many clients; return the starts per second.
 
-    Waits until they have ended, if they are to be `settled`.
+    With `settled`, returns only after all jobs have ended.
     """
     programs = _CLIENTS[clients]
     shares = [count // programs + (i < count % programs) for i in range(programs)]
@@ -134,7 +134,7 @@ def _start_jobs(address: str, count: int, threads: int) -> None:
             client.start("/bin/true")
 
     with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
-        client.list()  # connects
+        client.list()  # opens the connection
         print("ready", flush=True)
         starters = [threading.Thread(target=start) for _ in range(threads)]
         input()
@@ -146,7 +146,7 @@ def _start_jobs(address: str, count: int, threads: int) -> None:
 
 
 def bench_memory(service: Service, gibibytes: int) -> None:
-    """The peak while jobs write 1 GiB each, one follower reads all of it and 100 stall."""
+    """Measure the peak of memory. Jobs write 1 GiB each; one follower reads all, and 100 stall."""
     peaks = {pid: _forget_peak(pid) for pid in service.processes}
     with contextlib.ExitStack() as stack:
         for number in range(gibibytes):
@@ -172,7 +172,7 @@ def bench_memory(service: Service, gibibytes: int) -> None:
 
 
 def _forget_peak(pid: int) -> int:
-    """Forget the peak so far, proc(5); return what is in use."""
+    """Reset the peak of the process (proc(5)); return the memory in use, in bytes."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return memory_bytes(pid)
 

@@ -1,8 +1,8 @@
-"""The part of the benchmark that takes a quarter of an hour: a soak, and much more of everything.
+"""The long benchmark, a quarter of an hour: a soak, and more jobs and output than the short one.
 
     python -m bench.long [--jobs N] [--only-soak]      # `make bench-long`
 
-Exit status 1 if something has piled up in the soak, or is broken.
+The exit status is 1 if something piled up during the soak, or if something failed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OUTPUT_GIB = 10
 
 
 def _bench_much() -> None:
-    # So that all 10,000 jobs are still there when 10 GiB have been written.
+    # With the default ceiling, 10 GiB of output would push out some of the 10,000 finished jobs.
     with serving(f'{UNHINDERED}output = "unlimited"\n') as old, serving() as fresh:
         bench_sustained(old, _KEPT_JOBS)
         bench_memory(old, _OUTPUT_GIB)
@@ -37,14 +37,14 @@ def _bench_much() -> None:
 
 
 def main() -> None:
-    """Run all of it."""
+    """Run the soak and, without --only-soak, the other measurements before it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--jobs", type=int, default=_JOBS, help="of the soak (default: %(default)s)"
     )
     parser.add_argument("--only-soak", action="store_true")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # which limits this host cannot enforce
+    logging.disable(logging.WARNING)  # warnings about limits that this host cannot enforce
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Linux {platform.release()}, "
         f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"

@@ -1,10 +1,10 @@
-"""Measures what becomes of overload; see `python -m bench`.
+"""Measures how the server behaves under more calls than it can serve; see `python -m bench`.
 
-    python -m bench.overload ADDRESS REQUEST RATE SECONDS    # be the clients
+    python -m bench.overload ADDRESS REQUEST RATE SECONDS    # act as the clients
 
-The clients speak HTTP/2 by themselves, as far as it takes to make calls that are all alike.
-Those of gRPC need as much of the machine as the server does, and would, at twice the rate that
-it can serve, measure themselves; these need a third of a core.
+The clients have their own small HTTP/2, enough to make calls that are all alike. A gRPC client
+needs as much CPU as the server. At twice the rate that the server can serve, the benchmark would
+measure its own clients. These clients need a third of a core.
 
 Sources: RFC 9113 (HTTP/2), RFC 7541 (its headers), gRPC's PROTOCOL-HTTP2.md.
 """
@@ -29,14 +29,15 @@ __all__ = ["bench_overload"]
 
 _METHOD = "/jobworker.v1.WorkerService/GetJobStatus"
 _LOAD_S = 2.0
-_ONSET_S = 0.5  # when it may still be a burst
+_ONSET_S = 0.5  # until then the load may look like a short burst
 _PATIENCE_S = 30.0
 _LATE_S = 0.1
 _CONNECTIONS = 4
-_AT_ONCE = 3  # calls, where the next is made when one is answered: it keeps the server busy
+# To find the capacity, this many calls are always open: an answer is followed by the next call.
+_AT_ONCE = 3
 _CALLS_BETWEEN_LOOKS = 32
 
-# The status as it is in HTTP/2.
+# Values of the header `grpc-status`.
 _OK, _RESOURCE_EXHAUSTED = "0", "8"
 
 _HEADER_BYTES = 9
@@ -46,11 +47,11 @@ _END_HEADERS = 4
 _MAX_WINDOW, _FIRST_WINDOW = 2**31 - 1, 65_535
 _TABLE_SIZE, _PUSHES, _STREAM_WINDOW = 1, 2, 4  # settings
 _WITH_INDEXING, _INDEXED, _FIRST_INDEX = 0x40, 0x80, 62
-_ONE_BYTE = 0x7F  # a length of less than that takes one
+_ONE_BYTE = 0x7F  # a length below this number is encoded in one byte
 
 
 class _Answer(NamedTuple):
-    """When the call was made, in seconds after the first, and how long it took."""
+    """The outcome of a call. In seconds: `since`, from the begin of the load; `took`, its time."""
 
     status: str
     since: float
@@ -58,7 +59,7 @@ class _Answer(NamedTuple):
 
 
 def bench_overload(service: Service) -> None:
-    """Status at twice the rate that can be served, against what it takes at less than that."""
+    """Measure Status calls at twice the rate that the server can serve, and at lower rates."""
     request = worker_pb.GetJobStatusRequest(job_id=service.client.start("true"))
 
     def load(rate: float) -> list[_Answer]:
@@ -68,7 +69,7 @@ def bench_overload(service: Service) -> None:
     capacity = len(_took(load(0), _OK)) / _LOAD_S
     busy, normal, over, back = (load(capacity * share) for share in (0.75, 0.5, 2, 0.5))
     print_heading(f"Overload: Status at twice {capacity:.0f} calls per second, which can be served")
-    # One run each, so no ratios: the reader sees both sides.
+    # Each load runs once. One run gives no noise, so figures are printed instead of ratios.
     for what, answers in (("half", normal), ("three quarters", busy)):
         served = _took(answers, _OK)
         usual = percentile(served, 99)
@@ -110,7 +111,7 @@ def _took(answers: list[_Answer], status: str, since: float = 0.0) -> list[float
 
 
 def _run_load(service: Service, request: bytes, rate: float) -> list[_Answer]:
-    """Have a program make `rate` calls per second, or as many as get answered if 0."""
+    """Run the clients. They make `rate` calls per second; 0 means as many as the server answers."""
     arguments = (service.address, request.hex(), rate, _LOAD_S)
     program = start_program(service.client, "-m", __name__, *arguments)
     output, _ = program.communicate("\n")
@@ -124,7 +125,7 @@ def _run_load(service: Service, request: bytes, rate: float) -> list[_Answer]:
 
 
 class _Connection:
-    """A connection over which calls are made that are all alike."""
+    """An HTTP/2 connection for calls that are all alike."""
 
     def __init__(self, address: str, request: bytes, token: str) -> None:
         host, _, port = address.rpartition(":")
@@ -144,15 +145,17 @@ class _Connection:
             "content-type": "application/grpc",
             "authorization": f"Bearer {token}",
         }
-        # The server keeps them in its table, where the last is the first.
+        # The server adds the headers of the first call to its table. The last header added has the
+        # lowest index. Later calls send only the indices.
         self._headers = b"".join(itertools.starmap(_header, headers.items()))
         self._same_headers = bytes(_INDEXED + _FIRST_INDEX + i for i in range(len(headers)))[::-1]
         self._data = b"\0" + len(request).to_bytes(4, "big") + request
         self._next_stream = 1
         self._unsent = bytearray()
         self._received = b""
-        self._begun: dict[int, float] = {}  # by stream
-        # A window that never closes, and no table for answers, so that a status is in full.
+        self._begun: dict[int, float] = {}  # stream number: when its call began
+        # The windows are so large that they never close. Without a table for answers, the server
+        # spells out each status.
         settings = {_TABLE_SIZE: 0, _PUSHES: 0, _STREAM_WINDOW: _MAX_WINDOW}
         self._send(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -161,16 +164,16 @@ class _Connection:
         )
 
     def fileno(self) -> int:
-        """For select."""
+        """Return the socket's descriptor, for `select`."""
         return self._socket.fileno()
 
     @property
     def open_calls(self) -> int:
-        """How many are not answered."""
+        """The number of calls without an answer."""
         return len(self._begun)
 
     def call(self) -> None:
-        """Begin a call."""
+        """Send a call; do not wait for the answer."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
         self._begun[stream] = time.monotonic()
         self._send(
@@ -180,7 +183,7 @@ class _Connection:
         self._headers = self._same_headers
 
     def answers(self) -> list[_Answer]:
-        """Return what has been answered; does not block."""
+        """Return the answers that have arrived since the last call. Does not block."""
         data = self._received
         with contextlib.suppress(ssl.SSLWantReadError):
             while more := self._socket.recv(1 << 18):
@@ -203,7 +206,7 @@ class _Connection:
         return answers
 
     def _handle(self, kind: int, flags: int, payload: bytes) -> str:
-        """Do what a frame wants; return the status of its call, if that is in it."""
+        """Handle a frame; return the status of a call if the frame has one, else ""."""
         if kind == _HEADERS and flags & _END_STREAM:
             value = payload.partition(b"grpc-status")[2]
             return value[1 : 1 + value[0]].decode()
@@ -277,7 +280,7 @@ def _make_load(address: str, request: bytes, rate: float, seconds: float) -> Non
 
 
 def _connect(address: str, request: bytes) -> list[_Connection]:
-    """Return connections over each of which a call has been served."""
+    """Connect, and make one call on each connection; return the connections."""
     token = os.environ["JOBWORKER_TOKEN"]
     connections = [_Connection(address, request, token) for _ in range(_CONNECTIONS)]
     for each in connections:

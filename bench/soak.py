@@ -1,10 +1,10 @@
-"""A soak: many jobs, started, followed, stopped, removed, by clients that stay and that vanish.
+"""A soak: clients start, follow, stop and remove very many jobs; some clients are killed.
 
-Afterwards nothing may have piled up: descriptors, threads, memory, cgroups, files and
-processes are as they were after the first thousand jobs. See `bench/long.py`.
+Afterwards nothing may have piled up. The server must have as many descriptors, threads, cgroups,
+files and processes, and as much memory, as after the first thousand jobs. See `bench/long.py`.
 
-    python -m bench.soak --clients ADDRESS NUMBER    # be clients that see every job to its end
-    python -m bench.soak --vanish ADDRESS            # be one that is killed in the middle
+    python -m bench.soak --clients ADDRESS NUMBER    # act as clients that see each job to its end
+    python -m bench.soak --vanish ADDRESS            # act as a client that is killed
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ = ["SOAK_CONFIG", "Load", "soak"]
 
 _BATCH = 1000  # jobs
 _PROGRAMS = 3
-_THREADS = 4  # clients in each
-_VANISHING = 5  # clients in a batch, one after the other
-_VANISHING_JOBS = 20  # of each, and as many streams
+_THREADS = 4  # in each program; each acts as a client
+_VANISHING = 5  # clients that are killed in a batch, one after the other
+_VANISHING_JOBS = 20  # jobs of a client that is killed; it has as many streams
 _KEPT = 500  # finished jobs
 _OUTPUT_BYTES = 300_000
-# So that the rule has removed jobs before the first look.
+# With so few jobs kept, the retention rule has removed jobs before the first look.
 SOAK_CONFIG = f"""
 [per_user]
 starts_per_second = "unlimited"
@@ -59,7 +59,7 @@ jobs = {_KEPT}
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the server and its fork server hold. Memory in MiB."""
+    """What the server and its fork server use. Memory is in MiB."""
 
     descriptors: float
     fork_server_descriptors: float
@@ -71,7 +71,7 @@ class Load:
     processes: float
 
     def excess_over(self, first: Load) -> dict[str, float]:
-        """Return what is more than it was at `first`, by more than chance."""
+        """Return by how much each figure has grown since `first`, if by more than `_SLACK`."""
         more = {f.name: getattr(self, f.name) - getattr(first, f.name) for f in fields(Load)}
         return {name: each for name, each in more.items() if each > getattr(_SLACK, name)}
 
@@ -80,9 +80,9 @@ _COLUMNS = (
     *("descriptors", "of fork server", "threads", "memory, MiB", "of fork server"),
     *("cgroups", "files", "processes"),
 )
-# What may be more at the end than after the first thousand. How many threads and connections
-# are there at once is chance, and a heap has holes; a job that left something behind would
-# show fifty thousand times.
+# How much more there may be at the end than after the first thousand jobs. The number of threads
+# and connections at a given moment varies by chance, and a heap has holes. If each job left
+# something behind, the figure would grow by fifty thousand.
 _SLACK = Load(
     descriptors=20,
     fork_server_descriptors=2,
@@ -110,7 +110,7 @@ def _look(service: Service) -> Load:
 
 
 def _count_cgroups(pid: int) -> int:
-    """Those of the subtree that the server is in; 0 if there is none."""
+    """Return the number of cgroups in the server's subtree; 0 if the server has none."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
     mounts = map(str.split, Path("/proc/self/mounts").read_text().splitlines())
@@ -125,7 +125,7 @@ def _count_descendants(pid: int) -> int:
 
 
 def soak(service: Service, jobs: int) -> bool:
-    """Run that many jobs; return whether nothing has piled up."""
+    """Run `jobs` jobs; return whether nothing has piled up."""
     print_heading(f"A soak of {jobs:,} jobs, of which {_KEPT} are kept when they have ended")
     names = [field.name for field in fields(Load)]
     print("  " + "".join(f"{word:>13}" for word in ("jobs", *_COLUMNS)), flush=True)
@@ -176,7 +176,7 @@ def _run_batch(service: Service, programs: list[subprocess.Popen[str]]) -> None:
 
 
 def _let_vanish(service: Service) -> None:
-    """A client that has many jobs and streams is killed, and its jobs are seen to their ends."""
+    """Kill a client that has many jobs and streams, and then stop half of its jobs."""
     program = start_program(service.client, "-m", __name__, "--vanish", service.address)
     with program:
         job_ids = program.stdout.readline().split() if program.stdout else []
@@ -185,7 +185,7 @@ def _let_vanish(service: Service) -> None:
         fail("the client that is to vanish failed")
     for job_id in job_ids[::2]:
         service.client.stop(job_id)
-    # The others are in `settle`.
+    # The other jobs end by themselves; `settle` waits for them.
 
 
 # --- the clients ------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def _stop(client: Client) -> None:
 
 
 def _stop_tree(client: Client) -> None:
-    """Processes that leave their group, with a stream that its reader closes."""
+    """Stop a job whose processes have left their group, after the reader has closed its stream."""
     script = "setsid sleep 1000000 & sleep 1000000 & echo; wait"
     job_id = client.start("sh", ["-c", script])
     stream = client.stream(job_id)
@@ -241,12 +241,12 @@ def _stop_while_followed(client: Client) -> None:
 def _fail_and_remove(client: Client) -> None:
     job_id = client.start("sh", ["-c", "echo; exit 3"])
     _check(b"".join(client.stream(job_id)) == b"\n")
-    _check(client.status(job_id).exit_code == 3)  # noqa: PLR2004 -- as above
+    _check(client.status(job_id).exit_code == 3)  # noqa: PLR2004 -- the number in the script
     client.remove(job_id)
 
 
 def _fail_to_start(client: Client) -> None:
-    """A start that fails leaves nothing; it counts as the job that comes after it."""
+    """Start a program that does not exist. This makes no job, so one more job is run."""
     try:
         client.start("/nonexistent")
     except ClientError as error:
@@ -274,7 +274,7 @@ def _check(right: bool) -> None:
 
 
 def _be_clients(address: str, number: int) -> None:
-    """See as many jobs through as each line on stdin says, several at a time."""
+    """Read numbers of jobs from stdin; run so many jobs to their ends, several at a time."""
     stories = itertools.cycle(_STORIES[number:] + _STORIES[:number])
     failures: list[BaseException] = []
 
@@ -282,11 +282,11 @@ def _be_clients(address: str, number: int) -> None:
         try:
             for story in own:
                 story(client)
-        except BaseException as error:  # noqa: BLE001 -- it is told below
+        except BaseException as error:  # noqa: BLE001 -- raised again below
             failures.append(error)
 
     with Client(address, certs=CERTS, token=os.environ["JOBWORKER_TOKEN"]) as client:
-        client.list()  # connects
+        client.list()  # opens the connection
         print("ready", flush=True)
         for line in sys.stdin:
             work = list(itertools.islice(stories, int(line)))

@@ -1,4 +1,4 @@
-"""Measures what a start costs, against a bare call and a start by hand; see `python -m bench`."""
+"""Measures StartJob. Floors: a bare gRPC call and a start by hand; see `python -m bench`."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_growth", "bench_start"]
 
-_STARTS = 10  # in a turn, of which a round has ten
-_APART = 2  # the same, with a pause before each
+_STARTS = 10  # in a turn; a round has ten turns
+_APART = 2  # starts in a turn that has a pause before each start
 _APART_S = 0.02
-_MANY = 150  # without a pause, in a round
+_MANY = 150  # starts without a pause, in a round
 _CLIENTS = 16
 _HEAP_BYTES = 500 * MIB
 _RUNNING = 1000
@@ -54,12 +54,12 @@ _STEPS: tuple[tuple[str, object, str], ...] = (
 
 
 def bench_start(service: Service, floor: Floor) -> None:
-    """StartJob at three paces, and the start to the first byte of output; what they consist of.
+    """Measure StartJob at three paces, the time to the first byte of output, and their parts.
 
-    The paces: back to back, waiting for each job's end between two starts, and 20 ms apart.
+    The paces: back to back; waiting for each job's end between two starts; 20 ms apart.
 
-    Floor (a) is a bare unary call, (b) the start by hand. For the first byte (b) reads it from
-    a pipe, and (c) is a bare stream of one message.
+    The floors: (a) is a bare unary call, (b) is a start by hand, (c) is a bare stream of one
+    message. For the first byte of output, (b) also reads a byte from a pipe.
     """
     uid = 71_001 if privileges.can_change_user() and privileges.can_kill_any() else None
     uids = None if uid is None else range(uid, uid + 1)
@@ -133,14 +133,14 @@ def _sums(steps: list[list[float]]) -> list[float]:
 
 
 def _added(*floors: list[list[float]]) -> list[list[float]]:
-    """Add the floors, call by call, in each round."""
+    """Add the floors: the first call of a round to the first of the others, and so on."""
     return [
         [sum(each) for each in zip(*rounds, strict=True)] for rounds in zip(*floors, strict=True)
     ]
 
 
 def _back_to_back(service: Service, floor: Floor, hand: ByHand) -> dict[str, list[float]]:
-    """How many seconds a start takes without a pause, in each round, by one client and many."""
+    """Measure the seconds of a start without a pause, with one client and with sixteen."""
     measures: dict[str, Callable[[], float]] = {}
     for clients in (1, _CLIENTS):
         measures[f"StartJob {clients}"] = functools.partial(_start_many, service.client, clients)
@@ -154,9 +154,9 @@ def _by_hand(hand: ByHand, at_once: int) -> float:
 
 
 def _call_many(call: Callable[[], object], clients: int) -> float:
-    """Have so many threads call; return the seconds a call takes of the whole time."""
+    """Make `_MANY` calls from `clients` threads; return the whole time per call, in seconds."""
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda _: None, range(clients)))  # its threads
+        list(pool.map(lambda _: None, range(clients)))  # starts the threads
         begin = time.perf_counter()
         for each in [pool.submit(call) for _ in range(_MANY)]:
             each.result()
@@ -164,7 +164,7 @@ def _call_many(call: Callable[[], object], clients: int) -> float:
 
 
 def _start_many(client: Client, clients: int) -> float:
-    """The same for StartJob; afterwards it waits until all those jobs have ended."""
+    """Like `_call_many` with StartJob; returns when all these jobs have ended."""
     job_ids = []
     took = _call_many(lambda: job_ids.append(client.start("/bin/true")), clients)
     for job_id in job_ids:
@@ -198,7 +198,10 @@ def _apart(call: Callable[[], object], count: int) -> list[float]:
 
 
 def _start_jobs(client: Client, count: int, gap_s: float = 0.0) -> list[float]:
-    """Of each the end is awaited, as it is by hand, and not measured; `gap_s`: a pause before."""
+    """Start `count` jobs; return the seconds of each start. `gap_s`: the pause before each.
+
+    Each job ends before the next one starts, as by hand; the wait for the end is not measured.
+    """
     taken = []
     for _ in range(count):
         time.sleep(gap_s)
@@ -237,7 +240,7 @@ def _start_in_worker(
 
 @contextlib.contextmanager
 def _timed(steps: dict[str, list[float]]) -> Iterator[None]:
-    """Have the steps of `Worker.start` timed, in seconds, each call of each."""
+    """Time the steps of `Worker.start` within this context; add the seconds to `steps`."""
     with contextlib.ExitStack() as undo:
         for what, owner, name in _STEPS:
             undo.enter_context(
@@ -258,7 +261,7 @@ def _timer(function: Any, what: str, steps: dict[str, list[float]]) -> Any:
 
 
 def bench_growth(fresh: Service, old: Service) -> None:
-    """StartJob with much in memory, with many jobs running, with many in the past."""
+    """Measure StartJob with much memory in use, with many running jobs, with many finished ones."""
     with serving(heap_bytes=_HEAP_BYTES) as heavy, serving() as busy:
         before = [memory_bytes(pid) for pid in busy.processes]
         threads = busy.threads

@@ -1,7 +1,7 @@
-"""Measures what streams cost, and silence; see `python -m bench`.
+"""Measures streams of output, and streams and jobs that are silent; see `python -m bench`.
 
-python -m bench.stream --follow ADDRESS COUNT JOB    # follow a job that many times at once
-python -m bench.stream --follow ADDRESS COUNT        # follow the floor's lines instead
+python -m bench.stream --follow ADDRESS COUNT JOB    # follow a job with COUNT streams
+python -m bench.stream --follow ADDRESS COUNT        # follow the floor's lines with COUNT streams
 """
 
 from __future__ import annotations
@@ -71,19 +71,20 @@ _SHARED_BYTES = 256 * MIB  # of all followers together
 _SHARED_ROUNDS = 3
 _FEW = 10
 _JOB_ROUNDS = 4
-# By the number of followers: how many lines in a round, and the pause before each. A pause is
-# long enough for all followers to get the line before the next one is written.
+# Number of followers: number of lines in a round, and the pause before each line. The pause is so
+# long that all followers get a line before the job writes the next one.
 _DELAYS = {1: (50, 0.02), 100: (10, 0.1), 1000: (4, 1.0)}
 _DELAY_ROUNDS = 4
-_STALLED_S = 0.5  # until all that can be sent to followers that do not read has been
+_STALLED_S = 0.5  # then the server can send no more to followers that do not read
 _TINY_WRITES_S = 3
 _SILENCE_S = 30.0
 _SILENT = 1000
 
-# What a job has. Ours may make the floor another program: PYTHONUNBUFFERED, for one.
+# The environment of a job. Programs of the floor get it too, because the benchmark's own may change
+# what they do; PYTHONUNBUFFERED would, for example.
 _JOB_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 
-# What makes lines as a compiler or a test run does, and no faster.
+# Writes lines about as fast as a compiler or a test run.
 _MAKE_LINES = """
 import sys
 for number in range(int(sys.argv[1]) // 64):
@@ -96,7 +97,7 @@ for _ in range(int(sys.argv[1])):
     sys.stdout.write(f"{time.monotonic_ns()}\\n")
     sys.stdout.flush()
 """
-# 10,000 writes per second for so many seconds, ten in each millisecond.
+# Makes 10,000 writes per second for so many seconds, ten in each millisecond.
 _MAKE_TINY_WRITES = """
 import os, sys, time
 start = time.monotonic()
@@ -108,7 +109,7 @@ for number in range(1, int(sys.argv[1]) * 10_000 + 1):
 
 
 def _python(program: str, *arguments: object) -> list[str]:
-    # Not the one of this program, which the user that jobs run as may not get at.
+    # Not this program's own Python, because the user of the jobs may have no access to it.
     return ["/usr/bin/python3", "-c", program, *map(str, arguments)]
 
 
@@ -116,7 +117,7 @@ def _python(program: str, *arguments: object) -> list[str]:
 
 
 def bench_stream(service: Service, floor: Floor) -> None:
-    """Output that is there already, and output from the job's write to the client's read."""
+    """Measure the stream of a finished job, and of a job that writes while the client reads."""
     client = service.client
     argv = ["head", "-c", str(_STREAM_BYTES), "/dev/zero"]
     lines = _python(_MAKE_LINES, _STREAM_BYTES // 4)
@@ -130,8 +131,9 @@ def bench_stream(service: Service, floor: Floor) -> None:
     def run(argv: Sequence[str], size: int) -> None:
         job_id = client.start(argv[0], argv[1:])
         follow(job_id, size)
-        # As the file of cat goes. A virtual machine may have to ask its host for each page
-        # that it never had before, and then writes a fifth as fast.
+        # This frees the memory of the output, as the end of `_through_cat` frees its file. A
+        # virtual machine may have to ask its host for each page that it never used before; then
+        # it writes at a fifth of its speed.
         client.remove(job_id)
 
     def times_s(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
@@ -140,7 +142,8 @@ def bench_stream(service: Service, floor: Floor) -> None:
         )
         return {name: list(map(statistics.fmean, rounds)) for name, rounds in found.items()}
 
-    # Whichever threads happen to share a processor, they do it until a stream has ended.
+    # Three turns, because chance decides at the begin of a stream which threads share a processor,
+    # and they share it until the stream ends.
     found = times_s(
         {
             "kept": lambda: follow(kept),
@@ -190,10 +193,11 @@ def _through_cat(argv: Sequence[str]) -> None:
 
 
 class _Followed(NamedTuple):
-    """What followers saw. `delays_s`: of lines that are the time they were written at.
+    """What all followers received together.
 
-    `progress`: of each follower, after each message the time in seconds since the epoch and
-    how many bytes it had; only if there are few followers.
+    `delays_s`: the delay of each line; a line is the time at which the line was written.
+    `progress`: for each follower a list with an item for each message, the time in seconds since
+    the epoch and the number of bytes received so far; empty lists if there are many followers.
     """
 
     digests: list[str]
@@ -206,17 +210,16 @@ class _Followed(NamedTuple):
 def _waiting_job(
     service: Service, argv: Sequence[str], first_bytes: int = 0
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Start a job that says something and waits; yield its ID and what has it become `argv`.
+    """Start a job that writes a line end and `first_bytes` bytes, and then waits.
 
-    When it has ended it is removed.
-
-    `first_bytes`: how many it says after a line end, which is there in any case.
+    Yields the job's ID and a function. The function makes the job execute `argv`. At the end of
+    the context the job must have ended and is removed.
     """
     with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)  # noqa: S103 -- the job is another user
+        os.chmod(name, 0o755)  # noqa: S103 -- the job runs as another user
         fifo = Path(name, "go")
         os.mkfifo(fifo)
-        os.chmod(fifo, 0o666)  # noqa: S103 -- the same
+        os.chmod(fifo, 0o666)  # noqa: S103 -- the job runs as another user
         script = f'echo; head -c {first_bytes} /dev/zero; read _ <"$0"; exec "$@"'
         job_id = service.client.start("sh", ["-c", script, str(fifo), *argv])
 
@@ -229,7 +232,11 @@ def _waiting_job(
 
 @contextlib.contextmanager
 def _following(service: Service, job_id: str, count: int) -> Iterator[Callable[[], _Followed]]:
-    """Have another program follow the job; yield what waits for the end. All have subscribed."""
+    """Follow the job from another program, with `count` streams.
+
+    When the context begins, all streams are subscribed. Yields a function that waits for the end
+    of all streams and returns what they received.
+    """
     with _followers(service.client, service.address, count, job_id) as result:
         yield result
 
@@ -293,12 +300,11 @@ def _follow_each(open_stream: Callable[[], Iterator[bytes]], count: int) -> None
 
 @contextlib.contextmanager
 def stalling(service: Service, job_id: str, count: int) -> Iterator[None]:
-    """Have so many streams of the job open, none of which is read after its first message.
+    """Keep `count` streams of the job open and read only the first message of each.
 
-    They have stalled when the job has written more than fits in their windows.
-
-    By itself gRPC widens the window of each stream to many megabytes, and receives as much
-    for a program that reads nothing: all there is of a short job. Here it keeps to 64 KiB.
+    A stream stalls once the job has written more than the stream's window holds. By default gRPC
+    widens windows to many megabytes and receives all output of a short job, even if the program
+    reads nothing. Here the option `bdp_probe` keeps the windows at 64 KiB.
     """
     names = ("server-ca.pem", "client-key.pem", "client.pem")
     credentials = grpc.ssl_channel_credentials(*((CERTS / name).read_bytes() for name in names))
@@ -317,7 +323,7 @@ def stalling(service: Service, job_id: str, count: int) -> Iterator[None]:
 
 
 def bench_followers(service: Service) -> None:
-    """What many followers of one live job get together, each of them every byte."""
+    """Measure the rate of all followers of one running job together; each gets every byte."""
     rates = {}
     for count in _FOLLOWERS:
         size = _SHARED_BYTES // max(count, 4)
@@ -346,10 +352,10 @@ def bench_followers(service: Service) -> None:
 
 
 class _JobRun(NamedTuple):
-    """A job that many followed. `took_s`: its own time, from its begin to its end.
+    """What was measured of one job. The times are in seconds since the job began.
 
-    `slowest`: the share of the output that the slowest follower had when the job ended.
-    `last_s`: from the job's begin until the last follower had everything.
+    `took_s`: when the job ended. `slowest`: the share of the output that the slowest follower had
+    then. `last_s`: when the last follower had all output.
     """
 
     took_s: float
@@ -360,9 +366,9 @@ class _JobRun(NamedTuple):
 def _run_job(
     service: Service, argv: Sequence[str], size: int, count: int, *, stalled: bool = False
 ) -> _JobRun:
-    """Run a job that writes `size` bytes, with followers that all read, or that all stop reading.
+    """Run a job that writes `size` bytes. Its followers all read, or with `stalled` all do not.
 
-    The job adds the times at which it began and ended.
+    After its output the job writes the times at which it began and ended.
     """
     timed = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d%020d" $s $e'
     first = 1 + MIB * stalled
@@ -389,7 +395,7 @@ def _timed(call: Callable[[], object]) -> _JobRun:
 
 
 def bench_job_rate(service: Service) -> None:
-    """How long a job's writing takes, while somebody or many follow, reading or not."""
+    """Measure the rate at which a job writes, with one follower, with ten and with 100 stalled."""
     print_heading("A job's own rate / its rate into a plain pipe to cat >file")
     for what, argv, size in (
         ("lines", _python(_MAKE_LINES, _LINES_BYTES), _LINES_BYTES),
@@ -419,9 +425,9 @@ def bench_job_rate(service: Service) -> None:
 
 
 def bench_delay(service: Service, floor: Floor) -> None:
-    """From the write of a line on a quiet job to each follower.
+    """Measure the delay of a line, from the write of a quiet job to each follower.
 
-    The floor writes its lines itself and sends each on that many streams at once.
+    The floor is a bare gRPC server that makes the lines itself and sends each on as many streams.
     """
 
     def of_job(count: int, lines: int, pause_s: float) -> list[float]:
@@ -447,7 +453,7 @@ def bench_delay(service: Service, floor: Floor) -> None:
             },
             _DELAY_ROUNDS,
         )
-        # A line that comes together with the one before has no delay of its own.
+        # If a line arrives in one message with the line before, its delay is not known.
         expected = count * lines * _DELAY_ROUNDS
         alone = {name: sum(map(len, rounds)) for name, rounds in found.items()}
         for percent, aim in (50, ""), (99, "<= 1.5"):
@@ -461,7 +467,7 @@ def bench_delay(service: Service, floor: Floor) -> None:
 
 
 def bench_merging(service: Service, _floor: Floor) -> None:
-    """10,000 writes per second, of 10 bytes each."""
+    """Measure how many messages a follower gets for 10,000 writes per second of 10 bytes each."""
     argv = _python(_MAKE_TINY_WRITES, _TINY_WRITES_S)
     with _waiting_job(service, argv) as (job_id, go), _following(service, job_id, 1) as result:
         before = cpu_s(service.pid)
@@ -492,9 +498,9 @@ class _Held(NamedTuple):
 
 
 def bench_silence(service: Service, floor: Floor) -> None:
-    """What sleeping jobs and silent followers cost, in CPU and in memory.
+    """Measure the CPU and the memory that sleeping jobs and silent followers take.
 
-    The floor is a gRPC server with one connection, over which nothing comes.
+    The floor is a bare gRPC server with one silent connection.
     """
     client = service.client
     first = client.start("sh", ["-c", "echo; exec sleep 1000000"])
@@ -505,7 +511,7 @@ def bench_silence(service: Service, floor: Floor) -> None:
     held.append(_Held.by(service))
     followers = [client.stream(first) for _ in range(_SILENT)]
     for follower in followers:
-        next(follower)  # so that every one of them is subscribed
+        next(follower)  # returns once this follower is subscribed
     held.append(_Held.by(service))
     floor.unary()
 
