@@ -1,7 +1,7 @@
-"""Tests of the services: the gate, every RPC and its errors, over real sockets and mutual TLS.
+"""Tests of the gate and of the services: every RPC and its errors, over real mutual TLS.
 
-Most use one server program that they share; a server in this process is for those
-that must look inside or stage a fault.
+Most tests share one server program. A test that looks inside the server or causes a fault uses a
+server in this process.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _worker_of(server: Server) -> Worker:
 
 
 def _fields(name: str, job_id: str) -> dict[str, Any]:
-    """The fields of a request of the RPC that succeeds."""
+    """Return the fields of a request with which the RPC succeeds."""
     if name == "StartJob":
         return {"command": "true"}
     return {"job_id": job_id} if name in _WITH_JOB else {}
@@ -92,7 +92,7 @@ def _fields(name: str, job_id: str) -> dict[str, Any]:
 
 @pytest.fixture
 def own(connect: Connect) -> str:
-    """A finished job of `user`."""
+    """The ID of a finished job of `user`."""
     return run_job(connect("user"))
 
 
@@ -100,7 +100,7 @@ def own(connect: Connect) -> str:
 def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
     certs: Path, tmp_path: Path, tokens: dict[str, str], name: str
 ) -> None:
-    """Whatever port somebody should open one day: no call without, not even a login."""
+    """If a server had a port without TLS, the gate would refuse every call there, also a login."""
     audit_log = tmp_path / "audit.log"
     authenticator = auth.Authenticator(users=SEEDED_USERS, key=bytes(32))
     with (
@@ -130,7 +130,7 @@ def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
 
 
 def test_login_answers_a_bound_token_and_its_expiry(connect: Connect, certs: Path) -> None:
-    """The token works for 30 days with the certificate of the login, whichever that was."""
+    """The token lasts 30 days and works with the certificate of the login, here `other`."""
     client = connect("", cert=certs / "other.pem", key=certs / "other-key.pem")
     _, expires_at = client.login("user", "user")
     assert timedelta(days=29) < expires_at - datetime.now(UTC) <= timedelta(days=30)
@@ -153,7 +153,10 @@ def _log_in(client: Client) -> tuple[str, str]:
 def test_second_login_of_a_peer_at_once_is_refused_at_once(
     serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RESOURCE_EXHAUSTED with a time, not a queue; other calls, and other peers, go on."""
+    """The error says when to try again; the login does not queue.
+
+    Other calls of this peer and logins of other peers are served meanwhile.
+    """
     hashing = Hashing(monkeypatch)
     address = serve().address
     client = connect("user", address)
@@ -174,13 +177,14 @@ def test_second_login_of_a_peer_at_once_is_refused_at_once(
 def test_too_many_logins_at_once_are_refused_at_once(
     serve: Serve, connect: Connect, tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of nine peers, each with a certificate of its own, one is refused; other calls go on."""
+    """While eight peers log in, the ninth is refused. Other calls are served meanwhile."""
     names = [f"peer-{number}" for number in range(9)]
     for file in ("client-ca.pem", "client-ca-key.pem"):
         shutil.copy(certs / file, tmp_path)
     generate = [str(_HERE / "certs" / "generate.sh"), "--dir", str(tmp_path), *names]
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
-    monkeypatch.setattr(auth, "_HASHES_AT_ONCE", 8)  # so that eight are known to be under way
+    # All eight logins hash at the same time: the test can count the logins that have begun.
+    monkeypatch.setattr(auth, "_HASHES_AT_ONCE", 8)
     hashing = Hashing(monkeypatch)
     address = serve().address
     *peers, ninth = (
@@ -201,7 +205,7 @@ def test_too_many_logins_at_once_are_refused_at_once(
 def test_logins_that_wait_for_their_turn_are_given_up_at_the_end(
     serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server's end waits for the hash that is being made, not for those that would follow."""
+    """`Server.stop` waits for the hash that has begun. The other login does not begin its own."""
     entered, login = threading.Semaphore(0), auth.Authenticator.login
 
     def enter(*arguments: Any) -> Any:
@@ -222,7 +226,7 @@ def test_logins_that_wait_for_their_turn_are_given_up_at_the_end(
             assert entered.acquire(timeout=GUARD_S)
         hashing.await_begun(1)
         stop = pool.submit(server.stop)
-        # Broken off when the grace of the calls is over: by then every one is known to be.
+        # When the grace of the calls is over, the server breaks off both logins.
         assert "OK" not in {login.result(GUARD_S)[0] for login in logins}
         hashing.go_on.set()
         stop.result(GUARD_S)
@@ -235,7 +239,10 @@ def test_logins_that_wait_for_their_turn_are_given_up_at_the_end(
 def test_logout_that_cannot_be_recorded_is_told_and_the_token_stays(
     serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody is told that a token is worthless which would be good again after a restart."""
+    """If the revocation is not on disk, the token would be valid again after a restart.
+
+    The call therefore fails, and the token stays valid.
+    """
     server = serve()
     client = connect("user", server.address)
     server._authenticator._revocations.close()
@@ -264,7 +271,7 @@ def test_logout_that_cannot_be_recorded_is_told_and_the_token_stays(
 def test_command_that_cannot_be_executed_is_an_invalid_argument(
     connect: Connect, command: str, args: list[str], problem: str
 ) -> None:
-    """The message names the command and the problem; no job is left."""
+    """The message names the command and the problem. The worker keeps no job."""
     before = connect().list()
     code, details = call_rpc(connect(), "StartJob", command=command, args=args)
     assert code == "INVALID_ARGUMENT"
@@ -284,7 +291,7 @@ _LARGE = [
 def test_command_above_a_ceiling_is_an_invalid_argument(
     serve: Serve, connect: Connect, command: str, args: list[str], problem: str
 ) -> None:
-    """The message names the ceiling, and does not repeat the command; no job is left."""
+    """The message names the ceiling and does not repeat the command. The worker keeps no job."""
     client = connect("user", serve().address)
     code, details = call_rpc(client, "StartJob", command=command, args=args)
     assert (code, problem in details, len(details) < 1000) == ("INVALID_ARGUMENT", True, True)
@@ -308,7 +315,10 @@ _MANY_BYTES = 1023 * 1024  # a request has no more than 1 MiB
 def test_of_a_refused_start_the_audit_log_has_4_kib_of_argv(
     serve: Serve, connect: Connect, tmp_path: Path, argv: list[str], recorded: list[str]
 ) -> None:
-    """And what it left out; no more, for nobody counts calls that are refused."""
+    """The log also says how many bytes are missing.
+
+    The line must be short, because nothing limits the number of refused calls.
+    """
     client = connect("user", serve(audit_log=tmp_path / "audit.log").address)
     command, *args = argv
     assert call_rpc(client, "StartJob", command=command, args=args)[0] == "INVALID_ARGUMENT"
@@ -320,7 +330,7 @@ def test_of_a_refused_start_the_audit_log_has_4_kib_of_argv(
 def test_of_a_start_the_audit_log_has_all_of_argv(
     serve: Serve, connect: Connect, tmp_path: Path
 ) -> None:
-    """As long as it may be: it is on record what was executed."""
+    """The log has every argument of an executed command, however long the arguments are."""
     client = connect("user", serve(audit_log=tmp_path / "audit.log").address)
     args = ["x" * 60_000, "\x1b" * 60_000, "the end"]
     assert call_rpc(client, "StartJob", command="true", args=args)[0] == "OK"
@@ -340,7 +350,7 @@ def test_of_a_start_the_audit_log_has_all_of_argv(
 def test_command_that_no_ceiling_keeps_out_may_be_too_long_for_the_kernel(
     serve: Serve, connect: Connect, tmp_path: Path, command: str, args: list[str]
 ) -> None:
-    """That is an invalid argument as well, with a short message; no job is left."""
+    """The kernel's refusal is an invalid argument too, with a short message and no job."""
     path = tmp_path / "limits.toml"
     path.write_text("[requests]\nsize = '8M'\nargs = 10000\narg_length = '1M'\n")
     client = connect("user", serve(config=path).address)
@@ -365,7 +375,7 @@ def test_command_that_no_ceiling_keeps_out_may_be_too_long_for_the_kernel(
 def test_text_that_is_no_job_id_is_an_invalid_argument(
     connect: Connect, name: str, job_id: str
 ) -> None:
-    """It is told from an ID that no job has; the message stays short and on one line."""
+    """The error is not that of an unknown job. The message is short and on one line."""
     code, details = call_rpc(connect(), name, job_id=job_id)
     assert code == "INVALID_ARGUMENT"
     assert details.startswith("not a job ID: ")
@@ -375,7 +385,7 @@ def test_text_that_is_no_job_id_is_an_invalid_argument(
 
 @pytest.mark.parametrize("name", _WITH_JOB)
 def test_job_id_may_be_in_upper_case(connect: Connect, own: str, name: str) -> None:
-    """As some tools print UUIDs."""
+    """Some tools print UUIDs in upper case."""
     assert call_rpc(connect(), name, job_id=own.upper()) == ("OK", "")
 
 
@@ -385,11 +395,12 @@ def test_job_id_may_be_in_upper_case(connect: Connect, own: str, name: str) -> N
         (name, data)
         for name, method in _METHODS.items()
         for data in (b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xc3\x28")
-        if method.input_type.fields or data[-1:] != b"\x28"  # text that no field is for is skipped
+        # A message without fields accepts the bad text, because protobuf skips unknown fields.
+        if method.input_type.fields or data[-1:] != b"\x28"
     ],
 )
 def test_malformed_request_is_an_invalid_argument(connect: Connect, name: str, data: bytes) -> None:
-    """Bytes that are no message, and text that is not UTF-8."""
+    """The requests: bytes that are not a message, and a text that is not UTF-8."""
     assert call_rpc(connect(), name, data=data) == (
         "INVALID_ARGUMENT",
         "the request is not a message of the right type",
@@ -398,7 +409,10 @@ def test_malformed_request_is_an_invalid_argument(connect: Connect, name: str, d
 
 @pytest.mark.parametrize("offset", [5, 2**63, 2**64 - 1])
 def test_offset_past_the_end_is_out_of_range(connect: Connect, offset: int) -> None:
-    """On a finished job at once, on a running one when it ends; the end itself is in range."""
+    """The error comes at once for a finished job, and at the end of a running one.
+
+    An offset at the end of the output is in range.
+    """
     client = connect()
     job_id = run_job(client, "printf", ["four"])
     code, details = call_rpc(client, "StreamOutput", job_id=job_id, offset=offset)
@@ -413,7 +427,7 @@ def test_offset_past_the_end_is_out_of_range(connect: Connect, offset: int) -> N
 
 
 def test_unknown_method_is_unimplemented(connect: Connect) -> None:
-    """With a token or without, and it does nothing else."""
+    """A call without a token gets UNIMPLEMENTED too."""
     rpc: Any = connect()._channel.unary_unary("/jobworker.v1.WorkerService/Nothing")
     with pytest.raises(grpc.RpcError) as caught:
         rpc(b"", timeout=GUARD_S)
@@ -452,7 +466,7 @@ def test_error_of_the_worker_becomes_its_status(  # noqa: PLR0913
     code: str,
     in_log: bool,
 ) -> None:
-    """One table for unary calls and streams; what is not meant for callers is in the log only."""
+    """Unary calls and streams share one table. Only the log has details of internal errors."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -481,8 +495,8 @@ def test_calls_that_are_refused_for_overload_are_on_record(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those alike in one line, with their number, and the certificate, though no user."""
-    monkeypatch.setattr("gate._TOGETHER_S", GUARD_S)  # they are recorded at the end
+    """One line has the number of refusals of one method, and the client's certificate."""
+    monkeypatch.setattr("gate._TOGETHER_S", GUARD_S)  # the server records them when it stops
     settings = Settings(
         listen="127.0.0.1:0",
         certs=certs,
@@ -525,7 +539,7 @@ def test_calls_that_are_refused_for_overload_are_on_record(
 def test_job_of_a_dead_fork_server_is_lost_and_no_other_can_start(
     serve: Serve, connect: Connect
 ) -> None:
-    """The end is told as it is, and the server says what to do."""
+    """The job's end reason is LOST. The error of the next start says to restart the server."""
     server = serve()
     client = connect("user", server.address)
     job_id = client.start(*FOREVER)
@@ -543,7 +557,7 @@ def test_job_of_a_dead_fork_server_is_lost_and_no_other_can_start(
 def test_status_tells_every_field_of_a_running_and_of_a_finished_job(
     serve: Serve, connect: Connect, tmp_path: Path
 ) -> None:
-    """Absent fields are absent: no exit code, signal or end before there is one, no limit."""
+    """Fields without a value are absent: exit code, signal and end of a running job, and limits."""
     client = connect("user", serve().address)
     make_fifo(tmp_path / "go")
     args = ["-c", 'printf "\\200\\n"; read x <"$0"; exit 7', str(tmp_path / "go")]
@@ -595,7 +609,7 @@ def test_status_tells_every_field_of_a_running_and_of_a_finished_job(
 
 
 def test_exit_code_0_is_present_and_a_signal_is_told(connect: Connect) -> None:
-    """Zero is not the same as absent, and a job that kills itself was not stopped."""
+    """The exit code 0 is not absent. A job that kills itself is SIGNALLED, not stopped."""
     client = connect()
     job = client.status(run_job(client))
     assert (job.HasField("exit_code"), job.exit_code, job.HasField("signal")) == (True, 0, False)
@@ -611,7 +625,7 @@ def test_exit_code_0_is_present_and_a_signal_is_told(connect: Connect) -> None:
 def test_stop_tells_who_stopped_and_is_idempotent(
     connect: Connect, stopper: str, reason: worker_pb.EndReason
 ) -> None:
-    """The job is returned as it then is; who stops it again changes nothing."""
+    """StopJob returns the stopped job. A second stop, by anybody, changes nothing."""
     job_id = connect("user").start(*FOREVER)
     stopped = connect(stopper).stop(job_id)
     assert (stopped.status, stopped.end_reason) == (worker_pb.STOPPED, reason)
@@ -622,13 +636,13 @@ def test_stop_tells_who_stopped_and_is_idempotent(
 
 
 def test_admin_stopping_their_own_job_is_its_owner(connect: Connect) -> None:
-    """The reason tells the relation to the job, not the role."""
+    """The reason depends on whether the caller owns the job, not on the caller's role."""
     admin = connect("admin")
     assert admin.stop(admin.start(*FOREVER)).end_reason == worker_pb.STOPPED_BY_OWNER
 
 
 def test_stop_of_a_finished_job_keeps_its_end(connect: Connect) -> None:
-    """A job that ended by itself was not stopped, by nobody."""
+    """If a job has ended by itself, StopJob returns that end and does not change it."""
     client = connect()
     job_id = run_job(client, "sh", ["-c", "exit 3"])
     finished = client.status(job_id)
@@ -637,7 +651,7 @@ def test_stop_of_a_finished_job_keeps_its_end(connect: Connect) -> None:
 
 
 def test_stop_from_many_clients_right_after_the_start_succeeds_for_all(connect: Connect) -> None:
-    """They get one and the same end."""
+    """All clients get the same end."""
     client = connect()
     job_id = client.start("sleep", ["infinity"])
     with ThreadPoolExecutor(20) as pool:
@@ -650,7 +664,7 @@ def test_stop_from_many_clients_right_after_the_start_succeeds_for_all(connect: 
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[Limits]:
-    """The limits of each job that a server in this process hands to its worker."""
+    """The limits of each job that a server in this process starts, in order."""
     given: list[Limits] = []
     start = Worker.start
 
@@ -677,7 +691,7 @@ _LIMITS = {
 def test_limits_asked_for_reach_the_job_and_others_are_the_default(
     serve: Serve, connect: Connect, given: list[Limits]
 ) -> None:
-    """Each field by itself, all together, and none."""
+    """Jobs ask for each field alone, for all fields together, and for none."""
     assert set(_LIMITS) == {field.name for field in worker_pb.Limits.DESCRIPTOR.fields}
     client = connect("user", serve().address)
     requests: list[dict[str, Any]] = [{}, _LIMITS, *({k: v} for k, v in _LIMITS.items())]
@@ -690,7 +704,7 @@ def test_limits_asked_for_reach_the_job_and_others_are_the_default(
 def test_configuration_sets_default_and_ceiling(
     serve: Serve, connect: Connect, given: list[Limits], tmp_path: Path
 ) -> None:
-    """What a job does not ask for is the default of the file; it may ask up to the ceiling."""
+    """A limit that a job does not ask for is the default. A job may ask up to the ceiling."""
     path = tmp_path / "limits.toml"
     path.write_text("[defaults]\npids = 10\nmemory = '100M'\n[ceilings]\npids = 20\n")
     client = connect("user", serve(config=path).address)
@@ -725,7 +739,7 @@ def test_configuration_sets_default_and_ceiling(
 def test_limit_that_is_too_high_or_senseless_is_an_invalid_argument(
     serve: Serve, connect: Connect, limits: dict[str, Any], text: str
 ) -> None:
-    """It names the field and both numbers, and no job is made."""
+    """The message names the field and both numbers. The worker keeps no job."""
     client = connect("user", serve().address)
     code, told = call_rpc(client, "StartJob", command="true", limits=worker_pb.Limits(**limits))
     assert code == "INVALID_ARGUMENT"
@@ -734,7 +748,7 @@ def test_limit_that_is_too_high_or_senseless_is_an_invalid_argument(
 
 
 def test_list_tells_the_usage_of_ended_jobs(connect: Connect) -> None:
-    """Of those that run `GetJobStatus` tells it."""
+    """Without cgroups the list has no usage of running jobs."""
     client = connect()
     ended, running = run_job(client), client.start(*FOREVER)
     jobs = {job.job_id: job for job in client.list()}
@@ -748,7 +762,7 @@ def test_list_tells_the_usage_of_ended_jobs(connect: Connect) -> None:
 
 
 def _collect(client: Client, job_id: str, offset: int = 0) -> bytes:
-    """Read a stream to its end, and check that its chunks fit together."""
+    """Read a stream to its end; check that its messages are contiguous."""
     request = worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
     data = bytearray()
     for response in client._worker.StreamOutput(request, metadata=client._metadata()):
@@ -761,7 +775,7 @@ def _collect(client: Client, job_id: str, offset: int = 0) -> bytes:
 def test_every_stream_gets_the_same_bytes_whenever_and_wherever_it_begins(
     connect: Connect, public: Path
 ) -> None:
-    """Ten at once from the start, from offsets, and one after the end: binary and contiguous."""
+    """Ten streams follow the running job from several offsets; two read the finished job."""
     client, size = connect(), 3_000_000
     go = make_fifo(public / "go")
     directory = public / "written to"
@@ -788,7 +802,7 @@ def test_every_stream_gets_the_same_bytes_whenever_and_wherever_it_begins(
 @pytest.mark.parametrize("offset", [0, 1, 127, 128, 2**40, 2**64 - 1])
 @pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, 256 * 1024])
 def test_message_of_a_stream_is_what_protobuf_would_send(size: int, offset: int) -> None:
-    """To the byte, so that no client of whatever language sees a difference."""
+    """The bytes are equal, so no client in any language sees a difference."""
     data = os.urandom(size)
     message = worker_pb.StreamOutputResponse(data=data, offset=offset)
     assert service._serialized(data, offset) == message.SerializeToString()
@@ -797,7 +811,7 @@ def test_message_of_a_stream_is_what_protobuf_would_send(size: int, offset: int)
 def test_output_is_delivered_while_the_job_is_blocked_in_a_line(
     connect: Connect, public: Path
 ) -> None:
-    """Bytes come when they are written: not when a line or a buffer is full, or the job ends."""
+    """Bytes arrive as soon as the job writes them, although the line is not complete."""
     client, go = connect(), make_fifo(public / "go")
     job_id = client.start("sh", ["-c", 'printf half; read x <"$0"; echo done', str(go)])
     chunks = client.stream(job_id)
@@ -807,7 +821,7 @@ def test_output_is_delivered_while_the_job_is_blocked_in_a_line(
 
 
 def test_stream_ends_on_stop_when_the_status_is_already_terminal(connect: Connect) -> None:
-    """Whoever has seen the end of the stream never sees the job still running."""
+    """After the end of a stream, the job's status is never RUNNING."""
     client = connect()
     job_id = client.start(*FOREVER)
     with ThreadPoolExecutor(1) as pool:
@@ -820,7 +834,7 @@ def test_stream_ends_on_stop_when_the_status_is_already_terminal(connect: Connec
 
 
 def test_grandchild_that_holds_the_output_does_not_keep_the_stream_open(connect: Connect) -> None:
-    """When the command has exited the rest is killed and the stream ends."""
+    """When the command exits, the worker kills the grandchild and the stream ends."""
     client = connect()
     job_id = client.start("sh", ["-c", "sleep infinity & echo bye"])
     assert b"".join(client.stream(job_id)) == b"bye\n"
@@ -828,7 +842,7 @@ def test_grandchild_that_holds_the_output_does_not_keep_the_stream_open(connect:
 
 
 class _Slots:
-    """Hears of each stream that gives its slot back."""
+    """Counts the streams that have given their slot back."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         freed = self._freed = threading.Semaphore(0)
@@ -858,7 +872,10 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> _Slots:
 def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
     serve: Serve, connect: Connect, slots: _Slots
 ) -> None:
-    """Everything else answers, one more stream is refused; a client that goes frees its slot."""
+    """All other calls are served, and one more stream is refused.
+
+    When a client closes its stream, the slot is free again.
+    """
     address = serve(max_streams=3).address
     client = connect("user", address)
     job_id = client.start(*FOREVER)
@@ -871,7 +888,7 @@ def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
         "RESOURCE_EXHAUSTED",
         "all 3 output streams are in use (in_all.streams); try again later",
     )
-    # The job says nothing all the while; its output must not be needed to notice.
+    # The job writes nothing: the server must notice the closed stream without output.
     followers[1].close()  # type: ignore[attr-defined]
     slots.await_freed()
     followers[1] = follow(client, job_id)
@@ -882,7 +899,7 @@ def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
 def test_starts_that_the_kernel_holds_up_hold_up_nobody_elses(
     serve: Serve, connect: Connect, leased: tuple[Path, Callable[[], object]]
 ) -> None:
-    """However many turns there are, each goes to somebody else while a start waits for its file."""
+    """While twenty starts of one user wait for a file, another user's starts are served."""
     path, release = leased
     address = serve().address
     client, other = connect("user", address), connect("admin", address)
@@ -901,7 +918,7 @@ def test_starts_that_the_kernel_holds_up_hold_up_nobody_elses(
 def test_file_that_takes_long_to_go_holds_up_no_other_call(
     serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gigabyte of output takes a tenth of a second, and a slow disk longer."""
+    """The removal of a gigabyte of output takes a tenth of a second, or longer on a slow disk."""
     address = serve().address
     client, other = connect("user", address), connect("admin", address)
     job_id, others = run_job(client), run_job(other)
@@ -928,7 +945,7 @@ def test_file_that_takes_long_to_go_holds_up_no_other_call(
 def test_killed_client_gives_its_slot_and_its_thread_back(
     serve: Serve, connect: Connect, certs: Path, tokens: dict[str, str], slots: _Slots
 ) -> None:
-    """A process that dies in the middle of a silent stream is noticed without output."""
+    """If the client is killed during a silent stream, the server notices without output."""
     address = serve(max_streams=1).address
     client = connect("user", address)
     job_id = client.start(*FOREVER)
@@ -954,7 +971,7 @@ def test_killed_client_gives_its_slot_and_its_thread_back(
 
 
 def test_failed_streams_use_up_no_slots(serve: Serve, connect: Connect, slots: _Slots) -> None:
-    """Refused and ended streams give back what they took."""
+    """Refused streams and ended streams give their slots back."""
     client = connect("user", serve(max_streams=1).address)
     job_id = run_job(client)
     slots.await_freed()
@@ -967,7 +984,7 @@ def test_failed_streams_use_up_no_slots(serve: Serve, connect: Connect, slots: _
 def test_stream_that_could_not_be_recorded_uses_up_no_slot(
     serve: Serve, connect: Connect, slots: _Slots
 ) -> None:
-    """Where every call must be on record it is refused, and takes back all it had taken."""
+    """With a required audit log the stream is refused. The slot and the subscription are freed."""
     server = serve(max_streams=1, audit_required=True)
     client = connect("user", server.address)
     job_id = client.start(*FOREVER)
@@ -981,7 +998,7 @@ def test_stream_that_could_not_be_recorded_uses_up_no_slot(
 def test_subscribers_are_shown_while_they_stream_and_not_after(
     serve: Serve, connect: Connect
 ) -> None:
-    """Each name once, while any stream of theirs is open."""
+    """A job has the name of each subscriber once, as long as one of their streams is open."""
     server = serve()
     user, admin = connect("user", server.address), connect("admin", server.address)
     job_id = user.start(*FOREVER)
@@ -1002,7 +1019,7 @@ def test_subscribers_are_shown_while_they_stream_and_not_after(
 
 
 def test_stalled_reader_holds_up_neither_the_job_nor_others(connect: Connect) -> None:
-    """A client that never reads on costs nobody anything."""
+    """One client stops reading. The job still ends, and another client gets all output."""
     client, size = connect(), 20_000_000
     job_id = client.start("head", ["-c", str(size), "/dev/zero"])
     stalled = client.stream(job_id)
@@ -1012,7 +1029,7 @@ def test_stalled_reader_holds_up_neither_the_job_nor_others(connect: Connect) ->
 
 
 class _Messages:
-    """Tells how many messages were given to gRPC so far, and of how many it is not rid yet."""
+    """Counts messages. `given`: passed to gRPC so far; `untaken`: not yet taken by a client."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._changed = threading.Condition()
@@ -1044,10 +1061,13 @@ class _Messages:
 def test_messages_are_smaller_the_more_of_them_are_not_taken(
     serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Followers that do not read leave the others smaller messages, all bytes, and then larger."""
+    """While followers do not read, messages to others are smaller, but no byte is lost.
+
+    After these followers have gone, messages are large again.
+    """
     monkeypatch.setattr(service, "_UNTAKEN_BYTES", 4 * 256 * 1024)
     monkeypatch.setattr(service, "_UNTAKEN_SHARE", 4)
-    # By itself a client's gRPC receives many megabytes that nobody reads.
+    # Without this option the client's gRPC receives many megabytes before anybody reads them.
     windows = (*client_module._OPTIONS, ("grpc.http2.bdp_probe", 0))
     monkeypatch.setattr(client_module, "_OPTIONS", windows)
     client, size = connect("user", serve().address), 2_000_000
@@ -1058,7 +1078,7 @@ def test_messages_are_smaller_the_more_of_them_are_not_taken(
     for number in range(1, 5):
         stalled.append(client.stream(job_id))
         first.append(len(next(stalled[-1])))
-        messages.await_that(lambda: messages.given == 2 * number)  # noqa: B023 -- done with then
+        messages.await_that(lambda: messages.given == 2 * number)  # noqa: B023 -- called at once
     assert [size // 1024 for size in first] == [256, 192, 144, 108]
     assert len(_collect(client, job_id)) == size
     for stream in stalled:
@@ -1068,7 +1088,7 @@ def test_messages_are_smaller_the_more_of_them_are_not_taken(
 
 
 def test_server_gives_back_every_descriptor_and_thread(serve: Serve, connect: Connect) -> None:
-    """After jobs, failed starts, streams and refusals it has what it had before."""
+    """After jobs, failed starts, streams and refusals, the process has no more than before."""
     server = serve()
     client = connect("user", server.address)
     run_job(client)
