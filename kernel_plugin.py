@@ -1,12 +1,13 @@
-"""The pytest plugin that runs the tests marked `kernel`, which need a real cgroup v2.
+"""The pytest plugin for tests marked `kernel`. These tests need a real cgroup v2.
 
-Where the host has what these tests need, they run on the host like any other test. Elsewhere
-the plugin replaces each of them by a stand-in of the same name. The first stand-in that runs
-boots two kernels (scripts/kernel-run) of one processor each, the guests. In each guest another
-pytest runs half of the tests. This plugin is loaded there too, and prints the outcome of each
-test as a line of JSON. A stand-in waits for its test's line and then passes, fails or is skipped.
+If the host has a cgroup v2 with all controllers, the tests run on the host like any other test.
+Otherwise the plugin replaces each test by a stand-in of the same name. The first stand-in that
+runs boots two kernels with one processor each (scripts/kernel-run), the guests. In each guest
+another pytest runs half of the tests. That pytest loads this plugin too, and there the plugin
+prints the outcome of each test as a line of JSON. A stand-in waits for the line of its test, and
+then passes, fails or is skipped like the test.
 
-Where the program that boots a kernel is missing, the tests are skipped. With
+If the program that boots a kernel is missing, the tests are skipped. With
 JOBWORKER_REQUIRE_KERNEL=1 in the environment they fail instead.
 """
 
@@ -26,8 +27,8 @@ import pytest
 from testkit import make_cgroup
 
 _HERE = Path(__file__).resolve().parent
-_OUTCOME = "@@outcome "  # begins a line's JSON; pytest's dots may stand before it on the line
-_GUEST_LIMIT_S = 600  # of one test in a guest: a guest is slow, and slower on a busy host
+_OUTCOME = "@@outcome "  # precedes the JSON; pytest's dots may precede this mark on the line
+_GUEST_LIMIT_S = 600  # for one test in a guest: a guest is slow, and slower on a busy host
 _GUESTS = pytest.StashKey["list[_Guest]"]()
 _INSTALL = "install user-mode-linux and e2fsprogs to run it in a kernel of its own"
 _IN_GUEST = "JOBWORKER_IN_KERNEL" in os.environ
@@ -46,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in marked:
         items.remove(item)
         parent = item.parent or item.session
-        # At the end, because the guests keep both processors busy.
+        # Placeholders come last, because the guests keep both processors busy.
         items.append(
             _Unavailable.from_parent(parent, of=item, reason=f"{problem}; {_INSTALL}")
             if missing
@@ -67,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _why_not_here() -> str:
-    """Return why a kernel test cannot run on this host; "" if it can."""
+    """Return why kernel tests cannot run on this host; "" if they can."""
     try:
         make_cgroup().rmdir()
     except (OSError, ValueError) as error:
@@ -76,7 +77,7 @@ def _why_not_here() -> str:
 
 
 class _OutcomePrinter:
-    """In a guest: prints each test's outcome for the pytest on the host."""
+    """Prints, in a guest, the outcome of each test. The pytest on the host reads the lines."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -94,7 +95,7 @@ class _OutcomePrinter:
 
 
 class _Guest:
-    """A kernel that runs `tests`, given as node IDs."""
+    """A kernel in which a pytest runs `tests` (node IDs)."""
 
     def __init__(self, tests: list[str]) -> None:
         self.tests = tests
@@ -103,7 +104,7 @@ class _Guest:
         self._outcomes: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
 
     def boot(self) -> None:
-        """Boot the kernel and begin the tests; does nothing if that has been done."""
+        """Boot the kernel and begin the tests. Does nothing the second time."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [
@@ -121,7 +122,7 @@ class _Guest:
     def outcomes(self, test: str) -> list[dict[str, str]]:
         """Block until the test has run; return the outcomes of its set-up, call and tear-down.
 
-        Some are missing if the kernel, or the pytest in it, ended too early.
+        If the kernel or its pytest ended too early, some outcomes are missing.
         """
         outcomes = self._outcomes[test]
         while (
@@ -142,24 +143,24 @@ class _Guest:
         return outcomes
 
     def console(self) -> str:
-        """Return what the guest printed since the last call, except outcomes: at most 100 lines."""
+        """Return what the guest printed since the last call: 100 lines at most, no outcomes."""
         text = "".join(self._console)
         self._console.clear()
         return text or "(nothing since the failure above)"
 
     def close(self) -> None:
-        """End the kernel, if it was booted; its tests get no more outcomes."""
+        """End the kernel if it was booted. Its tests get no more outcomes."""
         if self._process and self._process.stdout and not self._process.stdout.closed:
             self._process.terminate()
             self._process.communicate()
 
 
 class _GuestError(Exception):
-    """A test failed in a guest. The message is the report; a traceback of ours adds nothing."""
+    """A test failed in a guest. The message is the report; no traceback of the host is shown."""
 
 
 class _Placeholder(pytest.Item):
-    """Has the name and the place of the test `of`. The marks of `of` take effect in the guest."""
+    """Stands in the list of tests for `of`, with its name. The marks of `of` act in the guest."""
 
     def __init__(self, *, of: pytest.Item, **rest: Any) -> None:
         super().__init__(name=of.name, **rest)
@@ -177,7 +178,8 @@ class _Placeholder(pytest.Item):
 class _StandIn(_Placeholder):
     """Passes, fails or is skipped like the same test in the guest."""
 
-    # The guest's own limit comes first; this one is for a guest that no longer runs at all.
+    # Longer than the limit in the guest, which normally acts first. This limit is for a guest that
+    # no longer runs.
     time_limit_s = 1.2 * _GUEST_LIMIT_S
 
     def runtest(self) -> None:
@@ -187,7 +189,7 @@ class _StandIn(_Placeholder):
         guest = next(each for each in guests if self.nodeid in each.tests)
         try:
             outcomes = guest.outcomes(self.nodeid)
-        except pytest.fail.Exception:  # over the limit: the guest's other tests need not wait too
+        except pytest.fail.Exception:  # the time limit: the guest's other tests need not wait too
             guest.close()
             raise
         if failures := [each["text"] for each in outcomes if each["outcome"] == "failed"]:

@@ -1,11 +1,11 @@
-"""The pytest plugin that fails a test which takes too long, and lets the other tests go on.
+"""The pytest plugin that fails a test if the test takes too long; the other tests go on.
 
-Set-up, call and tear-down of a test may each take `time_limit_s` (pyproject.toml). When one
-takes longer, SIGALRM interrupts the main thread: the stacks of all threads go to the test's
-stderr and the test fails. Its fixtures are then torn down as usual, so no server is left.
-Only a main thread that no signal interrupts needs `faulthandler_timeout`, which ends the run.
+Set-up, call and tear-down of a test may each take `time_limit_s` (pyproject.toml). After that
+time SIGALRM interrupts the main thread. The plugin writes the stacks of all threads to the test's
+stderr, and the test fails. pytest tears down the fixtures as usual, and thus ends servers. If no
+signal can interrupt the main thread, `faulthandler_timeout` ends the whole run instead.
 
-This uses the process's only ITIMER_REAL and its SIGALRM, so tests cannot use them.
+The plugin uses SIGALRM and the only ITIMER_REAL of the process. Tests cannot use them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @contextlib.contextmanager
 def _limited(item: pytest.Item) -> Iterator[None]:
-    # A test that waits for a pytest elsewhere has a limit of its own: see kernel_plugin.py.
+    # A test that waits for a guest has a limit of its own; see kernel_plugin.py.
     limit_s = float(getattr(item, "time_limit_s", item.config.getini("time_limit_s")))
 
     def fail(*_: object) -> None:
