@@ -748,7 +748,7 @@ def test_limit_that_is_too_high_or_senseless_is_an_invalid_argument(
 
 
 def test_list_tells_the_usage_of_ended_jobs(connect: Connect) -> None:
-    """Without cgroups the list has no usage of running jobs."""
+    """The list has no usage of running jobs; `GetJobStatus` has it."""
     client = connect()
     ended, running = run_job(client), client.start(*FOREVER)
     jobs = {job.job_id: job for job in client.list()}

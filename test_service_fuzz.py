@@ -1,7 +1,7 @@
-"""Property-based tests of the server: whatever comes, it answers as documented and lives on.
+"""Property-based tests: the server answers any input as documented, and continues to serve.
 
-All of them attack one server program. Each ends with a look at it: what it had open before
-it has open after, no more, its log tells of no fault, and it serves.
+All tests attack one server program. After each test the server must have no more descriptors and
+processes than before, must not have logged anything, and must still serve calls.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 _SETTINGS = settings(
     deadline=None,
     max_examples=300,
-    # The fixtures look at the server before and after all examples.
+    # The fixtures check the server once, before and after all examples together.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 _SLOWER = settings(_SETTINGS, max_examples=100)
@@ -76,14 +76,14 @@ _OWN_ERRORS: dict[str, set[str]] = {
     )
 }
 _MALFORMED = "the request is not a message of the right type"
-_LONGEST_MESSAGE = 3000  # characters: 200 of somebody's words, escaped, and ours
+_LONGEST_MESSAGE = 3000  # characters: up to 200 of the client's, escaped, and the server's words
 _REQUEST_BYTES = Requests().size
 
 _STREAMS = 20
-_STREAMS_OF_ONE = _STREAMS + _STREAMS_SPARE_OF_ONE  # under way, of one caller
-# The callers are the two users, calls without a token, and logins.
+_STREAMS_OF_ONE = _STREAMS + _STREAMS_SPARE_OF_ONE  # streams of one caller at the same time
+# There are four callers: the two users, all calls without a token, and all logins.
 _MOST_THREADS = _STREAMS + _STREAMS_SPARE + 4 * _THREADS_OF_ONE
-_RPCS_TO_WAIT = 3000  # for what gRPC closes late
+_RPCS_TO_WAIT = 3000  # this many calls give gRPC time to close descriptors
 _CONFIG = """
 [per_user]
 running_jobs = "unlimited"
@@ -98,7 +98,7 @@ starts_per_second = "unlimited"
 
 
 class _Server:
-    """The program. Attributes: `certs`, `address` and `pid`; `admin`, a client of it."""
+    """The server program. Attributes: `certs`, `address`, `pid`, and `admin`, a client."""
 
     def __init__(self, program: ServerProgram, certs: Path, key: bytes) -> None:
         self._program = program
@@ -111,7 +111,7 @@ class _Server:
         self.admin = Client(self.address, certs=certs, token=self.token("admin"))
 
     def token(self, user: str) -> str:
-        """Make a token as a login would, which takes longer."""
+        """Return a valid token. Does not log in, because a login takes long."""
         certificate = ssl.PEM_cert_to_DER_cert((self.certs / "client.pem").read_text())
         return self._authenticator._token(
             self._users[user], str(uuid.uuid4()), int(time.time()), certificate
@@ -129,20 +129,20 @@ class _Server:
         return len(os.listdir(f"/proc/{self.pid}/task"))
 
     def memory(self, field: str) -> int:
-        """Return VmRSS or VmHWM, in bytes."""
+        """Return `field`, VmRSS or VmHWM, in bytes."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         (kib,) = re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
         return int(kib) * 1024
 
     def forget_peak(self) -> None:
-        """Let VmHWM begin at VmRSS again."""
+        """Reset VmHWM to VmRSS."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def log(self) -> str:
         return self._program.log.read_text(errors="surrogateescape")
 
     def await_used(self, before: dict[str, int]) -> None:
-        """Wait until no more is in use than before; gRPC does not say when it has closed all."""
+        """Wait until no more is in use than before; gRPC does not report what it closes."""
         for job in self.admin.list():
             for _ in self.admin.stream(job.job_id):
                 pass
@@ -158,7 +158,7 @@ class _Server:
 def program(
     certs: Path, make_state: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[_Server]:
-    """The server program of this module, warmed up."""
+    """The server program that all tests share. It has run a job."""
     directory, state = tmp_path_factory.mktemp("fuzz"), make_state()
     config = directory / "config.toml"
     config.write_text(_CONFIG)
@@ -177,19 +177,19 @@ def program(
 
 @pytest.fixture
 def server(program: _Server) -> Iterator[_Server]:
-    """The server; after the test it must be as well as before."""
+    """The shared server. After the test it must have no more in use, and no new log line."""
     before, threads, log = program.used(), program.threads(), program.log()
     yield program
     program.await_used(before)
-    # Calls without a request may still have threads; gRPC's own threads are some ten.
+    # Calls without a request may still have threads; gRPC itself has about ten threads.
     assert program.threads() <= max(threads, _MOST_THREADS + 20)
-    # Of faults nothing is logged, and of what others sent neither.
+    # The server has logged no fault, and nothing that clients sent.
     assert program.log() == log
 
 
 @pytest.fixture
 def channel(server: _Server) -> Iterator[grpc.Channel]:
-    """A connection that sends and receives messages as bytes."""
+    """A connection over which a test sends and receives messages as bytes."""
     with Client(server.address, certs=server.certs) as client:
         yield client._channel
 
@@ -201,8 +201,8 @@ def _call(
     token: str | None,
     compression: grpc.Compression | None = None,
 ) -> tuple[str, str]:
-    """Call any RPC to its end; return its status code and message."""
-    # On the wire a single answer is a stream of one.
+    """Call an RPC and read to the end of the call; return the status code and message."""
+    # On the wire a unary answer looks like a stream of one message.
     rpc: Any = channel.unary_stream(f"/{_METHODS[name].containing_service.full_name}/{name}")
     metadata = [("authorization", f"Bearer {token}")] if token else []
     call = rpc(data, metadata=metadata, timeout=GUARD_S, compression=compression)
@@ -217,7 +217,7 @@ def _call(
 
 # --- every field of every request -----------------------------------------------------------
 #
-# Requests are made as bytes, because no class of protobuf makes a wrong one.
+# The tests make requests as bytes, because protobuf's classes cannot make a malformed message.
 
 
 def _varint(number: int) -> bytes:
@@ -233,7 +233,7 @@ def _block(number: int, data: bytes) -> bytes:
     return _tag(number, 2) + _varint(len(data)) + data
 
 
-# Stand for IDs that are known when the server runs, and have their length.
+# Placeholders for job IDs, which are known only when the server runs. They are as long as an ID.
 _FINISHED = b"00000000-0000-4000-8000-00000finished"[:36]
 _FOREIGN = b"00000000-0000-4000-8000-000000foreign"[:36]
 
@@ -245,7 +245,7 @@ _WORDS = st.one_of(
     st.binary(max_size=20),
     st.integers(0, 1 << 17).map(b"x".__mul__),
     st.integers(0, 1 << 15).map("\U000e0001".encode().__mul__),
-    # Commands that do no harm, and what is none.
+    # Harmless commands, and texts that are no command.
     st.sampled_from([b"true", b"/bin/echo", b"", b"/", b"/etc/passwd", b"no/such", b"tr\0ue"]),
     st.sampled_from([_FINISHED, _FOREIGN, _FINISHED.upper(), str(uuid.UUID(int=0)).encode()]),
     st.sampled_from([b"admin", b"user", b"\x1b[31m", b"a\nb", b"%s{}", b"\xed\xa0\x80", b"\xff"]),
@@ -257,16 +257,16 @@ _NUMBERS = st.one_of(
     st.just((1 << 77) - 1),  # more bytes than a varint may have
 )
 _NOISE = st.one_of(
-    # A field with a number and a wire type that may be wrong, and something behind it.
+    # A field whose number or wire type may be wrong, and bytes after it.
     st.tuples(
         st.one_of(st.integers(0, 20), st.integers(0, 1 << 32)), st.integers(0, 7), st.binary()
     ).map(lambda parts: _tag(*parts[:2]) + parts[2]),
     st.tuples(st.integers(1, 20), st.binary()).map(lambda parts: _block(*parts)),
-    # A length that is not that of what follows.
+    # A length that does not match the bytes after it.
     st.tuples(st.integers(1, 9), _NUMBERS).map(
         lambda parts: _tag(parts[0], 2) + _varint(parts[1]) + b"x"
     ),
-    # Groups in groups, closed or not.
+    # Nested groups, closed or not.
     st.tuples(st.integers(1, 20), st.integers(1, 500), st.booleans()).map(
         lambda parts: _tag(parts[0], 3) * parts[1] + _tag(parts[0], 4) * parts[1] * parts[2]
     ),
@@ -275,7 +275,7 @@ _NOISE = st.one_of(
 
 
 def _field(field: FieldDescriptor) -> st.SearchStrategy[bytes]:
-    """A field with a value of its type, once or very often."""
+    """Generate a field with a value of its type, once or many times."""
     number = field.number
     values: dict[int, st.SearchStrategy[bytes]] = {
         field.TYPE_STRING: _WORDS.map(partial(_block, number)),
@@ -295,7 +295,7 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[bytes]:
 
 @cache
 def _message(descriptor: Descriptor) -> st.SearchStrategy[bytes]:
-    """The bytes of a message that is right, or nearly."""
+    """Generate the bytes of a correct or nearly correct message."""
     fields = [_field(field) for field in descriptor.fields]
     right = st.lists(st.one_of(*fields), max_size=5) if fields else st.just(list[bytes]())
     noise = st.one_of(st.just(b""), st.just(b""), _NOISE)
@@ -303,7 +303,7 @@ def _message(descriptor: Descriptor) -> st.SearchStrategy[bytes]:
 
 
 def _requests(name: str) -> st.SearchStrategy[bytes]:
-    # What makes it a good request, unless something behind it says otherwise.
+    # The first field makes the request valid, unless a later field replaces the value.
     good = {"StartJob": b"true", "Login": b"user"}.get(name, _FINISHED)
     head = st.sampled_from([b"", _block(1, good)]) if name != "ListJobs" else st.just(b"")
     return st.tuples(head, _message(_METHODS[name].input_type)).map(b"".join)
@@ -319,7 +319,7 @@ def _is_message(name: str, data: bytes) -> bool:
 
 @pytest.fixture(scope="module")
 def names(program: _Server) -> dict[bytes, bytes]:
-    """The IDs that the placeholders stand for."""
+    """The job IDs by their placeholders."""
     ids = []
     for user in ("user", "admin"):
         with Client(program.address, certs=program.certs, token=program.token(user)) as client:
@@ -332,8 +332,8 @@ def names(program: _Server) -> dict[bytes, bytes]:
 def test_any_request_is_answered_as_documented(
     server: _Server, channel: grpc.Channel, names: dict[bytes, bytes], name: str
 ) -> None:
-    """Any bytes of any length: a code that README has for the RPC, and one line of words."""
-    # The admin's list gets long with all these jobs; nobody else has to read it.
+    """The code is one that README lists for the RPC. The message is a single printable line."""
+    # The admin starts the jobs: `user` then has a short list to read.
     user = "admin" if name == "StartJob" else "user"
     token = server.token(user)
 
@@ -342,7 +342,7 @@ def test_any_request_is_answered_as_documented(
     def check(data: bytes) -> None:
         for placeholder, job_id in names.items():
             data = data.replace(placeholder, job_id)
-        # A logout that succeeds makes its token worthless.
+        # Each logout needs a token of its own, because a successful logout revokes the token.
         mine = server.token(user) if name == "Logout" else token
         code, details = _call(channel, name, data, None if name == "Login" else mine)
         if len(data) > _REQUEST_BYTES:
@@ -360,7 +360,7 @@ def test_any_request_is_answered_as_documented(
 def test_request_over_the_ceiling_is_refused_and_takes_no_memory(
     server: _Server, channel: grpc.Channel, name: str, compression: grpc.Compression | None
 ) -> None:
-    """What counts is the size after decompression, of which no more is done than that."""
+    """The size after decompression counts. The server does not decompress beyond the ceiling."""
     token = server.token("user")
     below = _block(99, bytes(_REQUEST_BYTES - 10))
     above = _block(99, bytes(16 * _REQUEST_BYTES))
@@ -382,7 +382,7 @@ _RESET_ON_CLOSE = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
 
 
 def _prefixed(number: int, bits: int, first: int = 0) -> bytes:
-    """An integer of HPACK (RFC 7541, 5.1)."""
+    """Encode an integer for HPACK (RFC 7541, 5.1)."""
     most = (1 << bits) - 1
     return (
         bytes([first | number]) if number < most else bytes([first | most]) + _varint(number - most)
@@ -390,7 +390,7 @@ def _prefixed(number: int, bits: int, first: int = 0) -> bytes:
 
 
 def _headers(*pairs: tuple[bytes, bytes]) -> bytes:
-    """Headers of HPACK, literally and without a table."""
+    """Encode headers for HPACK, as literals without a table."""
     return b"".join(
         b"\0" + b"".join(_prefixed(len(text), 7) + text for text in pair) for pair in pairs
     )
@@ -417,7 +417,7 @@ _EMPTY_REQUEST = bytes(5)
 
 
 def _calls(count: int, headers: bytes, behind: Callable[[int], bytes] = lambda _: b"") -> bytes:
-    """The beginnings of so many calls, none of which has a request, with something behind each."""
+    """Return frames that begin `count` calls without a request; `behind` adds frames to each."""
     return b"".join(
         http2_frame(_HEADERS, _END_HEADERS, stream, headers) + behind(stream)
         for stream in range(1, 2 * count, 2)
@@ -445,8 +445,8 @@ def _send(sock: socket.socket, data: bytes) -> None:
 
 
 def _await_end(sock: socket.socket) -> None:
-    """Say that nothing more comes, and wait until the server has hung up."""
-    with contextlib.suppress(OSError):  # the server may have been first
+    """Close the sending side; wait until the server closes the connection."""
+    with contextlib.suppress(OSError):  # the server may have closed it first
         sock.shutdown(socket.SHUT_WR)
     with contextlib.suppress(ConnectionError):
         while socket.socket.recv(sock, 1 << 16):
@@ -454,7 +454,7 @@ def _await_end(sock: socket.socket) -> None:
 
 
 def _read_status(sock: ssl.SSLSocket) -> int | None:
-    """Return the status of the only call of the connection; None if it ended without one."""
+    """Return the status of the connection's only call; None if the call ended without a status."""
     received = b""
     with contextlib.suppress(ConnectionError, ssl.SSLError):
         while data := sock.recv(1 << 16):
@@ -470,7 +470,7 @@ def _read_status(sock: ssl.SSLSocket) -> int | None:
 
 
 def _frames(received: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield kind, flags and payload of each whole frame."""
+    """Yield the kind, flags and payload of each complete frame."""
     while len(received) >= _FRAME_HEADER_BYTES:
         end = _FRAME_HEADER_BYTES + int.from_bytes(received[:3], "big")
         yield received[3], received[4], received[_FRAME_HEADER_BYTES:end]
@@ -540,7 +540,7 @@ _ATTACKS = {
 
 @pytest.mark.parametrize("attack", _ATTACKS)
 def test_attack_over_http_2_disturbs_nobody(server: _Server, attack: str) -> None:
-    """By somebody with a certificate. Others are served meanwhile; it has an end."""
+    """The attacker has a certificate. Another client is served, and the connection ends."""
     with _tls(server) as sock:
         _send(sock, _ATTACKS[attack])
         server.admin.list()
@@ -561,7 +561,7 @@ _FRAMES = st.lists(
 
 
 def test_any_frames_disturb_nobody(server: _Server) -> None:
-    """Each connection has an end when the client has said its last word."""
+    """The server closes each connection after the client has closed its sending side."""
 
     @_SETTINGS
     @given(hello=st.sampled_from([_HELLO, _HELLO, HTTP2_PREFACE, b""]), frames=_FRAMES)
@@ -574,7 +574,7 @@ def test_any_frames_disturb_nobody(server: _Server) -> None:
 
 
 def test_any_bytes_that_are_no_tls_disturb_nobody(server: _Server) -> None:
-    """Plain text, records with garbage, a handshake that breaks off or goes wrong anywhere."""
+    """The bytes: plain text, garbage in TLS records, cut or damaged handshakes."""
     outgoing = ssl.MemoryBIO()
     tls = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="x" * 20)
     with contextlib.suppress(ssl.SSLWantReadError):
@@ -613,7 +613,7 @@ def test_any_bytes_that_are_no_tls_disturb_nobody(server: _Server) -> None:
 
 
 def test_any_bytes_without_a_certificate_disturb_nobody(server: _Server) -> None:
-    """The handshake is all they get."""
+    """Without a client certificate the connection does not get beyond the handshake."""
 
     @_SLOWER
     @given(data=st.one_of(st.binary(), _FRAMES.map(_HELLO.__add__)))
@@ -629,7 +629,7 @@ def test_any_bytes_without_a_certificate_disturb_nobody(server: _Server) -> None
 def test_hundreds_of_connections_dropped_midway_leave_nothing(
     server: _Server, farewell: str
 ) -> None:
-    """Before, in and after the handshake, and in the middle of a call."""
+    """Clients drop connections before, during and after the handshake, and during a call."""
     call = _HELLO + _calls(1, _request_headers("StreamOutput", token=server.token("user")))
     with contextlib.ExitStack() as connections:
         for n, stage in zip(range(300), itertools.cycle(range(5)), strict=False):
@@ -647,7 +647,7 @@ def test_hundreds_of_connections_dropped_midway_leave_nothing(
 
 
 def _ended(received: Iterable[bytes]) -> int:
-    """How many calls the server has ended."""
+    """Return how many calls the server has ended."""
     return sum(
         kind == _HEADERS and bool(flags & _END_STREAM)
         for data in received
@@ -657,7 +657,7 @@ def _ended(received: Iterable[bytes]) -> int:
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_calls_without_a_request_hold_up_nobody(server: _Server, name: str) -> None:
-    """One caller has as many as are not refused. All RPCs of another caller are served."""
+    """One caller has as many such calls as the server admits. Another caller's RPCs are served."""
     token = "" if name == "Login" else server.token("user")
     share = _STREAMS_OF_ONE if name == "StreamOutput" else _CALLS_OF_ONE
     if name == "Login":
@@ -681,7 +681,7 @@ def test_calls_without_a_request_hold_up_nobody(server: _Server, name: str) -> N
 def test_calls_opened_and_reset_by_the_thousand_lose_nobodys(
     server: _Server, *, whole: bool
 ) -> None:
-    """With a request or without one; not one of another client's calls fails meanwhile."""
+    """Calls are reset with or without their request. All calls of another client succeed."""
 
     def behind(stream: int) -> bytes:
         request = http2_frame(_DATA, _END_STREAM, stream, _EMPTY_REQUEST) if whole else b""
@@ -705,7 +705,7 @@ _LEGAL = st.tuples(
 
 
 def _headers_frames(headers: bytes) -> bytes:
-    """Frames for one call, which has the empty request."""
+    """Return the frames of one call with an empty request."""
     first, *rest = (headers[n : n + 16_384] for n in range(0, len(headers), 16_384))
     parts = [
         http2_frame(_HEADERS, 0, 1, first),
@@ -722,7 +722,7 @@ def _headers_frames(headers: bytes) -> bytes:
 
 
 def test_any_metadata_of_legal_keys_is_ignored(server: _Server) -> None:
-    """Whatever the values are: no text, control characters, very many, very long."""
+    """Values may be binary, may have control characters, and may be many or long."""
     token = server.token("user")
 
     @_SLOWER
@@ -738,7 +738,7 @@ def test_any_metadata_of_legal_keys_is_ignored(server: _Server) -> None:
 
 
 def test_any_other_metadata_disturbs_nobody(server: _Server) -> None:
-    """Keys that must not be, what gRPC means something by, names of other RPCs."""
+    """The keys are illegal, or have a meaning in gRPC or HTTP/2."""
     token = server.token("user")
     keys = st.one_of(
         st.binary(max_size=20),
@@ -754,13 +754,13 @@ def test_any_other_metadata_disturbs_nobody(server: _Server) -> None:
     def check(pairs: list[tuple[bytes, bytes]]) -> None:
         with _tls(server) as sock:
             _send(sock, _headers_frames(_request_headers("ListJobs", *pairs, token=token)))
-            _await_end(sock)  # and not for a status, which gRPC itself holds back up to a second
+            _await_end(sock)  # not a status: gRPC itself may hold that back for up to a second
 
     check()
 
 
 def test_any_authorization_is_unauthenticated(server: _Server) -> None:
-    """Any bytes, with or without the scheme; also the good token, twice."""
+    """The values: any bytes with and without the scheme, damaged tokens, a valid token twice."""
     token = server.token("user").encode()
 
     @_SETTINGS
