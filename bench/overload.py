@@ -1,6 +1,6 @@
 """Measures how the server behaves under more calls than it can serve; see `python -m bench`.
 
-    python -m bench.overload ADDRESS REQUEST RATE SECONDS    # act as the clients
+    python -m bench.overload ADDRESS REQUEST RATE SECONDS CONNECTIONS AT_ONCE    # be the clients
 
 The clients have their own small HTTP/2, enough to make calls that are all alike. A gRPC client
 needs as much CPU as the server. At twice the rate that the server can serve, the benchmark would
@@ -24,12 +24,16 @@ from typing import NamedTuple
 
 import workerservice_pb2 as worker_pb
 from bench.harness import CERTS, Service, fail, percentile, print_heading, report, start_program
+from client import Client, ClientError
 
 __all__ = ["bench_overload"]
 
 _METHOD = "/jobworker.v1.WorkerService/GetJobStatus"
 _LOAD_S = 2.0
-_ONSET_S = 0.5  # until then the load may look like a short burst
+_OVERLOAD_S = 10.0
+_BURST, _BURST_S = 1000, 0.001
+_FLOODS = (2, 1000), (20, 50)  # connections, and calls open on each
+_FLOODED_CALLS = 50
 _PATIENCE_S = 30.0
 _LATE_S = 0.1
 _CONNECTIONS = 4
@@ -59,60 +63,116 @@ class _Answer(NamedTuple):
 
 
 def bench_overload(service: Service) -> None:
-    """Measure Status calls at twice the rate that the server can serve, and at lower rates."""
-    request = worker_pb.GetJobStatusRequest(job_id=service.client.start("true"))
+    """Status at twice the rate that can be served, and at less; a burst; another user's flood."""
+    request = worker_pb.GetJobStatusRequest(job_id=service.client.start("true")).SerializeToString()
 
-    def load(rate: float) -> list[_Answer]:
-        return _run_load(service, request.SerializeToString(), rate)
+    def load(rate: float, seconds: float = _LOAD_S) -> list[_Answer]:
+        return _run_load(service, request, rate, seconds)
 
     load(0)  # warms up
     capacity = len(_took(load(0), _OK)) / _LOAD_S
-    busy, normal, over, back = (load(capacity * share) for share in (0.75, 0.5, 2, 0.5))
-    print_heading(f"Overload: Status at twice {capacity:.0f} calls per second, which can be served")
+    print_heading(f"Overload: Status, of which {capacity:.0f} per second can be served")
     # Each load runs once. One run gives no noise, so figures are printed instead of ratios.
-    for what, answers in (("half", normal), ("three quarters", busy)):
-        served = _took(answers, _OK)
-        usual = percentile(served, 99)
-        report(
-            f"at {what} of that: p99",
-            f"{usual * 1e3:.1f} ms",
-            f"p50 {percentile(served, 50) * 1e3:.1f} ms",
-            f"{len(answers) - len(served)} of {len(answers)} not served",
-        )
-    for what, since in (("from the start", 0.0), (f"after {_ONSET_S} s", _ONSET_S)):
-        served = _took(over, _OK, since)
-        report(
-            f"at twice that, {what}: p99 if served",
-            f"{percentile(served, 99) * 1e3:.1f} ms",
-            f"p50 {percentile(served, 50) * 1e3:.1f} ms",
-            f"{len(served)} calls",
-            f"<= {2 * usual * 1e3:.1f} ms",
-        )
-        if refused := _took(over, _RESOURCE_EXHAUSTED, since):
-            report(
-                "  p99 if refused",
-                f"{percentile(refused, 99) * 1e3:.1f} ms",
-                f"p50 {percentile(refused, 50) * 1e3:.1f} ms",
-                f"{len(refused)} calls",
-            )
-    others = len(over) - len(_took(over, _OK)) - len(_took(over, _RESOURCE_EXHAUSTED))
-    report("  neither", str(others), "", "", "0")
-    served = _took(back, _OK)
+    _report_burst(load(_BURST / _BURST_S, _BURST_S))
+    _report_load("half of that", load(capacity / 2))
+    _report_load("three quarters", load(capacity * 0.75))
+    _report_overload(load(capacity * 2, _OVERLOAD_S), capacity)
+    time.sleep(1)  # the aim is that all is as before one second later
+    _report_load("half again, one second later", load(capacity / 2))
+    for connections, at_once in _FLOODS:
+        _bench_flood(service, connections, at_once)
+
+
+def _report_burst(answers: list[_Answer]) -> None:
+    served = _took(answers, _OK)
     report(
-        "at half again, right after: p99",
-        f"{percentile(served, 99) * 1e3:.1f} ms",
+        f"{_BURST:,} calls at once: served",
+        f"{len(served)}",
+        f"the last after {max(served, default=0.0):.2f} s",
         "",
-        f"{len(back) - len(served)} not served",
+        f"{_BURST}",
     )
 
 
-def _took(answers: list[_Answer], status: str, since: float = 0.0) -> list[float]:
-    return [each.took for each in answers if each.status == status and each.since >= since]
+def _report_load(what: str, answers: list[_Answer]) -> None:
+    served = _took(answers, _OK)
+    report(
+        f"at {what}: p99",
+        f"{percentile(served, 99) * 1e3:.1f} ms",
+        f"p50 {percentile(served, 50) * 1e3:.1f} ms",
+        f"{len(answers) - len(served)} of {len(answers)} not served",
+        "0 not served",
+    )
 
 
-def _run_load(service: Service, request: bytes, rate: float) -> list[_Answer]:
+def _report_overload(answers: list[_Answer], capacity: float) -> None:
+    served, refused = _took(answers, _OK), _took(answers, _RESOURCE_EXHAUSTED)
+    share = len(served) / (capacity * _OVERLOAD_S)
+    report(
+        f"at twice that for {_OVERLOAD_S:.0f} s: served, of what can be",
+        f"{share:.0%}",
+        f"{len(served)} calls",
+        "",
+        ">= 80 %",
+    )
+    for what, taken, aim in (("served", served, "<= 1000 ms"), ("refused", refused, "")):
+        if taken:
+            report(
+                f"  p99 if {what}",
+                f"{percentile(taken, 99) * 1e3:.0f} ms",
+                f"p50 {percentile(taken, 50) * 1e3:.0f} ms",
+                f"{len(taken)} calls",
+                aim,
+            )
+    report("  neither", str(len(answers) - len(served) - len(refused)), "", "", "0")
+
+
+def _bench_flood(service: Service, connections: int, at_once: int) -> None:
+    """Status and Stop of the admin while a user always has so many calls open."""
+    mine = [service.client.start("sleep", ["1000000"]) for _ in range(_FLOODED_CALLS)]
+    with Client(service.address, certs=CERTS) as user:
+        user.login("user", "user")
+        request = worker_pb.GetJobStatusRequest(job_id=user.start("true")).SerializeToString()
+        arguments = (
+            service.address,
+            request.hex(),
+            0,
+            _OVERLOAD_S,
+            connections,
+            connections * at_once,
+        )
+        program = start_program(user, "-m", __name__, *arguments)
+    if program.stdin is None:
+        raise AssertionError("it is a pipe")
+    program.stdin.write("\n")
+    program.stdin.flush()
+    time.sleep(1)  # until the flood has risen
+    taken, failed = [], 0
+    for job_id in mine:
+        for call in (service.client.status, service.client.stop):
+            begin = time.perf_counter()
+            try:
+                call(job_id)
+            except ClientError:
+                failed += 1
+            taken.append(time.perf_counter() - begin)
+    program.communicate()
+    report(
+        f"beside a flood of {connections} x {at_once:,} calls: p99",
+        f"{percentile(taken, 99) * 1e3:.0f} ms",
+        f"p50 {percentile(taken, 50) * 1e3:.0f} ms",
+        f"{failed} of {len(taken)} Status and Stop failed",
+        "<= 250 ms, 0",
+    )
+
+
+def _took(answers: list[_Answer], status: str) -> list[float]:
+    return [each.took for each in answers if each.status == status]
+
+
+def _run_load(service: Service, request: bytes, rate: float, seconds: float) -> list[_Answer]:
     """Run the clients. They make `rate` calls per second; 0 means as many as the server answers."""
-    arguments = (service.address, request.hex(), rate, _LOAD_S)
+    arguments = (service.address, request.hex(), rate, seconds, _CONNECTIONS, _AT_ONCE)
     program = start_program(service.client, "-m", __name__, *arguments)
     output, _ = program.communicate("\n")
     if program.returncode:
@@ -246,8 +306,10 @@ def _string(text: str) -> bytes:
     return encoded + bytes([length]) + text.encode()
 
 
-def _make_load(address: str, request: bytes, rate: float, seconds: float) -> None:
-    connections = _connect(address, request)
+def _make_load(  # noqa: PLR0913 -- the program's arguments
+    address: str, request: bytes, rate: float, seconds: float, count: int, at_once: int
+) -> None:
+    connections = _connect(address, request, count)
     print("ready", flush=True)
     sys.stdin.readline()
     taken: list[_Answer] = []
@@ -262,7 +324,7 @@ def _make_load(address: str, request: bytes, rate: float, seconds: float) -> Non
             due = int(min(now, seconds) * rate)
             late_s = max(late_s, now - made / rate if due > made else 0)
         elif now < seconds:
-            due = len(taken) + _AT_ONCE
+            due = len(taken) + at_once
         for _ in range(min(due - made, _CALLS_BETWEEN_LOOKS)):
             next(turn).call()
             made += 1
@@ -279,10 +341,10 @@ def _make_load(address: str, request: bytes, rate: float, seconds: float) -> Non
         print("unanswered", 0, seconds)
 
 
-def _connect(address: str, request: bytes) -> list[_Connection]:
-    """Connect, and make one call on each connection; return the connections."""
+def _connect(address: str, request: bytes, count: int) -> list[_Connection]:
+    """Return connections over each of which a call has been served."""
     token = os.environ["JOBWORKER_TOKEN"]
-    connections = [_Connection(address, request, token) for _ in range(_CONNECTIONS)]
+    connections = [_Connection(address, request, token) for _ in range(count)]
     for each in connections:
         each.call()
         while not (answers := each.answers()):
@@ -293,5 +355,6 @@ def _connect(address: str, request: bytes) -> list[_Connection]:
 
 
 if __name__ == "__main__":
-    address, request, rate, seconds = sys.argv[1:]
-    _make_load(address, bytes.fromhex(request), float(rate), float(seconds))
+    address, request, rate, seconds, count, at_once = sys.argv[1:]
+    load = float(rate), float(seconds), int(count), int(at_once)
+    _make_load(address, bytes.fromhex(request), *load)
