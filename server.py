@@ -82,9 +82,6 @@ _FDS_SPARE = 1024
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
-# How long a thread may keep the interpreter while others want it. With Python's 5 ms, gRPC's
-# accepting thread falls behind at twice the capacity, and gRPC cancels a fifth of the calls.
-_SWITCH_S = 0.0005
 _STOP_GRACE_S = 1.0  # for streams to send their last chunks
 _WATCHDOG_S = 4.5  # after this the process ends, even if something hangs
 
@@ -390,7 +387,6 @@ def _serve(settings: Settings) -> None:
         handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     _keep_memory()
-    sys.setswitchinterval(_SWITCH_S)
     try:
         server = Server(settings)
     except worker.CgroupError as error:
