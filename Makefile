@@ -53,7 +53,7 @@ static: .venv/dev ## ruff, mypy, and whether the generated code belongs to the p
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && $(call protoc,"$$d") \
 	  && for f in "$$d"/*; do diff -u "$${f##*/}" "$$f" || { echo "run: make proto" >&2; exit 1; }; done
 
-bench: setup ## measure the service against the floors under it, in under five minutes
+bench: setup ## measure the service against the floors under it, in some ten minutes
 	$(python) -m bench
 
 bench-long: setup ## run 50,000 jobs in 15 minutes; fails if anything has piled up
