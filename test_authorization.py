@@ -1,8 +1,8 @@
-"""Who may do what, attacked from outside: the server program over real mutual TLS.
+"""Attacks on authorization from outside: a server program over real mutual TLS.
 
-The matrix and the tables are run over every RPC that the protocol describes, so a new one
-is in them by itself. The tests have the server's token key, and so can sign any token.
-What `auth.py` does with tokens one by one is in test_auth.py.
+The tests run over every RPC in the protocol's descriptors, and therefore include a new RPC without
+a change here. The tests have the server's token key and can sign any token. test_auth.py has the
+unit tests of `auth.py`.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ _WITH_JOB = [
 ]
 _LIFETIME_S = 30 * 24 * 3600
 
-# Every user here has the password of the seeded one.
+# All users of these tests have the password of the seeded user.
 _PASSWORD, _HASH = next((user.name, user.password_hash) for user in SEEDED_USERS[1:])
 _USERS = {"root": "admin", "alice": "user", "bob": "user", "leaver": "user"}
 
-# What a request needs besides `job_id` in order to succeed.
+# The fields besides `job_id` that a request needs in order to succeed.
 _REQUESTS: dict[str, dict[str, Any]] = {
     "Login": {"username": "alice", "password": _PASSWORD},
     "StartJob": {"command": "true"},
@@ -73,7 +73,7 @@ _REQUESTS: dict[str, dict[str, Any]] = {
 
 
 class _Answer(NamedTuple):
-    """All that a caller sees of an answer."""
+    """All parts of an answer that a caller sees."""
 
     code: str
     details: str
@@ -95,19 +95,19 @@ def _path(name: str) -> str:
 
 
 def _request(name: str, job_id: str = "", **fields: Any) -> bytes:
-    """A request that succeeds, if the caller reaches the job."""
+    """Return a request that succeeds if the caller may reach the job."""
     fields = _REQUESTS.get(name, {}) | ({"job_id": job_id} if name in _WITH_JOB else {}) | fields
     return GetMessageClass(_METHODS[name].input_type)(**fields).SerializeToString()
 
 
 def _begin(channel: grpc.Channel, name: str, data: bytes, metadata: Metadata) -> Any:
-    # On the wire a single answer is a stream of one.
+    # On the wire a unary answer looks like a stream of one message.
     rpc: Any = channel.unary_stream(_path(name))
     return rpc(data, metadata=tuple(metadata), timeout=GUARD_S)
 
 
 def _call(channel: grpc.Channel, name: str, data: bytes, metadata: Metadata) -> _Answer:
-    """Call any RPC to its end."""
+    """Call an RPC and read to the end of the call; return the answer."""
     call = _begin(channel, name, data, metadata)
     messages = []
     with contextlib.suppress(grpc.RpcError):
@@ -120,7 +120,7 @@ def _call(channel: grpc.Channel, name: str, data: bytes, metadata: Metadata) -> 
 
 
 def _admitted(channel: grpc.Channel, name: str, data: bytes, metadata: Metadata) -> str:
-    """Call any RPC up to its first message: "OK" if there is one, or it ends well without."""
+    """Call an RPC up to its first message; return "OK" if the call is admitted, else the error."""
     call = _begin(channel, name, data, metadata)
     try:
         next(call)
@@ -140,7 +140,7 @@ def _follow(channel: grpc.Channel, token: str, job_id: str) -> Any:
 
 
 def _end(call: Any) -> tuple[str, str]:
-    """Read a stream to its end; return how it ends."""
+    """Read a stream to its end; return the status code and message."""
     with contextlib.suppress(grpc.RpcError):
         list(call)
     return call.code().name, call.details()
@@ -162,7 +162,7 @@ def _unbase64(text: str) -> bytes:
 
 
 class _Mint:
-    """Signs what it is told, beginning with what a login wrote. Attributes: `key`, `claims`."""
+    """Makes and signs variants of the token of a login. Attributes: `key`, `claims`."""
 
     header: bytes = b'{"alg":"HS256","typ":"JWT"}'
 
@@ -174,7 +174,7 @@ class _Mint:
         assert self.assemble(_unbase64(payload)) == f"{header}.{payload}.{signature}"
 
     def token(self, **changes: Any) -> str:
-        """The token with other claims, and an ID of its own; ... leaves a claim out."""
+        """Return a token with changed claims and a new ID; `...` leaves a claim out."""
         return self.assemble(self.payload(**changes))
 
     def payload(self, **changes: Any) -> bytes:
@@ -183,7 +183,7 @@ class _Mint:
         return json.dumps(claims, separators=(",", ":")).encode()
 
     def headed(self, *, key: bytes | None = None, digest: str = "sha256", **changes: Any) -> str:
-        """The token with another header."""
+        """Return a token with a changed header; `...` leaves a header field out."""
         header = {"alg": "HS256", "typ": "JWT"} | changes
         header = {name: value for name, value in header.items() if value is not ...}
         return self.assemble(
@@ -207,7 +207,7 @@ def _write_users(path: Path, **roles: str) -> None:
 
 
 class _House:
-    """A server with users of its own, and what a test needs to attack it."""
+    """A server with users of its own, and the means to attack the server."""
 
     def __init__(self, program: ServerProgram, certs: Path, state: Path, users: Path) -> None:
         self.program, self.certs, self.state, self.users = program, certs, state, users
@@ -221,7 +221,7 @@ class _House:
         return token
 
     def client(self, name: str = "", *, certificate: str = "client") -> Client:
-        """A connection with a token of its own; "" for none."""
+        """Return a client with a new token of the user; without a token if `name` is ""."""
         return Client(
             self.program.address,
             certs=self.certs,
@@ -237,7 +237,7 @@ class _House:
         return _call(self.channel, name, data, [*_bearer(self.token(user)), *more])
 
     def run(self, user: str, *, forever: bool) -> str:
-        """Start a job as the user, and wait for what it says, and for its end."""
+        """Start a job as the user; wait for its output and, unless `forever`, for its end."""
         with self.client(user) as client:
             job_id = client.start("sh", ["-c", f"echo ready; {'sleep infinity' * forever}"])
             output = client.stream(job_id)
@@ -247,14 +247,14 @@ class _House:
         return job_id
 
     def reload(self, witness: str) -> None:
-        """Have the users file taken up; block until a stream of `witness` ends of it."""
+        """Make the server read the users file; block until this ends a stream of `witness`."""
         job_id = self.run(witness, forever=True)
         stream = _follow(self.channel, self.token(witness), job_id)
         self.program.process.send_signal(signal.SIGHUP)
         assert _end(stream) == _NO_TOKEN[:2]
 
     def record(self) -> dict[str, Any]:
-        """The last line of the audit log."""
+        """Return the last line of the audit log."""
         line = (self.state / "audit.log").read_text().splitlines()[-1]
         fields: dict[str, Any] = json.loads(line)
         return fields
@@ -264,7 +264,7 @@ class _House:
 def house(
     certs: Path, make_state: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[_House]:
-    """A server with the users of `_USERS`, of whom `leaver` was removed after a login."""
+    """A server with the users of `_USERS`. All have logged in."""
     directory, state = tmp_path_factory.mktemp("house"), make_state()
     users = directory / "users"
     _write_users(users, **_USERS)
@@ -284,7 +284,7 @@ def house(
 
 @pytest.fixture(scope="module")
 def foreign(house: _House) -> dict[str, str]:
-    """Jobs that are not alice's, by what they are."""
+    """The IDs of jobs of other users than alice. Afterwards `leaver` is no longer a user."""
     jobs = {
         f"{state}, of {owner}": house.run(owner, forever=state == "running")
         for owner in ("bob", "root", "leaver")
@@ -308,7 +308,7 @@ _MATRIX = [
 
 
 def _expected(role: str, name: str, job: str) -> _Answer | None:
-    """What README.md says; None: it is admitted."""
+    """Return the refusal that README.md documents; None if the call is admitted."""
     if name == "Login":
         return None
     if role in {"nobody", "removed user"}:
@@ -319,7 +319,7 @@ def _expected(role: str, name: str, job: str) -> _Answer | None:
 
 
 def test_matrix_sees_every_job_that_a_request_can_name() -> None:
-    """A request names a job in `job_id`, once; if not, the tests below would not try it."""
+    """A request names a job only in `job_id`. The tests below would miss any other field."""
     for name, method in _METHODS.items():
         naming = [field.name for field in method.input_type.fields if "job" in field.name]
         assert naming in ([], ["job_id"]), name
@@ -329,18 +329,18 @@ def test_matrix_sees_every_job_that_a_request_can_name() -> None:
 
 @pytest.mark.parametrize(("role", "name", "job"), _MATRIX)
 def test_matrix(house: _House, foreign: dict[str, str], role: str, name: str, job: str) -> None:
-    """Role by RPC by job: admitted or refused, and a refused call does nothing to the job."""
+    """Each role calls each RPC for each kind of job. A refused call does not change the job."""
     caller, forever = _ROLES[role], "running" in job
     job_id = str(uuid.uuid4())
     if job.startswith("own"):
-        # Who cannot start one has some all the same, from before.
+        # A caller who cannot start a job uses a job that `leaver` started before the removal.
         owned = foreign[f"{'running' if forever else 'finished'}, of leaver"]
         job_id = house.run(caller, forever=forever) if role in {"admin", "user"} else owned
     elif job.startswith("foreign"):
         job_id = house.run("bob", forever=forever)
     expected, data = _expected(role, name, job), _request(name, job_id)
     if expected is None:
-        # Whoever reaches a running job may remove it, but not yet.
+        # RemoveJob admits the caller, but a running job cannot be removed.
         too_early = f"FAILED_PRECONDITION: job {job_id} is still running; stop it first"
         assert _admitted(house.channel, name, data, _bearer(house.token(caller))) == (
             too_early if forever and name == "RemoveJob" else "OK"
@@ -356,7 +356,10 @@ def test_matrix(house: _House, foreign: dict[str, str], role: str, name: str, jo
 
 
 def test_list_shows_nothing_of_others(house: _House, foreign: dict[str, str]) -> None:
-    """A user sees their own jobs, an admin all, removed users' too, in the order of start."""
+    """A user sees their own jobs. An admin sees all jobs, also those of removed users.
+
+    Both lists are in the order of the starts.
+    """
     own, later = house.run("alice", forever=False), house.run("alice", forever=False)
     with house.client("alice") as alice, house.client("root") as root:
         assert own in {job.job_id for job in alice.list()}
@@ -375,7 +378,7 @@ def test_rpc_that_nobody_put_in_the_permission_table_is_denied(
     tmp_path: Path,
     user: str,
 ) -> None:
-    """A server that lacks the table denies every RPC to everybody, whatever is in the request."""
+    """A server with an empty table denies every RPC to every user, for any request."""
     tmp_path.joinpath("sitecustomize.py").write_text(
         f"import sys\nsys.path.insert(0, {str(_HERE)!r})\nimport auth\nauth.PERMISSIONS.clear()\n"
     )
@@ -391,7 +394,7 @@ def test_rpc_that_nobody_put_in_the_permission_table_is_denied(
 
 # --- foreign and absent jobs ------------------------------------------------------------
 
-# How to write a job's ID.
+# Ways to write a job's ID.
 _SPELLINGS: dict[str, Callable[[str], str]] = {
     "as it is": str,
     "in upper case": str.upper,
@@ -417,7 +420,7 @@ _WELL_SPELT = ["as it is", "in upper case", "in mixed case"]
 def test_foreign_and_absent_are_the_same_however_the_id_is_spelt(
     house: _House, foreign: dict[str, str], name: str, spelling: str
 ) -> None:
-    """Whole answers are compared, with what was sent masked where it comes back."""
+    """The whole answers are equal. If an answer repeats the ID, the test masks the ID."""
     answers = set()
     for job_id in [*foreign.values(), *(str(uuid.uuid4()) for _ in range(3))]:
         text = _SPELLINGS[spelling](job_id)
@@ -443,7 +446,7 @@ def _text_field(number: int, data: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
-# Extreme values of a field, by its type. A field of another type fails the test that asks.
+# Extreme values by a field's type. If an RPC gets a field of another type, the test below fails.
 _EXTREMES: dict[int, list[Any]] = {
     FieldDescriptor.TYPE_UINT64: [0, 1, 6, 7, 2**63 - 1, 2**63, 2**64 - 1],
     FieldDescriptor.TYPE_INT64: [-(2**63), -1, 1, 2**63 - 1],
@@ -453,17 +456,17 @@ _EXTREMES: dict[int, list[Any]] = {
 
 
 def _bodies(name: str, job_id: str) -> Iterator[tuple[bytes, str]]:
-    """Requests that name the job, with all else that can be in one, and the code expected."""
+    """Yield requests that name the job and have further content, each with the expected code."""
     plain = _request(name, job_id)
     for field in _METHODS[name].input_type.fields:
         if field.name != "job_id":
             for value in _EXTREMES[field.type]:
                 yield _request(name, job_id, **{field.name: value}), "NOT_FOUND"
-                # The same, before the ID
+                # The field before the ID
                 yield _request(name, "", **{field.name: value}) + plain, "NOT_FOUND"
-    for number in range(2, 40):  # fields of another type, or that there are not
+    for number in range(2, 40):  # fields of a wrong type, and unknown fields
         yield plain + _text_field(number, b"root"), "NOT_FOUND"
-    yield _request(name, str(uuid.uuid4())) + plain, "NOT_FOUND"  # the last ID counts
+    yield _request(name, str(uuid.uuid4())) + plain, "NOT_FOUND"  # of two IDs the last counts
     yield _request(name, "x") + plain, "NOT_FOUND"
     yield plain + b"\x78\x01" * 10_000, "NOT_FOUND"
     # Not messages of the right type
@@ -476,7 +479,7 @@ def _bodies(name: str, job_id: str) -> Iterator[tuple[bytes, str]]:
 def test_foreign_and_absent_are_the_same_whatever_else_is_asked(
     house: _House, foreign: dict[str, str], name: str
 ) -> None:
-    """No offset and no other field is looked at before it is known whose job it is."""
+    """The server checks the job's owner before it looks at any other field."""
     ids = [*foreign.values(), str(uuid.uuid4()), str(uuid.uuid4())]
     for requests in zip(*(_bodies(name, job_id) for job_id in ids), strict=True):
         answers = {(house.call("alice", name, data), code) for data, code in requests}
@@ -487,7 +490,7 @@ def test_foreign_and_absent_are_the_same_whatever_else_is_asked(
 
 
 def test_offset_is_looked_at_for_ones_own_job(house: _House) -> None:
-    """So the offsets above would have made a difference."""
+    """The test above relies on this: its offsets give an error once the caller may see the job."""
     job_id = house.run("alice", forever=False)
     answer = house.call("alice", "StreamOutput", _request("StreamOutput", job_id, offset=7))
     assert answer.code == "OUT_OF_RANGE"
@@ -496,7 +499,7 @@ def test_offset_is_looked_at_for_ones_own_job(house: _House) -> None:
 def test_ceiling_of_streams_is_looked_at_after_the_owner(
     start_server: Callable[..., ServerProgram], certs: Path, tokens: dict[str, str]
 ) -> None:
-    """Who has all streams there may be still learns nothing about the jobs of others."""
+    """Even when a user has reached the ceiling, foreign and absent jobs get the same answer."""
     address = start_server("--max-streams", "1").address
     with (
         Client(address, certs=certs, token=tokens["user"]) as user,
@@ -523,7 +526,7 @@ _END_STREAM, _END_HEADERS = 1, 4
 
 
 def _hpack(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """RFC 7541: literals without indexing, not Huffman-coded."""
+    """Encode headers for HPACK (RFC 7541), as literals without indexing and Huffman coding."""
 
     def text(data: bytes) -> bytes:
         if len(data) < 0x7F:
@@ -546,9 +549,9 @@ def _read(sock: ssl.SSLSocket, size: int) -> bytes:
 def _wire(
     house: _House, name: str, request: bytes, headers: Sequence[tuple[bytes, bytes]]
 ) -> bytes:
-    """Make a call on a connection of its own, without gRPC; return the frames of the answer.
+    """Make a call on a new connection, without gRPC; return the frames of the answer.
 
-    They end with the stream, or with the connection where the server breaks it off.
+    The last frame is the one with which the server ends the stream or breaks off the connection.
     """
     host, _, port = house.program.address.rpartition(":")
     context = ssl.create_default_context(cafile=house.certs / "server-ca.pem")
@@ -597,7 +600,7 @@ def _wire_token(token: str) -> list[tuple[bytes, bytes]]:
 def test_foreign_and_absent_are_the_same_bytes_in_the_same_frames(
     house: _House, foreign: dict[str, str], name: str
 ) -> None:
-    """Nothing that gRPC's client would not show tells them apart either."""
+    """The raw bytes are compared, because gRPC's client does not show everything."""
     token = house.token("alice")
     answers = {
         _wire(house, name, _request(name, job_id), _wire_token(token))
@@ -610,11 +613,11 @@ def test_foreign_and_absent_are_the_same_bytes_in_the_same_frames(
 # --- their times ------------------------------------------------------------------------
 
 _TRIES = 1000
-_Z_MAX = 5.0  # a false alarm in 1.7 million runs
+_Z_MAX = 5.0  # gives one false alarm in 1.7 million runs
 
 
 def _z(differences: Sequence[float]) -> float:
-    """The sign test: how many standard deviations more are positive than by chance."""
+    """Apply the sign test: return the excess of positive differences, in standard deviations."""
     signs = [difference > 0 for difference in differences if difference]
     return (2 * sum(signs) - len(signs)) / math.sqrt(len(signs))
 
@@ -628,11 +631,11 @@ def test_foreign_and_absent_take_the_same_time(
     state: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """In 1,000 pairs of calls neither is the slower one more often than a coin would be.
+    """In 1,000 pairs of calls, each kind is the slower one about equally often.
 
-    Which of a pair comes first is random. So where there is no difference both signs are
-    equally likely in every pair, whatever else the machine is doing: a busy one makes this
-    test less sharp, but never makes it fail.
+    The order within a pair is random. If there is no real difference, both signs are therefore
+    equally likely in every pair, even on a busy machine. A busy machine makes the test less
+    sensitive, but does not make it fail.
     """
     rpc: Any = house.channel.unary_unary(_path(name))
     metadata = tuple(_bearer(house.token("alice")))
@@ -658,7 +661,7 @@ def test_foreign_and_absent_take_the_same_time(
     record_property("z", z)
     told = f"z {z:.1f}, median difference {difference * 1e6:.1f} us of {typical * 1e6:.0f} us"
     assert abs(z) < _Z_MAX, told
-    # It is sharp enough to mean something: a quarter of a call more would have been seen.
+    # Shows that the test is sensitive enough: it detects a difference of a quarter of a call.
     assert _z([each + typical / 4 for each in differences]) > _Z_MAX, told
 
 
@@ -671,13 +674,13 @@ def _issued(seconds_ago: int) -> dict[str, int]:
 
 
 def _number(mint: _Mint, claim: str, literal: str) -> str:
-    """A claim that is `literal` in the JSON, whether or not that is JSON."""
+    """Return a token with the text `literal` as a claim's value; the text may be invalid JSON."""
     payload = mint.payload(**{claim: "LITERAL"})
     return mint.assemble(payload.replace(b'"LITERAL"', literal.encode()))
 
 
 def _with_rsa(mint: _Mint) -> str:
-    """A true RS256 signature, by a key of the forger's."""
+    """Return a token with a correct RS256 signature by a key of the forger."""
     header = _base64(b'{"alg":"RS256","typ":"JWT"}')
     signed = f"{header}.{_base64(mint.payload())}"
     with tempfile.NamedTemporaryFile() as key:
@@ -691,7 +694,7 @@ def _with_rsa(mint: _Mint) -> str:
 
 
 def _with_detached_payload(mint: _Mint) -> str:
-    """RFC 7797: the payload is signed as it is, and not in the token."""
+    """Return a token as in RFC 7797: the raw payload is signed and is not part of the token."""
     header = _base64(b'{"alg":"HS256","b64":false,"crit":["b64"]}')
     mac = hmac.digest(mint.key, f"{header}.".encode() + mint.payload(), "sha256")
     return f"{header}..{_base64(mac)}"
@@ -701,12 +704,15 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
 def _respelt(token: str, step: int) -> str:
-    """The same bytes: of the last character of a signature nobody reads the last two bits."""
+    """Change the last character by `step`. The decoded signature stays the same.
+
+    Base64 does not use the last two bits of that character.
+    """
     return token[:-1] + _ALPHABET[_ALPHABET.index(token[-1]) + step]
 
 
 def _changed(mint: _Mint, part: int) -> str:
-    """The token with one bit of the first byte of a part turned over."""
+    """Return a token with one flipped bit in the first byte of a part."""
     parts = mint.token().split(".")
     data = bytearray(_unbase64(parts[part]))
     data[0] ^= 1
@@ -854,13 +860,13 @@ _FORGERIES: dict[str, Callable[[_Mint], str]] = {
 
 @pytest.fixture
 def mint(house: _House, foreign: dict[str, str]) -> _Mint:
-    """Makes tokens of alice's, in a server that has seen some users come and go."""
+    """The mint for tokens of alice. The user `leaver` has already been removed."""
     del foreign
     return house.mints["alice"]
 
 
 def _refused(house: _House, metadata: Metadata) -> None:
-    """Fail unless every RPC answers as if there were no token, whatever is in the request."""
+    """Fail unless every RPC answers as without a token, to valid and malformed requests."""
     own = house.run("alice", forever=False)
     for name in _WITH_TOKEN:
         for data in (_request(name, own), b"\xff"):
@@ -869,7 +875,7 @@ def _refused(house: _House, metadata: Metadata) -> None:
 
 
 def test_forgeries_begin_with_what_is_accepted(house: _House, mint: _Mint) -> None:
-    """So each of those below fails for its own reason."""
+    """Unchanged tokens from the mint are valid. Each forgery below thus fails for its change."""
     for token in (
         mint.token(),
         mint.headed(),
@@ -884,7 +890,7 @@ def test_forgeries_begin_with_what_is_accepted(house: _House, mint: _Mint) -> No
 def test_forged_token_is_refused_in_the_same_words(
     house: _House, mint: _Mint, forgery: str
 ) -> None:
-    """Every RPC, streams included; and neither the caller nor the audit log has it from whom."""
+    """Every RPC refuses the token. The audit log does not name the user of a forged token."""
     metadata = [("authorization", f"Bearer {_FORGERIES[forgery](mint)}")]
     _refused(house, metadata)
     record = house.record()
@@ -927,7 +933,7 @@ _METADATA: dict[str, list[tuple[str, str | bytes]]] = {
 def test_token_in_another_form_is_refused_in_the_same_words(
     house: _House, mint: _Mint, form: str
 ) -> None:
-    """A valid token counts in the one place, and only if it is alone there."""
+    """A valid token counts only as the single `authorization: Bearer TOKEN`."""
 
     def put(value: str | bytes) -> str | bytes:
         if isinstance(value, bytes):
@@ -940,7 +946,7 @@ def test_token_in_another_form_is_refused_in_the_same_words(
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_case_of_the_scheme_does_not_matter(house: _House, mint: _Mint, scheme: str) -> None:
-    """RFC 9110, 11.1."""
+    """The scheme's name is case-insensitive (RFC 9110, 11.1)."""
     metadata: Metadata = [
         ("authorization", f"{scheme} {mint.token()}"),
         ("authorization-bin", b"x"),
@@ -948,7 +954,7 @@ def test_case_of_the_scheme_does_not_matter(house: _House, mint: _Mint, scheme: 
     assert _call(house.channel, "ListJobs", b"", metadata).code == "OK"
 
 
-# What gRPC's client would not send.
+# Headers that gRPC's client refuses to send.
 _RAW: dict[str, Callable[[bytes], list[tuple[bytes, bytes]]]] = {
     "tab": lambda token: [(b"authorization", b"Bearer\t" + token)],
     "tab after": lambda token: [(b"authorization", b"Bearer " + token + b"\t")],
@@ -961,7 +967,7 @@ _RAW: dict[str, Callable[[bytes], list[tuple[bytes, bytes]]]] = {
     "another dot": lambda token: [(b"authorization", b"Bearer " + token.replace(b".", b"\xb7"))],
     "twice": lambda token: [(b"authorization", b"Bearer " + token)] * 2,
 }
-# Those never get as far as to us.
+# Names of headers with which the call does not reach the gate as one with a token.
 _RAW_NAMES: dict[str, bytes] = {
     "in upper case": b"Authorization",
     "with a space": b"authorization ",
@@ -976,7 +982,10 @@ _RAW_NAMES: dict[str, bytes] = {
 def test_what_no_client_would_send_is_no_token_either(
     house: _House, mint: _Mint, name: str, form: str
 ) -> None:
-    """Unary and stream: the bytes of the answer are those of a call without a token."""
+    """A call with such a header is not served.
+
+    If gRPC accepts the header, the answer has the same bytes as the answer without a token.
+    """
     request = _request(name, house.run("alice", forever=False))
     token = mint.token().encode()
     ok = b"grpc-status\x010"
@@ -996,7 +1005,7 @@ def test_what_no_client_would_send_is_no_token_either(
 
 
 def _assert_ended(house: _House, token: str, certificate: str = "client") -> None:
-    """Fail unless the token is refused by every RPC like one that never was."""
+    """Fail unless every RPC refuses the token with the same answer as any invalid token."""
     with house.client(certificate=certificate) as client:
         for name in _WITH_TOKEN:
             data = _request(name, str(uuid.uuid4()))
@@ -1011,7 +1020,7 @@ def _is_accepted(house: _House, token: str) -> bool:
 def build(
     start_server: Callable[..., ServerProgram], certs: Path, tmp_path: Path
 ) -> Iterator[Callable[[Path], _House]]:
-    """Start a server with a state directory and the users root (admin) and alice."""
+    """A function that starts a server on a state directory. The users: root (admin), alice."""
     users = tmp_path / "users"
     _write_users(users, root="admin", alice="user")
     with contextlib.ExitStack() as channels:
@@ -1026,7 +1035,7 @@ def build(
 
 
 def test_stolen_token_is_useless_with_another_certificate(house: _House, mint: _Mint) -> None:
-    """Of the same CA; and the thief's own certificate does not become useless by it."""
+    """The thief's certificate is from the same CA. A login with that certificate still works."""
     _assert_ended(house, mint.token(), "other")
     assert _is_accepted(house, mint.token())
     with house.client(certificate="other") as client:
@@ -1038,7 +1047,7 @@ def test_stolen_token_is_useless_with_another_certificate(house: _House, mint: _
 
 @pytest.mark.parametrize("user", ["alice", "root"])
 def test_token_ends_with_its_time(house: _House, mint: _Mint, user: str) -> None:
-    """An hour before it is good, at its end it is not, and a stream does not go on after it."""
+    """A token is valid an hour before its end and invalid from its end. Its streams end too."""
     del mint
     of_user = house.mints[user]
     assert _is_accepted(house, of_user.token(**_issued(_LIFETIME_S - 3600)))
@@ -1050,7 +1059,7 @@ def test_token_ends_with_its_time(house: _House, mint: _Mint, user: str) -> None
     _assert_ended(house, token)
 
 
-# Whose token is to end, and the users file that ends it.
+# The user whose token ends, and the users file that ends the token.
 _OTHER_HASH = SEEDED_USERS[0].password_hash
 _CHANGES: dict[str, tuple[str, str]] = {
     "removed": ("alice", f"root:admin:{_HASH}\n"),
@@ -1064,7 +1073,10 @@ _CHANGES: dict[str, tuple[str, str]] = {
 def test_token_ends_with_a_change_of_its_user(
     build: Callable[[Path], _House], make_state: Callable[[], Path], change: str
 ) -> None:
-    """With a SIGHUP and for good; others, and the job, go on."""
+    """SIGHUP ends the token, and the token stays invalid after a restart.
+
+    Other users' tokens stay valid, and the user's job goes on.
+    """
     state = make_state()
     house = build(state)
     user, text = _CHANGES[change]
@@ -1087,7 +1099,7 @@ def test_token_ends_with_a_change_of_its_user(
 def test_token_does_not_come_back_with_the_name(
     build: Callable[[Path], _House], make_state: Callable[[], Path]
 ) -> None:
-    """Somebody else who is given the name of a removed user is not reached by their tokens."""
+    """If a new user gets the name of a removed user, the old user's tokens stay invalid."""
     house = build(make_state())
     token = house.login("alice")
     house.login("root")
@@ -1095,7 +1107,7 @@ def test_token_does_not_come_back_with_the_name(
     house.reload("alice")
     _assert_ended(house, token)
     house.users.write_text(f"root:user:{_HASH}\nalice:user:{_OTHER_HASH}\n")
-    house.reload("root")  # whose role has changed, which shows that the file was taken up
+    house.reload("root")  # root's role has changed, and a stream of root ends
     _assert_ended(house, token)
 
 
@@ -1103,9 +1115,9 @@ def test_token_does_not_come_back_with_the_name(
 def test_token_ends_with_its_logout_for_good(
     build: Callable[[Path], _House], make_state: Callable[[], Path], number: signal.Signals
 ) -> None:
-    """Its silent streams end too. The user's other tokens and streams, and the job, go on.
+    """The token's silent streams end too. The user's other token, its stream and the job go on.
 
-    The logout holds after any end of the server.
+    The token stays invalid after a restart, also if the server was killed.
     """
     state = make_state()
     house = build(state)
@@ -1128,7 +1140,7 @@ def test_token_ends_with_its_logout_for_good(
 
 # --- who the caller is ------------------------------------------------------------------
 
-# What proxies send, and frameworks believe.
+# Metadata that proxies send and that some frameworks trust.
 _CLAIMED: Metadata = [
     *((f"x-{name}", "root") for name in ("user", "user-id", "remote-user", "forwarded-user")),
     *((f"x-{name}", "admin") for name in ("role", "roles", "forwarded-role", "is-admin")),
@@ -1156,7 +1168,7 @@ _CLAIMED: Metadata = [
 def test_metadata_says_nothing_about_who_the_caller_is(
     house: _House, foreign: dict[str, str]
 ) -> None:
-    """All of it at once changes no answer, with a token and without, and nothing on record."""
+    """All this metadata at once changes neither an answer nor a line of the audit log."""
     own = house.run("alice", forever=False)
     for name in _WITH_JOB:
         for user in ("alice", "", "leaver"):
@@ -1181,7 +1193,7 @@ def test_metadata_says_nothing_about_who_the_caller_is(
 def test_user_agent_and_authority_say_nothing_about_who_the_caller_is(
     house: _House, foreign: dict[str, str], claimed: str
 ) -> None:
-    """Not even with HTTP's own headers, on the wire."""
+    """The server also ignores `user-agent` and `host`, which this test sends on the wire."""
     agents = [[], [(b"user-agent", f"{claimed}/1.0 (role=admin)".encode())]]
     more = [(b"x-user", claimed.encode()), (b"host", claimed.encode())]
     answers = {
@@ -1200,7 +1212,7 @@ def test_user_agent_and_authority_say_nothing_about_who_the_caller_is(
 
 @pytest.mark.parametrize("user", ["alice", "root"])
 def test_owner_of_a_job_is_the_tokens_subject_whatever_is_asked(house: _House, user: str) -> None:
-    """No field, known or not, and no metadata names another; the job's own USER included."""
+    """No field, known or unknown, and no metadata changes the owner or the job's USER."""
     for field in worker_pb.StartJobRequest.DESCRIPTOR.fields:
         assert field.name in {"command", "args", "limits"}, "may it name an owner? try it here"
     plain = _request("StartJob", command="sh", args=["-c", "echo $USER"])
@@ -1214,14 +1226,14 @@ def test_owner_of_a_job_is_the_tokens_subject_whatever_is_asked(house: _House, u
             with house.client(user) as client:
                 output = b"".join(client.stream(job_id))
                 assert client.status(job_id).owner == user
-            if os.geteuid() == 0:  # else all jobs run as the server's own user
+            if os.geteuid() == 0:  # otherwise all jobs run as the server's own user
                 assert output == f"{user}\n".encode()
             data_of_status = _request("GetJobStatus", job_id)
             assert house.call("bob", "GetJobStatus", data_of_status) == _NO_JOB
 
 
 def test_certificate_says_nothing_about_the_role(house: _House) -> None:
-    """It is the user who has a role: a login with any certificate of the CA is theirs alone."""
+    """The permissions depend on the user who logs in, not on the certificate of the login."""
     job_id = house.run("alice", forever=False)
     with house.client(certificate="other") as client:
         client.login("alice", _PASSWORD)
@@ -1236,10 +1248,10 @@ def test_certificate_says_nothing_about_the_role(house: _House) -> None:
 
 
 def test_no_log_has_a_token_or_password(house: _House, mint: _Mint) -> None:
-    """Good, forged, ended or misplaced; nor the parts of one. Each call is on record, though."""
+    """The logs have no part of any token: valid, forged, expired, revoked or misplaced."""
     good, forged, out = mint.token(), mint.headed(key=bytes(32)), mint.token()
     ended = mint.token(**_issued(_LIFETIME_S))
-    assert house.call("alice", "ListJobs", b"", _bearer(good)) == _NO_TOKEN  # two of them
+    assert house.call("alice", "ListJobs", b"", _bearer(good)) == _NO_TOKEN  # two tokens
     assert _is_accepted(house, good)
     assert not _is_accepted(house, forged)
     assert not _is_accepted(house, ended)
@@ -1251,7 +1263,7 @@ def test_no_log_has_a_token_or_password(house: _House, mint: _Mint) -> None:
     login = _request("Login", username="alice", password=secret)
     assert _call(house.channel, "Login", login, _bearer(good)).code == "UNAUTHENTICATED"
     assert house.record()["outcome"] == "UNAUTHENTICATED"
-    for form in _RAW.values():  # gRPC has things to say about what is not UTF-8
+    for form in _RAW.values():  # gRPC logs something about headers that are not UTF-8
         _wire(house, "ListJobs", b"", form(good.encode()))
     assert "Traceback" not in house.program.log.read_text()
     logs = house.program.log.read_text() + (house.state / "audit.log").read_text()
