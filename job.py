@@ -186,10 +186,11 @@ class RunningJob:
         self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
         self._pid = pid
-        # Open until the job has ended. The job's thread closes them; alone it uses the first two.
+        # Only the job's thread uses the first two, and closes all three when the job has ended:
+        # the last one under the lock, because `kill` uses it.
         self._output_fd = spare.output_fd
         self._exit_fd = spare.exit_fd
-        self._pidfd = pidfd  # closed under the lock
+        self._pidfd = pidfd
         self._started_at = started_at
         self._buffers = buffers
         self._finish = finish

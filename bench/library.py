@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from bench.harness import MIB, fail, in_turn, print_heading, report, report_ratio, seconds
+from bench.harness import MIB, fail, in_turn, print_heading
+from bench.stream import JobRun, report_job_runs, through_cat, timed
 from worker import Worker
 
 if TYPE_CHECKING:
@@ -40,18 +38,6 @@ _JOBS = {
 _TIMED = 's=$(date +%s%N); "$0" "$@"; e=$(date +%s%N); printf "%020d%020d" $s $e'
 
 
-class _Run(NamedTuple):
-    """What was measured of one job. The times are in seconds since the command began.
-
-    `took_s`: when the command ended. `slowest`: the share of the output that the slowest follower
-    had then. `last_s`: when the last follower had all output.
-    """
-
-    took_s: float
-    slowest: float
-    last_s: float
-
-
 def _follow(worker: Worker, job_id: str) -> list[tuple[float, int]]:
     """Read all output; return for each chunk the time and the number of bytes read so far."""
     progress, size = [], 0
@@ -62,7 +48,7 @@ def _follow(worker: Worker, job_id: str) -> list[tuple[float, int]]:
     return progress
 
 
-def _run(worker: Worker, argv: Sequence[str], size: int, count: int) -> _Run:
+def _run(worker: Worker, argv: Sequence[str], size: int, count: int) -> JobRun:
     job_id = worker.start("sh", ["-c", _TIMED, *argv])
     with ThreadPoolExecutor(count) as pool:
         each = list(pool.map(functools.partial(_follow, worker), [job_id] * count))
@@ -74,19 +60,7 @@ def _run(worker: Worker, argv: Sequence[str], size: int, count: int) -> _Run:
     begin, end = int(stamps[:20]) / 1e9, int(stamps[20:]) / 1e9
     had = [max((n for at, n in progress if at <= end), default=0) for progress in each]
     last_s = max(progress[-1][0] for progress in each) - begin
-    return _Run(end - begin, min(had) / size, last_s)
-
-
-def _through_cat(argv: Sequence[str]) -> None:
-    with (
-        tempfile.TemporaryFile() as file,
-        subprocess.Popen(argv, stdout=subprocess.PIPE) as job,
-    ):
-        subprocess.run(["cat"], stdin=job.stdout, stdout=file, check=True)
-
-
-def _timed(argv: Sequence[str]) -> _Run:
-    return _Run(seconds(functools.partial(_through_cat, argv)), 0.0, 0.0)
+    return JobRun(end - begin, min(had) / size, last_s)
 
 
 def bench_library() -> None:
@@ -94,23 +68,9 @@ def bench_library() -> None:
     print_heading("Followers in the worker's program: the job's rate / into job | cat >file")
     with contextlib.closing(Worker(enforcement="off")) as worker:
         for what, (argv, size) in _JOBS.items():
-            measures: dict[str, Callable[[], _Run]] = {
+            measures: dict[str, Callable[[], JobRun]] = {
                 "1 follower": functools.partial(_run, worker, argv, size, 1),
                 "10 followers": functools.partial(_run, worker, argv, size, 10),
-                "floor": functools.partial(_timed, argv),
+                "floor": functools.partial(timed, functools.partial(through_cat, argv)),
             }
-            found = in_turn(measures, _ROUNDS)
-            floor = [size / run.took_s / 1e6 for run in found.pop("floor")]
-            for who, runs in found.items():
-                rate = [size / run.took_s / 1e6 for run in runs]
-                detail = f"{statistics.median(rate):.0f} / {statistics.median(floor):.0f} MB/s"
-                aim = ">= 0.5" if who == "10 followers" else ">= 0.9"
-                report_ratio(f"{what}, {who}", rate, floor, detail, aim)
-            ten = found["10 followers"]
-            for name, values, unit in (
-                ("the slowest's share when the job ends", [run.slowest for run in ten], ""),
-                ("the last has all after", [run.last_s for run in ten], " s"),
-                ("the job has ended after", [run.took_s for run in ten], " s"),
-            ):
-                value = f"{statistics.median(values):.2f}{unit}"
-                report(f"  of 10, {name}", value, f"{min(values):.2f} to {max(values):.2f}")
+            report_job_runs(what, in_turn(measures, _ROUNDS), size)

@@ -53,13 +53,17 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "JobRun",
     "bench_delay",
     "bench_followers",
     "bench_job_rate",
     "bench_merging",
     "bench_silence",
     "bench_stream",
+    "report_job_runs",
     "stalling",
+    "through_cat",
+    "timed",
 ]
 
 _STREAM_BYTES = 128 * MIB
@@ -131,7 +135,7 @@ def bench_stream(service: Service, floor: Floor) -> None:
     def run(argv: Sequence[str], size: int) -> None:
         job_id = client.start(argv[0], argv[1:])
         follow(job_id, size)
-        # This frees the memory of the output, as the end of `_through_cat` frees its file. A
+        # This frees the memory of the output, as the end of `through_cat` frees its file. A
         # virtual machine may have to ask its host for each page that it never used before; then
         # it writes at a fifth of its speed.
         client.remove(job_id)
@@ -154,9 +158,9 @@ def bench_stream(service: Service, floor: Floor) -> None:
     ) | times_s(
         {
             "job": lambda: run(argv, size),
-            "cat": lambda: _through_cat(argv),
+            "cat": lambda: through_cat(argv),
             "lines": lambda: run(lines, size // 4),
-            "lines cat": lambda: _through_cat(lines),
+            "lines cat": lambda: through_cat(lines),
         },
         1,
     )
@@ -179,7 +183,8 @@ def _report_rates(
     report_ratio(what, ours, theirs, detail, aim)
 
 
-def _through_cat(argv: Sequence[str]) -> None:
+def through_cat(argv: Sequence[str]) -> None:
+    """Run `argv` with its output through a plain pipe into `cat >file`."""
     with (
         tempfile.TemporaryFile() as file,
         subprocess.Popen(argv, env=_JOB_ENVIRONMENT, stdout=subprocess.PIPE) as job,
@@ -351,7 +356,7 @@ def bench_followers(service: Service) -> None:
         report(f"{count:,} followers", f"{rate:.0f} MB/s", spread, bar)
 
 
-class _JobRun(NamedTuple):
+class JobRun(NamedTuple):
     """What was measured of one job. The times are in seconds since the job began.
 
     `took_s`: when the job ended. `slowest`: the share of the output that the slowest follower had
@@ -365,7 +370,7 @@ class _JobRun(NamedTuple):
 
 def _run_job(
     service: Service, argv: Sequence[str], size: int, count: int, *, stalled: bool = False
-) -> _JobRun:
+) -> JobRun:
     """Run a job that writes `size` bytes. Its followers all read, or with `stalled` all do not.
 
     After its output the job writes the times at which it began and ended.
@@ -385,13 +390,14 @@ def _run_job(
             stamps = b"".join(service.client.stream(job_id, offset=first + size))
     begin, end = int(stamps[:20]) / 1e9, int(stamps[20:]) / 1e9
     if not progress:
-        return _JobRun(end - begin)
+        return JobRun(end - begin)
     had = [max((n for t, n in each if t <= end), default=0) for each in progress]
-    return _JobRun(end - begin, min(had) / size, max(each[-1][0] for each in progress) - begin)
+    return JobRun(end - begin, min(had) / size, max(each[-1][0] for each in progress) - begin)
 
 
-def _timed(call: Callable[[], object]) -> _JobRun:
-    return _JobRun(seconds(call))
+def timed(call: Callable[[], object]) -> JobRun:
+    """Return how long the call takes, as a run without followers."""
+    return JobRun(seconds(call))
 
 
 def bench_job_rate(service: Service) -> None:
@@ -402,26 +408,30 @@ def bench_job_rate(service: Service) -> None:
         ("as fast as it can", ["head", "-c", str(_ZEROS_BYTES), "/dev/zero"], _ZEROS_BYTES),
     ):
         run = functools.partial(_run_job, service, argv, size)
-        cat = functools.partial(_through_cat, argv)
-        measures: dict[str, Callable[[], _JobRun]] = {
+        cat = functools.partial(through_cat, argv)
+        measures: dict[str, Callable[[], JobRun]] = {
             "1 follower": functools.partial(run, 1),
             "10 followers": functools.partial(run, 10),
             "100 that do not read": functools.partial(run, 100, stalled=True),
-            "floor": functools.partial(_timed, cat),
+            "floor": functools.partial(timed, cat),
         }
-        found = in_turn(measures, _JOB_ROUNDS)
-        floor_s = [each.took_s for each in found.pop("floor")]
-        for who, runs in found.items():
-            aim = ">= 0.5" if who == "10 followers" else ">= 0.9"
-            _report_rates(f"{what}, {who}", [each.took_s for each in runs], floor_s, size, aim)
-        ten = found["10 followers"]
-        for when, values, unit in (
-            ("the slowest's share when the job ends", [each.slowest for each in ten], ""),
-            ("the last has all after", [each.last_s for each in ten], " s"),
-            ("the job has ended after", [each.took_s for each in ten], " s"),
-        ):
-            value = f"{statistics.median(values):.2f}{unit}"
-            report(f"  of 10, {when}", value, f"{min(values):.2f} to {max(values):.2f}")
+        report_job_runs(what, in_turn(measures, _JOB_ROUNDS), size)
+
+
+def report_job_runs(what: str, found: dict[str, list[JobRun]], size: int) -> None:
+    """Report the runs of a job of `size` bytes: rates against those of "floor"; ten followers."""
+    floor_s = [each.took_s for each in found.pop("floor")]
+    for who, runs in found.items():
+        aim = ">= 0.5" if who == "10 followers" else ">= 0.9"
+        _report_rates(f"{what}, {who}", [each.took_s for each in runs], floor_s, size, aim)
+    ten = found["10 followers"]
+    for when, values, unit in (
+        ("the slowest's share when the job ends", [each.slowest for each in ten], ""),
+        ("the last has all after", [each.last_s for each in ten], " s"),
+        ("the job has ended after", [each.took_s for each in ten], " s"),
+    ):
+        value = f"{statistics.median(values):.2f}{unit}"
+        report(f"  of 10, {when}", value, f"{min(values):.2f} to {max(values):.2f}")
 
 
 def bench_delay(service: Service, floor: Floor) -> None:
