@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS", "find_token"]
 
+# With these errors a stream breaks off in the middle, and can be continued later.
+_MAY_CONTINUE = {"UNAVAILABLE", "UNAUTHENTICATED", "CANCELLED", "INTERNAL", "UNKNOWN"}
+
 # --- showing jobs -----------------------------------------------------------------------
 
 
@@ -80,14 +83,15 @@ def _output(job: worker_pb.Job) -> str:
     return f"{job.output_bytes} bytes{lost}"
 
 
-def _state(fields: dict[str, Any]) -> str:
-    status = str(fields["status"])
-    if fields["end_reason"] is None:
+def _state(job: dict[str, Any]) -> str:
+    """Return how a job ended, or that it runs. `job`: the fields of `Job`."""
+    status = str(job["status"])
+    if job["end_reason"] is None:
         return status
     reason = {
-        "EXITED": f"exited with code {fields['exit_code']}",
-        "SIGNALLED": f"killed by {_signal_name(fields['signal'])}",
-    }.get(fields["end_reason"], fields["end_reason"].lower().replace("_", " "))
+        "EXITED": f"exited with code {job['exit_code']}",
+        "SIGNALLED": f"killed by {_signal_name(job['signal'])}",
+    }.get(job["end_reason"], job["end_reason"].lower().replace("_", " "))
     return f"{status} ({reason})"
 
 
@@ -345,18 +349,26 @@ def _for_each(job_ids: Sequence[str], do: Callable[[str], object]) -> None:
 def _stream(client: Client, arguments: argparse.Namespace) -> None:
     offset = arguments.offset
     (job_id,) = arguments.job
+    chunks = client.stream(job_id, offset)
     try:
-        for data in client.stream(job_id, offset):
+        for data in chunks:
             left = memoryview(data)
             while left:  # with PYTHONUNBUFFERED a write may be partial
                 left = left[sys.stdout.buffer.write(left) :]
             sys.stdout.buffer.flush()
             offset += len(data)
     except ClientError as error:
-        if error.code == "UNAVAILABLE" and offset > arguments.offset:
+        if error.code in _MAY_CONTINUE and offset > arguments.offset:
             message = f"{error}; to continue from here, use --offset {offset}"
             raise ClientError(message, error.code) from error
         raise
+    finally:
+        chunks.close()
+    if chunks.end is None:
+        raise ClientError("the server did not say how the job ended; the output may be incomplete")
+    if chunks.end.end_reason != "EXITED":
+        state = _state(vars(chunks.end))
+        raise ClientError(f"the job did not end by itself: {state}; the output may be incomplete")
 
 
 def _remove(client: Client, arguments: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from units import parse_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
     from typing import Any, Self
 
@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 
     import workerservice_pb2 as worker_pb
 
-__all__ = ["DEFAULT_CERTS", "DEFAULT_SERVER", "Client", "ClientError", "check_address"]
+__all__ = [
+    "DEFAULT_CERTS",
+    "DEFAULT_SERVER",
+    "Client",
+    "ClientError",
+    "JobEnd",
+    "OutputStream",
+    "check_address",
+]
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_CERTS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "certs")
@@ -66,6 +74,62 @@ class ClientError(Exception):
         super().__init__(message)
         self.code = code
         self.retry_after_s = retry_after_s
+
+
+class JobEnd:
+    """How a job ended, in the names of `workerservice.proto`.
+
+    Attributes: `status` ("FINISHED"), `end_reason` ("EXITED"), `exit_code` and `signal` (None
+    unless the command exited, or a signal killed it).
+    """
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        self.status = metadata["job-status"]
+        self.end_reason = metadata.get("job-end-reason", "")
+        self.exit_code = _whole_number(metadata.get("job-exit-code", ""))
+        self.signal = _whole_number(metadata.get("job-signal", ""))
+
+
+class OutputStream:
+    """A job's output: an iterator of bytes, which come as the job writes them.
+
+    It ends when the job has ended and all of the output was read. Each step blocks while the job
+    writes nothing, and may raise `ClientError`. Attribute: `end`, which says how the job ended;
+    None until the stream has ended, and if it broke off before the job's end.
+
+    One thread iterates; any thread may `close`.
+    """
+
+    def __init__(
+        self, call: Any, rpc_error: type[Exception], explain: Callable[[Any], ClientError]
+    ) -> None:
+        self._call = call
+        self._rpc_error = rpc_error
+        self._explain = explain
+        self.end: JobEnd | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            data: bytes = next(self._call).data
+        except StopIteration:
+            self._find_end()
+            raise
+        except self._rpc_error as error:
+            self._find_end()
+            raise self._explain(error) from error
+        return data
+
+    def _find_end(self) -> None:
+        metadata = {item.key: str(item.value) for item in self._call.trailing_metadata() or ()}
+        if "job-status" in metadata:
+            self.end = JobEnd(metadata)
+
+    def close(self) -> None:
+        """End the stream; idempotent. A thread that waits for output gets a `ClientError`."""
+        self._call.cancel()
 
 
 class Client:
@@ -179,20 +243,11 @@ class Client:
         ).jobs
         return jobs
 
-    def stream(self, job_id: str, offset: int = 0) -> Generator[bytes, None, None]:
-        """Yield the job's output from byte `offset` on, as the job writes it, until the job ends.
-
-        Closing the generator ends the stream.
-        """
+    def stream(self, job_id: str, offset: int = 0) -> OutputStream:
+        """Begin to read the job's output from byte `offset` on; see `OutputStream`."""
         request = self._worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
         call = self._worker.StreamOutput(request, metadata=self._metadata())
-        try:
-            for response in call:
-                yield response.data
-        except self._rpc_error as error:
-            raise self._explain(error) from error
-        finally:
-            call.cancel()
+        return OutputStream(call, self._rpc_error, self._explain)
 
     def close(self) -> None:
         """Disconnect and end the open streams. Idempotent."""
@@ -227,8 +282,8 @@ class Client:
             details = f"{self._server} did not answer within {_CALL_TIMEOUT_S:g} s"
         retry_after_s = None
         for item in error.trailing_metadata() or ():
-            if item.key == "retry-after" and _is_seconds(str(item.value)):
-                retry_after_s = int(item.value)
+            if item.key == "retry-after":
+                retry_after_s = _whole_number(str(item.value))
         return ClientError(" ".join(details.split()) or code, code, retry_after_s)
 
 
@@ -275,8 +330,10 @@ def _is_token(text: str) -> bool:
     return len(text) <= _MAX_TOKEN_CHARS and text.isascii() and text.isprintable()
 
 
-def _is_seconds(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 9  # noqa: PLR2004 -- 30 years
+def _whole_number(text: str) -> int | None:
+    """Return the number in a server's metadata; None if it is none, or has over 9 digits."""
+    is_number = text.isascii() and text.isdecimal() and len(text) <= 9  # noqa: PLR2004
+    return int(text) if is_number else None
 
 
 def _read_all(paths: Sequence[str]) -> list[bytes]:

@@ -228,18 +228,19 @@ class _WorkerServicer:
     ) -> Iterator[bytes]:
         """Subscribe and record the call; return a generator of serialized messages."""
         job_id, _ = self._reach(request.job_id, call)
+        job = self._worker.observe(job_id)
         with contextlib.ExitStack() as ending:
             ending.callback(self._quotas.stream(call.caller.name))
             chunks = ending.enter_context(
                 self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
             )
             call.record()
-            return self._stream(request.offset, chunks, ending.pop_all(), call)
+            return self._stream(chunks, job, ending.pop_all(), call)
 
     def _stream(
         self,
-        offset: int,
         chunks: worker.Subscription,
+        job: Callable[[], Job],
         ending: contextlib.ExitStack,
         call: Call,
     ) -> Iterator[bytes]:
@@ -249,20 +250,32 @@ class _WorkerServicer:
             if not call.context.add_callback(chunks.close):
                 return
             ending.callback(self._authenticator.watch(call.caller, chunks.close))
-            chunks.chunk_bytes = self._untaken.room
-            for chunk in chunks:
-                if call.caller.has_expired():
-                    break  # `watch` closes the subscription for every other reason
-                message = [_serialized(chunk, offset)]
-                size = len(chunk)
-                offset += size
-                # `yield` blocks while the client does not read. No variable may keep the message
-                # alive meanwhile.
-                del chunk
-                with self._untaken.held(size):
-                    yield message.pop()
-            if not self._authenticator.is_valid(call.caller):
-                raise auth.TokenError
+            try:
+                yield from self._messages(chunks, call)
+            except (worker.OutputIncompleteError, worker.OffsetError):
+                call.context.set_trailing_metadata(_end(job(), chunks.offset))
+                raise
+            state = job()
+            if state.status is not Status.RUNNING:  # otherwise the client has gone
+                call.context.set_trailing_metadata(_end(state, chunks.offset))
+            if state.end_reason is EndReason.CLOSED:
+                raise worker.WorkerClosedError
+
+    def _messages(self, chunks: worker.Subscription, call: Call) -> Iterator[bytes]:
+        """Yield the output. Raises `TokenError` if the caller's token ends meanwhile."""
+        chunks.chunk_bytes = self._untaken.room
+        for chunk in chunks:
+            if call.caller.has_expired():
+                break  # `watch` closes the subscription for every other reason
+            size = len(chunk)
+            message = [_serialized(chunk, chunks.offset - size)]
+            # `yield` blocks while the client does not read. No variable may keep the message
+            # alive meanwhile.
+            del chunk
+            with self._untaken.held(size):
+                yield message.pop()
+        if not self._authenticator.is_valid(call.caller):
+            raise auth.TokenError
 
     def ListJobs(  # noqa: N802
         self,
@@ -349,6 +362,18 @@ def _end_reason(job: Job) -> worker_pb.EndReason:
     if job.end_reason is EndReason.STOPPED:
         return _STOP_REASONS[job.stop_reason]
     return _END_REASONS[job.end_reason]
+
+
+def _end(job: Job, offset: int) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata of a stream that ends with its job before byte `offset`."""
+    named = {
+        "job-status": worker_pb.Status.Name(_STATUSES[job.status]),
+        "job-end-reason": worker_pb.EndReason.Name(_end_reason(job)),
+        "job-exit-code": job.exit_code,
+        "job-signal": job.signal,
+        "next-offset": offset,
+    }
+    return tuple((name, str(value)) for name, value in named.items() if value is not None)
 
 
 def _fields(value: Limits | Usage) -> dict[str, Any]:

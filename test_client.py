@@ -32,7 +32,7 @@ import cli as cli_module
 import commands
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
-from testkit import ABSENT, GUARD_S, clean_environment
+from testkit import ABSENT, GUARD_S, clean_environment, make_fifo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -475,8 +475,8 @@ def test_token_is_not_in_the_process_list_while_a_stream_waits(
         assert process.stdout.readline() == b"ready\n"
         assert _arguments_of(process) == ["stream", "-t", "*" * len(tokens["user"]), "-j", job_id]
         connect().stop(job_id)
-        assert process.communicate(timeout=GUARD_S) == (b"", b"")
-    assert process.returncode == 0
+        stdout, stderr = process.communicate(timeout=GUARD_S)
+    assert (stdout, b"STOPPED (stopped by owner)" in stderr) == (b"", True)
 
 
 def test_only_the_own_process_loses_its_arguments(
@@ -793,11 +793,11 @@ def test_json_list_holds_what_status_shows(run: Callable[..., str]) -> None:
     ],
 )
 def test_status_tells_a_human_how_the_job_ended(
-    run: Callable[..., str], script: str, end: str
+    run: Callable[..., str], connect: Connect, script: str, end: str
 ) -> None:
     """It prints a line for each property."""
     job_id = run("start", "sh", "-c", f"printf four; {script}").strip()
-    run("stream", "-j", job_id)
+    list(connect().stream(job_id))
     shown = dict(line.split(maxsplit=1) for line in run("status", "-j", job_id).splitlines())
     assert list(shown) == [
         *("job", "owner", "command", "status", "started", "ended"),
@@ -1054,8 +1054,77 @@ def test_stream_writes_what_comes_when_it_comes(cli: _Program, connect: Connect)
         assert process.stdout
         assert process.stdout.read(4) == b"half"
         connect().stop(job_id)
-        assert process.communicate(timeout=GUARD_S) == (b"", b"")
-    assert process.returncode == 0
+        assert process.communicate(timeout=GUARD_S)[0] == b""
+
+
+@pytest.mark.parametrize(
+    ("script", "end"),
+    [
+        ("echo ready; read _ <FIFO; exit 3", None),
+        ("echo ready; read _ <FIFO; kill -SEGV $$", "FINISHED (killed by SIGSEGV)"),
+        ("echo ready; exec sleep infinity", "STOPPED (stopped by admin)"),
+    ],
+)
+def test_stream_exits_with_1_if_the_job_did_not_end_by_itself(
+    cli: _Program, connect: Connect, public: Path, script: str, end: str | None
+) -> None:
+    """The line says how the job ended. An exit code of the job is an end by itself."""
+    fifo = make_fifo(public / "fifo")
+    job_id = connect().start("sh", ["-c", script.replace("FIFO", str(fifo))])
+    with cli.start("stream", "-j", job_id) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        if "FIFO" in script:
+            fifo.write_text("go on\n")
+        else:
+            connect("admin").stop(job_id)
+        _, stderr = process.communicate(timeout=GUARD_S)
+    line = f"client: the job did not end by itself: {end}; the output may be incomplete\n"
+    assert (process.returncode, stderr.decode()) == ((1, line) if end else (0, ""))
+
+
+def test_stream_exits_with_1_when_the_server_shuts_down(
+    cli: _Program, connect: Connect, start_server: Callable[..., ServerProgram]
+) -> None:
+    """The line says it in words of our own, and where to continue."""
+    program = start_server()
+    job_id = connect("user", program.address).start(_SILENT[0], _SILENT[1:])
+    with cli.start("stream", "--server", program.address, "-j", job_id) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        program.end()
+        _, stderr = process.communicate(timeout=GUARD_S)
+    assert (process.returncode, stderr.decode()) == (
+        1,
+        "client: the server is shutting down; to continue from here, use --offset 6\n",
+    )
+
+
+def test_stream_exits_with_1_if_the_server_does_not_say_how_the_job_ended(
+    cli: _Program, pretend: Pretend
+) -> None:
+    """A stream that ends with OK only is not taken for a whole output."""
+    address = pretend(StreamOutput=lambda _: [worker_pb.StreamOutputResponse(data=b"half")])
+    assert cli.run("stream", "-j", ABSENT, "--server", address) == (
+        1,
+        b"half",
+        "client: the server did not say how the job ended; the output may be incomplete\n",
+    )
+
+
+def test_stream_whose_token_ends_tells_where_to_go_on(cli: _Program, connect: Connect) -> None:
+    """As with any other stream that breaks off."""
+    with connect("") as login:
+        token, _ = login.login("user", "user")
+        job_id = connect().start(_SILENT[0], _SILENT[1:])
+        with cli.start("stream", "-t", token, "-j", job_id) as process:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n"
+            login.logout()
+            _, stderr = process.communicate(timeout=GUARD_S)
+    connect().stop(job_id)
+    assert process.returncode == 1
+    assert re.fullmatch(rb"client: no valid token; [^\n]+ --offset 6\n", stderr)
 
 
 def test_stream_into_a_pipe_that_closes_ends_quietly(cli: _Program, connect: Connect) -> None:

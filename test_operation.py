@@ -33,7 +33,9 @@ from testkit import ABSENT, FOREVER, GUARD_S, ServerProgram, children_of, clean_
 from users import SEEDED_USERS, Role, User, make_user
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from connection import OutputStream
 
     Connect = Callable[..., Client]
     Start = Callable[..., "_Program"]
@@ -193,7 +195,7 @@ def _finish(client: Client, command: str = "true", args: Sequence[str] = ()) -> 
     return job_id
 
 
-def _follow(client: Client, job_id: str) -> Generator[bytes, None, None]:
+def _follow(client: Client, job_id: str) -> OutputStream:
     """Open a stream of a job that is `FOREVER`; the server has admitted it when this returns."""
     chunks = client.stream(job_id)
     assert next(chunks) == b"ready\n"
@@ -533,7 +535,7 @@ def test_running_jobs_and_streams_have_ceilings_that_every_end_gives_back(
     assert [list(each) for each in streams] == [[], []]
 
 
-def _follow_when_admitted(client: Client, job_id: str) -> Generator[bytes, None, None]:
+def _follow_when_admitted(client: Client, job_id: str) -> OutputStream:
     """Like `_follow`, repeated until the server has noticed that the former client is gone."""
     deadline = time.monotonic() + GUARD_S
     while True:

@@ -834,6 +834,105 @@ def test_stream_ends_on_stop_when_the_status_is_already_terminal(connect: Connec
         stop.result(GUARD_S)
 
 
+def _read(client: Client, job_id: str, offset: int = 0) -> tuple[str, dict[str, str]]:
+    """Read a stream to its end; return its status code and its trailing metadata."""
+    request = worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
+    call = client._worker.StreamOutput(request, metadata=client._metadata(), timeout=GUARD_S)
+    with contextlib.suppress(grpc.RpcError):
+        list(call)
+    metadata = {item.key: item.value for item in call.trailing_metadata()}
+    return call.code().name, metadata
+
+
+@pytest.mark.parametrize(
+    ("script", "end"),
+    [
+        ("printf 12345", {"job-end-reason": "EXITED", "job-exit-code": "0"}),
+        ("printf 12345; exit 255", {"job-end-reason": "EXITED", "job-exit-code": "255"}),
+        ("printf 12345; kill -SEGV $$", {"job-end-reason": "SIGNALLED", "job-signal": "11"}),
+    ],
+)
+def test_stream_tells_how_its_job_ended(connect: Connect, script: str, end: dict[str, str]) -> None:
+    """Status, reason, and exit code or signal are in the trailing metadata, at any time."""
+    job_id = connect().start("sh", ["-c", script])
+    expected = {"job-status": "FINISHED", "next-offset": "5"} | end
+    assert _read(connect(), job_id) == ("OK", expected)
+    assert _read(connect(), job_id, offset=5) == ("OK", expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("user", "STOPPED_BY_OWNER"), ("admin", "STOPPED_BY_ADMIN")]
+)
+def test_stream_of_a_stopped_job_says_who_stopped_it(
+    connect: Connect, name: str, reason: str
+) -> None:
+    """Also a stream that was waiting for output, and also once the job is removed."""
+    job_id = connect().start(*FOREVER)
+    stream = follow(connect(), job_id)
+    connect(name).stop(job_id)
+    connect(name).remove(job_id)
+    assert list(stream) == []
+    assert vars(stream.end) == {
+        "status": "STOPPED",
+        "end_reason": reason,
+        "exit_code": None,
+        "signal": 9,
+    }
+
+
+def test_stream_that_ends_with_an_error_of_its_job_tells_the_end_too(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """Output that was not kept, and an offset that the output does not reach."""
+    config = tmp_path / "config.toml"
+    config.write_text('[per_job]\nkept_output = "4"\n')
+    client = connect(address=serve(config=config).address)
+    end = {"job-status": "FINISHED", "job-end-reason": "EXITED", "job-exit-code": "0"}
+    job_id = client.start("echo", ["12345"])
+    assert _read(client, job_id) == ("DATA_LOSS", end | {"next-offset": "4"})
+    fifo = make_fifo(tmp_path / "fifo")
+    job_id = client.start("sh", ["-c", f"read _ <{fifo}; exec printf 12"])
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(_read, client, job_id, 9)
+        fifo.write_text("go on\n")
+        code, metadata = reading.result(GUARD_S)
+    assert code == "OUT_OF_RANGE"
+    # The stream may have begun after the job's end, so that the server refused it at once.
+    assert not metadata or metadata == end | {"next-offset": "9"}
+
+
+def test_stream_ends_with_unavailable_at_shutdown(serve: Serve, connect: Connect) -> None:
+    """It tells that the shutdown ended the job, and the offset to continue from."""
+    server = serve()
+    client = connect(address=server.address)
+    job_id = client.start(*FOREVER)
+    request = worker_pb.StreamOutputRequest(job_id=job_id)
+    call = client._worker.StreamOutput(request, metadata=client._metadata(), timeout=GUARD_S)
+    assert next(call).data == b"ready\n"
+    server.stop()
+    with pytest.raises(grpc.RpcError):
+        next(call)
+    metadata = {item.key: item.value for item in call.trailing_metadata()}
+    assert (call.code().name, call.details()) == ("UNAVAILABLE", "the server is shutting down")
+    assert metadata == {
+        "job-status": "STOPPED",
+        "job-end-reason": "SERVER_SHUTDOWN",
+        "job-signal": "9",
+        "next-offset": "6",
+    }
+
+
+def test_stream_of_a_lost_job_says_so(serve: Serve, connect: Connect) -> None:
+    """Nobody knows the exit code."""
+    server = serve()
+    client = connect(address=server.address)
+    stream = follow(client, client.start(*FOREVER))
+    os.kill(_worker_of(server)._spawner.pid, signal.SIGKILL)
+    assert list(stream) == []
+    assert stream.end
+    assert (stream.end.end_reason, stream.end.exit_code, stream.end.signal) == ("LOST", None, None)
+
+
 def test_grandchild_that_holds_the_output_does_not_keep_the_stream_open(connect: Connect) -> None:
     """When the command exits, the worker kills the grandchild and the stream ends."""
     client = connect()
@@ -890,7 +989,7 @@ def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
         "all 3 output streams are in use (in_all.streams); try again later",
     )
     # The job writes nothing: the server must notice the closed stream without output.
-    followers[1].close()  # type: ignore[attr-defined]
+    followers[1].close()
     slots.await_freed()
     followers[1] = follow(client, job_id)
     client.stop(job_id)
@@ -1010,7 +1109,7 @@ def test_subscribers_are_shown_while_they_stream_and_not_after(
     changed = output._changed
     assert changed is not None
     for number, expected in ((2, ["user"]), (1, ["user"]), (0, [])):
-        streams[number].close()  # type: ignore[attr-defined]
+        streams[number].close()
         with changed:
             assert changed.wait_for(
                 lambda n=number: len(output._subscriptions) == n,  # type: ignore[misc]

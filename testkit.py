@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import MethodDescriptor
 
     from client import Client
+    from connection import OutputStream
     from worker import Worker
 
 _HERE = Path(__file__).resolve().parent
@@ -388,7 +389,7 @@ def run_job(
     return job_id
 
 
-def follow(client: Client, job_id: str) -> Iterator[bytes]:
+def follow(client: Client, job_id: str) -> OutputStream:
     """Follow a job that was started with `FOREVER`, from after the only line it writes."""
     chunks = client.stream(job_id)
     if next(chunks) != b"ready\n":

@@ -389,6 +389,13 @@ class Worker:
         """Return what is known of the job. Raises `UnknownJobError`."""
         return self._job(job_id).snapshot()
 
+    def observe(self, job_id: str) -> Callable[[], Job]:
+        """Return a function that returns the job's state, also after the job was removed.
+
+        Raises `UnknownJobError`.
+        """
+        return self._job(job_id).snapshot
+
     def list(self, *, owner: str | None = None) -> tuple[Job, ...]:
         """Return all jobs, or those of `owner`, in the order they were started.
 

@@ -109,10 +109,17 @@ class WorkerServiceServicer:
         Ends when the job has ended and all of its output was sent. Several callers may
         read the same job at once, each at its own speed, and may begin at any time.
 
+        A stream that ends with its job says how the job ended, in its trailing metadata:
+        `job-status` and `job-end-reason` are names from Status and EndReason, `job-exit-code`
+        or `job-signal` is a number and absent if Job has none, and `next-offset` is the
+        offset after the last byte sent. Output of a job that did not end by itself may lack
+        what the job would have written.
+
         Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, OUT_OF_RANGE (the job has
         ended with less output than `offset`), RESOURCE_EXHAUSTED (the ceiling of open
         streams is reached), DATA_LOSS (at the end of the stream: the server did not keep
-        all of the output; `Job.output_lost_bytes` says how much is missing).
+        all of the output; `Job.output_lost_bytes` says how much is missing), UNAVAILABLE
+        (the server is shutting down, so the job was stopped; has the same metadata).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
