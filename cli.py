@@ -236,6 +236,12 @@ def _add_login(parser: argparse.ArgumentParser) -> None:
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--command", metavar="COMMAND", help="the command; no shell reads it")
+    parser.add_argument(
+        "--request-id",
+        metavar="UUID",
+        help="names this start: another start with the same UUID prints the ID of the same job, "
+        "and starts none (default: a new UUID)",
+    )
     for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():
         parser.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
     parser.add_argument(

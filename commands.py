@@ -306,8 +306,21 @@ def _logout(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
+    import uuid
+
     limits = {name: getattr(arguments, name) for name in LIMIT_FIELDS}
-    print(printable(client.start(arguments.command, arguments.args, **limits)))
+    request_id = arguments.request_id or str(uuid.uuid4())
+    try:
+        job_id = client.start(arguments.command, arguments.args, request_id=request_id, **limits)
+    except ClientError as error:
+        if not error.is_open:
+            raise
+        raise ClientError(
+            f"{error}; there may be a job: to get its ID, repeat this start with --request-id "
+            f"{request_id}",
+            error.code,
+        ) from error
+    print(printable(job_id))
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ Source: RFC 6750 (Bearer).
 from __future__ import annotations
 
 import os
+import time
 
 from units import parse_address
 
@@ -50,6 +51,7 @@ DEFAULT_CERTS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "certs
 _CALL_TIMEOUT_S = 30.0  # the server may need 10 for a stop
 # A token has some 500 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
 _MAX_TOKEN_CHARS = 7_500
+_REPEAT_AFTER_S = (0.1, 1.0)  # the pauses before a start is repeated
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # nobody reaches a job server through a web proxy
@@ -60,6 +62,10 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # gRPC waits between two attempts to connect, by default for up to two minutes, and refuses
+    # all calls meanwhile, even if the server is back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
 
@@ -67,13 +73,22 @@ class ClientError(Exception):
     """A call failed, or could not be made; the message is one line and says what to do.
 
     Attributes: `code`, the name of the gRPC status ("NOT_FOUND"), "" if no call was made;
-    `retry_after_s`, the seconds after which the server asks to try again, or None.
+    `retry_after_s`, the seconds after which the server asks to try again, or None;
+    `is_open`, whether the server may have done what it was asked for, although no answer came.
     """
 
-    def __init__(self, message: str, code: str = "", retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        code: str = "",
+        retry_after_s: int | None = None,
+        *,
+        is_open: bool = False,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after_s = retry_after_s
+        self.is_open = is_open
 
 
 class JobEnd:
@@ -208,15 +223,34 @@ class Client:
         self._call(self._auth.Logout, self._auth_pb.LogoutRequest())
         self.token = ""
 
-    def start(self, command: str, args: Sequence[str] = (), **limits: Any) -> str:
+    def start(
+        self, command: str, args: Sequence[str] = (), *, request_id: str = "", **limits: Any
+    ) -> str:
         """Start a job and return its ID.
 
         `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
-        default applies to a field that is absent or None.
+        default applies to a field that is absent or None. `request_id`: a UUID; default: a new
+        one. A second start with the same UUID starts nothing and returns the first one's job. So
+        if the connection breaks before the answer, this method repeats the start.
         """
+        import uuid
+
         request = self._worker_pb.StartJobRequest(
-            command=command, args=args, limits=self._worker_pb.Limits(**limits)
+            command=command,
+            args=args,
+            limits=self._worker_pb.Limits(**limits),
+            request_id=request_id or str(uuid.uuid4()),
         )
+        for pause_s in _REPEAT_AFTER_S:
+            try:
+                return self._start(request)
+            except ClientError as error:
+                if not error.is_open or error.code != "UNAVAILABLE":
+                    raise
+            time.sleep(pause_s)
+        return self._start(request)
+
+    def _start(self, request: worker_pb.StartJobRequest) -> str:
         job_id: str = self._call(self._worker.StartJob, request).job_id
         return job_id
 
@@ -273,48 +307,71 @@ class Client:
 
     def _explain(self, error: grpc.RpcError) -> ClientError:
         """Translate gRPC's error for the user."""
-        code, details = error.code().name, error.details() or ""
-        if code == "UNAVAILABLE":
-            for sign, meaning in _CONNECTION_FAILURES:
+        code, details = error.code().name, " ".join((error.details() or "").split())
+        if code in {"UNAVAILABLE", "CANCELLED"}:
+            for sign, meaning, is_open in _CONNECTION_FAILURES:
                 if sign in details:
-                    return ClientError(f"{meaning.format(server=self._server)}", code)
+                    return ClientError(meaning.format(server=self._server), code, is_open=is_open)
         if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
-            details = f"{self._server} did not answer within {_CALL_TIMEOUT_S:g} s"
+            message = f"{self._server} did not answer within {_CALL_TIMEOUT_S:g} s"
+            return ClientError(message, code, is_open=True)
         retry_after_s = None
         for item in error.trailing_metadata() or ():
             if item.key == "retry-after":
                 retry_after_s = _whole_number(str(item.value))
-        return ClientError(" ".join(details.split()) or code, code, retry_after_s)
+        return ClientError(details or code, code, retry_after_s)
 
 
 _CLOSED = (
     "{server} closed the connection: the server stopped, or it does not accept your "
     "client certificate; see --cert, --key and --certs"
 )
+_SILENT = (
+    "{server} does not answer any more: the network is interrupted, or the server hangs; try "
+    "again later"
+)
 _UNTRUSTED = (
     "the certificate of the server at {server} was not signed by your server CA, is not for "
     "that host name, or has expired; see --ca, --certs and certs/generate.sh"
 )
 _UNRESOLVED = "the host name in {server} cannot be resolved; see --server"
-# A part of gRPC's text for a failed connection, and its meaning. Under TLS 1.3 a server that
-# rejects the client's certificate just closes the connection.
+# A part of gRPC's text for a failed connection, its meaning, and whether the server may have
+# received the call and done it. Under TLS 1.3 a server that rejects the client's certificate just
+# closes the connection.
 _CONNECTION_FAILURES = (
-    ("Connection refused", "no server listens on {server}; start the server, or see --server"),
-    ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED),
+    (
+        "Connection refused",
+        "no server listens on {server}; start the server, or see --server",
+        False,
+    ),
+    ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED, False),
     (
         "WRONG_VERSION_NUMBER",
         "what listens on {server} does not speak TLS; see --server",
+        False,
     ),
-    ("Hostname Verification Check failed", _UNTRUSTED),
-    ("errors resolving", _UNRESOLVED),
-    ("DNS resolution failed", _UNRESOLVED),
-    ("ame resolution", _UNRESOLVED),
-    ("ocket closed", _CLOSED),
-    ("Connection reset", _CLOSED),
+    ("Hostname Verification Check failed", _UNTRUSTED, False),
+    ("errors resolving", _UNRESOLVED, False),
+    ("DNS resolution failed", _UNRESOLVED, False),
+    ("ame resolution", _UNRESOLVED, False),
+    ("Cancelling all calls", "{server} is shutting down", True),
+    ("ping timeout", _SILENT, True),
+    ("keepalive", _SILENT, True),
+    ("timed out", _SILENT, True),
+    ("o route to host", _SILENT, True),
+    ("unreachable", _SILENT, True),
+    ("ocket closed", _CLOSED, True),
+    ("Connection reset", _CLOSED, True),
+    ("roken pipe", _CLOSED, True),
     (
         "failed to connect to all addresses",
         "cannot connect to {server}; check that the server runs and can be reached from here",
+        False,
     ),
+    ("Stream removed", _CLOSED, True),
+    ("recvmsg", _CLOSED, True),
+    ("Locally cancelled", "this stream was closed", True),
+    ("Channel closed", "this client was closed", True),
 )
 
 

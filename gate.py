@@ -32,11 +32,12 @@ from audit import AuditError, AuditLog
 from calls import STRANGERS, STRANGERS_LOGIN, Calls, Kind, OverloadError, Ticket
 from quotas import QuotaError
 from settings import LimitError
+from starts import OtherStartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate"]
+__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "CallerGoneError", "Gate"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,13 @@ SHOWN_CHARACTERS = 64
 
 class BadRequestError(Exception):
     """The request has a value that is not valid."""
+
+
+class CallerGoneError(Exception):
+    """The call ended (cancelled, too late, disconnected) before its answer was sent."""
+
+    def __init__(self) -> None:
+        super().__init__("the caller has gone, so the job was not started, or is removed")
 
 
 class _PermissionError(Exception):
@@ -92,6 +100,8 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (_UnknownMethodError, grpc.StatusCode.UNIMPLEMENTED, None),
     (_RequestSizeError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (_NoRequestError, grpc.StatusCode.CANCELLED, None),
+    (CallerGoneError, grpc.StatusCode.CANCELLED, None),
+    (OtherStartError, grpc.StatusCode.ALREADY_EXISTS, None),
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
     (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (worker.OffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
@@ -138,6 +148,7 @@ class Call:
     reason: str | None = None  # goes to the audit log instead of the message to the client
     recorded: bool = False
     undo: Callable[[], object] | None = None  # called if the audit log cannot be written
+    undo_if_gone: bool = False  # and if the call has ended before its answer is sent
 
     @property
     def caller(self) -> auth.Identity:
@@ -304,6 +315,8 @@ class Gate(grpc.ServerInterceptor):
                 ticket.hold(len(data) - ticket.unread)
                 if not call.recorded:
                     call.record()
+                if call.undo_if_gone and not context.is_active():
+                    raise CallerGoneError  # noqa: TRY301 -- `_refuse` undoes the call
         except Exception as error:  # noqa: BLE001 -- every error becomes a status
             self._refuse(call, error)
         return data
@@ -410,11 +423,11 @@ class Gate(grpc.ServerInterceptor):
                 call.record(code.name, message)
             except AuditError as audit_error:
                 code, message = _status(call.method, audit_error)
-        elif call.undo is not None:
+        if call.undo is not None and isinstance(error, (AuditError, CallerGoneError)):
             try:
                 call.undo()
-            except worker.WorkerError as undo_error:
-                logger.error("%s: not on record, and not undone: %s", call.method, undo_error)
+            except (worker.WorkerError, OSError) as undo_error:
+                logger.error("%s: not undone after %r: %s", call.method, error, undo_error)
         _abort(call.context, code, error, message)
 
 

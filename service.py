@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
 import threading
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ import authservice_pb2_grpc
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
-from gate import SHOWN_CHARACTERS, BadRequestError
+from gate import SHOWN_CHARACTERS, BadRequestError, CallerGoneError
 from quotas import Quotas
+from starts import Starts
 from worker import EndReason, Job, Limits, Status, Usage, UsageSource, Worker
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ __all__ = ["add_services"]
 
 _REFUSED_ARGV_BYTES = 4096  # the audit log gets this much of the arguments of a refused start
 
-_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
 # The size of a stream's messages. Large messages are faster (see `broadcaster.py`), but a message
 # stays in the server's memory until its client takes the message. All messages that are not taken
@@ -145,6 +147,7 @@ class _WorkerServicer:
         self._quotas = Quotas(
             config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
         )
+        self._starts = Starts(self._is_kept)
         self._untaken = _Untaken()
         # Held while a call makes a list: only one list is made at a time. A list takes megabytes
         # of memory and the interpreter for milliseconds; several at once would not be done sooner.
@@ -159,12 +162,36 @@ class _WorkerServicer:
         # the audit log must be short.
         call.argv = _beginning(argv)
         self._check_argv(argv)
+        request_id = request.request_id and _uuid(request.request_id, "a request ID")
         asked = {field.name: value for field, value in request.limits.ListFields()}
-        limits = self._config.limits(asked)
-        job_id = self._start(request, user, limits)
+        start = functools.partial(self._start, request, user, self._config.limits(asked))
+        if not call.context.is_active():
+            raise CallerGoneError
+        is_new = True
+        if request_id:
+            what = repr((argv, sorted(asked.items()))).encode(errors="surrogatepass")
+            digest = hashlib.sha256(what).digest()
+            job_id, is_new = self._starts.once(user, request_id, digest, start)
+        else:
+            job_id = start()
+            call.undo_if_gone = True
         call.job_id, call.argv = job_id, argv
-        call.undo = lambda: self._worker.stop(job_id, reason=_BY_OWNER)
+        if is_new:
+            call.undo = functools.partial(self._undo_start, job_id)
+        else:
+            call.reason = "a repeated request: this job was started before"
         return worker_pb.StartJobResponse(job_id=job_id)
+
+    def _undo_start(self, job_id: str) -> None:
+        self._worker.stop(job_id, reason=_BY_OWNER)
+        self._worker.remove(job_id)
+
+    def _is_kept(self, job_id: str) -> bool:
+        try:
+            self._worker.owner(job_id)
+        except worker.UnknownJobError:
+            return False
+        return True
 
     def _start(self, request: worker_pb.StartJobRequest, user: str, limits: Limits) -> str:
         self._quotas.check_output(user)
@@ -297,7 +324,7 @@ class _WorkerServicer:
         A job that does not exist and a job that the caller may not see give the same error after
         the same work. The caller therefore cannot find out which IDs exist.
         """
-        job_id = call.job_id = _job_id(text)
+        job_id = call.job_id = _uuid(text, "a job ID")
         owner = self._worker.owner(job_id)
         if not call.caller.reaches(owner):
             call.reason = "the job is not theirs"
@@ -318,12 +345,12 @@ def _beginning(argv: list[str]) -> list[str]:
     return argv
 
 
-def _job_id(text: str) -> str:
-    """Return the job ID in lower case. Raises `BadRequestError`."""
-    if _JOB_ID.fullmatch(text):
+def _uuid(text: str, what: str) -> str:
+    """Return the UUID in lower case. Raises `BadRequestError`, which says that it is not `what`."""
+    if _UUID.fullmatch(text):
         return text.lower()
     raise BadRequestError(
-        f"not a job ID: {text[:SHOWN_CHARACTERS]!r}; it looks like "
+        f"not {what}: {text[:SHOWN_CHARACTERS]!r}; it looks like "
         "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
     )
 

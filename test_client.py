@@ -20,6 +20,7 @@ import subprocess
 import sys
 import termios
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -609,6 +610,90 @@ def test_start_asks_for_the_limits_given_and_no_others(  # noqa: PLR0913
     (request,) = sent
     assert [request.command, *request.args] == ["echo", "--pids", "7"]
     assert {field.name: value for field, value in request.limits.ListFields()} == limits
+
+
+class _Cable:
+    """Forwards connections to a server until they are cut. Attribute: `address`."""
+
+    def __init__(self, server: str) -> None:
+        host, _, port = server.rpartition(":")
+        self._server = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ours, _ = self._listener.accept()
+                theirs = socket.create_connection(self._server)
+                self._ends += (ours, theirs)
+                for pair in ((ours, theirs), (theirs, ours)):
+                    thread = threading.Thread(target=self._forward, args=pair)
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """End all connections; new ones are forwarded again."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(GUARD_S)
+        self.cut()
+        for thread in self._threads:
+            thread.join(GUARD_S)
+        for end in (self._listener, *self._ends):
+            end.close()
+
+
+def test_start_whose_connection_breaks_is_repeated_and_starts_one_job(
+    cli: _Program, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has started the job, but its answer does not arrive."""
+    server = serve()
+    start = server._worker.start
+    with contextlib.closing(_Cable(server.address)) as cable:
+
+        def start_and_cut(*arguments: Any, **options: Any) -> str:
+            job_id = start(*arguments, **options)
+            cable.cut()
+            return job_id
+
+        monkeypatch.setattr(server._worker, "start", start_and_cut)
+        printed = cli.read("start", "--server", cable.address, "--", "true")
+    assert [job.job_id for job in connect(address=server.address).list()] == [printed.strip()]
+
+
+def test_start_without_an_answer_tells_how_to_repeat_it(cli: _Program, pretend: Pretend) -> None:
+    """It was repeated twice. The line has the UUID with which the start can be repeated again."""
+    calls: list[None] = []
+
+    def lose(context: grpc.ServicerContext) -> Iterator[Message]:
+        calls.append(None)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "recvmsg:Connection timed out (110)")
+
+    line = cli.fail("start", "--server", pretend(StartJob=lose), "--", "true")
+    assert re.search(
+        "there may be a job: .* repeat this start with --request-id [0-9a-f-]{36}$", line
+    )
+    assert len(calls) == 3
+
+
+def test_start_with_a_request_id_prints_the_same_job(run: Callable[..., str]) -> None:
+    """As often as it is repeated."""
+    arguments = ("start", "--request-id", str(uuid.uuid4()), "--", "true")
+    assert run(*arguments) == run(*arguments)
 
 
 @pytest.mark.parametrize(

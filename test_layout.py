@@ -56,8 +56,9 @@ _MODULES = {
     "service": {
         "calls": "; grpc",
         "quotas": "broadcaster units; settings",
-        "gate": "audit auth calls google grpc quotas settings worker",
-        "service": f"auth gate google quotas worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
+        "starts": "",
+        "gate": "audit auth calls google grpc quotas settings starts worker",
+        "service": f"auth gate google quotas starts worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
         "settings": "limits units users worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",

@@ -380,9 +380,7 @@ def call_rpc(
     return call.code().name, call.details()
 
 
-def run_job(
-    client: Client, command: str = "true", args: Sequence[str] = (), **limits: float | None
-) -> str:
+def run_job(client: Client, command: str = "true", args: Sequence[str] = (), **limits: Any) -> str:
     """Start a job and wait for its end; return its ID."""
     job_id = client.start(command, args, **limits)
     list(client.stream(job_id))
