@@ -190,9 +190,6 @@ class OutputLog:
         # Guards every attribute below. Never held while reading or writing the file.
         # Reentrant, because the garbage collector may close an abandoned subscription.
         self._lock = threading.RLock()
-        # Notified when bytes were appended, when the log is complete and when a subscription
-        # is closed. None once the log is complete: nobody waits any more, and it is large.
-        self._changed: threading.Condition | None = threading.Condition(self._lock)
         # Open while the log can grow or has subscribers, who all share it (pread).
         self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._size = 0
@@ -281,7 +278,6 @@ class OutputLog:
             self._complete = True
             self._let_go_locked()
             self._notify_locked()
-            self._changed = None
 
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
@@ -325,8 +321,8 @@ class OutputLog:
         return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
 
     def _notify_locked(self) -> None:
-        if self._changed is not None:
-            self._changed.notify_all()
+        for subscription in self._subscriptions:
+            subscription._changed.notify()
 
     def _let_go_locked(self) -> None:
         """Close the file if nobody needs it. If it is deleted, too, give its bytes back."""
@@ -353,6 +349,9 @@ class Subscription:
         self.offset = offset
         self.chunk_bytes: Callable[[], int] = lambda: _CHUNK_BYTES
         self._log = log
+        # Of this subscription alone, so that closing one wakes no other. Notified when bytes
+        # were appended, when the log is complete and by `close`.
+        self._changed = threading.Condition(log._lock)
         # Both guarded by the log's lock.
         self._closed = False
         self._reading = False
@@ -370,10 +369,7 @@ class Subscription:
         """
         log = self._log
         with log._lock:
-            if log._changed is not None:
-                log._changed.wait_for(
-                    lambda: self._closed or log._complete or log._size > self.offset
-                )
+            self._changed.wait_for(lambda: self._closed or log._complete or log._size > self.offset)
             if self._closed:
                 raise StopIteration
             count = log._size - self.offset
@@ -398,7 +394,7 @@ class Subscription:
             self._closed = True
             if not self._reading:
                 self._release_locked()
-            log._notify_locked()
+            self._changed.notify()
 
     def __enter__(self) -> Self:
         return self

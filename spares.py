@@ -150,6 +150,7 @@ class Spares:
                 if spare is None or len(self._ready) >= self._count:
                     self._due_s = None
                 self._changed.notify_all()
+            del spare  # or this thread would keep the parts of a job that has ended
 
     def _await_due(self) -> bool:
         """Block until a spare is to be made; False once `close` was called."""

@@ -31,25 +31,39 @@ if TYPE_CHECKING:
 _ALL_BYTES = bytes(range(256))
 
 
-class _Watched(threading.Condition):
-    """Releases `waiting` each time that a thread begins to wait, while it still has the lock."""
+class _Waits:
+    """Tells when threads begin to wait for output. `timeouts_s`: of each wait."""
 
-    def __init__(self, log: OutputLog) -> None:
-        super().__init__(log._lock)
-        self.waiting = threading.Semaphore(0)
+    def __init__(self) -> None:
         self.timeouts_s: list[float | None] = []
+        self._begun = threading.Semaphore(0)
+        self._conditions: list[threading.Condition] = []
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def begin(self, condition: threading.Condition, timeout: float | None) -> None:
+        """Note a wait. The calling thread holds the condition's lock until it waits."""
         self.timeouts_s.append(timeout)
-        self.waiting.release()
-        return super().wait(timeout)
+        self._conditions.append(condition)
+        self._begun.release()
 
     def await_waiters(self, count: int) -> None:
         """Block until threads have begun to wait `count` times more."""
         for _ in range(count):
-            assert self.waiting.acquire(timeout=GUARD_S)
-        with self:  # the last thread releases the lock only when it waits
-            pass
+            assert self._begun.acquire(timeout=GUARD_S)
+        for condition in self._conditions:  # each thread releases the lock only when it waits
+            with condition:
+                pass
+
+
+class _Watched(threading.Condition):
+    """A condition that tells `waits` of each wait."""
+
+    def __init__(self, lock: threading.RLock, waits: _Waits) -> None:
+        super().__init__(lock)
+        self._waits = waits
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._waits.begin(self, timeout)
+        return super().wait(timeout)
 
 
 def _descriptors() -> list[str]:
@@ -79,10 +93,16 @@ def log(path: Path) -> Iterator[OutputLog]:
 
 
 @pytest.fixture
-def watched(log: OutputLog) -> _Watched:
-    """The log's condition, replaced by one that shows when threads wait."""
-    log._changed = watched = _Watched(log)
-    return watched
+def waits(monkeypatch: pytest.MonkeyPatch) -> _Waits:
+    """The waits of all subscriptions that this test makes."""
+    waits, init = _Waits(), Subscription.__init__
+
+    def watched(subscription: Subscription, log: OutputLog, subscriber: str, offset: int) -> None:
+        init(subscription, log, subscriber, offset)
+        subscription._changed = _Watched(log._lock, waits)
+
+    monkeypatch.setattr(Subscription, "__init__", watched)
+    return waits
 
 
 @pytest.fixture
@@ -263,28 +283,28 @@ def test_negative_offset_is_refused(log: OutputLog) -> None:
 
 
 def test_offset_ahead_of_growing_output_waits_for_it(
-    log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
+    log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
     """A subscriber with an offset past the present end waits until the output exceeds it."""
     log.append(b"abc")
     with log.subscribe(offset=5) as subscription:
         chunk = pool.submit(next, subscription)
-        watched.await_waiters(1)
+        waits.await_waiters(1)
         log.append(b"de")  # ends at the offset
-        watched.await_waiters(1)
+        waits.await_waiters(1)
         assert not chunk.done()
         log.append(b"fg")
         assert chunk.result(GUARD_S) == b"fg"
 
 
 def test_output_that_ends_before_the_offset_is_an_error(
-    log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
+    log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
     """A subscriber waits at its offset; if the output ends before it, `OffsetError` is raised."""
     log.append(b"abc")
     with log.subscribe("alice", offset=5) as subscription:
         chunk = pool.submit(next, subscription)
-        watched.await_waiters(1)
+        waits.await_waiters(1)
         log.complete()
         with pytest.raises(OffsetError):
             chunk.result(GUARD_S)
@@ -310,12 +330,12 @@ def test_subscriber_that_never_reads_blocks_nobody(
 
 
 def test_close_wakes_a_waiting_subscriber(
-    log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
+    log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
     """`close` in another thread ends the waiting iteration, and no other one."""
     closed, other = log.subscribe("closed"), log.subscribe("other")
     chunks, others = pool.submit(list, closed), pool.submit(list, other)
-    watched.await_waiters(2)
+    waits.await_waiters(2)
     closed.close()
     assert chunks.result(GUARD_S) == []
     assert list(log.subscribers) == ["other"]
@@ -324,18 +344,31 @@ def test_close_wakes_a_waiting_subscriber(
     assert others.result(GUARD_S) == [b"more"]
 
 
+def test_close_wakes_no_other_subscriber(
+    log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
+) -> None:
+    """While 100 waiting subscriptions are closed one by one, no thread begins to wait again."""
+    subscriptions = [log.subscribe() for _ in range(100)]
+    chunks = [pool.submit(list, subscription) for subscription in subscriptions]
+    waits.await_waiters(100)
+    for subscription, future in zip(subscriptions, chunks, strict=True):
+        subscription.close()
+        assert future.result(GUARD_S) == []
+    assert len(waits.timeouts_s) == 100
+
+
 def test_complete_ends_all_waiting_subscribers(
-    log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
+    log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
     """`complete` wakes twenty subscribers that wait, and their iterations end."""
     waiting = [pool.submit(_read, log) for _ in range(20)]
-    watched.await_waiters(20)
+    waits.await_waiters(20)
     log.complete()
     assert [future.result(GUARD_S) for future in waiting] == [b""] * 20
 
 
 def test_waiting_subscribers_use_no_cpu(
-    log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
+    log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
     """While another thread computes, the CPU clocks of a hundred waiting threads stand still."""
     idents = []
@@ -345,7 +378,7 @@ def test_waiting_subscribers_use_no_cpu(
         return _read(log)
 
     followers = [pool.submit(follow) for _ in range(100)]
-    watched.await_waiters(100)
+    waits.await_waiters(100)
 
     def used_ns() -> list[int]:
         return [time.clock_gettime_ns(time.pthread_getcpuclockid(ident)) for ident in idents]
@@ -516,7 +549,7 @@ def test_append_after_complete_is_refused(log: OutputLog) -> None:
 
 
 def test_full_disk_is_an_error_where_the_stored_part_ends(
-    log: OutputLog, watched: _Watched, pool: ThreadPoolExecutor
+    log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
     """Subscribers get all bytes that were kept, then an error with the number of lost bytes."""
     received: list[bytes] = []
@@ -526,7 +559,7 @@ def test_full_disk_is_an_error_where_the_stored_part_ends(
             received.extend(subscription)
 
     follower = pool.submit(follow)
-    watched.await_waiters(1)
+    waits.await_waiters(1)
     with file_size_limit(60):
         log.append(b"a" * 50)
         log.append(b"b" * 30)  # ten of these bytes fit
@@ -799,14 +832,13 @@ def test_output_of_exactly_the_budget_is_kept(path: Path, parts: list[int]) -> N
         ([b"01234567", b"89ab", b"cdef"], b"0123456789", 6),
     ],
 )
-def test_output_past_the_budget_is_counted_and_reported_and_not_kept(
-    path: Path, pool: ThreadPoolExecutor, parts: list[bytes], kept: bytes, lost: int
+def test_output_past_the_budget_is_counted_and_reported_and_not_kept(  # noqa: PLR0913 -- fixtures
+    path: Path, waits: _Waits, pool: ThreadPoolExecutor, parts: list[bytes], kept: bytes, lost: int
 ) -> None:
     """All subscribers get exactly the kept part, then an error that names the ceiling."""
     log = OutputLog(path, budget=Budget(10, _CEILING))
-    log._changed = watched = _Watched(log)
     live = pool.submit(_follow, log)
-    watched.await_waiters(1)
+    waits.await_waiters(1)
     for data in parts:
         log.append(data)
     assert (log.size, log.lost_bytes) == (10, lost)
@@ -826,16 +858,15 @@ def test_output_past_the_budget_is_counted_and_reported_and_not_kept(
 
 
 def test_subscriber_of_a_growing_log_gets_the_error_only_at_its_end(
-    path: Path, pool: ThreadPoolExecutor
+    path: Path, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
     """Until the log is complete its subscriber waits, because more bytes may be lost."""
     log = OutputLog(path, budget=Budget(1, "one"))
-    log._changed = watched = _Watched(log)
     log.append(b"ab")
     live = pool.submit(_follow, log)
-    watched.await_waiters(1)
+    waits.await_waiters(1)
     log.append(b"c")
-    watched.await_waiters(1)
+    waits.await_waiters(1)
     assert not live.done()
     log.complete()
     assert live.result(GUARD_S) == (b"a", "2 bytes of output were not kept: one is reached")

@@ -88,6 +88,12 @@ def _settle(worker: Worker | None) -> None:
         thread.join(GUARD_S)
 
 
+def _descriptors(worker: Worker) -> int:
+    """Count this process's descriptors, with those of the spare."""
+    settle_spares(worker)
+    return len(descriptors_of())
+
+
 def _finish(worker: Worker, *argv: str, owner: str = "", budget: Budget | None = None) -> str:
     """Run a job to its end, and wait until its thread is done; return its ID."""
     command, *args = argv or ("true",)
@@ -221,7 +227,7 @@ def test_readers_of_a_removed_job_get_all_of_its_output(worker: Worker) -> None:
     )
     worker.wait(job_id, GUARD_S)
     expected = random.Random(7).randbytes(size)
-    descriptors = len(descriptors_of())
+    descriptors = _descriptors(worker)
     readers = [worker.stream(job_id, subscriber=f"reader{i}") for i in range(5)]
     received = [b"".join(next(reader) for _ in range(i)) for i, reader in enumerate(readers)]
     assert len(worker.status(job_id).subscribers) == 5
@@ -233,7 +239,7 @@ def test_readers_of_a_removed_job_get_all_of_its_output(worker: Worker) -> None:
         assert budget.used == size
         assert received[i] + b"".join(reader) == expected
     assert budget.used == 0
-    assert len(descriptors_of()) == descriptors
+    assert _descriptors(worker) == descriptors
 
 
 def test_removal_that_races_with_everything_is_one_removal(
@@ -241,7 +247,7 @@ def test_removal_that_races_with_everything_is_one_removal(
 ) -> None:
     """One of four removals succeeds; a subscriber gets all bytes or an error; nothing is left."""
     _finish(worker)
-    descriptors = len(descriptors_of())
+    descriptors = _descriptors(worker)
     for _ in range(20):
         job_id = _write(worker, 600_000)
 
@@ -259,7 +265,7 @@ def test_removal_that_races_with_everything_is_one_removal(
         assert set(results[4:10]) <= {600_000, UnknownJobError}
         assert set(results[10:]) <= {1_200_000, UnknownJobError}
     assert len(_kept(worker)) == 1
-    assert len(descriptors_of()) == descriptors
+    assert _descriptors(worker) == descriptors
 
 
 def test_removal_that_races_with_the_end_removes_or_is_refused(
@@ -418,20 +424,20 @@ def test_state_of_a_finished_job_changes_only_in_its_subscribers(worker: Worker)
 def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
     """The job's thread, its `RunningJob`, its condition and its descriptors are gone."""
     _finish(worker)
-    descriptors = len(descriptors_of())
+    descriptors = _descriptors(worker)
     parts: list[weakref.ref[Any]] = []
     for _ in range(5):
         job_id = worker.start(*FOREVER)
         job = worker._job(job_id)
         assert isinstance(job, RunningJob)
-        parts += [weakref.ref(job), weakref.ref(job.thread), weakref.ref(job.output._changed)]
+        parts += [weakref.ref(job), weakref.ref(job.thread), weakref.ref(job._ended)]
         del job
         worker.stop(job_id)
     _settle(worker)
     _finish(worker)  # the end of this job drops the last references to the earlier ones
     gc.collect()
     assert [part() for part in parts] == [None] * len(parts)
-    assert len(descriptors_of()) == descriptors
+    assert _descriptors(worker) == descriptors
 
 
 # --- the rule -----------------------------------------------------------------------------------

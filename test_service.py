@@ -1096,7 +1096,7 @@ def test_stream_that_could_not_be_recorded_uses_up_no_slot(
 
 
 def test_subscribers_are_shown_while_they_stream_and_not_after(
-    serve: Serve, connect: Connect
+    serve: Serve, connect: Connect, slots: _Slots
 ) -> None:
     """A job has the name of each subscriber once, as long as one of their streams is open."""
     server = serve()
@@ -1105,16 +1105,9 @@ def test_subscribers_are_shown_while_they_stream_and_not_after(
     assert list(user.status(job_id).subscribers) == []
     streams = [follow(user, job_id), follow(user, job_id), follow(admin, job_id)]
     assert list(user.status(job_id).subscribers) == ["admin", "user"]
-    output = _worker_of(server)._job(job_id).output
-    changed = output._changed
-    assert changed is not None
     for number, expected in ((2, ["user"]), (1, ["user"]), (0, [])):
         streams[number].close()
-        with changed:
-            assert changed.wait_for(
-                lambda n=number: len(output._subscriptions) == n,  # type: ignore[misc]
-                GUARD_S,
-            )
+        slots.await_freed()
         assert list(user.status(job_id).subscribers) == expected
 
 
