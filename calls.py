@@ -76,7 +76,7 @@ _SHORT_SWITCH_S = 0.0005
 # Calls that gRPC keeps for its accepting thread. Beyond, it cancels calls of anybody.
 _CALLS_IN_CORE = 8192
 # Bytes of answers of one caller that the clients have not taken yet. The answer that exceeds
-# the bound is still sent. Most answers have less than 1 KiB; a list has megabytes.
+# the bound is still sent. Most answers have less than 1 KiB; a page of a list has up to 1 MiB.
 _UNREAD_OF_ONE = 8 * 1024 * 1024
 # The same of all callers together. A caller without unread answers is not refused for it.
 _UNREAD_IN_ALL = 64 * 1024 * 1024

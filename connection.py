@@ -55,7 +55,6 @@ _REPEAT_AFTER_S = (0.1, 1.0)  # the pauses before a start is repeated
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # nobody reaches a job server through a web proxy
-    ("grpc.max_receive_message_length", -1),  # a list may be long
     # A job can be silent for hours, so a stream pings the server to notice its death: after 20 s
     # without data, and then 10 s without an answer. gRPC needs both time-outs for that.
     ("grpc.keepalive_time_ms", 20_000),
@@ -272,10 +271,14 @@ class Client:
 
     def list(self) -> Sequence[worker_pb.Job]:
         """Return the jobs that the user may see, in the order of their starts."""
-        jobs: Sequence[worker_pb.Job] = self._call(
-            self._worker.ListJobs, self._worker_pb.ListJobsRequest()
-        ).jobs
-        return jobs
+        jobs: list[worker_pb.Job] = []
+        request = self._worker_pb.ListJobsRequest()
+        while True:
+            page = self._call(self._worker.ListJobs, request)
+            jobs += page.jobs
+            if not page.next_page_token:
+                return jobs
+            request.page_token = page.next_page_token
 
     def stream(self, job_id: str, offset: int = 0) -> OutputStream:
         """Begin to read the job's output from byte `offset` on; see `OutputStream`."""

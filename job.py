@@ -155,7 +155,10 @@ class Buffers:
 
 
 class RunningJob:
-    """A job whose command is executing. Attributes: `job_id`, `owner`, `output`, `thread`.
+    """A job whose command is executing.
+
+    Attributes: `job_id`, `owner`, `output`, `thread`; `position` in the order of all starts, which
+    the registry sets.
 
     `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `finish`: is
     given the final state in the moment of the transition, under the job's lock. `trim`: is
@@ -180,6 +183,7 @@ class RunningJob:
         self.owner = work.owner
         self.output = spare.output
         self.thread = spare.thread
+        self.position = 0
         self._argv = tuple(work.argv)
         self._on_end = work.on_end
         self._cgroup = cgroup

@@ -1,13 +1,14 @@
 """Counts what each user has, and all users together have, and refuses what exceeds a ceiling.
 
-What is counted: running jobs, starts, open streams and kept output. The ceilings are those of
-`settings.py`. Above a ceiling a `QuotaError` is raised at once; it names the ceiling by its key in
-the configuration. No call waits for room, and a refused call counts for nothing. Output of
-finished jobs does not cause a refusal: those jobs are removed first (`make_room`).
+What is counted: running jobs, the memory of their arguments, starts, open streams and kept output.
+The ceilings are those of `settings.py`. Above a ceiling a `QuotaError` is raised at once; it names
+the ceiling by its key in the configuration. No call waits for room, and a refused call counts for
+nothing. Output of finished jobs does not cause a refusal: those jobs are removed first
+(`make_room`).
 
     quotas = Quotas(config.per_user, config.in_all, config.job_output_bytes)
     quotas.check_output("alice")
-    job_ended = quotas.start("alice")
+    job_ended = quotas.start("alice", argv_bytes=500)
     log = OutputLog(path, budget=quotas.output("alice"))
     ...
     job_ended()
@@ -31,7 +32,7 @@ from broadcaster import Budget
 from units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from settings import Quota
 
@@ -84,13 +85,15 @@ class Quotas:
         self._all = _Account(in_all, all_output)
         self._users: dict[str, _Account] = {}
 
-    def start(self, user: str) -> Callable[[], None]:
+    def start(self, user: str, *, argv_bytes: int = 0) -> Callable[[], None]:
         """Count one start and, from now on, one running job of the user.
+
+        `argv_bytes`: the memory that its command and arguments take.
 
         Returns a function that ends the count of the running job. Call it when the job has ended
         or could not be started. It does not block, may be called from any thread, and does
         nothing the second time. Raises `QuotaError` if the user, or all users together, have
-        reached their ceiling of running jobs or of starts per second.
+        reached their ceiling of running jobs, of their arguments or of starts per second.
         """
         with self._lock:
             mine = self._account_locked(user)
@@ -104,11 +107,17 @@ class Quotas:
                     f"{_EVERYBODY} have {self._all.jobs.count} running jobs, "
                     "the ceiling of this server (in_all.running_jobs); try again later"
                 )
+            both = ((mine, f"user {user}", "per_user"), (self._all, _EVERYBODY, "in_all"))
+            for account, who, table in both:
+                if not account.argv.has_room(argv_bytes):
+                    raise QuotaError(
+                        f"with this job, the commands and arguments of the running jobs of {who} "
+                        f"would take {format_size(account.argv.count + argv_bytes)} of memory; the "
+                        f"ceiling is {format_size(account.argv.ceiling or 0)} "
+                        f"({table}.running_argv); pass long data in a file"
+                    )
             now = self._clock()
-            for account, who, table in (
-                (mine, f"user {user}", "per_user"),
-                (self._all, _EVERYBODY, "in_all"),
-            ):
+            for account, who, table in both:
                 wait_s = account.starts.wait_s(now)
                 if wait_s:
                     raise QuotaError(
@@ -118,7 +127,9 @@ class Quotas:
                     )
             mine.starts.take(now)
             self._all.starts.take(now)
-            return self._count_locked(mine.jobs, self._all.jobs)
+            return self._count_locked(
+                {mine.jobs: 1, self._all.jobs: 1, mine.argv: argv_bytes, self._all.argv: argv_bytes}
+            )
 
     def stream(self, user: str) -> Callable[[], None]:
         """Count one open output stream of the user; return a function that ends the count.
@@ -138,7 +149,7 @@ class Quotas:
                     f"all {self._all.streams.count} output streams are in use (in_all.streams); "
                     "try again later"
                 )
-            return self._count_locked(mine.streams, self._all.streams)
+            return self._count_locked({mine.streams: 1, self._all.streams: 1})
 
     def output(self, user: str) -> Budget:
         """Return a budget for the output of one job of the user."""
@@ -170,19 +181,19 @@ class Quotas:
             account = self._users[user] = _Account(self._per_user, output)
         return account
 
-    def _count_locked(self, *gauges: _Gauge) -> Callable[[], None]:
-        """Count one more in each gauge; return a function that takes this back once."""
+    def _count_locked(self, amounts: Mapping[_Gauge, int]) -> Callable[[], None]:
+        """Add each amount to its gauge; return a function that takes this back once."""
         counted = True
-        for gauge in gauges:
-            gauge.count += 1
+        for gauge, amount in amounts.items():
+            gauge.count += amount
 
         def release() -> None:
             nonlocal counted
             with self._lock:
                 if counted:
                     counted = False
-                    for gauge in gauges:
-                        gauge.count -= 1
+                    for gauge, amount in amounts.items():
+                        gauge.count -= amount
 
         return release
 
@@ -200,16 +211,19 @@ def _ceiling(whose: str, limit: int | None, table: str, of: str = "") -> str:
     return f"{whose} ceiling of {size}" + (f" for {of}" if of else "") + f" ({table}.kept_output)"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Gauge:
-    """Counts what exists now. `ceiling`: how many may exist; None for any number."""
+    """Counts what exists now. `ceiling`: how much may exist; None for any amount."""
 
     ceiling: int | None
     count: int = 0
 
     @property
     def is_full(self) -> bool:
-        return self.ceiling is not None and self.count >= self.ceiling
+        return not self.has_room(1)
+
+    def has_room(self, amount: int) -> bool:
+        return self.ceiling is None or self.count + amount <= self.ceiling
 
 
 class _Bucket:
@@ -251,6 +265,7 @@ class _Account:
 
     def __init__(self, quota: Quota, output: Budget) -> None:
         self.jobs = _Gauge(quota.running_jobs)
+        self.argv = _Gauge(quota.argv_bytes)
         self.starts = _Bucket(quota.starts_per_second, quota.start_burst)
         self.streams = _Gauge(quota.streams)
         self.output = output

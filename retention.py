@@ -23,6 +23,7 @@ import logging
 import sys
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -70,11 +71,12 @@ class Retention:
 class FinishedJob:
     """What is kept of a job that has ended. It has the methods of a `RunningJob`."""
 
-    __slots__ = ("_job", "argv_bytes", "ended_s", "number", "output")
+    __slots__ = ("_job", "argv_bytes", "ended_s", "number", "output", "position")
 
-    def __init__(self, job: Job, output: OutputLog, number: int) -> None:
+    def __init__(self, job: Job, output: OutputLog, position: int, number: int) -> None:
         self._job = replace(job, subscribers=()) if job.subscribers else job
         self.output = output
+        self.position = position  # in the order of all starts
         self.number = number  # of its end: 1 is the first
         self.ended_s = time.monotonic()
         self.argv_bytes = sum(map(sys.getsizeof, (job.command, job.args, *job.args)))
@@ -216,6 +218,7 @@ class Registry:
         self._changed = threading.Condition(self._lock)
         self._jobs: dict[str, RunningJob | FinishedJob] = {}  # in the order of their starts
         self._finished = FinishedJobs(rule)
+        self._last_position = 0
         self._ends = 0
         self._leaving: deque[threading.Thread] = deque()  # threads of jobs that have ended
         self._ager: threading.Thread | None = None
@@ -224,6 +227,10 @@ class Registry:
     def add(self, job: RunningJob) -> None:
         """Add a job. Its thread must not run it yet."""
         with self._lock:
+            # The time and not a number, so that a user to whom it is shown does not learn how many
+            # jobs the others have started.
+            job.position = max(self._last_position + 1, time.monotonic_ns())
+            self._last_position = job.position
             self._jobs[job.job_id] = job
 
     def get(self, job_id: str) -> RunningJob | FinishedJob:
@@ -234,16 +241,17 @@ class Registry:
             except KeyError:
                 raise UnknownJobError(job_id) from None
 
-    def all(self) -> tuple[RunningJob | FinishedJob, ...]:
-        """Return all jobs, in the order of their starts."""
+    def all(self, after: int = 0) -> tuple[RunningJob | FinishedJob, ...]:
+        """Return the jobs with a higher position than `after`, in the order of their starts."""
         with self._lock:
-            return tuple(self._jobs.values())
+            jobs = tuple(self._jobs.values())
+        return jobs[bisect_right(jobs, after, key=lambda job: job.position) :]
 
     def finish(self, job: RunningJob, final: Job) -> None:
         """Keep `final` instead of the job, whose thread calls this."""
         with self._lock:
             self._ends += 1
-            finished = FinishedJob(final, job.output, self._ends)
+            finished = FinishedJob(final, job.output, job.position, self._ends)
             self._jobs[job.job_id] = finished
             if self._finished.seconds_left() is None:
                 self._changed.notify_all()

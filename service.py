@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import re
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ _MESSAGE_BYTES = 256 * 1024
 _SMALL_MESSAGE_BYTES = 64 * 1024
 _UNTAKEN_BYTES = 8 * 1024 * 1024
 _UNTAKEN_SHARE = 32
+
+# The largest page of a list. A megabyte leaves room for a job in what clients receive by default.
+_PAGE_JOBS = 100
+_PAGE_BYTES = 1024 * 1024
 
 # The tag of the field `data`: the field's number, and wire type 2, a length and as many bytes.
 _DATA_TAG = bytes([worker_pb.StreamOutputResponse.DATA_FIELD_NUMBER << 3 | 2])
@@ -149,8 +154,8 @@ class _WorkerServicer:
         )
         self._starts = Starts(self._is_kept)
         self._untaken = _Untaken()
-        # Held while a call makes a list: only one list is made at a time. A list takes megabytes
-        # of memory and the interpreter for milliseconds; several at once would not be done sooner.
+        # Held while a call makes a page of a list and its bytes are counted, so that one caller's
+        # calls do not all find that few bytes are unread, and then make a page each.
         self._listing = threading.Lock()
 
     def StartJob(  # noqa: N802
@@ -195,7 +200,8 @@ class _WorkerServicer:
 
     def _start(self, request: worker_pb.StartJobRequest, user: str, limits: Limits) -> str:
         self._quotas.check_output(user)
-        release = self._quotas.start(user)
+        argv_bytes = sum(map(sys.getsizeof, (request.command, *request.args)))
+        release = self._quotas.start(user, argv_bytes=argv_bytes)
         try:
             return self._worker.start(
                 request.command,
@@ -305,17 +311,31 @@ class _WorkerServicer:
             raise auth.TokenError
 
     def ListJobs(  # noqa: N802
-        self,
-        request: worker_pb.ListJobsRequest,  # noqa: ARG002 -- the message has no fields yet
-        call: Call,
+        self, request: worker_pb.ListJobsRequest, call: Call
     ) -> worker_pb.ListJobsResponse:
+        most = request.page_size
+        if most < 0:
+            raise BadRequestError(f"page_size {most} is negative; 0 means {_PAGE_JOBS}")
+        after = _position(request.page_token)
         owner = None if call.caller.role is auth.Role.ADMIN else call.caller.name
         with self._listing:
             call.ticket.check_unread()
-            answer = worker_pb.ListJobsResponse(
-                jobs=[_job(job) for job in self._worker.list(owner=owner)]
-            )
+            answer = self._page(after, owner, min(most or _PAGE_JOBS, _PAGE_JOBS))
             call.ticket.hold(answer.ByteSize())
+        return answer
+
+    def _page(self, after: int, owner: str | None, most: int) -> worker_pb.ListJobsResponse:
+        """Return up to `most` jobs after that position, with at most _PAGE_BYTES or one job."""
+        answer = worker_pb.ListJobsResponse()
+        size = 0
+        for position, job in self._worker.list_after(after, owner=owner):
+            message = _job(job)
+            size += message.ByteSize()
+            if answer.jobs and (len(answer.jobs) == most or size > _PAGE_BYTES):
+                answer.next_page_token = f"{after:x}"
+                break
+            answer.jobs.append(message)
+            after = position
         return answer
 
     def _reach(self, text: str, call: Call) -> tuple[str, str]:
@@ -343,6 +363,18 @@ def _beginning(argv: list[str]) -> list[str]:
             return [*argv[:number], cut, f"... and {more} bytes more"]
         left -= len(argument)
     return argv
+
+
+def _position(token: str) -> int:
+    """Return the position after which the page of this token begins. Raises `BadRequestError`."""
+    if not token:
+        return 0
+    if re.fullmatch(r"[0-9a-f]{1,16}", token, re.ASCII):
+        return int(token, 16)
+    raise BadRequestError(
+        f"not a page token: {token[:SHOWN_CHARACTERS]!r}; send the next_page_token of the page "
+        "before, or none for the first page"
+    )
 
 
 def _uuid(text: str, what: str) -> str:

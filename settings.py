@@ -144,6 +144,7 @@ _KEYS: Final = {
 }
 _QUOTA_KEYS: Final = {
     "running_jobs": _Key("running_jobs", _WHOLE),
+    "running_argv": _Key("argv_bytes", _SIZE),
     "streams": _Key("streams", _WHOLE),
     "starts_per_second": _Key("starts_per_second", _NUMBER, minimum=0.01),
     "start_burst": _Key("start_burst", _WHOLE),
@@ -185,6 +186,8 @@ class Quota:
     """The most that one user may have, or all users together. None means no quota."""
 
     running_jobs: int | None = None
+    argv_bytes: int | None = None
+    """Memory of the commands and arguments of running jobs, as Python stores them."""
     streams: int | None = None
     """Output streams open at once."""
     starts_per_second: float | None = None
@@ -209,6 +212,7 @@ class Requests:
 
 PER_USER: Final = Quota(
     running_jobs=1000,
+    argv_bytes=16 * _MIB,
     streams=1000,
     starts_per_second=50,
     start_burst=1000,
@@ -216,6 +220,7 @@ PER_USER: Final = Quota(
 )
 IN_ALL: Final = Quota(
     running_jobs=2000,
+    argv_bytes=32 * _MIB,
     streams=2000,
     starts_per_second=100,
     start_burst=2000,

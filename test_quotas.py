@@ -102,6 +102,28 @@ def test_one_past_the_ceiling_is_refused_until_one_has_ended(
     call("alice")
 
 
+def test_arguments_of_running_jobs_have_a_ceiling(clock: Clock) -> None:
+    """A job's arguments count until its end. A refused start takes nothing of the rate."""
+    both = Quota(argv_bytes=3072), Quota(argv_bytes=4096, starts_per_second=1, start_burst=3)
+    quotas = Quotas(*both, None, clock=clock)
+    ended = quotas.start("alice", argv_bytes=2000)
+    quotas.start("alice", argv_bytes=1000)
+    for _ in range(10):
+        assert _refusal(lambda user: quotas.start(user, argv_bytes=1096), "alice") == (
+            (
+                "with this job, the commands and arguments of the running jobs of user alice would "
+                "take 4 KiB of memory; the ceiling is 3 KiB (per_user.running_argv); pass long "
+                "data in a file"
+            ),
+            None,
+        )
+    message, _ = _refusal(lambda user: quotas.start(user, argv_bytes=1097), "bob")
+    assert "of all users together" in message
+    assert "in_all.running_argv" in message
+    ended()
+    quotas.start("alice", argv_bytes=2000)
+
+
 @pytest.mark.parametrize("what", ["start", "stream"])
 def test_without_ceilings_nothing_is_refused(what: str) -> None:
     """A ceiling of None is never reached."""

@@ -702,7 +702,7 @@ def _record(number: int, owner: str, size: int, args: tuple[str, ...], log: Outp
         usage=None,
         usage_source=None,
     )
-    return FinishedJob(job, log, number)
+    return FinishedJob(job, log, number, number)
 
 
 @pytest.mark.parametrize("seed", range(20))

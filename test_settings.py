@@ -237,7 +237,8 @@ _TABLES = (
     "and [retention]"
 )
 _QUOTA_KEYS = (
-    "unknown; the keys are running_jobs, streams, starts_per_second, start_burst, kept_output"
+    "unknown; the keys are running_jobs, running_argv, streams, starts_per_second, start_burst, "
+    "kept_output"
 )
 _SIZE = 'write a size like "256M", or "unlimited"'
 _WHOLE = 'write a whole number, or "unlimited"'

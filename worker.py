@@ -401,11 +401,17 @@ class Worker:
 
         `usage` is None for those that are running; `status` reads it.
         """
-        return tuple(
-            job.snapshot(live_usage=False)
-            for job in self._registry.all()
-            if owner is None or job.owner == owner
-        )
+        return tuple(job for _, job in self.list_after(0, owner=owner))
+
+    def list_after(self, position: int, *, owner: str | None = None) -> Iterator[tuple[int, Job]]:
+        """Yield jobs like `list`, each with its position in the order of all starts.
+
+        Begins after `position`, so that a list can be read in parts; 0 is before all. A job keeps
+        its position when others are removed. A job is looked at when it is yielded.
+        """
+        for job in self._registry.all(position):
+            if owner is None or job.owner == owner:
+                yield job.position, job.snapshot(live_usage=False)
 
     def stream(self, job_id: str, *, subscriber: str = "", offset: int = 0) -> Subscription:
         """Read the job's output from byte `offset` to its end, as it comes.

@@ -128,7 +128,10 @@ class WorkerServiceServicer:
 
     def ListJobs(self, request, context):
         """Lists jobs in the order in which they were started: for an admin all jobs, for a
-        user their own.
+        user their own. One answer is a page of the list: it has at most 100 jobs and about
+        1 MiB. A list that is read in pages has every job that is there during all the time.
+
+        Errors: INVALID_ARGUMENT (a negative page size, or not a page token).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
