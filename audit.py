@@ -88,11 +88,17 @@ class AuditLog:
         self._lost = 0  # records since the last one that could be written
         self._closed = False
 
-    def record(self, **fields: str | int | Sequence[str] | None) -> None:
+    @property
+    def is_writable(self) -> bool:
+        """Whether the last record could be written, or none has been tried."""
+        with self._lock:
+            return not self._lost
+
+    def record(self, **fields: str | int | Sequence[str] | None) -> int:
         """Write one line: `time` (UTC, microseconds), then the fields in the order given.
 
-        Blocks as long as the disk does. The first failure is logged as an ERROR; the first
-        success after it as an INFO, with the number of lost records.
+        Returns its size in bytes. Blocks as long as the disk does. The first failure is logged as
+        an ERROR; the first success after it as an INFO, with the number of lost records.
 
         Raises `AuditError` if records are required and this one could not be written.
         """
@@ -119,6 +125,7 @@ class AuditLog:
                 f"the call is refused, because the audit log cannot be written ({problem}); "
                 "tell the operator to make room on its disk, or to move it and send SIGHUP"
             )
+        return len(line)
 
     def _write_locked(self, line: bytes) -> str:
         """Write a line; return the reason of a failure, or ""."""

@@ -14,8 +14,9 @@ nothing but its position.
                 os.write(1, chunk)
         log.remove()
 
-A `Budget`, which several logs may share, bounds how many bytes are kept. What is written beyond
-it is counted and dropped, and every subscriber is told of it at the end.
+A `Budget`, which several logs may share, bounds how many bytes are kept. Besides, output leaves a
+reserve of the disk free. What is written beyond these bounds is counted and dropped, and every
+subscriber is told of it at the end.
 
 A complete log that nobody reads has no descriptor open and costs some 300 bytes.
 
@@ -58,6 +59,13 @@ __all__ = [
 _CHUNK_BYTES = 256 * 1024
 
 _OUTPUT_SUFFIX = ".out"
+
+# The reserve of a disk unless one is given: the smaller of the two.
+_RESERVE_SHARE = 0.05
+_RESERVE_BYTES = 1024 * 1024 * 1024
+
+# The errors of a full disk; EDQUOT is that of the disk's own quotas.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOBODY: frozenset[Subscription] = frozenset()
 
 
@@ -139,6 +147,14 @@ class Budget:
             branch = branch._parent
         return branch
 
+    @property
+    def below_root(self) -> Budget:
+        """The highest parent but one; this budget if it has fewer than two."""
+        branch = self
+        while branch._parent is not None and branch._parent._parent is not None:
+            branch = branch._parent
+        return branch
+
     def take(self, size: int) -> tuple[int, Budget | None]:
         """Take up to `size` bytes from this budget and from every parent alike.
 
@@ -173,7 +189,9 @@ class OutputLog:
     Attributes, to be set before the first byte: `budget`, out of which every kept byte is taken;
     None for no bound. `make_room`, called once for each append that the budget refuses in part:
     it takes up to as many bytes as it is told from the budget, after it has made room there, and
-    returns as `Budget.take`; None for not at all.
+    returns as `Budget.take`; None for not at all. `reserve_bytes`: how much of the disk must stay
+    free. `free_disk`, called as long as the disk is full: it deletes another file and returns
+    True, or returns False if there is none; None for not at all.
     """
 
     def __init__(
@@ -187,6 +205,8 @@ class OutputLog:
         self._dir_fd = dir_fd
         self.budget = budget
         self.make_room: Callable[[int], tuple[int, Budget | None]] | None = None
+        self.reserve_bytes = 0
+        self.free_disk: Callable[[], bool] | None = None
         # Guards every attribute below. Never held while reading or writing the file.
         # Reentrant, because the garbage collector may close an abandoned subscription.
         self._lock = threading.RLock()
@@ -247,7 +267,7 @@ class OutputLog:
                 failure = OSError(errno.EDQUOT, f"{refuser.what} is reached")
         try:
             while stored < granted:
-                stored += os.pwrite(self._fd, data[stored:granted], offset + stored)
+                stored += self._write(data[stored:granted], offset + stored)
         except OSError as error:
             failure = error  # the failed write is of bytes before those that were refused
         finally:
@@ -269,6 +289,25 @@ class OutputLog:
             taken += more
         return taken, refuser
 
+    def _write(self, data: bytes | memoryview, offset: int) -> int:
+        """Write some of `data` to the file; return how much. Raises OSError."""
+        while True:
+            try:
+                self._check_reserve(len(data))
+                return os.pwrite(self._fd, data, offset)
+            except OSError as error:
+                if error.errno not in _FULL or self.free_disk is None or not self.free_disk():
+                    raise
+
+    def _check_reserve(self, size: int) -> None:
+        if not self.reserve_bytes:
+            return
+        disk = os.fstatvfs(self._fd)
+        if disk.f_bavail * disk.f_frsize - size < self.reserve_bytes:
+            raise OSError(
+                errno.ENOSPC, f"the disk is full up to its reserve of {self.reserve_bytes} bytes"
+            )
+
     def complete(self) -> None:
         """Declare that nothing more will be appended; idempotent.
 
@@ -278,6 +317,7 @@ class OutputLog:
             self._complete = True
             self._let_go_locked()
             self._notify_locked()
+            self.make_room = self.free_disk = None
 
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
@@ -428,11 +468,14 @@ class OutputDirectory:
     """A private directory for output logs, ours alone (flock) until closed. A context manager.
 
     `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
-    a former owner left there is deleted. Raises BlockingIOError if another worker has it,
-    PermissionError if other users can enter it, OSError. Attribute: `path`.
+    a former owner left there is deleted. `reserve_bytes`: how much of its disk output leaves
+    free; None for 5 % of the disk or 1 GiB, whichever is less. Raises BlockingIOError if another
+    worker has it, PermissionError if other users can enter it, OSError. Attribute: `path`.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, *, reserve_bytes: int | None = None
+    ) -> None:
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -450,11 +493,18 @@ class OutputDirectory:
             raise BlockingIOError(
                 errno.EWOULDBLOCK, "another worker keeps its output here", str(self.path)
             ) from None
+        if reserve_bytes is None:
+            disk = os.fstatvfs(self._fd)
+            share = int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE)
+            reserve_bytes = min(share, _RESERVE_BYTES)
+        self._reserve_bytes = reserve_bytes
         self._delete_output()
 
     def make_log(self, job_id: str) -> OutputLog:
         """Make the output log of a job, whose ID is a UUID. Raises OSError."""
-        return OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
+        log = OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
+        log.reserve_bytes = self._reserve_bytes
+        return log
 
     def give_to(self, uid: int) -> None:
         """Let the user `uid` keep output here. Raises OSError."""

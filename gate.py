@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import ssl
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import unquote
@@ -31,6 +31,7 @@ import worker
 from audit import AuditError, AuditLog
 from calls import STRANGERS, STRANGERS_LOGIN, Calls, Kind, OverloadError, Ticket
 from quotas import QuotaError
+from records import Records
 from settings import LimitError
 from starts import OtherStartError
 
@@ -41,13 +42,20 @@ __all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "CallerGoneError", "Ga
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER_S = 1.0  # one line of the audit log sums up the like refusals of this time
-
+_LOGIN = "/jobworker.v1.AuthService/Login"
 # These calls wait for the kernel, for the disk or for the hash of a password.
 _SLOW = {
-    "/jobworker.v1.AuthService/Login",
+    _LOGIN,
     "/jobworker.v1.AuthService/Logout",
     "/jobworker.v1.WorkerService/StartJob",
+    "/jobworker.v1.WorkerService/StopJob",
+    "/jobworker.v1.WorkerService/RemoveJob",
+}
+
+# These calls make room on a full disk, or end what a token may do. So a full disk does not prevent
+# them, even if the settings require a record of each call.
+_EVEN_IF_NOT_RECORDED = {
+    "/jobworker.v1.AuthService/Logout",
     "/jobworker.v1.WorkerService/StopJob",
     "/jobworker.v1.WorkerService/RemoveJob",
 }
@@ -138,7 +146,7 @@ class Call:
 
     method: str
     context: grpc.ServicerContext
-    audit: AuditLog
+    records: Records
     ticket: Ticket
     certificate: bytes = b""  # the client's certificate, DER; empty if not yet known
     identity: auth.Identity | None = None  # None until the token is checked, and without a token
@@ -166,77 +174,39 @@ class Call:
     def fingerprint(self) -> str | None:
         return _fingerprint(self.certificate) if self.certificate else None
 
-    def record(self, outcome: str = "OK", reason: str | None = None, **more: str | int) -> None:
-        """Write the call's line in the audit log.
+    def record(
+        self, outcome: str = "OK", reason: str | None = None, *, alone: bool = False
+    ) -> None:
+        """Write the call's line in the audit log. `alone`: see `Records.write`.
 
         Before a servicer does something that cannot be undone, the servicer calls this. For all
         other calls the gate calls this once the outcome is known. A call that fails after its line
         was written gets a second line. Raises `AuditError` if the settings require a record and
-        the line cannot be written.
+        the line cannot be written, unless the call is one of those that make room.
         """
         self.recorded = True
-        self.audit.record(
-            peer=str(self.context.peer()),
-            certificate=self.fingerprint,
-            user=self.user,
-            role=self.identity.role.value if self.identity else None,
-            rpc=self.method,
-            job=self.job_id,
-            argv=self.argv,
-            outcome=outcome,
-            reason=self.reason or reason,
-            **more,
-        )
+        fields = self.fields(outcome, reason)
+        caller = self.identity.name if self.identity else self.certificate
+        try:
+            self.records.write(caller, fields, alone=alone)
+        except AuditError:
+            if self.method not in _EVEN_IF_NOT_RECORDED:
+                raise
+            logger.critical("NOT IN THE AUDIT LOG, but allowed: %s", json.dumps(fields))
 
-
-class _Overload:
-    """Records calls that are refused for overload.
-
-    In an overload there is no time to write a line for each call. So the refusals of one caller
-    and one method share a line, which is written once a second and has their number.
-    """
-
-    def __init__(self, audit: AuditLog) -> None:
-        self._audit = audit
-        # Guards the fields below. Notified when the first refusal is added, and on close. Never
-        # held during a write to the audit log.
-        self._changed = threading.Condition()
-        # Key: caller and method. Value: the first refused call, and the number of refused calls.
-        self._refused: dict[tuple[object, str], tuple[Call, int]] = {}
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="overload", daemon=True)
-        self._thread.start()
-
-    def add(self, method: str, ticket: Ticket, context: grpc.ServicerContext) -> None:
-        """Count a refused call. Neither raises nor blocks."""
-        key = (ticket.key, method)
-        with self._changed:
-            first, count = self._refused.get(key, (None, 0))
-            if first is None:
-                first = Call(method, context, self._audit, ticket)
-                with contextlib.suppress(auth.AuthenticationError):
-                    first.certificate = _certificate(context)
-                self._changed.notify()
-            self._refused[key] = (first, count + 1)
-
-    def close(self) -> None:
-        """Record the refusals that are not recorded yet, then end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _run(self) -> None:
-        closed = False
-        while not closed:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._refused)
-                closed = self._changed.wait_for(lambda: self._closed, _TOGETHER_S)
-                refused, self._refused = self._refused, {}
-            for call, count in refused.values():
-                with contextlib.suppress(AuditError):  # too late: the calls are already refused
-                    reason = str(call.ticket.refusal)
-                    call.record(grpc.StatusCode.RESOURCE_EXHAUSTED.name, reason, calls=count)
+    def fields(self, outcome: str, reason: str | None) -> dict[str, Any]:
+        """Return what the audit log records."""
+        return {
+            "peer": str(self.context.peer()),
+            "certificate": self.fingerprint,
+            "user": self.user,
+            "role": self.identity.role.value if self.identity else None,
+            "rpc": self.method,
+            "job": self.job_id,
+            "argv": self.argv,
+            "outcome": outcome,
+            "reason": self.reason or reason,
+        }
 
 
 class Gate(grpc.ServerInterceptor):
@@ -256,14 +226,13 @@ class Gate(grpc.ServerInterceptor):
         request_bytes: int,
     ) -> None:
         self._authenticator = authenticator
-        self._audit = audit
+        self._records = Records(audit)
         self._calls = calls
         self._request_bytes = request_bytes
-        self._overload = _Overload(audit)
 
     def close(self) -> None:
         """End the gate's thread. The server must have stopped: no call may come afterwards."""
-        self._overload.close()
+        self._records.close()
 
     def __enter__(self) -> Self:
         return self
@@ -305,7 +274,7 @@ class Gate(grpc.ServerInterceptor):
         context: grpc.ServicerContext,
     ) -> bytes:
         """Handle a unary call in the call's thread; return the serialized answer."""
-        call = Call(method, context, self._audit, ticket)
+        call = Call(method, context, self._records, ticket)
         try:
             ticket.begin(context)
             self._admit(call, handler)
@@ -314,7 +283,7 @@ class Gate(grpc.ServerInterceptor):
                 data: bytes = handler.response_serializer(answer)
                 ticket.hold(len(data) - ticket.unread)
                 if not call.recorded:
-                    call.record()
+                    call.record(alone=call.undo is not None or call.method == _LOGIN)
                 if call.undo_if_gone and not context.is_active():
                     raise CallerGoneError  # noqa: TRY301 -- `_refuse` undoes the call
         except Exception as error:  # noqa: BLE001 -- every error becomes a status
@@ -330,7 +299,7 @@ class Gate(grpc.ServerInterceptor):
         context: grpc.ServicerContext,
     ) -> Iterator[bytes]:
         """Handle a stream in the call's thread; yield the serialized messages."""
-        call = Call(method, context, self._audit, ticket)
+        call = Call(method, context, self._records, ticket)
         try:
             ticket.begin(context)
             self._admit(call, handler)
@@ -378,8 +347,14 @@ class Gate(grpc.ServerInterceptor):
     ) -> NoReturn:
         """Refuse a call that is one too many. Runs in gRPC's accepting thread."""
         error = ticket.refusal or AssertionError("the call is not refused")
-        self._overload.add(method, ticket, context)
-        _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
+        call = Call(method, context, self._records, ticket)
+        with contextlib.suppress(auth.AuthenticationError):
+            call.certificate = _certificate(context)
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        # In an overload there is no time to write a line for each call.
+        fields = functools.partial(call.fields, code.name, str(error))
+        self._records.share(ticket.key, (method, code.name), fields)
+        _abort(context, code, error)
 
     def _admit(self, call: Call, handler: Any) -> None:
         """Raise unless the method exists and TLS, the token and the role allow the call."""

@@ -1,7 +1,8 @@
 """The jobs by their IDs (`Registry`), and how long finished ones are kept (`Retention`).
 
 Retention: what is too old is removed, and what is too much for the rule. Besides, finished jobs
-give way when a budget of output (`broadcaster.Budget`) has no byte left for a running job.
+give way when a budget of output (`broadcaster.Budget`) or the disk has no byte left for a running
+job.
 
     registry = Registry(Retention(jobs=100))
     registry.add(job)
@@ -173,19 +174,20 @@ class FinishedJobs:
                     break  # it has just ended, and somebody may be about to look at it
                 yield job
 
-    def giver(self, owner: str, budget: Budget, refuser: Budget) -> FinishedJob | None:
+    def giver(self, owner: str, budget: Budget, refuser: Budget | None) -> FinishedJob | None:
         """Return the job whose removal gives `budget` bytes that `refuser` refused; None if none.
 
-        `refuser` is `budget` or a parent of it, and has no bytes left. If several owners draw on
-        `refuser`, the one who uses most gives first, and nobody gives to an owner who uses more.
-        Each owner gives the oldest job first. Output that somebody reads gives nothing back
-        now, so it stays. The budgets of one owner's jobs are expected to have the same parents.
+        `refuser` is `budget` or a parent of it, and has no bytes left; None means the disk. If
+        several owners draw on `refuser`, the one who uses most gives first, and nobody gives to an
+        owner who uses more. Each owner gives the oldest job first. Output that somebody reads
+        gives nothing back now, so it stays. The budgets of one owner's jobs are expected to have
+        the same parents.
         """
-        mine = budget.branch_of(refuser)
+        mine = _branch(budget, refuser)
         givers: list[tuple[int, _Holding]] = []
         for other, holding in self._holdings.items():
             its = holding.oldest.output.budget
-            branch = its.branch_of(refuser) if its else None
+            branch = _branch(its, refuser) if its else None
             if branch is None:
                 continue
             used = branch.used
@@ -205,6 +207,11 @@ class FinishedJobs:
         """Return whose amounts are largest; of several the one whose oldest job is older."""
         holdings = self._holdings.values()
         return max(holdings, key=lambda each: (each.amounts[i], -each.oldest.number))
+
+
+def _branch(budget: Budget, refuser: Budget | None) -> Budget | None:
+    """Return the budget that counts what the owner of `budget` takes from `refuser`."""
+    return budget.branch_of(refuser) if refuser is not None else budget.below_root
 
 
 class Registry:
@@ -279,16 +286,20 @@ class Registry:
         has the order in which jobs are removed. None is removed once the registry is closed.
         """
         taken, refuser = budget.take(size)
-        while refuser is not None:
-            with self._lock:
-                job = None if self._closed else self._finished.giver(owner, budget, refuser)
-                if job is None:
-                    break
-                self._forget_locked(job)
-            _delete(job)
+        while refuser is not None and self.give_way(owner, budget, refuser):
             more, refuser = budget.take(size - taken)
             taken += more
         return taken, refuser
+
+    def give_way(self, owner: str, budget: Budget, refuser: Budget | None = None) -> bool:
+        """Remove the job that `FinishedJobs.giver` chooses. Returns False if there is none."""
+        with self._lock:
+            job = None if self._closed else self._finished.giver(owner, budget, refuser)
+            if job is None:
+                return False
+            self._forget_locked(job)
+        _delete(job)
+        return True
 
     def trim(self) -> None:
         """Remove what is too old or too much, and wait in a thread for what gets too old."""

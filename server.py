@@ -160,6 +160,7 @@ class Server:
             enforcement=self._settings.enforcement,
             cgroup_root=self._settings.cgroup_root,
             output_dir=self._settings.state_dir / "output",
+            reserve_bytes=config.disk_reserve_bytes,
             uids=uids,
             retention=config.retention,
         )

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_services"]
 
-_REFUSED_ARGV_BYTES = 4096  # the audit log gets this much of the arguments of a refused start
-
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
 # The size of a stream's messages. Large messages are faster (see `broadcaster.py`), but a message
@@ -102,7 +100,7 @@ class _AuthServicer:
         request: auth_pb.LogoutRequest,  # noqa: ARG002 -- the message has no fields
         call: Call,
     ) -> auth_pb.LogoutResponse:
-        call.record()
+        call.record(alone=True)
         self._authenticator.logout(call.caller)
         return auth_pb.LogoutResponse()
 
@@ -163,9 +161,7 @@ class _WorkerServicer:
     ) -> worker_pb.StartJobResponse:
         user = call.caller.name
         argv = [request.command, *request.args]
-        # In case the start is refused: nothing limits the number of refusals, so their lines in
-        # the audit log must be short.
-        call.argv = _beginning(argv)
+        call.argv = argv
         self._check_argv(argv)
         request_id = request.request_id and _uuid(request.request_id, "a request ID")
         asked = {field.name: value for field, value in request.limits.ListFields()}
@@ -180,7 +176,7 @@ class _WorkerServicer:
         else:
             job_id = start()
             call.undo_if_gone = True
-        call.job_id, call.argv = job_id, argv
+        call.job_id = job_id
         if is_new:
             call.undo = functools.partial(self._undo_start, job_id)
         else:
@@ -236,7 +232,8 @@ class _WorkerServicer:
         job_id, owner = self._reach(request.job_id, call)
         is_owner = owner == call.caller.name
         reason = _BY_OWNER if is_owner else _BY_ADMIN
-        call.record()
+        # A stop of a job that has ended changes nothing, and anybody may repeat it as they like.
+        call.record(alone=self._worker.status(job_id).status is Status.RUNNING)
         return worker_pb.StopJobResponse(job=_job(self._worker.stop(job_id, reason=reason)))
 
     def RemoveJob(  # noqa: N802
@@ -246,7 +243,7 @@ class _WorkerServicer:
         if self._worker.status(job_id).status is Status.RUNNING:
             # Checked here, because the audit log must not record a removal that the worker refuses.
             raise worker.JobRunningError(job_id)
-        call.record()
+        call.record(alone=True)
         self._worker.remove(job_id)
         return worker_pb.RemoveJobResponse()
 
@@ -350,19 +347,6 @@ class _WorkerServicer:
             call.reason = "the job is not theirs"
             raise worker.UnknownJobError(job_id)
         return job_id, owner
-
-
-def _beginning(argv: list[str]) -> list[str]:
-    """Return `argv`. If `argv` is long, its end is replaced by the number of bytes left out."""
-    encoded = [argument.encode(errors="surrogatepass") + b"\0" for argument in argv]
-    left = _REFUSED_ARGV_BYTES
-    for number, argument in enumerate(encoded):
-        if len(argument) > left:
-            more = sum(map(len, encoded[number:])) - left
-            cut = argument[:left].decode(errors="ignore")
-            return [*argv[:number], cut, f"... and {more} bytes more"]
-        left -= len(argument)
-    return argv
 
 
 def _position(token: str) -> int:

@@ -23,6 +23,9 @@ The file sets limits, ceilings, quotas and retention:
     [per_job]
     kept_output = "100M"
 
+    [disk]
+    reserve = "2G"              # output leaves this much free
+
     [requests]                  # the size of a request
     args = 100
 
@@ -164,6 +167,7 @@ _TABLES: Final = {
         "args": _Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
         "arg_length": _Key("arg_length", _SIZE, may_be_unlimited=False),
     },
+    "disk": {"reserve": _Key("disk_reserve_bytes", _SIZE, minimum=0, may_be_unlimited=False)},
     "retention": {
         "age": _Key("age_s", _TIME, minimum=0),
         "jobs": _Key("jobs", _WHOLE),
@@ -244,6 +248,8 @@ class Config:
     in_all: Quota = IN_ALL
     job_output_bytes: int | None = JOB_OUTPUT_BYTES
     """Kept output of one job, in bytes."""
+    disk_reserve_bytes: int | None = None
+    """How much of the disk output leaves free, in bytes; None for the rule of `Worker`."""
     requests: Requests = Requests()
     retention: Retention = RETENTION
 

@@ -14,7 +14,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -29,7 +28,15 @@ import pytest
 
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError
-from testkit import ABSENT, FOREVER, GUARD_S, ServerProgram, children_of, clean_environment
+from testkit import (
+    ABSENT,
+    FOREVER,
+    GUARD_S,
+    ServerProgram,
+    children_of,
+    clean_environment,
+    small_file_system,
+)
 from users import SEEDED_USERS, Role, User, make_user
 
 if TYPE_CHECKING:
@@ -807,13 +814,8 @@ def test_rotation_loses_no_line_under_load(start: Start, connect: Connect, tmp_p
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
     """A file system of 64 KiB."""
-    _as_root()
-    with tempfile.TemporaryDirectory() as path:
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", path]
-        if subprocess.run(command, check=False, capture_output=True).returncode:
-            pytest.skip("cannot mount a file system")
-        yield Path(path)
-        subprocess.run(["umount", "--lazy", path], check=True)
+    with small_file_system("64k") as path:
+        yield path
 
 
 def _fill(audit: Path) -> Path:
@@ -847,28 +849,37 @@ def test_full_disk_is_reported_once_and_does_not_stop_the_service(
 def test_what_cannot_be_recorded_is_refused_if_it_must_be(
     start: Start, connect: Connect, small_disk: Path
 ) -> None:
-    """Logins, logouts, starts, stops and streams are refused until there is room again."""
+    """Logins, starts and streams are refused until there is room again.
+
+    Stop, Remove and Logout are not refused: they make room, or end what a token may do.
+    """
     program = start("--audit-required", "--max-streams", "1", audit=small_disk / "audit.log")
     client = connect("user", program.address)
-    other = connect("", program.address)
-    other.login("user", "user")
-    job_id = client.start(*FOREVER)
+    other, third = connect("", program.address), connect("", program.address)
+    for each in (other, third):
+        each.login("user", "user")
+    job_id, to_stop = (client.start(*FOREVER) for _ in range(2))
     filler = _fill(program.audit)
     stranger = connect("", program.address)
     refusals = [
         *(_refusal(next, client.stream(job_id)) for _ in range(3)),
         *(_refusal(client.start, *FOREVER) for _ in range(3)),
-        _refusal(client.stop, job_id),
         _refusal(client.list),
         _refusal(client.status, ABSENT),
-        _refusal(other.logout),
         _refusal(stranger.login, "user", "user"),
     ]
     assert {(error.code, str(error)) for error in refusals} == {
         ("UNAVAILABLE", "the audit log cannot be written; tell the operator")
     }
     assert stranger.token == ""
+    assert client.stop(to_stop).status == worker_pb.STOPPED
+    client.remove(to_stop)
+    third.logout()
+    log = program.await_log("NOT IN THE AUDIT LOG.*Logout")
+    for rpc, job in (("StopJob", to_stop), ("RemoveJob", to_stop), ("Logout", "null")):
+        assert re.search(f"CRITICAL NOT IN THE AUDIT LOG.*{rpc}.*{job}", log)
     filler.unlink()
+    assert _refusal(third.list).code == "UNAUTHENTICATED"
     jobs = {job.job_id: job.status for job in client.list()}
     assert jobs == {job_id: worker_pb.RUNNING}
     assert len(other.list()) == 1

@@ -41,11 +41,13 @@ from testkit import (
     job_files,
     job_processes,
     settle_spares,
+    small_file_system,
 )
 from worker import (
     EndReason,
     Job,
     JobRunningError,
+    OutputIncompleteError,
     Retention,
     Status,
     UnknownJobError,
@@ -790,6 +792,75 @@ def test_jobs_that_need_room_at_once_lose_nothing(worker: Worker, pool: ThreadPo
     job_ids = list(pool.map(finish, [100_000] * 8))
     assert [worker.wait(each, GUARD_S).output_lost_bytes for each in job_ids] == [0] * 8
     assert budget.used <= 1_000_000
+
+
+# --- a full disk ------------------------------------------------------------------------------
+
+
+def _free(directory: Path) -> int:
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize
+
+
+_MIB = 1024 * 1024
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    with small_file_system("8m") as path:
+        yield path
+
+
+def _on(disk: Path, reserve_bytes: int | None = None) -> Worker:
+    return Worker(enforcement="off", output_dir=disk / "output", reserve_bytes=reserve_bytes)
+
+
+@pytest.mark.parametrize("reserve_bytes", [_MIB, 3 * _MIB, None], ids=["1M", "3M", "5%"])
+def test_output_leaves_a_reserve_of_the_disk(disk: Path, reserve_bytes: int | None) -> None:
+    """A job that writes more than the disk holds ends by itself; what it lost is counted."""
+    with _on(disk, reserve_bytes) as worker:
+        job_id = worker.start("head", ["-c", "16M", "/dev/zero"])
+        job = worker.wait(job_id, GUARD_S)
+        assert job.exit_code == 0
+        assert job.output_bytes + job.output_lost_bytes == 16 * _MIB
+        reserve = 8 * _MIB * 5 // 100 if reserve_bytes is None else reserve_bytes
+        assert _free(disk) >= reserve
+        assert job.output_bytes > 0
+        with worker.stream(job_id) as chunks, pytest.raises(OutputIncompleteError, match="reserve"):
+            list(chunks)
+
+
+@pytest.mark.parametrize("reserve_bytes", [_MIB, 0])
+def test_on_a_full_disk_finished_jobs_give_way(disk: Path, reserve_bytes: int) -> None:
+    """The oldest first, so that a new job loses nothing; also without a reserve."""
+    with _on(disk, reserve_bytes) as worker:
+        first, second = (_write(worker, 3 * _MIB) for _ in range(2))
+        assert _kept(worker) == [first, second]
+        third = _write(worker, 3 * _MIB)
+        assert _kept(worker) == [second, third]
+        assert worker.status(third).output_lost_bytes == 0
+        # What other programs write takes room, too. Somebody reads the second job's output.
+        (disk / "filler").write_bytes(bytes(_free(disk)))
+        with worker.stream(second):
+            fourth = _write(worker, 4096)
+            assert _kept(worker) == [second, fourth]
+
+
+def test_on_a_full_disk_nobody_gives_way_to_who_has_more(disk: Path) -> None:
+    """One owner's flood does not push out another's jobs, whether or not there are budgets."""
+    everybody = Budget(None, "everybody's")
+    alices, bobs = Budget(None, "alice's", everybody), Budget(None, "bob's", everybody)
+    with _on(disk, _MIB) as worker:
+        of_bob = _write(worker, _MIB, "bob", Budget(None, "a job's", bobs))
+        of_alice = _write(worker, 3 * _MIB, "alice", Budget(None, "a job's", alices))
+        flood = _write(worker, 16 * _MIB, "alice", Budget(None, "a job's", alices))
+        assert _kept(worker) == [of_bob, flood]
+        assert worker.status(flood).output_lost_bytes > 0
+        of_bob_2 = _write(worker, _MIB, "bob", Budget(None, "a job's", bobs))
+        assert _kept(worker) == [of_bob, of_bob_2]
+        assert worker.status(of_bob_2).output_lost_bytes == 0
+        assert of_alice != flood
 
 
 # --- over the API -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,19 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def small_file_system(size: str) -> Iterator[Path]:
+    """Mount a file system of this size, like "64k"; skip the test where we cannot."""
+    with tempfile.TemporaryDirectory() as path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "none", path]
+        if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("this needs root, and the right to mount a file system")
+        try:
+            yield Path(path)
+        finally:
+            subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def descriptors_of(pid: int | str = "self") -> list[str]:

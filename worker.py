@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import privileges
 from broadcaster import (
+    Budget,
     OffsetError,
     OutputDirectory,
     OutputIncompleteError,
@@ -74,8 +75,6 @@ from spawner import AttachError, Spawner, SpawnerDiedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from broadcaster import Budget
 
 __all__ = [
     "CgroupError",
@@ -122,6 +121,8 @@ class Worker:
     (default: the cgroup it is in), and `close` moves it back.
     `output_dir`: where output is kept; made with mode 0700; default: a temporary directory. It
     belongs to one worker at a time, and output that a former worker left in it is deleted.
+    `reserve_bytes`: how much of its disk output leaves free; default: 5 % of the disk or 1 GiB,
+    whichever is less. Finished jobs give way before output is lost.
     `uids`: each job runs as one of these users, which `start` is told, and not as the user of
     the main process. Needs the right to change users (`privileges.can_change_user`).
     `retention`: how long finished jobs are kept; default: until they are removed.
@@ -137,6 +138,7 @@ class Worker:
         enforcement: Enforcement = "auto",
         cgroup_root: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
+        reserve_bytes: int | None = None,
         uids: range | None = None,
         retention: Retention | None = None,
     ) -> None:
@@ -150,7 +152,7 @@ class Worker:
         self._executing: dict[str, Spare] = {}  # of those calls, the ones that wait for an exec
         self._closed = False
         with contextlib.ExitStack() as undo:
-            self._output_dir = OutputDirectory(output_dir)
+            self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes)
             undo.callback(self._output_dir.close)
             # Before the fork server, which must be born in our leaf.
             self._subtree = Subtree.open(enforcement, root=cgroup_root, limits=self._limits)
@@ -223,8 +225,8 @@ class Worker:
         privileges. It is in its cgroup, under every limit, before its first instruction.
 
         `uid`: the user that the job runs as, one of the worker's `uids`; None if it has none.
-        `budget`: bounds how much output is kept. When it has no byte left, finished jobs that
-        share a parent of it give way: `FinishedJobs.giver`. `on_end` is called when the job's
+        `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
+        jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's
         processes are gone, right before anybody can learn that it has ended. It must not
         block. It is not called if the start fails.
 
@@ -261,11 +263,10 @@ class Worker:
             # between that and the answer.
             undo.callback(self._spawner.kill, spare.job_id)
             undo.callback(spare.discard)
-            if work.budget is not None:
-                spare.output.budget = work.budget
-                spare.output.make_room = functools.partial(
-                    self._registry.take, work.owner, work.budget
-                )
+            budget = Budget(None, "no ceiling") if work.budget is None else work.budget
+            spare.output.budget = budget
+            spare.output.make_room = functools.partial(self._registry.take, work.owner, budget)
+            spare.output.free_disk = functools.partial(self._registry.give_way, work.owner, budget)
             started_at = datetime.now(UTC)
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
