@@ -184,7 +184,7 @@ def test_two_hashes_are_made_at_once(
 def test_login_that_waits_is_given_up_when_the_authenticator_is_closed(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not hashed and not counted as a failure. Tokens stay valid."""
+    """A waiting login is neither hashed nor counted as a failure. Tokens stay valid."""
     token = _login(authenticator)
     hashing = Hashing(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
@@ -228,7 +228,7 @@ def _fail(authenticator: Authenticator, name: str, peer: str) -> None:
 def test_wrong_passwords_have_to_wait_by_user_and_peer(
     authenticator: Authenticator, name: str
 ) -> None:
-    """Also for unknown users. The true user gets in from another address or certificate."""
+    """Unknown users wait, too. The true user gets in from another address or certificate."""
     _fail(authenticator, name, _PEER)
     assert _is_throttled(authenticator, name, _PEER)
     assert not _is_throttled(authenticator, "root", _PEER)
@@ -246,7 +246,7 @@ def test_unknown_user_with_the_password_of_another_is_a_failure(
 
 
 def test_right_password_is_not_checked_while_it_has_to_wait(authenticator: Authenticator) -> None:
-    """Otherwise a guesser could learn the password during the wait."""
+    """If it were checked, a guesser could learn the password during the wait."""
     _fail(authenticator, "alice", _PEER)
     with pytest.raises(TooManyLoginsError) as caught:
         _login(authenticator)
@@ -522,7 +522,7 @@ def _assert_refused(
     with pytest.raises(TokenError) as caught:
         authenticator.authenticate(token, certificate)
     assert str(caught.value) == _ONE_MESSAGE
-    # Nothing of the reason goes with it either, to be logged by somebody.
+    # The error carries no cause, so no log can show why the token was refused.
     assert (caught.value.__cause__, caught.value.__context__) == (None, None)
 
 
@@ -559,7 +559,7 @@ def test_forged_token_is_refused_with_the_one_message(
 def test_what_is_longer_than_any_token_is_not_looked_at(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch, forgery: str
 ) -> None:
-    """Such a text is refused before any work."""
+    """A text that is longer than any token is refused before it is parsed."""
     token = _FORGERIES[forgery]()
     calls: list[object] = []
     monkeypatch.setattr(jwt, "decode", lambda *arguments, **_: calls.append(arguments))
@@ -640,7 +640,7 @@ _CHANGES = {
 
 @pytest.mark.parametrize("change", _CHANGES)
 def test_token_ends_with_any_change_of_its_user(authenticator: Authenticator, change: str) -> None:
-    """At once and after a restart. If the entry is restored, the token is valid again."""
+    """It ends at once, and stays ended after a restart. With the old entry it is valid again."""
     token = _login(authenticator)
     identity = authenticator.authenticate(token, _CERTIFICATE)
     authenticator.set_users(_CHANGES[change])
@@ -652,7 +652,7 @@ def test_token_ends_with_any_change_of_its_user(authenticator: Authenticator, ch
 
 
 def test_token_does_not_end_when_others_change(authenticator: Authenticator) -> None:
-    """Nor does it end with another order of the entries, or with new entries."""
+    """A new order of the entries, or a new entry, ends no token of the other users."""
     token = _login(authenticator)
     identity = authenticator.authenticate(token, _CERTIFICATE)
     authenticator.set_users([_user("bob"), _user("root", password="x"), _ALICE])
@@ -694,14 +694,14 @@ def test_token_survives_a_new_authenticator_of_the_same_key_only(
 
 
 def test_identity_is_valid_until_it_expires(authenticator: Authenticator) -> None:
-    """A stream can ask for it, so the stream can end with its token."""
+    """A stream asks `Identity` whether its token has expired, and ends if it has."""
     identity = authenticator.authenticate(_token(), _CERTIFICATE)
     assert authenticator.is_valid(identity)
     assert not authenticator.is_valid(replace(identity, expires_at=datetime.now(UTC)))
 
 
 def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
-    """Also after restarts and in another spelling. The user's other tokens stay valid."""
+    """It is refused after restarts and in another spelling. Other tokens stay valid."""
     path = tmp_path / "revoked"
     with Revocations(path) as revocations:
         authenticator = Authenticator(users=[_ALICE], key=_KEY, revocations=revocations)
@@ -782,7 +782,7 @@ def test_logout_calls_those_who_watch_that_token_once(
 def test_change_of_a_user_calls_those_who_watch_their_tokens(
     authenticator: Authenticator, watched: tuple[Identity, list[_Watcher]], change: str
 ) -> None:
-    """For any change. The watchers of an unchanged user are not called."""
+    """Any change of a user calls them. The watchers of an unchanged user are not called."""
     _, watchers = watched
     authenticator.set_users([*(u for u in _CHANGES[change] if u != _ROOT), _ROOT])
     assert [watcher.calls for watcher in watchers] == [1, 1, 1, 0]
@@ -845,7 +845,7 @@ def test_no_end_falls_between_asking_and_watching(authenticator: Authenticator) 
 def test_no_password_hash_key_or_token_shows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No repr, text, traceback or log contains one."""
+    """No repr, text, traceback or log contains a password, hash, key or token."""
     caplog.set_level(logging.DEBUG)
     revocations = Revocations(tmp_path / "revoked")
     password = "hunter2"  # and nowhere else here: tracebacks have the lines of this test
@@ -899,7 +899,7 @@ def test_permission_table_names_exactly_the_methods_of_the_services() -> None:
 
 
 def test_only_login_needs_no_token() -> None:
-    """Every other method has its roles."""
+    """Every method but `Login` has its roles in the table."""
     assert [method for method, roles in PERMISSIONS.items() if roles is None] == [
         "/jobworker.v1.AuthService/Login"
     ]
@@ -963,7 +963,7 @@ def test_key_of_the_wrong_size_is_refused(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
-    """The message has the remedy."""
+    """The error shows the chmod command that makes the key private."""
     path = tmp_path / "token.key"
     load_key(path)
     path.chmod(mode)
@@ -972,12 +972,12 @@ def test_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
 
 
 def test_key_cannot_be_made_where_there_is_no_directory(tmp_path: Path) -> None:
-    """A missing directory is an OSError."""
+    """If its directory does not exist, `load_key` raises FileNotFoundError."""
     with pytest.raises(FileNotFoundError):
         load_key(tmp_path / "absent" / "token.key")
 
 
-# Bytes that json takes for the beginning of each encoding it knows.
+# For each encoding that json detects: the first bytes by which it detects that encoding.
 _BEGINNINGS = (
     *("00000041", "00000000", "00410042", "41004200", "41000000"),
     *("feff0041", "fffe4100", "fffe0000", "0000feff", "efbbbf41"),
@@ -985,7 +985,7 @@ _BEGINNINGS = (
 
 
 def test_every_key_works_in_a_process_that_can_import_nothing_more() -> None:
-    """Like a server that has given up root, and whose Python is in a closed directory."""
+    """Such a process is a server without root whose Python is in a closed directory."""
     source = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
