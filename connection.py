@@ -55,9 +55,9 @@ _REPEAT_AFTER_S = (0.1, 1.0)  # the pauses before a start is repeated
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # nobody reaches a job server through a web proxy
-    # A job can be silent for hours, so a stream pings the server to notice its death: after 20 s
+    # A job can be silent for hours, so a stream pings the server to notice its death: after 15 s
     # without data, and then 10 s without an answer. gRPC needs both time-outs for that.
-    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),

@@ -31,6 +31,7 @@ import pytest
 import authservice_pb2 as auth_pb
 import cli as cli_module
 import commands
+import connection
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
 from testkit import ABSENT, GUARD_S, clean_environment, make_fifo
@@ -621,6 +622,8 @@ class _Cable:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._ends: list[socket.socket] = []
+        self._flows = threading.Event()
+        self._flows.set()
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
@@ -638,8 +641,13 @@ class _Cable:
     def _forward(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                self._flows.wait()
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
+
+    def hold(self) -> None:
+        """Forward nothing more, as if packets were dropped."""
+        self._flows.clear()
 
     def cut(self) -> None:
         """End all connections; new ones are forwarded again."""
@@ -650,6 +658,7 @@ class _Cable:
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join(GUARD_S)
+        self._flows.set()
         self.cut()
         for thread in self._threads:
             thread.join(GUARD_S)
@@ -673,6 +682,89 @@ def test_start_whose_connection_breaks_is_repeated_and_starts_one_job(
         monkeypatch.setattr(server._worker, "start", start_and_cut)
         printed = cli.read("start", "--server", cable.address, "--", "true")
     assert [job.job_id for job in connect(address=server.address).list()] == [printed.strip()]
+
+
+def test_peer_that_is_silent_is_noticed_and_told(
+    program: ServerProgram, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream notices it within 30 s. With all times a tenth of that, in this test."""
+    times = {name: value for name, value in connection._OPTIONS if name.endswith("_ms")}
+    timeout_ms = max(times["grpc.keepalive_timeout_ms"], times["grpc.http2.ping_timeout_ms"])
+    assert times["grpc.keepalive_time_ms"] + timeout_ms < 30_000
+    tenth = [(name, value // (10 if name in times else 1)) for name, value in connection._OPTIONS]
+    monkeypatch.setattr(connection, "_OPTIONS", tenth)
+    with contextlib.closing(_Cable(program.address)) as cable:
+        client = connect(address=cable.address)
+        job_id = client.start(_SILENT[0], _SILENT[1:])
+        stream = client.stream(job_id)
+        assert next(stream) == b"ready\n"
+        cable.hold()
+        with pytest.raises(ClientError) as caught:
+            next(stream)
+        assert caught.value.code == "UNAVAILABLE"
+        assert str(caught.value) == (
+            f"{cable.address} does not answer any more: the network is interrupted, or the server "
+            "hangs; try again later"
+        )
+        client.close()
+    connect().stop(job_id)
+
+
+def test_client_connects_soon_after_its_server_is_back(certs: Path) -> None:
+    """gRPC waits between attempts, by default longer and longer: ten attempts take two minutes."""
+    attempts = threading.Semaphore(0)
+    with (
+        _listener(lambda _: attempts.release()) as address,
+        Client(address, certs=certs, token="x") as client,
+    ):
+        rpc = client._worker.ListJobs.future(
+            worker_pb.ListJobsRequest(), wait_for_ready=True, timeout=2 * GUARD_S
+        )
+        for _ in range(10):
+            assert attempts.acquire(timeout=GUARD_S / 6)
+        rpc.cancel()
+
+
+@pytest.mark.parametrize(
+    ("code", "raw", "told"),
+    [
+        ("UNAVAILABLE", "recvmsg:Connection timed out (110)", "{} does not answer any more"),
+        ("UNAVAILABLE", "Stream removed (ping timeout)", "{} does not answer any more"),
+        ("UNAVAILABLE", "sendmsg: No route to host (113)", "{} does not answer any more"),
+        ("UNAVAILABLE", "Cancelling all calls", "{} is shutting down"),
+        ("CANCELLED", "Cancelling all calls", "{} is shutting down"),
+        ("UNAVAILABLE", "recvmsg:Connection reset by peer (104)", "{} closed the connection"),
+        ("UNAVAILABLE", "Stream removed (something new)", "{} closed the connection"),
+        ("UNAVAILABLE", "the server is shutting down", "the server is shutting down"),
+    ],
+)
+def test_grpcs_own_words_are_not_shown(
+    cli: _Program, pretend: Pretend, code: str, raw: str, told: str
+) -> None:
+    """In their place stands what it means. The words of the server stay as they are."""
+
+    def end(context: grpc.ServicerContext) -> Iterator[Message]:
+        context.abort(getattr(grpc.StatusCode, code), raw)
+
+    address = pretend(ListJobs=end)
+    assert cli.fail("list", "--server", address).startswith(f"client: {told.format(address)}")
+
+
+def test_stream_that_does_not_end_in_time_at_shutdown_says_so(
+    connect: Connect, start_server: Callable[..., ServerProgram]
+) -> None:
+    """The client did not read, so the server could not send its own words."""
+    program = start_server()
+    client = connect("user", program.address)
+    stream = client.stream(client.start("yes"))
+    next(stream)
+    assert program.end() == 0
+    with pytest.raises(ClientError) as caught:
+        list(stream)
+    assert (caught.value.code, str(caught.value)) == (
+        "UNAVAILABLE",
+        f"{program.address} is shutting down",
+    )
 
 
 def test_start_without_an_answer_tells_how_to_repeat_it(cli: _Program, pretend: Pretend) -> None:
