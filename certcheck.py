@@ -44,6 +44,7 @@ _ALGORITHMS = tuple(
 )
 # OpenSSL's reasons for the key of another certificate; the second if it is of another kind.
 _MISMATCH = ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH")
+_NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID
 _KEY_MARK = b"PRIVATE KEY-----"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -63,7 +64,7 @@ def check_ca(name: str, pem: bytes) -> None:
     if all(end < now for end in ends):
         raise UnusableError(f"{name} has expired")
     if not any(start <= now <= end for start, end in zip(starts, ends, strict=True)):
-        raise UnusableError(f"{name} is not valid yet; check the clocks")
+        raise UnusableError(f"{name} is not valid yet; check the clock")
 
 
 def check_pair(
@@ -105,7 +106,8 @@ def check_pair(
     try:
         return _handshake(server, client)
     except ssl.SSLCertVerificationError as error:
-        raise UnusableError(f"{chain_name}: {error.verify_message}") from error
+        hint = "; check the clock" if error.verify_code == _NOT_YET_VALID else ""
+        raise UnusableError(f"{chain_name}: {error.verify_message}{hint}") from error
 
 
 def _wrong_kind(key_name: str) -> str:

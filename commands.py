@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from google.protobuf.message import Message
+    from google.protobuf.timestamp_pb2 import Timestamp
 
     import workerservice_pb2 as worker_pb
     from connection import Client
@@ -49,7 +50,7 @@ def _to_dict(message: Message) -> dict[str, Any]:
         if field.has_presence and not message.HasField(field.name):
             result[field.name] = None
         elif field.message_type and field.message_type.full_name == "google.protobuf.Timestamp":
-            result[field.name] = value.ToJsonString()
+            result[field.name] = _time(value)
         elif field.message_type:
             result[field.name] = _to_dict(value)
         elif field.enum_type:
@@ -102,8 +103,19 @@ def _signal_name(number: int | None) -> str:
         return f"signal {number}"
 
 
+def _time(value: Timestamp) -> str:
+    """Return the time in the form of RFC 3339, or a server's number that is no date as such."""
+    try:
+        return value.ToJsonString()
+    except ValueError:
+        return f"{value.seconds} s {value.nanos} ns"
+
+
 def _moment(text: str | None) -> str:
-    return text[:19].replace("T", " ") + " UTC" if text else "-"
+    """Return the time for people, without its fraction of a second."""
+    if text is None:
+        return "-"
+    return text[:19].replace("T", " ") + " UTC" if "T" in text else text
 
 
 def _limits(limits: dict[str, Any] | None) -> str:

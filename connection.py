@@ -209,13 +209,17 @@ class Client:
 
         request = self._auth_pb.LoginRequest(username=username, password=password)
         response = self._call(self._auth.Login, request, with_token=False)
-        if not _is_token(response.access_token):
+        try:
+            expires_at = response.expires_at.ToDatetime(UTC)
+        except (ValueError, OverflowError):
+            expires_at = None
+        if expires_at is None or not _is_token(response.access_token):
             raise ClientError(
-                f"{self._server} answered the login with something that is not a token; is it a "
-                "job-worker server?"
+                f"{self._server} answered the login with something that is not a token, or does "
+                "not expire on a date; is it a job-worker server?"
             )
         self.token = response.access_token
-        return self.token, response.expires_at.ToDatetime(UTC)
+        return self.token, expires_at
 
     def logout(self) -> None:
         """Make the token invalid for good; the server ends the streams opened with it."""
@@ -327,15 +331,20 @@ class Client:
 
 _CLOSED = (
     "{server} closed the connection: the server stopped, or it does not accept your "
-    "client certificate; see --cert, --key and --certs"
+    "client certificate (of another client CA, or by the server's clock not valid now); see "
+    "--cert, --key and --certs"
 )
 _SILENT = (
     "{server} does not answer any more: the network is interrupted, or the server hangs; try "
     "again later"
 )
+_CERTIFICATE = "the certificate of the server at {server} "
 _UNTRUSTED = (
-    "the certificate of the server at {server} was not signed by your server CA, is not for "
-    "that host name, or has expired; see --ca, --certs and certs/generate.sh"
+    f"{_CERTIFICATE}was not signed by your server CA, or is not for servers; see --ca, --certs and "
+    "certs/generate.sh"
+)
+_OTHER_HOST = (
+    f"{_CERTIFICATE}is not for that host name; see --server, and certs/generate.sh --hosts"
 )
 _UNRESOLVED = "the host name in {server} cannot be resolved; see --server"
 # A part of gRPC's text for a failed connection, its meaning, and whether the server may have
@@ -347,13 +356,23 @@ _CONNECTION_FAILURES = (
         "no server listens on {server}; start the server, or see --server",
         False,
     ),
+    (
+        "certificate is not yet valid",
+        f"{_CERTIFICATE}is not valid yet; check the clock of this machine, and that of the server",
+        False,
+    ),
+    (
+        "certificate has expired",
+        f"{_CERTIFICATE}has expired; run certs/generate.sh there, or check the clock of yours",
+        False,
+    ),
     ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED, False),
     (
         "WRONG_VERSION_NUMBER",
         "what listens on {server} does not speak TLS; see --server",
         False,
     ),
-    ("Hostname Verification Check failed", _UNTRUSTED, False),
+    ("Hostname Verification Check failed", _OTHER_HOST, False),
     ("errors resolving", _UNRESOLVED, False),
     ("DNS resolution failed", _UNRESOLVED, False),
     ("ame resolution", _UNRESOLVED, False),

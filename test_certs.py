@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,6 +202,16 @@ def test_second_run_does_nothing(certs: Path) -> None:
     before = _snapshot(certs)
     assert _generate(certs) == []
     assert _snapshot(certs) == before
+
+
+def test_certificates_are_valid_on_a_machine_whose_clock_is_slow(pristine: Path) -> None:
+    """By up to an hour. All of them are, CAs too."""
+    moment = str(int(time.time()) - 3500)
+    for side in ("server", "client"):
+        _openssl(
+            *("verify", "-purpose", f"ssl{side}", "-attime", moment),
+            *("-trusted", pristine / f"{side}-ca.pem", pristine / f"{side}.pem"),
+        )
 
 
 def _expire(directory: Path, name: str, ca: str, days: int = 0) -> None:

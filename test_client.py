@@ -300,10 +300,35 @@ def test_login_that_yields_no_token_is_told(
     """Text that could control the terminal, or could never be sent, is neither printed nor kept."""
     address = pretend(Login=lambda _: [auth_pb.LoginResponse(access_token="a\x1b[31m")])
     assert stranger.fail("login", "-u", "user", "-p", "x", "--server", address) == (
-        f"client: {address} answered the login with something that is not a token; "
-        "is it a job-worker server?\n"
+        f"client: {address} answered the login with something that is not a token, or does not "
+        "expire on a date; is it a job-worker server?\n"
     )
     assert not (tmp_path / "xdg").exists()
+
+
+_ABSURD_TIMES = [(1 << 62, 0), (-(1 << 62), 0), (0, -1), (0, (1 << 31) - 1), (253402300800, 0)]
+
+
+@pytest.mark.parametrize(("seconds", "nanos"), _ABSURD_TIMES)
+def test_absurd_time_from_a_server_is_shown_or_told(
+    cli: _Program, pretend: Pretend, seconds: int, nanos: int
+) -> None:
+    """There is no traceback. A time that is no date is shown as the number that it is."""
+    job = worker_pb.Job(job_id=ABSENT, status=worker_pb.RUNNING)
+    for time in (job.started_at, job.ended_at):
+        time.seconds, time.nanos = seconds, nanos
+    login = auth_pb.LoginResponse(access_token="a.b.c")
+    login.expires_at.CopyFrom(job.started_at)
+    server = pretend(
+        GetJobStatus=lambda _: [worker_pb.GetJobStatusResponse(job=job)],
+        ListJobs=lambda _: [worker_pb.ListJobsResponse(jobs=[job])],
+        Login=lambda _: [login],
+    )
+    shown = f"{seconds} s {nanos} ns"
+    for arguments in (["status", "-j", ABSENT], ["status", "--json", "-j", ABSENT], ["list"]):
+        assert shown in cli.read(*arguments, "--server", server)
+    line = cli.fail("login", "-u", "user", "-p", "x", "--server", server)
+    assert "does not expire on a date" in line
 
 
 @pytest.mark.parametrize("arguments", [["-p", os.fsdecode(b"hunter\xff")], []])

@@ -308,22 +308,22 @@ def _server_certificate(wrong: str, directory: Path, certs: Path, foreign_certs:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "told"),
     [
-        "nothing",
-        "of another CA",
-        "of the clients' CA",
-        "signed by itself",
-        "for another host",
-        "for clients",
-        "expired",
-        "not yet valid",
+        ("nothing", ""),
+        ("of another CA", "was not signed by your server CA"),
+        ("of the clients' CA", "was not signed by your server CA"),
+        ("signed by itself", "was not signed by your server CA"),
+        ("for another host", "is not for that host name"),
+        ("for clients", "or is not for servers"),
+        ("expired", "has expired"),
+        ("not yet valid", "is not valid yet; check the clock of this machine"),
     ],
 )
-def test_client_trusts_a_right_server_only(
-    serve: _Serve, certs: Path, foreign_certs: Path, tmp_path: Path, wrong: str
+def test_client_trusts_a_right_server_only(  # noqa: PLR0913
+    serve: _Serve, certs: Path, foreign_certs: Path, tmp_path: Path, wrong: str, told: str
 ) -> None:
-    """The client reports the certificate in one line, and sends no token."""
+    """The client reports the true mistake in one line, and sends no token."""
     certificate = _server_certificate(wrong, tmp_path, certs, foreign_certs)
     key = tmp_path / "server-key.pem"
     # Not `Certificates`: that would not take most of these.
@@ -342,8 +342,32 @@ def test_client_trusts_a_right_server_only(
         assert caught.value.code == "UNIMPLEMENTED"
     else:
         assert caught.value.code == "UNAVAILABLE"
-        assert "was not signed by your server CA, is not for" in str(caught.value)
+        assert told in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("days", "told"),
+    [
+        ((1, 2), "client.pem: certificate is not yet valid; check the clock; "),
+        ((-2, -1), "client.pem: certificate has expired; "),
+    ],
+)
+def test_client_tells_that_its_own_certificate_is_not_valid_now(
+    live: Path, days: tuple[int, int], told: str
+) -> None:
+    """Before it connects: the server would only close the connection."""
+    _make(live, "client", _FOR_CLIENTS, ca=live / "client-ca", days=days)
+    with pytest.raises(ClientError) as caught:
+        Client("127.0.0.1:1", certs=live)
+    assert told in str(caught.value)
+
+
+def test_client_tells_that_its_server_ca_is_not_valid_yet(live: Path) -> None:
+    """As with its own certificate."""
+    _make_ca(live, "server-ca", days=(1, 2))
+    with pytest.raises(ClientError, match=r"server-ca.pem is not valid yet; check the clock"):
+        Client("127.0.0.1:1", certs=live)
 
 
 # --- what the server takes ---------------------------------------------------------------
@@ -420,7 +444,7 @@ _DAMAGES: dict[str, tuple[_Damage, str]] = {
     ),
     "certificate not yet valid": (
         lambda d, _: _make(d, "server", _FOR_SERVERS, ca=d / "server-ca", days=(1, 2)),
-        "server.pem: certificate is not yet valid",
+        "server.pem: certificate is not yet valid; check the clock",
     ),
     "certificate for clients": (
         lambda d, _: _make(d, "server", _FOR_CLIENTS, ca=d / "server-ca"),
@@ -444,7 +468,7 @@ _DAMAGES: dict[str, tuple[_Damage, str]] = {
     ),
     "CA not yet valid": (
         lambda d, _: _make_ca(d, "client-ca", days=(1, 2)),
-        "client-ca.pem is not valid yet; check the clocks",
+        "client-ca.pem is not valid yet; check the clock",
     ),
     "file missing": (
         lambda d, _: (d / "server-key.pem").unlink(),
