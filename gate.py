@@ -38,7 +38,7 @@ from starts import OtherStartError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "CallerGoneError", "Gate"]
+__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ _EVEN_IF_NOT_RECORDED = {
     "/jobworker.v1.WorkerService/RemoveJob",
 }
 
+_ANSWER_S = 0.02  # the way of an answer to its caller may take this long
+
 SHOWN_CHARACTERS = 64
 """A client may send any text as a name or an ID; messages show this much of the text."""
 
@@ -68,11 +70,21 @@ class BadRequestError(Exception):
     """The request has a value that is not valid."""
 
 
-class CallerGoneError(Exception):
-    """The call ended (cancelled, too late, disconnected) before its answer was sent."""
+class _NoCallerError(Exception):
+    """Nobody will receive the answer: the call has ended, or is about to."""
 
+
+class _CallerGoneError(_NoCallerError):
     def __init__(self) -> None:
         super().__init__("the caller has gone, so the job was not started, or is removed")
+
+
+class _TooLateError(_NoCallerError):
+    def __init__(self) -> None:
+        super().__init__(
+            "the call's deadline leaves no time for an answer, so the job was not started, or is "
+            "removed; allow more time"
+        )
 
 
 class _PermissionError(Exception):
@@ -108,7 +120,8 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (_UnknownMethodError, grpc.StatusCode.UNIMPLEMENTED, None),
     (_RequestSizeError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (_NoRequestError, grpc.StatusCode.CANCELLED, None),
-    (CallerGoneError, grpc.StatusCode.CANCELLED, None),
+    (_CallerGoneError, grpc.StatusCode.CANCELLED, None),
+    (_TooLateError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (OtherStartError, grpc.StatusCode.ALREADY_EXISTS, None),
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
     (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
@@ -156,7 +169,7 @@ class Call:
     reason: str | None = None  # goes to the audit log instead of the message to the client
     recorded: bool = False
     undo: Callable[[], object] | None = None  # called if the audit log cannot be written
-    undo_if_gone: bool = False  # and if the call has ended before its answer is sent
+    undo_if_gone: bool = False  # and if nobody will receive the answer
 
     @property
     def caller(self) -> auth.Identity:
@@ -169,6 +182,17 @@ class Call:
         """The client's IP address, without the port."""
         _, _, address = unquote(str(self.context.peer())).partition(":")
         return address.rpartition(":")[0].strip("[]")
+
+    def check_caller(self) -> None:
+        """Raise an error of the gate if nobody will receive the answer to this call.
+
+        An answer that is sent at the last moment arrives too late. Nobody could tell the server.
+        """
+        if not self.context.is_active():
+            raise _CallerGoneError
+        left_s = self.context.time_remaining()
+        if left_s is not None and left_s < _ANSWER_S:
+            raise _TooLateError
 
     @property
     def fingerprint(self) -> str | None:
@@ -284,8 +308,8 @@ class Gate(grpc.ServerInterceptor):
                 ticket.hold(len(data) - ticket.unread)
                 if not call.recorded:
                     call.record(alone=call.undo is not None or call.method == _LOGIN)
-                if call.undo_if_gone and not context.is_active():
-                    raise CallerGoneError  # noqa: TRY301 -- `_refuse` undoes the call
+                if call.undo_if_gone:
+                    call.check_caller()
         except Exception as error:  # noqa: BLE001 -- every error becomes a status
             self._refuse(call, error)
         return data
@@ -398,7 +422,7 @@ class Gate(grpc.ServerInterceptor):
                 call.record(code.name, message)
             except AuditError as audit_error:
                 code, message = _status(call.method, audit_error)
-        if call.undo is not None and isinstance(error, (AuditError, CallerGoneError)):
+        if call.undo is not None and isinstance(error, (AuditError, _NoCallerError)):
             try:
                 call.undo()
             except (worker.WorkerError, OSError) as undo_error:

@@ -25,7 +25,7 @@ import authservice_pb2_grpc
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
-from gate import SHOWN_CHARACTERS, BadRequestError, CallerGoneError
+from gate import SHOWN_CHARACTERS, BadRequestError
 from quotas import Quotas
 from starts import Starts
 from worker import EndReason, Job, Limits, Status, Usage, UsageSource, Worker
@@ -166,8 +166,7 @@ class _WorkerServicer:
         request_id = request.request_id and _uuid(request.request_id, "a request ID")
         asked = {field.name: value for field, value in request.limits.ListFields()}
         start = functools.partial(self._start, request, user, self._config.limits(asked))
-        if not call.context.is_active():
-            raise CallerGoneError
+        call.check_caller()
         is_new = True
         if request_id:
             what = repr((argv, sorted(asked.items()))).encode(errors="surrogatepass")

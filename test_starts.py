@@ -146,6 +146,17 @@ def test_start_that_fails_may_be_repeated(connect: Connect) -> None:
     assert connect().start("true", request_id=request_id)
 
 
+def test_start_without_time_for_its_answer_starts_nothing(serve: Serve, connect: Connect) -> None:
+    """The deadline would pass while the answer is under way, too late to undo the start."""
+    client = connect(address=serve().address)
+    request = worker_pb.StartJobRequest(command=FOREVER[0], args=FOREVER[1])
+    for _ in range(40):
+        with pytest.raises(grpc.RpcError) as caught:
+            client._worker.StartJob(request, metadata=client._metadata(), timeout=0.003)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert list(client.list()) == []
+
+
 @pytest.mark.parametrize("request_id", ["", _request_id()], ids=["without", "with a request ID"])
 @pytest.mark.parametrize("end", ["cancel", "deadline", "close"])
 def test_start_whose_caller_goes_leaves_a_job_only_with_a_request_id(

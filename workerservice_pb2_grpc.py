@@ -78,8 +78,8 @@ class WorkerServiceServicer:
         (the request ID belongs to the start of something else), FAILED_PRECONDITION (the
         limits could not be enforced, so the command was not executed), RESOURCE_EXHAUSTED (a ceiling is
         reached, or the host has run out of something), DEADLINE_EXCEEDED (the command was
-        not executing after 10 s, so the server killed it), UNAVAILABLE (the server can
-        start no jobs until it is restarted).
+        not executing after 10 s, so the server killed it; or less than 20 ms are left for
+        the answer), UNAVAILABLE (the server can start no jobs until it is restarted).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
