@@ -132,6 +132,18 @@ def test_exposure_rises_without_a_protection(tmp_path: Path, key: str) -> None:
     assert figure > _MAX_EXPOSURE
 
 
+@pytest.mark.parametrize("kind", ["splice tee vmsplice", "shm msg sem", "@keyring"])
+def test_unit_refuses_what_jobs_could_hold_up_others_with(
+    unit: dict[str, list[str]], kind: str
+) -> None:
+    """A line that begins with ~ takes system calls from what an earlier line permits."""
+    permitted, *refused = unit["SystemCallFilter"]
+    assert not permitted.startswith("~")
+    assert all(line.startswith("~") for line in refused)
+    names = " ".join(refused).replace("~", "").split()
+    assert all(any(name.startswith(part) for name in names) for part in kind.split())
+
+
 # --- the unit against the program ---------------------------------------------------------------
 
 
