@@ -8,8 +8,12 @@ The file has a line `NAME UID` for every user there ever was. Files and processe
 user's jobs left behind belong to the uid. So a uid is never given out again, not even after
 its user was removed. The gid of a job is the same number.
 
-The file is opened once, so users can be added after the process has given up root. Only one
-process at a time may use the file.
+A second file, `uids.highest`, has the highest uid that was ever given out. If the first file is
+gone or lost its end, the two do not fit, and the constructor raises an error: otherwise the uids of
+the lost users would be given to others.
+
+Both files are opened once, so users can be added after the process has given up root. Only one
+process at a time may use them.
 
 Thread safety: one thread at a time may call `add`; other threads may call `uid` meanwhile.
 """
@@ -25,6 +29,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from trustedfiles import open_private
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -33,6 +39,10 @@ __all__ = ["Accounts", "AccountsError", "parse_uids"]
 _UID_MIN = 1000  # the accounts of the system are below
 _UID_MAX = (1 << 32) - 2  # the next number means "no user" (setresuid(2))
 _READ_BYTES = 64 * 1024
+_RESTORE = (
+    "restore the file: it says which files on this host belong to which user. Without a backup use "
+    "a new state directory and other --uids"
+)
 
 
 class AccountsError(Exception):
@@ -42,21 +52,45 @@ class AccountsError(Exception):
 class Accounts:
     """The uids in the file `path`, all of them in the range `uids`.
 
-    A missing file is made, with mode 0600. Raises OSError; `AccountsError` if the file is
-    damaged, or if the range no longer contains a uid of the file.
+    A missing file is made, with mode 0600, if `is_new`: no server has used this directory before.
+    Raises OSError, `UntrustedFileError`; `AccountsError` if the file is missing or damaged, or if
+    the range no longer contains a uid of the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], uids: range) -> None:
+    def __init__(self, path: str | os.PathLike[str], uids: range, *, is_new: bool = True) -> None:
         self._path = Path(path)
         self._uids = uids
         self._by_name: dict[str, int] = {}
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self._path, flags, 0o600)
-        try:
+        highest = self._path.with_name(f"{self._path.name}.highest")
+        if not self._path.exists() and (highest.exists() or not is_new):
+            raise AccountsError(
+                f"{self._path} is missing, but this state directory is not new; {_RESTORE}. If no "
+                f"server with --uids has used it, run: install -m 600 /dev/null {self._path}"
+            )
+        with contextlib.ExitStack() as undo:
+            self._fd = open_private(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, secret=False)
+            undo.callback(os.close, self._fd)
+            self._highest_fd = open_private(highest, os.O_RDWR | os.O_CREAT, secret=False)
+            undo.callback(os.close, self._highest_fd)
             self._load()
-        except BaseException:
-            self.close()
-            raise
+            self._check_highest()
+            undo.pop_all()
+
+    def _check_highest(self) -> None:
+        """Raise `AccountsError` if the file has lost its end."""
+        text = os.pread(self._highest_fd, _READ_BYTES, 0).decode(errors="replace").strip()
+        highest, last = _number(text) if text else 0, max(self._by_name.values(), default=0)
+        if highest < 0 or highest > last:
+            raise AccountsError(
+                f"{self._path} has lost its end: the last uid in it is {last or 'none'}, but "
+                f"{self._path.name}.highest says {text!r}; {_RESTORE}"
+            )
+        if highest < last:  # a file of an earlier version, or the machine went down in between
+            self._write_highest(last)
+
+    def _write_highest(self, uid: int) -> None:
+        os.pwrite(self._highest_fd, b"%010d\n" % uid, 0)
+        os.fsync(self._highest_fd)
 
     def _load(self) -> None:
         data = b""
@@ -71,7 +105,7 @@ class Accounts:
             if not name or uid < 0 or name in self._by_name or uid in self._by_name.values():
                 raise AccountsError(
                     f"{self._path}, line {number}: not NAME UID, or a repeated name or uid; "
-                    "restore the file: it says which files on this host belong to which user"
+                    f"{_RESTORE}"
                 )
             if uid not in self._uids:
                 raise AccountsError(
@@ -112,14 +146,18 @@ class Accounts:
             os.ftruncate(self._fd, size)
             raise
         self._by_name |= new
+        # After the line itself: if the machine goes down in between, nothing is refused.
+        with contextlib.suppress(OSError):  # a full disk; the next start writes it
+            self._write_highest(max(new.values()))
 
     def uid(self, name: str) -> int:
         """Return the uid of a user that was added. Raises KeyError."""
         return self._by_name[name]
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         os.close(self._fd)
+        os.close(self._highest_fd)
 
     def __enter__(self) -> Self:
         return self

@@ -80,11 +80,12 @@ class AuditLog:
         self._open_file = open_file
         self._required = required
         self._owner = os.geteuid()
-        # Guards the attributes below, and keeps each record whole and in one file. Held while
-        # `reopen` opens the file and reads its end, so no record is written in between. Never
-        # held while something is logged.
+        # Guards the attributes below, and keeps each record whole and in one file. Never
+        # held while a file is opened, because the process that opens it may not answer, or while
+        # something is logged.
         self._lock = threading.Lock()
-        self._fd, self._torn = self._open()  # torn: the last line is not complete
+        self._fd = self._open()
+        self._torn = _is_torn(self._fd)  # the last line is not complete
         self._lost = 0  # records since the last one that could be written
         self._closed = False
 
@@ -147,14 +148,17 @@ class AuditLog:
         If it cannot be opened, an error is logged and the old file stays in use. Never raises.
         """
         try:
-            with self._lock:
-                if self._closed:
-                    return
-                fd, torn = self._open()
-                old, self._fd, self._torn = self._fd, fd, torn
+            fd = self._open()
         except Exception as error:  # noqa: BLE001 -- an unforeseen error of the opener must not end the log
             logger.error("the audit log stays in the old file: %s", error)
             return
+        with self._lock:
+            if self._closed:
+                old = fd
+            else:
+                # It may still be the old file, in which a record was written meanwhile.
+                self._torn = _is_torn(fd)
+                old, self._fd = self._fd, fd
         with contextlib.suppress(OSError):  # an error of the old file no longer matters
             os.close(old)
         logger.info("the audit log was reopened")
@@ -174,8 +178,8 @@ class AuditLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> tuple[int, bool]:
-        """Return the descriptor, and whether the last line of the file is incomplete."""
+    def _open(self) -> int:
+        """Open and check the file; return the descriptor."""
         try:
             fd = self._open_file()
         except OSError as error:
@@ -186,11 +190,10 @@ class AuditLog:
             raise AuditError(f"the audit log{where} cannot be opened: {reason}") from error
         try:
             self._check(fd)
-            size = os.fstat(fd).st_size
-            return fd, size > 0 and os.pread(fd, 1, size - 1) != b"\n"
         except BaseException:
             os.close(fd)
             raise
+        return fd
 
     def _check(self, fd: int) -> None:
         status = os.fstat(fd)
@@ -210,3 +213,9 @@ class AuditLog:
         if mode != _MODE:  # the umask took away the owner's rights
             with contextlib.suppress(OSError):
                 os.fchmod(fd, _MODE)
+
+
+def _is_torn(fd: int) -> bool:
+    """Whether the last line of the file is incomplete."""
+    size = os.fstat(fd).st_size
+    return size > 0 and os.pread(fd, 1, size - 1) != b"\n"

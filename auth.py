@@ -1,9 +1,11 @@
 """Authentication: logins, tokens, logouts, and the table of what each role may call.
 
+    running = RunningTime("state/running-time")
     authenticator = Authenticator(
         users=SEEDED_USERS,
         key=load_key("state/token.key"),
-        revocations=Revocations("state/logged-out"),
+        revocations=Revocations("state/logged-out", running),
+        running=running,
     )
     token, expires_at = authenticator.login("user", "user", certificate, "192.0.2.1")
     identity = authenticator.authenticate(token, certificate)
@@ -44,8 +46,9 @@ from typing import TYPE_CHECKING, Final
 
 import jwt
 
-from revocations import RevocationError, Revocations
+from revocations import RevocationError, Revocations, RunningTime
 from throttle import LoginThrottle, TooManyLoginsError
+from trustedfiles import open_private
 from users import Role, User, password_matches
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ __all__ = [
     "RevocationError",
     "Revocations",
     "Role",
+    "RunningTime",
     "TokenError",
     "TooManyLoginsError",
     "load_key",
@@ -67,6 +71,7 @@ __all__ = [
 ]
 
 TOKEN_LIFETIME: Final = timedelta(days=30)
+_LIFETIME_S = int(TOKEN_LIFETIME.total_seconds())
 _ISSUER = "job-worker"
 _AUDIENCE = "jobworker.v1"
 _ALGORITHM = "HS256"
@@ -123,16 +128,14 @@ class Identity:
     """The token's `jti`."""
     expires_at: datetime
     """The expiry of the token, in UTC."""
+    ends_s: int
+    """The running time of the server (`RunningTime`) at which the token ends at the latest."""
     entry: str = field(repr=False)
     """A digest of the user's entry in the users file: it changes with the entry."""
 
     def reaches(self, owner: str) -> bool:
         """Whether this user may see and stop the jobs of `owner`."""
         return self.role is Role.ADMIN or self.name == owner
-
-    def has_expired(self) -> bool:
-        """Whether the token has expired."""
-        return datetime.now(UTC) >= self.expires_at
 
 
 _EVERYONE = frozenset(Role)
@@ -160,15 +163,22 @@ class Authenticator:
     """Checks passwords and tokens against a table of users.
 
     `key`: the 32 bytes that sign tokens. `revocations`: the logged-out tokens, which the
-    creator of the authenticator closes; None keeps them in memory only. Raises ValueError
-    if there is no user, or if two users have the same name.
+    creator of the authenticator closes; None keeps them in memory only. `running`: the running
+    time of the server, the same as that of `revocations`. Raises ValueError if there is no user, or
+    if two users have the same name.
     """
 
     def __init__(
-        self, *, users: Iterable[User], key: bytes, revocations: Revocations | None = None
+        self,
+        *,
+        users: Iterable[User],
+        key: bytes,
+        revocations: Revocations | None = None,
+        running: RunningTime | None = None,
     ) -> None:
         self._key = key
-        self._revocations = Revocations(None) if revocations is None else revocations
+        self._running = RunningTime() if running is None else running
+        self._revocations = Revocations(None, self._running) if revocations is None else revocations
         self._throttle = LoginThrottle()
         self._hashes = threading.BoundedSemaphore(_HASHES_AT_ONCE)
         self._closed = threading.Event()
@@ -229,7 +239,9 @@ class Authenticator:
         if user is None or not attempt.succeeded:
             raise AuthenticationError("wrong user name or password")
         now = datetime.now(UTC).replace(microsecond=0)
-        token = self._token(user, str(uuid.uuid4()), int(now.timestamp()), certificate)
+        issued = int(now.timestamp()), self._running.now_s()
+        token = self._token(user, str(uuid.uuid4()), issued, certificate)
+        self._running.save()
         return token, now + TOKEN_LIFETIME
 
     def authenticate(self, token: str, certificate: bytes) -> Identity:
@@ -277,27 +289,32 @@ class Authenticator:
         """Return the identity in a token that `login` made; None for any other token."""
         # Nobody without the key gets past the signature. Nevertheless only a token exactly as
         # `login` writes it is accepted.
-        with contextlib.suppress(jwt.InvalidTokenError):
+        with contextlib.suppress(jwt.InvalidTokenError, OverflowError, ValueError):
             claims = jwt.decode(
                 token,
                 self._key,
                 algorithms=[_ALGORITHM],
                 audience=_AUDIENCE,
                 issuer=_ISSUER,
-                options={"require": ["sub", "iat", "exp", "jti"]},
+                # The time of issue is in the future if the clock was fast then.
+                options={"require": ["sub", "iat", "exp", "jti", "run"], "verify_iat": False},
             )
             user = self._users.get(claims["sub"])
-            issued_at, token_id = claims["iat"], claims["jti"]
+            issued_at, issued_s, token_id = claims["iat"], claims["run"], claims["jti"]
             # This comparison covers the header, the role, the entry, `cnf`, the spelling, and
             # claims that are missing, superfluous or of a wrong type.
             if (
                 user is not None
-                and type(issued_at) is int
+                and type(issued_at) is type(issued_s) is int
                 and _TOKEN_ID.fullmatch(token_id)
-                and hmac.compare_digest(token, self._token(user, token_id, issued_at, certificate))
+                and hmac.compare_digest(
+                    token, self._token(user, token_id, (issued_at, issued_s), certificate)
+                )
             ):
                 expires_at = datetime.fromtimestamp(claims["exp"], UTC)
-                return Identity(user.name, user.role, token_id, expires_at, self._entry(user))
+                ends_s = issued_s + _LIFETIME_S
+                entry = self._entry(user)
+                return Identity(user.name, user.role, token_id, expires_at, ends_s, entry)
         return None
 
     def is_valid(self, identity: Identity) -> bool:
@@ -305,23 +322,27 @@ class Authenticator:
         return (
             identity.entry == self._entries.get(identity.name)
             and identity.token_id not in self._revocations
-            and not identity.has_expired()
+            and not self.has_expired(identity)
         )
+
+    def has_expired(self, identity: Identity) -> bool:
+        """Whether the token of `identity` has expired: by the clock, or by the running time."""
+        return datetime.now(UTC) >= identity.expires_at or self._running.now_s() >= identity.ends_s
 
     def logout(self, identity: Identity) -> None:
         """Make the token of `identity` invalid for good; idempotent.
 
-        Blocks until the logout is on the disk. Raises `RevocationError`, and then the token
-        stays valid.
+        Blocks until the logout is on the disk, or has been logged because the disk is full. Raises
+        `RevocationError`, and then the token stays valid.
         """
-        self._revocations.add(identity.token_id, identity.expires_at)
+        self._revocations.add(identity.token_id, identity.ends_s)
         self._tell_watchers()
 
     def watch(self, identity: Identity, on_invalid: Callable[[], None]) -> Callable[[], None]:
         """Have `on_invalid` called once when a logout or `set_users` ends the token of `identity`.
 
         If the token is invalid already, `on_invalid` is called at once. The expiry of a token
-        calls nothing; use `Identity.has_expired`. The thread that ends the token makes the
+        calls nothing; use `has_expired`. The thread that ends the token makes the
         call, so `on_invalid` must not block or raise. Returns an idempotent function that
         cancels the watch; a call that has begun continues.
         """
@@ -352,7 +373,9 @@ class Authenticator:
         for on_invalid in invalid.values():
             on_invalid()
 
-    def _token(self, user: User, token_id: str, issued_at: int, certificate: bytes) -> str:
+    def _token(self, user: User, token_id: str, issued: tuple[int, int], certificate: bytes) -> str:
+        """Return the token. `issued`: the time, in seconds since 1970, and the running time."""
+        issued_at, issued_s = issued
         claims = {
             "iss": _ISSUER,
             "aud": _AUDIENCE,
@@ -360,7 +383,8 @@ class Authenticator:
             "role": user.role.value,
             "entry": self._entry(user),
             "iat": issued_at,
-            "exp": issued_at + int(TOKEN_LIFETIME.total_seconds()),
+            "exp": issued_at + _LIFETIME_S,
+            "run": issued_s,
             "jti": token_id,
             "cnf": {_THUMBPRINT: _thumbprint(certificate)},
         }
@@ -400,18 +424,20 @@ def _peer_key(peer: str, certificate: bytes) -> str:
 def load_key(path: str | os.PathLike[str]) -> bytes:
     """Return the token key in the file `path`; a missing file is made, with mode 0600.
 
-    Raises OSError; ValueError if the file is not a key, or if other users may access it.
+    Raises OSError; ValueError if the file is not a key; `UntrustedFileError` if others could have
+    made, read or changed it.
     """
     path = Path(path)
-    with contextlib.suppress(FileNotFoundError):
-        key = path.read_bytes()
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(open_private(path, os.O_RDONLY), "rb") as file,
+    ):
+        key = file.read(_KEY_BYTES + 1)
         if len(key) != _KEY_BYTES:
             raise ValueError(
                 f"{path} is not a token key of {_KEY_BYTES} bytes; delete it to get a new one "
                 "(every token becomes invalid)"
             )
-        if path.stat().st_mode & 0o077:
-            raise ValueError(f"other users may read or change the token key; run: chmod 600 {path}")
         return key
     # A link makes the whole key appear at once, and keeps the key of a process that was faster.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".key-") as new:

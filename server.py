@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import getpass
 import importlib
@@ -60,7 +61,14 @@ import worker
 from fileopener import FileOpener
 from privileges import can_change_user
 from settings import Config, Settings, SettingsError, load_config, parse_arguments
-from trustedfiles import READ_FLAGS, TrustedFiles, UntrustedFileError, check_private
+from trustedfiles import (
+    PROGRAM_OWNER,
+    READ_FLAGS,
+    TrustedFiles,
+    UntrustedFileError,
+    check,
+    check_code,
+)
 from units import join_address, parse_address
 
 # gRPC imports some of its modules late. By then this process may be a user that cannot read them.
@@ -68,7 +76,7 @@ for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
     importlib.import_module(_module.name)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
@@ -129,17 +137,19 @@ class Server:
             raise SettingsError(f"--listen {error}") from None
         own_uid, uids = _uids(settings)
         self._audit_path = settings.audit_log or settings.state_dir / "audit.log"
-        self._files = TrustedFiles(self._file_flags(), check=uids is not None)
+        _check_code(is_isolated=uids is not None)
+        self._files = TrustedFiles(self._file_flags(), private=uids is not None)
         users = self._load_users()
         self._certificates = Certificates(self._files.read, settings.certs)
         config = _load_config(settings)
-        if uids is not None:
-            for path in (*settings.certs.glob("*-key.pem"), settings.state_dir / "token.key"):
-                check_private(path)
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in settings.certs.glob("*-key.pem"):
+            check(path, private=uids is not None)
         with contextlib.ExitStack() as undo:
-            self._worker = undo.enter_context(self._make_worker(config, uids))
-            self._open_state(users, uids, undo)
+            with _told_if_full(settings.state_dir):
+                settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                check(settings.state_dir)
+                self._worker = undo.enter_context(self._make_worker(config, uids))
+                self._open_state(users, uids, undo)
             _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
                 self._opener = undo.enter_context(FileOpener(self._files.flags))
@@ -170,12 +180,19 @@ class Server:
     ) -> None:
         """Open what is kept in the state directory, and the audit log."""
         state = self._settings.state_dir
-        self._accounts = undo.enter_context(Accounts(state / "uids", uids)) if uids else None
-        if self._accounts is not None:
+        logged_out = state / "logged-out"
+        self._accounts = None
+        if uids is not None:
+            is_new = not logged_out.exists()
+            self._accounts = undo.enter_context(Accounts(state / "uids", uids, is_new=is_new))
             self._accounts.add(user.name for user in users)
-        revocations = undo.enter_context(auth.Revocations(state / "logged-out"))
+        running = undo.enter_context(auth.RunningTime(state / "running-time"))
+        self._revocations = undo.enter_context(auth.Revocations(logged_out, running))
         self._authenticator = auth.Authenticator(
-            users=users, key=auth.load_key(state / "token.key"), revocations=revocations
+            users=users,
+            key=auth.load_key(state / "token.key"),
+            revocations=self._revocations,
+            running=running,
         )
         self._audit = undo.enter_context(
             AuditLog(
@@ -213,6 +230,7 @@ class Server:
         except those of users who are gone or have changed. May block for 20 s.
         """
         self._audit.reopen()
+        self._revocations.write()
         self._reload_users()
         self._certificates.reload(self.address)
 
@@ -271,7 +289,33 @@ class Server:
         self.stop()
 
 
+def _check_code(*, is_isolated: bool) -> None:
+    """Raise `UntrustedFileError` if somebody else could change the program that root runs."""
+    try:
+        check_code()
+    except UntrustedFileError as error:
+        if is_isolated:
+            raise
+        logger.warning("%s", error)
+
+
+@contextlib.contextmanager
+def _told_if_full(state_dir: Path) -> Iterator[None]:
+    """Have the error of a full disk say which disk it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SettingsError(
+            f"cannot write to the state directory {state_dir}: {error.strerror}; make room on "
+            "its disk, or move it to another disk and name it with --state-dir"
+        ) from error
+
+
 def _load_config(settings: Settings) -> Config:
+    if settings.config:
+        check(settings.config)
     config = load_config(settings.config) if settings.config else Config()
     if settings.max_streams is not None:
         return replace(config, in_all=replace(config.in_all, streams=settings.max_streams))
@@ -308,6 +352,10 @@ def _uids(settings: Settings) -> tuple[int | None, range | None]:
         logger.warning("%s", warning)
         return None, None
     uids = parse_uids(settings.uids)
+    if PROGRAM_OWNER in uids:
+        raise SettingsError(
+            f"--uids {settings.uids} includes {PROGRAM_OWNER}, to whom this program belongs"
+        )
     if uid in uids:
         raise SettingsError(f"--uids {settings.uids} includes {uid}, which the server runs as")
     return uid or uids[0], uids[1:]

@@ -294,7 +294,7 @@ class _WorkerServicer:
         """Yield the output. Raises `TokenError` if the caller's token ends meanwhile."""
         chunks.chunk_bytes = self._untaken.room
         for chunk in chunks:
-            if call.caller.has_expired():
+            if self._authenticator.has_expired(call.caller):
                 break  # `watch` closes the subscription for every other reason
             size = len(chunk)
             message = [_serialized(chunk, chunks.offset - size)]

@@ -16,7 +16,8 @@ import pytest
 
 import accounts
 from accounts import Accounts, AccountsError, parse_uids
-from testkit import GUARD_S, descriptors_of
+from testkit import GUARD_S, NOBODY, descriptors_of
+from trustedfiles import UntrustedFileError
 
 _HERE = Path(__file__).resolve().parent
 _UIDS = range(70_001, 70_011)
@@ -210,9 +211,8 @@ def test_symbolic_link_is_refused(path: Path, tmp_path: Path, target: str) -> No
     """Nothing is written or made at the target of the link."""
     (tmp_path / "file").write_text("precious")
     path.symlink_to(tmp_path / target)
-    with pytest.raises(OSError, match="uids") as caught:
+    with pytest.raises(UntrustedFileError, match="uids is not a regular file"):
         Accounts(path, _UIDS)
-    assert caught.value.errno == errno.ELOOP
     assert (tmp_path / "file").read_text() == "precious"
     assert sorted(os.listdir(tmp_path)) == ["file", "uids"]
 
@@ -270,6 +270,60 @@ def test_torn_last_line_is_dropped(path: Path, torn: str) -> None:
         accounts.add(["carol"])
         assert (accounts.uid("alice"), accounts.uid("carol")) == (70_001, 70_002)
     assert path.read_text() == "alice 70001\ncarol 70002\n"
+
+
+@pytest.mark.parametrize("size", [0, 5, 12, 20, 21])
+def test_file_that_lost_its_end_is_refused(path: Path, size: int) -> None:
+    """Also at the end of a line. Otherwise somebody else would get the uid of the lost user."""
+    _added(path, "alice", "bob")
+    assert path.read_text() == "alice 70001\nbob 70002\n"
+    with path.open("r+b") as file:
+        file.truncate(size)
+    for _ in range(2):
+        with pytest.raises(AccountsError, match=r"uids has lost its end.*restore the file"):
+            Accounts(path, _UIDS)
+    path.write_text("alice 70001\nbob 70002\n")
+    assert _added(path, "carol") == [70_003]
+
+
+def test_missing_file_of_an_old_directory_is_refused(path: Path) -> None:
+    """The message says what to do. An empty file declares that there have been no users."""
+    with pytest.raises(AccountsError, match=r"uids is missing.*install -m 600 /dev/null"):
+        Accounts(path, _UIDS, is_new=False)
+    assert not path.exists()
+    path.touch(0o600)
+    with Accounts(path, _UIDS, is_new=False) as accounts:
+        accounts.add(["alice"])
+    path.unlink()
+    with pytest.raises(AccountsError, match="uids is missing"):
+        Accounts(path, _UIDS)
+
+
+def test_file_of_an_earlier_version_is_taken_up(path: Path) -> None:
+    """There was no `uids.highest` then. The first start makes it."""
+    _write(path, "alice 70001\nbob 70002\n")
+    assert _added(path, "bob") == [70_002]
+    _write(path, "alice 70001\n")
+    with pytest.raises(AccountsError, match="lost its end"):
+        Accounts(path, _UIDS)
+
+
+def test_uid_that_the_second_file_does_not_know_yet_is_kept(path: Path) -> None:
+    """The machine may go down after the first file was written."""
+    _added(path, "alice")
+    with path.open("a") as file:
+        file.write("bob 70002\n")
+    assert _added(path, "bob", "carol") == [70_002, 70_003]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", ["uids", "uids.highest"])
+def test_file_of_somebody_else_is_refused(path: Path, name: str) -> None:
+    """Its owner could have chosen whose uid is whose."""
+    _added(path, "alice")
+    os.chown(path.with_name(name), NOBODY, NOBODY)
+    with pytest.raises(UntrustedFileError, match=f"{name} belongs to uid {NOBODY}"):
+        Accounts(path, _UIDS)
 
 
 def test_long_file_is_read_whole(path: Path) -> None:

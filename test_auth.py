@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import jwt
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import authservice_pb2
@@ -40,12 +42,14 @@ from auth import (
     RevocationError,
     Revocations,
     Role,
+    RunningTime,
     TokenError,
     TooManyLoginsError,
     load_key,
     may_call,
 )
-from testkit import GUARD_S, Hashing
+from testkit import GUARD_S, NOBODY, Clock, Hashing
+from trustedfiles import UntrustedFileError
 from users import User
 
 if TYPE_CHECKING:
@@ -91,7 +95,7 @@ def _entry(user: User, key: bytes = _KEY) -> str:
 
 def _identity(user: User) -> Identity:
     expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(days=30)
-    return Identity(user.name, user.role, _TOKEN_ID, expires_at, _entry(user))
+    return Identity(user.name, user.role, _TOKEN_ID, expires_at, _LIFETIME_S, _entry(user))
 
 
 @pytest.fixture
@@ -109,7 +113,7 @@ def _login(authenticator: Authenticator, name: str = "alice", password: str = "s
 def test_login_returns_a_token_of_exactly_the_documented_claims(
     authenticator: Authenticator,
 ) -> None:
-    """iss, aud, sub, role, entry, iat, exp after 30 days, a random jti, cnf of the certificate."""
+    """iss, aud, sub, role, entry, iat, exp after 30 days, run, a random jti, cnf."""
     before = int(time.time())
     token, expires_at = authenticator.login("root", "toor", _CERTIFICATE, _PEER)
     claims = jwt.decode(token, _KEY, algorithms=["HS256"], audience="jobworker.v1")
@@ -123,12 +127,13 @@ def test_login_returns_a_token_of_exactly_the_documented_claims(
         "role": "admin",
         "entry": _entry(_ROOT),
         "exp": issued + _LIFETIME_S,
+        "run": 0,
         "cnf": {"x5t#S256": _THUMBPRINT},
     }
     assert expires_at == datetime.fromtimestamp(claims["exp"], UTC)
     assert jwt.get_unverified_header(token)["alg"] == "HS256"
     assert authenticator.authenticate(token, _CERTIFICATE) == Identity(
-        "root", Role.ADMIN, token_id, expires_at, _entry(_ROOT)
+        "root", Role.ADMIN, token_id, expires_at, _LIFETIME_S, _entry(_ROOT)
     )
 
 
@@ -299,6 +304,7 @@ def _claims(**changes: Any) -> dict[str, Any]:
         "entry": _entry(_ALICE),
         "iat": now,
         "exp": now + _LIFETIME_S,
+        "run": 0,
         "jti": _TOKEN_ID,
         "cnf": {"x5t#S256": _THUMBPRINT},
     } | changes
@@ -432,7 +438,10 @@ _FORGERIES: dict[str, Callable[[], str]] = {
         for claim in ("exp", "iat", "nbf")
         for literal in ("NaN", "Infinity", "-Infinity", "1e400", "1e18", "9" * 900, "-" + "9" * 900)
     },
-    "issued in the future": lambda: _token(**_issued(-3600)),
+    "run a fraction": lambda: _token(run=0.0),
+    "run false": lambda: _token(run=False),
+    "run a text": lambda: _token(run="0"),
+    "run missing": lambda: _token(run=...),
     "iat a fraction": lambda: _token(iat=float(_claims()["iat"])),
     "iat and exp fractions": lambda: _token(
         **{claim: float(moment) for claim, moment in _issued(60).items()}
@@ -588,6 +597,7 @@ _JSON = st.recursive(
 @given(claim=st.sampled_from(sorted(_claims())), value=_JSON)
 def test_claim_of_any_value_is_refused_even_with_the_right_key(claim: str, value: Any) -> None:
     """Only a token as a login writes it is valid, whatever the types of its claims."""
+    assume((claim, type(value)) != ("run", int))  # no other claim tells which number is right
     if value != _claims()[claim]:
         token = _token_of_any_type(**{claim: value})
         _assert_refused(Authenticator(users=[_ALICE], key=_KEY), token)
@@ -718,9 +728,99 @@ def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
             again = Authenticator(users=[_ALICE], key=_KEY, revocations=revocations)
             _assert_refused(again, token)
             assert again.authenticate(other, _CERTIFICATE)
-    assert path.read_text().splitlines() == [
-        f"{identity.token_id} {int(identity.expires_at.timestamp())}"
-    ]
+    assert path.read_text().splitlines() == [f"{identity.token_id} {_LIFETIME_S}"]
+
+
+_DAY_S = 24 * 3600
+
+
+class _Clocks:
+    """A wall clock and a clock of durations that show what the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall, self.durations = time.time(), Clock()
+        clocks = self
+
+        class Datetime(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return datetime.fromtimestamp(clocks.wall, tz)
+
+        monkeypatch.setattr("auth.datetime", Datetime)
+        monkeypatch.setattr("jwt.api_jwt.datetime", Datetime)
+        monkeypatch.setattr(time, "time", lambda: clocks.wall)
+
+
+@contextmanager
+def _started(tmp_path: Path, clocks: _Clocks) -> Iterator[Authenticator]:
+    """Start as a server does, with the files in the directory."""
+    with (
+        RunningTime(tmp_path / "running", clock=clocks.durations) as running,
+        Revocations(tmp_path / "revoked", running) as revocations,
+    ):
+        yield Authenticator(users=[_ALICE], key=_KEY, revocations=revocations, running=running)
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_revoked_token_stays_revoked_after_a_step_of_the_clock_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: bool
+) -> None:
+    """Whatever happens while the clock is ten years fast: a restart, or another logout."""
+    clocks = _Clocks(monkeypatch)
+    with _started(tmp_path, clocks) as authenticator:
+        token, other = _login(authenticator), _login(authenticator)
+        authenticator.logout(authenticator.authenticate(token, _CERTIFICATE))
+        clocks.wall += 3650 * _DAY_S
+        _assert_refused(authenticator, other)
+        if restarts:
+            with _started(tmp_path, clocks):
+                pass
+        fast = _login(authenticator)
+        authenticator.logout(authenticator.authenticate(fast, _CERTIFICATE))
+        clocks.wall -= 3650 * _DAY_S
+        for revoked in (token, fast):
+            _assert_refused(authenticator, revoked)
+        assert authenticator.authenticate(other, _CERTIFICATE)
+    with _started(tmp_path, clocks) as authenticator:
+        for revoked in (token, fast):
+            _assert_refused(authenticator, revoked)
+        assert authenticator.authenticate(other, _CERTIFICATE)
+
+
+def test_token_issued_while_the_clock_was_fast_is_valid_for_30_days(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a restart. It ends by the running time of the server."""
+    clocks = _Clocks(monkeypatch)
+    clocks.wall += 3650 * _DAY_S
+    with _started(tmp_path, clocks) as authenticator:
+        token = _login(authenticator)
+        assert authenticator.authenticate(token, _CERTIFICATE)
+        clocks.wall -= 3650 * _DAY_S
+    for _ in range(2):
+        with _started(tmp_path, clocks) as authenticator:
+            identity = authenticator.authenticate(token, _CERTIFICATE)
+            clocks.durations.now += 15 * _DAY_S - 1
+            assert authenticator.is_valid(identity)
+    with _started(tmp_path, clocks) as authenticator:
+        clocks.durations.now += 2
+        _assert_refused(authenticator, token)
+        assert authenticator.has_expired(identity)
+
+
+def test_revocations_of_tokens_that_have_ended_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the running time, from memory and at the next start from the file."""
+    clocks = _Clocks(monkeypatch)
+    with _started(tmp_path, clocks) as authenticator:
+        for _ in range(2):
+            authenticator.logout(authenticator.authenticate(_login(authenticator), _CERTIFICATE))
+            clocks.durations.now += 20 * _DAY_S
+            clocks.wall += 20 * _DAY_S
+        assert len((tmp_path / "revoked").read_text().splitlines()) == 2
+    with _started(tmp_path, clocks):
+        assert len((tmp_path / "revoked").read_text().splitlines()) == 1
 
 
 def test_token_stays_valid_when_its_logout_cannot_be_recorded(tmp_path: Path) -> None:
@@ -967,7 +1067,32 @@ def test_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "token.key"
     load_key(path)
     path.chmod(mode)
-    with pytest.raises(ValueError, match=f"chmod 600 {path}"):
+    with pytest.raises(UntrustedFileError, match=f"chmod 600 {path}"):
+        load_key(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "directory"])
+def test_key_that_is_not_a_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    """A FIFO without a writer does not hang the start."""
+    path = tmp_path / "token.key"
+    if kind == "fifo":
+        os.mkfifo(path, 0o600)
+    elif kind == "link":
+        load_key(tmp_path / "other")
+        path.symlink_to(tmp_path / "other")
+    else:
+        path.mkdir()
+    with pytest.raises(UntrustedFileError, match=f"{path} is not a regular file; remove it"):
+        load_key(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_key_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    """Somebody else knows that key and could sign tokens with it."""
+    path = tmp_path / "token.key"
+    load_key(path)
+    os.chown(path, NOBODY, NOBODY)
+    with pytest.raises(UntrustedFileError, match=f"{path} belongs to uid {NOBODY}"):
         load_key(path)
 
 

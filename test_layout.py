@@ -46,11 +46,11 @@ _MODULES = {
     "access": {
         "throttle": "",
         "users": "",
-        "revocations": "",
-        "auth": "jwt revocations throttle users",
-        "accounts": "",
-        "audit": "",
         "trustedfiles": "",
+        "revocations": "trustedfiles",
+        "auth": "jwt revocations throttle trustedfiles users",
+        "accounts": "trustedfiles",
+        "audit": "",
         "tls": "certcheck grpc",
     },
     "service": {
@@ -95,7 +95,6 @@ _TESTED_WITH = {
     "commands": "client",
     "gate": "service",
     "errors": "worker",
-    "trustedfiles": "isolation",
     "certcheck": "tls",
     "job": "worker",
     "spares": "worker",

@@ -382,6 +382,7 @@ def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
         "state": 0o700,
         "state/token.key": 0o600,
         "state/logged-out": 0o600,
+        "state/running-time": 0o600,
         "state/audit.log": 0o600,
         "state/output": 0o700,
     }
@@ -391,8 +392,8 @@ def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
     ("name", "content", "mode", "problem"),
     [
         ("token.key", b"short", 0o600, "is not a token key of 32 bytes"),
-        ("token.key", bytes(32), 0o640, "other users may read or change the token key"),
-        ("logged-out", b"what\n", 0o600, "line 1: not TOKEN_ID EXPIRES_AT"),
+        ("token.key", bytes(32), 0o640, "other users may read or change "),
+        ("logged-out", b"what\n", 0o600, "line 1: not TOKEN_ID ENDS_S"),
         ("audit.log", b"", 0o644, "other users may read or write the audit log"),
         ("output", b"", 0o600, "output"),
     ],

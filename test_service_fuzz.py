@@ -114,7 +114,7 @@ class _Server:
         """Return a valid token. Does not log in, because a login takes long."""
         certificate = ssl.PEM_cert_to_DER_cert((self.certs / "client.pem").read_text())
         return self._authenticator._token(
-            self._users[user], str(uuid.uuid4()), int(time.time()), certificate
+            self._users[user], str(uuid.uuid4()), (int(time.time()), 0), certificate
         )
 
     def used(self) -> dict[str, int]:
