@@ -29,14 +29,17 @@ from client import Client, ClientError
 from server import Server
 from settings import ConfigError, Settings, SettingsError, load_config
 from testkit import (
+    ABSENT,
     GUARD_S,
     HTTP2_GREETING,
+    NOBODY,
     call_rpc,
     children_of,
     clean_environment,
     follow,
     make_fifo,
     run_job,
+    small_file_system,
     tls_context,
     without_cgroup_name,
 )
@@ -405,9 +408,78 @@ def test_state_that_is_damaged_or_not_private_is_told_at_the_start(  # noqa: PLR
     path = tmp_path / name
     path.write_bytes(content)
     path.chmod(mode)
+    (tmp_path / "uids").touch(0o600)  # otherwise root's server misses it first
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
     _assert_one_line(_run_server(*options, "--state-dir", tmp_path), problem)
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (content, mode)
+
+
+@contextlib.contextmanager
+def _full_disk(state: Path) -> Iterator[None]:
+    with (state.parent / "filler").open("wb", buffering=0) as filler:
+        with contextlib.suppress(OSError):
+            while True:
+                filler.write(b" " * 4096)
+        yield
+
+
+def test_full_disk_at_the_first_start_is_told(certs: Path) -> None:
+    """The error names the directory and what to do."""
+    options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
+    with small_file_system("64k") as disk, _full_disk(disk / "state"):
+        run = _run_server(*options, "--state-dir", disk / "state")
+        _assert_one_line(run, f"cannot write to the state directory {disk}/state: No space left")
+        assert "make room on its disk" in run.stderr
+
+
+def test_revocation_that_has_ended_does_not_prevent_a_start_on_a_full_disk(certs: Path) -> None:
+    """The server gets as far as its port, which an ordinary user may not have."""
+    options: list[str | Path] = ["--listen", "127.0.0.1:1", "--limits", "off", "--certs", certs]
+    with small_file_system("128k") as disk:
+        state = disk / "state"
+        options_of_first = Settings(
+            listen="127.0.0.1:0", certs=certs, state_dir=state, enforcement="off"
+        )
+        with Server(options_of_first):
+            pass
+        (state / "uids").write_text("admin 70001\nuser 70002\n")
+        (state / "uids.highest").write_text("0000070002\n")
+        (state / "logged-out").write_text(f"{ABSENT} 0\n{uuid.uuid4()} 1000\n")
+        with _full_disk(state):
+            run = _run_server(*options, "--state-dir", state)
+    assert "keeps tokens that have ended" in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("server: cannot listen on 127.0.0.1:1")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", ["", "token.key", "uids", "logged-out", "running-time"])
+def test_state_that_belongs_to_somebody_else_is_refused(
+    certs: Path, public: Path, name: str
+) -> None:
+    """Such a directory may have been made in /tmp before the first start."""
+    state = public / "state"
+    state.mkdir(0o700)
+    for each in ("token.key", "uids", "logged-out", "running-time"):
+        (state / each).touch(0o600)
+    (state / "token.key").write_bytes(bytes(32))
+    os.chown(state / name, NOBODY, NOBODY)
+    options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
+    run = _run_server(*options, "--state-dir", state)
+    _assert_one_line(run, f"{state / name} belongs to uid {NOBODY}")
+
+
+@pytest.mark.parametrize("name", ["token.key", "uids", "logged-out", "running-time", "audit.log"])
+def test_fifo_in_the_state_directory_does_not_hang_the_start(
+    certs: Path, tmp_path: Path, name: str
+) -> None:
+    """It is not a regular file."""
+    if name == "uids" and os.geteuid():
+        pytest.skip("an ordinary user's server has no uids to give")
+    (tmp_path / "uids").touch(0o600)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name, 0o600)
+    options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
+    _assert_one_line(_run_server(*options, "--state-dir", tmp_path), "not a regular file")
 
 
 def test_failed_start_leaves_nothing_running(
