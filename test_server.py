@@ -444,7 +444,7 @@ def test_revocation_that_has_ended_does_not_prevent_a_start_on_a_full_disk(certs
             pass
         (state / "uids").write_text("admin 70001\nuser 70002\n")
         (state / "uids.highest").write_text("0000070002\n")
-        (state / "logged-out").write_text(f"{ABSENT} 0\n{uuid.uuid4()} 1000\n")
+        (state / "logged-out").write_text(f"{ABSENT} 0\n{ABSENT[:-1]}0 1000\n")
         with _full_disk(state):
             run = _run_server(*options, "--state-dir", state)
     assert "keeps tokens that have ended" in run.stderr
