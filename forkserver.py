@@ -12,7 +12,7 @@ With twice as many modules a start took half as long again.
 It waits for no exec: `leader.py` describes how a forked process receives its program.
 
 It does not trust the main process: the main process may have given up its rights, while the
-fork server keeps four capabilities. What the fork server may do is fixed when it starts. It
+fork server keeps five capabilities. What the fork server may do is fixed when it starts. It
 runs jobs only as users of the range `uids`, finds a job's cgroup by the job's name, and opens
 only the files named at its start.
 
@@ -36,6 +36,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import inherited
 from cgroupfs import dismantle
 from leader import clone, clone_works, limit, popen, wait_and_execute
 from messages import AttachError, close_all, failure, receive, send
@@ -44,6 +45,7 @@ from privileges import (
     CAP_KILL,
     CAP_SETGID,
     CAP_SETUID,
+    CAP_SYS_RESOURCE,
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
@@ -132,6 +134,7 @@ class _ForkServer:
 
     def _limit_ourselves_and_jobs(self) -> None:
         """Give up what neither this process nor a job needs; forks and execs inherit this."""
+        inherited.reset()
         os.umask(_UMASK)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for kind, soft, hard in JOB_RLIMITS:
@@ -142,7 +145,7 @@ class _ForkServer:
         if self._uids is not None:
             # Nobody may trace this process, or a fork of it that has not executed a program.
             prctl(PR_SET_DUMPABLE, 0)
-            keep_capabilities(CAP_SETUID, CAP_SETGID, CAP_KILL, CAP_DAC_OVERRIDE)
+            keep_capabilities(CAP_SETUID, CAP_SETGID, CAP_KILL, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE)
 
     def _serve(self) -> None:
         """Receive one request and answer on the socket that came with it."""

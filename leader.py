@@ -5,6 +5,7 @@ is for where clone3 is refused, as in most containers: there `subprocess.Popen` 
 `preexec_fn` moves the process into the cgroup. From there on both ways are the same
 (`wait_and_execute`): the process detaches itself from the fork server, rehearses its exec, and
 waits on a socket for the program. It reports errors on that socket; a successful exec closes it.
+`inherited.py` has what fork and exec would pass on to a job.
 
     pid, pidfd = clone(cgroup_fd, functools.partial(wait_and_execute, sock, stdout_fd, None, ours))
 
@@ -25,6 +26,7 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+import inherited
 from messages import AttachError, close_all, failure, receive, send, wait_ready
 from privileges import PR_SET_PDEATHSIG, prctl
 
@@ -165,6 +167,7 @@ def wait_and_execute(
             detach(stdout_fd, [sock.fileno(), *([] if procs_fd is None else [procs_fd])])
             if procs_fd is not None:
                 _attach(procs_fd)
+            inherited.separate(is_alone=uids is not None)
             if not wait_ready(sock.fileno(), select.POLLIN, 0):
                 _rehearse()
             # The fork server may die while this process waits, or have died before the prctl.
@@ -184,7 +187,7 @@ def detach(stdout_fd: int, kept_fds: Sequence[int]) -> None:
     open here meanwhile. Before Linux 5.9, which has no close_range, they are open until the exec.
     """
     signal.set_wakeup_fd(-1)  # it is the fork server's pipe
-    os.dup2(stdout_fd, 1)  # 0 is /dev/null, inherited from the fork server
+    os.dup2(stdout_fd, 1)
     os.dup2(stdout_fd, 2)
     first = 3
     for last in (*(fd - 1 for fd in sorted(kept_fds)), _LAST_FD):

@@ -17,6 +17,7 @@ __all__ = [
     "CAP_KILL",
     "CAP_SETGID",
     "CAP_SETUID",
+    "CAP_SYS_RESOURCE",
     "PR_SET_CHILD_SUBREAPER",
     "PR_SET_DUMPABLE",
     "PR_SET_NO_NEW_PRIVS",
@@ -24,6 +25,7 @@ __all__ = [
     "can_change_user",
     "can_kill_any",
     "drop_privileges",
+    "has_capabilities",
     "keep_capabilities",
     "prctl",
     "set_process_name",
@@ -43,6 +45,7 @@ CAP_DAC_OVERRIDE = 1
 CAP_KILL = 5
 CAP_SETGID = 6
 CAP_SETUID = 7
+CAP_SYS_RESOURCE = 24
 _CAPABILITIES = 64  # the highest number there can be, plus one
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,12 +53,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def can_change_user() -> bool:
     """Whether this process may start others as any user: root, or CAP_SETUID and CAP_SETGID."""
-    return _has_capabilities(CAP_SETUID, CAP_SETGID)
+    return has_capabilities(CAP_SETUID, CAP_SETGID)
 
 
 def can_kill_any() -> bool:
     """Whether this process may send signals to processes of other users (CAP_KILL)."""
-    return _has_capabilities(CAP_KILL)
+    return has_capabilities(CAP_KILL)
 
 
 def drop_privileges(uid: int) -> None:
@@ -105,7 +108,8 @@ def set_process_name(name: bytes) -> None:
     _libc.prctl(_PR_SET_NAME, name)
 
 
-def _has_capabilities(*capabilities: int) -> bool:
+def has_capabilities(*capabilities: int) -> bool:
+    """Whether this process has all of these capabilities."""
     effective = _effective_capabilities()
     return all(effective >> capability & 1 for capability in capabilities)
 

@@ -263,7 +263,7 @@ def test_rights_of_the_unit_are_enough(
         with _started(certs, state, _rights(unit, base)) as (program, user):
             fork_server = fork_server_of(program.process.pid)
             assert _status(program.process.pid)["Uid"].split() == [str(_SERVER_UID)] * 4
-            kept = sum(1 << number for number in (1, 6, 7))  # DAC_OVERRIDE, SETGID, SETUID
+            kept = sum(1 << number for number in (1, 6, 7, 24))  # and SYS_RESOURCE
             assert int(_status(fork_server)["CapEff"], 16) == kept
             assert int(_status(fork_server)["CapBnd"], 16) == 0
             script = "cat /proc/self/status; ulimit -Hc; umask; cat /proc/self/cgroup"
@@ -292,11 +292,18 @@ def test_rights_of_the_unit_are_enough(
     assert {"Login", "StartJob", "StopJob"} <= rpcs
 
 
+# A job tells of a capability that it has, and of a protection from the OOM killer.
+_LOOK = """
+    grep ^Cap /proc/self/status | grep -v 0000000000000000
+    echo 0 2>/dev/null >/proc/self/oom_score_adj && echo protected
+"""
+
+
 def _problem(certs: Path, state: Path, before: tuple[str, ...]) -> str:
     """Return what a server with these rights cannot do; "" if it can do everything."""
     try:
         with _started(certs, state, before) as (program, user):
-            output = _run(user, "grep ^Cap /proc/self/status | grep -v 0000000000000000")
+            output = _run(user, _LOOK)
             program.end()
     except (pytest.fail.Exception, ClientError) as failure:
         return str(failure)
@@ -305,6 +312,7 @@ def _problem(certs: Path, state: Path, before: tuple[str, ...]) -> str:
 
 # What then goes wrong. The last one is that without which a server cannot even tidy up.
 _MISSED = {
+    "sys_resource": "protected",
     "setuid": "--require-isolation",
     "setgid": "--require-isolation",
     "chown": "Operation not permitted",

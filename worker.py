@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import os
 import pwd
 import threading
@@ -45,6 +46,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+import inherited
 import privileges
 from broadcaster import (
     Budget,
@@ -103,6 +105,8 @@ __all__ = [
     "WorkerError",
 ]
 
+logger = logging.getLogger(__name__)
+
 MAX_ARGV_BYTES: Final = 128 * 1024
 """The longest argv, in bytes with a terminator each; xargs(1) has the same by default."""
 
@@ -160,6 +164,8 @@ class Worker:
                 undo.callback(self._subtree.close)
             if uids is not None:
                 self._check_rights()
+            if problem := inherited.oom_exemption():
+                logger.warning("%s; start it with another, or with that capability", problem)
             self._spawner = Spawner(
                 jobs_cgroup=self._subtree.jobs if self._subtree else None,
                 uids=uids,
@@ -497,7 +503,7 @@ def _checked_argv(command: str, args: Sequence[str]) -> list[str]:
 def _exec_error(argv: Sequence[str], error: OSError) -> WorkerError:
     """Say what it means that exec failed with `error`."""
     command = argv[0]
-    if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+    if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EDQUOT):
         return ResourceError(f"no room for another process: {error.strerror}")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         if "/" not in command:

@@ -1,0 +1,128 @@
+"""What a job does not inherit although fork and exec would pass it on: credentials(7), execve(2).
+
+The fork server calls `reset` once, before it forks: what it changes is the same for all jobs. Each
+leader calls `separate` once, because each job needs one of its own. docs/security.md has the whole
+table: every attribute that fork and exec preserve, and what a job gets of it.
+
+The rule: a job does not inherit an attribute that gives it something (a key, a priority, somebody's
+name). It does inherit one by which the operator takes something from the service and from all that
+runs in it (a seccomp filter, a CPU set, an idle priority).
+
+Thread safety: to be called in a process with one thread; most attributes belong to a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+
+from privileges import CAP_SYS_RESOURCE, has_capabilities, prctl
+
+__all__ = ["OOM_SCORE_ADJ", "oom_exemption", "reset", "separate"]
+
+OOM_SCORE_ADJ = 500
+"""Of a job: the kernel's OOM killer takes it as if it had half of the memory more than it has. So
+it takes jobs before this program."""
+
+_PR_SET_MEMORY_MERGE = 67
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+_IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 1, 13, 1
+_PERSONALITY_QUERY = 0xFFFF_FFFF
+_NO_LOGINUID = b"4294967295"
+# System calls without a function in the C library: keyctl, ioprio_set, ioprio_get.
+_NUMBERS = {"x86_64": (250, 251, 252), "aarch64": (219, 30, 31), "riscv64": (219, 30, 31)}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def reset() -> None:
+    """Give up what no job may inherit; for the fork server, while it still has all its rights."""
+    # A key of the session keyring can be read by everybody who has inherited the keyring.
+    _join_new_keyring()
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    _leave_real_time_io()
+    if _libc.personality(ctypes.c_ulong(_PERSONALITY_QUERY)) > 0:
+        _libc.personality(ctypes.c_ulong(0))  # no address space randomization, for example
+    with contextlib.suppress(OSError):  # EINVAL before Linux 6.4. EPERM: this needs a capability.
+        prctl(_PR_SET_MEMORY_MERGE, 0)
+    # In the kernel's audit log a job must not appear as the person who started this program. This
+    # needs CAP_AUDIT_CONTROL, and a kernel with auditing.
+    with contextlib.suppress(OSError):
+        _write("/proc/self/loginuid", _NO_LOGINUID)
+
+
+def separate(*, is_alone: bool) -> None:
+    """Take what each job must have for itself.
+
+    For a leader that still has the rights of the fork server. `is_alone`: the job runs as a user
+    of its own. Raises OSError.
+    """
+    # Not the fork server's: the status flags, the offset and the locks of one open file would
+    # be those of all jobs.
+    null_fd = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null_fd, 0)
+    os.close(null_fd)
+    try:
+        _join_new_keyring()
+    except OSError as error:
+        # EDQUOT: an ordinary user may have 200 keys. Jobs of one user may then share a keyring:
+        # that of the fork server, which is new.
+        if is_alone or error.errno != errno.EDQUOT:
+            raise
+    # The kernel does not let an ordinary process go below what a process with CAP_SYS_RESOURCE has
+    # set. Without that capability a job can go back to the fork server's own value.
+    with contextlib.suppress(PermissionError):  # a fork server with another user's capabilities
+        _write("/proc/self/oom_score_adj", str(OOM_SCORE_ADJ).encode())
+
+
+def oom_exemption() -> str:
+    """Return why jobs could escape the OOM killer; "" if they cannot."""
+    with open("/proc/self/oom_score_adj", "rb") as file:
+        value = int(file.read())
+    if value >= 0 or has_capabilities(CAP_SYS_RESOURCE):
+        return ""
+    return (
+        f"this process has oom_score_adj {value}, and not CAP_SYS_RESOURCE: each job could set the "
+        "same for itself, and the kernel would rather kill others"
+    )
+
+
+def _join_new_keyring() -> None:
+    """Replace the session keyring by a new, empty one. Raises OSError."""
+    # EPERM: a seccomp filter refuses it, as in the unit and in Docker; then it refuses a job, too.
+    # ENOSYS: the kernel has no keys.
+    if _call(0, _KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
+        number = ctypes.get_errno()
+        if number not in (errno.EPERM, errno.ENOSYS):
+            raise OSError(number, os.strerror(number))
+
+
+def _leave_real_time_io() -> None:
+    if _call(2, _IOPRIO_WHO_PROCESS, 0) >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT:
+        _call(1, _IOPRIO_WHO_PROCESS, 0, 0)
+
+
+def _call(which: int, *arguments: int | None) -> int:
+    """Make one of the system calls of _NUMBERS; -1 with ENOSYS on other architectures."""
+    numbers = _NUMBERS.get(os.uname().machine)
+    if numbers is None:
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
+    return int(_libc.syscall(ctypes.c_long(numbers[which]), *map(_argument, arguments)))
+
+
+def _argument(value: int | None) -> ctypes.c_long | None:
+    return None if value is None else ctypes.c_long(value)
+
+
+def _write(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
