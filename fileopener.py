@@ -135,6 +135,7 @@ def _serve(sock: socket.socket, files: Mapping[bytes, int]) -> None:
 
 
 def _main(argv: Sequence[str]) -> NoReturn:
+    sys.meta_path.clear()  # everything is imported; nothing more is read from the disk
     _, fd, files = argv
     # A service manager sends these to all processes of the service. Only the server's end, which
     # closes the socket, ends this process.

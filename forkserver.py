@@ -348,11 +348,18 @@ def _children() -> list[int]:
 
 
 def _main(argv: Sequence[str]) -> NoReturn:
+    # Everything is imported. From now on no module is looked for on the disk, where somebody might
+    # have put another one meanwhile. Forked processes inherit this.
+    sys.meta_path.clear()
     _, fd, main_fd, duties = argv
     with socket.socket(fileno=int(fd)) as sock:
         for inherited in (sock.fileno(), int(main_fd)):
             os.set_inheritable(inherited, False)
-        _ForkServer(sock, int(main_fd), json.loads(duties)).run()
+        try:
+            _ForkServer(sock, int(main_fd), json.loads(duties)).run()
+        except Exception as error:  # noqa: BLE001 -- a traceback would be read from the disk
+            sys.stderr.write(f"the fork server ends: {error!r}\n")
+            sys.exit(1)
     sys.exit(0)
 
 

@@ -1481,3 +1481,57 @@ def test_fork_server_leaves_the_cgroups_unless_it_was_asked_to_dismantle_them(ba
         with contextlib.closing(_Attacker(**duties)):
             pass
         assert (subtree.jobs / "honest").is_dir()
+
+
+# The fork server, run by a program that writes down the names of the files that Python loads after
+# the start. It needs what it imports before that.
+_WATCHED_FORK_SERVER = """
+import os, sys
+sys.path.insert(0, {here!r})
+import forkserver
+loaded = os.open({loaded!r}, os.O_WRONLY | os.O_APPEND)
+def note(event, arguments):
+    if event == "import" and arguments[0] not in sys.modules:
+        os.write(loaded, f"import of {{arguments[0]}}\\n".encode())
+    if event == "open" and str(arguments[0]).endswith((".py", ".pyc", ".so", ".zip")):
+        os.write(loaded, f"{{arguments[0]}}\\n".encode())
+sys.addaudithook(note)
+forkserver._main(sys.argv)
+"""
+
+
+@pytest.mark.parametrize("way_to_end", [b"", b"{", b"\xff\xfe", '{"op": "kill"}'.encode("utf-16")])
+def test_fork_server_loads_no_code_after_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way_to_end: bytes
+) -> None:
+    """Whoever can write there later must not have code run with its rights: for jobs or its end.
+
+    The messages end the fork server. For some of them, and for a program that is not UTF-8, Python
+    would load a codec.
+    """
+    loaded, program = tmp_path / "loaded", tmp_path / "forkserver.py"
+    loaded.touch()
+    here = str(Path(__file__).parent)
+    program.write_text(_WATCHED_FORK_SERVER.format(here=here, loaded=str(loaded)))
+    monkeypatch.setattr(spawner_module, "_FORK_SERVER", str(program))
+    with Spawner() as spawner:
+        for argv in (["true"], ["no-such-command"], ["sh", "-c", "sleep infinity & echo"]):
+            with contextlib.suppress(OSError), contextlib.closing(_Job(spawner, argv, "a")) as job:
+                assert job.exit() == Exit(exit_code=0)
+        program_text = json.dumps({"argv": ["true"], "env": _ENV, "uid": None})
+        with (
+            _pipes() as (fds, output_fd),
+            open(os.memfd_create("argv"), "w+b", buffering=0) as file,
+        ):
+            file.write(program_text.encode("utf-16"))
+            with spawner.fork("b", stdout_fd=fds[0], exit_fd=fds[1]) as process:
+                socket.send_fds(process._socket, [b"{}"], [file.fileno()])
+                for fd in fds:
+                    os.close(fd)
+                assert _is_abandoned(output_fd)
+        if way_to_end:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with ours, theirs:
+                socket.send_fds(spawner._socket, [way_to_end], [theirs.fileno()])
+                spawner._process.wait(GUARD_S)
+    assert [line for line in loaded.read_text().splitlines() if not line.startswith("import")] == []
