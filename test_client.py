@@ -778,10 +778,12 @@ def test_grpcs_own_words_are_not_shown(
 def test_stream_that_does_not_end_in_time_at_shutdown_says_so(
     connect: Connect, start_server: Callable[..., ServerProgram]
 ) -> None:
-    """The client did not read, so the server could not send its own words."""
+    """The client has not read all of the output, so the server cannot send its own words."""
     program = start_server()
     client = connect("user", program.address)
-    stream = client.stream(client.start("yes"))
+    job_id = client.start("head", ["-c", "100M", "/dev/zero"])
+    assert sum(map(len, client.stream(job_id))) == 100 << 20
+    stream = client.stream(job_id)
     next(stream)
     assert program.end() == 0
     with pytest.raises(ClientError) as caught:
