@@ -316,7 +316,8 @@ class Client:
         """Translate gRPC's error for the user."""
         code, details = error.code().name, " ".join((error.details() or "").split())
         if code in {"UNAVAILABLE", "CANCELLED"}:
-            for sign, meaning, is_open in _CONNECTION_FAILURES:
+            is_open = not any(sign in details for sign in _NEVER_CONNECTED)
+            for sign, meaning in _CONNECTION_FAILURES:
                 if sign in details:
                     return ClientError(meaning.format(server=self._server), code, is_open=is_open)
         if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
@@ -347,53 +348,44 @@ _OTHER_HOST = (
     f"{_CERTIFICATE}is not for that host name; see --server, and certs/generate.sh --hosts"
 )
 _UNRESOLVED = "the host name in {server} cannot be resolved; see --server"
-# A part of gRPC's text for a failed connection, its meaning, and whether the server may have
-# received the call and done it. Under TLS 1.3 a server that rejects the client's certificate just
-# closes the connection.
+# Parts of gRPC's texts for a call that did not reach the server.
+_NEVER_CONNECTED = ("failed to connect", "resol")
+# A part of gRPC's text for a failed connection, and its meaning. A server that rejects the client's
+# certificate just closes the connection.
 _CONNECTION_FAILURES = (
-    (
-        "Connection refused",
-        "no server listens on {server}; start the server, or see --server",
-        False,
-    ),
+    ("Connection refused", "no server listens on {server}; start the server, or see --server"),
     (
         "certificate is not yet valid",
         f"{_CERTIFICATE}is not valid yet; check the clock of this machine, and that of the server",
-        False,
     ),
     (
         "certificate has expired",
         f"{_CERTIFICATE}has expired; run certs/generate.sh there, or check the clock of yours",
-        False,
     ),
-    ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED, False),
-    (
-        "WRONG_VERSION_NUMBER",
-        "what listens on {server} does not speak TLS; see --server",
-        False,
-    ),
-    ("Hostname Verification Check failed", _OTHER_HOST, False),
-    ("errors resolving", _UNRESOLVED, False),
-    ("DNS resolution failed", _UNRESOLVED, False),
-    ("ame resolution", _UNRESOLVED, False),
-    ("Cancelling all calls", "{server} is shutting down", True),
-    ("ping timeout", _SILENT, True),
-    ("keepalive", _SILENT, True),
-    ("timed out", _SILENT, True),
-    ("o route to host", _SILENT, True),
-    ("unreachable", _SILENT, True),
-    ("ocket closed", _CLOSED, True),
-    ("Connection reset", _CLOSED, True),
-    ("roken pipe", _CLOSED, True),
+    ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED),
+    ("WRONG_VERSION_NUMBER", "what listens on {server} does not speak TLS; see --server"),
+    ("Hostname Verification Check failed", _OTHER_HOST),
+    ("errors resolving", _UNRESOLVED),
+    ("DNS resolution failed", _UNRESOLVED),
+    ("ame resolution", _UNRESOLVED),
+    ("Cancelling all calls", "{server} is shutting down"),
+    ("ping timeout", _SILENT),
+    ("keepalive", _SILENT),
+    ("timed out", _SILENT),
+    ("o route to host", _SILENT),
+    ("unreachable", _SILENT),
+    ("ocket closed", _CLOSED),
+    ("Connection reset", _CLOSED),
+    ("roken pipe", _CLOSED),
     (
         "failed to connect to all addresses",
         "cannot connect to {server}; check that the server runs and can be reached from here",
-        False,
     ),
-    ("Stream removed", _CLOSED, True),
-    ("recvmsg", _CLOSED, True),
-    ("Locally cancelled", "this stream was closed", True),
-    ("Channel closed", "this client was closed", True),
+    ("Stream removed", _CLOSED),
+    ("GOAWAY", _CLOSED),
+    ("recvmsg", _CLOSED),
+    ("Locally cancelled", "this stream was closed"),
+    ("Channel closed", "this client was closed"),
 )
 
 

@@ -809,6 +809,14 @@ def test_start_without_an_answer_tells_how_to_repeat_it(cli: _Program, pretend: 
     assert len(calls) == 3
 
 
+def test_start_that_reaches_no_server_is_not_repeated(cli: _Program, foreign_certs: Path) -> None:
+    """Certainly there is no job, so the line does not speak of one."""
+    pair = (foreign_certs / "client.pem", foreign_certs / "client-key.pem")
+    options = ("--cert", str(pair[0]), "--key", str(pair[1]))
+    assert "there may be a job" not in cli.fail("start", *options, "--", "true")
+    assert "there may be a job" not in cli.fail("start", "--server", "127.0.0.1:1", "--", "true")
+
+
 def test_start_with_a_request_id_prints_the_same_job(run: Callable[..., str]) -> None:
     """As often as it is repeated."""
     arguments = ("start", "--request-id", str(uuid.uuid4()), "--", "true")
