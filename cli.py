@@ -45,7 +45,8 @@ _EPILOG = """\
 JOBWORKER_SERVER, JOBWORKER_CERTS and JOBWORKER_TOKEN are the defaults of --server, --certs
 and -t; without -t and JOBWORKER_TOKEN the client uses the token that login kept. Exit
 status: 0 for success; 1 for an error, with one line on stderr; 2 for wrong usage; 130 after
-Ctrl-C; 141 when the reader of the output has closed it.
+Ctrl-C; 141 when the reader of the output has closed it. "stream" also exits with 1 if the job
+was killed, stopped or lost; an exit code of the job is no error.
 """
 _START_USAGE = """\
 client start [OPTIONS] -c COMMAND [-args A1 A2 ...]

@@ -320,6 +320,9 @@ class Client:
             for sign, meaning in _CONNECTION_FAILURES:
                 if sign in details:
                     return ClientError(meaning.format(server=self._server), code, is_open=is_open)
+        if code == "CANCELLED" and details in {"", code}:
+            message = f"{self._server} ended the call without an answer, perhaps to shut down"
+            return ClientError(message, code, is_open=True)
         if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
             message = f"{self._server} did not answer within {_CALL_TIMEOUT_S:g} s"
             return ClientError(message, code, is_open=True)

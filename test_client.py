@@ -758,6 +758,7 @@ def test_client_connects_soon_after_its_server_is_back(certs: Path) -> None:
         ("UNAVAILABLE", "sendmsg: No route to host (113)", "{} does not answer any more"),
         ("UNAVAILABLE", "Cancelling all calls", "{} is shutting down"),
         ("CANCELLED", "Cancelling all calls", "{} is shutting down"),
+        ("CANCELLED", "CANCELLED", "{} ended the call without an answer, perhaps to shut down"),
         ("UNAVAILABLE", "recvmsg:Connection reset by peer (104)", "{} closed the connection"),
         ("UNAVAILABLE", "Stream removed (something new)", "{} closed the connection"),
         ("UNAVAILABLE", "the server is shutting down", "the server is shutting down"),
@@ -1971,6 +1972,28 @@ def test_client_error_tells_the_code(connect: Connect) -> None:
         with pytest.raises(ClientError) as caught:
             call()
         assert caught.value.code == code
+
+
+@pytest.mark.parametrize("suites", ["", "ECDHE-ECDSA-AES256-GCM-SHA384"])
+def test_client_leaves_alone_how_a_program_set_tls(cli: _Program, suites: str) -> None:
+    """Only if a program has not set which suites its channels may use, `Client` does."""
+    script = (
+        "import os; from client import Client\n"
+        "with Client(os.environ['JOBWORKER_SERVER'], certs=os.environ['JOBWORKER_CERTS'],\n"
+        "            token=os.environ['JOBWORKER_TOKEN']) as client: client.list()\n"
+        "print(os.environ['GRPC_SSL_CIPHER_SUITES'])"
+    )
+    set_by_us = {"GRPC_SSL_CIPHER_SUITES": suites} if suites else {}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=_HERE,
+        env=cli.environment | set_by_us,
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+    assert (result.stdout, result.stderr) == (f"{suites or 'ECDHE-PSK-AES256-CBC-SHA'}\n", "")
 
 
 def test_client_may_be_used_from_several_threads(connect: Connect) -> None:
