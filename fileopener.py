@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["FileOpener"]
 
 _MAX_REQUEST_BYTES = 8192  # a path has at most 4096 (PATH_MAX)
-_MAX_ANSWER_BYTES = 16
-_FD_BYTES = 4
+_MAX_ANSWER_BYTES = 32
+_MAX_NUMBER_BYTES = 20
 _MODE = 0o600
-_CLOSE_S = 5.0
+_ANSWER_S = 10.0
+_CLOSE_S = 1.0
 
 
 class FileOpener:
@@ -49,13 +50,15 @@ class FileOpener:
     """
 
     def __init__(self, files: Mapping[str, int]) -> None:
-        # Guards the socket. Held until a request is answered, so that each thread gets its own
-        # answer.
+        # Guards the number. Held until a request is answered, so that each thread gets its own
+        # answer: at most _ANSWER_S. `close` does not wait for it.
         self._lock = threading.Lock()
+        self._number = 0  # of the last request
         self._files = frozenset(files)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as undo, theirs:
             undo.callback(self._socket.close)
+            self._socket.settimeout(_ANSWER_S)
             # No site-packages, no PYTHON* variables. A session of its own: a Ctrl-C does not
             # reach it.
             self._process = subprocess.Popen(
@@ -80,28 +83,47 @@ class FileOpener:
         """Open one of the files and return its descriptor; a new file gets mode 0600.
 
         Raises OSError: PermissionError for any other path, BrokenPipeError if the process has
-        died.
+        died, TimeoutError if the answer does not come within 10 s.
         """
         if path not in self._files:
             raise PermissionError(errno.EPERM, "not one of the server's files", path)
         with self._lock:
             try:
-                self._socket.send(os.fsencode(path))
-                answer, fds, _, _ = socket.recv_fds(self._socket, _MAX_ANSWER_BYTES, 1)
-            except OSError:
-                answer, fds = b"", []
-        if not answer:
-            message = "the process that opens the server's files has died; restart the server"
-            raise BrokenPipeError(errno.EPIPE, message, path)
-        if number := int(answer):
-            raise OSError(number, os.strerror(number), path)
+                code, fds = self._ask(path)
+            except TimeoutError as error:
+                message = "the process that opens the server's files does not answer"
+                raise TimeoutError(errno.ETIMEDOUT, message, path) from error
+            except OSError as error:
+                message = "the process that opens the server's files has died; restart the server"
+                raise BrokenPipeError(errno.EPIPE, message, path) from error
+        if code:
+            raise OSError(code, os.strerror(code), path)
         if not fds:  # the kernel drops a descriptor for which this process has no number left
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
         os.set_inheritable(fds[0], False)
         return fds[0]
 
+    def _ask(self, path: str) -> tuple[int, list[int]]:
+        """Return errno, or 0 with a descriptor. Raises OSError."""
+        self._number += 1
+        self._socket.send(b"%d\0%s" % (self._number, os.fsencode(path)))
+        while True:
+            answer, fds, _, _ = socket.recv_fds(self._socket, _MAX_ANSWER_BYTES, 1)
+            if not answer:
+                raise BrokenPipeError
+            number, code = map(int, answer.split())
+            if number == self._number:
+                return code, fds
+            for fd in fds:  # the answer to a request that is no longer waited for
+                os.close(fd)
+
     def close(self) -> None:
-        """End the process; idempotent. Blocks until it has ended, at most 5 s."""
+        """End the process; idempotent. Blocks until it has ended, at most a second.
+
+        A call of `open` that waits fails.
+        """
+        with contextlib.suppress(OSError):  # closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
         with self._lock:
             self._socket.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a file system holds it up
@@ -118,18 +140,24 @@ class FileOpener:
 
 
 def _serve(sock: socket.socket, files: Mapping[bytes, int]) -> None:
-    """Answer requests until the other end is closed: errno as text, or 0 with a descriptor."""
-    while path := sock.recv(_MAX_REQUEST_BYTES):
+    """Answer requests until the other end is closed.
+
+    A request is a number, NUL and a path. The answer has the number, and errno or 0; with 0 comes a
+    descriptor.
+    """
+    while request := sock.recv(_MAX_REQUEST_BYTES):
+        number, _, path = request.partition(b"\0")
+        number = number[:_MAX_NUMBER_BYTES]
         if path not in files:
-            sock.send(b"%d" % errno.EPERM)
+            sock.send(b"%s %d" % (number, errno.EPERM))
             continue
         try:
             fd = os.open(path, files[path] | os.O_CLOEXEC, _MODE)
         except OSError as error:
-            sock.send(b"%d" % (error.errno or errno.EIO))
+            sock.send(b"%s %d" % (number, error.errno or errno.EIO))
             continue
         try:
-            socket.send_fds(sock, [b"0"], [fd])
+            socket.send_fds(sock, [b"%s 0" % number], [fd])
         finally:
             os.close(fd)
 

@@ -27,7 +27,7 @@ import termios
 import threading
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
@@ -160,7 +160,8 @@ class RunningJob:
     Attributes: `job_id`, `owner`, `output`, `thread`; `position` in the order of all starts, which
     the registry sets.
 
-    `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `finish`: is
+    `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `started_at`, `started_s`: the
+    same moment, by the clock and by `time.monotonic`. `finish`: is
     given the final state in the moment of the transition, under the job's lock. `trim`: is
     called by the job's thread as the last thing.
     """
@@ -175,6 +176,7 @@ class RunningJob:
         pid: int,
         pidfd: int,
         started_at: datetime,
+        started_s: float,
         buffers: Buffers,
         finish: Callable[[RunningJob, Job], None],
         trim: Callable[[], None],
@@ -196,6 +198,7 @@ class RunningJob:
         self._exit_fd = spare.exit_fd
         self._pidfd = pidfd
         self._started_at = started_at
+        self._started_s = started_s
         self._buffers = buffers
         self._finish = finish
         self._trim = trim
@@ -273,7 +276,7 @@ class RunningJob:
         leader_exit = None
         try:
             leader_exit = self._await_leader()
-            ended_at = datetime.now(UTC)
+            ended_at = self._now()
             self._finish_processes(lost=leader_exit is None)
             usage = self._final_usage(leader_exit)
             with self._ended:
@@ -290,8 +293,12 @@ class RunningJob:
             logger.exception("job %s: lost", self.job_id)
             with contextlib.suppress(Exception):
                 self._kill_processes()
-            self._end(None, datetime.now(UTC))
+            self._end(None, self._now())
         self._trim()
+
+    def _now(self) -> datetime:
+        """Return the time: that of the start and a duration, so no step of the clock counts."""
+        return self._started_at + timedelta(seconds=time.monotonic() - self._started_s)
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None if the fork server died."""

@@ -10,8 +10,8 @@ settings. A server started as root gives up root before it listens, and becomes 
 user. The worker's fork server keeps root: it starts the jobs, and opens the files that the
 server needs again at SIGHUP.
 
-Threads: the main thread waits for a signal. One of gRPC's threads accepts the calls, and
-the threads of `calls.py` handle them.
+Threads: the main thread waits for a signal, the thread `reload` does what SIGHUP asks for. One of
+gRPC's threads accepts the calls, and the threads of `calls.py` handle them.
 """
 
 from __future__ import annotations
@@ -131,6 +131,9 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._opener: FileOpener | None = None  # if this process has given up its rights
+        # Held during a reload, so that the end of the server waits for it, for a bounded time.
+        self._reloading = threading.Lock()
+        self._is_stopping = False
         try:
             self._host, port = parse_address(settings.listen)
         except ValueError as error:
@@ -229,10 +232,15 @@ class Server:
         An error is logged, and the former content stays in force. Open streams continue,
         except those of users who are gone or have changed. May block for 20 s.
         """
-        self._audit.reopen()
-        self._revocations.write()
-        self._reload_users()
-        self._certificates.reload(self.address)
+        with self._reloading:
+            for step in (
+                self._audit.reopen,
+                self._revocations.write,
+                self._reload_users,
+                lambda: self._certificates.reload(self.address),
+            ):
+                if not self._is_stopping:
+                    step()
 
     def _reload_users(self) -> None:
         try:
@@ -253,13 +261,18 @@ class Server:
 
     def stop(self) -> None:
         """Refuse new calls, kill the jobs, let the streams end; blocks until that is done."""
+        self._is_stopping = True
         stopped = self._server.stop(_STOP_GRACE_S)
         self._authenticator.close()
         if self._opener is not None:
             self._opener.close()  # first, because the worker removes the cgroup that it is in
         self._worker.close()
         stopped.wait()
-        self._undo.close()
+        # A reload uses what is closed now. It has had time to end, unless something hangs.
+        with contextlib.ExitStack() as undo:
+            if self._reloading.acquire(timeout=_STOP_GRACE_S):
+                undo.callback(self._reloading.release)
+            self._undo.close()
 
     def kill_jobs(self) -> None:
         """Kill every job and start no more; blocks until they are gone."""
@@ -448,13 +461,51 @@ def _serve(settings: Settings) -> None:
         raise SettingsError("\n".join(lines)) from error
     _end_if_grpc_ends(server)
     print(f"listening on {server.address}", flush=True)
+    reloader = _Reloader(server)
     while (number := signal.sigwait(signals)) == signal.SIGHUP:
         logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
-        server.reload()
+        reloader.request()
     logger.info("%s: shutting down", signal.Signals(number).name)
     faulthandler.dump_traceback_later(_WATCHDOG_S, exit=True)
     server.stop()
+    reloader.close()
     faulthandler.cancel_dump_traceback_later()
+
+
+class _Reloader:
+    """Reloads in a thread of its own, so that SIGTERM is served while a reload takes its time."""
+
+    def __init__(self, server: Server) -> None:
+        self._reload = server.reload
+        # Guards the two below. Notified when one of them is set. Never held during a reload.
+        self._changed = threading.Condition()
+        self._is_requested = False
+        self._is_closed = False
+        # A daemon, so that a reload which hangs does not keep the program alive.
+        self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
+        self._thread.start()
+
+    def request(self) -> None:
+        """Have the server reload; requests that come during a reload are served by one more."""
+        with self._changed:
+            self._is_requested = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread; does not wait for a reload that hangs."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join(_STOP_GRACE_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_requested or self._is_closed)
+                if self._is_closed:
+                    return
+                self._is_requested = False
+            self._reload()
 
 
 def _end_if_grpc_ends(server: Server) -> None:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,11 +71,11 @@ def test_only_the_named_files_are_opened(opener: FileOpener, named: str) -> None
 def test_process_refuses_what_the_server_must_not_ask_for(opener: FileOpener, named: str) -> None:
     """A server that was taken over speaks to the process without our check."""
     for path in filter(None, _paths(named)):
-        opener._socket.send(os.fsencode(path))
+        opener._socket.send(b"1\0" + os.fsencode(path))
         answer, fds, _, _ = socket.recv_fds(opener._socket, 100, 1)
-        assert (answer, fds) == (b"1", [])
+        assert (answer, fds) == (b"1 1", [])
     opener._socket.send(b"\xff" * 8192)
-    assert opener._socket.recv(100) == b"1"
+    assert opener._socket.recv(100) == b"\xff" * 20 + b" 1"
     with open(opener.open(named)) as file:
         assert file.read() == "named"
 
@@ -197,6 +198,48 @@ def test_close_is_idempotent_and_leaves_nothing(named: str) -> None:
     assert descriptors_of() == before
     with pytest.raises(ProcessLookupError):
         os.kill(opener.pid, 0)
+
+
+def test_close_ends_a_request_that_a_stopped_process_does_not_answer(
+    named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the close nor the request waits for the process, which ends when it goes on."""
+    opener = FileOpener({named: os.O_RDONLY})
+    with open(os.pidfd_open(opener.pid)) as pidfd, ThreadPoolExecutor(1) as pool:
+        os.kill(opener.pid, signal.SIGSTOP)
+        asked, ask = threading.Event(), opener._ask
+
+        def spy(path: str) -> tuple[int, list[int]]:
+            asked.set()
+            return ask(path)
+
+        monkeypatch.setattr(opener, "_ask", spy)
+        request = pool.submit(opener.open, named)
+        assert asked.wait(GUARD_S)
+        opener.close()
+        with pytest.raises(BrokenPipeError):
+            request.result(GUARD_S)
+        os.kill(opener.pid, signal.SIGCONT)
+        assert select.select([pidfd], [], [], GUARD_S)[0]
+    opener.close()
+
+
+def test_answer_that_comes_too_late_is_nobodys(
+    named: str, log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next request gets its own file."""
+    monkeypatch.setattr("fileopener._ANSWER_S", 0.01)
+    with FileOpener({named: os.O_RDONLY, log: _LOG_FLAGS}) as opener:
+        os.kill(opener.pid, signal.SIGSTOP)
+        for _ in range(2):
+            with pytest.raises(TimeoutError, match="does not answer"):
+                opener.open(log)
+        os.kill(opener.pid, signal.SIGCONT)
+        opener._socket.settimeout(GUARD_S)
+        before = descriptors_of()
+        with open(opener.open(named)) as file:
+            assert file.read() == "named"
+        assert descriptors_of() == before
 
 
 def test_threads_get_the_file_that_each_asked_for(opener: FileOpener, named: str, log: str) -> None:

@@ -32,7 +32,7 @@ import workerservice_pb2 as worker_pb
 from cgroupfs import wait_event
 from client import Client, ClientError
 from privileges import can_change_user, can_kill_any
-from testkit import GUARD_S, NOBODY, clean_environment, fork_server_of
+from testkit import GUARD_S, NOBODY, children_of, clean_environment, fork_server_of
 from users import make_user
 from worker import Worker
 
@@ -1148,6 +1148,29 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
     log = program.log.read_text()
     assert "Traceback" not in log
     assert " ERROR " not in log
+
+
+def test_sigterm_ends_a_server_whose_reload_hangs(
+    certs: Path, entries: dict[str, str], public: Path
+) -> None:
+    """The process that opens the files is stopped, so nothing that SIGHUP asks for is done."""
+    users = public / "users"
+    users.touch(0o600)
+    users.write_text(f"{entries['alice']}\n")
+    options = ("--certs", certs, "--users", users, "--state-dir", public / "state")
+    with _server(public / "log", *options) as program:
+        (opener,) = (
+            pid
+            for pid in children_of(program.process.pid)
+            if b"fileopener.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        with _login(program.address, certs, "alice") as alice:
+            os.kill(opener, signal.SIGSTOP)
+            program.process.send_signal(signal.SIGHUP)
+            _await_log(program, "SIGHUP: reading")
+            alice.list()  # the audit log is not held up
+            assert program.end() == 0
+        os.kill(opener, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -1560,3 +1560,16 @@ def test_library_is_its_files_and_the_standard_library(
     )
     ours = sorted(set(LIBRARY) - {"forkserver", "leader"})  # these two run as another program
     assert output == f"hello\n0 {ours}\n"
+
+
+def test_end_is_not_before_the_start_whatever_the_clock_does(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end is the start and a duration, which a step of the clock does not change."""
+    job_id = worker.start("sleep", ["1000000"])
+    clock = type("_Clock", (datetime,), {"now": lambda _: datetime(1970, 1, 1, tzinfo=UTC)})
+    for module in ("job", "worker"):
+        monkeypatch.setattr(f"{module}.datetime", clock)
+    job = worker.stop(job_id)
+    assert job.ended_at is not None
+    assert timedelta(0) <= job.ended_at - job.started_at < timedelta(seconds=GUARD_S)

@@ -273,7 +273,7 @@ class Worker:
             spare.output.budget = budget
             spare.output.make_room = functools.partial(self._registry.take, work.owner, budget)
             spare.output.free_disk = functools.partial(self._registry.give_way, work.owner, budget)
-            started_at = datetime.now(UTC)
+            started_at, started_s = datetime.now(UTC), time.monotonic()
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
                 cgroup = self._subtree.limit(spare.cgroup, work.limits)
@@ -286,6 +286,7 @@ class Worker:
                 pid=pid,
                 pidfd=pidfd,
                 started_at=started_at,
+                started_s=started_s,
                 buffers=self._buffers,
                 finish=self._registry.finish,
                 trim=self._registry.trim,
