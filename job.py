@@ -160,10 +160,10 @@ class RunningJob:
     Attributes: `job_id`, `owner`, `output`, `thread`; `position` in the order of all starts, which
     the registry sets.
 
-    `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `started_at`, `started_s`: the
-    same moment, by the clock and by `time.monotonic`. `finish`: is
-    given the final state in the moment of the transition, under the job's lock. `trim`: is
-    called by the job's thread as the last thing.
+    `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `started_at`,
+    `started_s`: the same moment, by the clock and by `time.monotonic`. `finish`: is given the
+    final state in the moment of the transition, under the job's lock. `trim`: is called by the
+    job's thread as the last thing.
     """
 
     def __init__(  # noqa: PLR0913 -- what a start has prepared
