@@ -1215,9 +1215,10 @@ def test_user_agent_and_authority_say_nothing_about_who_the_caller_is(
 def test_owner_of_a_job_is_the_tokens_subject_whatever_is_asked(house: _House, user: str) -> None:
     """No field, known or unknown, and no metadata changes the owner or the job's USER."""
     for field in worker_pb.StartJobRequest.DESCRIPTOR.fields:
-        assert field.name in {"command", "args", "limits"}, "may it name an owner? try it here"
+        known = {"command", "args", "limits", "request_id"}  # test_starts.py tries the last
+        assert field.name in known, "may it name an owner? try it here"
     plain = _request("StartJob", command="sh", args=["-c", "echo $USER"])
-    unknown = b"".join(_text_field(number, b"bob") for number in range(4, 100))
+    unknown = b"".join(_text_field(number, b"bob") for number in range(5, 100))
     for data in (plain, plain + unknown, unknown + plain):
         for more in ([], _CLAIMED, [("owner", "bob"), ("x-owner", "bob"), ("x-user", "bob")]):
             answer = house.call(user, "StartJob", data, more)

@@ -712,9 +712,11 @@ def test_signal_ends_server_jobs_and_streams(
     followers = [follow(client, job_id) for _ in range(5)]
     witness.assert_alive()
     with ThreadPoolExecutor(len(followers)) as pool:
-        rests = [pool.submit(list, follower) for follower in followers]
+        rests = [pool.submit(next, follower) for follower in followers]
         assert program.end(number) == 0, program.log.read_text()
-        assert all(rest.result(GUARD_S) == [] for rest in rests)
+        for rest in rests:
+            with pytest.raises(ClientError, match="the server is shutting down"):
+                rest.result(GUARD_S)
     witness.assert_all_gone()
     assert f"{number.name}: shutting down" in program.log.read_text()
     with pytest.raises(ClientError) as caught:
