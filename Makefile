@@ -5,7 +5,7 @@ PYTHON ?= python3
 python = .venv/bin/python
 protos = authservice.proto workerservice.proto
 # The modules that run by themselves, with the standard library only.
-library = broadcaster cgroupfs cgroups errors forkserver inherited job leader limits messages privileges retention spares spawner worker
+library = broadcaster cgroupfs cgroups errors forkserver inherited job leader leftovers limits messages privileges retention spares spawner worker
 protoc = $(python) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(protos)
 # pyproject.toml is the only place that names what we depend on.
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")

@@ -60,7 +60,7 @@ from cgroupfs import (
     wait_event,
     write,
 )
-from limits import NO_LIMITS, Enforcement, Limits, Usage
+from limits import NO_LIMITS, Bounds, Enforcement, Limits, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,12 +132,14 @@ class Subtree:
         *,
         root: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
+        bounds: Bounds | None = None,
     ) -> Subtree | None:
         """Make a subtree for this process below `root` (default: the cgroup that it is in).
 
         If this process is in `root` itself, it moves into a leaf of its own. Subtrees of dead
         main processes below `root` are removed. A cgroup with `limits` (default: `Limits()`) is
-        made and removed as a trial, so that an error shows now and not at the first job.
+        made and removed as a trial, so that an error shows now and not at the first job. `bounds`
+        (default: `Bounds()`) holds for all jobs together.
 
         `enforcement`: "require" raises `CgroupError` if anything is missing. "auto" logs one
         warning and continues without what is missing; it returns None if no cgroup can be made
@@ -155,7 +157,7 @@ class Subtree:
             _sweep(base)
             subtree = cls(*_make_locked(base), enforcement)
             try:
-                subtree._set_up(base, limits or Limits())
+                subtree._set_up(base, limits or Limits(), bounds or Bounds())
             except BaseException:
                 subtree.close()
                 raise
@@ -166,7 +168,7 @@ class Subtree:
             return None
         return subtree
 
-    def _set_up(self, base: Path, limits: Limits) -> None:
+    def _set_up(self, base: Path, limits: Limits, bounds: Bounds) -> None:
         self._home = next((s for s in _open_subtrees if s._moved_from is not None), None)
         if self._home is not None:
             self._home._guests += 1
@@ -184,6 +186,7 @@ class Subtree:
                 self.controllers |= {controller}
             except CgroupError as error:
                 self._give_up_or_note(controller, error)
+        self._bound(base, bounds)
         probe = self.create("probe", limits)
         probe.remove()
         if self.shortcomings:
@@ -194,6 +197,20 @@ class Subtree:
                 _describe(probe.limits) or "none",
                 "; ".join(dict.fromkeys(texts)),  # each once
             )
+
+    def _bound(self, base: Path, bounds: Bounds) -> None:
+        """Write what all jobs together may have. Raises `CgroupError`."""
+        write(self.jobs / "cgroup.max.depth", str(bounds.cgroup_depth))
+        write(self.jobs / "cgroup.max.descendants", str(bounds.cgroups))
+        values = {
+            "memory": bounds.memory_bytes or _memory_there_is(base) * 4 // 5,
+            "pids": bounds.pids or _pids_there_are() // 2,
+        }
+        for controller in self.controllers & values.keys():
+            try:
+                write(self.jobs / f"{controller}.max", str(values[controller]))
+            except CgroupError as error:
+                self._give_up_or_note(controller, error)
 
     def _enable_or_wait(
         self, base: Path, controller: str, available: list[str], deadline: float
@@ -558,6 +575,22 @@ def _physical_disks() -> list[str]:
             if not virtual and int(read_text(f"{entry}/size")) > 0:
                 disks.append(read_text(f"{entry}/dev").strip())
     return sorted(disks)
+
+
+def _memory_there_is(base: Path) -> int:
+    """Return the bytes that this host has, or that the cgroup `base` may use if these are fewer."""
+    (total,) = [line for line in read("/proc/meminfo").splitlines() if line.startswith("MemTotal:")]
+    found = [int(total.split()[1]) * 1024]
+    for directory in (base, *base.parents):
+        text = read_if_there(directory / "memory.max").strip()
+        if text.isdecimal():
+            found.append(int(text))
+    return min(found)
+
+
+def _pids_there_are() -> int:
+    """Return how many processes and threads the kernel can have."""
+    return min(int(read(f"/proc/sys/kernel/{name}")) for name in ("pid_max", "threads-max"))
 
 
 # --- the files of a cgroup ----------------------------------------------------------

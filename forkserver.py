@@ -38,8 +38,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import inherited
 from cgroupfs import dismantle
-from leader import clone, clone_works, limit, popen, wait_and_execute
-from messages import AttachError, close_all, failure, receive, send
+from leader import become, clone, clone_works, detach, limit, popen, wait_and_execute
+from leftovers import clear
+from messages import AttachError, close_all, failure, receive, send, wait_ready
 from privileges import (
     CAP_DAC_OVERRIDE,
     CAP_KILL,
@@ -49,6 +50,7 @@ from privileges import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
     keep_capabilities,
     prctl,
 )
@@ -172,6 +174,10 @@ class _ForkServer:
                     self._reap_some()
                     if request["job"] in self._pids:
                         self._kill_or_reap(self._pids[request["job"]])
+                case "clear":
+                    pid, pidfd = self._fork_clearing(request["uid"], reply)
+                    answer["pid"] = pid
+                    passed.append(pidfd)
                 case "dismantle_at_end":
                     self._dismantles_at_end = True
                 case _:
@@ -201,6 +207,12 @@ class _ForkServer:
         self._leaders[pid] = _Leader(job, kept_fd)
         self._pids[job] = pid
         return pid, pidfd
+
+    def _fork_clearing(self, uid: int, reply: socket.socket) -> tuple[int, int]:
+        """Fork a process that removes what the user's jobs have left; return as `_fork` does."""
+        if self._uids is None or type(uid) is not int or uid not in self._uids:
+            raise PermissionError(errno.EPERM, "not one of the users named at the start")
+        return self._fork_child(None, functools.partial(_clear, reply, uid, self._pid))
 
     @contextlib.contextmanager
     def _opened_cgroup(self, job: str) -> Iterator[int | None]:
@@ -276,6 +288,19 @@ class _ForkServer:
             os.waitpid(-1, 0)
             while _ended_child() is not None:
                 os.waitpid(-1, 0)
+
+
+def _clear(sock: socket.socket, uid: int, parent: int, _: int | None) -> NoReturn:
+    """Remove what the jobs of a user have left, until the other end of `sock` is closed."""
+    try:
+        detach(os.open(os.devnull, os.O_WRONLY), [sock.fileno()])
+        inherited.separate(is_alone=True)
+        become(uid)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:
+            clear(uid, lambda: not wait_ready(sock.fileno(), select.POLLHUP, 0))
+    finally:
+        os._exit(0)
 
 
 # --- signals and children -----------------------------------------------------------------

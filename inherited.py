@@ -26,6 +26,7 @@ OOM_SCORE_ADJ = 500
 """Of a job: the kernel's OOM killer takes it as if it had half of the memory more than it has. So
 it takes jobs before this program."""
 
+_PR_SET_SECUREBITS = 28
 _PR_SET_MEMORY_MERGE = 67
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 1, 13, 1
@@ -45,6 +46,9 @@ def reset() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, 0)
     if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    with contextlib.suppress(OSError):  # EPERM: they are locked, or this needs CAP_SETPCAP
+        # With SECBIT_NO_SETUID_FIXUP a leader would keep capabilities until the exec.
+        prctl(_PR_SET_SECUREBITS, 0)
     _leave_real_time_io()
     if _libc.personality(ctypes.c_ulong(_PERSONALITY_QUERY)) > 0:
         _libc.personality(ctypes.c_ulong(0))  # no address space randomization, for example

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "JOB_DESCRIPTORS",
     "Program",
+    "become",
     "clone",
     "clone_works",
     "detach",
@@ -259,9 +260,7 @@ def execute(program: Program) -> NoReturn:
     Raises OSError, as execvp(3) would.
     """
     if program.uid is not None:
-        os.setgroups([])
-        os.setresgid(program.uid, program.uid, program.uid)
-        os.setresuid(program.uid, program.uid, program.uid)
+        become(program.uid)
     # If the fork server dies, a main process without rights cannot kill a job of another user.
     # A main process with rights kills the job's group, and needs a living leader for that.
     prctl(PR_SET_PDEATHSIG, 0 if program.uid is None else signal.SIGKILL)
@@ -275,6 +274,13 @@ def execute(program: Program) -> NoReturn:
             if problem.errno in (errno.ENOENT, errno.ENOTDIR):
                 problem = error
     raise problem
+
+
+def become(uid: int) -> None:
+    """Become the user `uid`, with the group of the same number and no other. Raises OSError."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
 
 
 def limit(kind: int, soft: int, hard: int) -> None:

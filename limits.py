@@ -1,4 +1,4 @@
-"""What one job may use (`Limits`), and what it has used (`Usage`).
+"""What one job may use (`Limits`) and has used (`Usage`); what all may have (`Bounds`).
 
 Values only. `cgroups.py` has the kernel enforce the limits and reads the usage.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final, Literal
 
-__all__ = ["NO_LIMITS", "Enforcement", "Limits", "Usage"]
+__all__ = ["NO_LIMITS", "Bounds", "Enforcement", "Limits", "Usage"]
 
 _MIB = 1024 * 1024
 _MAX_LIMIT = (1 << 63) - 1  # what the kernel can store
@@ -53,6 +53,21 @@ class Limits:
                 raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
             if value > _MAX_LIMIT:
                 raise ValueError(f"{field.name} must be at most {_MAX_LIMIT}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What all jobs together may have."""
+
+    memory_bytes: int | None = None
+    """memory.max; also of what outlives a job: shared memory, files of a tmpfs, the page cache.
+    None: four fifths of the memory there is."""
+    pids: int | None = None
+    """Processes and threads, pids.max. None: half of what the kernel can have."""
+    cgroups: int = 10_000
+    """cgroup.max.descendants; each running job has one, and the next job has one."""
+    cgroup_depth: int = 8
+    """How deep cgroups may be nested. That of a job counts as 1. cgroup.max.depth"""
 
 
 NO_LIMITS: Final = Limits(*[None] * len(fields(Limits)))

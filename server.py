@@ -170,6 +170,7 @@ class Server:
     def _make_worker(self, config: Config, uids: range | None) -> worker.Worker:
         return worker.Worker(
             limits=config.limits({}),
+            bounds=config.all_jobs,
             enforcement=self._settings.enforcement,
             cgroup_root=self._settings.cgroup_root,
             output_dir=self._settings.state_dir / "output",

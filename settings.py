@@ -20,6 +20,9 @@ The file sets limits, ceilings, quotas and retention:
     [in_all]                    # quotas of all users together
     streams = 500
 
+    [all_jobs]                  # bounds of the cgroup that all jobs are in
+    memory = "24G"
+
     [per_job]
     kept_output = "100M"
 
@@ -48,7 +51,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from limits import Limits
+from limits import Bounds, Limits
 from units import parse_duration, parse_size
 from users import Role
 from worker import Retention
@@ -167,6 +170,12 @@ _TABLES: Final = {
         "args": _Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
         "arg_length": _Key("arg_length", _SIZE, may_be_unlimited=False),
     },
+    "all_jobs": {
+        "memory": _Key("memory_bytes", _SIZE, minimum=_MIB, may_be_unlimited=False),
+        "pids": _Key("pids", _WHOLE, maximum=1 << 22, may_be_unlimited=False),
+        "cgroups": _Key("cgroups", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
+        "cgroup_depth": _Key("cgroup_depth", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
+    },
     "disk": {"reserve": _Key("disk_reserve_bytes", _SIZE, minimum=0, may_be_unlimited=False)},
     "retention": {
         "age": _Key("age_s", _TIME, minimum=0),
@@ -230,6 +239,7 @@ IN_ALL: Final = Quota(
     start_burst=2000,
     output_bytes=32 * _GIB,
 )
+BOUNDS: Final = Bounds()
 JOB_OUTPUT_BYTES: Final = _GIB
 # A finished job takes 1.5 KB of memory besides its argv, so 10,000 jobs with 16 MiB of argv take
 # 30 MB. Finished jobs keep half of a user's output quota; running jobs have the other half.
@@ -246,6 +256,8 @@ class Config:
     ceilings: Limits = CEILINGS
     per_user: Quota = PER_USER
     in_all: Quota = IN_ALL
+    all_jobs: Bounds = BOUNDS
+    """What the cgroup of all jobs may have."""
     job_output_bytes: int | None = JOB_OUTPUT_BYTES
     """Kept output of one job, in bytes."""
     disk_reserve_bytes: int | None = None

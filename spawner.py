@@ -144,6 +144,26 @@ class Spawner:
         """
         self._request({"op": "kill", "job": job})
 
+    def clear(self, uid: int) -> tuple[socket.socket, int]:
+        """Have a process forked that removes what the jobs of the user `uid` have left behind.
+
+        Returns a pidfd of this process, and a socket: when the socket is closed, the process
+        ends. Raises OSError, `SpawnerDiedError`.
+        """
+        with contextlib.ExitStack() as undo:
+            ours = self._ask({"op": "clear", "uid": uid}, [])
+            undo.callback(ours.close)
+            if not wait_ready(ours.fileno(), select.POLLIN, _ANSWER_S):
+                raise _no_answer()
+            try:
+                answer, received = receive(ours)
+            except EOFError as error:
+                raise SpawnerDiedError from error
+            if not received:  # we may have no free number for it
+                raise _error({"errno": errno.EMFILE} | answer)
+            undo.pop_all()
+            return ours, received[0]
+
     def dismantle_at_end(self) -> None:
         """Have the fork server dismantle our cgroups at its end: we are about to lose the right.
 

@@ -21,7 +21,7 @@ import pytest
 from inherited import OOM_SCORE_ADJ
 from limits import Limits
 from privileges import can_change_user, can_kill_any
-from testkit import GUARD_S
+from testkit import GUARD_S, public_python
 from worker import EndReason, Worker
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ print(json.dumps(told), flush=True)
 @cache
 def _jobs(way_to_fork: str) -> dict[str, Any]:
     """What the main process and its two jobs are."""
-    arguments = [os.path.realpath(sys.executable), _HOLD, _TELL]
+    arguments = [public_python(), _HOLD, _TELL]
     if can_change_user() and can_kill_any():
         arguments += [str(_UIDS.start), str(_UIDS.stop)]
     program = f"import sys; sys.path.insert(0, {str(_HERE)!r})\n{_MAIN}"
@@ -242,6 +242,7 @@ _ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], Any, Any]] = {
     "I/O priority": (lambda p: p["io_priority"], 0, 1),
     "personality": (lambda p: p["personality"], 0, 0x0040000),
     "merging of memory": (lambda p: p["merge"], 0, 1),
+    "securebits": (lambda p: p["securebits"], 0, 4),
 }
 # Those of a job that runs as a user of its own.
 _ISOLATED_ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], Any, Any]] = {
@@ -262,7 +263,6 @@ _KEPT_ROWS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "namespaces": lambda p: p["namespaces"],
     "root directory": lambda p: p["root"],
     "LSM label": lambda p: p["label"],
-    "securebits": lambda p: p["securebits"],
     "seccomp filters": lambda p: (p["status"].get("Seccomp"), p["status"].get("Seccomp_filters")),
     "other resource limits": lambda p: [
         limit

@@ -7,6 +7,7 @@ End-of-file on the FIFO proves that all these processes are dead.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import select
@@ -37,7 +38,7 @@ from testkit import (
     own_cgroup,
     settle_spares,
 )
-from worker import CommandError, EndReason, ResourceError, Status, Worker
+from worker import Bounds, CommandError, EndReason, ResourceError, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -287,6 +288,72 @@ def test_stop_after_a_process_ran_out_of_memory_is_a_stop(worker: Worker) -> Non
     assert usage.oom_kills
     ended = worker.stop(job)
     assert (ended.status, ended.end_reason) == (Status.STOPPED, EndReason.STOPPED)
+
+
+# --- all jobs together ------------------------------------------------------------------------
+
+
+def test_what_outlives_jobs_is_bounded(base: Path) -> None:
+    """Jobs that leave shared memory cannot take more than the bound of all jobs together."""
+    bounds = Bounds(memory_bytes=96 * _MIB)
+    leave = (
+        "import ctypes; libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p\n"
+        f"number = libc.shmget(0, {40 * _MIB}, 0o1600); print(number, flush=True)\n"
+        f"ctypes.memset(libc.shmat(number, None, 0), 1, {40 * _MIB})"
+    )
+    left = []
+    with Worker(enforcement="require", cgroup_root=base, bounds=bounds) as worker:
+        assert worker.subtree
+        limits = Limits(memory_bytes=64 * _MIB)
+        try:
+            for _ in range(4):
+                job = worker.start(sys.executable, ["-I", "-S", "-c", leave], limits=limits)
+                left.append(int(_output(worker, job)))
+                assert int((worker.subtree.jobs / "memory.current").read_text()) <= 96 * _MIB
+            reasons = [job.end_reason for job in worker.list()]
+        finally:
+            for number in left:
+                ctypes.CDLL(None).shmctl(number, 0, None)
+    assert reasons[:2] == [EndReason.EXITED] * 2
+    assert EndReason.EXITED not in reasons[2:]
+
+
+def test_processes_of_all_jobs_are_bounded(base: Path) -> None:
+    """Two jobs, each below its limit, cannot have more processes than the bound allows."""
+    script = (
+        "(for i in 1 2 3 4 5 6 7 8 9; do sleep infinity & done; echo all) 2>&1; exec sleep infinity"
+    )
+    with Worker(enforcement="require", cgroup_root=base, bounds=Bounds(pids=20)) as worker:
+        await_output(worker, worker.start("sh", ["-c", script], limits=Limits(pids=15)), b"all")
+        second = worker.start("sh", ["-c", script], limits=Limits(pids=15))
+        await_output(worker, second, b"fork")
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["mkdir -p 2/3/4 && echo fits; mkdir 2/3/4/5", "mkdir 2 3 4 && echo fits; mkdir 5"],
+    ids=["depth", "number"],
+)
+def test_cgroups_below_jobs_are_bounded(base: Path, script: str) -> None:
+    """A job that may make cgroups makes neither deeper nor more of them than the bounds allow."""
+    bounds = Bounds(cgroup_depth=4, cgroups=5)  # the job, the next job's spare, and three more
+    go = 'cd "$0/$(sed -n s/^0::.//p /proc/self/cgroup)" || exit; exec 2>&1; '
+    with Worker(enforcement="require", cgroup_root=base, bounds=bounds) as worker:
+        job = worker.start("sh", ["-c", go + script, str(_top(worker))])
+        settle_spares(worker)
+        output = _output(worker, job).decode()
+        assert "fits" in output
+        assert "Resource temporarily unavailable" in output
+
+
+def test_default_bounds_leave_something_to_the_host(worker: Worker) -> None:
+    """All jobs together have four fifths of the memory and half of the processes."""
+    assert worker.subtree
+    memory = int((worker.subtree.jobs / "memory.max").read_text())
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory / total == pytest.approx(0.8, abs=0.01)
+    pids = int((worker.subtree.jobs / "pids.max").read_text())
+    assert 0 < pids <= int(Path("/proc/sys/kernel/pid_max").read_text()) // 2
 
 
 def test_process_limit_has_effect(worker: Worker) -> None:

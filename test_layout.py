@@ -32,14 +32,15 @@ _MODULES = {
         "inherited": "privileges",
         "leader": "inherited messages privileges",
         "cgroupfs": "privileges",
-        "forkserver": "cgroupfs inherited leader messages privileges",
+        "leftovers": "messages",
+        "forkserver": "cgroupfs inherited leader leftovers messages privileges",
         "spawner": "messages",
         "cgroups": "cgroupfs limits",
         "spares": "cgroups errors limits spawner; broadcaster",
         "job": "cgroups limits spawner; broadcaster spares",
         "retention": "errors job; broadcaster",
-        "worker": "broadcaster cgroups errors inherited job limits privileges retention spares "
-        "spawner",
+        "worker": "broadcaster cgroups errors inherited job leftovers limits privileges retention "
+        "spares spawner",
     },
     "shared": {  # by the service and the client
         "units": "",

@@ -70,7 +70,8 @@ from errors import (
     WorkerError,
 )
 from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work
-from limits import Enforcement, Limits, Usage
+from leftovers import Leftovers
+from limits import Bounds, Enforcement, Limits, Usage
 from retention import FinishedJob, Registry, Retention
 from spares import Spare, Spares
 from spawner import AttachError, Spawner, SpawnerDiedError
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 __all__ = [
+    "Bounds",
     "CgroupError",
     "CommandError",
     "CommandNotExecutableError",
@@ -129,6 +131,9 @@ class Worker:
     whichever is less. Finished jobs give way before output is lost.
     `uids`: each job runs as one of these users, which `start` is told, and not as the user of
     the main process. Needs the right to change users (`privileges.can_change_user`).
+    `bounds`: what all jobs together may have, where there are cgroups; default: `Bounds()`.
+    With `uids`, what a user's jobs leave behind is removed when the last of them ends: System V
+    and POSIX IPC objects, and files in /tmp, /var/tmp and /dev/shm.
     `retention`: how long finished jobs are kept; default: until they are removed.
 
     Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
@@ -139,6 +144,7 @@ class Worker:
         self,
         *,
         limits: Limits | None = None,
+        bounds: Bounds | None = None,
         enforcement: Enforcement = "auto",
         cgroup_root: str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
@@ -159,7 +165,9 @@ class Worker:
             self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes)
             undo.callback(self._output_dir.close)
             # Before the fork server, which must be born in our leaf.
-            self._subtree = Subtree.open(enforcement, root=cgroup_root, limits=self._limits)
+            self._subtree = Subtree.open(
+                enforcement, root=cgroup_root, limits=self._limits, bounds=bounds
+            )
             if self._subtree is not None:
                 undo.callback(self._subtree.close)
             if uids is not None:
@@ -172,6 +180,8 @@ class Worker:
                 dismantle=self._subtree.dismantling if self._subtree else None,
             )
             undo.callback(self._spawner.close)
+            self._leftovers = Leftovers(self._spawner.clear)
+            undo.callback(self._leftovers.close)
             self._spares = Spares(self._subtree, self._output_dir, self._spawner)
             undo.callback(self._spares.close)
             self._undo = undo.pop_all()
@@ -246,7 +256,22 @@ class Worker:
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
         with self._open():
-            return self._launch(Work(argv, owner, uid, limits or self._limits, budget, on_end))
+            work = Work(argv, owner, uid, limits or self._limits, budget, on_end)
+            if uid is None:
+                return self._launch(work)
+            self._leftovers.begin(uid)
+            try:
+                return self._launch(work._replace(on_end=functools.partial(self._gone, work)))
+            except BaseException:
+                self._leftovers.end(uid)
+                raise
+
+    def _gone(self, work: Work) -> None:
+        """Note that the processes of a job with a uid of its own are gone."""
+        if work.uid is not None:
+            self._leftovers.end(work.uid)
+        if work.on_end is not None:
+            work.on_end()
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
