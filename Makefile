@@ -7,10 +7,14 @@ protos = authservice.proto workerservice.proto
 # The modules that run by themselves, with the standard library only.
 library = broadcaster cgroupfs cgroups errors forkserver inherited job leader leftovers limits messages privileges retention spares spawner worker
 protoc = $(python) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(protos)
-# pyproject.toml is the only place that names what we depend on.
+# pyproject.toml names what we depend on; requirements/ has the hashes of that and of what it needs.
+# Only wheels, because a source package runs code of its own while it is installed.
+install = $(python) -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
+lock = .venv/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")
 
-.PHONY: help setup demo serve test check static bench bench-long certs library proto
+.PHONY: help setup demo serve test check static bench bench-long certs library proto lock
 
 help: ## list the targets (what `make` alone does)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -19,18 +23,23 @@ help: ## list the targets (what `make` alone does)
 setup: .venv/runtime certs ## install the packages the server and the client need; make certificates
 	@$(python) -m compileall -q $(filter-out test%.py conftest.py %_plugin.py,$(wildcard *.py))
 
-.venv/runtime: pyproject.toml
+.venv/runtime: requirements/runtime.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "job-worker needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(python) -c '$(call requirements,["project"]["dependencies"])' >.venv/runtime.txt
-	$(python) -m pip install --quiet --disable-pip-version-check -r .venv/runtime.txt
+	$(install) -r requirements/runtime.txt
 	@touch $@
 
-.venv/dev: .venv/runtime
-	$(python) -c '$(call requirements,["dependency-groups"]["dev"])' >.venv/dev.txt
-	$(python) -m pip install --quiet --disable-pip-version-check -r .venv/dev.txt
+.venv/dev: .venv/runtime requirements/dev.txt
+	$(install) -r requirements/dev.txt
 	@touch $@
+
+lock: .venv/runtime ## after a change of the packages in pyproject.toml: write their hashes
+	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
+	$(python) -c '$(call requirements,["project"]["dependencies"])' >.venv/runtime.in
+	$(python) -c '$(call requirements,["dependency-groups"]["dev"])' >.venv/dev.in
+	$(lock) --no-annotate -o requirements/runtime.txt .venv/runtime.in
+	$(lock) --no-annotate -c requirements/runtime.txt -o requirements/dev.txt .venv/dev.in
 
 certs: ## make the certificates that are missing or have expired
 	@certs/generate.sh

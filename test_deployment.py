@@ -15,6 +15,8 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -333,3 +335,67 @@ def test_rights_of_the_unit_are_the_least(
         assert missed in _problem(certs, state, _rights(unit, base, without=name)), name
     with Worker(enforcement="require", cgroup_root=base):
         pass  # sweeps what it had not the right to remove
+
+
+# --- what `make setup` installs -----------------------------------------------------------------
+
+
+def _locked(name: str) -> dict[str, list[str]]:
+    """Return the packages in a file of requirements, each with its hashes."""
+    text = (_HERE / "requirements" / name).read_text().replace("\\\n", " ")
+    lines = (line.partition("#")[0].split() for line in text.splitlines())
+    return {line[0]: line[1:] for line in lines if line}
+
+
+@pytest.mark.parametrize("name", ["runtime.txt", "dev.txt"])
+def test_every_package_has_one_version_and_its_hashes(name: str) -> None:
+    """Also those that our packages need. pip refuses the file if one of them is missing."""
+    for package, hashes in _locked(name).items():
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+", package)
+        assert hashes
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes)
+
+
+def test_packages_are_those_of_pyproject() -> None:
+    """Otherwise `make lock` was forgotten."""
+    project = tomllib.loads((_HERE / "pyproject.toml").read_text())
+    assert set(project["project"]["dependencies"]) <= set(_locked("runtime.txt"))
+    assert set(project["dependency-groups"]["dev"]) <= set(_locked("dev.txt"))
+
+
+def test_setup_installs_only_wheels_with_known_hashes() -> None:
+    """No rule of the Makefile installs a package for the service or its tests in another way."""
+    run = subprocess.run(
+        ["make", "--dry-run", "--always-make", "setup", ".venv/dev"],
+        cwd=_HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    installs = [line for line in run.stdout.splitlines() if "pip install" in line]
+    assert len(installs) == 2
+    for line in installs:
+        assert "--require-hashes --only-binary :all:" in line
+        assert re.search(r" -r requirements/\w+\.txt$", line)
+
+
+def test_package_with_another_content_is_refused(tmp_path: Path) -> None:
+    """With a wrong hash nothing is installed. A source package is none of the candidates."""
+    text = (_HERE / "requirements" / "runtime.txt").read_text()
+    wrong = re.sub(r"sha256:[0-9a-f]{64}", "sha256:" + "0" * 64, text)
+    (tmp_path / "runtime.txt").write_text(wrong)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(tmp_path)]
+    run = subprocess.run(
+        [
+            *command,
+            *("--require-hashes", "--only-binary", ":all:", "--no-cache-dir"),
+            *("-r", str(tmp_path / "runtime.txt")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    if "DO NOT MATCH THE HASHES" not in run.stderr:
+        pytest.skip("no index of packages can be reached")
+    assert [path.name for path in tmp_path.iterdir()] == ["runtime.txt"]
