@@ -15,6 +15,9 @@ the lost users would be given to others.
 Both files are opened once, so users can be added after the process has given up root. Only one
 process at a time may use them.
 
+While a server runs, it has its range of uids `reserved`, so that no other server of this host gives
+one of these uids to another user.
+
 Thread safety: one thread at a time may call `add`; other threads may call `uid` meanwhile.
 """
 
@@ -22,23 +25,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import grp
+import logging
 import os
 import pwd
 import re
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from trustedfiles import open_private
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["Accounts", "AccountsError", "parse_uids"]
+__all__ = ["Accounts", "AccountsError", "parse_uids", "reserved"]
+
+logger = logging.getLogger(__name__)
 
 _UID_MIN = 1000  # the accounts of the system are below
 _UID_MAX = (1 << 32) - 2  # the next number means "no user" (setresuid(2))
 _READ_BYTES = 64 * 1024
+_RUN = "/run/job-worker"  # what systemd makes for RuntimeDirectory=job-worker
 _RESTORE = (
     "restore the file: it says which files on this host belong to which user. Without a backup use "
     "a new state directory and other --uids"
@@ -164,6 +173,46 @@ class Accounts:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def reserved(uids: range) -> Iterator[None]:
+    """Within this context no other server on this host can have any uid of the range.
+
+    The lock is on a file of /run, which all servers see: on the bytes whose positions are the uids.
+    So the kernel finds ranges that overlap. It releases the lock when this process ends, however
+    that happens. $RUNTIME_DIRECTORY, which systemd sets, takes the place of /run/job-worker.
+    Raises `AccountsError` if another server has one of the uids. Logs a warning if this user may
+    not use the file.
+    """
+    directory = Path(os.environ.get("RUNTIME_DIRECTORY", _RUN).partition(":")[0])
+    path = directory / "uids.lock"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be locked (%s), so nothing keeps another server from using the same --uids",
+            path,
+            error.strerror,
+        )
+        yield
+        return
+    try:
+        # struct flock: kind, whence, start, length, process
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, uids.start, len(uids), 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+    except OSError as error:
+        os.close(fd)
+        raise AccountsError(
+            f"another server on this host has uids of --uids {uids.start}-{uids.stop - 1}, and "
+            f"would run other users under them ({path} is locked: {error.strerror}); give each "
+            "server a range of its own"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def parse_uids(text: str) -> range:

@@ -46,7 +46,7 @@ try:
     import grpc
 
     import auth
-    from accounts import Accounts, AccountsError, parse_uids
+    from accounts import Accounts, AccountsError, parse_uids, reserved
     from audit import AUDIT_FLAGS, AuditLog
     from calls import Calls
     from gate import Gate
@@ -148,6 +148,8 @@ class Server:
         for path in settings.certs.glob("*-key.pem"):
             check(path, private=uids is not None)
         with contextlib.ExitStack() as undo:
+            if uids is not None:
+                undo.enter_context(reserved(parse_uids(settings.uids)))
             with _told_if_full(settings.state_dir):
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 check(settings.state_dir)

@@ -1228,6 +1228,29 @@ def test_users_file_that_jobs_could_read_is_not_taken_up(
         assert program.end() == 0
 
 
+@pytest.mark.parametrize("second", ["72000-72010", "72010-72020", "71990-72000", "72003-72005"])
+def test_second_server_with_the_same_uids_is_refused(
+    certs: Path, public: Path, second: str
+) -> None:
+    """Ranges that overlap count. The range is free as soon as the first server is dead."""
+    environment = clean_environment()
+    before = ("env", f"RUNTIME_DIRECTORY={environment['RUNTIME_DIRECTORY']}")
+
+    def options(name: str, uids: str) -> tuple[str | Path, ...]:
+        return ("--certs", certs, "--state-dir", public / name, "--uids", uids)
+
+    first = _server(public / "log", *options("1", "72000-72010"), before=before)
+    with first:
+        with _server(public / "log2", *options("2", "72011-72020"), before=before):
+            pass  # beside the first
+        with pytest.raises(pytest.fail.Exception, match="another server on this host has uids of"):
+            _server(public / "log3", *options("3", second), before=before)
+        first.process.kill()
+        first.process.wait()
+        with _server(public / "log4", *options("3", second), before=before) as again:
+            assert again.end() == 0
+
+
 @pytest.mark.parametrize(
     ("uids", "problem"),
     [

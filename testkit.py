@@ -290,8 +290,15 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without the variables of gRPC and of job-worker."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("GRPC_", "JOBWORKER_"))}
+    """Return this process's environment without the variables of gRPC and of job-worker.
+
+    With a RUNTIME_DIRECTORY of its own: many servers of the tests have the same uids.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("GRPC_", "JOBWORKER_"))}
+    return kept | {"RUNTIME_DIRECTORY": f"{_RUN.name}/{uuid.uuid4()}"}
+
+
+_RUN = tempfile.TemporaryDirectory()  # deleted when this process ends
 
 
 class ServerProgram:
