@@ -260,9 +260,13 @@ class _WorkerServicer:
         job = self._worker.observe(job_id)
         with contextlib.ExitStack() as ending:
             ending.callback(self._quotas.stream(call.caller.name))
-            chunks = ending.enter_context(
-                self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
-            )
+            try:
+                chunks = ending.enter_context(
+                    self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
+                )
+            except worker.OffsetError:
+                call.context.set_trailing_metadata(_end(job(), request.offset))
+                raise
             call.record()
             return self._stream(chunks, job, ending.pop_all(), call)
 

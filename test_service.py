@@ -1006,10 +1006,9 @@ def test_stream_that_ends_with_an_error_of_its_job_tells_the_end_too(
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(_read, client, job_id, 9)
         fifo.write_text("go on\n")
-        code, metadata = reading.result(GUARD_S)
-    assert code == "OUT_OF_RANGE"
-    # The stream may have begun after the job's end, so that the server refused it at once.
-    assert not metadata or metadata == end | {"next-offset": "9"}
+        assert reading.result(GUARD_S) == ("OUT_OF_RANGE", end | {"next-offset": "9"})
+    # Now the server refuses the stream at once.
+    assert _read(client, job_id, 9) == ("OUT_OF_RANGE", end | {"next-offset": "9"})
 
 
 def test_stream_ends_with_unavailable_at_shutdown(serve: Serve, connect: Connect) -> None:
