@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Final
 
 import jwt
 
+import memory
 from revocations import RevocationError, Revocations, RunningTime
 from throttle import LoginThrottle, TooManyLoginsError
 from trustedfiles import open_private
@@ -59,6 +60,7 @@ __all__ = [
     "AuthenticationError",
     "Authenticator",
     "Identity",
+    "LoginMemoryError",
     "LoginsClosedError",
     "RevocationError",
     "Revocations",
@@ -90,8 +92,10 @@ for _encoding in (
 ):
     codecs.lookup(_encoding)
 
-# A hash takes a core, 128 MiB and about 0.5 s.
-_HASHES_AT_ONCE = 2
+# A hash takes a core, 128 MiB and about 0.5 s. One at a time: that bounds the need for memory.
+_HASHES_AT_ONCE = 1
+# What must be left for a hash: its memory, and some for everything else meanwhile.
+_HASH_BYTES = 160 * 1024 * 1024
 
 # The owner of an IPv6 address has all addresses with the same first 64 bits (RFC 6177).
 _IPV6_PEER_BITS = 64
@@ -108,6 +112,18 @@ class TokenError(AuthenticationError):
         super().__init__(
             "no valid token; log in (again), and send it as the metadata `authorization: "
             "Bearer TOKEN`, with the client certificate of the login"
+        )
+
+
+class LoginMemoryError(Exception):
+    """There is too little memory for a login. Attribute: `retry_after_s`."""
+
+    retry_after_s = 5
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a login needs 128 MiB of memory for a moment, which the server does not have left; "
+            f"try again in {self.retry_after_s} s, or tell the operator"
         )
 
 
@@ -220,22 +236,30 @@ class Authenticator:
     ) -> tuple[str, datetime]:
         """Check the password; return a token bound to `certificate`, and its expiry (UTC).
 
-        `peer`: the network address of the client. Takes about 0.5 s, and up to 2 s while
+        `peer`: the network address of the client. Takes about 0.5 s, and up to 4 s while
         others log in. Raises `AuthenticationError`, with the same text and after the same
         time for an unknown user and for a wrong password; `TooManyLoginsError`, at once;
-        `LoginsClosedError`.
+        `LoginMemoryError`; `LoginsClosedError`.
         """
         users = self._users
         user = users.get(username)
         # For an unknown user the hash of another user is computed, which takes the same time.
         some_hash = (user or next(iter(users.values()))).password_hash
         with (
-            self._throttle.attempt(username, _peer_key(peer, certificate)) as attempt,
+            self._throttle.attempt(
+                username, _peer_key(peer, certificate), _thumbprint(certificate)
+            ) as attempt,
             self._hashes,
         ):
             if self._closed.is_set():
                 raise LoginsClosedError
-            attempt.succeeded = password_matches(password, some_hash) and user is not None
+            if memory.left_bytes() < _HASH_BYTES:
+                raise LoginMemoryError
+            try:
+                matches = password_matches(password, some_hash)
+            except (MemoryError, ValueError) as error:  # OpenSSL got no memory
+                raise LoginMemoryError from error
+            attempt.succeeded = matches and user is not None
         if user is None or not attempt.succeeded:
             raise AuthenticationError("wrong user name or password")
         now = datetime.now(UTC).replace(microsecond=0)

@@ -131,6 +131,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (auth.TooManyLoginsError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (worker.ResourceError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (auth.LoginMemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (auth.LoginsClosedError, grpc.StatusCode.UNAVAILABLE, None),
     (worker.StartTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.StopTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
@@ -149,6 +150,7 @@ _OPERATOR_ERRORS = (
     worker.CgroupError,
     worker.SpawnerDiedError,
     worker.ResourceError,
+    auth.LoginMemoryError,
     auth.RevocationError,
 )
 

@@ -11,6 +11,7 @@ import hmac
 import json
 import logging
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from auth import (
     AuthenticationError,
     Authenticator,
     Identity,
+    LoginMemoryError,
     LoginsClosedError,
     RevocationError,
     Revocations,
@@ -168,22 +170,65 @@ def test_unknown_user_and_wrong_password_are_the_same(
     assert all(call == calls[0] for call in calls)
 
 
-def test_two_hashes_are_made_at_once(
+def test_one_hash_is_made_at_a_time(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three peers' logins the third waits until one of the others has ended."""
+    """Of three logins two wait, so the server needs no more than 128 MiB for logins."""
     hashing = Hashing(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
         logins = [
-            pool.submit(authenticator.login, "alice", "secret", _CERTIFICATE, f"192.0.2.{number}")
+            pool.submit(authenticator.login, "alice", "secret", bytes([number]), "192.0.2.1")
             for number in range(3)
         ]
-        for _ in range(2):
-            assert hashing.begun.acquire(timeout=GUARD_S)
+        assert hashing.begun.acquire(timeout=GUARD_S)
         assert authenticator._hashes.acquire(blocking=False) is False
         assert hashing.begun.acquire(blocking=False) is False
         hashing.go_on.set()
         assert all(login.result(GUARD_S) for login in logins)
+
+
+def test_addresses_give_a_certificate_no_more_guesses(authenticator: Authenticator) -> None:
+    """Of 50 guesses of one certificate from 50 networks, 6 are checked. Others can log in."""
+    checked = 0
+    for number in range(50):
+        try:
+            authenticator.login("alice", "guess", _CERTIFICATE, f"2001:db8:{number:x}::1")
+        except TooManyLoginsError:
+            continue
+        except AuthenticationError:
+            checked += 1
+    assert checked == 6
+    assert authenticator.login("alice", "secret", _OTHER_CERTIFICATE, "192.0.2.1")
+
+
+def test_login_without_memory_is_refused_and_not_counted(
+    authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel would kill the server or a job otherwise. No failure is counted."""
+    for left in (0, 128 * 1024 * 1024):
+        monkeypatch.setattr("memory.left_bytes", lambda left=left: left)
+        for _ in range(20):
+            with pytest.raises(LoginMemoryError, match="needs 128 MiB of memory"):
+                _login(authenticator, password="wrong")
+    monkeypatch.setattr("memory.left_bytes", lambda: 1 << 30)
+    assert _login(authenticator)
+
+
+def test_login_for_which_malloc_fails_is_refused(
+    authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of the address space (ulimit -v) shows only then."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(users, "_SCRYPT_LOG2_N", 17)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(users, "_parse_hash", lambda _: (bytes(16), bytes(32)))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 1024 * 1024, before[1]))
+        try:
+            with pytest.raises(LoginMemoryError):
+                _login(authenticator)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_login_that_waits_is_given_up_when_the_authenticator_is_closed(
@@ -193,8 +238,7 @@ def test_login_that_waits_is_given_up_when_the_authenticator_is_closed(
     token = _login(authenticator)
     hashing = Hashing(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
-        for _ in range(2):
-            authenticator._hashes.acquire()
+        authenticator._hashes.acquire()
         waiting = pool.submit(_login, authenticator)
         authenticator.close()
         authenticator.close()

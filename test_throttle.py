@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from testkit import GUARD_S, Clock
-from throttle import _BY_USER, LoginThrottle, TooManyLoginsError, _Failed
+from throttle import _BY_USER, LoginThrottle, TooManyLoginsError, _Failed, _key
 
 _FORGET_AFTER_S = 900
 _MAX_ENTRIES = 10_000
@@ -596,3 +596,68 @@ def test_guesses_of_a_peer_in_a_day_are_few(throttle: LoginThrottle, clock: Cloc
 def test_default_clock_never_goes_back() -> None:
     """A change of the host's clock neither frees nor locks out anybody."""
     assert LoginThrottle()._clock is time.monotonic
+
+
+# --- one certificate from many addresses --------------------------------------------------------
+
+
+def _checked(throttle: LoginThrottle, attempts: list[tuple[str, str]]) -> int:
+    """Fail with one certificate as these users from these peers; return how many were checked."""
+    checked = 0
+    for user, peer in attempts:
+        with (
+            contextlib.suppress(TooManyLoginsError),
+            throttle.attempt(user, peer, "certificate") as attempt,
+        ):
+            attempt.succeeded = False
+            checked += 1
+    return checked
+
+
+def test_addresses_give_one_certificate_no_more_guesses(throttle: LoginThrottle) -> None:
+    """Of 50 guesses of one user's password, each from another address, 6 are checked at once."""
+    assert _checked(throttle, [("alice", f"p{number}") for number in range(50)]) == 6
+    with pytest.raises(TooManyLoginsError, match="for this user with your certificate"):
+        _log_in_with(throttle, "alice", "another", "certificate")
+    _log_in_with(throttle, "bob", "another", "certificate")
+    _log_in_with(throttle, "alice", "another", "hers")
+
+
+def _log_in_with(throttle: LoginThrottle, user: str, peer: str, certificate: str) -> None:
+    with throttle.attempt(user, peer, certificate) as attempt:
+        attempt.succeeded = True
+
+
+def test_names_and_addresses_give_one_certificate_no_more_guesses(throttle: LoginThrottle) -> None:
+    """Of 50 guesses with another name from another address each, 20 are checked at once."""
+    assert _checked(throttle, [(f"user{number}", f"p{number}") for number in range(50)]) == 20
+    with pytest.raises(TooManyLoginsError, match="failed logins with your certificate"):
+        _log_in_with(throttle, "alice", "another", "certificate")
+    _log_in_with(throttle, "alice", "another", "hers")
+
+
+def test_waits_of_a_certificate_double(throttle: LoginThrottle, clock: Clock) -> None:
+    """And a success takes this peer's failures back."""
+    waits = []
+    for number in range(12):
+        with throttle.attempt("alice", f"p{number}", "certificate") as attempt:
+            attempt.succeeded = False
+        try:
+            with throttle.attempt("alice", "next", "certificate"):
+                waits.append(0)
+        except TooManyLoginsError as error:
+            waits.append(error.retry_after_s)
+            clock.now += error.retry_after_s
+    assert waits == [0] * 5 + [2, 4, 8, 16, 32, 60, 60]
+    _log_in_with(throttle, "alice", "p11", "certificate")
+    assert throttle._by_certificate.get(_key("certificate")).count == 11
+
+
+def test_certificate_has_two_places_however_many_addresses(throttle: LoginThrottle) -> None:
+    """So one certificate cannot take all places, and an attempt's end gives its place back."""
+    for _ in range(3):
+        with throttle.attempt("a", "p1", "c"), throttle.attempt("b", "p2", "c"):
+            with pytest.raises(TooManyLoginsError, match="other logins with your certificate are"):
+                _log_in_with(throttle, "c", "p3", "c")
+            _log_in_with(throttle, "c", "p3", "another")
+    assert throttle._held == {}

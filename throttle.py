@@ -1,24 +1,28 @@
 """Slows down the guessing of passwords, and keeps logins possible for everybody else.
 
     throttle = LoginThrottle()
-    with throttle.attempt(user, peer) as attempt:
+    with throttle.attempt(user, peer, certificate) as attempt:
         attempt.succeeded = password_is_right(user, password)
 
-A *peer* is the place that an attempt comes from, as a string that the user of this module
-makes. A user is the name as it was sent. This module does not know which users exist, so its
-answers cannot reveal it. A failure is counted three times:
+A *peer* is the place that an attempt comes from, and a *certificate* is what proves who may try
+from there: both are strings that the user of this module makes. One certificate can come from many
+addresses, so from many peers. A user is the name as it was sent. This module does not know which
+users exist, so its answers cannot reveal it. A failure is counted five times:
 
 - by user and peer, against guessing one user's password;
 - by peer, against trying a few passwords with many names;
+- by user and certificate, and by certificate, against the same from many addresses. These two
+  have more free attempts, because several people may share a certificate;
 - by user, against guessing from many peers. This count slows down only a peer that itself
   failed for the user, so nobody can lock out a user from elsewhere.
 
 After some free attempts each further attempt has to wait, twice as long every time. The wait
 begins with the last failure. An earlier attempt is refused without a check of its password;
 it is not counted and does not extend the wait. So a peer has at most 1,350 guesses a day: the
-free attempts, then 15 minutes without attempts until the failures are forgotten, and again.
+free attempts, then 15 minutes without attempts until the failures are forgotten, and again. A
+certificate has about 2,300.
 
-A success removes this user's failures from this peer from all three counts: they were typing
+A success removes this user's failures from this peer from all counts: they were typing
 errors. The peer's other failures stay, so a valid account cannot erase the failures for other
 users' names.
 
@@ -36,7 +40,7 @@ import hashlib
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,16 +50,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt", "LoginThrottle", "TooManyLoginsError"]
 
-# Attempts whose password is being checked, or waits for the check. Two passwords are hashed at a
-# time, each in some 0.5 s, so the last of eight attempts waits 2 s. A peer may have only one: with
-# more it could keep everybody else out, and have guesses checked before it is slowed down.
+# Attempts whose password is being checked, or waits for the check. One password is hashed at a
+# time, in some 0.5 s, so the last of eight attempts waits 4 s. A peer may have only one, and a
+# certificate two: with more they could keep everybody else out, and have guesses checked before
+# they are slowed down.
 _ATTEMPTS_AT_ONCE = 8
+_ATTEMPTS_OF_ONE_CERTIFICATE = 2
 _RETRY_WHEN_FULL_S = 1  # an attempt ends about this often
 
 # Longer than the longest wait: after that wait a peer must not have free attempts again.
 _FORGET_AFTER_S = 15 * 60
 
-# In each of the three tables, in some 3 MB. An attacker with more names or addresses makes them
+# In each of the five tables, in some 3 MB. An attacker with more names or addresses makes them
 # forget the oldest failures, which matter least.
 _MAX_ENTRIES = 10_000
 
@@ -81,6 +87,9 @@ _BY_PAIR = _Policy(free_attempts=3, longest_wait_s=60)
 # Several people may share a peer, so a peer has more free attempts. After them the peer is most
 # likely an attacker.
 _BY_PEER = _Policy(free_attempts=10, longest_wait_s=5 * 60)
+# The same two for a certificate.
+_BY_HELD_PAIR = _Policy(free_attempts=6, longest_wait_s=60)
+_BY_CERTIFICATE = _Policy(free_attempts=20, longest_wait_s=5 * 60)
 # More failures than one person's typing errors. The wait is at most a minute, because it also
 # delays the true user after a typing error while somebody else guesses.
 _BY_USER = _Policy(free_attempts=20, longest_wait_s=60)
@@ -119,35 +128,45 @@ class LoginThrottle:
         # Guards all attributes below. Never held while a password is checked or another lock taken.
         self._lock = threading.Lock()
         self._under_way: set[bytes] = set()  # peers
+        self._held: Counter[bytes] = Counter()  # attempts under way by certificate
         self._by_pair = _Failures()
         self._by_peer = _Failures()
+        self._by_held_pair = _Failures()
+        self._by_certificate = _Failures()
         self._by_user = _Failures()
 
     @contextmanager
-    def attempt(self, user: str, peer: str) -> Iterator[Attempt]:
+    def attempt(self, user: str, peer: str, certificate: str = "") -> Iterator[Attempt]:
         """The context in which a password of `user` (any string) may be checked.
+
+        `certificate`: "" if each peer is to count as one of its own.
 
         The block sets `succeeded` of the `Attempt` that it gets. The end of the block counts
         the result, also after an exception. Without a result nothing is counted. Raises
         `TooManyLoginsError` at once if this attempt must not be checked now.
         """
-        user_key, peer_key = _key(user), _key(peer)
+        keys = _key(user), _key(peer), _key(certificate or peer)
+        _, peer_key, certificate_key = keys
         attempt = Attempt()
         with self._lock:
-            self._check_locked(user_key, peer_key)
+            self._check_locked(*keys)
             self._under_way.add(peer_key)
+            self._held[certificate_key] += 1
         try:
             yield attempt
         finally:
             with self._lock:
                 self._under_way.remove(peer_key)
+                self._held[certificate_key] -= 1
+                if not self._held[certificate_key]:
+                    del self._held[certificate_key]
                 if attempt.succeeded is not None:
-                    self._count_locked(user_key, peer_key, succeeded=attempt.succeeded)
+                    self._count_locked(*keys, succeeded=attempt.succeeded)
 
-    def _check_locked(self, user: bytes, peer: bytes) -> None:
+    def _check_locked(self, user: bytes, peer: bytes, certificate: bytes) -> None:
         """Raise `TooManyLoginsError` if this attempt must not be checked now."""
         now = self._clock()
-        for table in (self._by_pair, self._by_peer, self._by_user):
+        for table, _ in self._counts(user, peer, certificate):
             table.forget(now)
         of_pair, of_peer = self._by_pair.get(user + peer), self._by_peer.get(peer)
         # The wait begins with this peer's own failure; others could prolong any other wait for
@@ -163,13 +182,40 @@ class LoginThrottle:
             )
         if peer_left_s > 0:
             raise TooManyLoginsError("too many failed logins from here", math.ceil(peer_left_s))
+        of_held_pair = self._by_held_pair.get(user + certificate)
+        of_certificate = self._by_certificate.get(certificate)
+        for policy, failed, what in (
+            (_BY_HELD_PAIR, of_held_pair, "for this user with your certificate"),
+            (_BY_CERTIFICATE, of_certificate, "with your certificate"),
+        ):
+            left_s = policy.wait_s(failed.count) - (now - failed.last_s)
+            if left_s > 0:
+                raise TooManyLoginsError(f"too many failed logins {what}", math.ceil(left_s))
+        if self._held[certificate] >= _ATTEMPTS_OF_ONE_CERTIFICATE:
+            raise TooManyLoginsError(
+                "other logins with your certificate are under way", _RETRY_WHEN_FULL_S
+            )
         if peer in self._under_way:
             raise TooManyLoginsError("another login from here is under way", _RETRY_WHEN_FULL_S)
         if len(self._under_way) >= _ATTEMPTS_AT_ONCE:
             raise TooManyLoginsError("too many logins at once", _RETRY_WHEN_FULL_S)
 
-    def _count_locked(self, user: bytes, peer: bytes, *, succeeded: bool) -> None:
-        counts = ((self._by_pair, user + peer), (self._by_peer, peer), (self._by_user, user))
+    def _counts(
+        self, user: bytes, peer: bytes, certificate: bytes
+    ) -> tuple[tuple[_Failures, bytes], ...]:
+        """Return the tables, each with the key under which a failure is counted in it."""
+        return (
+            (self._by_pair, user + peer),
+            (self._by_peer, peer),
+            (self._by_held_pair, user + certificate),
+            (self._by_certificate, certificate),
+            (self._by_user, user),
+        )
+
+    def _count_locked(
+        self, user: bytes, peer: bytes, certificate: bytes, *, succeeded: bool
+    ) -> None:
+        counts = self._counts(user, peer, certificate)
         if succeeded:
             slips = self._by_pair.get(user + peer).count
             for table, key in counts:
