@@ -93,7 +93,8 @@ def _state(job: dict[str, Any]) -> str:
         "EXITED": f"exited with code {job['exit_code']}",
         "SIGNALLED": f"killed by {_signal_name(job['signal'])}",
     }.get(job["end_reason"], job["end_reason"].lower().replace("_", " "))
-    return f"{status} ({reason})"
+    left = "; a process of it may still run: the server has no cgroups"
+    return f"{status} ({reason}{left if job.get('may_have_escaped') else ''})"
 
 
 def _signal_name(number: int | None) -> str:

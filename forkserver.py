@@ -37,6 +37,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import inherited
+import processes
 from cgroupfs import dismantle
 from leader import become, clone, clone_works, detach, limit, popen, wait_and_execute
 from leftovers import clear
@@ -74,6 +75,7 @@ pids controller.
 
 _REAPED_AT_ONCE = 32  # then requests are served, however many children keep ending
 _UMASK = 0o077
+_ROUNDS = 20  # how often to look for more processes of a job that is being killed
 
 
 class _Leader(NamedTuple):
@@ -101,6 +103,9 @@ class _ForkServer:
         self._leaders: dict[int, _Leader] = {}  # by pid
         self._pids: dict[str, int] = {}  # the pids of _leaders, by job
         self._exit_fds: dict[int, int] = {}  # by process group whose leader has been reaped
+        # Without cgroups: what was killed and may not be gone yet, by leader; other children.
+        self._killed: dict[int, set[processes.Entry]] = {}
+        self._clearing: set[int] = set()
 
     def run(self) -> None:
         """Serve until the main process is gone; then kill everything."""
@@ -212,7 +217,10 @@ class _ForkServer:
         """Fork a process that removes what the user's jobs have left; return as `_fork` does."""
         if self._uids is None or type(uid) is not int or uid not in self._uids:
             raise PermissionError(errno.EPERM, "not one of the users named at the start")
-        return self._fork_child(None, functools.partial(_clear, reply, uid, self._pid))
+        child = functools.partial(_clear, reply, uid, self._pid)
+        pid, pidfd = self._fork_child(None, child)
+        self._clearing.add(pid)
+        return pid, pidfd
 
     @contextlib.contextmanager
     def _opened_cgroup(self, job: str) -> Iterator[int | None]:
@@ -238,8 +246,9 @@ class _ForkServer:
             self._reap(pid)
             reaped += 1
         for group in list(self._exit_fds):  # few: groups do not outlive their leader for long
-            if _group_is_gone(group):
+            if _group_is_gone(group) and not self._has_killed_that_live(group):
                 os.close(self._exit_fds.pop(group))
+                self._killed.pop(group, None)
         return reaped == _REAPED_AT_ONCE
 
     def _reap(self, pid: int) -> None:
@@ -247,18 +256,21 @@ class _ForkServer:
         leader = self._leaders.get(pid)
         if leader is None:
             os.waitpid(pid, 0)  # an orphan of some job
+            self._clearing.discard(pid)
             return
         # Before the leader is reaped, no other process group can have its number.
         _kill_group(pid)
+        may_have_escaped = self._jobs_cgroup is None and self._kill_orphans(pid)
         _, status, usage = os.wait4(pid, 0)
         del self._leaders[pid], self._pids[leader.job]
         self._exit_fds[pid] = leader.exit_fd
         code = os.waitstatus_to_exitcode(status)
-        end: dict[str, float] = {"exit_code": code} if code >= 0 else {"signal": -code}
+        end: dict[str, float | bool] = {"exit_code": code} if code >= 0 else {"signal": -code}
         end |= {
             "cpu_user_s": usage.ru_utime,
             "cpu_system_s": usage.ru_stime,
             "max_rss_bytes": usage.ru_maxrss * 1024,
+            "may_have_escaped": may_have_escaped,
         }
         with contextlib.suppress(BrokenPipeError):  # the main process no longer waits for it
             os.write(leader.exit_fd, json.dumps(end).encode() + b"\n")
@@ -268,7 +280,62 @@ class _ForkServer:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             self._reap(pid)
         else:
+            if self._jobs_cgroup is None:
+                self._kill_members(pid)
             _kill_leader(pid)
+
+    def _kill_members(self, leader: int) -> None:
+        """Kill the leader and all that belongs to its job, without a cgroup."""
+        killed = self._killed.setdefault(leader, set())
+        # First stop them: a process that forked while its parent is killed would show no parent.
+        with contextlib.suppress(PermissionError):
+            os.kill(leader, signal.SIGSTOP)  # it has not been reaped
+        for _ in range(_ROUNDS):
+            found = [
+                each
+                for each in processes.members(processes.table(), leader)
+                if not _contains(killed, each)
+            ]
+            for each in found:
+                processes.send_signal(each, signal.SIGSTOP)
+            killed.update(found)
+            if not found:
+                break
+        _kill_leader(leader)
+        for each in killed:
+            processes.send_signal(each, signal.SIGKILL)
+
+    def _kill_orphans(self, leader: int) -> bool:
+        """Kill what a leader that has ended left in its session; whether more may be alive.
+
+        A process that has left the session and lost its parents could be of any job that started
+        before it.
+        """
+        if not self._other_children():
+            return False
+        self._kill_members(leader)
+        began = processes.look(leader)
+        killed = set[processes.Entry]().union(*self._killed.values())
+        return any(
+            each.session not in self._leaders
+            and not _contains(killed, each)
+            and (began is None or each.start >= began.start)
+            for each in self._other_children()
+        )
+
+    def _other_children(self) -> list[processes.Entry]:
+        """Return the living children that are neither leaders nor ours: orphans of jobs."""
+        found = (processes.look(pid) for pid in _children())
+        ours = self._leaders.keys() | self._clearing
+        return [each for each in found if each and each.lives and each.pid not in ours]
+
+    def _has_killed_that_live(self, leader: int) -> bool:
+        """Whether a process that was killed with this leader is not gone yet."""
+        return any(
+            now is not None and now.lives and now.start == each.start
+            for each in self._killed.get(leader, ())
+            for now in [processes.look(each.pid)]
+        )
 
     def _kill_everything(self) -> None:
         if self._jobs_cgroup is not None:
@@ -346,6 +413,11 @@ def _ended_child() -> int | None:
     return info.si_pid if info else None
 
 
+def _contains(entries: set[processes.Entry], entry: processes.Entry) -> bool:
+    """Whether the process is among these, in whatever state it was then."""
+    return any(each.pid == entry.pid and each.start == entry.start for each in entries)
+
+
 def _group_is_gone(group: int) -> bool:
     try:
         os.killpg(group, 0)
@@ -361,15 +433,13 @@ def _group_is_gone(group: int) -> bool:
 
 
 def _children() -> list[int]:
-    """List the children; not every kernel has /proc/PID/task/TID/children."""
-    children = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
-                # pid (comm) state ppid ...; comm may contain anything, brackets included.
-                if int(stat.read().rpartition(b")")[2].split()[1]) == os.getpid():
-                    children.append(int(name))
-    return children
+    """List the children."""
+    pid = os.getpid()
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:  # not every kernel has this file
+        return [each.pid for each in processes.table().values() if each.parent == pid]
 
 
 def _main(argv: Sequence[str]) -> NoReturn:

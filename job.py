@@ -113,6 +113,8 @@ class Job:
     limits: Limits  # those in force; None where not
     usage: Usage | None  # None where nothing is known (yet)
     usage_source: UsageSource | None  # None when `usage` is
+    # The job has ended, but a process of it may live: there was no cgroup, and it left the session.
+    may_have_escaped: bool = False
 
 
 class Work(NamedTuple):
@@ -239,6 +241,7 @@ class RunningJob:
                 limits=self._limits,
                 usage=usage,
                 usage_source=source if usage else None,
+                may_have_escaped=self._exit.may_have_escaped,
             )
 
     def ended(self) -> bool:
@@ -395,7 +398,7 @@ class RunningJob:
             self._end_reason = self._find_end_reason_locked(leader_exit)
             is_stopped = self._end_reason in (EndReason.STOPPED, EndReason.CLOSED)
             self._status = Status.STOPPED if is_stopped else Status.FINISHED
-            self._exit = leader_exit or Exit()
+            self._exit = leader_exit or Exit(may_have_escaped=self._cgroup is None)
             self._ended_at = ended_at
             os.close(self._exit_fd)
             os.close(self._pidfd)

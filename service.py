@@ -392,6 +392,7 @@ def _job(job: Job) -> worker_pb.Job:
         ended_at=_timestamp(job.ended_at) if job.ended_at else None,
         output_bytes=job.output_bytes,
         output_lost_bytes=job.output_lost_bytes,
+        may_have_escaped=job.may_have_escaped,
         subscribers=job.subscribers,
         limits=_limits(job.limits),
         usage=usage,

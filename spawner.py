@@ -71,6 +71,8 @@ class Exit(NamedTuple):
     cpu_user_s: float = 0.0
     cpu_system_s: float = 0.0
     max_rss_bytes: int = 0  # of the largest of these processes
+    # Without cgroups: whether a process may be alive that has left the leader's session.
+    may_have_escaped: bool = False
 
 
 class Spawner:
@@ -140,6 +142,7 @@ class Spawner:
     def kill(self, job: str) -> None:
         """SIGKILL the process group of `job`, unless its leader has been reaped.
 
+        Without cgroups also every process that has the leader's session or comes of the leader.
         Does not wait for the processes' end. Raises `SpawnerDiedError`.
         """
         self._request({"op": "kill", "job": job})

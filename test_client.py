@@ -965,6 +965,7 @@ def test_json_status_has_every_field_of_a_running_job(
         "output_bytes": 6,
         "subscribers": ["user"],
         "output_lost_bytes": 0,
+        "may_have_escaped": False,
     }
     run("stop", "-j", job_id)
     fields = json.loads(run("status", "-j", job_id, "--json"))

@@ -33,7 +33,8 @@ _MODULES = {
         "leader": "inherited messages privileges",
         "cgroupfs": "privileges",
         "leftovers": "messages",
-        "forkserver": "cgroupfs inherited leader leftovers messages privileges",
+        "processes": "",
+        "forkserver": "cgroupfs inherited leader leftovers messages privileges processes",
         "spawner": "messages",
         "cgroups": "cgroupfs limits",
         "spares": "cgroups errors limits spawner; broadcaster",
@@ -104,6 +105,7 @@ _TESTED_WITH = {
     "spares": "worker",
     "forkserver": "spawner",
     "leader": "spawner",
+    "processes": "spawner",
     "messages": "spawner",
     "privileges": "isolation",
 }

@@ -39,6 +39,7 @@ from testkit import (
     discard_spares,
     job_files,
     job_processes,
+    make_fifo,
     settle_spares,
 )
 from worker import (
@@ -943,6 +944,66 @@ def test_stop_reaches_processes_in_other_sessions(fifo: _Fifo) -> None:
         fifo.readline()
         assert _end(worker.stop(job_id)) == _STOPPED
         assert not fifo.is_held()
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "timeout 1000 $UP",  # another process group
+        "setsid $UP",  # another session, but a child of the job
+        "setsid sh -c 'setsid $UP & wait'",
+        "sh -c 'timeout 1000 $UP & exec true'; sleep infinity",  # without its parent
+    ],
+)
+def test_stop_without_cgroups_reaches_other_groups_and_sessions(
+    fifo: _Fifo, tmp_path: Path, escape: str
+) -> None:
+    """When the stop has been answered, they are dead, and nothing is said to have escaped."""
+    with Worker(enforcement="off") as worker:
+        up = tmp_path / "up"
+        up.write_text("#!/bin/sh\necho >&3; sleep infinity\n")
+        up.chmod(0o755)
+        script = f'exec 3>"$1"; export UP="$2"; ({escape}) & {_FOREVER}'
+        job_id = _sh(worker, script, fifo.path, up)
+        fifo.readline()
+        job = worker.stop(job_id)
+        assert _end(job) == _STOPPED
+        assert not fifo.is_held()
+        assert not job.may_have_escaped
+
+
+def test_end_without_cgroups_ends_what_has_the_jobs_session(fifo: _Fifo, tmp_path: Path) -> None:
+    """A process of another group that the leader left behind is dead when the job has ended."""
+    with Worker(enforcement="off") as worker:
+        script = 'exec 3>"$1"; timeout 1000 sh -c "echo >&3; sleep infinity" & read x <"$2"'
+        latch = make_fifo(tmp_path / "latch")
+        job_id = _sh(worker, script, fifo.path, latch)
+        fifo.readline()
+        latch.write_text("go on\n")
+        job = worker.wait(job_id, GUARD_S)
+        assert job.end_reason is EndReason.EXITED
+        assert not fifo.is_held()
+        assert not job.may_have_escaped
+
+
+def test_what_may_have_escaped_without_cgroups_is_told(fifo: _Fifo) -> None:
+    """A daemon that left the session and lost its parents lives; job and answer say so."""
+    with Worker(enforcement="off") as worker:
+        before = worker.start("sleep", ["infinity"])
+        daemon = f"echo >&3; {_FOREVER}"
+        script = f"exec 3>\"$1\"; setsid --fork setsid --fork sh -c '{daemon}'; {_FOREVER}"
+        job_id = _sh(worker, script, fifo.path)
+        fifo.readline()
+        stopped = worker.stop(job_id)
+        assert _end(stopped) == _STOPPED
+        assert stopped.may_have_escaped
+        assert worker.status(job_id).may_have_escaped
+        assert fifo.is_held()
+        # A job whose process was forked later, by a tick of 10 ms or more, cannot have made it.
+        later = [worker.wait(worker.start("sleep", ["0.1"]), GUARD_S) for _ in range(3)]
+        assert not later[-1].may_have_escaped
+        assert worker.status(before).status is Status.RUNNING
+    assert not fifo.is_held()
 
 
 def test_a_stop_that_takes_long_holds_up_nobody_else(

@@ -122,9 +122,10 @@ class Worker:
 
     `limits`: for jobs that are started without their own. `enforcement`: what to do when
     cgroups cannot enforce limits. "require" raises `CgroupError`; "auto" logs a warning and
-    enforces what it can; "off" uses no cgroups, and a stop then reaches only the job's process
-    group. With cgroups the main process moves into a leaf of its own below `cgroup_root`
-    (default: the cgroup it is in), and `close` moves it back.
+    enforces what it can; "off" uses no cgroups. Then a stop reaches what has the leader's session
+    or comes of the leader, and `Job.may_have_escaped` says if more may be alive. With cgroups the
+    main process moves into a leaf of its own below `cgroup_root` (default: the cgroup it is in),
+    and `close` moves it back.
     `output_dir`: where output is kept; made with mode 0700; default: a temporary directory. It
     belongs to one worker at a time, and output that a former worker left in it is deleted.
     `reserve_bytes`: how much of its disk output leaves free; default: 5 % of the disk or 1 GiB,

@@ -134,7 +134,7 @@ class RemoveJobResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage", "output_lost_bytes")
+    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage", "output_lost_bytes", "may_have_escaped")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +150,7 @@ class Job(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_LOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAY_HAVE_ESCAPED_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     owner: str
     command: str
@@ -165,7 +166,8 @@ class Job(_message.Message):
     limits: Limits
     usage: Usage
     output_lost_bytes: int
-    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[Status, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ...) -> None: ...
+    may_have_escaped: bool
+    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[Status, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ..., may_have_escaped: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("cpu_cores", "memory_bytes", "swap_bytes", "io_read_bps", "io_write_bps", "pids", "io_read_iops", "io_write_iops")
