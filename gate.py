@@ -371,16 +371,25 @@ class Gate(grpc.ServerInterceptor):
         _requests: Iterator[bytes],
         context: grpc.ServicerContext,
     ) -> NoReturn:
-        """Refuse a call that is one too many. Runs in gRPC's accepting thread."""
+        """Refuse a call that is one too many. Runs in gRPC's accepting thread.
+
+        In an overload this thread has no time to spare, so calls that are refused share a line in
+        the audit log, and only the first one of a line is looked at.
+        """
         error = ticket.refusal or AssertionError("the call is not refused")
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        fields = functools.partial(self._refused, method, ticket, context)
+        self._records.share(ticket.key, (method, code.name), fields)
+        _abort(context, code, error)
+
+    def _refused(
+        self, method: str, ticket: Ticket, context: grpc.ServicerContext
+    ) -> dict[str, Any]:
+        """Return what the audit log records of a call that was one too many."""
         call = Call(method, context, self._records, ticket)
         with contextlib.suppress(auth.AuthenticationError):
             call.certificate = _certificate(context)
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED
-        # In an overload there is no time to write a line for each call.
-        fields = functools.partial(call.fields, code.name, str(error))
-        self._records.share(ticket.key, (method, code.name), fields)
-        _abort(context, code, error)
+        return call.fields(grpc.StatusCode.RESOURCE_EXHAUSTED.name, str(ticket.refusal))
 
     def _admit(self, call: Call, handler: Any) -> None:
         """Raise unless the method exists and TLS, the token and the role allow the call."""
