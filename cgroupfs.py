@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import signal
 import time
 from typing import TYPE_CHECKING, Self
 
+from descriptors import with_reserve
 from privileges import set_process_name
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ def failure(
 def write(path: Path, value: str, *, remedy: str = _CHECK_VALUE) -> None:
     """Write `value` to an existing file; never creates one. Raises `CgroupError`."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = _open(path, os.O_WRONLY)
         try:
             os.write(fd, value.encode())
         finally:
@@ -139,7 +141,7 @@ def read_if_there(path: Path) -> str:
 
 def read_text(path: Path) -> str:
     """Return the content of a file, in a third of the time of Path.read_text. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _open(path, os.O_RDONLY)
     try:
         text = b""
         while data := os.read(fd, _READ_BYTES):
@@ -168,7 +170,7 @@ class Events:
     """An open cgroup.events file. Opening raises FileNotFoundError if the cgroup is gone."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(os.path.join(path, "cgroup.events"), os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = _open(os.path.join(path, "cgroup.events"), os.O_RDONLY)
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLPRI)
 
@@ -242,9 +244,17 @@ def _directories(path: Path) -> list[str]:
     """
     found = [os.fspath(path)]
     for directory in found:
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        with (
+            contextlib.suppress(OSError),
+            with_reserve(functools.partial(os.scandir, directory)) as entries,
+        ):
             found += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
     return found
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a file, with the reserve if need be: a shortage of descriptors ends no job as lost."""
+    return with_reserve(lambda: os.open(path, flags | os.O_CLOEXEC))
 
 
 def _remove(path: str) -> None:

@@ -292,11 +292,12 @@ class RunningJob:
                 self._remove_cgroup(self._cgroup)
             self._end(leader_exit, ended_at)
         except Exception:
-            # Not expected. But those who wait for this job must not wait for ever.
-            logger.exception("job %s: lost", self.job_id)
+            # Not expected. But those who wait for this job must not wait for ever. The job is not
+            # lost if its leader's end is known.
+            logger.exception("job %s: could not be ended as it should", self.job_id)
             with contextlib.suppress(Exception):
                 self._kill_processes()
-            self._end(None, self._now())
+            self._end(leader_exit, self._now())
         self._trim()
 
     def _now(self) -> datetime:

@@ -58,6 +58,7 @@ except ImportError as error:
 
 import hostcheck
 import worker
+from descriptors import keep_reserve
 from fileopener import FileOpener
 from privileges import can_change_user
 from settings import Config, Settings, SettingsError, load_config, parse_arguments
@@ -87,9 +88,11 @@ logger = logging.getLogger("server")
 _MESSAGE_FACTOR = 2  # what gRPC reads, of what a request may have: see `Gate`
 _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
+_CONNECTIONS_SPARE = 1024  # beside one for each stream
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
+_HANDSHAKE_S = 5  # some round trips; a TLS handshake that takes longer ends with its connection
 _STOP_GRACE_S = 1.0  # for streams to send their last chunks
 _WATCHDOG_S = 4.5  # after this the process ends, even if something hangs
 
@@ -103,6 +106,7 @@ GRPC_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 9_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
     # A header can take one byte on the wire and a hundred in memory: 16 KiB hold that. gRPC
     # refuses a call that has more.
     ("grpc.max_metadata_size", 16 * 1024),
@@ -155,13 +159,13 @@ class Server:
                 check(settings.state_dir)
                 self._worker = undo.enter_context(self._make_worker(config, uids))
                 self._open_state(users, uids, undo)
-            _raise_fd_limit(config.in_all.streams or 0)
+            connections = _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
                 self._opener = undo.enter_context(FileOpener(self._files.flags))
                 self._files.open_with(self._opener.open)
                 # Before the server listens, and before it has threads.
                 self._worker.drop_privileges(own_uid)
-            self._server = self._make_grpc_server(config, undo)
+            self._server = self._make_grpc_server(config, connections, undo)
             bound_port = _bind(self._server, self._host, port, self._certificates.credentials())
             self.address = join_address(self._host, bound_port)
             before = set(threading.enumerate())
@@ -206,7 +210,9 @@ class Server:
             )
         )
 
-    def _make_grpc_server(self, config: Config, undo: contextlib.ExitStack) -> grpc.Server:
+    def _make_grpc_server(
+        self, config: Config, connections: int, undo: contextlib.ExitStack
+    ) -> grpc.Server:
         """Return the server with its services, and with the threads that handle its calls."""
         streams = config.in_all.streams or 0
         calls = undo.enter_context(
@@ -221,6 +227,8 @@ class Server:
             options=(
                 *GRPC_OPTIONS,
                 ("grpc.max_receive_message_length", config.requests.size * _MESSAGE_FACTOR),
+                # gRPC closes a connection that is one too many as soon as it has accepted it.
+                ("grpc.max_allowed_incoming_connections", connections),
                 ("grpc.max_concurrent_streams", calls.of_one_connection),
                 ("grpc.server.max_pending_requests", calls.of_core),
                 ("grpc.server.max_pending_requests_hard_limit", calls.of_core),
@@ -377,18 +385,24 @@ def _uids(settings: Settings) -> tuple[int | None, range | None]:
     return uid or uids[0], uids[1:]
 
 
-def _raise_fd_limit(max_streams: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _raise_fd_limit(max_streams: int) -> int:
+    """Raise the limit of open files; return how many connections there may be.
+
+    Connections get at most half of the descriptors, so that they do not take those of the jobs.
+    """
+    limit = keep_reserve()
     wanted = max_streams * _FDS_PER_STREAM + _FDS_SPARE
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if limit == resource.RLIM_INFINITY:
+        return max_streams + _CONNECTIONS_SPARE
+    if limit < wanted:
         logger.warning(
             "this process may have %d open files; %d streams and their jobs need %d; raise "
             "the hard limit (ulimit -Hn, or LimitNOFILE= of the unit)",
-            hard,
+            limit,
             max_streams,
             wanted,
         )
+    return min(max_streams + _CONNECTIONS_SPARE, limit // 2)
 
 
 def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials) -> int:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import select
@@ -38,6 +39,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from descriptors import with_reserve
 from messages import AttachError, close_all, receive, send, wait_ready
 
 if TYPE_CHECKING:
@@ -182,7 +184,9 @@ class Spawner:
 
     def _ask(self, request: dict[str, Any], fds: list[int]) -> socket.socket:
         """Send a request; return the socket on which the answer will come."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pair = functools.partial(socket.socketpair, socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Without descriptors to send it is no start, but for example a kill, which must not fail.
+        ours, theirs = pair() if fds else with_reserve(pair)
         try:
             with theirs, self._lock:
                 send(self._socket, request, [theirs.fileno(), *fds])

@@ -28,14 +28,15 @@ _MODULES = {
         "privileges": "",
         "limits": "",
         "errors": "",
+        "descriptors": "",
         "messages": "",
         "inherited": "privileges",
         "leader": "inherited messages privileges",
-        "cgroupfs": "privileges",
+        "cgroupfs": "descriptors privileges",
         "leftovers": "messages",
         "processes": "",
         "forkserver": "cgroupfs inherited leader leftovers messages privileges processes",
-        "spawner": "messages",
+        "spawner": "descriptors messages",
         "cgroups": "cgroupfs limits",
         "spares": "cgroups errors limits spawner; broadcaster",
         "job": "cgroups limits spawner; broadcaster spares",
@@ -68,8 +69,8 @@ _MODULES = {
         "settings": "limits units users worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
-        "server": "accounts audit auth calls fileopener gate grpc hostcheck privileges service "
-        "settings tls trustedfiles units users worker",
+        "server": "accounts audit auth calls descriptors fileopener gate grpc hostcheck privileges "
+        "service settings tls trustedfiles units users worker",
     },
     "client": {
         "connection": f"certcheck grpc units {_AUTH_PB} {_WORKER_PB}; google",

@@ -479,6 +479,19 @@ def _descriptors_left(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_jobs_end_and_are_stopped_without_descriptors_left(worker: Worker, tmp_path: Path) -> None:
+    """The reserve serves both: a job that exits with 0 is not lost, and a stop does not fail."""
+    fifo = make_fifo(tmp_path / "fifo")
+    ends, runs = _sh(worker, 'echo ready; read -r _ <"$1"', fifo), _sh(worker, "sleep infinity")
+    assert _first_line(worker, ends) == b"ready"
+    with fifo.open("r+b", buffering=0) as other_end, _descriptors_left(0):
+        other_end.write(b"\n")
+        worker.wait(ends, GUARD_S)
+        ended, stopped = worker.status(ends), worker.stop(runs)
+    assert (ended.end_reason, ended.exit_code) == (EndReason.EXITED, 0)
+    assert stopped.end_reason is EndReason.STOPPED
+
+
 @pytest.mark.parametrize("left", range(10))
 def test_start_without_descriptors_left_works_or_fails_cleanly(worker: Worker, left: int) -> None:
     """With few descriptors left, a job is started completely or not at all."""
