@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import sys
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
@@ -58,11 +59,11 @@ def with_reserve(make: Callable[[], _T]) -> _T:
 def keep_reserve() -> int:
     """Raise the soft limit as far as the hard limit and the reserve allow; return the soft limit.
 
-    The kernel has no infinite number of descriptors, so an infinite limit needs no reserve.
+    Returns sys.maxsize if there is no limit.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = hard
-    if hard != resource.RLIM_INFINITY:
-        soft = hard - min(_RESERVE, hard // _RESERVE_SHARE)
+    if hard == resource.RLIM_INFINITY:
+        return sys.maxsize
+    soft = hard - min(_RESERVE, hard // _RESERVE_SHARE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return soft

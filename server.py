@@ -25,7 +25,6 @@ import importlib
 import logging
 import os
 import pkgutil
-import resource
 import signal
 import socket
 import sys
@@ -390,17 +389,12 @@ def _raise_fd_limit(max_streams: int) -> int:
 
     Connections get at most half of the descriptors, so that they do not take those of the jobs.
     """
-    limit = keep_reserve()
-    wanted = max_streams * _FDS_PER_STREAM + _FDS_SPARE
-    if limit == resource.RLIM_INFINITY:
-        return max_streams + _CONNECTIONS_SPARE
+    limit, wanted = keep_reserve(), max_streams * _FDS_PER_STREAM + _FDS_SPARE
     if limit < wanted:
         logger.warning(
             "this process may have %d open files; %d streams and their jobs need %d; raise "
             "the hard limit (ulimit -Hn, or LimitNOFILE= of the unit)",
-            limit,
-            max_streams,
-            wanted,
+            *(limit, max_streams, wanted),
         )
     return min(max_streams + _CONNECTIONS_SPARE, limit // 2)
 
