@@ -470,7 +470,7 @@ class OutputDirectory:
     `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
     a former owner left there is deleted. `reserve_bytes`: how much of its disk output leaves
     free; None for 5 % of the disk or 1 GiB, whichever is less. Raises BlockingIOError if another
-    worker has it, PermissionError if other users can enter it, OSError. Attribute: `path`.
+    worker has it, PermissionError if other users own or can enter it, OSError. Attribute: `path`.
     """
 
     def __init__(
@@ -479,7 +479,16 @@ class OutputDirectory:
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.path.stat().st_mode & 0o077:
+        status, above = self.path.stat(), self.path.absolute().parent.stat()
+        # A worker that has changed its user leaves the directory to that user. Where others can
+        # make directories, the owner may be anybody.
+        if status.st_uid not in (0, os.geteuid()) and above.st_mode & 0o022:
+            raise PermissionError(
+                errno.EPERM,
+                f"it belongs to uid {status.st_uid}; remove it, or use another place",
+                str(self.path),
+            )
+        if status.st_mode & 0o077:
             raise PermissionError(
                 errno.EPERM, f"others can enter it; run: chmod 700 {self.path}", str(self.path)
             )

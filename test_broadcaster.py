@@ -22,8 +22,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broadcaster import Budget, OffsetError, OutputIncompleteError, OutputLog, Subscription
-from testkit import GUARD_S, file_size_limit
+from broadcaster import (
+    Budget,
+    OffsetError,
+    OutputDirectory,
+    OutputIncompleteError,
+    OutputLog,
+    Subscription,
+)
+from testkit import GUARD_S, NOBODY, file_size_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -667,6 +674,18 @@ def _together(pool: ThreadPoolExecutor, *calls: Callable[[], object]) -> None:
 
     for future in [pool.submit(run, call) for call in calls]:
         future.result(GUARD_S)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give directories away")
+def test_directory_that_somebody_else_made_is_refused(public: Path) -> None:
+    """Made beforehand in /tmp, say: its owner could read and replace all output."""
+    public.chmod(0o1777)
+    (public / "output").mkdir(0o700)
+    os.chown(public / "output", NOBODY, NOBODY)
+    with pytest.raises(PermissionError, match=f"it belongs to uid {NOBODY}"):
+        OutputDirectory(public / "output")
+    public.chmod(0o755)  # nobody but us can have made it here
+    OutputDirectory(public / "output").close()
 
 
 def test_budget_gives_what_it_has_and_no_more() -> None:
