@@ -379,6 +379,7 @@ class Cgroup:
         path = str(self.path)
         cpu = _read_pairs(f"{path}/cpu.stat")
         io = _read_io(f"{path}/io.stat")
+        memory = _read_pairs(f"{path}/memory.events")
         throttled_us = cpu.get("throttled_usec")
         return Usage(
             cpu_user_s=cpu["user_usec"] / 1e6 if cpu else None,
@@ -392,7 +393,9 @@ class Cgroup:
             io_writes=io.get("wios"),
             pids=_read_number(f"{path}/pids.current"),
             pids_peak=_read_number(f"{path}/pids.peak"),
-            oom_kills=_read_pairs(f"{path}/memory.events").get("oom_kill"),
+            oom_kills=_oom_kills(memory),
+            memory_limit_hits=memory.get("oom"),
+            refused_forks=_read_pairs(f"{path}/pids.events").get("max"),
         )
 
     def remove(self) -> None:
@@ -638,6 +641,17 @@ def _write_pids(path: Path, limits: Limits) -> None:
 
 
 _WRITERS = {"cpu": _write_cpu, "memory": _write_memory, "io": _write_io, "pids": _write_pids}
+
+
+def _oom_kills(events: dict[str, int]) -> int | None:
+    """Return how many processes the OOM killer killed, by memory.events.
+
+    If it kills a whole group, `oom_kill` has the process that it chose first twice.
+    """
+    kills = events.get("oom_kill")
+    # Before Linux 5.17 there is no oom_group_kill; a job is killed as a group, and once.
+    groups = events.get("oom_group_kill", 1)
+    return max(kills - groups, 1) if kills else kills
 
 
 def _read_number(path: str) -> int | None:

@@ -148,6 +148,8 @@ def _usage(usage: dict[str, Any] | None) -> str:
         "pids_peak": lambda n: f"{n} processes at most",
         "oom_kills": lambda n: f"{n} OOM kills",
     }
+    if usage["refused_forks"]:  # 0 tells nothing
+        texts["refused_forks"] = lambda n: f"{n} times no room for another process"
     note = " (leader and awaited children only)" if usage["source"] == "RUSAGE" else ""
     return _join(texts, usage) + note
 

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import stat
+
 __all__ = [
     "CommandError",
     "CommandNotExecutableError",
@@ -16,6 +21,7 @@ __all__ = [
     "UnknownJobError",
     "WorkerClosedError",
     "WorkerError",
+    "exec_error",
     "shorten",
 ]
 
@@ -92,3 +98,58 @@ class WorkerClosedError(WorkerError):
 def shorten(text: str, length: int = 200) -> str:
     """Return the text, or its first characters if it is longer than `length`."""
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def exec_error(command: str, error: OSError, search_path: str) -> WorkerError:
+    """Say what it means that the exec of `command` failed with `error`.
+
+    `search_path`: where a command without a slash is looked up. A job runs in /.
+    """
+    if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EDQUOT):
+        return ResourceError(f"no room for another process: {error.strerror}")
+    path = os.path.join("/", command)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return CommandNotFoundError(command, _what_is_missing(command, path, search_path))
+    if "/" in command and os.path.isdir(path):
+        return CommandNotExecutableError(command, "it is a directory")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return CommandNotExecutableError(command, "permission denied; is it executable?")
+    if error.errno == errno.ENOEXEC:
+        return CommandNotExecutableError(
+            command, "not a program; a script must begin with #! and its interpreter"
+        )
+    return CommandError(command, error.strerror or str(error))
+
+
+def _what_is_missing(command: str, path: str, search_path: str) -> str:
+    if "/" in command and os.path.exists(path):
+        if _first_line(path).endswith(b"\r"):
+            return (
+                "its first line ends with CR LF, as on Windows, and so names an interpreter that "
+                "does not exist; remove the CR: sed -i 's/\\r$//' FILE"
+            )
+        return "the interpreter its first line names is missing"
+    problem = "no such file" if "/" in command else f"command not found in {search_path}"
+    if re.search(r"[\s|&;<>$*`]", command):
+        return (
+            f"{problem}; no shell reads it: give each argument by itself, or start "
+            f"sh -c {shorten(repr(command), 100)}"
+        )
+    if "/" in command and not command.startswith("/"):
+        return f"{problem}; jobs run in /, so this is /{shorten(command, 100).removeprefix('./')}"
+    return problem
+
+
+def _first_line(path: str) -> bytes:
+    """Return the first line of a file; empty if it cannot be read, or only by waiting."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        # execve(2) reads 255 bytes.
+        return os.read(fd, 256).partition(b"\n")[0] if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)

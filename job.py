@@ -80,7 +80,9 @@ class EndReason(Enum):
     EXITED = "exited"
     SIGNALLED = "signalled"  # by a signal that neither `stop` nor `close` sent
     STOPPED = "stopped"  # by `Worker.stop`; `Job.stop_reason` says what its caller gave as reason
-    OUT_OF_MEMORY = "out of memory"
+    OUT_OF_MEMORY = "out of memory"  # by the kernel: it reached its own memory limit
+    # By the kernel, which needed memory: all jobs together reached their bound, or the host its.
+    HOST_OUT_OF_MEMORY = "host out of memory"
     CLOSED = "closed"  # by `Worker.close`
     LOST = "lost"  # the fork server died, so nobody knows how the leader ended
 
@@ -425,7 +427,8 @@ class RunningJob:
                 return self._kill_reason
             # The kernel's own count. An exit code of 137 proves nothing.
             if self._usage is not None and self._usage.oom_kills:
-                return EndReason.OUT_OF_MEMORY
+                own = self._usage.memory_limit_hits
+                return EndReason.OUT_OF_MEMORY if own else EndReason.HOST_OUT_OF_MEMORY
         return EndReason.SIGNALLED
 
 

@@ -95,4 +95,9 @@ class Usage:
     pids_peak: int | None = None
     """The most that existed at one time. pids.peak, since Linux 6.1"""
     oom_kills: int | None = None
-    """How many processes the kernel killed because of the memory limit."""
+    """How many processes the kernel killed because memory was lacking: below the memory limit of
+    the job, the bound of all jobs, or in the host."""
+    memory_limit_hits: int | None = None
+    """How often a process needed memory when the job was at its own limit and could free none."""
+    refused_forks: int | None = None
+    """How often the limit of processes refused another process or thread."""

@@ -70,6 +70,7 @@ _END_REASONS = {
     EndReason.EXITED: worker_pb.EXITED,
     EndReason.SIGNALLED: worker_pb.SIGNALLED,
     EndReason.OUT_OF_MEMORY: worker_pb.OUT_OF_MEMORY,
+    EndReason.HOST_OUT_OF_MEMORY: worker_pb.HOST_OUT_OF_MEMORY,
     EndReason.CLOSED: worker_pb.SERVER_SHUTDOWN,
     EndReason.LOST: worker_pb.LOST,
 }

@@ -233,6 +233,40 @@ def test_memory_limit_has_effect(worker: Worker, script: str) -> None:
     assert job.output_bytes == 0
 
 
+def test_each_killed_process_counts_once(worker: Worker) -> None:
+    """The kernel counts the first process of a group that it kills twice."""
+    limits = Limits(memory_bytes=50 * _MIB)
+    job = worker.wait(worker.start("tail", ["/dev/zero"], limits=limits), GUARD_S)
+    assert job.usage
+    assert (job.end_reason, job.usage.oom_kills) == (EndReason.OUT_OF_MEMORY, 1)
+    script = "sleep infinity & sleep infinity & exec tail /dev/zero"
+    job = worker.wait(worker.start("sh", ["-c", script], limits=limits), GUARD_S)
+    assert job.usage
+    assert (job.end_reason, job.usage.oom_kills) == (EndReason.OUT_OF_MEMORY, 3)
+
+
+def test_memory_of_all_jobs_is_not_the_jobs_own_limit(base: Path) -> None:
+    """A job that the kernel kills below its own limit has another end reason."""
+    bounds = Bounds(memory_bytes=50 * _MIB)
+    with Worker(enforcement="require", cgroup_root=base, bounds=bounds) as worker:
+        limits = Limits(memory_bytes=500 * _MIB)
+        job = worker.wait(worker.start("tail", ["/dev/zero"], limits=limits), GUARD_S)
+    assert job.usage
+    assert (job.end_reason, job.usage.oom_kills) == (EndReason.HOST_OUT_OF_MEMORY, 1)
+    assert job.usage.memory_limit_hits == 0
+
+
+def test_refused_forks_are_in_the_status(worker: Worker) -> None:
+    """The status tells of a limit of processes that a job has met."""
+    script = "(for i in 1 2 3 4 5 6; do sleep infinity & done) 2>&1"
+    refused = worker.wait(worker.start("sh", ["-c", script], limits=Limits(pids=4)), GUARD_S)
+    assert refused.usage
+    assert refused.usage.refused_forks
+    job = worker.wait(worker.start("true"), GUARD_S)
+    assert job.usage
+    assert job.usage.refused_forks == 0
+
+
 def test_job_below_its_memory_limit_is_left_alone(worker: Worker) -> None:
     """A job that stays below its memory limit ends by itself."""
     script = "head -c 20M /dev/zero | tail | wc -c"

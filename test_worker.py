@@ -337,6 +337,11 @@ _NOT_COMMANDS: list[tuple[str, list[str], type[CommandError], str]] = [
     ("no-such-command", [], CommandNotFoundError, "not found in /usr/local/sbin:"),
     ("/no/such/file", [], CommandNotFoundError, "no such file"),
     ("/etc/passwd/x", [], CommandNotFoundError, "no such file"),
+    ("ls -l", [], CommandNotFoundError, "or start sh -c 'ls -l'"),
+    ("/bin/ls -l", [], CommandNotFoundError, "no such file; no shell reads it"),
+    ("a|b", [], CommandNotFoundError, "or start sh -c 'a.b'"),
+    ("./x.sh", [], CommandNotFoundError, "jobs run in /, so this is /x.sh"),
+    ("no/such", [], CommandNotFoundError, "jobs run in /, so this is /no/such"),
     ("/", [], CommandNotExecutableError, "directory"),
     ("/etc/passwd", [], CommandNotExecutableError, "permission denied"),
     ("/" + "x" * 300, [], CommandError, "too long"),
@@ -371,6 +376,7 @@ def test_command_that_cannot_be_executed_is_named_and_leaves_nothing(
         ((0o644, "#!/bin/sh\n"), CommandNotExecutableError, "permission denied"),
         ((0o755, "echo no magic\n"), CommandNotExecutableError, "#!"),
         ((0o755, "#!/no/such/interpreter\n"), CommandNotFoundError, "interpreter"),
+        ((0o755, "#!/bin/sh\r\ntrue\r\n"), CommandNotFoundError, "CR LF"),
     ],
 )
 def test_script_that_cannot_be_executed_is_named_and_leaves_nothing(

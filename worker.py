@@ -68,6 +68,7 @@ from errors import (
     UnknownJobError,
     WorkerClosedError,
     WorkerError,
+    exec_error,
 )
 from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work
 from leftovers import Leftovers
@@ -350,7 +351,7 @@ class Worker:
                 code=error.errno or 0,
             ) from error
         except OSError as error:
-            raise _exec_error(work.argv, error) from error
+            raise exec_error(work.argv[0], error, _PATH) from error
         return pid, pidfd
 
     @contextlib.contextmanager
@@ -525,28 +526,6 @@ def _checked_argv(command: str, args: Sequence[str]) -> list[str]:
             command, f"command and arguments have {size} bytes; the limit is {MAX_ARGV_BYTES}"
         )
     return argv
-
-
-def _exec_error(argv: Sequence[str], error: OSError) -> WorkerError:
-    """Say what it means that exec failed with `error`."""
-    command = argv[0]
-    if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EDQUOT):
-        return ResourceError(f"no room for another process: {error.strerror}")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        if "/" not in command:
-            return CommandNotFoundError(command, f"command not found in {_PATH}")
-        if os.path.exists(os.path.join("/", command)):
-            return CommandNotFoundError(command, "the interpreter its first line names is missing")
-        return CommandNotFoundError(command, "no such file")
-    if "/" in command and os.path.isdir(os.path.join("/", command)):
-        return CommandNotExecutableError(command, "it is a directory")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return CommandNotExecutableError(command, "permission denied; is it executable?")
-    if error.errno == errno.ENOEXEC:
-        return CommandNotExecutableError(
-            command, "not a program; a script must begin with #! and its interpreter"
-        )
-    return CommandError(command, error.strerror or str(error))
 
 
 def _environment(job_id: str, work: Work) -> dict[str, str]:

@@ -27,6 +27,7 @@ class EndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUT_OF_MEMORY: _ClassVar[EndReason]
     SERVER_SHUTDOWN: _ClassVar[EndReason]
     LOST: _ClassVar[EndReason]
+    HOST_OUT_OF_MEMORY: _ClassVar[EndReason]
 
 class UsageSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -45,6 +46,7 @@ STOPPED_BY_ADMIN: EndReason
 OUT_OF_MEMORY: EndReason
 SERVER_SHUTDOWN: EndReason
 LOST: EndReason
+HOST_OUT_OF_MEMORY: EndReason
 USAGE_SOURCE_UNSPECIFIED: UsageSource
 CGROUP: UsageSource
 RUSAGE: UsageSource
@@ -190,7 +192,7 @@ class Limits(_message.Message):
     def __init__(self, cpu_cores: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., io_read_bps: _Optional[int] = ..., io_write_bps: _Optional[int] = ..., pids: _Optional[int] = ..., io_read_iops: _Optional[int] = ..., io_write_iops: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("source", "cpu_user_s", "cpu_system_s", "cpu_throttled_s", "memory_bytes", "memory_peak_bytes", "io_read_bytes", "io_written_bytes", "io_reads", "io_writes", "pids", "pids_peak", "oom_kills")
+    __slots__ = ("source", "cpu_user_s", "cpu_system_s", "cpu_throttled_s", "memory_bytes", "memory_peak_bytes", "io_read_bytes", "io_written_bytes", "io_reads", "io_writes", "pids", "pids_peak", "oom_kills", "memory_limit_hits", "refused_forks")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     CPU_USER_S_FIELD_NUMBER: _ClassVar[int]
     CPU_SYSTEM_S_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +206,8 @@ class Usage(_message.Message):
     PIDS_FIELD_NUMBER: _ClassVar[int]
     PIDS_PEAK_FIELD_NUMBER: _ClassVar[int]
     OOM_KILLS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_HITS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FORKS_FIELD_NUMBER: _ClassVar[int]
     source: UsageSource
     cpu_user_s: float
     cpu_system_s: float
@@ -217,4 +221,6 @@ class Usage(_message.Message):
     pids: int
     pids_peak: int
     oom_kills: int
-    def __init__(self, source: _Optional[_Union[UsageSource, str]] = ..., cpu_user_s: _Optional[float] = ..., cpu_system_s: _Optional[float] = ..., cpu_throttled_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., memory_peak_bytes: _Optional[int] = ..., io_read_bytes: _Optional[int] = ..., io_written_bytes: _Optional[int] = ..., io_reads: _Optional[int] = ..., io_writes: _Optional[int] = ..., pids: _Optional[int] = ..., pids_peak: _Optional[int] = ..., oom_kills: _Optional[int] = ...) -> None: ...
+    memory_limit_hits: int
+    refused_forks: int
+    def __init__(self, source: _Optional[_Union[UsageSource, str]] = ..., cpu_user_s: _Optional[float] = ..., cpu_system_s: _Optional[float] = ..., cpu_throttled_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., memory_peak_bytes: _Optional[int] = ..., io_read_bytes: _Optional[int] = ..., io_written_bytes: _Optional[int] = ..., io_reads: _Optional[int] = ..., io_writes: _Optional[int] = ..., pids: _Optional[int] = ..., pids_peak: _Optional[int] = ..., oom_kills: _Optional[int] = ..., memory_limit_hits: _Optional[int] = ..., refused_forks: _Optional[int] = ...) -> None: ...
