@@ -106,8 +106,7 @@ GRPC_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 9_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
-    # A header can take one byte on the wire and a hundred in memory: 16 KiB hold that. gRPC
-    # refuses a call that has more.
+    # gRPC refuses a call that has more, but only after it has read all headers of the call.
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
 )
