@@ -500,7 +500,9 @@ class OutputDirectory:
         except BlockingIOError:
             os.close(self._fd)
             raise BlockingIOError(
-                errno.EWOULDBLOCK, "another worker keeps its output here", str(self.path)
+                errno.EWOULDBLOCK,
+                "another worker keeps its output here; choose another directory",
+                str(self.path),
             ) from None
         if reserve_bytes is None:
             disk = os.fstatvfs(self._fd)

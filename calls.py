@@ -9,8 +9,8 @@ calls. More threads would not be faster, because they share one interpreter.
 
     ticket = calls.arrive("alice", Kind.QUICK)  # in `intercept_service` of the gate
 
-gRPC's accepting thread calls `arrive` and then, for the same call, `submit`. The behaviour that
-the gate gives to gRPC runs later, in a worker, and tells the call's `Ticket` how far it is.
+gRPC's accepting thread calls `arrive` and then, for the same call, `submit`. The handler of
+the gate runs later, in a worker, and reports its progress to the call's `Ticket`.
 
 - A call that takes longer than `_LONG_S` keeps its thread, but the thread is no longer a worker:
   another thread takes its place. The reason does not matter: the request has not arrived, the
@@ -59,7 +59,7 @@ _SLOW_WORKERS = 2
 # A worker that is busy with one call for this long is replaced. Most calls take a millisecond.
 _LONG_S = 0.01
 # Threads that run unary calls of one caller at the same time. They are more than the workers
-# only when calls take long; the caller's other calls wait meanwhile.
+# only when calls take long. Beyond this number the caller's calls wait.
 _THREADS_OF_ONE = 64
 # Unary calls of one caller that are under way or wait. A burst of 1,000 calls is served.
 _CALLS_OF_ONE = 1024
@@ -73,23 +73,24 @@ _CALLS_ALWAYS = 64
 # their rate by it.
 _MANY_CALLS = 256
 _SHORT_SWITCH_S = 0.0005
-# Calls that gRPC keeps for its accepting thread. Beyond, it cancels calls of anybody.
+# How many calls gRPC queues for its accepting thread. Above it gRPC cancels calls of anybody.
 _CALLS_IN_CORE = 8192
 # Bytes of answers of one caller that the clients have not taken yet. The answer that exceeds
 # the bound is still sent. Most answers have less than 1 KiB; a page of a list has up to 1 MiB.
 _UNREAD_OF_ONE = 8 * 1024 * 1024
 # The same of all callers together. A caller without unread answers is not refused for it.
 _UNREAD_IN_ALL = 64 * 1024 * 1024
-# Streams beyond the ceilings of the settings: they are let in to be told whose ceiling it is.
+# Streams beyond the ceilings of the settings. `quotas.py` refuses them, because only it can say
+# whose ceiling is reached.
 _STREAMS_SPARE_OF_ONE = 16
 _STREAMS_SPARE = 32
 # Logins of one client certificate that run at the same time. All logins share one queue.
 _LOGINS_OF_ONE = 8
-# A call whose request has not arrived after one to two times this long is cancelled. A request
-# normally comes in one packet with its call.
+# A thread looks this often, and cancels the calls that it has seen without a request before. A
+# request normally comes in one packet with its call.
 _ARRIVAL_S = 3.0
 
-# Fewer threads than these leave too little memory behind to give it back to the kernel.
+# If fewer threads than these end, the memory that they free is not worth a malloc_trim(3).
 _MANY_THREADS = 16
 
 _RETRY_AFTER_S = 1  # within this time the longest queue has been served
@@ -300,7 +301,7 @@ class Calls(Executor):
         return _DONE
 
     def _admit_locked(self, ticket: Ticket) -> None:
-        # Between `arrive` and now, the caller's last call may have been over.
+        # Since `arrive` the caller's last call may have ended, and with it the entry of the caller.
         caller = self._callers.setdefault(ticket.key, ticket.caller)
         ticket.counts = True
         if ticket.is_stream:
@@ -463,7 +464,7 @@ class Calls(Executor):
             _give_memory_back()
 
     def _have_halved(self) -> bool:
-        """Whether half of many threads have ended since this was last true."""
+        """Whether half of the threads, if they were many, have ended since this was last true."""
         with self._lock:
             most, now = self._most_threads, len(self._threads)
             if most < _MANY_THREADS or now > most / 2:
@@ -533,7 +534,7 @@ class Calls(Executor):
         before: set[Ticket] = set()
         while True:
             with self._lock:
-                # One look is for all calls since the last one, so that most calls wake nobody.
+                # One pass covers all calls since the last pass, so most calls wake nobody.
                 self.looks_for_overdue = False
                 self._overdue.wait_for(
                     lambda: self._closed or self.looks_for_overdue or self.receiving
@@ -550,7 +551,7 @@ class Calls(Executor):
     # --- the end ---
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
-        """Refuse new calls; wait until the others, which are served, are over."""
+        """Refuse new calls; wait until all calls that were admitted have been served."""
         with self._lock:
             self._closed = True
             self._quick.queued.notify_all()

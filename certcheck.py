@@ -42,7 +42,7 @@ _ALGORITHMS = tuple(
         ),
     )
 )
-# OpenSSL's reasons for the key of another certificate; the second if it is of another kind.
+# OpenSSL's reasons for the key of another certificate, of the same kind or of another one.
 _MISMATCH = ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH")
 _NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID
 _KEY_MARK = b"PRIVATE KEY-----"
@@ -98,7 +98,7 @@ def check_pair(
         raise UnusableError(_wrong_kind(key_name)) from error
     if not any(algorithm in certificate for algorithm in _ALGORITHMS):
         raise UnusableError(_wrong_kind(key_name))
-    # The peer trusts the certificate itself, so its dates and its purpose alone are verified.
+    # The peer gets the certificate as its own CA. So OpenSSL verifies only dates and purpose.
     peer = client if side == "server" else server
     peer.verify_mode = ssl.CERT_REQUIRED
     peer.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

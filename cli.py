@@ -108,7 +108,9 @@ def _split_start(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         arguments.args = words = arguments.args + words
     elif words:
         if arguments.command is not None:
-            parser.error(f"two commands: {arguments.command!r} and {words[0]!r}")
+            parser.error(
+                f"two commands: {arguments.command!r} and {words[0]!r}; arguments follow -args"
+            )
         command = words[1:] if words[0] == "--" else words
         arguments.command, arguments.args = (command[0], command[1:]) if command else (None, [])
     if arguments.command is None:
@@ -270,7 +272,7 @@ def _size(text: str) -> int:
 
 def _count(text: str) -> int:
     if not _is_number(text) or int(text) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
 
 
@@ -283,7 +285,7 @@ def _cores(text: str) -> float:
 
 def _offset(text: str) -> int:
     if not _is_number(text) or int(text) >= 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, 0 or more")
     return int(text)
 
 

@@ -6,8 +6,8 @@
             sys.stdout.buffer.write(data)
         print(client.status(job_id).exit_code)
 
-Programs may also write `from client import Client`. This module neither prints nor reads
-the environment's JOBWORKER_ variables; the command line does.
+Programs may also write `from client import Client`. This module prints nothing and
+reads no JOBWORKER_ variable; the command line does both.
 
 `import grpc` takes 60 ms. The constructor imports it, after it has read the certificates,
 so the command line reports its own mistakes without that delay.
@@ -109,7 +109,7 @@ class OutputStream:
 
     It ends when the job has ended and all of the output was read. Each step blocks while the job
     writes nothing, and may raise `ClientError`. Attribute: `end`, which says how the job ended;
-    None until the stream has ended, and if it broke off before the job's end.
+    None until the stream has ended; it stays None if the stream broke off.
 
     One thread iterates; any thread may `close`.
     """
@@ -191,7 +191,9 @@ class Client:
             import workerservice_pb2
             import workerservice_pb2_grpc
         except ImportError as error:
-            raise ClientError(f"{error}; run `make setup`, then use ./client") from error
+            raise ClientError(
+                f"{error}; run `make setup`, then ./client, or your program with .venv/bin/python"
+            ) from error
         self._rpc_error = grpc.RpcError
         self._auth_pb = authservice_pb2
         self._worker_pb = workerservice_pb2
@@ -363,7 +365,7 @@ _CONNECTION_FAILURES = (
     ),
     (
         "certificate has expired",
-        f"{_CERTIFICATE}has expired; run certs/generate.sh there, or check the clock of yours",
+        f"{_CERTIFICATE}has expired; run certs/generate.sh there, or check this machine's clock",
     ),
     ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED),
     ("WRONG_VERSION_NUMBER", "what listens on {server} does not speak TLS; see --server"),

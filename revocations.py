@@ -9,7 +9,7 @@ The clock of a machine can be wrong and is set forward and back. If revoked toke
 by that clock, a step forward and back would make them valid again. So a token also ends by the
 *running time*: for how many seconds the server has run, over all its starts. It never goes back
 while the server runs. After a crash it may go on from an earlier value; tokens and revocations then
-end later, both alike.
+end later by the same time.
 
 The file of revocations has mode 0600 and a line `TOKEN_ID ENDS_S` for each token; the second is a
 running time. The constructor makes a missing file, and removes the lines of tokens that have
@@ -83,7 +83,7 @@ class RunningTime:
         return int(self._clock() - self._origin_s)
 
     def save(self) -> None:
-        """Write the running time to the file. A failure is logged: nothing depends on it now."""
+        """Write the running time to the file. A failure is logged; the next call tries again."""
         if self._fd is None:
             return
         try:

@@ -411,7 +411,7 @@ def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCre
                 socket.create_server((host, port), family=family).close()
             except OSError as error:
                 reason = os.strerror(error.errno or 0)
-        raise SettingsError(f"cannot listen on {address}: {reason}") from None
+        raise SettingsError(f"cannot listen on {address}: {reason}; see --listen") from None
 
 
 # --- the program ------------------------------------------------------------------------

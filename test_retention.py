@@ -241,7 +241,7 @@ def test_readers_of_a_removed_job_get_all_of_its_output(worker: Worker) -> None:
         assert budget.used == size
         assert received[i] + b"".join(reader) == expected
     assert budget.used == 0
-    assert _descriptors(worker) == descriptors
+    assert _descriptors(worker) <= descriptors  # gRPC, of other tests, may close some late
 
 
 def test_removal_that_races_with_everything_is_one_removal(
@@ -267,7 +267,7 @@ def test_removal_that_races_with_everything_is_one_removal(
         assert set(results[4:10]) <= {600_000, UnknownJobError}
         assert set(results[10:]) <= {1_200_000, UnknownJobError}
     assert len(_kept(worker)) == 1
-    assert _descriptors(worker) == descriptors
+    assert _descriptors(worker) <= descriptors  # gRPC, of other tests, may close some late
 
 
 def test_removal_that_races_with_the_end_removes_or_is_refused(
@@ -439,7 +439,7 @@ def test_of_a_finished_job_only_its_record_stays(worker: Worker) -> None:
     _finish(worker)  # the end of this job drops the last references to the earlier ones
     gc.collect()
     assert [part() for part in parts] == [None] * len(parts)
-    assert _descriptors(worker) == descriptors
+    assert _descriptors(worker) <= descriptors  # gRPC, of other tests, may close some late
 
 
 # --- the rule -----------------------------------------------------------------------------------

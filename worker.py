@@ -131,11 +131,11 @@ class Worker:
     belongs to one worker at a time, and output that a former worker left in it is deleted.
     `reserve_bytes`: how much of its disk output leaves free; default: 5 % of the disk or 1 GiB,
     whichever is less. Finished jobs give way before output is lost.
-    `uids`: each job runs as one of these users, which `start` is told, and not as the user of
+    `uids`: each job runs as the one of these users that `start` is given, and not as the user of
     the main process. Needs the right to change users (`privileges.can_change_user`).
+    What a user's jobs leave behind is removed when the last of them ends: System V and POSIX IPC
+    objects, and files in /tmp, /var/tmp and /dev/shm.
     `bounds`: what all jobs together may have, where there are cgroups; default: `Bounds()`.
-    With `uids`, what a user's jobs leave behind is removed when the last of them ends: System V
-    and POSIX IPC objects, and files in /tmp, /var/tmp and /dev/shm.
     `retention`: how long finished jobs are kept; default: until they are removed.
 
     Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
@@ -188,7 +188,7 @@ class Worker:
             undo.callback(self._spares.close)
             self._undo = undo.pop_all()
         if uids is None:
-            # With `uids` not yet, because `drop_privileges` needs a process without threads.
+            # With `uids`, `drop_privileges` does this: it needs a process without threads.
             self._spares.fill()
 
     @property
@@ -319,7 +319,7 @@ class Worker:
                 trim=self._registry.trim,
             )
             undo.pop_all()
-            # Before the job's thread knows of it, because that may finish it at once.
+            # Before its thread runs, which may finish the job at once.
             self._registry.add(job)
             spare.thread.give(job.job_id, job.run)
             return job.job_id
