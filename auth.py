@@ -163,6 +163,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.AuthService/Logout": _EVERYONE,
     "/jobworker.v1.WorkerService/StartJob": _EVERYONE,
     "/jobworker.v1.WorkerService/StopJob": _EVERYONE,
+    "/jobworker.v1.WorkerService/SignalJob": _EVERYONE,
     "/jobworker.v1.WorkerService/GetJobStatus": _EVERYONE,
     "/jobworker.v1.WorkerService/StreamOutput": _EVERYONE,
     "/jobworker.v1.WorkerService/ListJobs": _EVERYONE,

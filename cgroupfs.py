@@ -31,7 +31,7 @@ from descriptors import with_reserve
 from privileges import set_process_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = [
     "DELEGATE",
@@ -49,6 +49,7 @@ __all__ = [
     "read_if_there",
     "read_text",
     "remove_tree",
+    "signal_tree",
     "wait_event",
     "write",
 ]
@@ -67,6 +68,8 @@ _CHECK_VALUE = "check the limit's value and the kernel's log"
 _REMOVE_RETRY_S = 2.0  # how long rmdir may fail with EBUSY although the cgroup is empty
 _FREEZE_S = 0.5  # how long to wait for a cgroup to freeze before killing what is in it
 _READ_BYTES = 64 * 1024
+_SIGNAL_ROUNDS = 4  # how often to look for processes that were forked during the round before
+_SIGNAL_BATCH = 64  # how many pidfds to open at the same time
 _DEATH_S = 5.0  # how long killed processes may take to be gone
 _GONE = (errno.ENOENT, errno.ENODEV)  # no such file; its cgroup was removed while the file was open
 
@@ -229,6 +232,57 @@ def freeze_and_kill(path: Path) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
         write(os.path.join(path, "cgroup.freeze"), "0", remedy=DELEGATE)
+
+
+def signal_tree(
+    path: Path, number: int, send: Callable[[int, int], object] = signal.pidfd_send_signal
+) -> None:
+    """Send a signal, once, to every process in the cgroup and below it.
+
+    Processes that are forked meanwhile get it too, unless forks go on without end. Does nothing
+    if the cgroup is gone. `send` is given a pidfd and the signal. Raises `CgroupError`, and what
+    `send` raises, except ProcessLookupError.
+    """
+    signalled: set[int] = set()
+    for _ in range(_SIGNAL_ROUNDS):
+        found = _processes(path) - signalled
+        if not found:
+            return
+        signalled |= found
+        pids = sorted(found)
+        for begin in range(0, len(pids), _SIGNAL_BATCH):
+            _signal(path, number, pids[begin : begin + _SIGNAL_BATCH], send)
+
+
+def _signal(
+    path: Path, number: int, pids: Sequence[int], send: Callable[[int, int], object]
+) -> None:
+    """Send a signal to those of the processes that are still in the cgroup or below it."""
+    with contextlib.ExitStack() as opened:
+        pidfds = {}
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pidfds[pid] = os.pidfd_open(pid)
+                opened.callback(os.close, pidfds[pid])
+        # A process may have ended, and a stranger have its number, before its pidfd was opened. So
+        # we look again: if the number is still in the cgroup, then the pidfd is that of a process
+        # of the cgroup, or of a stranger that has ended.
+        for pid in _processes(path) & pidfds.keys():
+            with contextlib.suppress(ProcessLookupError):
+                send(pidfds[pid], number)
+
+
+def _processes(path: Path) -> set[int]:
+    """Return the processes in the cgroup and below it. Raises `CgroupError`."""
+    pids = set()
+    for directory in _directories(path):
+        try:
+            pids |= set(map(int, read_if_there(f"{directory}/cgroup.procs").split()))
+        except CgroupError as error:
+            # A threaded cgroup, whose processes are listed in one above it.
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+    return pids - {0}  # a process of another PID namespace is listed as 0
 
 
 def remove_tree(path: Path) -> None:

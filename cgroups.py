@@ -57,6 +57,7 @@ from cgroupfs import (
     read_if_there,
     read_text,
     remove_tree,
+    signal_tree,
     wait_event,
     write,
 )
@@ -365,6 +366,10 @@ class Cgroup:
     def kill(self) -> None:
         """SIGKILL every process in the cgroup and below it. Does nothing if the cgroup is gone."""
         kill_tree(self.path)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process in the cgroup and below it: `signal_tree`."""
+        signal_tree(self.path, number)
 
     def wait_empty(self, timeout: float | None = None) -> None:
         """Block until no living process is in the cgroup or below it, or the cgroup is gone.

@@ -34,6 +34,7 @@ _SUBCOMMANDS = {
     "logout": "Make the token invalid for good, and delete the kept one",
     "start": "Start a job and print its ID",
     "stop": "Kill every process of a job; returns when they are gone",
+    "signal": "Send a signal to a job",
     "status": "Show the state of a job",
     "stream": "Write a job's output to stdout, from its start until the job ends",
     "remove": "Forget a finished job and delete its output",
@@ -165,7 +166,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         _add_connection(subparser)
         if name != "login":
             _add_token(subparser)
-        if name in {"stop", "status", "stream", "remove"}:
+        if name in {"stop", "signal", "status", "stream", "remove"}:
             _add_job(subparser, several=name != "stream")
         if name in {"status", "list"}:
             subparser.add_argument(
@@ -173,6 +174,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
             )
     _add_login(subparsers["login"])
     _add_start(subparsers["start"])
+    _add_signal(subparsers["signal"])
     subparsers["stream"].add_argument(
         "--offset",
         type=_offset,
@@ -260,6 +262,21 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         nargs=argparse.REMAINDER,
         help="the command and its arguments, in place of -c and -args",
+    )
+
+
+def _add_signal(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-s",
+        "--signal",
+        default="TERM",
+        metavar="SIGNAL",
+        help="its name, like HUP or SIGHUP, or its number (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="send it to every process of the job; default: to the one that executes the command",
     )
 
 

@@ -346,6 +346,13 @@ def _stop(client: Client, arguments: argparse.Namespace) -> None:
     _for_each(arguments.job, stop)
 
 
+def _signal(client: Client, arguments: argparse.Namespace) -> None:
+    _for_each(
+        arguments.job,
+        lambda job_id: client.signal(job_id, arguments.signal, everything=arguments.all),
+    )
+
+
 def _status(client: Client, arguments: argparse.Namespace) -> None:
     jobs: list[worker_pb.Job] = []
     try:
@@ -416,6 +423,7 @@ COMMANDS: dict[str, Callable[[Client, argparse.Namespace], None]] = {
     "logout": _logout,
     "start": _start,
     "stop": _stop,
+    "signal": _signal,
     "status": _status,
     "stream": _stream,
     "remove": _remove,

@@ -265,6 +265,12 @@ class Client:
         job: worker_pb.Job = self._call(self._worker.StopJob, request).job
         return job
 
+    def signal(self, job_id: str, signal: str | int, *, everything: bool = False) -> None:
+        """Send a signal, like "HUP", "SIGHUP" or 1, to the job's leader, or to every process."""
+        text = signal if isinstance(signal, str) else str(int(signal))  # a Signals is an int
+        request = self._worker_pb.SignalJobRequest(job_id=job_id, signal=text, all=everything)
+        self._call(self._worker.SignalJob, request)
+
     def status(self, job_id: str) -> worker_pb.Job:
         """Return the current state of the job."""
         request = self._worker_pb.GetJobStatusRequest(job_id=job_id)

@@ -16,6 +16,7 @@ __all__ = [
     "CommandNotFoundError",
     "JobRunningError",
     "ResourceError",
+    "SignalError",
     "StartTimeoutError",
     "StopTimeoutError",
     "UnknownJobError",
@@ -64,6 +65,14 @@ class CommandNotExecutableError(CommandError):
 
 class ResourceError(WorkerError):
     """The host has run out of something a new job needs: processes, descriptors, disk, memory."""
+
+
+class SignalError(WorkerError):
+    """A signal could not be sent to a job. Attribute: `job_id`."""
+
+    def __init__(self, job_id: str, problem: str) -> None:
+        super().__init__(f"no signal was sent to job {job_id}: {problem}")
+        self.job_id = job_id
 
 
 class StartTimeoutError(WorkerError, TimeoutError):

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import inherited
 import processes
-from cgroupfs import dismantle
+from cgroupfs import dismantle, signal_tree
 from leader import become, clone, clone_works, detach, limit, popen, wait_and_execute
 from leftovers import clear
 from messages import AttachError, close_all, failure, receive, send, wait_ready
@@ -57,7 +57,7 @@ from privileges import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["JOB_RLIMITS", "set_signals"]
 
@@ -179,6 +179,8 @@ class _ForkServer:
                     self._reap_some()
                     if request["job"] in self._pids:
                         self._kill_or_reap(self._pids[request["job"]])
+                case "signal":
+                    self._signal(request)
                 case "clear":
                     pid, pidfd = self._fork_clearing(request["uid"], reply)
                     answer["pid"] = pid
@@ -215,12 +217,15 @@ class _ForkServer:
 
     def _fork_clearing(self, uid: int, reply: socket.socket) -> tuple[int, int]:
         """Fork a process that removes what the user's jobs have left; return as `_fork` does."""
-        if self._uids is None or type(uid) is not int or uid not in self._uids:
-            raise PermissionError(errno.EPERM, "not one of the users named at the start")
+        self._check_uid(uid)
         child = functools.partial(_clear, reply, uid, self._pid)
         pid, pidfd = self._fork_child(None, child)
         self._clearing.add(pid)
         return pid, pidfd
+
+    def _check_uid(self, uid: int) -> None:
+        if self._uids is None or type(uid) is not int or uid not in self._uids:
+            raise PermissionError(errno.EPERM, "not one of the users named at the start")
 
     @contextlib.contextmanager
     def _opened_cgroup(self, job: str) -> Iterator[int | None]:
@@ -337,6 +342,28 @@ class _ForkServer:
             for now in [processes.look(each.pid)]
         )
 
+    def _signal(self, request: dict[str, Any]) -> None:
+        """Send a signal to the leader of a job, or to every process of the job."""
+        job, number, uid = request["job"], request["signal"], request["uid"]
+        if number not in signal.valid_signals():
+            raise ValueError("not a signal")
+        if uid is not None:
+            self._check_uid(uid)
+        # Until this process reaps the leader, no other process or group can have its number.
+        pid = self._pids.get(job)
+        if pid is None or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            raise ProcessLookupError(errno.ESRCH, "the leader has ended")
+        if not request["everything"]:
+            _as_user(uid, os.kill, pid, number)
+        elif self._jobs_cgroup is not None:
+            send = functools.partial(_as_user, uid, signal.pidfd_send_signal)
+            signal_tree(f"{self._jobs_cgroup}/{job}", number, send)
+        else:
+            others = processes.members(processes.table(), pid)
+            _as_user(uid, os.kill, pid, number)
+            for each in others:
+                _as_user(uid, processes.send_signal, each, number)
+
     def _kill_everything(self) -> None:
         if self._jobs_cgroup is not None:
             # This kills processes that are being forked, too. Absent before Linux 5.14.
@@ -389,6 +416,24 @@ def set_signals() -> None:
 
 def _wake(signum: int, frame: object) -> None:
     """Do nothing: the interpreter has written a byte to the wake-up descriptor."""
+
+
+def _as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, n: int) -> None:
+    """Send a signal with the rights of the user `uid`, who has the right to signal their own jobs.
+
+    This process may have no CAP_KILL. Its real and saved uid stay what they are, so the user
+    gets no right over this process.
+    """
+    if uid is None:
+        send(process, n)
+        return
+    own = os.geteuid()
+    os.seteuid(uid)
+    try:
+        send(process, n)
+    finally:
+        os.seteuid(own)
+        prctl(PR_SET_DUMPABLE, 0)  # a change of the uid resets it
 
 
 def _kill_group(group: int) -> None:

@@ -49,6 +49,7 @@ _SLOW = {
     "/jobworker.v1.AuthService/Logout",
     "/jobworker.v1.WorkerService/StartJob",
     "/jobworker.v1.WorkerService/StopJob",
+    "/jobworker.v1.WorkerService/SignalJob",
     "/jobworker.v1.WorkerService/RemoveJob",
 }
 
@@ -125,6 +126,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (OtherStartError, grpc.StatusCode.ALREADY_EXISTS, None),
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
     (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
+    (worker.SignalError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (worker.OffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
     (worker.OutputIncompleteError, grpc.StatusCode.DATA_LOSS, None),
     (OverloadError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),

@@ -33,6 +33,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from cgroups import CgroupError
+from errors import SignalError
 from limits import NO_LIMITS, Limits, Usage
 from spawner import Exit, SpawnerDiedError, read_exit
 
@@ -191,6 +192,7 @@ class RunningJob:
         self.thread = spare.thread
         self.position = 0
         self._argv = tuple(work.argv)
+        self._uid = work.uid
         self._on_end = work.on_end
         self._cgroup = cgroup
         self._limits = cgroup.limits if cgroup else NO_LIMITS
@@ -266,6 +268,27 @@ class RunningJob:
             if self._kill_reason is None and not _is_readable(self._pidfd):
                 self._kill_reason, self._stop_reason = reason, stop_reason
         self._kill_processes()
+
+    def signal(self, number: int, *, everything: bool) -> None:
+        """Send a signal to the leader, or to every process. Raises as `Worker.signal` does."""
+        with self._ended:
+            if self._status is not Status.RUNNING or _is_readable(self._pidfd):
+                raise SignalError(self.job_id, "it has ended")
+            if not everything:
+                # EPERM: the leader runs as another user. The fork server has the right.
+                with contextlib.suppress(PermissionError):
+                    signal.pidfd_send_signal(self._pidfd, number)
+                    return
+        if everything and self._cgroup is not None:
+            with contextlib.suppress(PermissionError):
+                self._cgroup.signal(number)
+                return
+        try:
+            self._spawner.signal(self.job_id, number, uid=self._uid, everything=everything)
+        except ProcessLookupError:
+            raise SignalError(self.job_id, "it has ended") from None
+        except PermissionError as error:
+            raise SignalError(self.job_id, "the kernel does not permit it") from error
 
     def _kill_processes(self) -> None:
         if self._cgroup is not None:

@@ -81,7 +81,7 @@ def _comes_of(processes: Mapping[int, Entry], entry: Entry, ancestor: int) -> bo
     return False
 
 
-def send_signal(entry: Entry, number: signal.Signals) -> None:
+def send_signal(entry: Entry, number: int) -> None:
     """Send a signal to this process, and to no later one with its pid."""
     # EPERM: we have no right to do so. ESRCH: it has ended.
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -27,9 +27,9 @@ import time
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from errors import JobRunningError, UnknownJobError
+from errors import JobRunningError, SignalError, UnknownJobError
 from job import RunningJob
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ class FinishedJob:
 
     def kill(self, reason: EndReason, stop_reason: str = "") -> None:
         """Do nothing: it has ended."""
+
+    def signal(self, number: int, *, everything: bool) -> NoReturn:  # noqa: ARG002
+        raise SignalError(self.job_id, "it has ended")
 
 
 class _Holding:

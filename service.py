@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import re
+import signal
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -236,6 +237,18 @@ class _WorkerServicer:
         call.record(alone=self._worker.status(job_id).status is Status.RUNNING)
         return worker_pb.StopJobResponse(job=_job(self._worker.stop(job_id, reason=reason)))
 
+    def SignalJob(  # noqa: N802
+        self, request: worker_pb.SignalJobRequest, call: Call
+    ) -> worker_pb.SignalJobResponse:
+        job_id, _ = self._reach(request.job_id, call)
+        number = _signal_number(request.signal)
+        if self._worker.status(job_id).status is not Status.RUNNING:
+            # Checked here, because the audit log must not record a signal that is not sent.
+            raise worker.SignalError(job_id, "it has ended")
+        call.record(reason=f"signal {number} to {'every process' if request.all else 'the leader'}")
+        self._worker.signal(job_id, number, everything=request.all)
+        return worker_pb.SignalJobResponse()
+
     def RemoveJob(  # noqa: N802
         self, request: worker_pb.RemoveJobRequest, call: Call
     ) -> worker_pb.RemoveJobResponse:
@@ -372,6 +385,19 @@ def _uuid(text: str, what: str) -> str:
     raise BadRequestError(
         f"not {what}: {text[:SHOWN_CHARACTERS]!r}; it looks like "
         "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"
+    )
+
+
+def _signal_number(text: str) -> int:
+    """Return the number of a signal that is named or numbered. Raises `BadRequestError`."""
+    name = text.upper().removeprefix("SIG")
+    numbers = {str(int(number)): int(number) for number in signal.valid_signals()}
+    numbers |= {known.name.removeprefix("SIG"): int(known) for known in signal.Signals}
+    if name in numbers:
+        return numbers[name]
+    raise BadRequestError(
+        f"no such signal: {text[:SHOWN_CHARACTERS]!r}; it is a name like TERM or SIGTERM, or a "
+        f"number from 1 to {max(signal.valid_signals())}"
     )
 
 

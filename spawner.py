@@ -149,6 +149,17 @@ class Spawner:
         """
         self._request({"op": "kill", "job": job})
 
+    def signal(self, job: str, number: int, *, uid: int | None, everything: bool) -> None:
+        """Send a signal to the leader of `job`, or to every process of the job.
+
+        `uid`: the user that the job runs as, as for `Process.execute`.
+
+        Raises ProcessLookupError if the leader has ended; PermissionError if the kernel does not
+        permit it; another OSError if a cgroup cannot be read; `SpawnerDiedError`.
+        """
+        request = {"op": "signal", "job": job, "signal": int(number), "uid": uid}
+        self._request(request | {"everything": everything})
+
     def clear(self, uid: int) -> tuple[socket.socket, int]:
         """Have a process forked that removes what the jobs of the user `uid` have left behind.
 

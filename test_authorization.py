@@ -66,6 +66,7 @@ _USERS = {"root": "admin", "alice": "user", "bob": "user", "leaver": "user"}
 _REQUESTS: dict[str, dict[str, Any]] = {
     "Login": {"username": "alice", "password": _PASSWORD},
     "StartJob": {"command": "true"},
+    "SignalJob": {"signal": "CONT"},
 }
 
 
@@ -340,10 +341,15 @@ def test_matrix(house: _House, foreign: dict[str, str], role: str, name: str, jo
         job_id = house.run("bob", forever=forever)
     expected, data = _expected(role, name, job), _request(name, job_id)
     if expected is None:
-        # RemoveJob admits the caller, but a running job cannot be removed.
-        too_early = f"FAILED_PRECONDITION: job {job_id} is still running; stop it first"
+        # The caller is admitted, but a running job cannot be removed, and one that has ended gets
+        # no signal.
+        early_or_late = {
+            ("RemoveJob", True): f"job {job_id} is still running; stop it first",
+            ("SignalJob", False): f"no signal was sent to job {job_id}: it has ended",
+        }
+        problem = early_or_late.get((name, forever))
         assert _admitted(house.channel, name, data, _bearer(house.token(caller))) == (
-            too_early if forever and name == "RemoveJob" else "OK"
+            f"FAILED_PRECONDITION: {problem}" if problem else "OK"
         )
         return
     assert house.call(caller, name, data) == expected

@@ -32,7 +32,15 @@ import workerservice_pb2 as worker_pb
 from cgroupfs import wait_event
 from client import Client, ClientError
 from privileges import can_change_user, can_kill_any
-from testkit import GUARD_S, NOBODY, children_of, clean_environment, fork_server_of
+from testkit import (
+    GUARD_S,
+    NOBODY,
+    SIGNALLED_TREE,
+    children_of,
+    clean_environment,
+    fork_server_of,
+    public_python,
+)
 from users import make_user
 from worker import Worker
 
@@ -1019,6 +1027,19 @@ def test_require_isolation_makes_it_an_error(
     assert os.listdir(state_of_nobody) == []
 
 
+def _check_signals(client: Client) -> None:
+    """Signals reach the processes of a job that has a uid of its own."""
+    for to_all in (False, True):
+        tree = ["-c", SIGNALLED_TREE, "2", *(["wait"] if to_all else [])]
+        job = client.start(public_python(), tree)
+        chunks, output = client.stream(job), b""
+        while output.count(b"up") < 3:
+            output += next(chunks)
+        client.signal(job, "USR1", everything=to_all)
+        output += b"".join(chunks)
+        assert (output.count(b"leader"), output.count(b"child")) == (1, 2 if to_all else 0)
+
+
 def test_isolation_with_capabilities_instead_of_root(
     certs: Path,
     public: Path,
@@ -1048,6 +1069,7 @@ def test_isolation_with_capabilities_instead_of_root(
             # A job has run, so the fork server has given up its other rights.
             fork_server = _status(fork_server_of(pid))
             assert int(fork_server["CapEff"], 16) == sum(1 << number for number in (5, 6, 7))
+            _check_signals(user)
             job = _sh(user, witness.script)
             witness.await_up(1)
             script = 'kill -9 $1 $2 && echo gained; cat "$3/token.key" && echo gained'
@@ -1077,6 +1099,7 @@ def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
         fork_server = fork_server_of(program.process.pid)
         with _login(program.address, certs, "user", "user") as user:
             assert _uid_of(user) >= _FIRST_UID - 1
+            _check_signals(user)
             job = _sh(user, witness.script)
             witness.await_up(1)
             assert user.stop(job).status == worker_pb.STOPPED

@@ -31,6 +31,8 @@ from limits import NO_LIMITS, Limits
 from spawner import Process, Spawner
 from testkit import (
     GUARD_S,
+    SIGNALLED_TREE,
+    await_lines,
     await_output,
     discard_spares,
     job_cgroups,
@@ -144,6 +146,24 @@ def escapees(tmp_path: Path) -> Iterator[_Escapees]:
     escapees = _Escapees(tmp_path / "fifo")
     yield escapees
     escapees.close()
+
+
+# --- signals ----------------------------------------------------------------------------------
+
+
+def test_signal_reaches_processes_in_other_sessions_and_in_cgroups_below(worker: Worker) -> None:
+    """A signal to everything reaches each process of the job once, wherever the process is."""
+    tree = [sys.executable, "-c", SIGNALLED_TREE, "40", "wait", "setsid"]
+    script = """
+        cd "$0/$(sed -n s/^0::.//p /proc/self/cgroup)" && mkdir its || exit
+        sh -c 'echo 0 >its/cgroup.procs && exec "$@"' sh "$@" &
+        exec "$@" """
+    job = worker.start("sh", ["-c", script, str(_top(worker)), *tree])
+    await_lines(worker, job, b"up", 82)
+    worker.signal(job, signal.SIGUSR1, everything=True)
+    output = _output(worker, job)
+    assert (output.count(b"leader"), output.count(b"child")) == (2, 80)
+    assert worker.status(job).exit_code == 7
 
 
 # --- membership and limits --------------------------------------------------------------------

@@ -39,7 +39,7 @@ _MODULES = {
         "spawner": "descriptors messages",
         "cgroups": "cgroupfs limits",
         "spares": "cgroups errors limits spawner; broadcaster",
-        "job": "cgroups limits spawner; broadcaster spares",
+        "job": "cgroups errors limits spawner; broadcaster spares",
         "retention": "errors job; broadcaster",
         "worker": "broadcaster cgroups errors inherited job leftovers limits privileges retention "
         "spares spawner",

@@ -638,6 +638,32 @@ def test_admin_stopping_their_own_job_is_its_owner(connect: Connect) -> None:
     assert admin.stop(admin.start(*FOREVER)).end_reason == worker_pb.STOPPED_BY_OWNER
 
 
+@pytest.mark.parametrize("text", ["KILL", "SIGKILL", "sigkill", "9", signal.SIGKILL])
+def test_signal_has_a_name_or_a_number(connect: Connect, text: str | int) -> None:
+    """The job is then SIGNALLED, and gets no other signal."""
+    client = connect()
+    job_id = client.start(*FOREVER)
+    chunks = follow(client, job_id)
+    client.signal(job_id, text)
+    assert list(chunks) == []
+    assert (end := chunks.end) is not None
+    assert (end.end_reason, end.signal) == ("SIGNALLED", signal.SIGKILL)
+    with pytest.raises(ClientError, match="it has ended") as caught:
+        client.signal(job_id, text)
+    assert caught.value.code == "FAILED_PRECONDITION"
+
+
+@pytest.mark.parametrize("text", ["", "0", "-9", "65", "009", "９", "NOSUCH"])
+def test_what_is_no_signal_is_refused(connect: Connect, text: str) -> None:
+    """The error names what a signal looks like. The job gets nothing."""
+    client = connect()
+    job_id = client.start(*FOREVER)
+    with pytest.raises(ClientError, match="no such signal: .* like TERM or SIGTERM") as caught:
+        client.signal(job_id, text, everything=True)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    assert client.status(job_id).status == worker_pb.RUNNING
+
+
 def test_stop_of_a_finished_job_keeps_its_end(connect: Connect) -> None:
     """If a job has ended by itself, StopJob returns that end and does not change it."""
     client = connect()

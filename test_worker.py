@@ -34,6 +34,8 @@ from limits import NO_LIMITS
 from testkit import (
     GUARD_S,
     LIBRARY,
+    SIGNALLED_TREE,
+    await_lines,
     children_of,
     descriptors_of,
     discard_spares,
@@ -55,6 +57,7 @@ from worker import (
     OffsetError,
     OutputIncompleteError,
     ResourceError,
+    SignalError,
     SpawnerDiedError,
     StartTimeoutError,
     Status,
@@ -865,6 +868,60 @@ def test_stop_of_a_stopped_process_works(worker: Worker) -> None:
     job_id = _sh(worker, "(kill -STOP $$; echo stopped); " + _FOREVER)
     assert _first_line(worker, job_id) == b"stopped"
     assert _end(worker.stop(job_id)) == _STOPPED
+
+
+# --- signal ---------------------------------------------------------------------------------
+
+
+def test_signal_reaches_the_leader_alone(worker: Worker) -> None:
+    """Its children do not get the signal. The job ends as its leader decides."""
+    job_id = worker.start(sys.executable, ["-c", SIGNALLED_TREE, "3"])
+    await_lines(worker, job_id, b"up", 4)
+    worker.signal(job_id, signal.SIGUSR1)
+    assert _end(worker.wait(job_id, GUARD_S)) == _EXITED_7
+    assert _output(worker, job_id).count(b"leader") == 1
+    assert b"child" not in _output(worker, job_id)
+
+
+def test_signal_to_everything_reaches_every_process_once(worker: Worker) -> None:
+    """The leader and its children each get the signal."""
+    job_id = worker.start(sys.executable, ["-c", SIGNALLED_TREE, "3", "wait", "setsid"])
+    await_lines(worker, job_id, b"up", 4)
+    worker.signal(job_id, signal.SIGUSR1, everything=True)
+    assert _end(worker.wait(job_id, GUARD_S)) == _EXITED_7
+    assert _output(worker, job_id).count(b"leader") == 1
+    assert _output(worker, job_id).count(b"child") == 3
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_job_that_a_signal_kills_is_signalled_and_not_stopped(
+    worker: Worker, everything: bool
+) -> None:
+    """That holds for SIGKILL, too."""
+    job_id = _sh(worker, _FOREVER)
+    worker.signal(job_id, signal.SIGKILL, everything=everything)
+    assert _end(worker.wait(job_id, GUARD_S)) == _KILLED_ITSELF
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_no_signal_is_sent_to_a_job_that_has_ended(worker: Worker, everything: bool) -> None:
+    """The error says that the job has ended; of an unknown job, that it is unknown."""
+    job_id = _sh(worker, "exit 7")
+    worker.wait(job_id, GUARD_S)
+    with pytest.raises(SignalError, match=f"{job_id}: it has ended"):
+        worker.signal(job_id, signal.SIGTERM, everything=everything)
+    worker.remove(job_id)
+    with pytest.raises(UnknownJobError):
+        worker.signal(job_id, signal.SIGTERM, everything=everything)
+
+
+@pytest.mark.parametrize("number", [-1, 0, 65, 9999])
+def test_number_that_is_no_signal_is_refused(worker: Worker, number: int) -> None:
+    """It reaches no process."""
+    job_id = _sh(worker, _FOREVER)
+    with pytest.raises(ValueError, match="not the number of a signal"):
+        worker.signal(job_id, number, everything=True)
+    assert worker.status(job_id).status is Status.RUNNING
 
 
 _KILLED_ITSELF = (Status.FINISHED, EndReason.SIGNALLED, None, 9)

@@ -223,6 +223,44 @@ def job_files(worker: Worker) -> list[str]:
     )
 
 
+SIGNALLED_TREE = """
+import contextlib, os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+children = int(sys.argv[1])
+name = b"leader\\n"
+for number in range(children):
+    if os.fork() == 0:
+        if "setsid" in sys.argv and number % 2:
+            os.setsid()
+        name, children = b"child\\n", 0
+        break
+os.write(1, b"up\\n")
+signal.sigwait({signal.SIGUSR1})
+os.write(1, name)
+if "wait" in sys.argv:
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+sys.exit(7)
+"""
+"""A Python program: a leader and children, each of which writes its name when it gets SIGUSR1.
+
+Arguments: how many children; "setsid": half of them have sessions of their own; "wait": the
+leader ends after its children.
+"""
+
+
+def await_lines(worker: Worker, job_id: str, line: bytes, count: int) -> None:
+    """Block until the job has written that many such lines."""
+    output = b""
+    with worker.stream(job_id) as chunks:
+        for chunk in chunks:
+            output += chunk
+            if output.split(b"\n").count(line) >= count:
+                return
+    pytest.fail(f"the job ended and wrote {output!r}")
+
+
 def await_output(worker: Worker, job_id: str, text: bytes) -> None:
     """Block until the job has written `text`."""
     output = b""

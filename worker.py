@@ -40,6 +40,7 @@ import functools
 import logging
 import os
 import pwd
+import signal
 import threading
 import time
 from datetime import UTC, datetime
@@ -63,6 +64,7 @@ from errors import (
     CommandNotFoundError,
     JobRunningError,
     ResourceError,
+    SignalError,
     StartTimeoutError,
     StopTimeoutError,
     UnknownJobError,
@@ -95,6 +97,7 @@ __all__ = [
     "OutputIncompleteError",
     "ResourceError",
     "Retention",
+    "SignalError",
     "SpawnerDiedError",
     "StartTimeoutError",
     "Status",
@@ -393,6 +396,20 @@ class Worker:
         if not job.wait(_STOP_TIMEOUT_S):
             raise StopTimeoutError(job_id, _STOP_TIMEOUT_S)
         return job.snapshot()
+
+    def signal(self, job_id: str, number: int, *, everything: bool = False) -> None:
+        """Send a signal to the leader of a job, or to every process of the job.
+
+        `number`: of `signal.valid_signals()`. `everything`: each process gets the signal once, also
+        one that is forked meanwhile. Without cgroups a process does not get it that is forked
+        meanwhile, or that has left the leader's session and lost its parents.
+        Does not wait for what the signal does. A job that the signal ends is FINISHED, even if
+        it is SIGKILL. Raises `UnknownJobError`; `SignalError` when the leader has ended, or the
+        kernel does not permit it; `CgroupError`, OSError, `SpawnerDiedError`, ValueError.
+        """
+        if number not in signal.valid_signals():
+            raise ValueError(f"{number!r} is not the number of a signal")
+        self._job(job_id).signal(number, everything=everything)
 
     def remove(self, job_id: str) -> None:
         """Forget a finished job and delete its output.

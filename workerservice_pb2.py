@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13workerservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"j\n\x0fStartJobRequest\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x02 \x03(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.jobworker.v1.Limits\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\"\n\x10StartJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\" \n\x0eStopJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"1\n\x0fStopJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.jobworker.v1.Job\"%\n\x13GetJobStatusRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"6\n\x14GetJobStatusResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.jobworker.v1.Job\"5\n\x13StreamOutputRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"4\n\x14StreamOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.jobworker.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10RemoveJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11RemoveJobResponse\"\xe4\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x04 \x03(\t\x12$\n\x06status\x18\x05 \x01(\x0e\x32\x14.jobworker.v1.Status\x12+\n\nend_reason\x18\x06 \x01(\x0e\x32\x17.jobworker.v1.EndReason\x12\x16\n\texit_code\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0coutput_bytes\x18\x0b \x01(\x04\x12\x13\n\x0bsubscribers\x18\x0c \x03(\t\x12$\n\x06limits\x18\r \x01(\x0b\x32\x14.jobworker.v1.Limits\x12\"\n\x05usage\x18\x0e \x01(\x0b\x32\x13.jobworker.v1.Usage\x12\x19\n\x11output_lost_bytes\x18\x0f \x01(\x04\x12\x18\n\x10may_have_escaped\x18\x10 \x01(\x08\x42\x0c\n\n_exit_codeB\t\n\x07_signal\"\xce\x02\n\x06Limits\x12\x16\n\tcpu_cores\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cmemory_bytes\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nswap_bytes\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x18\n\x0bio_read_bps\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x19\n\x0cio_write_bps\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x11\n\x04pids\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x19\n\x0cio_read_iops\x18\x07 \x01(\x04H\x06\x88\x01\x01\x12\x1a\n\rio_write_iops\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0c\n\n_cpu_coresB\x0f\n\r_memory_bytesB\r\n\x0b_swap_bytesB\x0e\n\x0c_io_read_bpsB\x0f\n\r_io_write_bpsB\x07\n\x05_pidsB\x0f\n\r_io_read_iopsB\x10\n\x0e_io_write_iops\"\x92\x05\n\x05Usage\x12)\n\x06source\x18\x01 \x01(\x0e\x32\x19.jobworker.v1.UsageSource\x12\x17\n\ncpu_user_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0c\x63pu_system_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0f\x63pu_throttled_s\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cmemory_bytes\x18\x05 \x01(\x04H\x03\x88\x01\x01\x12\x1e\n\x11memory_peak_bytes\x18\x06 \x01(\x04H\x04\x88\x01\x01\x12\x1a\n\rio_read_bytes\x18\x07 \x01(\x04H\x05\x88\x01\x01\x12\x1d\n\x10io_written_bytes\x18\x08 \x01(\x04H\x06\x88\x01\x01\x12\x15\n\x08io_reads\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x16\n\tio_writes\x18\n \x01(\x04H\x08\x88\x01\x01\x12\x11\n\x04pids\x18\x0b \x01(\x04H\t\x88\x01\x01\x12\x16\n\tpids_peak\x18\x0c \x01(\x04H\n\x88\x01\x01\x12\x16\n\toom_kills\x18\r \x01(\x04H\x0b\x88\x01\x01\x12\x1e\n\x11memory_limit_hits\x18\x0e \x01(\x04H\x0c\x88\x01\x01\x12\x1a\n\rrefused_forks\x18\x0f \x01(\x04H\r\x88\x01\x01\x42\r\n\x0b_cpu_user_sB\x0f\n\r_cpu_system_sB\x12\n\x10_cpu_throttled_sB\x0f\n\r_memory_bytesB\x14\n\x12_memory_peak_bytesB\x10\n\x0e_io_read_bytesB\x13\n\x11_io_written_bytesB\x0b\n\t_io_readsB\x0c\n\n_io_writesB\x07\n\x05_pidsB\x0c\n\n_pids_peakB\x0c\n\n_oom_killsB\x14\n\x12_memory_limit_hitsB\x10\n\x0e_refused_forks*H\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0b\n\x07RUNNING\x10\x01\x12\x0b\n\x07STOPPED\x10\x02\x12\x0c\n\x08\x46INISHED\x10\x03*\xb8\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\n\n\x06\x45XITED\x10\x01\x12\r\n\tSIGNALLED\x10\x02\x12\x14\n\x10STOPPED_BY_OWNER\x10\x03\x12\x14\n\x10STOPPED_BY_ADMIN\x10\x04\x12\x11\n\rOUT_OF_MEMORY\x10\x05\x12\x13\n\x0fSERVER_SHUTDOWN\x10\x06\x12\x08\n\x04LOST\x10\x07\x12\x16\n\x12HOST_OUT_OF_MEMORY\x10\x08*C\n\x0bUsageSource\x12\x1c\n\x18USAGE_SOURCE_UNSPECIFIED\x10\x00\x12\n\n\x06\x43GROUP\x10\x01\x12\n\n\x06RUSAGE\x10\x02\x32\xeb\x03\n\rWorkerService\x12I\n\x08StartJob\x12\x1d.jobworker.v1.StartJobRequest\x1a\x1e.jobworker.v1.StartJobResponse\x12\x46\n\x07StopJob\x12\x1c.jobworker.v1.StopJobRequest\x1a\x1d.jobworker.v1.StopJobResponse\x12U\n\x0cGetJobStatus\x12!.jobworker.v1.GetJobStatusRequest\x1a\".jobworker.v1.GetJobStatusResponse\x12W\n\x0cStreamOutput\x12!.jobworker.v1.StreamOutputRequest\x1a\".jobworker.v1.StreamOutputResponse0\x01\x12I\n\x08ListJobs\x12\x1d.jobworker.v1.ListJobsRequest\x1a\x1e.jobworker.v1.ListJobsResponse\x12L\n\tRemoveJob\x12\x1e.jobworker.v1.RemoveJobRequest\x1a\x1f.jobworker.v1.RemoveJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13workerservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"j\n\x0fStartJobRequest\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x02 \x03(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.jobworker.v1.Limits\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\"\n\x10StartJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\" \n\x0eStopJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"1\n\x0fStopJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.jobworker.v1.Job\"?\n\x10SignalJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06signal\x18\x02 \x01(\t\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\"\x13\n\x11SignalJobResponse\"%\n\x13GetJobStatusRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"6\n\x14GetJobStatusResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.jobworker.v1.Job\"5\n\x13StreamOutputRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"4\n\x14StreamOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.jobworker.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10RemoveJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11RemoveJobResponse\"\xe4\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x04 \x03(\t\x12$\n\x06status\x18\x05 \x01(\x0e\x32\x14.jobworker.v1.Status\x12+\n\nend_reason\x18\x06 \x01(\x0e\x32\x17.jobworker.v1.EndReason\x12\x16\n\texit_code\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0coutput_bytes\x18\x0b \x01(\x04\x12\x13\n\x0bsubscribers\x18\x0c \x03(\t\x12$\n\x06limits\x18\r \x01(\x0b\x32\x14.jobworker.v1.Limits\x12\"\n\x05usage\x18\x0e \x01(\x0b\x32\x13.jobworker.v1.Usage\x12\x19\n\x11output_lost_bytes\x18\x0f \x01(\x04\x12\x18\n\x10may_have_escaped\x18\x10 \x01(\x08\x42\x0c\n\n_exit_codeB\t\n\x07_signal\"\xce\x02\n\x06Limits\x12\x16\n\tcpu_cores\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cmemory_bytes\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nswap_bytes\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x18\n\x0bio_read_bps\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x19\n\x0cio_write_bps\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x11\n\x04pids\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x19\n\x0cio_read_iops\x18\x07 \x01(\x04H\x06\x88\x01\x01\x12\x1a\n\rio_write_iops\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0c\n\n_cpu_coresB\x0f\n\r_memory_bytesB\r\n\x0b_swap_bytesB\x0e\n\x0c_io_read_bpsB\x0f\n\r_io_write_bpsB\x07\n\x05_pidsB\x0f\n\r_io_read_iopsB\x10\n\x0e_io_write_iops\"\x92\x05\n\x05Usage\x12)\n\x06source\x18\x01 \x01(\x0e\x32\x19.jobworker.v1.UsageSource\x12\x17\n\ncpu_user_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0c\x63pu_system_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0f\x63pu_throttled_s\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cmemory_bytes\x18\x05 \x01(\x04H\x03\x88\x01\x01\x12\x1e\n\x11memory_peak_bytes\x18\x06 \x01(\x04H\x04\x88\x01\x01\x12\x1a\n\rio_read_bytes\x18\x07 \x01(\x04H\x05\x88\x01\x01\x12\x1d\n\x10io_written_bytes\x18\x08 \x01(\x04H\x06\x88\x01\x01\x12\x15\n\x08io_reads\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x16\n\tio_writes\x18\n \x01(\x04H\x08\x88\x01\x01\x12\x11\n\x04pids\x18\x0b \x01(\x04H\t\x88\x01\x01\x12\x16\n\tpids_peak\x18\x0c \x01(\x04H\n\x88\x01\x01\x12\x16\n\toom_kills\x18\r \x01(\x04H\x0b\x88\x01\x01\x12\x1e\n\x11memory_limit_hits\x18\x0e \x01(\x04H\x0c\x88\x01\x01\x12\x1a\n\rrefused_forks\x18\x0f \x01(\x04H\r\x88\x01\x01\x42\r\n\x0b_cpu_user_sB\x0f\n\r_cpu_system_sB\x12\n\x10_cpu_throttled_sB\x0f\n\r_memory_bytesB\x14\n\x12_memory_peak_bytesB\x10\n\x0e_io_read_bytesB\x13\n\x11_io_written_bytesB\x0b\n\t_io_readsB\x0c\n\n_io_writesB\x07\n\x05_pidsB\x0c\n\n_pids_peakB\x0c\n\n_oom_killsB\x14\n\x12_memory_limit_hitsB\x10\n\x0e_refused_forks*H\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0b\n\x07RUNNING\x10\x01\x12\x0b\n\x07STOPPED\x10\x02\x12\x0c\n\x08\x46INISHED\x10\x03*\xb8\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\n\n\x06\x45XITED\x10\x01\x12\r\n\tSIGNALLED\x10\x02\x12\x14\n\x10STOPPED_BY_OWNER\x10\x03\x12\x14\n\x10STOPPED_BY_ADMIN\x10\x04\x12\x11\n\rOUT_OF_MEMORY\x10\x05\x12\x13\n\x0fSERVER_SHUTDOWN\x10\x06\x12\x08\n\x04LOST\x10\x07\x12\x16\n\x12HOST_OUT_OF_MEMORY\x10\x08*C\n\x0bUsageSource\x12\x1c\n\x18USAGE_SOURCE_UNSPECIFIED\x10\x00\x12\n\n\x06\x43GROUP\x10\x01\x12\n\n\x06RUSAGE\x10\x02\x32\xb9\x04\n\rWorkerService\x12I\n\x08StartJob\x12\x1d.jobworker.v1.StartJobRequest\x1a\x1e.jobworker.v1.StartJobResponse\x12\x46\n\x07StopJob\x12\x1c.jobworker.v1.StopJobRequest\x1a\x1d.jobworker.v1.StopJobResponse\x12L\n\tSignalJob\x12\x1e.jobworker.v1.SignalJobRequest\x1a\x1f.jobworker.v1.SignalJobResponse\x12U\n\x0cGetJobStatus\x12!.jobworker.v1.GetJobStatusRequest\x1a\".jobworker.v1.GetJobStatusResponse\x12W\n\x0cStreamOutput\x12!.jobworker.v1.StreamOutputRequest\x1a\".jobworker.v1.StreamOutputResponse0\x01\x12I\n\x08ListJobs\x12\x1d.jobworker.v1.ListJobsRequest\x1a\x1e.jobworker.v1.ListJobsResponse\x12L\n\tRemoveJob\x12\x1e.jobworker.v1.RemoveJobRequest\x1a\x1f.jobworker.v1.RemoveJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'workerservice_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUS']._serialized_start=2181
-  _globals['_STATUS']._serialized_end=2253
-  _globals['_ENDREASON']._serialized_start=2256
-  _globals['_ENDREASON']._serialized_end=2440
-  _globals['_USAGESOURCE']._serialized_start=2442
-  _globals['_USAGESOURCE']._serialized_end=2509
+  _globals['_STATUS']._serialized_start=2267
+  _globals['_STATUS']._serialized_end=2339
+  _globals['_ENDREASON']._serialized_start=2342
+  _globals['_ENDREASON']._serialized_end=2526
+  _globals['_USAGESOURCE']._serialized_start=2528
+  _globals['_USAGESOURCE']._serialized_end=2595
   _globals['_STARTJOBREQUEST']._serialized_start=70
   _globals['_STARTJOBREQUEST']._serialized_end=176
   _globals['_STARTJOBRESPONSE']._serialized_start=178
@@ -46,28 +46,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPJOBREQUEST']._serialized_end=246
   _globals['_STOPJOBRESPONSE']._serialized_start=248
   _globals['_STOPJOBRESPONSE']._serialized_end=297
-  _globals['_GETJOBSTATUSREQUEST']._serialized_start=299
-  _globals['_GETJOBSTATUSREQUEST']._serialized_end=336
-  _globals['_GETJOBSTATUSRESPONSE']._serialized_start=338
-  _globals['_GETJOBSTATUSRESPONSE']._serialized_end=392
-  _globals['_STREAMOUTPUTREQUEST']._serialized_start=394
-  _globals['_STREAMOUTPUTREQUEST']._serialized_end=447
-  _globals['_STREAMOUTPUTRESPONSE']._serialized_start=449
-  _globals['_STREAMOUTPUTRESPONSE']._serialized_end=501
-  _globals['_LISTJOBSREQUEST']._serialized_start=503
-  _globals['_LISTJOBSREQUEST']._serialized_end=559
-  _globals['_LISTJOBSRESPONSE']._serialized_start=561
-  _globals['_LISTJOBSRESPONSE']._serialized_end=637
-  _globals['_REMOVEJOBREQUEST']._serialized_start=639
-  _globals['_REMOVEJOBREQUEST']._serialized_end=673
-  _globals['_REMOVEJOBRESPONSE']._serialized_start=675
-  _globals['_REMOVEJOBRESPONSE']._serialized_end=694
-  _globals['_JOB']._serialized_start=697
-  _globals['_JOB']._serialized_end=1181
-  _globals['_LIMITS']._serialized_start=1184
-  _globals['_LIMITS']._serialized_end=1518
-  _globals['_USAGE']._serialized_start=1521
-  _globals['_USAGE']._serialized_end=2179
-  _globals['_WORKERSERVICE']._serialized_start=2512
-  _globals['_WORKERSERVICE']._serialized_end=3003
+  _globals['_SIGNALJOBREQUEST']._serialized_start=299
+  _globals['_SIGNALJOBREQUEST']._serialized_end=362
+  _globals['_SIGNALJOBRESPONSE']._serialized_start=364
+  _globals['_SIGNALJOBRESPONSE']._serialized_end=383
+  _globals['_GETJOBSTATUSREQUEST']._serialized_start=385
+  _globals['_GETJOBSTATUSREQUEST']._serialized_end=422
+  _globals['_GETJOBSTATUSRESPONSE']._serialized_start=424
+  _globals['_GETJOBSTATUSRESPONSE']._serialized_end=478
+  _globals['_STREAMOUTPUTREQUEST']._serialized_start=480
+  _globals['_STREAMOUTPUTREQUEST']._serialized_end=533
+  _globals['_STREAMOUTPUTRESPONSE']._serialized_start=535
+  _globals['_STREAMOUTPUTRESPONSE']._serialized_end=587
+  _globals['_LISTJOBSREQUEST']._serialized_start=589
+  _globals['_LISTJOBSREQUEST']._serialized_end=645
+  _globals['_LISTJOBSRESPONSE']._serialized_start=647
+  _globals['_LISTJOBSRESPONSE']._serialized_end=723
+  _globals['_REMOVEJOBREQUEST']._serialized_start=725
+  _globals['_REMOVEJOBREQUEST']._serialized_end=759
+  _globals['_REMOVEJOBRESPONSE']._serialized_start=761
+  _globals['_REMOVEJOBRESPONSE']._serialized_end=780
+  _globals['_JOB']._serialized_start=783
+  _globals['_JOB']._serialized_end=1267
+  _globals['_LIMITS']._serialized_start=1270
+  _globals['_LIMITS']._serialized_end=1604
+  _globals['_USAGE']._serialized_start=1607
+  _globals['_USAGE']._serialized_end=2265
+  _globals['_WORKERSERVICE']._serialized_start=2598
+  _globals['_WORKERSERVICE']._serialized_end=3167
 # @@protoc_insertion_point(module_scope)

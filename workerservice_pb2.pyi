@@ -81,6 +81,20 @@ class StopJobResponse(_message.Message):
     job: Job
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
+class SignalJobRequest(_message.Message):
+    __slots__ = ("job_id", "signal", "all")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    signal: str
+    all: bool
+    def __init__(self, job_id: _Optional[str] = ..., signal: _Optional[str] = ..., all: _Optional[bool] = ...) -> None: ...
+
+class SignalJobResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GetJobStatusRequest(_message.Message):
     __slots__ = ("job_id",)
     JOB_ID_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class WorkerServiceStub:
                 request_serializer=workerservice__pb2.StopJobRequest.SerializeToString,
                 response_deserializer=workerservice__pb2.StopJobResponse.FromString,
                 _registered_method=True)
+        self.SignalJob = channel.unary_unary(
+                '/jobworker.v1.WorkerService/SignalJob',
+                request_serializer=workerservice__pb2.SignalJobRequest.SerializeToString,
+                response_deserializer=workerservice__pb2.SignalJobResponse.FromString,
+                _registered_method=True)
         self.GetJobStatus = channel.unary_unary(
                 '/jobworker.v1.WorkerService/GetJobStatus',
                 request_serializer=workerservice__pb2.GetJobStatusRequest.SerializeToString,
@@ -91,6 +96,18 @@ class WorkerServiceServicer:
 
         Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, DEADLINE_EXCEEDED (a killed
         process was still there after 10 s; the job is still RUNNING).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SignalJob(self, request, context):
+        """Sends a signal to the process that executes a job's command, or to every process of
+        the job. Answers when the signal was sent, and does not wait for what the signal does.
+        A job that the signal ends is FINISHED, even if the signal is SIGKILL.
+
+        Errors: INVALID_ARGUMENT (not a job ID, or no such signal), NOT_FOUND,
+        FAILED_PRECONDITION (the job has ended, so the signal was not sent).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,6 +177,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.StopJob,
                     request_deserializer=workerservice__pb2.StopJobRequest.FromString,
                     response_serializer=workerservice__pb2.StopJobResponse.SerializeToString,
+            ),
+            'SignalJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignalJob,
+                    request_deserializer=workerservice__pb2.SignalJobRequest.FromString,
+                    response_serializer=workerservice__pb2.SignalJobResponse.SerializeToString,
             ),
             'GetJobStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJobStatus,
@@ -236,6 +258,33 @@ class WorkerService:
             '/jobworker.v1.WorkerService/StopJob',
             workerservice__pb2.StopJobRequest.SerializeToString,
             workerservice__pb2.StopJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignalJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jobworker.v1.WorkerService/SignalJob',
+            workerservice__pb2.SignalJobRequest.SerializeToString,
+            workerservice__pb2.SignalJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
