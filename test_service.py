@@ -383,7 +383,11 @@ def test_text_that_is_no_job_id_is_an_invalid_argument(
 @pytest.mark.parametrize("name", _WITH_JOB)
 def test_job_id_may_be_in_upper_case(connect: Connect, own: str, name: str) -> None:
     """Some tools print UUIDs in upper case."""
-    assert call_rpc(connect(), name, job_id=own.upper()) == ("OK", "")
+    code, details = call_rpc(connect(), name, job_id=own.upper())
+    if name == "SignalJob":  # of this job ID, the signal is what is wrong
+        assert details.startswith("no such signal")
+    else:
+        assert (code, details) == ("OK", "")
 
 
 @pytest.mark.parametrize(
@@ -653,12 +657,12 @@ def test_signal_has_a_name_or_a_number(connect: Connect, text: str | int) -> Non
     assert caught.value.code == "FAILED_PRECONDITION"
 
 
-@pytest.mark.parametrize("text", ["", "0", "-9", "65", "009", "９", "NOSUCH"])
+@pytest.mark.parametrize("text", ["", "0", "-9", "65", "009", "\u0669", "NOSUCH"])
 def test_what_is_no_signal_is_refused(connect: Connect, text: str) -> None:
     """The error names what a signal looks like. The job gets nothing."""
     client = connect()
     job_id = client.start(*FOREVER)
-    with pytest.raises(ClientError, match="no such signal: .* like TERM or SIGTERM") as caught:
+    with pytest.raises(ClientError, match=r"no such signal: .* like TERM or SIGTERM") as caught:
         client.signal(job_id, text, everything=True)
     assert caught.value.code == "INVALID_ARGUMENT"
     assert client.status(job_id).status == worker_pb.RUNNING
