@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
-__all__ = ["LIMIT_FIELDS", "hide_secrets", "make_parsers", "parse", "printable"]
+__all__ = ["EXIT_UNKNOWN", "LIMIT_FIELDS", "hide_secrets", "make_parsers", "parse", "printable"]
 
 _EXIT_USAGE = 2
+EXIT_UNKNOWN = 125
+"""The exit status of `run` and `wait` if no exit code or signal of the job is known."""
 
 _SUBCOMMANDS = {
     "login": "Exchange a password for a token; print the token and keep it",
     "logout": "Make the token invalid for good, and delete the kept one",
     "start": "Start a job and print its ID",
+    "run": "Start a job, write its output to stdout, and exit with its exit code",
     "stop": "Kill every process of a job; returns when they are gone",
     "signal": "Send a signal to a job",
     "status": "Show the state of a job",
@@ -47,11 +50,19 @@ JOBWORKER_SERVER, JOBWORKER_CERTS and JOBWORKER_TOKEN are the defaults of --serv
 and -t; without -t and JOBWORKER_TOKEN the client uses the token that login kept. Exit
 status: 0 for success; 1 for an error, with one line on stderr; 2 for wrong usage; 130 after
 Ctrl-C; 141 when the reader of the output has closed it. "stream" also exits with 1 if the job
-was killed, stopped or lost; an exit code of the job is no error.
+was killed, stopped or lost; an exit code of the job is no error. "run" exits like the job.
 """
-_START_USAGE = """\
+_USAGES = {
+    "start": """\
 client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
-       client start [OPTIONS] [--] COMMAND [A1 A2 ...]"""
+       client start [OPTIONS] [--] COMMAND [A1 A2 ...]""",
+    "run": "client run [OPTIONS] [--] COMMAND [A1 A2 ...]",
+}
+_RUN_EPILOG = """\
+Exit status: that of the job; 128 + N if signal N ended it; 125, with the reason on stderr, if
+it could not be started or its end is unknown. Ctrl-C sends SIGINT to the job. A second Ctrl-C
+stops the job, a third one leaves it as it is. Example: client run --memory 1G -- make -j4
+"""
 
 
 def printable(text: str) -> str:
@@ -86,7 +97,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if (value in ([], "--") or value == ["--"]) and option not in _MAY_BE_EMPTY:
             parser.error(f"-- cannot be the value of an option ({option})")
     arguments.own_words = len(argv)
-    if name == "start":
+    if name in _USAGES:
         _split_start(parser, arguments)
     if name == "stream" and len(arguments.job) > 1:
         parser.error("stream takes one job")
@@ -102,7 +113,7 @@ def _describe_unknown(words: Sequence[str]) -> str:
 
 
 def _split_start(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Find the job's command and its arguments in either form of `start`."""
+    """Find the job's command and its arguments in either form of `start` and `run`."""
     words = arguments.words
     if arguments.args is not None:
         # argparse ends -args at `--`, and leaves that and the following words to `words`.
@@ -124,7 +135,8 @@ class _Parser(argparse.ArgumentParser):
     """Reports wrong usage in one line, as the client reports every error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(_EXIT_USAGE, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
+        status = EXIT_UNKNOWN if self.prog.endswith(" run") else _EXIT_USAGE
+        self.exit(status, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 class _Secret(argparse.Action):
@@ -157,7 +169,8 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
             name,
             help=text,
             description=f"{text}.",
-            usage=_START_USAGE if name == "start" else None,
+            usage=_USAGES.get(name),
+            epilog=_RUN_EPILOG if name == "run" else None,
             allow_abbrev=False,
         )
         for name, text in _SUBCOMMANDS.items()
@@ -174,6 +187,13 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
             )
     _add_login(subparsers["login"])
     _add_start(subparsers["start"])
+    _add_start(subparsers["run"])
+    subparsers["run"].add_argument(
+        "-d",
+        "--detach",
+        action="store_true",
+        help="print the job's ID and do not wait for its end",
+    )
     _add_signal(subparsers["signal"])
     subparsers["stream"].add_argument(
         "--offset",

@@ -16,7 +16,7 @@ import io
 import os
 import sys
 
-from cli import hide_secrets, parse, printable
+from cli import EXIT_UNKNOWN, hide_secrets, parse, printable
 from connection import Client, ClientError, check_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -37,36 +37,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # The client reports errors in one line; gRPC would log a failed handshake as well.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    own_process = argv is None
+    argv = sys.argv[1:] if argv is None else argv
+    # Any other status would look like the exit code of the job.
+    exit_error = EXIT_UNKNOWN if argv[:1] == ["run"] else _EXIT_ERROR
     try:
-        return _run(sys.argv[1:] if argv is None else argv, own_process=argv is None)
+        return _run(argv, own_process=own_process)
+    except ClientError as error:
+        print(f"client: {printable(str(error))}", file=sys.stderr)
+        return exit_error
     except KeyboardInterrupt:
         return _EXIT_SIGINT
     except UnicodeEncodeError as error:
         print(f"client: an argument is not valid UTF-8: {error.object!r}", file=sys.stderr)
-        return _EXIT_ERROR
+        return exit_error
     except OSError as error:
         # Stdout still holds output that it cannot write. At exit Python would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return _EXIT_SIGPIPE
         print(f"client: cannot read or write: {error.strerror or error}", file=sys.stderr)
-        return _EXIT_ERROR
+        return exit_error
 
 
 def _run(argv: Sequence[str], *, own_process: bool) -> int:
     try:
         _prepare_streams()
-        _run_subcommand(argv, own_process=own_process)
-    except ClientError as error:
-        print(f"client: {printable(str(error))}", file=sys.stderr)
-        return _EXIT_ERROR
+        return _run_subcommand(argv, own_process=own_process)
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()
-    return 0
 
 
-def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> None:
+def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
     arguments = parse(argv)
     if own_process:
         hide_secrets(argv[: arguments.own_words], arguments.secrets)
@@ -88,7 +91,7 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> None:
         if own_process:
             gc.freeze()
             gc.enable()  # a stream may run for days
-        COMMANDS[arguments.subcommand](client, arguments)
+        return COMMANDS[arguments.subcommand](client, arguments) or 0
 
 
 def _prepare_streams() -> None:

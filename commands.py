@@ -18,23 +18,27 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from cli import LIMIT_FIELDS, printable
+from cli import EXIT_UNKNOWN, LIMIT_FIELDS, printable
 from connection import ClientError
 from units import format_size
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
-    from typing import Any
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, Self
 
     from google.protobuf.message import Message
     from google.protobuf.timestamp_pb2 import Timestamp
 
     import workerservice_pb2 as worker_pb
-    from connection import Client
+    from connection import Client, JobEnd, OutputStream
 
 __all__ = ["COMMANDS", "find_token"]
+
+_EXIT_SIGNAL = 128  # plus the signal, like a shell
+_MOST_EXIT_STATUS = 255
+_CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 # With these errors a stream breaks off in the middle, and can be continued later.
 _MAY_CONTINUE = {"UNAVAILABLE", "UNAUTHENTICATED", "CANCELLED", "INTERNAL", "UNKNOWN"}
@@ -321,12 +325,17 @@ def _logout(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
+    print(printable(_start_job(client, arguments)))
+
+
+def _start_job(client: Client, arguments: argparse.Namespace) -> str:
+    """Start the job that the arguments of `start` or `run` describe; return its ID."""
     import uuid
 
     limits = {name: getattr(arguments, name) for name in LIMIT_FIELDS}
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
-        job_id = client.start(arguments.command, arguments.args, request_id=request_id, **limits)
+        return client.start(arguments.command, arguments.args, request_id=request_id, **limits)
     except ClientError as error:
         if not error.is_open:
             raise
@@ -335,7 +344,107 @@ def _start(client: Client, arguments: argparse.Namespace) -> None:
             f"{request_id}",
             error.code,
         ) from error
-    print(printable(job_id))
+
+
+def _run(client: Client, arguments: argparse.Namespace) -> int:
+    """Start a job, write its output to stdout, and return the exit status that tells its end."""
+    if arguments.detach:
+        _start(client, arguments)
+        return 0
+    with _Interrupts() as interrupts:
+        job_id = _start_job(client, arguments)
+        interrupts.pass_on(client, job_id)
+        chunks = client.stream(job_id)
+        try:
+            for _ in _write_all(chunks):
+                pass
+        except ClientError as error:
+            if chunks.end is None:
+                raise ClientError(
+                    f"{error}; how the job ends is unknown; see: client status -j {job_id}",
+                    error.code,
+                ) from error
+            _warn(f"{error}")
+        except (KeyboardInterrupt, BrokenPipeError):
+            _warn(f"the job goes on; see: client status -j {job_id}")
+            raise
+        finally:
+            chunks.close()
+    if chunks.end is None:
+        raise ClientError(f"how the job ended is unknown; see: client status -j {job_id}")
+    if chunks.end.end_reason != "EXITED":
+        _warn(f"the job did not end by itself: {_state(vars(chunks.end))}")
+    return _exit_status(chunks.end)
+
+
+def _exit_status(end: JobEnd) -> int:
+    """Return the exit status that tells how a job ended, as a shell does."""
+    if end.signal is not None:
+        return min(_EXIT_SIGNAL + end.signal, _MOST_EXIT_STATUS)
+    if end.exit_code is None or end.exit_code > _MOST_EXIT_STATUS:
+        return EXIT_UNKNOWN
+    return end.exit_code
+
+
+class _Interrupts:
+    """Passes Ctrl-C on to a job: SIGINT, the second time a stop; the third time it ends `run`.
+
+    A context manager, which the main thread uses. In it Ctrl-C raises KeyboardInterrupt only the
+    third time. What comes before `pass_on` is passed on then.
+
+    The handler runs at any point of the main thread, perhaps in the middle of a call of gRPC.
+    Therefore a thread of its own makes the calls. It is a daemon, because a call to a server
+    that does not answer lasts 30 s.
+    """
+
+    def __init__(self) -> None:
+        from queue import SimpleQueue
+
+        self._count = 0
+        self._queue: SimpleQueue[int] = SimpleQueue()  # its `put` may be called in a handler
+        self._before: Any = signal.SIG_DFL
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before != signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        self._queue.put(0)
+
+    def pass_on(self, client: Client, job_id: str) -> None:
+        """Pass on what has come and what will come, until the context ends."""
+        import threading
+
+        threading.Thread(
+            target=self._serve, args=(client, job_id), name="interrupts", daemon=True
+        ).start()
+
+    def _note(self, _signum: int, _frame: object) -> None:
+        self._count += 1
+        if self._count > _CTRL_C_STOPS:
+            raise KeyboardInterrupt
+        if self._count == _CTRL_C_STOPS:
+            # Not with print, which the handler may have interrupted.
+            os.write(sys.stderr.fileno(), b"client: stopping the job; Ctrl-C again leaves it\n")
+        self._queue.put(self._count)
+
+    def _serve(self, client: Client, job_id: str) -> None:
+        while count := self._queue.get():
+            try:
+                if count < _CTRL_C_STOPS:
+                    client.signal(job_id, "INT")
+                else:
+                    client.stop(job_id)
+            except ClientError as error:
+                if error.code != "FAILED_PRECONDITION":  # the job has ended meanwhile
+                    _warn(str(error))
+
+
+def _warn(text: str) -> None:
+    print(f"client: {printable(text)}", file=sys.stderr)
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
@@ -386,12 +495,8 @@ def _stream(client: Client, arguments: argparse.Namespace) -> None:
     (job_id,) = arguments.job
     chunks = client.stream(job_id, offset)
     try:
-        for data in chunks:
-            left = memoryview(data)
-            while left:  # with PYTHONUNBUFFERED a write may be partial
-                left = left[sys.stdout.buffer.write(left) :]
-            sys.stdout.buffer.flush()
-            offset += len(data)
+        for size in _write_all(chunks):
+            offset += size
     except ClientError as error:
         if error.code in _MAY_CONTINUE and offset > arguments.offset:
             message = f"{error}; to continue from here, use --offset {offset}"
@@ -406,6 +511,16 @@ def _stream(client: Client, arguments: argparse.Namespace) -> None:
         raise ClientError(f"the job did not end by itself: {state}; the output may be incomplete")
 
 
+def _write_all(chunks: OutputStream) -> Iterator[int]:
+    """Write the output to stdout; after each chunk yield its size."""
+    for data in chunks:
+        left = memoryview(data)
+        while left:  # with PYTHONUNBUFFERED a write may be partial
+            left = left[sys.stdout.buffer.write(left) :]
+        sys.stdout.buffer.flush()
+        yield len(data)
+
+
 def _remove(client: Client, arguments: argparse.Namespace) -> None:
     _for_each(arguments.job, client.remove)
 
@@ -418,10 +533,12 @@ def _list(client: Client, arguments: argparse.Namespace) -> None:
         _print_table(jobs)
 
 
-COMMANDS: dict[str, Callable[[Client, argparse.Namespace], None]] = {
+# Each returns the exit status; None is 0.
+COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int | None]] = {
     "login": _login,
     "logout": _logout,
     "start": _start,
+    "run": _run,
     "stop": _stop,
     "signal": _signal,
     "status": _status,

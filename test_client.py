@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     Pretend = Callable[..., str]
 
 _HERE = Path(__file__).resolve().parent
-_SUBCOMMANDS = ["list", "login", "logout", "remove", "start", "status", "stop", "stream"]
+_SUBCOMMANDS = [
+    *("list", "login", "logout", "remove", "run", "signal", "start", "status", "stop", "stream")
+]
 _SILENT = ("sh", "-c", "echo ready; exec sleep infinity")
 
 
@@ -1451,6 +1453,129 @@ def test_other_output_into_a_closed_pipe_ends_quietly(
         assert process.wait(GUARD_S) == 128 + signal.SIGPIPE
         assert process.stderr
         assert process.stderr.read() == b""
+
+
+# --- run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "stdout", "stderr"),
+    [
+        (["echo", "-n", "hello"], 0, b"hello", b""),
+        (["--", "sh", "-c", "echo out; echo err >&2; exit 7"], 7, b"out\nerr\n", b""),
+        (["-c", "sh", "-args", "-c", "exit 255"], 255, b"", b""),
+        (["sh", "-c", "kill -SEGV $$"], 139, b"", b"client: the job did not end by itself: .*SEGV"),
+        (["sh", "-c", "kill -KILL $$"], 137, b"", b"client: the job did not end by itself: .*KILL"),
+        (["no-such-command"], 125, b"", b"client: cannot execute 'no-such-command': "),
+        (["--pids", "1T", "true"], 125, b"", b"client run: "),
+        (["--no-such-option", "true"], 125, b"", b"client run: unknown option"),
+        (["-t", "no-token", "true"], 125, b"", b"client: no valid token"),
+        (["--server", "127.0.0.1:1", "true"], 125, b"", b"client: no server listens"),
+        (["true", "\udcff"], 125, b"", b"client: an argument is not valid UTF-8"),
+    ],
+)
+def test_run_exits_as_its_job(
+    cli: _Program, words: list[str], status: int, stdout: bytes, stderr: bytes
+) -> None:
+    """128 + N after signal N; 125 with the reason in one line if the job could not be started."""
+    with cli.start("run", *words) as process:
+        out, err = process.communicate(timeout=GUARD_S)
+    assert (process.returncode, out) == (status, stdout), err
+    assert re.match(stderr, err)
+    assert err.count(b"\n") == bool(stderr)
+
+
+def test_run_detached_prints_the_id_of_a_running_job(cli: _Program, connect: Connect) -> None:
+    """It returns at once."""
+    job_id = cli.read("run", "-d", "--", *_SILENT).rstrip("\n")
+    assert connect().status(job_id).status == worker_pb.RUNNING
+    connect().stop(job_id)
+
+
+def test_run_of_a_stopped_job_tells_who_stopped_it(cli: _Program, connect: Connect) -> None:
+    """The exit status is that of SIGKILL."""
+    with cli.start("run", *_SILENT) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        (job,) = (job for job in connect("admin").list() if job.status == worker_pb.RUNNING)
+        connect("admin").stop(job.job_id)
+        _, stderr = process.communicate(timeout=GUARD_S)
+    assert (process.returncode, stderr.count(b"\n")) == (137, 1)
+    assert b"stopped by admin" in stderr
+
+
+def test_run_that_loses_its_server_exits_with_125(
+    cli: _Program, start_server: Callable[..., ServerProgram]
+) -> None:
+    """One line says that the end is unknown, and how to learn it."""
+    program = start_server()
+    with cli.start("run", "--server", program.address, *_SILENT) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        program.end(signal.SIGKILL)
+        _, stderr = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 125
+    assert re.fullmatch(
+        rb"client: [^\n]+ is unknown; see: client status -j [0-9a-f-]{36}\n", stderr
+    )
+
+
+_COUNTS_CTRL_C = [
+    "sh",
+    "-c",
+    "trap 'echo got' INT; echo ready; while :; do sleep 1000 & wait; done",
+]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_reaches_the_job_and_a_second_one_stops_it(cli: _Program, connect: Connect) -> None:
+    """The first is SIGINT, which the job survives here; the second is SIGKILL."""
+    with cli.start("run", *_COUNTS_CTRL_C) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == b"got\n"
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 137
+    assert stderr.startswith(b"client: stopping the job; Ctrl-C again leaves it\n")
+    assert b"stopped by owner" in stderr
+    assert not [job for job in connect().list() if job.status == worker_pb.RUNNING]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_job_that_ctrl_c_ends_gives_its_exit_code(cli: _Program) -> None:
+    """The job decides what SIGINT means."""
+    script = "trap 'exit 5' INT; echo ready; while :; do sleep 1000 & wait; done"
+    with cli.start("run", "sh", "-c", script) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=GUARD_S) == (b"", b"")
+    assert process.returncode == 5
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_third_ctrl_c_leaves_although_the_server_does_not_answer(
+    cli: _Program, start_server: Callable[..., ServerProgram]
+) -> None:
+    """The exit status is 130. One line says that the job goes on."""
+    program = start_server()
+    with cli.start("run", "--server", program.address, *_COUNTS_CTRL_C) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == b"got\n"
+        program.process.send_signal(signal.SIGSTOP)
+        try:
+            process.send_signal(signal.SIGINT)
+            assert b"Ctrl-C again leaves it" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(GUARD_S) == 130
+        finally:
+            program.process.send_signal(signal.SIGCONT)
+        assert process.stderr.read().startswith(b"client: the job goes on; see: client status -j ")
 
 
 @pytest.mark.usefixtures("interruptible")
