@@ -157,7 +157,8 @@ def test_any_token_is_sent_or_told(
 ) -> None:
     """The token has any size and characters. No line repeats it."""
     secret = f"hunter2{token * 10 ** (2 * size)}"
-    more = {"start": ["true"], "run": ["true"], "list": [], "logout": []}.get(subcommand, ["-j", "x"])
+    words = {"start": ["true"], "run": ["true"], "list": [], "logout": []}
+    more = words.get(subcommand, ["-j", "x"])
     status, stderr = _check([subcommand, *nobodys, f"--token={secret}", *more])
     assert status == (125 if subcommand == "run" else 1)
     assert "hunter2" not in stderr
