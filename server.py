@@ -106,7 +106,8 @@ GRPC_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 9_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
-    # gRPC refuses a call that has more, but only after it has read all headers of the call.
+    # A header can take one byte on the wire and 150 in memory. gRPC enforces these limits for
+    # clients that have acknowledged its settings.
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
 )

@@ -696,6 +696,38 @@ def test_calls_opened_and_reset_by_the_thousand_lose_nobodys(
             _await_end(sock)
 
 
+def _acknowledged(server: _Server) -> ssl.SSLSocket:
+    """Connect, and acknowledge the server's settings: until then gRPC enforces no limit of them."""
+    sock = _tls(server)
+    ping = http2_frame(_PING, 0, 0, bytes(8))
+    sock.sendall(_HELLO + http2_frame(_SETTINGS_FRAME, _ACK) + ping)
+    received = b""
+    while (_PING, _ACK, bytes(8)) not in _frames(received):
+        received += sock.recv(1 << 16)
+    return sock
+
+
+@pytest.mark.parametrize("reference", [b"\x90", b"\xbe"], ids=["static table", "own header"])
+def test_header_references_of_one_byte_take_no_memory(server: _Server, reference: bytes) -> None:
+    """Four connections send 80 calls with 29,000 references to a header each: 340 MB if kept."""
+    own = b"\x40" + _headers((b"x-a", b"y" * 100))[1:]  # goes into the connection's table
+    first, rest = _LIST + own + reference * 15_000, reference * 14_000
+    attack = b"".join(
+        http2_frame(_HEADERS, 0, stream, first)
+        + http2_frame(_CONTINUATION, _END_HEADERS, stream, rest)
+        for stream in range(1, 40, 2)
+    )
+    server.forget_peak()
+    before = server.memory("VmHWM")
+    with contextlib.ExitStack() as connections:
+        for _ in range(4):
+            sock = connections.enter_context(_acknowledged(server))
+            _send(sock, attack)
+            _await_end(sock)
+        server.admin.list()
+    assert server.memory("VmHWM") - before < 96 * 1024 * 1024
+
+
 # --- metadata ---------------------------------------------------------------------------------
 
 _KEYS = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_.", min_size=1, max_size=20)
