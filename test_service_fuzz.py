@@ -280,6 +280,7 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[bytes]:
     values: dict[int, st.SearchStrategy[bytes]] = {
         field.TYPE_STRING: _WORDS.map(partial(_block, number)),
         field.TYPE_INT32: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
+        field.TYPE_BOOL: st.booleans().map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_UINT64: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_DOUBLE: st.floats().map(
             lambda value: _tag(number, 1) + struct.pack("<d", value)
