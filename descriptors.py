@@ -1,4 +1,4 @@
-"""Descriptors in reserve, for what must not fail although the process has used up all others.
+"""Keeps descriptors in reserve for what must not fail when the process has no others left.
 
 A process may have as many open files as its soft limit says (RLIMIT_NOFILE, getrlimit(2)). If
 connections have used up all of them, a job must nevertheless be killed, and its end recorded:

@@ -124,7 +124,7 @@ def clear(uid: int, is_wanted: Callable[[], bool]) -> None:
             for number in list(_of_user(file.read(), uid)):
                 if not is_wanted():
                     return
-                # semctl has the number of a semaphore before the command; it is of no account.
+                # semctl takes the index of a semaphore before the command; IPC_RMID ignores it.
                 before = (0,) if kind == "sem" else ()
                 getattr(_libc, call)(number, *before, _IPC_RMID, None)
     for directory in DIRECTORIES:

@@ -1299,18 +1299,24 @@ def test_stream_exits_with_1_if_the_job_did_not_end_by_itself(
     assert (process.returncode, stderr.decode()) == ((1, line) if end else (0, ""))
 
 
-def test_stream_exits_with_1_when_the_server_shuts_down(
-    cli: _Program, connect: Connect, start_server: Callable[..., ServerProgram]
-) -> None:
-    """The line says it in words of our own, and where to continue."""
-    program = start_server()
+def _stream_until_the_server_ends(
+    cli: _Program, connect: Connect, program: ServerProgram, number: signal.Signals
+) -> tuple[int, str]:
+    """Follow a job, and end the server with this signal; return the exit status and stderr."""
     job_id = connect("user", program.address).start(_SILENT[0], _SILENT[1:])
     with cli.start("stream", "--server", program.address, "-j", job_id) as process:
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
-        program.end()
+        program.end(number)
         _, stderr = process.communicate(timeout=GUARD_S)
-    assert (process.returncode, stderr.decode()) == (
+    return process.returncode, stderr.decode()
+
+
+def test_stream_exits_with_1_when_the_server_shuts_down(
+    cli: _Program, connect: Connect, start_server: Callable[..., ServerProgram]
+) -> None:
+    """The line says it in words of our own, and where to continue."""
+    assert _stream_until_the_server_ends(cli, connect, start_server(), signal.SIGTERM) == (
         1,
         "client: the server is shutting down; to continue from here, use --offset 6\n",
     )
@@ -1596,15 +1602,9 @@ def test_broken_stream_tells_where_to_go_on(
     cli: _Program, connect: Connect, start_server: Callable[..., ServerProgram]
 ) -> None:
     """If the server dies, one line names the offset to continue from."""
-    program = start_server()
-    job_id = connect("user", program.address).start(_SILENT[0], _SILENT[1:])
-    with cli.start("stream", "--server", program.address, "-j", job_id) as process:
-        assert process.stdout
-        assert process.stdout.readline() == b"ready\n"
-        program.end(signal.SIGKILL)
-        _, stderr = process.communicate(timeout=GUARD_S)
-    assert process.returncode == 1
-    assert re.fullmatch(rb"client: [^\n]+ --offset 6\n", stderr)
+    status, stderr = _stream_until_the_server_ends(cli, connect, start_server(), signal.SIGKILL)
+    assert status == 1
+    assert re.fullmatch(r"client: [^\n]+ --offset 6\n", stderr)
 
 
 # --- errors -----------------------------------------------------------------------------

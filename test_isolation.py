@@ -76,6 +76,14 @@ def entries() -> dict[str, str]:
     }
 
 
+def _users_file(directory: Path, *lines: str) -> Path:
+    """Make a users file with these lines that nobody else may read."""
+    users = directory / "users"
+    users.touch(0o600)
+    users.write_text("".join(f"{line}\n" for line in lines))
+    return users
+
+
 # The beginning of a command. What it starts may not use clone3, and forks with Popen.
 _WITHOUT_CLONE3 = (
     *("env", f"PYTHONPATH={_HERE}", sys.executable, "-c"),
@@ -224,9 +232,7 @@ def house(
         directory.chmod(0o755)
         shutil.copytree(certs, directory / "certs")
         (directory / "certs").chmod(0o755)
-        users = directory / "users"
-        users.touch(0o600)
-        users.write_text("\n".join(entries.values()) + "\n")
+        users = _users_file(directory, *entries.values())
         log = tmp_path_factory.mktemp("log") / "server.log"
         options = (
             *("--certs", directory / "certs", "--users", users),
@@ -754,10 +760,8 @@ def test_uid_is_stable_and_never_anothers(
     certs: Path, entries: dict[str, str], public: Path
 ) -> None:
     """A user keeps the uid across restarts, reloads and removals. A new user gets a new uid."""
-    users, state = public / "users", public / "state"
+    users, state = _users_file(public, entries["alice"], entries["bob"]), public / "state"
     options = ("--certs", certs, "--users", users, "--state-dir", state)
-    users.touch(0o600)
-    users.write_text(f"{entries['alice']}\n{entries['bob']}\n")
     with _server(public / "first", *options) as program:
         with _login(program.address, certs, "alice") as alice:
             first = _uid_of(alice)
@@ -1177,9 +1181,7 @@ def test_sigterm_ends_a_server_whose_reload_hangs(
     certs: Path, entries: dict[str, str], public: Path
 ) -> None:
     """The process that opens the files is stopped, so nothing that SIGHUP asks for is done."""
-    users = public / "users"
-    users.touch(0o600)
-    users.write_text(f"{entries['alice']}\n")
+    users = _users_file(public, entries["alice"])
     options = ("--certs", certs, "--users", users, "--state-dir", public / "state")
     with _server(public / "log", *options) as program:
         (opener,) = (
@@ -1215,9 +1217,7 @@ def test_what_jobs_could_get_at_is_an_error(
     name, mode, remedy = bad
     shutil.copytree(certs, public / "certs")
     os.chmod(public / "certs", 0o755)
-    users = public / "users"
-    users.touch(0o600)
-    users.write_text(f"{entries['alice']}\n")
+    users = _users_file(public, entries["alice"])
     os.chmod(public / name, mode)
     options = ("--certs", public / "certs", "--users", users, "--state-dir", public / "state")
     run = subprocess.run(
@@ -1238,9 +1238,7 @@ def test_users_file_that_jobs_could_read_is_not_taken_up(
     certs: Path, entries: dict[str, str], public: Path
 ) -> None:
     """On SIGHUP the server keeps the users as they were and logs the reason."""
-    users = public / "users"
-    users.touch(0o600)
-    users.write_text(f"{entries['alice']}\n")
+    users = _users_file(public, entries["alice"])
     options = ("--certs", certs, "--users", users, "--state-dir", public / "state")
     with _server(public / "log", *options) as program:
         users.write_text(f"{entries['bob']}\n")
