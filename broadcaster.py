@@ -5,18 +5,17 @@ offset) and gets exactly the bytes appended, whether it began before, while or a
 written. The bytes are in a file, not in memory: a slow subscriber holds back nobody and costs
 nothing but its position.
 
-    with OutputDirectory("/private/dir") as directory:
-        log = directory.make_log(str(uuid.uuid4()))
-        log.append(b"hello\\n")
-        log.complete()
-        with log.subscribe("alice") as subscription:
-            for chunk in subscription:
-                os.write(1, chunk)
-        log.remove()
+    log = OutputLog("/private/dir/job.out")
+    log.append(b"hello\\n")
+    log.complete()
+    with log.subscribe("alice") as subscription:
+        for chunk in subscription:
+            os.write(1, chunk)
+    log.remove()
 
-A `Budget`, which several logs may share, bounds how many bytes are kept. Besides, output leaves a
-reserve of the disk free. What is written beyond these bounds is counted and dropped, and every
-subscriber is told of it at the end.
+A `Budget` (`budget.py`), which several logs may share, bounds how many bytes are kept. Besides,
+output leaves a reserve of the disk free. What is written beyond these bounds is counted and
+dropped, and every subscriber is told of it at the end.
 
 A complete log that nobody reads has no descriptor open and costs some 300 bytes.
 
@@ -33,21 +32,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import tempfile
 import threading
-import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from budget import Budget
+
 __all__ = [
-    "Budget",
     "OffsetError",
-    "OutputDirectory",
     "OutputIncompleteError",
     "OutputLog",
     "OutputRemovedError",
@@ -57,12 +52,6 @@ __all__ = [
 # The largest chunk that a subscriber gets by default. Measured when each chunk is sent as one
 # message over a network with TLS: 64 KiB 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
 _CHUNK_BYTES = 256 * 1024
-
-_OUTPUT_SUFFIX = ".out"
-
-# The reserve of a disk unless one is given: the smaller of the two.
-_RESERVE_SHARE = 0.05
-_RESERVE_BYTES = 1024 * 1024 * 1024
 
 # The errors of a full disk; EDQUOT is that of the disk's own quotas.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -103,80 +92,6 @@ class OutputIncompleteError(OSError):
     def __str__(self) -> str:
         # Without errno's number, which means nothing to the person who ran the job.
         return str(self.strerror)
-
-
-class Budget:
-    """Counts how many bytes are kept by one log, or by all logs that share it.
-
-    `limit`: in bytes, at least 0; None for any number. `what`: names the limit in messages,
-    like "this job's ceiling of 1 GiB". `parent`: every byte is taken out of this budget, too.
-    Attributes: `limit`, `what`.
-    """
-
-    __slots__ = ("_lock", "_parent", "_used", "limit", "what")
-
-    def __init__(self, limit: int | None, what: str, parent: Budget | None = None) -> None:
-        self.limit = limit
-        self.what = what
-        self._parent = parent
-        # Guards _used. Held while the parent's is taken, so that all of them agree. Never held
-        # during I/O. Reentrant, because the garbage collector may close an abandoned
-        # subscription, and so call `give_back`, in the middle of `take`.
-        self._lock = threading.RLock()
-        self._used = 0
-
-    @property
-    def used(self) -> int:
-        """How many bytes are taken and not given back."""
-        with self._lock:
-            return self._used
-
-    @property
-    def is_used_up(self) -> bool:
-        """Whether not one byte is left in this budget, whatever is left in its parent."""
-        return self.limit is not None and self.used >= self.limit
-
-    def branch_of(self, ancestor: Budget) -> Budget | None:
-        """Return the child of `ancestor` through which this budget takes from it.
-
-        That is this budget or one of its parents; None if this budget takes nothing from
-        `ancestor`.
-        """
-        branch: Budget | None = self
-        while branch is not None and branch._parent is not ancestor:
-            branch = branch._parent
-        return branch
-
-    @property
-    def below_root(self) -> Budget:
-        """The highest parent but one; this budget if it has fewer than two."""
-        branch = self
-        while branch._parent is not None and branch._parent._parent is not None:
-            branch = branch._parent
-        return branch
-
-    def take(self, size: int) -> tuple[int, Budget | None]:
-        """Take up to `size` bytes from this budget and from every parent alike.
-
-        Returns how many were taken, and the budget that had no more; None if all were. Does not
-        block.
-        """
-        with self._lock:
-            room = size if self.limit is None else min(size, self.limit - self._used)
-            taken, refuser = self._parent.take(room) if self._parent else (room, None)
-            self._used += taken
-            if refuser is None and room < size:
-                refuser = self
-            return taken, refuser
-
-    def give_back(self, size: int) -> None:
-        """Let others take `size` bytes that were taken. Raises ValueError if they were not."""
-        with self._lock:
-            if not 0 <= size <= self._used:
-                raise ValueError(f"{size} bytes given back, of {self._used} taken")
-            if self._parent:
-                self._parent.give_back(size)
-            self._used -= size
 
 
 class OutputLog:
@@ -462,88 +377,3 @@ class Subscription:
     def _release_locked(self) -> None:
         self._log._subscriptions = self._log._subscriptions - {self} or _NOBODY
         self._log._let_go_locked()
-
-
-class OutputDirectory:
-    """A private directory for output logs, ours alone (flock) until closed. A context manager.
-
-    `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
-    a former owner left there is deleted. `reserve_bytes`: how much of its disk output leaves
-    free; None for 5 % of the disk or 1 GiB, whichever is less. Raises BlockingIOError if another
-    worker has it, PermissionError if other users own or can enter it, OSError. Attribute: `path`.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str] | None, *, reserve_bytes: int | None = None
-    ) -> None:
-        self._temporary = path is None
-        self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status, above = self.path.stat(), self.path.absolute().parent.stat()
-        # A worker that has changed its user leaves the directory to that user. Where others can
-        # make directories, the owner may be anybody.
-        if status.st_uid not in (0, os.geteuid()) and above.st_mode & 0o022:
-            raise PermissionError(
-                errno.EPERM,
-                f"it belongs to uid {status.st_uid}; remove it, or use another place",
-                str(self.path),
-            )
-        if status.st_mode & 0o077:
-            raise PermissionError(
-                errno.EPERM, f"others can enter it; run: chmod 700 {self.path}", str(self.path)
-            )
-        # The directory is used through this descriptor only, which works even if the process
-        # has lost the right to walk the path. Locked as long as it is open.
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise BlockingIOError(
-                errno.EWOULDBLOCK,
-                "another worker keeps its output here; choose another directory",
-                str(self.path),
-            ) from None
-        if reserve_bytes is None:
-            disk = os.fstatvfs(self._fd)
-            share = int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE)
-            reserve_bytes = min(share, _RESERVE_BYTES)
-        self._reserve_bytes = reserve_bytes
-        self._delete_output()
-
-    def make_log(self, job_id: str) -> OutputLog:
-        """Make the output log of a job, whose ID is a UUID. Raises OSError."""
-        log = OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
-        log.reserve_bytes = self._reserve_bytes
-        return log
-
-    def give_to(self, uid: int) -> None:
-        """Let the user `uid` keep output here. Raises OSError."""
-        os.fchown(self._fd, uid, uid)
-
-    def close(self) -> None:
-        """Delete the output, and the directory if it is temporary."""
-        self._delete_output()
-        if self._temporary:
-            with contextlib.suppress(OSError):  # somebody else put something in it
-                self.path.rmdir()
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _delete_output(self) -> None:
-        for name in os.listdir(self._fd):
-            job_id = name.removesuffix(_OUTPUT_SUFFIX)
-            if job_id != name and _is_uuid(job_id):
-                os.unlink(name, dir_fd=self._fd)
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        return str(uuid.UUID(text)) == text
-    except ValueError:
-        return False

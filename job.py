@@ -40,7 +40,7 @@ from spawner import Exit, SpawnerDiedError, read_exit
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from broadcaster import Budget
+    from budget import Budget
     from cgroups import Cgroup
     from spares import Spare
     from spawner import Spawner

@@ -16,7 +16,7 @@ nothing. Output of finished jobs does not cause a refusal: those jobs are remove
 Pass only names of authenticated users, because the counts of a name are kept for ever.
 
 Thread safety: every method, and every returned function, may be called from any thread. One lock
-guards all counts and is held for a few instructions at a time. The budgets of `broadcaster.py`
+guards all counts and is held for a few instructions at a time. The budgets (`budget.py`)
 have locks of their own; the lock of this module is not held while one of those is taken.
 """
 
@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from broadcaster import Budget
+from budget import Budget
 from units import format_size
 
 if TYPE_CHECKING:

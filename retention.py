@@ -1,7 +1,7 @@
 """The jobs by their IDs (`Registry`), and how long finished ones are kept (`Retention`).
 
 Retention: what is too old is removed, and what is too much for the rule. Besides, finished jobs
-give way when a budget of output (`broadcaster.Budget`) or the disk has no byte left for a running
+give way when a budget of output (`budget.Budget`) or the disk has no byte left for a running
 job.
 
     registry = Registry(Retention(jobs=100))
@@ -35,7 +35,8 @@ from job import RunningJob
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from broadcaster import Budget, OutputLog
+    from broadcaster import OutputLog
+    from budget import Budget
     from job import EndReason, Job
 
 __all__ = ["FinishedJob", "FinishedJobs", "Registry", "Retention"]

@@ -33,8 +33,9 @@ from spawner import SpawnerDiedError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from broadcaster import OutputDirectory, OutputLog
+    from broadcaster import OutputLog
     from cgroups import Cgroup, Subtree
+    from outputdirectory import OutputDirectory
     from spawner import Process, Spawner
 
 __all__ = ["JobThread", "Spare", "Spares"]

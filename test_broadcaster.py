@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broadcaster import (
-    Budget,
     OffsetError,
-    OutputDirectory,
     OutputIncompleteError,
     OutputLog,
     Subscription,
 )
+from budget import Budget
+from outputdirectory import OutputDirectory
 from testkit import GUARD_S, NOBODY, file_size_limit
 
 if TYPE_CHECKING:

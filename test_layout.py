@@ -24,7 +24,9 @@ _WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
 # a semicolon is imported for annotations only, so not when the program runs.
 _MODULES = {
     "library": {
-        "broadcaster": "",
+        "broadcaster": "; budget",
+        "budget": "",
+        "outputdirectory": "broadcaster",
         "privileges": "",
         "limits": "",
         "errors": "",
@@ -38,11 +40,11 @@ _MODULES = {
         "forkserver": "cgroupfs inherited leader leftovers messages privileges processes",
         "spawner": "descriptors messages",
         "cgroups": "cgroupfs limits",
-        "spares": "cgroups errors limits spawner; broadcaster",
-        "job": "cgroups errors limits spawner; broadcaster spares",
-        "retention": "errors job; broadcaster",
-        "worker": "broadcaster cgroups errors inherited job leftovers limits privileges retention "
-        "spares spawner",
+        "spares": "cgroups errors limits spawner; broadcaster outputdirectory",
+        "job": "cgroups errors limits spawner; budget spares",
+        "retention": "errors job; broadcaster budget",
+        "worker": "broadcaster budget cgroups errors inherited job leftovers limits "
+        "outputdirectory privileges retention spares spawner",
     },
     "shared": {  # by the service and the client
         "units": "",
@@ -61,7 +63,7 @@ _MODULES = {
     },
     "service": {
         "calls": "; grpc",
-        "quotas": "broadcaster units; settings",
+        "quotas": "budget units; settings",
         "starts": "",
         "records": "audit",
         "gate": "audit auth calls google grpc quotas records settings starts worker",
@@ -103,6 +105,8 @@ _TESTED_WITH = {
     "errors": "worker",
     "certcheck": "tls",
     "job": "worker",
+    "budget": "broadcaster",
+    "outputdirectory": "broadcaster",
     "spares": "worker",
     "forkserver": "spawner",
     "leader": "spawner",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from broadcaster import Budget
+    from budget import Budget
 
     Release = Callable[[], None]
 

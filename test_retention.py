@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broadcaster import Budget, OutputLog
+from broadcaster import OutputLog
+from budget import Budget
 from client import ClientError, main
 from job import RunningJob
 from limits import NO_LIMITS

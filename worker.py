@@ -49,14 +49,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 import inherited
 import privileges
-from broadcaster import (
-    Budget,
-    OffsetError,
-    OutputDirectory,
-    OutputIncompleteError,
-    OutputRemovedError,
-    Subscription,
-)
+from broadcaster import OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
+from budget import Budget
 from cgroups import CgroupError, Subtree
 from errors import (
     CommandError,
@@ -75,6 +69,7 @@ from errors import (
 from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work
 from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
+from outputdirectory import OutputDirectory
 from retention import FinishedJob, Registry, Retention
 from spares import Spare, Spares
 from spawner import AttachError, Spawner, SpawnerDiedError

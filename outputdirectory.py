@@ -1,0 +1,113 @@
+"""The directory in which a worker keeps the output of its jobs.
+
+    with OutputDirectory("/private/dir") as directory:
+        log = directory.make_log(str(uuid.uuid4()))
+
+Thread safety: `make_log` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Self
+
+from broadcaster import OutputLog
+
+__all__ = ["OutputDirectory"]
+
+_OUTPUT_SUFFIX = ".out"
+
+# The reserve of a disk unless one is given: the smaller of the two.
+_RESERVE_SHARE = 0.05
+_RESERVE_BYTES = 1024 * 1024 * 1024
+
+
+class OutputDirectory:
+    """A private directory for output logs, ours alone (flock) until closed. A context manager.
+
+    `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
+    a former owner left there is deleted. `reserve_bytes`: how much of its disk output leaves
+    free; None for 5 % of the disk or 1 GiB, whichever is less. Raises BlockingIOError if another
+    worker has it, PermissionError if other users own or can enter it, OSError. Attribute: `path`.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, *, reserve_bytes: int | None = None
+    ) -> None:
+        self._temporary = path is None
+        self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status, above = self.path.stat(), self.path.absolute().parent.stat()
+        # A worker that has changed its user leaves the directory to that user. Where others can
+        # make directories, the owner may be anybody.
+        if status.st_uid not in (0, os.geteuid()) and above.st_mode & 0o022:
+            raise PermissionError(
+                errno.EPERM,
+                f"it belongs to uid {status.st_uid}; remove it, or use another place",
+                str(self.path),
+            )
+        if status.st_mode & 0o077:
+            raise PermissionError(
+                errno.EPERM, f"others can enter it; run: chmod 700 {self.path}", str(self.path)
+            )
+        # The directory is used through this descriptor only, which works even if the process
+        # has lost the right to walk the path. Locked as long as it is open.
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                "another worker keeps its output here; choose another directory",
+                str(self.path),
+            ) from None
+        if reserve_bytes is None:
+            disk = os.fstatvfs(self._fd)
+            share = int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE)
+            reserve_bytes = min(share, _RESERVE_BYTES)
+        self._reserve_bytes = reserve_bytes
+        self._delete_output()
+
+    def make_log(self, job_id: str) -> OutputLog:
+        """Make the output log of a job, whose ID is a UUID. Raises OSError."""
+        log = OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
+        log.reserve_bytes = self._reserve_bytes
+        return log
+
+    def give_to(self, uid: int) -> None:
+        """Let the user `uid` keep output here. Raises OSError."""
+        os.fchown(self._fd, uid, uid)
+
+    def close(self) -> None:
+        """Delete the output, and the directory if it is temporary."""
+        self._delete_output()
+        if self._temporary:
+            with contextlib.suppress(OSError):  # somebody else put something in it
+                self.path.rmdir()
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _delete_output(self) -> None:
+        for name in os.listdir(self._fd):
+            job_id = name.removesuffix(_OUTPUT_SUFFIX)
+            if job_id != name and _is_uuid(job_id):
+                os.unlink(name, dir_fd=self._fd)
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
