@@ -1,4 +1,4 @@
-"""The subcommands of the command line: what each does, prints and keeps.
+"""The subcommands of the command line: what each does and keeps.
 
 A subcommand gets a `Client` and the arguments that `cli.py` has parsed. It prints its
 result, and raises ClientError or OSError. A module that only one subcommand needs is
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -20,16 +19,13 @@ from urllib.parse import quote
 
 from cli import EXIT_UNKNOWN, LIMIT_FIELDS, printable
 from connection import ClientError
-from units import format_size
+from display import describe, print_json, print_table, state_of, to_dict
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any, Self
-
-    from google.protobuf.message import Message
-    from google.protobuf.timestamp_pb2 import Timestamp
 
     import workerservice_pb2 as worker_pb
     from connection import Client, JobEnd, OutputStream
@@ -42,185 +38,6 @@ _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 # With these errors a stream breaks off in the middle, and can be continued later.
 _MAY_CONTINUE = {"UNAVAILABLE", "UNAUTHENTICATED", "CANCELLED", "INTERNAL", "UNKNOWN"}
-
-# --- showing jobs -----------------------------------------------------------------------
-
-
-def _to_dict(message: Message) -> dict[str, Any]:
-    """Return a message's fields by their proto names; enums are names, absent fields None."""
-    result: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(message, field.name)
-        if field.has_presence and not message.HasField(field.name):
-            result[field.name] = None
-        elif field.message_type and field.message_type.full_name == "google.protobuf.Timestamp":
-            result[field.name] = _time(value)
-        elif field.message_type:
-            result[field.name] = _to_dict(value)
-        elif field.enum_type:
-            known = field.enum_type.values_by_number.get(value)  # None if the server is newer
-            result[field.name] = None if value == 0 else known.name if known else str(value)
-        else:
-            result[field.name] = list(value) if field.is_repeated else value
-    return result
-
-
-def _describe(job: worker_pb.Job) -> str:
-    """Return what `status` prints of a job."""
-    fields = _to_dict(job)
-    lines = {
-        "job": job.job_id,
-        "owner": job.owner,
-        "command": _command_line(job),
-        "status": _state(fields),
-        "started": _moment(fields["started_at"]),
-        "ended": _moment(fields["ended_at"]),
-        "output": _output(job),
-        "subscribers": ", ".join(job.subscribers) or "-",
-        "limits": _limits(fields["limits"]),
-        "used": _usage(fields["usage"]),
-    }
-    return "\n".join(f"{name:<12}{printable(value)}" for name, value in lines.items())
-
-
-def _output(job: worker_pb.Job) -> str:
-    lost = f" ({job.output_lost_bytes} more were not kept)" if job.output_lost_bytes else ""
-    return f"{job.output_bytes} bytes{lost}"
-
-
-def _state(job: dict[str, Any]) -> str:
-    """Return how a job ended, or that it runs. `job`: the fields of `Job`."""
-    status = str(job["status"])
-    if job["end_reason"] is None:
-        return status
-    reason = {
-        "EXITED": f"exited with code {job['exit_code']}",
-        "SIGNALLED": f"killed by {_signal_name(job['signal'])}",
-    }.get(job["end_reason"], job["end_reason"].lower().replace("_", " "))
-    left = "; a process of it may still run: the server has no cgroups"
-    return f"{status} ({reason}{left if job.get('may_have_escaped') else ''})"
-
-
-def _signal_name(number: int | None) -> str:
-    try:
-        return signal.Signals(number or 0).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _time(value: Timestamp) -> str:
-    """Return the time in the form of RFC 3339, or a server's number that is no date as such."""
-    try:
-        return value.ToJsonString()
-    except ValueError:
-        return f"{value.seconds} s {value.nanos} ns"
-
-
-def _moment(text: str | None) -> str:
-    """Return the time for people, without its fraction of a second."""
-    if text is None:
-        return "-"
-    return text[:19].replace("T", " ") + " UTC" if "T" in text else text
-
-
-def _limits(limits: dict[str, Any] | None) -> str:
-    texts: dict[str, Callable[[Any], str]] = {
-        "cpu_cores": lambda n: f"{n:g} CPU cores",
-        "memory_bytes": lambda n: f"{format_size(n)} memory",
-        "swap_bytes": lambda n: f"{format_size(n)} swap",
-        "io_read_bps": lambda n: f"{format_size(n)}/s read",
-        "io_write_bps": lambda n: f"{format_size(n)}/s written",
-        "io_read_iops": lambda n: f"{n} reads/s",
-        "io_write_iops": lambda n: f"{n} writes/s",
-        "pids": lambda n: f"{n} processes",
-    }
-    return (limits and _join(texts, limits)) or "none in force"
-
-
-def _usage(usage: dict[str, Any] | None) -> str:
-    if usage is None:
-        return "-"
-    texts: dict[str, Callable[[Any], str]] = {
-        "cpu_user_s": lambda n: f"{n:.3g} s CPU user",
-        "cpu_system_s": lambda n: f"{n:.3g} s system",
-        "cpu_throttled_s": lambda n: f"throttled {n:.3g} s",
-        "memory_bytes": lambda n: f"{format_size(n)} memory",
-        "memory_peak_bytes": lambda n: f"{format_size(n)} memory at most",
-        "io_read_bytes": lambda n: f"{format_size(n)} read in {usage['io_reads']} operations",
-        "io_written_bytes": lambda n: f"{format_size(n)} written in {usage['io_writes']}",
-        "pids": lambda n: f"{n} processes",
-        "pids_peak": lambda n: f"{n} processes at most",
-        "oom_kills": lambda n: f"{n} OOM kills",
-    }
-    if usage["refused_forks"]:  # 0 tells nothing
-        texts["refused_forks"] = lambda n: f"{n} times no room for another process"
-    note = " (leader and awaited children only)" if usage["source"] == "RUSAGE" else ""
-    return _join(texts, usage) + note
-
-
-def _join(texts: dict[str, Callable[[Any], str]], fields: dict[str, Any]) -> str:
-    return ", ".join(text(fields[name]) for name, text in texts.items() if fields[name] is not None)
-
-
-def _command_line(job: worker_pb.Job) -> str:
-    return shlex.join([job.command, *job.args])
-
-
-def _print_table(jobs: Sequence[worker_pb.Job]) -> None:
-    import shutil
-
-    rows: list[tuple[str, ...]] = [("JOB ID", "OWNER", "STARTED", "STATUS", "COMMAND")]
-    for job in jobs:
-        fields = _to_dict(job)
-        started, state = _moment(fields["started_at"]), _state(fields)
-        cells = (job.job_id, job.owner, started, state, _command_line(job))
-        rows.append(tuple(map(_shown, cells)))
-    widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    columns = shutil.get_terminal_size((100_000, 24)).columns if sys.stdout.isatty() else None
-    for row in rows:
-        padded = [
-            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=False)
-        ]
-        line = "  ".join([*padded, row[-1]])
-        # A line that wraps would look like two rows.
-        print(line if columns is None else _cut(line, columns))
-
-
-def _shown(text: str) -> str:
-    """Return the text with an escape for each character that stdout cannot encode."""
-    encoding = sys.stdout.encoding
-    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _width(text: str) -> int:
-    """Return how many cells of a terminal the text takes at most."""
-    return len(text) if text.isascii() else sum(map(_cells, text))
-
-
-def _cells(character: str) -> int:
-    import unicodedata
-
-    if character == "\N{VARIATION SELECTOR-16}":
-        return 1  # some terminals make the preceding character wide
-    if unicodedata.category(character) in {"Mn", "Me"}:  # drawn onto the preceding character
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
-
-
-def _cut(text: str, width: int) -> str:
-    """Return the longest beginning of the text that fits into `width` cells."""
-    for end, character in enumerate(text):
-        width -= _cells(character)
-        if width < 0:
-            return text[:end]
-    return text
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=2))
-
 
 # --- the kept token ---------------------------------------------------------------------
 
@@ -373,7 +190,7 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
     if chunks.end is None:
         raise ClientError(f"how the job ended is unknown; see: client status -j {job_id}")
     if chunks.end.end_reason != "EXITED":
-        _warn(f"the job did not end by itself: {_state(vars(chunks.end))}")
+        _warn(f"the job did not end by itself: {state_of(vars(chunks.end))}")
     return _exit_status(chunks.end)
 
 
@@ -449,7 +266,7 @@ def _warn(text: str) -> None:
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
     def stop(job_id: str) -> None:
-        state = _state(_to_dict(client.stop(job_id)))
+        state = state_of(to_dict(client.stop(job_id)))
         print(state if len(arguments.job) == 1 else f"{printable(job_id)} {state}")
 
     _for_each(arguments.job, stop)
@@ -468,11 +285,11 @@ def _status(client: Client, arguments: argparse.Namespace) -> None:
         _for_each(arguments.job, lambda job_id: jobs.append(client.status(job_id)))
     finally:
         if arguments.json and len(arguments.job) > 1:
-            _print_json([_to_dict(job) for job in jobs])
+            print_json([to_dict(job) for job in jobs])
         elif arguments.json and jobs:
-            _print_json(_to_dict(jobs[0]))
+            print_json(to_dict(jobs[0]))
         elif jobs:
-            print("\n\n".join(map(_describe, jobs)))
+            print("\n\n".join(map(describe, jobs)))
 
 
 def _for_each(job_ids: Sequence[str], do: Callable[[str], object]) -> None:
@@ -507,7 +324,7 @@ def _stream(client: Client, arguments: argparse.Namespace) -> None:
     if chunks.end is None:
         raise ClientError("the server did not say how the job ended; the output may be incomplete")
     if chunks.end.end_reason != "EXITED":
-        state = _state(vars(chunks.end))
+        state = state_of(vars(chunks.end))
         raise ClientError(f"the job did not end by itself: {state}; the output may be incomplete")
 
 
@@ -528,9 +345,9 @@ def _remove(client: Client, arguments: argparse.Namespace) -> None:
 def _list(client: Client, arguments: argparse.Namespace) -> None:
     jobs = client.list()
     if arguments.json:
-        _print_json([_to_dict(job) for job in jobs])
+        print_json([to_dict(job) for job in jobs])
     else:
-        _print_table(jobs)
+        print_table(jobs)
 
 
 # Each returns the exit status; None is 0.

@@ -62,26 +62,29 @@ _PAGE_BYTES = 1024 * 1024
 _DATA_TAG = bytes([worker_pb.StreamOutputResponse.DATA_FIELD_NUMBER << 3 | 2])
 
 _STATUSES = {
-    Status.RUNNING: worker_pb.RUNNING,
-    Status.STOPPED: worker_pb.STOPPED,
-    Status.FINISHED: worker_pb.FINISHED,
+    Status.RUNNING: worker_pb.JOB_STATUS_RUNNING,
+    Status.STOPPED: worker_pb.JOB_STATUS_STOPPED,
+    Status.FINISHED: worker_pb.JOB_STATUS_FINISHED,
 }
 _END_REASONS = {
     None: worker_pb.END_REASON_UNSPECIFIED,
-    EndReason.EXITED: worker_pb.EXITED,
-    EndReason.SIGNALLED: worker_pb.SIGNALLED,
-    EndReason.OUT_OF_MEMORY: worker_pb.OUT_OF_MEMORY,
-    EndReason.HOST_OUT_OF_MEMORY: worker_pb.HOST_OUT_OF_MEMORY,
-    EndReason.CLOSED: worker_pb.SERVER_SHUTDOWN,
-    EndReason.LOST: worker_pb.LOST,
+    EndReason.EXITED: worker_pb.END_REASON_EXITED,
+    EndReason.SIGNALLED: worker_pb.END_REASON_SIGNALLED,
+    EndReason.OUT_OF_MEMORY: worker_pb.END_REASON_OUT_OF_MEMORY,
+    EndReason.HOST_OUT_OF_MEMORY: worker_pb.END_REASON_HOST_OUT_OF_MEMORY,
+    EndReason.CLOSED: worker_pb.END_REASON_SERVER_SHUTDOWN,
+    EndReason.LOST: worker_pb.END_REASON_LOST,
 }
 # The service passes these reasons to `Worker.stop` and finds them again in `Job.stop_reason`.
 _BY_OWNER, _BY_ADMIN = "owner", "admin"
-_STOP_REASONS = {_BY_OWNER: worker_pb.STOPPED_BY_OWNER, _BY_ADMIN: worker_pb.STOPPED_BY_ADMIN}
+_STOP_REASONS = {
+    _BY_OWNER: worker_pb.END_REASON_STOPPED_BY_OWNER,
+    _BY_ADMIN: worker_pb.END_REASON_STOPPED_BY_ADMIN,
+}
 
 _USAGE_SOURCES = {
-    UsageSource.CGROUP: worker_pb.CGROUP,
-    UsageSource.RUSAGE: worker_pb.RUSAGE,
+    UsageSource.CGROUP: worker_pb.USAGE_SOURCE_CGROUP,
+    UsageSource.RUSAGE: worker_pb.USAGE_SOURCE_RUSAGE,
 }
 
 
@@ -441,8 +444,8 @@ def _end_reason(job: Job) -> worker_pb.EndReason:
 def _end(job: Job, offset: int) -> tuple[tuple[str, str], ...]:
     """Return the trailing metadata of a stream that ends with its job before byte `offset`."""
     named = {
-        "job-status": worker_pb.Status.Name(_STATUSES[job.status]),
-        "job-end-reason": worker_pb.EndReason.Name(_end_reason(job)),
+        "job-status": job.status.name,
+        "job-end-reason": worker_pb.EndReason.Name(_end_reason(job)).removeprefix("END_REASON_"),
         "job-exit-code": job.exit_code,
         "job-signal": job.signal,
         "next-offset": offset,

@@ -356,7 +356,7 @@ def test_matrix(house: _House, foreign: dict[str, str], role: str, name: str, jo
     if job not in {"absent", "no"}:
         with house.client("root") as admin:
             assert admin.status(job_id).status == (
-                worker_pb.RUNNING if forever else worker_pb.FINISHED
+                worker_pb.JOB_STATUS_RUNNING if forever else worker_pb.JOB_STATUS_FINISHED
             )
             assert not admin.status(job_id).subscribers
 
@@ -1096,7 +1096,7 @@ def test_token_ends_with_a_change_of_its_user(
     assert _is_accepted(house, tokens[other])
     if other == "root":
         with house.client("root") as root:
-            assert root.status(job_id).status == worker_pb.RUNNING
+            assert root.status(job_id).status == worker_pb.JOB_STATUS_RUNNING
     assert house.program.end() == 0
     house = build(state)
     _assert_ended(house, tokens[user])

@@ -470,8 +470,8 @@ def test_flood_of_one_user_costs_another_no_call(
     jobs = [admin.start("sleep", ["infinity"]) for _ in range(50)]
     with _Flood([connect() for _ in range(connections)], at_once) as flood:
         for job_id in jobs:
-            assert admin.status(job_id).status == worker_pb.RUNNING
-            assert admin.stop(job_id).status == worker_pb.STOPPED
+            assert admin.status(job_id).status == worker_pb.JOB_STATUS_RUNNING
+            assert admin.stop(job_id).status == worker_pb.JOB_STATUS_STOPPED
             assert flood.served.acquire(timeout=GUARD_S)
 
 

@@ -32,6 +32,7 @@ import authservice_pb2 as auth_pb
 import cli as cli_module
 import commands
 import connection
+import display
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
 from testkit import ABSENT, GUARD_S, clean_environment, make_fifo
@@ -316,7 +317,7 @@ def test_absurd_time_from_a_server_is_shown_or_told(
     cli: _Program, pretend: Pretend, seconds: int, nanos: int
 ) -> None:
     """There is no traceback. A time that is no date is shown as the number that it is."""
-    job = worker_pb.Job(job_id=ABSENT, status=worker_pb.RUNNING)
+    job = worker_pb.Job(job_id=ABSENT, status=worker_pb.JOB_STATUS_RUNNING)
     for time in (job.started_at, job.ended_at):
         time.seconds, time.nanos = seconds, nanos
     login = auth_pb.LoginResponse(access_token="a.b.c")
@@ -984,7 +985,7 @@ def test_json_status_has_every_field_of_a_running_job(
 def test_json_shows_zero_and_empty_as_such_and_limits_by_value() -> None:
     """Zero and empty are not absent: exit code 0, size 0, no arguments, no swap."""
     job = worker_pb.Job(exit_code=0, limits=worker_pb.Limits(swap_bytes=0, cpu_cores=0.5))
-    fields = commands._to_dict(job)
+    fields = display.to_dict(job)
     assert (fields["exit_code"], fields["signal"]) == (0, None)
     assert (fields["output_bytes"], fields["args"], fields["started_at"]) == (0, [], None)
     assert fields["limits"] == dict.fromkeys(fields["limits"]) | {"swap_bytes": 0, "cpu_cores": 0.5}
@@ -1027,7 +1028,7 @@ def test_status_tells_a_human_how_the_job_ended(
 
 def _shown(job: worker_pb.Job, name: str) -> str:
     """Return what `status` shows in the line `name`."""
-    lines = dict(line.split(maxsplit=1) for line in commands._describe(job).splitlines()[6:])
+    lines = dict(line.split(maxsplit=1) for line in display.describe(job).splitlines()[6:])
     return lines[name]
 
 
@@ -1049,7 +1050,7 @@ def test_limits_are_shown_in_units() -> None:
 def test_usage_is_shown_in_units() -> None:
     """The same while the job runs and afterwards. Values that are unknown are not shown."""
     usage = worker_pb.Usage(
-        source=worker_pb.CGROUP,
+        source=worker_pb.USAGE_SOURCE_CGROUP,
         cpu_user_s=1.23456,
         cpu_system_s=0.0,
         cpu_throttled_s=12,
@@ -1074,7 +1075,10 @@ def test_usage_is_shown_in_units() -> None:
         "1.23 s CPU user, 0 s system, 1.5 MiB memory at most, 8 processes at most, 0 OOM kills"
     )
     usage = worker_pb.Usage(
-        source=worker_pb.RUSAGE, cpu_user_s=0.5, cpu_system_s=0.25, memory_peak_bytes=20 << 20
+        source=worker_pb.USAGE_SOURCE_RUSAGE,
+        cpu_user_s=0.5,
+        cpu_system_s=0.25,
+        memory_peak_bytes=20 << 20,
     )
     assert _shown(worker_pb.Job(usage=usage), "used") == (
         "0.5 s CPU user, 0.25 s system, 20 MiB memory at most (leader and awaited children only)"
@@ -1085,19 +1089,22 @@ def test_usage_is_shown_in_units() -> None:
 def test_json_shows_usage_exactly() -> None:
     """Numbers are not rounded, the source is a name, unknown values are null."""
     usage = worker_pb.Usage(
-        source=worker_pb.RUSAGE, cpu_user_s=1.234567, memory_peak_bytes=(1 << 53) + 1, oom_kills=0
+        source=worker_pb.USAGE_SOURCE_RUSAGE,
+        cpu_user_s=1.234567,
+        memory_peak_bytes=(1 << 53) + 1,
+        oom_kills=0,
     )
-    shown = json.loads(json.dumps(commands._to_dict(worker_pb.Job(usage=usage))))["usage"]
+    shown = json.loads(json.dumps(display.to_dict(worker_pb.Job(usage=usage))))["usage"]
     told = {"source": "RUSAGE", "cpu_user_s": 1.234567, "memory_peak_bytes": (1 << 53) + 1}
     assert shown == dict.fromkeys(shown) | told | {"oom_kills": 0}
-    assert commands._to_dict(worker_pb.Job())["usage"] is None
+    assert display.to_dict(worker_pb.Job())["usage"] is None
 
 
 def test_json_and_status_show_output_that_was_not_kept() -> None:
     """Both show the kept size and the size of the lost part."""
     job = worker_pb.Job(output_bytes=1 << 30, output_lost_bytes=52)
     assert _shown(job, "output") == "1073741824 bytes (52 more were not kept)"
-    assert commands._to_dict(job)["output_lost_bytes"] == 52
+    assert display.to_dict(job)["output_lost_bytes"] == 52
     assert _shown(worker_pb.Job(output_bytes=1), "output") == "1 bytes"
 
 
@@ -1105,9 +1112,9 @@ def test_status_and_reason_of_a_newer_server_are_shown_by_number() -> None:
     """This client's .proto does not have them."""
     job = worker_pb.Job()
     job.MergeFromString(bytes([5 << 3, 99, 6 << 3, 98]))
-    fields = commands._to_dict(job)
+    fields = display.to_dict(job)
     assert (fields["status"], fields["end_reason"]) == ("99", "98")
-    assert commands._state(fields) == "99 (98)"
+    assert display.state_of(fields) == "99 (98)"
 
 
 # C0, DEL, C1, line ends of all kinds, what turns the direction of text around, what is not seen.
@@ -1214,7 +1221,7 @@ def test_list_is_a_table_with_a_line_for_each_job(run: Callable[..., str]) -> No
 )
 def test_width_of_text_is_in_cells_of_a_terminal(text: str, cells: int) -> None:
     """A wide character has two, a combining character none."""
-    assert commands._width(text) == cells
+    assert display._width(text) == cells
 
 
 def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
@@ -1242,9 +1249,9 @@ def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
         assert process.returncode == 0
     heading, *rows = shown.decode().splitlines()
     assert len(rows) == len(names)
-    before = {commands._width(row[: row.index("ls ")]) for row in rows}
+    before = {display._width(row[: row.index("ls ")]) for row in rows}
     assert before == {heading.index("COMMAND")}
-    widths = [commands._width(row) for row in rows]
+    widths = [display._width(row) for row in rows]
     assert sorted(set(widths)) == [79, 80]
 
 
@@ -1494,7 +1501,7 @@ def test_run_exits_as_its_job(
 def test_run_detached_prints_the_id_of_a_running_job(cli: _Program, connect: Connect) -> None:
     """It returns at once."""
     job_id = cli.read("run", "-d", "--", *_SILENT).rstrip("\n")
-    assert connect().status(job_id).status == worker_pb.RUNNING
+    assert connect().status(job_id).status == worker_pb.JOB_STATUS_RUNNING
     connect().stop(job_id)
 
 
@@ -1503,7 +1510,9 @@ def test_run_of_a_stopped_job_tells_who_stopped_it(cli: _Program, connect: Conne
     with cli.start("run", *_SILENT) as process:
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
-        (job,) = (job for job in connect("admin").list() if job.status == worker_pb.RUNNING)
+        (job,) = (
+            job for job in connect("admin").list() if job.status == worker_pb.JOB_STATUS_RUNNING
+        )
         connect("admin").stop(job.job_id)
         _, stderr = process.communicate(timeout=GUARD_S)
     assert (process.returncode, stderr.count(b"\n")) == (137, 1)
@@ -1546,7 +1555,7 @@ def test_ctrl_c_reaches_the_job_and_a_second_one_stops_it(cli: _Program, connect
     assert process.returncode == 137
     assert stderr.startswith(b"client: stopping the job; Ctrl-C again leaves it\n")
     assert b"stopped by owner" in stderr
-    assert not [job for job in connect().list() if job.status == worker_pb.RUNNING]
+    assert not [job for job in connect().list() if job.status == worker_pb.JOB_STATUS_RUNNING]
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -1594,7 +1603,7 @@ def test_ctrl_c_ends_a_stream_quietly(cli: _Program, connect: Connect) -> None:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=GUARD_S) == (b"", b"")
     assert process.returncode == 130
-    assert connect().status(job_id).status == worker_pb.RUNNING
+    assert connect().status(job_id).status == worker_pb.JOB_STATUS_RUNNING
     connect().stop(job_id)
 
 
@@ -2066,7 +2075,7 @@ def test_client_does_it_all_for_another_program(connect: Connect) -> None:
     assert b"".join(client.stream(job_id)) == b"a b\n"
     assert b"".join(client.stream(job_id, offset=2)) == b"b\n"
     assert client.status(job_id).exit_code == 0
-    assert client.stop(job_id).status == worker_pb.FINISHED
+    assert client.stop(job_id).status == worker_pb.JOB_STATUS_FINISHED
     assert job_id in [job.job_id for job in client.list()]
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cli
-import commands
+import display
 import workerservice_pb2 as worker_pb
 from client import main
 
@@ -233,13 +233,13 @@ _TEXTS = st.text(max_size=20)
 def test_any_job_is_shown_on_lines_of_its_own(job: worker_pb.Job) -> None:
     """Any job has ten lines in `status`, and one in `list`. JSON is ASCII."""
     with _streams() as (stdout, _):
-        stdout.write(commands._describe(job) + "\n")
-        commands._print_table([job])
+        stdout.write(display.describe(job) + "\n")
+        display.print_table([job])
         stdout.flush()
         shown = stdout.buffer.getvalue().decode()  # type: ignore[attr-defined]
     assert shown.count("\n") == 12
     assert all(c.isprintable() or c == "\n" for c in shown), ascii(shown)
     with _streams() as (stdout, _):
-        commands._print_json(commands._to_dict(job))
+        display.print_json(display.to_dict(job))
         stdout.flush()
         assert stdout.buffer.getvalue().isascii()  # type: ignore[attr-defined]

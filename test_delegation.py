@@ -256,9 +256,9 @@ def test_two_servers_do_not_disturb_each_other(
         successor = start_server(*options)
         assert not left.parent.parent.exists()
         assert (path / "pids.max").read_text() == "3\n"
-        assert client.status(job).status == worker_pb.RUNNING
+        assert client.status(job).status == worker_pb.JOB_STATUS_RUNNING
         assert successor.end() == 0
-        assert client.status(job).status == worker_pb.RUNNING
-        assert client.stop(job).status == worker_pb.STOPPED
+        assert client.status(job).status == worker_pb.JOB_STATUS_RUNNING
+        assert client.stop(job).status == worker_pb.JOB_STATUS_STOPPED
     assert steady.end() == 0
     assert not [each for each in base.iterdir() if each.is_dir()]

@@ -280,7 +280,7 @@ def test_rights_of_the_unit_are_enough(
             running = user.start("sh", ["-c", tree], memory_bytes=32 << 20, pids=8)
             next(user.stream(running))
             assert user.status(running).limits.memory_bytes == 32 << 20
-            assert user.stop(running).status == worker_pb.STOPPED
+            assert user.stop(running).status == worker_pb.JOB_STATUS_STOPPED
             last = user.start("sh", ["-c", tree])
             next(user.stream(last))
             with open(os.pidfd_open(fork_server)) as pidfd:

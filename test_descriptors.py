@@ -89,12 +89,12 @@ def test_connections_cannot_take_the_descriptors_of_jobs(
         for pid in pids:
             os.kill(pid, signal.SIGUSR1)
         for job_id in run:
-            assert client.stop(job_id).status == worker_pb.STOPPED
+            assert client.stop(job_id).status == worker_pb.JOB_STATUS_STOPPED
         for job_id in end:
             for _ in client.stream(job_id):
                 pass
             job = client.status(job_id)
-            assert (job.end_reason, job.exit_code) == (worker_pb.EXITED, 0)
+            assert (job.end_reason, job.exit_code) == (worker_pb.END_REASON_EXITED, 0)
         client.stop(client.start(*FOREVER))
         assert len(descriptors_of(server.process.pid)) < _LIMIT * 3 // 4
         # The server closes a connection that is one too many at once, and each other one that

@@ -388,7 +388,8 @@ def _places() -> dict[str, tuple[str, set[str]]]:
 
 
 def _product_files_with(word: str) -> set[str]:
-    pattern = re.compile(rf"(?<![\w-])(--)?{word.lstrip('-').replace('-', '[-_]')}(?![\w-])")
+    name = word.lstrip("-").replace("-", "[-_]")
+    pattern = re.compile(rf"(?<![\w-])(--|END_REASON_)?{name}(?![\w-])")
     paths = [*_HERE.glob("*.py"), *_HERE.glob("*.proto"), _HERE / "README.md"]
     return {
         path.name

@@ -217,7 +217,7 @@ class _House:
 
     def assert_all_is_well(self) -> None:
         assert [pid for pid in self.targets if not _is_alive(pid)] == []
-        assert self.alice.status(self.victim).status == worker_pb.RUNNING
+        assert self.alice.status(self.victim).status == worker_pb.JOB_STATUS_RUNNING
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ def test_server_imports_everything_while_it_is_root(certs: Path, tmp_path: Path)
         with _login(running.address, certs, "user", "user") as user:
             assert _run(user, "echo hello") == "hello\n"
             job = _sh(user, _FOREVER)
-            assert user.stop(job).status == worker_pb.STOPPED
+            assert user.stop(job).status == worker_pb.JOB_STATUS_STOPPED
             assert user.status(job).command == "sh"
             user.remove(job)
             with pytest.raises(ClientError, match="no such file"):
@@ -505,7 +505,7 @@ def test_users_own_second_job_may_be_signalled(house: _House) -> None:
     pid = int(_first_line(house.bob, own))
     assert _run(house.bob, "kill -TERM $1 && echo sent", pid) == "sent\n"
     ended = _end_of(house.bob, own)
-    assert (ended.status, ended.signal) == (worker_pb.FINISHED, signal.SIGTERM)
+    assert (ended.status, ended.signal) == (worker_pb.JOB_STATUS_FINISHED, signal.SIGTERM)
 
 
 _LOOK = """
@@ -638,12 +638,12 @@ def test_start_stream_status_and_stop_work_for_every_user(house: _House) -> None
     for owner, other in ((house.alice, house.admin), (house.bob, house.bob)):
         job = _sh(owner, f"sleep 1000 & setsid sleep 1000 & echo up; {_FOREVER}")
         assert _first_line(other, job) == "up"
-        assert other.status(job).status == worker_pb.RUNNING
-        assert other.stop(job).status == worker_pb.STOPPED
+        assert other.status(job).status == worker_pb.JOB_STATUS_RUNNING
+        assert other.stop(job).status == worker_pb.JOB_STATUS_STOPPED
         assert b"".join(owner.stream(job)) == b"up\n"
     job = _sh(house.bob, "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; exit 3")
     ended = _end_of(house.bob, job)
-    assert (ended.exit_code, ended.status) == (3, worker_pb.FINISHED)
+    assert (ended.exit_code, ended.status) == (3, worker_pb.JOB_STATUS_FINISHED)
     assert ended.usage.cpu_user_s + ended.usage.cpu_system_s > 0
 
 
@@ -746,7 +746,7 @@ def test_limits_and_usage_of_a_job_of_another_uid(house: _House) -> None:
     assert (status.limits.pids, status.usage.pids) == (7, 1)
     assert house.bob.stop(job).usage.cpu_user_s >= 0
     greedy = house.bob.start("tail", ["/dev/zero"], memory_bytes=32 << 20)
-    assert _end_of(house.bob, greedy).end_reason == worker_pb.OUT_OF_MEMORY
+    assert _end_of(house.bob, greedy).end_reason == worker_pb.END_REASON_OUT_OF_MEMORY
 
 
 # --- uids -------------------------------------------------------------------------------------
@@ -909,7 +909,7 @@ def test_death_of_the_fork_server_leaves_no_job(
         witness.await_end()
         with _login(program.address, certs, "admin", "admin") as admin:
             for job in admin.list():
-                assert _end_of(admin, job.job_id).end_reason == worker_pb.LOST
+                assert _end_of(admin, job.job_id).end_reason == worker_pb.END_REASON_LOST
             with pytest.raises(ClientError, match="has died; restart the server"):
                 _sh(admin, "true")
         assert program.end() == 0
@@ -1079,7 +1079,7 @@ def test_isolation_with_capabilities_instead_of_root(
             script = 'kill -9 $1 $2 && echo gained; cat "$3/token.key" && echo gained'
             output = _run(user, script, pid, fork_server_of(pid), state_of_nobody)
             assert "gained" not in output
-            assert user.stop(job).status == worker_pb.STOPPED
+            assert user.stop(job).status == worker_pb.JOB_STATUS_STOPPED
         assert program.end() == 0
         witness.await_end()
 
@@ -1106,7 +1106,7 @@ def test_isolation_with_two_capabilities_and_a_delegated_cgroup(
             _check_signals(user)
             job = _sh(user, witness.script)
             witness.await_up(1)
-            assert user.stop(job).status == worker_pb.STOPPED
+            assert user.stop(job).status == worker_pb.JOB_STATUS_STOPPED
             witness.await_end()
             output = _run(
                 user,
@@ -1170,7 +1170,7 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
             bob.logout()
         lines = (closed / "state/audit.log").read_text().splitlines()
         assert {json.loads(line)["user"] for line in lines} == {"bob"}
-        assert alice.stop(running).status == worker_pb.STOPPED
+        assert alice.stop(running).status == worker_pb.JOB_STATUS_STOPPED
         assert program.end() == 0
     log = program.log.read_text()
     assert "Traceback" not in log

@@ -77,7 +77,8 @@ _MODULES = {
     "client": {
         "connection": f"certcheck grpc units {_AUTH_PB} {_WORKER_PB}; google",
         "cli": "connection units",
-        "commands": "cli connection units; google workerservice_pb2",
+        "commands": "cli connection display; workerservice_pb2",
+        "display": "cli units; google workerservice_pb2",
         "client": "cli commands connection",
     },
 }
@@ -101,6 +102,7 @@ _TESTED_WITH = {
     "connection": "client",
     "cli": "client",
     "commands": "client",
+    "display": "client",
     "gate": "service",
     "errors": "worker",
     "certcheck": "tls",

@@ -199,9 +199,9 @@ def test_fork_bomb_stays_inside(
         neighbour = client.start("echo", ["hello"])
         assert b"".join(client.stream(neighbour)) == b"hello\n"
         status = client.status(bomb)
-        assert (status.status, status.usage.pids_peak) == (worker_pb.RUNNING, 30)
+        assert (status.status, status.usage.pids_peak) == (worker_pb.JOB_STATUS_RUNNING, 30)
         began = time.monotonic()
-        assert client.stop(bomb).status == worker_pb.STOPPED
+        assert client.stop(bomb).status == worker_pb.JOB_STATUS_STOPPED
         assert time.monotonic() - began < 5  # the bound that is promised
         assert set(b"".join(output).split()) <= {b"full"}
     (jobs,) = base.glob("job-worker-*/jobs")

@@ -375,7 +375,7 @@ def test_new_certificates_and_users_are_taken_up_under_an_open_stream(  # noqa: 
     _write_users(tmp_path / "users", (*SEEDED_USERS, alice))
     assert program.reload() == []
     output += next(chunks)
-    assert client.status(job_id).status == worker_pb.RUNNING  # on the old connection
+    assert client.status(job_id).status == worker_pb.JOB_STATUS_RUNNING  # on the old connection
     assert _refusal(connect("user", program.address).list).code == "UNAVAILABLE"
     newcomer = Client(program.address, certs=foreign_certs)
     newcomer.login("alice", _PASSWORD)
@@ -469,11 +469,11 @@ def test_users_who_change_lose_their_tokens_and_streams_and_others_do_not(
         assert _refusal(clients[name].status, jobs[name]).code == "UNAUTHENTICATED"
     assert clients["user"].status(jobs["user"]).subscribers == ["user"]
     admin = connect("admin", program.address)
-    assert {job.owner for job in admin.list() if job.status == worker_pb.RUNNING} == {
+    assert {job.owner for job in admin.list() if job.status == worker_pb.JOB_STATUS_RUNNING} == {
         "user",
         *before,
     }
-    assert admin.stop(jobs["gone"]).end_reason == worker_pb.STOPPED_BY_ADMIN
+    assert admin.stop(jobs["gone"]).end_reason == worker_pb.END_REASON_STOPPED_BY_ADMIN
     clients["user"].stop(jobs["user"])
     assert list(streams["user"]) == []
     _write_users(tmp_path / "users", (*SEEDED_USERS, before["gone"]))
@@ -641,7 +641,7 @@ def test_output_past_a_ceiling_is_counted_and_told_and_blocks_no_job(
         assert str(error) == f"{lost} bytes of output were not kept: {name} is reached"
         assert b"".join(chunks) == bytes(kept)
         job = client.status(job_id)
-        assert (job.exit_code, job.end_reason) == (0, worker_pb.EXITED)
+        assert (job.exit_code, job.end_reason) == (0, worker_pb.END_REASON_EXITED)
         assert (job.output_bytes, job.output_lost_bytes) == (kept, lost)
         run = subprocess.run(
             [sys.executable, str(_HERE / "client.py"), "stream", "-j", job_id],
@@ -872,7 +872,7 @@ def test_what_cannot_be_recorded_is_refused_if_it_must_be(
         ("UNAVAILABLE", "the audit log cannot be written; tell the operator")
     }
     assert stranger.token == ""
-    assert client.stop(to_stop).status == worker_pb.STOPPED
+    assert client.stop(to_stop).status == worker_pb.JOB_STATUS_STOPPED
     client.remove(to_stop)
     third.logout()
     log = program.await_log("NOT IN THE AUDIT LOG.*Logout")
@@ -881,7 +881,7 @@ def test_what_cannot_be_recorded_is_refused_if_it_must_be(
     filler.unlink()
     assert _refusal(third.list).code == "UNAUTHENTICATED"
     jobs = {job.job_id: job.status for job in client.list()}
-    assert jobs == {job_id: worker_pb.RUNNING}
+    assert jobs == {job_id: worker_pb.JOB_STATUS_RUNNING}
     assert len(other.list()) == 1
     chunks = _follow(client, job_id)
     client.stop(job_id)

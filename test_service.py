@@ -547,7 +547,10 @@ def test_job_of_a_dead_fork_server_is_lost_and_no_other_can_start(
     os.kill(_worker_of(server)._spawner.pid, signal.SIGKILL)
     list(client.stream(job_id))
     job = client.status(job_id)
-    assert (job.status, job.end_reason) == (worker_pb.FINISHED, worker_pb.LOST)
+    assert (job.status, job.end_reason) == (
+        worker_pb.JOB_STATUS_FINISHED,
+        worker_pb.END_REASON_LOST,
+    )
     code, details = call_rpc(client, "StartJob", command="true")
     assert (code, "restart the server" in details) == ("UNAVAILABLE", True)
 
@@ -576,7 +579,7 @@ def test_status_tells_every_field_of_a_running_and_of_a_finished_job(
         owner="user",
         command="sh",
         args=args,
-        status=worker_pb.RUNNING,
+        status=worker_pb.JOB_STATUS_RUNNING,
         started_at=running.started_at,
         output_bytes=2,
         subscribers=["user"],
@@ -589,12 +592,12 @@ def test_status_tells_every_field_of_a_running_and_of_a_finished_job(
     assert started <= finished.ended_at.ToDatetime(UTC) <= datetime.now(UTC)
     expected.MergeFrom(
         worker_pb.Job(
-            status=worker_pb.FINISHED,
-            end_reason=worker_pb.EXITED,
+            status=worker_pb.JOB_STATUS_FINISHED,
+            end_reason=worker_pb.END_REASON_EXITED,
             exit_code=7,
             ended_at=finished.ended_at,
             usage=worker_pb.Usage(
-                source=worker_pb.RUSAGE,
+                source=worker_pb.USAGE_SOURCE_RUSAGE,
                 cpu_user_s=finished.usage.cpu_user_s,
                 cpu_system_s=finished.usage.cpu_system_s,
                 memory_peak_bytes=finished.usage.memory_peak_bytes,
@@ -615,13 +618,19 @@ def test_exit_code_0_is_present_and_a_signal_is_told(connect: Connect) -> None:
     job = client.status(run_job(client))
     assert (job.HasField("exit_code"), job.exit_code, job.HasField("signal")) == (True, 0, False)
     job = client.status(run_job(client, "sh", ["-c", "kill -KILL $$"]))
-    assert (job.status, job.end_reason) == (worker_pb.FINISHED, worker_pb.SIGNALLED)
+    assert (job.status, job.end_reason) == (
+        worker_pb.JOB_STATUS_FINISHED,
+        worker_pb.END_REASON_SIGNALLED,
+    )
     assert (job.HasField("exit_code"), job.signal) == (False, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
     ("stopper", "reason"),
-    [("user", worker_pb.STOPPED_BY_OWNER), ("admin", worker_pb.STOPPED_BY_ADMIN)],
+    [
+        ("user", worker_pb.END_REASON_STOPPED_BY_OWNER),
+        ("admin", worker_pb.END_REASON_STOPPED_BY_ADMIN),
+    ],
 )
 def test_stop_tells_who_stopped_and_is_idempotent(
     connect: Connect, stopper: str, reason: worker_pb.EndReason
@@ -629,7 +638,7 @@ def test_stop_tells_who_stopped_and_is_idempotent(
     """StopJob returns the stopped job. A second stop, by anybody, changes nothing."""
     job_id = connect("user").start(*FOREVER)
     stopped = connect(stopper).stop(job_id)
-    assert (stopped.status, stopped.end_reason) == (worker_pb.STOPPED, reason)
+    assert (stopped.status, stopped.end_reason) == (worker_pb.JOB_STATUS_STOPPED, reason)
     assert (stopped.signal, stopped.HasField("exit_code")) == (signal.SIGKILL, False)
     assert stopped.HasField("ended_at")
     assert connect("user").stop(job_id) == connect("admin").stop(job_id) == stopped
@@ -639,7 +648,7 @@ def test_stop_tells_who_stopped_and_is_idempotent(
 def test_admin_stopping_their_own_job_is_its_owner(connect: Connect) -> None:
     """The reason depends on whether the caller owns the job, not on the caller's role."""
     admin = connect("admin")
-    assert admin.stop(admin.start(*FOREVER)).end_reason == worker_pb.STOPPED_BY_OWNER
+    assert admin.stop(admin.start(*FOREVER)).end_reason == worker_pb.END_REASON_STOPPED_BY_OWNER
 
 
 @pytest.mark.parametrize("text", ["KILL", "SIGKILL", "sigkill", "9", signal.SIGKILL])
@@ -665,7 +674,7 @@ def test_what_is_no_signal_is_refused(connect: Connect, text: str) -> None:
     with pytest.raises(ClientError, match=r"no such signal: .* like TERM or SIGTERM") as caught:
         client.signal(job_id, text, everything=True)
     assert caught.value.code == "INVALID_ARGUMENT"
-    assert client.status(job_id).status == worker_pb.RUNNING
+    assert client.status(job_id).status == worker_pb.JOB_STATUS_RUNNING
 
 
 def test_stop_of_a_finished_job_keeps_its_end(connect: Connect) -> None:
@@ -673,7 +682,7 @@ def test_stop_of_a_finished_job_keeps_its_end(connect: Connect) -> None:
     client = connect()
     job_id = run_job(client, "sh", ["-c", "exit 3"])
     finished = client.status(job_id)
-    assert (finished.status, finished.exit_code) == (worker_pb.FINISHED, 3)
+    assert (finished.status, finished.exit_code) == (worker_pb.JOB_STATUS_FINISHED, 3)
     assert client.stop(job_id) == connect("admin").stop(job_id) == finished
 
 
@@ -972,7 +981,7 @@ def test_stream_ends_on_stop_when_the_status_is_already_terminal(connect: Connec
         assert next(chunks) == b"ready\n"
         stop = pool.submit(client.stop, job_id)
         assert list(chunks) == []
-        assert client.status(job_id).status == worker_pb.STOPPED
+        assert client.status(job_id).status == worker_pb.JOB_STATUS_STOPPED
         stop.result(GUARD_S)
 
 
@@ -1121,9 +1130,9 @@ def test_silent_followers_in_every_slot_hold_up_nothing_but_streams(
     client = connect("user", address)
     job_id = client.start(*FOREVER)
     followers = [follow(client, job_id) for _ in range(3)]
-    assert client.status(job_id).status == worker_pb.RUNNING
+    assert client.status(job_id).status == worker_pb.JOB_STATUS_RUNNING
     assert connect("", address).login("user", "user")
-    assert client.stop(client.start(*FOREVER)).status == worker_pb.STOPPED
+    assert client.stop(client.start(*FOREVER)).status == worker_pb.JOB_STATUS_STOPPED
     assert len(client.list()) == 2
     assert call_rpc(client, "StreamOutput", job_id=job_id) == (
         "RESOURCE_EXHAUSTED",
@@ -1153,7 +1162,7 @@ def test_starts_that_the_kernel_holds_up_hold_up_nobody_elses(
         finally:
             release()
         for start in starts:
-            assert client.stop(start.result(GUARD_S)).status == worker_pb.STOPPED
+            assert client.stop(start.result(GUARD_S)).status == worker_pb.JOB_STATUS_STOPPED
 
 
 def test_file_that_takes_long_to_go_holds_up_no_other_call(
@@ -1259,7 +1268,7 @@ def test_stalled_reader_holds_up_neither_the_job_nor_others(connect: Connect) ->
     stalled = client.stream(job_id)
     next(stalled)
     assert len(_collect(connect(), job_id)) == size
-    assert client.status(job_id).status == worker_pb.FINISHED
+    assert client.status(job_id).status == worker_pb.JOB_STATUS_FINISHED
 
 
 class _Messages:

@@ -671,8 +671,8 @@ def test_calls_without_a_request_hold_up_nobody(server: _Server, name: str) -> N
         while ended < too_many:
             ended += _ended([sock.recv(1 << 16)])
         job_id = server.admin.start("sleep", ["infinity"])
-        assert server.admin.status(job_id).status == worker_pb.RUNNING
-        assert server.admin.stop(job_id).status == worker_pb.STOPPED
+        assert server.admin.status(job_id).status == worker_pb.JOB_STATUS_RUNNING
+        assert server.admin.stop(job_id).status == worker_pb.JOB_STATUS_STOPPED
         assert list(server.admin.stream(job_id)) == []
         assert job_id in {job.job_id for job in server.admin.list()}
         server.admin.remove(job_id)

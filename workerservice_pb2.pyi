@@ -10,46 +10,46 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class JobStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    STATUS_UNSPECIFIED: _ClassVar[Status]
-    RUNNING: _ClassVar[Status]
-    STOPPED: _ClassVar[Status]
-    FINISHED: _ClassVar[Status]
+    JOB_STATUS_UNSPECIFIED: _ClassVar[JobStatus]
+    JOB_STATUS_RUNNING: _ClassVar[JobStatus]
+    JOB_STATUS_STOPPED: _ClassVar[JobStatus]
+    JOB_STATUS_FINISHED: _ClassVar[JobStatus]
 
 class EndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     END_REASON_UNSPECIFIED: _ClassVar[EndReason]
-    EXITED: _ClassVar[EndReason]
-    SIGNALLED: _ClassVar[EndReason]
-    STOPPED_BY_OWNER: _ClassVar[EndReason]
-    STOPPED_BY_ADMIN: _ClassVar[EndReason]
-    OUT_OF_MEMORY: _ClassVar[EndReason]
-    SERVER_SHUTDOWN: _ClassVar[EndReason]
-    LOST: _ClassVar[EndReason]
-    HOST_OUT_OF_MEMORY: _ClassVar[EndReason]
+    END_REASON_EXITED: _ClassVar[EndReason]
+    END_REASON_SIGNALLED: _ClassVar[EndReason]
+    END_REASON_STOPPED_BY_OWNER: _ClassVar[EndReason]
+    END_REASON_STOPPED_BY_ADMIN: _ClassVar[EndReason]
+    END_REASON_OUT_OF_MEMORY: _ClassVar[EndReason]
+    END_REASON_SERVER_SHUTDOWN: _ClassVar[EndReason]
+    END_REASON_LOST: _ClassVar[EndReason]
+    END_REASON_HOST_OUT_OF_MEMORY: _ClassVar[EndReason]
 
 class UsageSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     USAGE_SOURCE_UNSPECIFIED: _ClassVar[UsageSource]
-    CGROUP: _ClassVar[UsageSource]
-    RUSAGE: _ClassVar[UsageSource]
-STATUS_UNSPECIFIED: Status
-RUNNING: Status
-STOPPED: Status
-FINISHED: Status
+    USAGE_SOURCE_CGROUP: _ClassVar[UsageSource]
+    USAGE_SOURCE_RUSAGE: _ClassVar[UsageSource]
+JOB_STATUS_UNSPECIFIED: JobStatus
+JOB_STATUS_RUNNING: JobStatus
+JOB_STATUS_STOPPED: JobStatus
+JOB_STATUS_FINISHED: JobStatus
 END_REASON_UNSPECIFIED: EndReason
-EXITED: EndReason
-SIGNALLED: EndReason
-STOPPED_BY_OWNER: EndReason
-STOPPED_BY_ADMIN: EndReason
-OUT_OF_MEMORY: EndReason
-SERVER_SHUTDOWN: EndReason
-LOST: EndReason
-HOST_OUT_OF_MEMORY: EndReason
+END_REASON_EXITED: EndReason
+END_REASON_SIGNALLED: EndReason
+END_REASON_STOPPED_BY_OWNER: EndReason
+END_REASON_STOPPED_BY_ADMIN: EndReason
+END_REASON_OUT_OF_MEMORY: EndReason
+END_REASON_SERVER_SHUTDOWN: EndReason
+END_REASON_LOST: EndReason
+END_REASON_HOST_OUT_OF_MEMORY: EndReason
 USAGE_SOURCE_UNSPECIFIED: UsageSource
-CGROUP: UsageSource
-RUSAGE: UsageSource
+USAGE_SOURCE_CGROUP: UsageSource
+USAGE_SOURCE_RUSAGE: UsageSource
 
 class StartJobRequest(_message.Message):
     __slots__ = ("command", "args", "limits", "request_id")
@@ -171,7 +171,7 @@ class Job(_message.Message):
     owner: str
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
-    status: Status
+    status: JobStatus
     end_reason: EndReason
     exit_code: int
     signal: int
@@ -183,7 +183,7 @@ class Job(_message.Message):
     usage: Usage
     output_lost_bytes: int
     may_have_escaped: bool
-    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[Status, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ..., may_have_escaped: _Optional[bool] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[JobStatus, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ..., may_have_escaped: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("cpu_cores", "memory_bytes", "swap_bytes", "io_read_bps", "io_write_bps", "pids", "io_read_iops", "io_write_iops")

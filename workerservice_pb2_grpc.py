@@ -128,8 +128,9 @@ class WorkerServiceServicer:
         read the same job at once, each at its own speed, and may begin at any time.
 
         A stream that ends with its job says how the job ended, in its trailing metadata:
-        `job-status` and `job-end-reason` are names from Status and EndReason, `job-exit-code`
-        or `job-signal` is a number and absent if Job has none, and `next-offset` is the
+        `job-status` and `job-end-reason` are names from JobStatus and EndReason without their
+        prefix, like FINISHED and EXITED; `job-exit-code` or `job-signal` is a number and
+        absent if Job has none, and `next-offset` is the
         offset after the last byte sent. Output of a job that did not end by itself may lack
         what the job would have written.
 

@@ -303,10 +303,10 @@ def start_program(client: Client, *command: object) -> subprocess.Popen[str]:
 
 def settle(client: Client) -> None:
     """Wait until all jobs of the client's user have ended, and a second more for the clean-up."""
-    from workerservice_pb2 import RUNNING
+    from workerservice_pb2 import JOB_STATUS_RUNNING
 
     for job in client.list():
-        if job.status == RUNNING:
+        if job.status == JOB_STATUS_RUNNING:
             for _ in client.stream(job.job_id):
                 pass
     threading.Event().wait(_SETTLED_S)
