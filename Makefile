@@ -14,7 +14,7 @@ lock = .venv/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --str
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")
 
-.PHONY: help setup demo serve test check static bench bench-long certs library proto lock
+.PHONY: help setup demo serve test check tools static bench bench-long certs library proto lock
 
 help: ## list the targets (what `make` alone does)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -61,6 +61,12 @@ static: .venv/dev ## ruff, mypy, and whether the generated code belongs to the p
 	$(python) -m mypy
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && $(call protoc,"$$d") \
 	  && for f in "$$d"/*; do diff -u "$${f##*/}" "$$f" || { echo "run: make proto" >&2; exit 1; }; done
+
+# buf and the packages of Node come with their hashes in package-lock.json, grpcurl in a source
+# package whose hash requirements/grpcurl.txt has.
+tools: .venv/dev ## install what the tests of clients in other languages need: npm, with Node, is there beforehand
+	npm ci --silent --no-audit --no-fund --ignore-scripts --prefix examples/node
+	$(python) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/grpcurl.txt
 
 bench: setup ## measure the service against the floors under it, in some ten minutes
 	$(python) -m bench

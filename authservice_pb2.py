@@ -25,13 +25,14 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61uthservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"2\n\x0cLoginRequest\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"U\n\rLoginResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rLogoutRequest\"\x10\n\x0eLogoutResponse2\x94\x01\n\x0b\x41uthService\x12@\n\x05Login\x12\x1a.jobworker.v1.LoginRequest\x1a\x1b.jobworker.v1.LoginResponse\x12\x43\n\x06Logout\x12\x1b.jobworker.v1.LogoutRequest\x1a\x1c.jobworker.v1.LogoutResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61uthservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"2\n\x0cLoginRequest\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"U\n\rLoginResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rLogoutRequest\"\x10\n\x0eLogoutResponse2\x94\x01\n\x0b\x41uthService\x12@\n\x05Login\x12\x1a.jobworker.v1.LoginRequest\x1a\x1b.jobworker.v1.LoginResponse\x12\x43\n\x06Logout\x12\x1b.jobworker.v1.LogoutRequest\x1a\x1c.jobworker.v1.LogoutResponseB*\n\x0cjobworker.v1P\x01Z\x18jobworker/v1;jobworkerv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'authservice_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\014jobworker.v1P\001Z\030jobworker/v1;jobworkerv1'
   _globals['_LOGINREQUEST']._serialized_start=68
   _globals['_LOGINREQUEST']._serialized_end=118
   _globals['_LOGINRESPONSE']._serialized_start=120

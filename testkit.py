@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import resource
+import shutil
 import signal
 import ssl
 import struct
@@ -199,6 +200,20 @@ def discard_spares(worker: Worker) -> None:
     settle_spares(worker)
     while (spare := worker._spares._pop()) is not None:
         spare.discard()
+
+
+def find_program(name: str, path: Path | None = None) -> str:
+    """Return the path of a program that `make tools` or the system's packages install.
+
+    `path`: where to look before PATH. Without the program the test is skipped; with
+    JOBWORKER_REQUIRE_PROGRAMS=1 it fails.
+    """
+    found = str(path) if path and path.exists() else shutil.which(name)
+    if found is None and os.environ.get("JOBWORKER_REQUIRE_PROGRAMS"):
+        pytest.fail(f"{name} is not installed; .ci/run installs it")
+    if found is None:
+        pytest.skip(f"needs {name}: run `make tools`, or install it as .ci/run does")
+    return found
 
 
 @cache
