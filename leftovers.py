@@ -27,6 +27,7 @@ import os
 import select
 import stat
 import threading
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from messages import wait_ready
@@ -43,9 +44,12 @@ DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")  # noqa: S108 -- j
 _CLEARING_S = 2.0  # how long the end of a job waits for this; the removal itself may take longer
 # How many files, and bytes of a list, the main process looks at. If there are more, `clear` looks.
 _FEW, _MUCH_BYTES = 1000, 64 * 1024
+_QUIET_NS = 1_000_000_000  # a directory that changed so lately may change within the same tick
 _IPC_RMID = 0
 # The files of proc(5) that list the objects, and the call that removes one.
 _SYSTEM_V = {"shm": "shmctl", "sem": "semctl", "msg": "msgctl"}
+
+_State = tuple[int, int, int]  # device, inode and mtime (ns) of a directory
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,6 +67,9 @@ class Leftovers:
         self._changed = threading.Condition()
         self._jobs: dict[int, int] = {}  # the running jobs of each uid that has any
         self._clearing: dict[int, _Removal] = {}  # by uid
+        # What was found in each directory, and in which state of the directory. Needs no lock: a
+        # thread only ever replaces a whole value, and each value is true.
+        self._found: dict[str, tuple[_State, frozenset[int]]] = {}
 
     def begin(self, uid: int) -> None:
         """Count a job that is about to start. Blocks until nothing is removed any more."""
@@ -89,7 +96,7 @@ class Leftovers:
         try:
             # RuntimeError: the fork server has died. OSError: there is no room for a process.
             with contextlib.suppress(OSError, RuntimeError):
-                if _has_left_any(uid):
+                if self._has_left_any(uid):
                     removal = _Removal(*self._clear(uid))
         finally:
             with self._changed:
@@ -105,6 +112,36 @@ class Leftovers:
                     del self._clearing[uid]
             if is_ours:  # otherwise somebody has it who ends it
                 removal.end()
+
+    def _has_left_any(self, uid: int) -> bool:
+        """Whether the user has left something, or so much is there that `clear` must look."""
+        for kind in _SYSTEM_V:
+            with contextlib.suppress(OSError), open(f"/proc/sysvipc/{kind}", "rb") as file:
+                text = file.read(_MUCH_BYTES)
+                if len(text) == _MUCH_BYTES or any(_of_user(text, uid)):
+                    return True
+        for directory in DIRECTORIES:
+            with contextlib.suppress(OSError):
+                uids = self._uids_in(directory)
+                if uids is None or uid in uids:
+                    return True
+        return False
+
+    def _uids_in(self, directory: str) -> frozenset[int] | None:
+        """As the function does. Looks only if something was made or removed since the last time.
+
+        That changes the directory's mtime, which only the directory's owner can set. All changes
+        within a tick of the kernel's clock (10 ms at most) have the same mtime.
+        """
+        status = os.stat(directory)
+        state = (status.st_dev, status.st_ino, status.st_mtime_ns)
+        before, uids = self._found.get(directory, (None, None))
+        if state != before:
+            is_quiet = time.time_ns() - status.st_mtime_ns > _QUIET_NS
+            uids = _uids_in(directory)
+            if uids is not None and is_quiet:
+                self._found[directory] = state, uids
+        return uids
 
     def close(self) -> None:
         """End the removals that go on. Nobody may begin or end a job any more."""
@@ -148,19 +185,16 @@ class _Removal(NamedTuple):
 _ABOUT_TO_BEGIN = _Removal(None, -1)
 
 
-def _has_left_any(uid: int) -> bool:
-    """Whether the user has left something, or so many things are there that `clear` must look."""
-    for kind in _SYSTEM_V:
-        with contextlib.suppress(OSError), open(f"/proc/sysvipc/{kind}", "rb") as file:
-            text = file.read(_MUCH_BYTES)
-            if len(text) == _MUCH_BYTES or any(_of_user(text, uid)):
-                return True
-    for directory in DIRECTORIES:
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            for count, entry in enumerate(entries):
-                if count == _FEW or _is_of_user(entry, uid):
-                    return True
-    return False
+def _uids_in(directory: str) -> frozenset[int] | None:
+    """Return the uids that have something in the directory; None if much is there to look at."""
+    uids = set()
+    with os.scandir(directory) as entries:
+        for count, entry in enumerate(entries):
+            if count == _FEW:
+                return None
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                uids.add(entry.stat(follow_symlinks=False).st_uid)
+    return frozenset(uids)
 
 
 def _of_user(text: bytes, uid: int) -> Iterator[int]:

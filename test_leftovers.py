@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import leftovers
-from leftovers import DIRECTORIES
+from leftovers import DIRECTORIES, Leftovers
 from privileges import can_change_user, can_kill_any
 from testkit import GUARD_S, await_output, public_python
 from worker import Worker
@@ -158,3 +159,45 @@ def test_fork_server_clears_up_only_for_users_of_the_range(worker: Worker, uid: 
     """A main process that was taken over removes nobody else's files."""
     with pytest.raises(PermissionError):
         worker._spawner.clear(uid)
+
+
+def test_a_directory_is_looked_at_again_only_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look costs as much as there are files. A new file of the user is found all the same."""
+    directory = str(tmp_path)
+    monkeypatch.setattr(leftovers, "DIRECTORIES", (directory,))
+    looked, cleared = [], []
+    look = leftovers._uids_in
+
+    def uids_in(path: str) -> frozenset[int] | None:
+        looked.append(path)
+        return look(path)
+
+    monkeypatch.setattr(leftovers, "_uids_in", uids_in)
+    monkeypatch.setattr(leftovers, "_SYSTEM_V", {})  # this user may have objects of other programs
+
+    def clear(uid: int) -> tuple[socket.socket, int]:
+        cleared.append(uid)
+        raise OSError(errno.EAGAIN, "no process")
+
+    ended = Leftovers(clear)
+
+    def job_ends(uid: int) -> tuple[int, int]:
+        ended.begin(uid)
+        ended.end(uid)
+        return len(looked), len(cleared)
+
+    me = os.getuid()
+    assert job_ends(me) == (1, 0)  # the directory is new, so it may change within the same tick
+    assert job_ends(me) == (2, 0)
+    os.utime(directory, (0, 0))
+    assert [job_ends(me) for _ in range(3)] == [(3, 0)] * 3
+    (tmp_path / "file").touch()
+    assert job_ends(me) == (4, 1)
+    os.utime(directory, (1, 1))
+    assert job_ends(me) == (5, 2)
+    assert job_ends(me) == (5, 3)
+    assert job_ends(me + 1) == (5, 3)
+    (tmp_path / "file").unlink()
+    assert job_ends(me) == (6, 3)

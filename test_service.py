@@ -1321,7 +1321,8 @@ def test_messages_are_smaller_the_more_of_them_are_not_taken(
     for number in range(1, 5):
         stalled.append(client.stream(job_id))
         first.append(len(next(stalled[-1])))
-        messages.await_that(lambda: messages.given == 2 * number)  # noqa: B023 -- called at once
+        # gRPC may take a third message at once: it keeps up to 64 KiB that it cannot send yet.
+        messages.await_that(lambda: messages.given >= 2 * number)  # noqa: B023 -- called at once
     assert [size // 1024 for size in first] == [256, 192, 144, 108]
     assert len(_collect(client, job_id)) == size
     for stream in stalled:
