@@ -14,6 +14,7 @@ __all__ = [
     "CommandError",
     "CommandNotExecutableError",
     "CommandNotFoundError",
+    "DirectoryError",
     "JobRunningError",
     "ResourceError",
     "SignalError",
@@ -63,6 +64,18 @@ class CommandNotExecutableError(CommandError):
     """The command exists but is not an executable program."""
 
 
+class DirectoryError(CommandError):
+    """The job's user cannot enter the directory that was asked for. Attribute: `directory`."""
+
+    def __init__(self, command: str, directory: str, problem: str) -> None:
+        super().__init__(
+            command,
+            f"the working directory {shorten(directory)!r} cannot be entered: {problem}; name one "
+            "that exists where the job runs and that the job's user may enter",
+        )
+        self.directory = directory
+
+
 class ResourceError(WorkerError):
     """The host has run out of something a new job needs: processes, descriptors, disk, memory."""
 
@@ -109,16 +122,18 @@ def shorten(text: str, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def exec_error(command: str, error: OSError, search_path: str) -> WorkerError:
+def exec_error(command: str, error: OSError, search_path: str, directory: str) -> WorkerError:
     """Say what it means that the exec of `command` failed with `error`.
 
-    `search_path`: where a command without a slash is looked up. A job runs in /.
+    `search_path`: where a command without a slash is looked up. `directory`: that of the job.
     """
     if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EDQUOT):
         return ResourceError(f"no room for another process: {error.strerror}")
-    path = os.path.join("/", command)
+    path = os.path.join(directory, command)
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return CommandNotFoundError(command, _what_is_missing(command, path, search_path))
+        return CommandNotFoundError(
+            command, _what_is_missing(command, path, search_path, directory)
+        )
     if "/" in command and os.path.isdir(path):
         return CommandNotExecutableError(command, "it is a directory")
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -130,7 +145,7 @@ def exec_error(command: str, error: OSError, search_path: str) -> WorkerError:
     return CommandError(command, error.strerror or str(error))
 
 
-def _what_is_missing(command: str, path: str, search_path: str) -> str:
+def _what_is_missing(command: str, path: str, search_path: str, directory: str) -> str:
     if "/" in command and os.path.exists(path):
         if _first_line(path).endswith(b"\r"):
             return (
@@ -145,7 +160,10 @@ def _what_is_missing(command: str, path: str, search_path: str) -> str:
             f"sh -c {shorten(repr(command), 100)}"
         )
     if "/" in command and not command.startswith("/"):
-        return f"{problem}; jobs run in /, so this is /{shorten(command, 100).removeprefix('./')}"
+        return (
+            f"{problem}; the job's directory is {directory}, so this is "
+            f"{shorten(os.path.normpath(path), 200)}"
+        )
     return problem
 
 

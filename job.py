@@ -118,6 +118,7 @@ class Job:
     usage_source: UsageSource | None  # None when `usage` is
     # The job has ended, but a process of it may live: there was no cgroup, and it left the session.
     may_have_escaped: bool = False
+    working_directory: str = "/"  # the one asked for, or else the home; absolute
 
 
 class Work(NamedTuple):
@@ -129,6 +130,7 @@ class Work(NamedTuple):
     limits: Limits
     budget: Budget | None
     on_end: Callable[[], None] | None
+    directory: str
 
 
 class Buffers:
@@ -194,6 +196,7 @@ class RunningJob:
         self._argv = tuple(work.argv)
         self._uid = work.uid
         self._on_end = work.on_end
+        self._directory = work.directory
         self._cgroup = cgroup
         self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
@@ -246,6 +249,7 @@ class RunningJob:
                 usage=usage,
                 usage_source=source if usage else None,
                 may_have_escaped=self._exit.may_have_escaped,
+                working_directory=self._directory,
             )
 
     def ended(self) -> bool:

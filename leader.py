@@ -27,7 +27,7 @@ import subprocess
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import inherited
-from messages import AttachError, close_all, failure, receive, send, wait_ready
+from messages import AttachError, EnterError, close_all, failure, receive, send, wait_ready
 from privileges import PR_SET_PDEATHSIG, prctl
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ class Program(NamedTuple):
     env: dict[bytes, bytes]
     paths: list[bytes]  # of the file, in the order in which they are tried
     uid: int | None
+    home: bytes | None = None  # entered first, if the user may
+    directory: bytes | None = None  # entered next; if that fails, the program is not executed
 
 
 def wait_and_execute(
@@ -251,7 +253,10 @@ def _parse_program(data: bytes, uids: range | None) -> Program:
     else:
         path = env.get(b"PATH", os.fsencode(os.defpath))
         paths = [os.path.join(each, argv[0]) for each in path.split(b":")]
-    return Program(argv, env, paths, uid)
+    home, directory = (
+        os.fsencode(path) if (path := program.get(name)) else None for name in ("home", "directory")
+    )
+    return Program(argv, env, paths, uid, home, directory)
 
 
 def execute(program: Program) -> NoReturn:
@@ -265,6 +270,7 @@ def execute(program: Program) -> NoReturn:
     # A main process with rights kills the job's group, and needs a living leader for that.
     prctl(PR_SET_PDEATHSIG, 0 if program.uid is None else signal.SIGKILL)
     limit(resource.RLIMIT_NOFILE, *JOB_DESCRIPTORS)
+    _enter(program)
     problem = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     for path in program.paths:
         try:
@@ -274,6 +280,18 @@ def execute(program: Program) -> NoReturn:
             if problem.errno in (errno.ENOENT, errno.ENOTDIR):
                 problem = error
     raise problem
+
+
+def _enter(program: Program) -> None:
+    """Enter the program's directory. This process is the program's user by now."""
+    if program.home is not None:
+        with contextlib.suppress(OSError):  # the process is in /, and begins there
+            os.chdir(program.home)
+    if program.directory is not None:
+        try:
+            os.chdir(program.directory)
+        except OSError as error:
+            raise EnterError(error.errno, error.strerror) from error
 
 
 def become(uid: int) -> None:

@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["AttachError", "close_all", "failure", "receive", "send", "wait_ready"]
+__all__ = [
+    "AttachError",
+    "EnterError",
+    "close_all",
+    "error_of",
+    "failure",
+    "receive",
+    "send",
+    "wait_ready",
+]
 
 _MAX_MESSAGE_BYTES = 4096
 _MAX_FDS = 5
@@ -31,6 +40,10 @@ _FD_BYTES = 4
 
 class AttachError(OSError):
     """The new process could not enter its cgroup, so the command was not executed."""
+
+
+class EnterError(OSError):
+    """The new process could not enter the directory that its job asks for."""
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -68,9 +81,16 @@ def wait_ready(fd: int, events: int, timeout_s: float | None = None) -> bool:
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
+def error_of(answer: dict[str, Any]) -> OSError:
+    """Return the error that an answer of `failure` tells of."""
+    kinds = {kind.__name__: kind for kind in (AttachError, EnterError)}
+    kind = kinds.get(answer.get("kind", ""), OSError)
+    return kind(answer["errno"], os.strerror(answer["errno"]))
+
+
 def failure(error: BaseException) -> dict[str, Any]:
     """Return the answer that tells of an error."""
     return {
         "errno": getattr(error, "errno", None) or errno.EINVAL,
-        "attach": isinstance(error, AttachError),
+        "kind": type(error).__name__,
     }

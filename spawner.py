@@ -40,13 +40,21 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from descriptors import with_reserve
-from messages import AttachError, close_all, receive, send, wait_ready
+from messages import AttachError, EnterError, close_all, error_of, receive, send, wait_ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["AttachError", "Exit", "Process", "Spawner", "SpawnerDiedError", "read_exit"]
+__all__ = [
+    "AttachError",
+    "EnterError",
+    "Exit",
+    "Process",
+    "Spawner",
+    "SpawnerDiedError",
+    "read_exit",
+]
 
 _FORK_SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py")
 _PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h, since Linux 6.9
@@ -176,7 +184,7 @@ class Spawner:
             except EOFError as error:
                 raise SpawnerDiedError from error
             if not received:  # we may have no free number for it
-                raise _error({"errno": errno.EMFILE} | answer)
+                raise error_of({"errno": errno.EMFILE} | answer)
             undo.pop_all()
             return ours, received[0]
 
@@ -191,7 +199,7 @@ class Spawner:
         """Ask for something other than a process; wait until it is done."""
         answer, _ = self._collect(self._ask(request, []), _ANSWER_S)
         if "errno" in answer:
-            raise _error(answer)
+            raise error_of(answer)
 
     def _ask(self, request: dict[str, Any], fds: list[int]) -> socket.socket:
         """Send a request; return the socket on which the answer will come."""
@@ -290,31 +298,35 @@ class Process:
             return False
         return not wait_ready(self._socket.fileno(), 0, 0)  # the other end is open
 
-    def execute(
+    def execute(  # noqa: PLR0913 -- what a program needs
         self,
         argv: Sequence[str],
         env: Mapping[str, str],
         *,
         uid: int | None = None,
+        home: str | None = None,
+        directory: str | None = None,
         timeout_s: float | None = None,
         kill: Callable[[], object] = lambda: None,
     ) -> tuple[int, int]:
         """Have the process execute `argv`; return its pid and a pidfd of it.
 
         `uid`: the user, and the only group, that it runs as: one of the spawner's `uids`; None if
-        the spawner has none.
+        the spawner has none. `home`: the directory in which the process begins, if that user may
+        enter it; otherwise, and for None, that is /. `directory`: the one that it enters then.
 
         Blocks until the command is executing. If the process has been killed meanwhile, this
         returns as if it were: the exit pipe tells the end. Otherwise nothing of the process is
         left after an error. Raises OSError with the errno of fork or exec; PermissionError for a
         user or a name that is not allowed; `AttachError` when the process could not enter its
-        cgroup; `SpawnerDiedError`; TimeoutError when the command is not executing after
-        `timeout_s`. Before that `kill` is called, which must kill the process, and its end is
-        awaited for up to 5 s.
+        cgroup, `EnterError` when it could not enter `directory`; `SpawnerDiedError`;
+        TimeoutError when the command is not executing after `timeout_s`. Before that `kill` is
+        called, which must kill the process, and its end is awaited for up to 5 s.
         """
         # In a file, because argv may be larger than a message (net.core.wmem_max) may be.
         with self, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
-            work = {"argv": list(argv), "env": dict(env), "uid": uid}
+            work: dict[str, Any] = {"argv": list(argv), "env": dict(env), "uid": uid}
+            work |= {"home": home, "directory": directory}
             program.write(json.dumps(work).encode())
             # If nobody is there to receive it, the answer says why.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -339,7 +351,7 @@ class Process:
             finally:
                 close_all(received)
             self._spawner.kill(self._job)
-        raise _error(answer)
+        raise error_of(answer)
 
     def close(self) -> None:
         """Let the process end if it has not been told what to execute; idempotent."""
@@ -378,8 +390,3 @@ def _open_own_pidfd() -> int:
 
 def _no_answer() -> SpawnerDiedError:
     return SpawnerDiedError(f"has not answered for {_ANSWER_S:g} s")
-
-
-def _error(answer: dict[str, Any]) -> OSError:
-    kind = AttachError if answer.get("attach") else OSError
-    return kind(answer["errno"], os.strerror(answer["errno"]))

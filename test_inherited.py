@@ -21,7 +21,7 @@ import pytest
 from inherited import OOM_SCORE_ADJ
 from limits import Limits
 from privileges import can_change_user, can_kill_any
-from testkit import GUARD_S, public_python
+from testkit import GUARD_S, JOB_VARIABLES, public_python
 from worker import EndReason, Worker
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ _ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], Any, Any]] = {
     "umask": (_status("Umask"), ["0077"], ["0000"]),
     "environment": (
         lambda p: set(p["env"]) - {"LC_CTYPE"},
-        {"PATH", "HOME", "LANG", "USER", "JOB_ID"},
+        JOB_VARIABLES,
         None,
     ),
     "open descriptors": (lambda p: p["fds"][:3] + p["fds"][4:], ["0", "1", "2"], None),

@@ -30,6 +30,7 @@ _MODULES = {
         "privileges": "",
         "limits": "",
         "errors": "",
+        "environment": "errors",
         "descriptors": "",
         "messages": "",
         "inherited": "privileges",
@@ -43,7 +44,7 @@ _MODULES = {
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory",
         "job": "cgroups errors limits spawner; budget spares",
         "retention": "errors job; broadcaster budget",
-        "worker": "broadcaster budget cgroups errors inherited job leftovers limits "
+        "worker": "broadcaster budget cgroups environment errors inherited job leftovers limits "
         "outputdirectory privileges retention spares spawner",
     },
     "shared": {  # by the service and the client

@@ -46,6 +46,13 @@ NOBODY = 65534  # the uid and gid of Debian's user `nobody`
 ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"  # the ID of no job
 
 
+JOB_VARIABLES = {
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TERM", "PYTHONUNBUFFERED", "TMPDIR"),
+    "JOB_ID",
+}
+"""The names of the variables of a job that asks for none."""
+
+
 class Clock:
     """A clock that shows `now`, in seconds, and stands still until the test changes it."""
 

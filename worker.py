@@ -39,7 +39,6 @@ import errno
 import functools
 import logging
 import os
-import pwd
 import signal
 import threading
 import time
@@ -52,10 +51,12 @@ import privileges
 from broadcaster import OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
 from budget import Budget
 from cgroups import CgroupError, Subtree
+from environment import Account, Surroundings, account_of, problem_of
 from errors import (
     CommandError,
     CommandNotExecutableError,
     CommandNotFoundError,
+    DirectoryError,
     JobRunningError,
     ResourceError,
     SignalError,
@@ -72,17 +73,19 @@ from limits import Bounds, Enforcement, Limits, Usage
 from outputdirectory import OutputDirectory
 from retention import FinishedJob, Registry, Retention
 from spares import Spare, Spares
-from spawner import AttachError, Spawner, SpawnerDiedError
+from spawner import AttachError, EnterError, Spawner, SpawnerDiedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = [
+    "Account",
     "Bounds",
     "CgroupError",
     "CommandError",
     "CommandNotExecutableError",
     "CommandNotFoundError",
+    "DirectoryError",
     "EndReason",
     "Enforcement",
     "Job",
@@ -111,7 +114,6 @@ logger = logging.getLogger(__name__)
 MAX_ARGV_BYTES: Final = 128 * 1024
 """The longest argv, in bytes with a terminator each; xargs(1) has the same by default."""
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
 
@@ -135,9 +137,10 @@ class Worker:
     objects, and files in /tmp, /var/tmp and /dev/shm.
     `bounds`: what all jobs together may have, where there are cgroups; default: `Bounds()`.
     `retention`: how long finished jobs are kept; default: until they are removed.
+    `environment`: variables that every job gets, like PATH, unless it asks for others.
 
-    Raises `CgroupError`; OSError when `output_dir` cannot be used; PermissionError when
-    `uids` cannot be.
+    Raises ValueError for an `environment` that no job can have; `CgroupError`; OSError when
+    `output_dir` cannot be used; PermissionError when `uids` cannot be.
     """
 
     def __init__(  # noqa: PLR0913 -- all are optional
@@ -151,7 +154,11 @@ class Worker:
         reserve_bytes: int | None = None,
         uids: range | None = None,
         retention: Retention | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        self._environment = dict(environment or {})
+        if problem := problem_of(self._environment):
+            raise ValueError(problem)
         self._limits = limits or Limits()
         self._uids = uids
         self._registry = Registry(retention or Retention())
@@ -229,18 +236,27 @@ class Worker:
         owner: str = "",
         limits: Limits | None = None,
         uid: int | None = None,
+        account: Account | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
         budget: Budget | None = None,
         on_end: Callable[[], None] | None = None,
     ) -> str:
         """Execute `command` with `args` as a new job and return its ID, a random UUID4.
 
         argv is passed on as it is, never through a shell; a command without a slash is
-        looked up in a fixed PATH. The leader runs in /, in a session of its own, with
-        stdin /dev/null, stdout and stderr on one pipe, umask 077, no core dumps, and only
-        PATH, HOME, LANG, USER and JOB_ID in its environment. Nothing it executes gains
-        privileges. It is in its cgroup, under every limit, before its first instruction.
+        looked up in the job's PATH. The leader runs in a session of its own, with
+        stdin /dev/null, stdout and stderr on one pipe, umask 077 and no core dumps. Nothing it
+        executes gains privileges. It is in its cgroup, under every limit, before its first
+        instruction.
 
         `uid`: the user that the job runs as, one of the worker's `uids`; None if it has none.
+        `account`: that user's name, home and shell, as the job is told; default: those of the
+        host's account, or a user of the owner's name whose home is /.
+        `env`: variables beside PATH, HOME, USER, LOGNAME, SHELL, LANG, TERM, PYTHONUNBUFFERED,
+        TMPDIR and JOB_ID. They replace all of these but JOB_ID, and the worker's `environment`.
+        `cwd`: the directory that the job begins in. It is entered as the job's user. A relative
+        path begins at the home. "" means the home, or / if the user may not enter that.
         `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
         jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's
         processes are gone, right before anybody can learn that it has ended. It must not
@@ -248,20 +264,26 @@ class Worker:
 
         Blocks until the command is executing. That takes as long as the kernel waits for the
         command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
-        specific `CommandNotFoundError`, `CommandNotExecutableError`), `CgroupError`,
+        specific `CommandNotFoundError`, `CommandNotExecutableError`, `DirectoryError`; also for
+        an `env` or `cwd` that no process can have), `CgroupError`,
         `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong
         `uid`. Nothing of the job is left then.
         """
         argv = _checked_argv(command, args)
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
+        if account is None:
+            account = account_of(os.geteuid() if uid is None else uid, owner)
+        around = Surroundings(command, account, env or {}, cwd)
+        limits = limits or self._limits
         with self._open():
-            work = Work(argv, owner, uid, limits or self._limits, budget, on_end)
+            work = Work(argv, owner, uid, limits, budget, on_end, around.directory)
             if uid is None:
-                return self._launch(work)
+                return self._launch(work, around)
             self._leftovers.begin(uid)
             try:
-                return self._launch(work._replace(on_end=functools.partial(self._gone, work)))
+                work = work._replace(on_end=functools.partial(self._gone, work))
+                return self._launch(work, around)
             except BaseException:
                 self._leftovers.end(uid)
                 raise
@@ -287,7 +309,7 @@ class Worker:
                 self._busy -= 1
                 self._idle.notify_all()
 
-    def _launch(self, work: Work) -> str:
+    def _launch(self, work: Work, around: Surroundings) -> str:
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
             # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
@@ -302,7 +324,7 @@ class Worker:
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
                 cgroup = self._subtree.limit(spare.cgroup, work.limits)
-            pid, pidfd = self._execute(work, spare, undo)
+            pid, pidfd = self._execute(work, around, spare, undo)
             job = RunningJob(
                 work,
                 spare,
@@ -322,23 +344,31 @@ class Worker:
             spare.thread.give(job.job_id, job.run)
             return job.job_id
 
-    def _execute(self, work: Work, spare: Spare, undo: contextlib.ExitStack) -> tuple[int, int]:
+    def _execute(
+        self, work: Work, around: Surroundings, spare: Spare, undo: contextlib.ExitStack
+    ) -> tuple[int, int]:
         """Have the spare's process execute the command.
 
         Returns its pid and a pidfd, which `undo` closes. Raises as `start` does.
         """
+        command = work.argv[0]
+        env = around.variables(spare.job_id, self._environment)
         try:
             with self._execution(spare):
                 pid, pidfd = spare.process.execute(
                     work.argv,
-                    _environment(spare.job_id, work),
+                    env,
                     uid=work.uid,
+                    home=around.account.home,
+                    directory=around.asked,
                     timeout_s=_START_TIMEOUT_S,
                     kill=functools.partial(self._kill, spare),
                 )
                 undo.callback(os.close, pidfd)
         except TimeoutError as error:
-            raise StartTimeoutError(work.argv[0], _START_TIMEOUT_S) from error
+            raise StartTimeoutError(command, _START_TIMEOUT_S) from error
+        except EnterError as error:
+            raise DirectoryError(command, work.directory, error.strerror or str(error)) from error
         except AttachError as error:
             path = spare.cgroup.path / "cgroup.procs" if spare.cgroup else Path()
             raise CgroupError(
@@ -349,7 +379,7 @@ class Worker:
                 code=error.errno or 0,
             ) from error
         except OSError as error:
-            raise exec_error(work.argv[0], error, _PATH) from error
+            raise exec_error(command, error, env["PATH"], work.directory) from error
         return pid, pidfd
 
     @contextlib.contextmanager
@@ -538,17 +568,3 @@ def _checked_argv(command: str, args: Sequence[str]) -> list[str]:
             command, f"command and arguments have {size} bytes; the limit is {MAX_ARGV_BYTES}"
         )
     return argv
-
-
-def _environment(job_id: str, work: Work) -> dict[str, str]:
-    """The job's whole environment. Nothing of ours is inherited: it may be secret."""
-    if work.uid is not None:
-        # Not an account of this host; so there is no home either.
-        name, home = work.owner or str(work.uid), "/"
-    else:
-        try:
-            user = pwd.getpwuid(os.geteuid())
-            name, home = user.pw_name, user.pw_dir
-        except KeyError:  # an uid without an account, as in many containers
-            name, home = str(os.geteuid()), "/"
-    return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "USER": name, "JOB_ID": job_id}
