@@ -43,7 +43,8 @@ _SUBCOMMANDS = {
     "remove": "Forget a finished job and delete its output",
     "list": "List the jobs you may see",
 }
-_MAY_BE_EMPTY = {"args", "words", "secrets"}  # of what `parse` returns
+_MAY_BE_EMPTY = {"args", "words", "secrets"}
+_REPEATED = {"env", "env_files"}  # of what `parse` returns
 _EPILOG = """\
 "client SUBCOMMAND --help" shows the options of a subcommand. The environment variables
 JOBWORKER_SERVER, JOBWORKER_CERTS and JOBWORKER_TOKEN are the defaults of --server, --certs
@@ -94,7 +95,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(_describe_unknown(unknown))
     for option, value in vars(arguments).items():
         # Python 3.11 reads `--opt=--` as an empty list, 3.13 as `--`.
-        if (value in ([], "--") or value == ["--"]) and option not in _MAY_BE_EMPTY:
+        values = value if option in _REPEATED else [value]
+        if any(each in ([], "--", ["--"]) for each in values) and option not in _MAY_BE_EMPTY:
             parser.error(f"-- cannot be the value of an option ({option})")
     arguments.own_words = len(argv)
     if name in _USAGES:
@@ -267,6 +269,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         help="names this start: another start with the same UUID prints the ID of the same job, "
         "and starts none (default: a new UUID)",
     )
+    _add_surroundings(parser)
     for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():
         parser.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
     parser.add_argument(
@@ -282,6 +285,35 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         nargs=argparse.REMAINDER,
         help="the command and its arguments, in place of -c and -args",
+    )
+
+
+def _add_surroundings(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the job finds when it begins."""
+    parser.add_argument(
+        "--cwd",
+        default="",
+        metavar="DIR",
+        help="the directory on the server in which the job begins; a relative path begins at your "
+        "home there (default: that home)",
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="an environment variable of the job; without =VALUE it gets the value that it has "
+        "here, which no other user of this machine can see; may be repeated",
+    )
+    parser.add_argument(
+        "--env-file",
+        dest="env_files",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file with NAME=VALUE or NAME in each line; VALUE is taken as it is, quotes "
+        "included; blank lines and lines that begin with # are skipped; --env replaces what a file "
+        "says",
     )
 
 

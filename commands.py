@@ -149,10 +149,13 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
     """Start the job that the arguments of `start` or `run` describe; return its ID."""
     import uuid
 
-    limits = {name: getattr(arguments, name) for name in LIMIT_FIELDS}
+    from variables import read_variables
+
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in LIMIT_FIELDS}
+    options |= {"env": read_variables(arguments.env_files, arguments.env), "cwd": arguments.cwd}
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
-        return client.start(arguments.command, arguments.args, request_id=request_id, **limits)
+        return client.start(arguments.command, arguments.args, request_id=request_id, **options)
     except ClientError as error:
         if not error.is_open:
             raise

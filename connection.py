@@ -229,10 +229,19 @@ class Client:
         self.token = ""
 
     def start(
-        self, command: str, args: Sequence[str] = (), *, request_id: str = "", **limits: Any
+        self,
+        command: str,
+        args: Sequence[str] = (),
+        *,
+        request_id: str = "",
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        **limits: Any,
     ) -> str:
         """Start a job and return its ID.
 
+        `env`: environment variables beside those that every job has. `cwd`: the directory in which
+        the job begins, on the server; a relative path begins at the user's home; "" is the home.
         `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
         default applies to a field that is absent or None. `request_id`: a UUID; default: a new
         one. A second start with the same UUID starts nothing and returns the first one's job. So
@@ -245,6 +254,8 @@ class Client:
             args=args,
             limits=self._worker_pb.Limits(**limits),
             request_id=request_id or str(uuid.uuid4()),
+            environment=env,
+            working_directory=cwd,
         )
         for pause_s in _REPEAT_AFTER_S:
             try:

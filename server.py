@@ -182,6 +182,7 @@ class Server:
             reserve_bytes=config.disk_reserve_bytes,
             uids=uids,
             retention=config.retention,
+            environment=config.environment,
         )
 
     def _open_state(

@@ -174,9 +174,7 @@ class _WorkerServicer:
         call.check_caller()
         is_new = True
         if request_id:
-            what = repr((argv, sorted(asked.items()))).encode(errors="surrogatepass")
-            digest = hashlib.sha256(what).digest()
-            job_id, is_new = self._starts.once(user, request_id, digest, start)
+            job_id, is_new = self._starts.once(user, request_id, _digest(request), start)
         else:
             job_id = start()
             call.undo_if_gone = True
@@ -209,6 +207,8 @@ class _WorkerServicer:
                 owner=user,
                 limits=limits,
                 uid=self._uid_of(user),
+                env=request.environment,
+                cwd=request.working_directory,
                 budget=self._quotas.output(user),
                 on_end=release,
             )
@@ -391,6 +391,16 @@ def _uuid(text: str, what: str) -> str:
     )
 
 
+def _digest(request: worker_pb.StartJobRequest) -> bytes:
+    """Return a digest of all that is to be started."""
+    what = worker_pb.StartJobRequest()
+    what.CopyFrom(request)
+    what.ClearField("request_id")
+    if not what.limits.ListFields():  # no limits are the same as limits without any
+        what.ClearField("limits")
+    return hashlib.sha256(what.SerializeToString(deterministic=True)).digest()
+
+
 def _signal_number(text: str) -> int:
     """Return the number of a signal that is named or numbered. Raises `BadRequestError`."""
     name = text.upper().removeprefix("SIG")
@@ -423,6 +433,7 @@ def _job(job: Job) -> worker_pb.Job:
         output_bytes=job.output_bytes,
         output_lost_bytes=job.output_lost_bytes,
         may_have_escaped=job.may_have_escaped,
+        working_directory=job.working_directory,
         subscribers=job.subscribers,
         limits=_limits(job.limits),
         usage=usage,

@@ -29,6 +29,9 @@ The file sets limits, ceilings, quotas and retention:
     [disk]
     reserve = "2G"              # output leaves this much free
 
+    [environment]               # variables that every job gets
+    PATH = "/opt/tools/bin:/usr/bin:/bin"
+
     [requests]                  # the size of a request
     args = 100
 
@@ -47,10 +50,12 @@ from __future__ import annotations
 import argparse
 import re
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from environment import problem_of
 from limits import Bounds, Limits
 from units import parse_duration, parse_size
 from users import Role
@@ -186,6 +191,9 @@ _TABLES: Final = {
 }
 
 
+_ENVIRONMENT: Final = "environment"  # the table whose keys the operator chooses
+
+
 class ConfigError(ValueError):
     """The file is wrong; the message names the file, the line and the right form."""
 
@@ -263,6 +271,8 @@ class Config:
     disk_reserve_bytes: int | None = None
     """How much of the disk output leaves free, in bytes; None for the rule of `Worker`."""
     requests: Requests = Requests()
+    environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Variables that every job gets, unless it asks for others."""
     retention: Retention = RETENTION
 
     def limits(self, asked: Mapping[str, Any]) -> Limits:
@@ -300,8 +310,11 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     source = _Source(path, text)
     config = Config()
     for name, table in tables.items():
+        if name == _ENVIRONMENT and isinstance(table, dict):
+            config = replace(config, environment=_variables(source, table))
+            continue
         if name not in _TABLES or not isinstance(table, dict):
-            known = [f"[{table}]" for table in _TABLES]
+            known = [f"[{table}]" for table in (*_TABLES, _ENVIRONMENT)]
             problem = f"unknown; the tables are {', '.join(known[:-1])} and {known[-1]}"
             raise source.error(name, "", problem)
         values = getattr(config, name, config)
@@ -316,6 +329,16 @@ def load_config(path: str | os.PathLike[str]) -> Config:
             problem = f"the default, {default}, is above the ceiling, {ceiling}"
             raise source.error(table, key, problem)
     return config
+
+
+def _variables(source: _Source, table: Mapping[str, Any]) -> Mapping[str, str]:
+    for name, value in table.items():
+        problem = problem_of({name: value}) if isinstance(value, str) else f"cannot be {value!r}"
+        if problem:
+            raise source.error(_ENVIRONMENT, name, f'{problem}; write a text like "C.UTF-8"')
+    if problem := problem_of(table):
+        raise source.error(_ENVIRONMENT, "", problem)
+    return MappingProxyType(dict(table))
 
 
 def _set(source: _Source, table: str, key: str, written: Any, values: Any) -> Any:

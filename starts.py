@@ -29,7 +29,7 @@ class OtherStartError(Exception):
     def __init__(self, job_id: str) -> None:
         super().__init__(
             f"this request ID belongs to the start of job {job_id}, which has another command, "
-            "other arguments or other limits; choose a new UUID for each start"
+            "other arguments or other options; choose a new UUID for each start"
         )
         self.job_id = job_id
 

@@ -69,7 +69,7 @@ _MODULES = {
         "records": "audit",
         "gate": "audit auth calls google grpc quotas records settings starts worker",
         "service": f"auth gate google quotas starts worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
-        "settings": "limits units users worker",
+        "settings": "environment limits units users worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
         "server": "accounts audit auth calls descriptors fileopener gate grpc hostcheck privileges "
@@ -78,7 +78,8 @@ _MODULES = {
     "client": {
         "connection": f"certcheck grpc units {_AUTH_PB} {_WORKER_PB}; google",
         "cli": "connection units",
-        "commands": "cli connection display; workerservice_pb2",
+        "commands": "cli connection display variables; workerservice_pb2",
+        "variables": "connection",
         "display": "cli units; google workerservice_pb2",
         "client": "cli commands connection",
     },
@@ -107,6 +108,7 @@ _TESTED_WITH = {
     "gate": "service",
     "errors": "worker",
     "certcheck": "tls",
+    "variables": "environment",
     "job": "worker",
     "budget": "broadcaster",
     "outputdirectory": "broadcaster",

@@ -52,16 +52,27 @@ USAGE_SOURCE_CGROUP: UsageSource
 USAGE_SOURCE_RUSAGE: UsageSource
 
 class StartJobRequest(_message.Message):
-    __slots__ = ("command", "args", "limits", "request_id")
+    __slots__ = ("command", "args", "limits", "request_id", "environment", "working_directory")
+    class EnvironmentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     COMMAND_FIELD_NUMBER: _ClassVar[int]
     ARGS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    WORKING_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
     limits: Limits
     request_id: str
-    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    environment: _containers.ScalarMap[str, str]
+    working_directory: str
+    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., request_id: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ...) -> None: ...
 
 class StartJobResponse(_message.Message):
     __slots__ = ("job_id",)
@@ -150,7 +161,7 @@ class RemoveJobResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage", "output_lost_bytes", "may_have_escaped")
+    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage", "output_lost_bytes", "may_have_escaped", "working_directory")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +178,7 @@ class Job(_message.Message):
     USAGE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_LOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAY_HAVE_ESCAPED_FIELD_NUMBER: _ClassVar[int]
+    WORKING_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     owner: str
     command: str
@@ -183,7 +195,8 @@ class Job(_message.Message):
     usage: Usage
     output_lost_bytes: int
     may_have_escaped: bool
-    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[JobStatus, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ..., may_have_escaped: _Optional[bool] = ...) -> None: ...
+    working_directory: str
+    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[JobStatus, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ..., may_have_escaped: _Optional[bool] = ..., working_directory: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("cpu_cores", "memory_bytes", "swap_bytes", "io_read_bps", "io_write_bps", "pids", "io_read_iops", "io_write_iops")

@@ -79,7 +79,8 @@ class WorkerServiceServicer:
         Answers as soon as the command is executing.
 
         Errors: INVALID_ARGUMENT (the command is empty, not found, not executable or too
-        long, a limit is above the ceiling, or the request ID is no UUID), ALREADY_EXISTS
+        long, the working directory cannot be entered, no process can have these environment
+        variables, a limit is above the ceiling, or the request ID is no UUID), ALREADY_EXISTS
         (the request ID belongs to the start of something else), FAILED_PRECONDITION (the
         limits could not be enforced, so the command was not executed), RESOURCE_EXHAUSTED (a ceiling is
         reached, or the host has run out of something), DEADLINE_EXCEEDED (the command was
