@@ -26,7 +26,7 @@ import sys
 import termios
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from queue import Empty, SimpleQueue
@@ -38,7 +38,7 @@ from limits import NO_LIMITS, Limits, Usage
 from spawner import Exit, SpawnerDiedError, read_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from budget import Budget
     from cgroups import Cgroup
@@ -119,6 +119,8 @@ class Job:
     # The job has ended, but a process of it may live: there was no cgroup, and it left the session.
     may_have_escaped: bool = False
     working_directory: str = "/"  # the one asked for, or else the home; absolute
+    name: str = ""  # as given to `Worker.start`, as are the labels
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 class Work(NamedTuple):
@@ -131,6 +133,8 @@ class Work(NamedTuple):
     budget: Budget | None
     on_end: Callable[[], None] | None
     directory: str
+    name: str
+    labels: Mapping[str, str]
 
 
 class Buffers:
@@ -164,8 +168,8 @@ class Buffers:
 class RunningJob:
     """A job whose command is executing.
 
-    Attributes: `job_id`, `owner`, `output`, `thread`; `position` in the order of all starts, which
-    the registry sets.
+    Attributes: `job_id`, `owner`, `name`, `labels`, `started_at`, `output`, `thread`; `position` in
+    the order of all starts, which the registry sets.
 
     `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `started_at`,
     `started_s`: the same moment, by the clock and by `time.monotonic`. `finish`: is given the
@@ -190,6 +194,9 @@ class RunningJob:
     ) -> None:
         self.job_id = spare.job_id
         self.owner = work.owner
+        self.name = work.name
+        self.labels = work.labels
+        self.started_at = started_at
         self.output = spare.output
         self.thread = spare.thread
         self.position = 0
@@ -206,7 +213,6 @@ class RunningJob:
         self._output_fd = spare.output_fd
         self._exit_fd = spare.exit_fd
         self._pidfd = pidfd
-        self._started_at = started_at
         self._started_s = started_s
         self._buffers = buffers
         self._finish = finish
@@ -240,7 +246,7 @@ class RunningJob:
                 stop_reason=self._stop_reason if self._end_reason is EndReason.STOPPED else "",
                 exit_code=self._exit.exit_code,
                 signal=self._exit.signal,
-                started_at=self._started_at,
+                started_at=self.started_at,
                 ended_at=self._ended_at,
                 output_bytes=self.output.size,
                 output_lost_bytes=self.output.lost_bytes,
@@ -250,6 +256,8 @@ class RunningJob:
                 usage_source=source if usage else None,
                 may_have_escaped=self._exit.may_have_escaped,
                 working_directory=self._directory,
+                name=self.name,
+                labels=self.labels,
             )
 
     def ended(self) -> bool:
@@ -331,7 +339,7 @@ class RunningJob:
 
     def _now(self) -> datetime:
         """Return the time: that of the start and a duration, so no step of the clock counts."""
-        return self._started_at + timedelta(seconds=time.monotonic() - self._started_s)
+        return self.started_at + timedelta(seconds=time.monotonic() - self._started_s)
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None if the fork server died."""

@@ -14,8 +14,8 @@ job whose end made it too much or whose output needs the room, or the one that w
 are too old.
 
 Thread safety: every method of `Registry` may be called from any thread. Its lock may be taken
-while a job's is held, and an output log's or a budget's while the registry's is held; never the
-other way round.
+while a job's is held, and an output log's, a budget's or a watch's while the registry's is held;
+never the other way round.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NoReturn
 
-from errors import JobRunningError, SignalError, UnknownJobError
+from errors import JobRunningError, SignalError, UnknownJobError, WorkerClosedError
 from job import RunningJob
+from watching import JobEventKind, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+    from datetime import datetime
 
     from broadcaster import OutputLog
     from budget import Budget
+    from finding import JobFilter
     from job import EndReason, Job
 
 __all__ = ["FinishedJob", "FinishedJobs", "Registry", "Retention"]
@@ -60,7 +63,7 @@ class Retention:
     output_bytes: int | None = None
     """Their stored output."""
     argv_bytes: int | None = None
-    """The memory that their commands and arguments take, as Python stores them."""
+    """The memory that their commands, arguments, names and labels take, as Python stores them."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -81,7 +84,8 @@ class FinishedJob:
         self.position = position  # in the order of all starts
         self.number = number  # of its end: 1 is the first
         self.ended_s = time.monotonic()
-        self.argv_bytes = sum(map(sys.getsizeof, (job.command, job.args, *job.args)))
+        names = (job.name, *job.labels, *job.labels.values()) if job.name or job.labels else ()
+        self.argv_bytes = sum(map(sys.getsizeof, (job.command, job.args, *job.args, *names)))
 
     @property
     def job_id(self) -> str:
@@ -92,8 +96,25 @@ class FinishedJob:
         return self._job.owner
 
     @property
+    def name(self) -> str:
+        return self._job.name
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return self._job.labels
+
+    @property
+    def started_at(self) -> datetime:
+        return self._job.started_at
+
+    @property
     def output_bytes(self) -> int:
         return self._job.output_bytes
+
+    @property
+    def final(self) -> Job:
+        """The job when it had ended, without subscribers."""
+        return self._job
 
     def snapshot(self, *, live_usage: bool = True) -> Job:  # noqa: ARG002 -- it is final
         subscribers = self.output.subscribers
@@ -233,6 +254,7 @@ class Registry:
         self._ends = 0
         self._leaving: deque[threading.Thread] = deque()  # threads of jobs that have ended
         self._ager: threading.Thread | None = None
+        self._watches: tuple[Watch, ...] = ()  # replaced as a whole
         self._closed = False
 
     def add(self, job: RunningJob) -> None:
@@ -243,6 +265,25 @@ class Registry:
             job.position = max(self._last_position + 1, time.monotonic_ns())
             self._last_position = job.position
             self._jobs[job.job_id] = job
+            watches = self._watches  # a later one finds the job in the registry
+        if watches:
+            # Outside the lock, because a job's lock is never taken while the registry's is held.
+            state = job.snapshot(live_usage=False)
+            for watch in watches:
+                watch.tell(JobEventKind.STARTED, state)
+
+    def watch(self, matching: JobFilter) -> Watch:
+        """Return a watch of the jobs that are there and will be. Raises `WorkerClosedError`."""
+        with self._lock:
+            if self._closed:
+                raise WorkerClosedError
+            watch = Watch(matching, tuple(self._jobs.values()), self._end_watch)
+            self._watches += (watch,)
+            return watch
+
+    def _end_watch(self, watch: Watch) -> None:
+        with self._lock:
+            self._watches = tuple(each for each in self._watches if each is not watch)
 
     def get(self, job_id: str) -> RunningJob | FinishedJob:
         """Raises `UnknownJobError`."""
@@ -267,6 +308,8 @@ class Registry:
             if self._finished.seconds_left() is None:
                 self._changed.notify_all()
             self._finished.add(finished)
+            for watch in self._watches:
+                watch.tell(JobEventKind.ENDED, finished.final)
             while self._leaving and not self._leaving[0].is_alive():
                 self._leaving.popleft()
             self._leaving.append(job.thread)
@@ -339,10 +382,14 @@ class Registry:
                 logger.error("job %s: its processes cannot be killed; left behind", job.job_id)
             else:
                 _delete(job)
+        for watch in self._watches:
+            watch.end()
 
     def _forget_locked(self, job: FinishedJob) -> None:
         del self._jobs[job.job_id]
         self._finished.discard(job)
+        for watch in self._watches:
+            watch.tell(JobEventKind.REMOVED, job.final)
 
     def _start_ager_locked(self) -> None:
         self._ager = threading.Thread(target=self._remove_aged, name="retention", daemon=True)

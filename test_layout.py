@@ -43,9 +43,11 @@ _MODULES = {
         "cgroups": "cgroupfs limits",
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory",
         "job": "cgroups errors limits spawner; budget spares",
-        "retention": "errors job; broadcaster budget",
-        "worker": "broadcaster budget cgroups environment errors inherited job leftovers limits "
-        "outputdirectory privileges retention spares spawner",
+        "finding": "; job",
+        "watching": "errors finding job",
+        "retention": "errors job watching; broadcaster budget finding",
+        "worker": "broadcaster budget cgroups environment errors finding inherited job leftovers limits "
+        "outputdirectory privileges retention spares spawner watching",
     },
     "shared": {  # by the service and the client
         "units": "",

@@ -29,7 +29,7 @@ the jobs (`forkserver.py`).
 Thread safety: every method of `Worker` may be called from any thread. Each running job has a
 thread of its own (`job.py`). One thread makes spares (`spares.py`). With an age in the rule one
 more thread waits for finished jobs to be too old (`retention.py`). Locks are taken one at a
-time, except in this order: a job's, the registry's, an output log's.
+time, except in this order: a job's, the registry's, an output log's or a watch's.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ from errors import (
     WorkerError,
     exec_error,
 )
+from finding import EVERY_JOB, JobFilter, check_name, checked_labels
 from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work
 from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
@@ -74,6 +75,7 @@ from outputdirectory import OutputDirectory
 from retention import FinishedJob, Registry, Retention
 from spares import Spare, Spares
 from spawner import AttachError, EnterError, Spawner, SpawnerDiedError
+from watching import JobEvent, JobEventKind, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,6 +91,9 @@ __all__ = [
     "EndReason",
     "Enforcement",
     "Job",
+    "JobEvent",
+    "JobEventKind",
+    "JobFilter",
     "JobRunningError",
     "Limits",
     "OffsetError",
@@ -104,6 +109,7 @@ __all__ = [
     "UnknownJobError",
     "Usage",
     "UsageSource",
+    "Watch",
     "Worker",
     "WorkerClosedError",
     "WorkerError",
@@ -241,6 +247,8 @@ class Worker:
         cwd: str = "",
         budget: Budget | None = None,
         on_end: Callable[[], None] | None = None,
+        name: str = "",
+        labels: Mapping[str, str] | None = None,
     ) -> str:
         """Execute `command` with `args` as a new job and return its ID, a random UUID4.
 
@@ -260,16 +268,19 @@ class Worker:
         `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
         jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's
         processes are gone, right before anybody can learn that it has ended. It must not
-        block. It is not called if the start fails.
+        block. It is not called if the start fails. `name`, `labels`: what the job can be found by;
+        `finding.py` has the rules. Several jobs may have the same name.
 
         Blocks until the command is executing. That takes as long as the kernel waits for the
         command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
         specific `CommandNotFoundError`, `CommandNotExecutableError`, `DirectoryError`; also for
         an `env` or `cwd` that no process can have), `CgroupError`,
         `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong
-        `uid`. Nothing of the job is left then.
+        `uid`, name or label. Nothing of the job is left then.
         """
         argv = _checked_argv(command, args)
+        check_name(name)
+        labels = checked_labels(labels) if labels else {}
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
         if account is None:
@@ -277,7 +288,7 @@ class Worker:
         around = Surroundings(command, account, env or {}, cwd)
         limits = limits or self._limits
         with self._open():
-            work = Work(argv, owner, uid, limits, budget, on_end, around.directory)
+            work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels)
             if uid is None:
                 return self._launch(work, around)
             self._leftovers.begin(uid)
@@ -473,22 +484,43 @@ class Worker:
         """
         return self._job(job_id).snapshot
 
-    def list(self, *, owner: str | None = None) -> tuple[Job, ...]:
-        """Return all jobs, or those of `owner`, in the order they were started.
+    def list(
+        self, *, owner: str | None = None, matching: JobFilter = EVERY_JOB, live_usage: bool = False
+    ) -> tuple[Job, ...]:
+        """Return all jobs, or those of `owner` and of a filter, in the order they were started.
 
-        `usage` is None for those that are running; `status` reads it.
+        `usage` is None for those that are running, unless `live_usage`.
         """
-        return tuple(job for _, job in self.list_after(0, owner=owner))
+        found = self.list_after(0, owner=owner, matching=matching, live_usage=live_usage)
+        return tuple(job for _, job in found)
 
-    def list_after(self, position: int, *, owner: str | None = None) -> Iterator[tuple[int, Job]]:
+    def list_after(
+        self,
+        position: int,
+        *,
+        owner: str | None = None,
+        matching: JobFilter = EVERY_JOB,
+        live_usage: bool = False,
+    ) -> Iterator[tuple[int, Job]]:
         """Yield jobs like `list`, each with its position in the order of all starts.
 
         Begins after `position`, so that a list can be read in parts; 0 is before all. A job keeps
         its position when others are removed. A job is looked at when it is yielded.
         """
         for job in self._registry.all(position):
-            if owner is None or job.owner == owner:
-                yield job.position, job.snapshot(live_usage=False)
+            if (owner is None or job.owner == owner) and matching.concerns(job):
+                state = job.snapshot(live_usage=live_usage)
+                if matching.accepts(state.status):
+                    yield job.position, state
+
+    def watch(self, matching: JobFilter = EVERY_JOB) -> Watch:
+        """Return an iterator of what happens to the jobs that a filter picks; see `Watch`.
+
+        It blocks while nothing happens. Its `close` may be called from any thread; leave it by
+        `with`, or close it. Raises `WorkerClosedError`, as does the iterator once the worker is
+        closed and all events were read.
+        """
+        return self._registry.watch(matching)
 
     def stream(self, job_id: str, *, subscriber: str = "", offset: int = 0) -> Subscription:
         """Read the job's output from byte `offset` to its end, as it comes.
