@@ -24,6 +24,7 @@ _WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
 # a semicolon is imported for annotations only, so not when the program runs.
 _MODULES = {
     "library": {
+        "argv": "errors",
         "broadcaster": "; budget",
         "budget": "",
         "outputdirectory": "broadcaster",
@@ -46,8 +47,8 @@ _MODULES = {
         "finding": "; job",
         "watching": "errors finding job",
         "retention": "errors job watching; broadcaster budget finding",
-        "worker": "broadcaster budget cgroups environment errors finding inherited job leftovers limits "
-        "outputdirectory privileges retention spares spawner watching",
+        "worker": "argv broadcaster budget cgroups environment errors finding inherited job "
+        "leftovers limits outputdirectory privileges retention spares spawner watching",
     },
     "shared": {  # by the service and the client
         "units": "",
@@ -109,6 +110,7 @@ _TESTED_WITH = {
     "display": "client",
     "gate": "service",
     "errors": "worker",
+    "argv": "worker",
     "certcheck": "tls",
     "variables": "environment",
     "job": "worker",

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from argv import MAX_ARGV_BYTES
 from job import _BUFFERS, RunningJob, _rest_ms
 from limits import NO_LIMITS
 from testkit import (
@@ -46,7 +47,6 @@ from testkit import (
     settle_spares,
 )
 from worker import (
-    MAX_ARGV_BYTES,
     CgroupError,
     CommandError,
     CommandNotExecutableError,

@@ -44,10 +44,11 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 import inherited
 import privileges
+from argv import checked_argv
 from broadcaster import OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
 from budget import Budget
 from cgroups import CgroupError, Subtree
@@ -116,9 +117,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-MAX_ARGV_BYTES: Final = 128 * 1024
-"""The longest argv, in bytes with a terminator each; xargs(1) has the same by default."""
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
@@ -278,7 +276,7 @@ class Worker:
         `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong
         `uid`, name or label. Nothing of the job is left then.
         """
-        argv = _checked_argv(command, args)
+        argv = checked_argv(command, args)
         check_name(name)
         labels = checked_labels(labels) if labels else {}
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
@@ -578,25 +576,3 @@ class Worker:
 
     def _job(self, job_id: str) -> RunningJob | FinishedJob:
         return self._registry.get(job_id)
-
-
-def _checked_argv(command: str, args: Sequence[str]) -> list[str]:
-    if isinstance(args, (str, bytes)):
-        raise TypeError("args must be a sequence of strings, not one string")
-    argv = [command, *args]
-    for argument in argv:
-        if not isinstance(argument, str):
-            raise TypeError(f"command and args must be strings, not {type(argument).__name__}")
-    if not command:
-        raise CommandError(command, "the command is empty")
-    if any("\0" in argument for argument in argv):
-        raise CommandError(command, "the command or an argument contains a NUL character")
-    try:
-        size = sum(len(os.fsencode(argument)) + 1 for argument in argv)
-    except UnicodeEncodeError as error:
-        raise CommandError(command, f"it cannot be encoded: {error}") from error
-    if size > MAX_ARGV_BYTES:
-        raise CommandError(
-            command, f"command and arguments have {size} bytes; the limit is {MAX_ARGV_BYTES}"
-        )
-    return argv
