@@ -285,16 +285,20 @@ class Worker:
             account = account_of(os.geteuid() if uid is None else uid, owner)
         around = Surroundings(command, account, env or {}, cwd)
         limits = limits or self._limits
+        work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels)
+        return self._start(work, around)
+
+    def _start(self, work: Work, around: Surroundings) -> str:
         with self._open():
-            work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels)
-            if uid is None:
+            if work.uid is None:
                 return self._launch(work, around)
-            self._leftovers.begin(uid)
+            self._leftovers.begin(work.uid)
             try:
-                work = work._replace(on_end=functools.partial(self._gone, work))
-                return self._launch(work, around)
+                return self._launch(
+                    work._replace(on_end=functools.partial(self._gone, work)), around
+                )
             except BaseException:
-                self._leftovers.end(uid)
+                self._leftovers.end(work.uid)
                 raise
 
     def _gone(self, work: Work) -> None:
