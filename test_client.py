@@ -955,6 +955,7 @@ def test_json_status_has_every_field_of_a_running_job(
     assert list(fields.pop("limits")) == [f.name for f in worker_pb.Limits.DESCRIPTOR.fields]
     fields.pop("usage")  # null where nothing accounts it while the job runs
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", fields.pop("started_at"))
+    assert fields.pop("working_directory").startswith("/")  # the home, if there is one
     assert fields == {
         "job_id": job_id,
         "owner": "user",
