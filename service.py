@@ -16,9 +16,7 @@ import re
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
-
-from google.protobuf.timestamp_pb2 import Timestamp
+from typing import TYPE_CHECKING
 
 import auth
 import authservice_pb2 as auth_pb
@@ -27,13 +25,13 @@ import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
 from gate import SHOWN_CHARACTERS, BadRequestError
+from jobmessages import BY_ADMIN, BY_OWNER, end_metadata, job_message, timestamp
 from quotas import Quotas
 from starts import Starts
-from worker import EndReason, Job, Limits, Status, Usage, UsageSource, Worker
+from worker import EndReason, Job, Limits, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from datetime import datetime
 
     import grpc
 
@@ -61,32 +59,6 @@ _PAGE_BYTES = 1024 * 1024
 # The tag of the field `data`: the field's number, and wire type 2, a length and as many bytes.
 _DATA_TAG = bytes([worker_pb.StreamOutputResponse.DATA_FIELD_NUMBER << 3 | 2])
 
-_STATUSES = {
-    Status.RUNNING: worker_pb.JOB_STATUS_RUNNING,
-    Status.STOPPED: worker_pb.JOB_STATUS_STOPPED,
-    Status.FINISHED: worker_pb.JOB_STATUS_FINISHED,
-}
-_END_REASONS = {
-    None: worker_pb.END_REASON_UNSPECIFIED,
-    EndReason.EXITED: worker_pb.END_REASON_EXITED,
-    EndReason.SIGNALLED: worker_pb.END_REASON_SIGNALLED,
-    EndReason.OUT_OF_MEMORY: worker_pb.END_REASON_OUT_OF_MEMORY,
-    EndReason.HOST_OUT_OF_MEMORY: worker_pb.END_REASON_HOST_OUT_OF_MEMORY,
-    EndReason.CLOSED: worker_pb.END_REASON_SERVER_SHUTDOWN,
-    EndReason.LOST: worker_pb.END_REASON_LOST,
-}
-# The service passes these reasons to `Worker.stop` and finds them again in `Job.stop_reason`.
-_BY_OWNER, _BY_ADMIN = "owner", "admin"
-_STOP_REASONS = {
-    _BY_OWNER: worker_pb.END_REASON_STOPPED_BY_OWNER,
-    _BY_ADMIN: worker_pb.END_REASON_STOPPED_BY_ADMIN,
-}
-
-_USAGE_SOURCES = {
-    UsageSource.CGROUP: worker_pb.USAGE_SOURCE_CGROUP,
-    UsageSource.RUSAGE: worker_pb.USAGE_SOURCE_RUSAGE,
-}
-
 
 class _AuthServicer:
     def __init__(self, authenticator: auth.Authenticator) -> None:
@@ -98,7 +70,7 @@ class _AuthServicer:
             request.username, request.password, call.certificate, call.address
         )
         call.identity = self._authenticator.authenticate(token, call.certificate)
-        return auth_pb.LoginResponse(access_token=token, expires_at=_timestamp(expires_at))
+        return auth_pb.LoginResponse(access_token=token, expires_at=timestamp(expires_at))
 
     def Logout(  # noqa: N802
         self,
@@ -186,7 +158,7 @@ class _WorkerServicer:
         return worker_pb.StartJobResponse(job_id=job_id)
 
     def _undo_start(self, job_id: str) -> None:
-        self._worker.stop(job_id, reason=_BY_OWNER)
+        self._worker.stop(job_id, reason=BY_OWNER)
         self._worker.remove(job_id)
 
     def _is_kept(self, job_id: str) -> bool:
@@ -235,10 +207,10 @@ class _WorkerServicer:
     ) -> worker_pb.StopJobResponse:
         job_id, owner = self._reach(request.job_id, call)
         is_owner = owner == call.caller.name
-        reason = _BY_OWNER if is_owner else _BY_ADMIN
+        reason = BY_OWNER if is_owner else BY_ADMIN
         # A stop of a job that has ended changes nothing, and anybody may repeat it as they like.
         call.record(alone=self._worker.status(job_id).status is Status.RUNNING)
-        return worker_pb.StopJobResponse(job=_job(self._worker.stop(job_id, reason=reason)))
+        return worker_pb.StopJobResponse(job=job_message(self._worker.stop(job_id, reason=reason)))
 
     def SignalJob(  # noqa: N802
         self, request: worker_pb.SignalJobRequest, call: Call
@@ -267,7 +239,7 @@ class _WorkerServicer:
         self, request: worker_pb.GetJobStatusRequest, call: Call
     ) -> worker_pb.GetJobStatusResponse:
         job_id, _ = self._reach(request.job_id, call)
-        return worker_pb.GetJobStatusResponse(job=_job(self._worker.status(job_id)))
+        return worker_pb.GetJobStatusResponse(job=job_message(self._worker.status(job_id)))
 
     def StreamOutput(  # noqa: N802
         self, request: worker_pb.StreamOutputRequest, call: Call
@@ -282,7 +254,7 @@ class _WorkerServicer:
                     self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
                 )
             except worker.OffsetError:
-                call.context.set_trailing_metadata(_end(job(), request.offset))
+                call.context.set_trailing_metadata(end_metadata(job(), request.offset))
                 raise
             call.record()
             return self._stream(chunks, job, ending.pop_all(), call)
@@ -303,11 +275,11 @@ class _WorkerServicer:
             try:
                 yield from self._messages(chunks, call)
             except (worker.OutputIncompleteError, worker.OffsetError):
-                call.context.set_trailing_metadata(_end(job(), chunks.offset))
+                call.context.set_trailing_metadata(end_metadata(job(), chunks.offset))
                 raise
             state = job()
             if state.status is not Status.RUNNING:  # otherwise the client has gone
-                call.context.set_trailing_metadata(_end(state, chunks.offset))
+                call.context.set_trailing_metadata(end_metadata(state, chunks.offset))
             if state.end_reason is EndReason.CLOSED:
                 raise worker.WorkerClosedError
 
@@ -346,7 +318,7 @@ class _WorkerServicer:
         answer = worker_pb.ListJobsResponse()
         size = 0
         for position, job in self._worker.list_after(after, owner=owner):
-            message = _job(job)
+            message = job_message(job)
             size += message.ByteSize()
             if answer.jobs and (len(answer.jobs) == most or size > _PAGE_BYTES):
                 answer.next_page_token = f"{after:x}"
@@ -414,61 +386,6 @@ def _signal_number(text: str) -> int:
     )
 
 
-def _job(job: Job) -> worker_pb.Job:
-    # The messages Limits and Usage have the same fields as the classes of these names.
-    usage = None
-    if job.usage is not None and job.usage_source is not None:
-        usage = worker_pb.Usage(source=_USAGE_SOURCES[job.usage_source], **_fields(job.usage))
-    return worker_pb.Job(
-        job_id=job.job_id,
-        owner=job.owner,
-        command=job.command,
-        args=job.args,
-        status=_STATUSES[job.status],
-        end_reason=_end_reason(job),
-        exit_code=job.exit_code,
-        signal=job.signal,
-        started_at=_timestamp(job.started_at),
-        ended_at=_timestamp(job.ended_at) if job.ended_at else None,
-        output_bytes=job.output_bytes,
-        output_lost_bytes=job.output_lost_bytes,
-        may_have_escaped=job.may_have_escaped,
-        working_directory=job.working_directory,
-        subscribers=job.subscribers,
-        limits=_limits(job.limits),
-        usage=usage,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _limits(limits: Limits) -> worker_pb.Limits:
-    """Return the message for `limits`. Jobs with equal limits share it: do not change it."""
-    return worker_pb.Limits(**_fields(limits))
-
-
-def _end_reason(job: Job) -> worker_pb.EndReason:
-    if job.end_reason is EndReason.STOPPED:
-        return _STOP_REASONS[job.stop_reason]
-    return _END_REASONS[job.end_reason]
-
-
-def _end(job: Job, offset: int) -> tuple[tuple[str, str], ...]:
-    """Return the trailing metadata of a stream that ends with its job before byte `offset`."""
-    named = {
-        "job-status": job.status.name,
-        "job-end-reason": worker_pb.EndReason.Name(_end_reason(job)).removeprefix("END_REASON_"),
-        "job-exit-code": job.exit_code,
-        "job-signal": job.signal,
-        "next-offset": offset,
-    }
-    return tuple((name, str(value)) for name, value in named.items() if value is not None)
-
-
-def _fields(value: Limits | Usage) -> dict[str, Any]:
-    # A list may have ten thousand jobs, and dataclasses.asdict would take twice as long.
-    return {name: getattr(value, name) for name in value.__slots__}
-
-
 def _serialized(data: bytes, offset: int) -> bytes:
     """Return a serialized `StreamOutputResponse`.
 
@@ -482,11 +399,6 @@ def _serialized(data: bytes, offset: int) -> bytes:
     length.append(left)
     rest = worker_pb.StreamOutputResponse(offset=offset).SerializeToString()
     return b"".join((_DATA_TAG, length, data, rest))
-
-
-def _timestamp(moment: datetime) -> Timestamp:
-    # `Timestamp.FromDatetime` would take twice as long.
-    return Timestamp(seconds=int(moment.timestamp()), nanos=moment.microsecond * 1000)
 
 
 def add_services(

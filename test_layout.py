@@ -71,7 +71,9 @@ _MODULES = {
         "starts": "",
         "records": "audit",
         "gate": "audit auth calls google grpc quotas records settings starts worker",
-        "service": f"auth gate google quotas starts worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
+        "jobmessages": "google worker workerservice_pb2",
+        "service": f"auth gate jobmessages quotas starts worker {_AUTH_PB} {_WORKER_PB}; "
+        "grpc settings",
         "settings": "environment limits units users worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
@@ -109,6 +111,7 @@ _TESTED_WITH = {
     "commands": "client",
     "display": "client",
     "gate": "service",
+    "jobmessages": "service",
     "errors": "worker",
     "argv": "worker",
     "certcheck": "tls",

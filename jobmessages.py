@@ -1,0 +1,110 @@
+"""What the API says of a job: messages of `workerservice.proto`, made from values of the library.
+
+    worker_pb.GetJobStatusResponse(job=job_message(worker.status(job_id)))
+
+Thread safety: there is no state but a cache, which any thread may use.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+import workerservice_pb2 as worker_pb
+from worker import EndReason, Job, Limits, Status, Usage, UsageSource
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+__all__ = ["BY_ADMIN", "BY_OWNER", "end_metadata", "job_message", "timestamp"]
+
+_STATUSES = {
+    Status.RUNNING: worker_pb.JOB_STATUS_RUNNING,
+    Status.STOPPED: worker_pb.JOB_STATUS_STOPPED,
+    Status.FINISHED: worker_pb.JOB_STATUS_FINISHED,
+}
+_END_REASONS = {
+    None: worker_pb.END_REASON_UNSPECIFIED,
+    EndReason.EXITED: worker_pb.END_REASON_EXITED,
+    EndReason.SIGNALLED: worker_pb.END_REASON_SIGNALLED,
+    EndReason.OUT_OF_MEMORY: worker_pb.END_REASON_OUT_OF_MEMORY,
+    EndReason.HOST_OUT_OF_MEMORY: worker_pb.END_REASON_HOST_OUT_OF_MEMORY,
+    EndReason.CLOSED: worker_pb.END_REASON_SERVER_SHUTDOWN,
+    EndReason.LOST: worker_pb.END_REASON_LOST,
+}
+# The service passes these reasons to `Worker.stop` and finds them again in `Job.stop_reason`.
+BY_OWNER = "owner"
+BY_ADMIN = "admin"
+_STOP_REASONS = {
+    BY_OWNER: worker_pb.END_REASON_STOPPED_BY_OWNER,
+    BY_ADMIN: worker_pb.END_REASON_STOPPED_BY_ADMIN,
+}
+
+_USAGE_SOURCES = {
+    UsageSource.CGROUP: worker_pb.USAGE_SOURCE_CGROUP,
+    UsageSource.RUSAGE: worker_pb.USAGE_SOURCE_RUSAGE,
+}
+
+
+def job_message(job: Job) -> worker_pb.Job:
+    """Return the message of a job."""
+    # The messages Limits and Usage have the same fields as the classes of these names.
+    usage = None
+    if job.usage is not None and job.usage_source is not None:
+        usage = worker_pb.Usage(source=_USAGE_SOURCES[job.usage_source], **_fields(job.usage))
+    return worker_pb.Job(
+        job_id=job.job_id,
+        owner=job.owner,
+        command=job.command,
+        args=job.args,
+        status=_STATUSES[job.status],
+        end_reason=_end_reason(job),
+        exit_code=job.exit_code,
+        signal=job.signal,
+        started_at=timestamp(job.started_at),
+        ended_at=timestamp(job.ended_at) if job.ended_at else None,
+        output_bytes=job.output_bytes,
+        output_lost_bytes=job.output_lost_bytes,
+        may_have_escaped=job.may_have_escaped,
+        working_directory=job.working_directory,
+        subscribers=job.subscribers,
+        limits=_limits(job.limits),
+        usage=usage,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _limits(limits: Limits) -> worker_pb.Limits:
+    """Return the message for `limits`. Jobs with equal limits share it: do not change it."""
+    return worker_pb.Limits(**_fields(limits))
+
+
+def _end_reason(job: Job) -> worker_pb.EndReason:
+    if job.end_reason is EndReason.STOPPED:
+        return _STOP_REASONS[job.stop_reason]
+    return _END_REASONS[job.end_reason]
+
+
+def end_metadata(job: Job, offset: int) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata of a stream that ends with its job before byte `offset`."""
+    named = {
+        "job-status": job.status.name,
+        "job-end-reason": worker_pb.EndReason.Name(_end_reason(job)).removeprefix("END_REASON_"),
+        "job-exit-code": job.exit_code,
+        "job-signal": job.signal,
+        "next-offset": offset,
+    }
+    return tuple((name, str(value)) for name, value in named.items() if value is not None)
+
+
+def _fields(value: Limits | Usage) -> dict[str, Any]:
+    # A list may have ten thousand jobs, and dataclasses.asdict would take twice as long.
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def timestamp(moment: datetime) -> Timestamp:
+    """Return the message of a time."""
+    # `Timestamp.FromDatetime` would take twice as long.
+    return Timestamp(seconds=int(moment.timestamp()), nanos=moment.microsecond * 1000)
