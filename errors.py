@@ -15,6 +15,9 @@ __all__ = [
     "CommandNotExecutableError",
     "CommandNotFoundError",
     "DirectoryError",
+    "InputError",
+    "InputOffsetError",
+    "InputTakenError",
     "JobRunningError",
     "ResourceError",
     "SignalError",
@@ -85,6 +88,38 @@ class SignalError(WorkerError):
 
     def __init__(self, job_id: str, problem: str) -> None:
         super().__init__(f"no signal was sent to job {job_id}: {problem}")
+        self.job_id = job_id
+
+
+class InputError(WorkerError):
+    """The job gets no input, or no more of it. Attribute: `job_id`."""
+
+    def __init__(self, job_id: str, problem: str) -> None:
+        super().__init__(f"job {job_id} takes no input: {problem}")
+        self.job_id = job_id
+
+
+class InputOffsetError(WorkerError, ValueError):
+    """A writer wants to continue a job's input at another byte than the next one.
+
+    Attributes: `job_id`, `offset`; `size`, how many bytes the job has got.
+    """
+
+    def __init__(self, job_id: str, offset: int, size: int) -> None:
+        super().__init__(
+            f"the input of job {job_id} cannot continue at byte {offset}: the job has got {size} "
+            f"bytes; continue at {size}"
+        )
+        self.job_id = job_id
+        self.offset = offset
+        self.size = size
+
+
+class InputTakenError(WorkerError):
+    """Another writer has taken over the job's input. Attribute: `job_id`."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"another call writes the input of job {job_id} now")
         self.job_id = job_id
 
 

@@ -33,7 +33,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from cgroups import CgroupError
-from errors import SignalError
+from errors import InputError, SignalError
 from limits import NO_LIMITS, Limits, Usage
 from spawner import Exit, SpawnerDiedError, read_exit
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from budget import Budget
     from cgroups import Cgroup
+    from jobinput import InputWriter, JobInput
     from spares import Spare
     from spawner import Spawner
 
@@ -121,6 +122,8 @@ class Job:
     working_directory: str = "/"  # the one asked for, or else the home; absolute
     name: str = ""  # as given to `Worker.start`, as are the labels
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    input_bytes: int | None = None  # that its stdin has taken; None if its stdin is /dev/null
+    input_ended: bool = False  # whether it gets no more of them
 
 
 class Work(NamedTuple):
@@ -135,6 +138,7 @@ class Work(NamedTuple):
     directory: str
     name: str
     labels: Mapping[str, str]
+    stdin: bool = False
 
 
 class Buffers:
@@ -191,6 +195,7 @@ class RunningJob:
         buffers: Buffers,
         finish: Callable[[RunningJob, Job], None],
         trim: Callable[[], None],
+        job_input: JobInput | None = None,
     ) -> None:
         self.job_id = spare.job_id
         self.owner = work.owner
@@ -200,6 +205,7 @@ class RunningJob:
         self.output = spare.output
         self.thread = spare.thread
         self.position = 0
+        self._input = job_input  # None: its stdin is /dev/null
         self._argv = tuple(work.argv)
         self._uid = work.uid
         self._on_end = work.on_end
@@ -258,6 +264,8 @@ class RunningJob:
                 working_directory=self._directory,
                 name=self.name,
                 labels=self.labels,
+                input_bytes=self._input.size if self._input else None,
+                input_ended=self._input is not None and self._input.is_over,
             )
 
     def ended(self) -> bool:
@@ -301,6 +309,12 @@ class RunningJob:
             raise SignalError(self.job_id, "it has ended") from None
         except PermissionError as error:
             raise SignalError(self.job_id, "the kernel does not permit it") from error
+
+    def open_input(self, offset: int | None) -> InputWriter:
+        """Return a writer to the job's stdin. Raises as `Worker.open_input` does."""
+        if self._input is None:
+            raise InputError(self.job_id, "it was started without an input")
+        return self._input.open(offset)
 
     def _kill_processes(self) -> None:
         if self._cgroup is not None:
@@ -430,6 +444,8 @@ class RunningJob:
             self._on_end()
             self._on_end = None
         self._close_output()
+        if self._input is not None:
+            self._input.finish()
         with self._ended:
             if self._status is not Status.RUNNING:
                 raise RuntimeError(f"job {self.job_id} has ended already")

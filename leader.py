@@ -223,10 +223,15 @@ def _rehearse() -> None:
 
 
 def _receive_program(sock: socket.socket, uids: range | None) -> Program:
-    """Wait for the program. Raises EOFError if none comes, or as `_parse_program` does."""
+    """Wait for the program, and for the job's stdin if it is not to be /dev/null.
+
+    Raises EOFError if no program comes, or as `_parse_program` does.
+    """
     _, fds = receive(sock)
     try:
-        (fd,) = fds
+        fd, *stdin = fds
+        for each in stdin:
+            os.dup2(each, 0)
         size = os.fstat(fd).st_size
         if size > _MAX_PROGRAM_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))

@@ -29,7 +29,13 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NoReturn
 
-from errors import JobRunningError, SignalError, UnknownJobError, WorkerClosedError
+from errors import (
+    InputError,
+    JobRunningError,
+    SignalError,
+    UnknownJobError,
+    WorkerClosedError,
+)
 from job import RunningJob
 from watching import JobEventKind, Watch
 
@@ -128,6 +134,9 @@ class FinishedJob:
 
     def signal(self, number: int, *, everything: bool) -> NoReturn:  # noqa: ARG002
         raise SignalError(self.job_id, "it has ended")
+
+    def open_input(self, offset: int | None) -> NoReturn:  # noqa: ARG002
+        raise InputError(self.job_id, "it has ended")
 
 
 class _Holding:

@@ -306,6 +306,7 @@ class Process:
         uid: int | None = None,
         home: str | None = None,
         directory: str | None = None,
+        stdin_fd: int | None = None,
         timeout_s: float | None = None,
         kill: Callable[[], object] = lambda: None,
     ) -> tuple[int, int]:
@@ -314,6 +315,7 @@ class Process:
         `uid`: the user, and the only group, that it runs as: one of the spawner's `uids`; None if
         the spawner has none. `home`: the directory in which the process begins, if that user may
         enter it; otherwise, and for None, that is /. `directory`: the one that it enters then.
+        `stdin_fd`: its stdin in place of /dev/null; the caller keeps it.
 
         Blocks until the command is executing. If the process has been killed meanwhile, this
         returns as if it were: the exit pipe tells the end. Otherwise nothing of the process is
@@ -330,7 +332,8 @@ class Process:
             program.write(json.dumps(work).encode())
             # If nobody is there to receive it, the answer says why.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                send(self._socket, {}, [program.fileno()])
+                stdin = [] if stdin_fd is None else [stdin_fd]
+                send(self._socket, {}, [program.fileno(), *stdin])
             is_late = not wait_ready(self._socket.fileno(), select.POLLHUP, timeout_s)
             if is_late:
                 kill()

@@ -43,12 +43,13 @@ _MODULES = {
         "spawner": "descriptors messages",
         "cgroups": "cgroupfs limits",
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory",
-        "job": "cgroups errors limits spawner; budget spares",
+        "jobinput": "errors",
+        "job": "cgroups errors limits spawner; budget jobinput spares",
         "finding": "; job",
         "watching": "errors finding job",
         "retention": "errors job watching; broadcaster budget finding",
         "worker": "argv broadcaster budget cgroups environment errors finding inherited job "
-        "leftovers limits outputdirectory privileges retention spares spawner watching",
+        "jobinput leftovers limits outputdirectory privileges retention spares spawner watching",
     },
     "shared": {  # by the service and the client
         "units": "",

@@ -58,6 +58,9 @@ from errors import (
     CommandNotExecutableError,
     CommandNotFoundError,
     DirectoryError,
+    InputError,
+    InputOffsetError,
+    InputTakenError,
     JobRunningError,
     ResourceError,
     SignalError,
@@ -70,6 +73,7 @@ from errors import (
 )
 from finding import EVERY_JOB, JobFilter, check_name, checked_labels
 from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work
+from jobinput import InputWriter, JobInput
 from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
 from outputdirectory import OutputDirectory
@@ -91,6 +95,10 @@ __all__ = [
     "DirectoryError",
     "EndReason",
     "Enforcement",
+    "InputError",
+    "InputOffsetError",
+    "InputTakenError",
+    "InputWriter",
     "Job",
     "JobEvent",
     "JobEventKind",
@@ -247,6 +255,7 @@ class Worker:
         on_end: Callable[[], None] | None = None,
         name: str = "",
         labels: Mapping[str, str] | None = None,
+        stdin: bool = False,
     ) -> str:
         """Execute `command` with `args` as a new job and return its ID, a random UUID4.
 
@@ -267,7 +276,8 @@ class Worker:
         jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's
         processes are gone, right before anybody can learn that it has ended. It must not
         block. It is not called if the start fails. `name`, `labels`: what the job can be found by;
-        `finding.py` has the rules. Several jobs may have the same name.
+        `finding.py` has the rules. Several jobs may have the same name. `stdin`: the job's stdin is
+        a pipe, which `open_input` writes to, and not /dev/null.
 
         Blocks until the command is executing. That takes as long as the kernel waits for the
         command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
@@ -285,7 +295,7 @@ class Worker:
             account = account_of(os.geteuid() if uid is None else uid, owner)
         around = Surroundings(command, account, env or {}, cwd)
         limits = limits or self._limits
-        work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels)
+        work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels, stdin)
         return self._start(work, around)
 
     def _start(self, work: Work, around: Surroundings) -> str:
@@ -337,7 +347,10 @@ class Worker:
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
                 cgroup = self._subtree.limit(spare.cgroup, work.limits)
-            pid, pidfd = self._execute(work, around, spare, undo)
+            job_input = JobInput(spare.job_id) if work.stdin else None
+            if job_input is not None:
+                undo.callback(job_input.finish)
+            pid, pidfd = self._execute(work, around, spare, job_input, undo)
             job = RunningJob(
                 work,
                 spare,
@@ -350,6 +363,7 @@ class Worker:
                 buffers=self._buffers,
                 finish=self._registry.finish,
                 trim=self._registry.trim,
+                job_input=job_input,
             )
             undo.pop_all()
             # Before its thread runs, which may finish the job at once.
@@ -358,7 +372,12 @@ class Worker:
             return job.job_id
 
     def _execute(
-        self, work: Work, around: Surroundings, spare: Spare, undo: contextlib.ExitStack
+        self,
+        work: Work,
+        around: Surroundings,
+        spare: Spare,
+        job_input: JobInput | None,
+        undo: contextlib.ExitStack,
     ) -> tuple[int, int]:
         """Have the spare's process execute the command.
 
@@ -374,10 +393,13 @@ class Worker:
                     uid=work.uid,
                     home=around.account.home,
                     directory=around.asked,
+                    stdin_fd=job_input.read_fd if job_input else None,
                     timeout_s=_START_TIMEOUT_S,
                     kill=functools.partial(self._kill, spare),
                 )
                 undo.callback(os.close, pidfd)
+                if job_input is not None:
+                    job_input.begin()
         except TimeoutError as error:
             raise StartTimeoutError(command, _START_TIMEOUT_S) from error
         except EnterError as error:
@@ -540,6 +562,30 @@ class Worker:
         except OutputRemovedError:
             self._job(job_id)  # has been removed
             raise WorkerClosedError from None
+
+    def open_input(self, job_id: str, offset: int | None = None) -> InputWriter:
+        """Return a writer to the job's stdin, a context manager that leaves the stdin open.
+
+        `offset`: the byte of the input with which it continues, as a check; None: the next one.
+        Any thread may close the writer. A new writer takes over from the one before; that one's
+        methods then raise `InputTakenError`. Raises `UnknownJobError`, `InputOffsetError`;
+        `InputError` if the job was started without `stdin`, or gets no more input.
+        """
+        return self._job(job_id).open_input(offset)
+
+    def write_input(
+        self, job_id: str, data: bytes, *, offset: int | None = None, end: bool = False
+    ) -> int:
+        """Write `data` to the job's stdin; `end`: the job reads end-of-file after it.
+
+        Blocks while the job does not read and its pipe is full. Returns how many bytes the job has
+        got altogether. Raises as `open_input` and `InputWriter.write` do.
+        """
+        with self.open_input(job_id, offset) as writer:
+            writer.write(data)
+            if end:
+                writer.end()
+            return writer.size
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
         """Block until the job has ended and return its state.
