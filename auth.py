@@ -166,6 +166,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.WorkerService/SignalJob": _EVERYONE,
     "/jobworker.v1.WorkerService/GetJobStatus": _EVERYONE,
     "/jobworker.v1.WorkerService/StreamOutput": _EVERYONE,
+    "/jobworker.v1.WorkerService/WriteInput": _EVERYONE,
     "/jobworker.v1.WorkerService/ListJobs": _EVERYONE,
     "/jobworker.v1.WorkerService/RemoveJob": _EVERYONE,
 }

@@ -236,6 +236,7 @@ class Client:
         request_id: str = "",
         env: Mapping[str, str] | None = None,
         cwd: str = "",
+        stdin: bool = False,
         **limits: Any,
     ) -> str:
         """Start a job and return its ID.
@@ -245,7 +246,8 @@ class Client:
         `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
         default applies to a field that is absent or None. `request_id`: a UUID; default: a new
         one. A second start with the same UUID starts nothing and returns the first one's job. So
-        if the connection breaks before the answer, this method repeats the start.
+        if the connection breaks before the answer, this method repeats the start. `stdin`: the
+        job's stdin is a pipe and not /dev/null; see `write_input`.
         """
         import uuid
 
@@ -256,6 +258,7 @@ class Client:
             request_id=request_id or str(uuid.uuid4()),
             environment=env,
             working_directory=cwd,
+            stdin=stdin,
         )
         for pause_s in _REPEAT_AFTER_S:
             try:

@@ -20,6 +20,7 @@ import json
 import logging
 import ssl
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import unquote
 
@@ -127,6 +128,9 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
     (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (worker.SignalError, grpc.StatusCode.FAILED_PRECONDITION, None),
+    (worker.InputError, grpc.StatusCode.FAILED_PRECONDITION, None),
+    (worker.InputOffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
+    (worker.InputTakenError, grpc.StatusCode.ABORTED, None),
     (worker.OffsetError, grpc.StatusCode.OUT_OF_RANGE, None),
     (worker.OutputIncompleteError, grpc.StatusCode.DATA_LOSS, None),
     (OverloadError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
@@ -276,7 +280,8 @@ class Gate(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)  # None: the server has no such method
         method = handler_call_details.method[:SHOWN_CHARACTERS]
         is_stream = handler is not None and handler.response_streaming
-        kind = Kind.STREAM if is_stream else Kind.SLOW if method in _SLOW else Kind.QUICK
+        has_stream = is_stream or (handler is not None and handler.request_streaming)
+        kind = Kind.STREAM if has_stream else Kind.SLOW if method in _SLOW else Kind.QUICK
         ticket = self._calls.arrive(self._caller(handler_call_details), kind)
         # The gate tells gRPC that every call has a stream of requests. gRPC then runs the behaviour
         # before the request has arrived, and a call can be refused without its request. The gate
@@ -307,7 +312,12 @@ class Gate(grpc.ServerInterceptor):
             ticket.begin(context)
             self._admit(call, handler)
             with self._share(call):
-                answer = handler.unary_unary(self._receive(handler, requests, call), call)
+                request = self._receive(handler, requests, call)
+                if handler.request_streaming:
+                    all_of_them = chain([request], self._receive_rest(handler, requests))
+                    answer = handler.stream_unary(all_of_them, call)
+                else:
+                    answer = handler.unary_unary(request, call)
                 data: bytes = handler.response_serializer(answer)
                 ticket.hold(len(data) - ticket.unread)
                 if not call.recorded:
@@ -417,6 +427,15 @@ class Gate(grpc.ServerInterceptor):
             raise _NoRequestError from error
         if data is None:
             raise BadRequestError("there is no request in this call, or a far too large one")
+        return self._parse(handler, data)
+
+    def _receive_rest(self, handler: Any, requests: Iterator[bytes]) -> Iterator[Any]:
+        """Yield the messages after the first one, until the client ends them or has gone."""
+        with contextlib.suppress(grpc.RpcError):  # gRPC raises this if the call has ended
+            for data in requests:
+                yield self._parse(handler, data)
+
+    def _parse(self, handler: Any, data: bytes) -> Any:
         if len(data) > self._request_bytes:
             raise _RequestSizeError(
                 f"a request of {len(data)} bytes; this server's ceiling is "

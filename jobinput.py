@@ -11,9 +11,9 @@ the other:
         writer.end()               # the job reads end-of-file
     job_input.finish()             # the job has ended
 
-Only `InputWriter.end` and the end of the job close the pipe. A writer that closes leaves it open, so
-another one can continue at `JobInput.size`. A new writer takes over from the one before: that one
-may belong to a connection that is lost, which nobody has noticed yet.
+Only `InputWriter.end` and the end of the job close the pipe. A writer that closes leaves the pipe
+open, so another one can continue at `JobInput.size`. A new writer takes over from the former one:
+the former one may belong to a connection that is lost, although nobody has noticed yet.
 
 Thread safety: every method may be called from any thread; one thread at a time calls
 `InputWriter.write`. No thread holds the lock while it uses the pipe, because any process that has

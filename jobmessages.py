@@ -18,7 +18,7 @@ from worker import EndReason, Job, Limits, Status, Usage, UsageSource
 if TYPE_CHECKING:
     from datetime import datetime
 
-__all__ = ["BY_ADMIN", "BY_OWNER", "end_metadata", "job_message", "timestamp"]
+__all__ = ["BY_ADMIN", "BY_OWNER", "end_metadata", "input_message", "job_message", "timestamp"]
 
 _STATUSES = {
     Status.RUNNING: worker_pb.JOB_STATUS_RUNNING,
@@ -72,7 +72,15 @@ def job_message(job: Job) -> worker_pb.Job:
         subscribers=job.subscribers,
         limits=_limits(job.limits),
         usage=usage,
+        stdin=input_message(job),
     )
+
+
+def input_message(job: Job) -> worker_pb.Input | None:
+    """Return the message of a job's input; None if the job was started without."""
+    if job.input_bytes is None:
+        return None
+    return worker_pb.Input(bytes=job.input_bytes, ended=job.input_ended)
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import re
 import signal
 import sys
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING
 import auth
 import authservice_pb2 as auth_pb
 import authservice_pb2_grpc
+import inputcalls
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
 from gate import SHOWN_CHARACTERS, BadRequestError
-from jobmessages import BY_ADMIN, BY_OWNER, end_metadata, job_message, timestamp
+from jobmessages import BY_ADMIN, BY_OWNER, end_metadata, input_message, job_message, timestamp
 from quotas import Quotas
 from starts import Starts
 from worker import EndReason, Job, Limits, Status, Worker
@@ -183,6 +185,7 @@ class _WorkerServicer:
                 cwd=request.working_directory,
                 budget=self._quotas.output(user),
                 on_end=release,
+                stdin=request.stdin,
             )
         except BaseException:
             release()
@@ -298,6 +301,29 @@ class _WorkerServicer:
                 yield message.pop()
         if not self._authenticator.is_valid(call.caller):
             raise auth.TokenError
+
+    def WriteInput(  # noqa: N802
+        self, requests: Iterator[worker_pb.WriteInputRequest], call: Call
+    ) -> worker_pb.WriteInputResponse:
+        """Write what the caller sends to a job's stdin, until the caller ends it."""
+        first = next(requests)
+        job_id, _ = self._reach(first.job_id, call)
+        job = self._worker.observe(job_id)
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._quotas.stream(call.caller.name))
+            call.ticket.leave()
+            writer = ending.enter_context(self._worker.open_input(job_id, first.offset))
+            call.record(alone=True)
+            ending.callback(self._authenticator.watch(call.caller, writer.close))
+            if call.context.add_callback(writer.close):
+                inputcalls.write_all(
+                    itertools.chain([first], requests),
+                    writer,
+                    may_go_on=lambda: not self._authenticator.has_expired(call.caller),
+                )
+        if not self._authenticator.is_valid(call.caller):
+            raise auth.TokenError
+        return worker_pb.WriteInputResponse(stdin=input_message(job()))
 
     def ListJobs(  # noqa: N802
         self, request: worker_pb.ListJobsRequest, call: Call

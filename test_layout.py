@@ -73,7 +73,8 @@ _MODULES = {
         "records": "audit",
         "gate": "audit auth calls google grpc quotas records settings starts worker",
         "jobmessages": "google worker workerservice_pb2",
-        "service": f"auth gate jobmessages quotas starts worker {_AUTH_PB} {_WORKER_PB}; "
+        "inputcalls": "gate worker; workerservice_pb2",
+        "service": f"auth gate inputcalls jobmessages quotas starts worker {_AUTH_PB} {_WORKER_PB}; "
         "grpc settings",
         "settings": "environment limits units users worker",
         "fileopener": "privileges",

@@ -59,6 +59,11 @@ class WorkerServiceStub:
                 request_serializer=workerservice__pb2.StreamOutputRequest.SerializeToString,
                 response_deserializer=workerservice__pb2.StreamOutputResponse.FromString,
                 _registered_method=True)
+        self.WriteInput = channel.stream_unary(
+                '/jobworker.v1.WorkerService/WriteInput',
+                request_serializer=workerservice__pb2.WriteInputRequest.SerializeToString,
+                response_deserializer=workerservice__pb2.WriteInputResponse.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/jobworker.v1.WorkerService/ListJobs',
                 request_serializer=workerservice__pb2.ListJobsRequest.SerializeToString,
@@ -145,6 +150,30 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WriteInput(self, request_iterator, context):
+        """Writes to the stdin of a job that was started with `stdin`. The first message names the
+        job and the byte of its input at which this call continues; the further ones have the
+        bytes after it. The server reads the next message when the job's pipe has taken all of
+        the last one. So a job that does not read holds back the caller.
+
+        Only a message with `end` ends the input: the job then reads end-of-file. When the
+        caller ends the stream of messages without it, the server answers how many bytes the
+        job has got, and another call may continue there. After a lost connection, ask for
+        `Job.stdin`, and continue at its `bytes`.
+
+        A new call takes over from the one before, which ends with ABORTED. The call ends
+        with FAILED_PRECONDITION as soon as the job has closed its stdin or has ended.
+
+        Errors: INVALID_ARGUMENT (not a job ID, or a later message names another job),
+        NOT_FOUND, FAILED_PRECONDITION (the job was started without `stdin`, gets no more input,
+        or has ended), OUT_OF_RANGE (`offset` is not the number of bytes that the job has got;
+        the message names it), ABORTED (another call writes this job's input now),
+        RESOURCE_EXHAUSTED (the ceiling of open streams is reached).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListJobs(self, request, context):
         """Lists jobs in the order in which they were started: for an admin all jobs, for a
         user their own. One answer is a page of the list: it has at most 100 jobs and about
@@ -194,6 +223,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.StreamOutput,
                     request_deserializer=workerservice__pb2.StreamOutputRequest.FromString,
                     response_serializer=workerservice__pb2.StreamOutputResponse.SerializeToString,
+            ),
+            'WriteInput': grpc.stream_unary_rpc_method_handler(
+                    servicer.WriteInput,
+                    request_deserializer=workerservice__pb2.WriteInputRequest.FromString,
+                    response_serializer=workerservice__pb2.WriteInputResponse.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
@@ -341,6 +375,33 @@ class WorkerService:
             '/jobworker.v1.WorkerService/StreamOutput',
             workerservice__pb2.StreamOutputRequest.SerializeToString,
             workerservice__pb2.StreamOutputResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteInput(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/jobworker.v1.WorkerService/WriteInput',
+            workerservice__pb2.WriteInputRequest.SerializeToString,
+            workerservice__pb2.WriteInputResponse.FromString,
             options,
             channel_credentials,
             insecure,
