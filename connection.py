@@ -27,7 +27,7 @@ from units import parse_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import datetime
     from typing import Any, Self
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     import workerservice_pb2 as worker_pb
+    from sending import Sending
 
 __all__ = [
     "DEFAULT_CERTS",
@@ -52,6 +53,8 @@ _CALL_TIMEOUT_S = 30.0  # the server may need 10 for a stop
 # A token has some 500 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
 _MAX_TOKEN_CHARS = 7_500
 _REPEAT_AFTER_S = (0.1, 1.0)  # the pauses before a start is repeated
+# Before lost input is continued: the first pause, the longest one, and how long to try.
+_FIRST_PAUSE_S, _LAST_PAUSE_S, _GIVE_UP_S = 0.1, 5.0, 60.0
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # nobody reaches a job server through a web proxy
@@ -311,6 +314,52 @@ class Client:
         request = self._worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
         call = self._worker.StreamOutput(request, metadata=self._metadata())
         return OutputStream(call, self._rpc_error, self._explain)
+
+    def write_input(self, job_id: str, data: bytes | Iterable[bytes], offset: int = 0) -> None:
+        """Send all of `data` to the stdin of a job that was started with `stdin`, and end it.
+
+        `offset`: how many bytes of input the job has got before. Blocks while the job does not
+        read, or `data` yields nothing. After a lost connection this continues at the byte that the
+        job has got, and gives up after a minute without a connection. Raises what `data` raises,
+        and leaves the input open then.
+        """
+        from sending import Sending
+
+        sending = Sending(data, offset)
+        lost_s, pause_s, has_broken_off = 0.0, _FIRST_PAUSE_S, False
+        while not sending.is_done:
+            try:
+                stdin = self._send(job_id, sending)
+            except ClientError as error:
+                is_lost = error.code == "UNAVAILABLE" or error.retry_after_s is not None
+                # The server may have written some more of a call after the connection was lost.
+                is_behind = error.code == "OUT_OF_RANGE" and has_broken_off
+                has_broken_off, lost_s = True, lost_s or time.monotonic()
+                if not (is_lost or is_behind) or time.monotonic() - lost_s > _GIVE_UP_S:
+                    raise
+                time.sleep(error.retry_after_s or pause_s)
+                pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+                try:
+                    stdin = self.status(job_id).stdin
+                except ClientError:
+                    continue  # the next call finds out, too
+            lost_s = 0.0
+            try:
+                if sending.acknowledge(stdin.bytes, ended=stdin.ended):
+                    pause_s = _FIRST_PAUSE_S
+            except ValueError as error:
+                raise ClientError(f"the input of job {job_id} is not whole: {error}") from error
+
+    def _send(self, job_id: str, sending: Sending) -> worker_pb.Input:
+        """Make one call of WriteInput; return how far the input has come."""
+        messages = sending.messages(self._worker_pb.WriteInputRequest, job_id)
+        try:
+            stdin: worker_pb.Input = self._worker.WriteInput(
+                messages, metadata=self._metadata()
+            ).stdin
+        except self._rpc_error as error:
+            raise self._explain(error) from error
+        return stdin
 
     def close(self) -> None:
         """Disconnect and end the open streams. Idempotent."""

@@ -139,7 +139,7 @@ def test_job_that_does_not_read_holds_back_the_caller(
     """The pipe takes 64 KiB, and then no message is taken from the connection."""
     server = serve()
     client = connect(address=server.address)
-    taken = []
+    taken: list[int] = []
 
     def messages() -> Iterator[worker_pb.WriteInputRequest]:
         yield worker_pb.WriteInputRequest(job_id=job_id)

@@ -74,8 +74,8 @@ _MODULES = {
         "gate": "audit auth calls google grpc quotas records settings starts worker",
         "jobmessages": "google worker workerservice_pb2",
         "inputcalls": "gate worker; workerservice_pb2",
-        "service": f"auth gate inputcalls jobmessages quotas starts worker {_AUTH_PB} {_WORKER_PB}; "
-        "grpc settings",
+        "service": f"auth gate inputcalls jobmessages quotas starts worker {_AUTH_PB} "
+        f"{_WORKER_PB}; grpc settings",
         "settings": "environment limits units users worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
@@ -83,7 +83,8 @@ _MODULES = {
         "service settings tls trustedfiles units users worker",
     },
     "client": {
-        "connection": f"certcheck grpc units {_AUTH_PB} {_WORKER_PB}; google",
+        "sending": "",
+        "connection": f"certcheck grpc sending units {_AUTH_PB} {_WORKER_PB}; google",
         "cli": "connection units",
         "commands": "cli connection display variables; workerservice_pb2",
         "variables": "connection",

@@ -279,6 +279,7 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[bytes]:
     number = field.number
     values: dict[int, st.SearchStrategy[bytes]] = {
         field.TYPE_STRING: _WORDS.map(partial(_block, number)),
+        field.TYPE_BYTES: st.binary(max_size=100).map(partial(_block, number)),
         field.TYPE_INT32: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_BOOL: st.booleans().map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_UINT64: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),

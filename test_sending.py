@@ -1,0 +1,233 @@
+"""Tests of the client's side of input: `Client.write_input`, over connections that break off.
+
+Between client and server stands a proxy that the test can cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from client import Client, ClientError
+from sending import _MESSAGE_BYTES, _WINDOW_BYTES, Sending
+from testkit import GUARD_S, ServerProgram
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+class _Proxy:
+    """Passes bytes on between clients and a server. `cut` breaks off all connections."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        # Guards the two below. Notified when bytes were passed on.
+        self._changed = threading.Condition()
+        self._sockets: list[socket.socket] = []
+        self._passed = 0  # bytes, from clients
+        self._threads = [threading.Thread(target=self._accept, name="proxy")]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+                with self._changed:
+                    self._sockets += [client, server]
+                for each in ((client, server, 1), (server, client, 0)):
+                    self._threads.append(
+                        threading.Thread(target=self._pass, args=each, name="proxy")
+                    )
+                    self._threads[-1].start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, weight: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+                with self._changed:
+                    self._passed += weight * len(data)
+                    self._changed.notify_all()
+        _shut_down(source)
+        _shut_down(target)
+
+    def cut(self) -> None:
+        """Break off all connections; new ones are possible."""
+        with self._changed:
+            sockets = list(self._sockets)
+        for each in sockets:
+            _shut_down(each)
+
+    def await_passed(self, more: int) -> None:
+        """Block until clients have sent that many more bytes."""
+        with self._changed:
+            goal = self._passed + more
+            assert self._changed.wait_for(lambda: self._passed >= goal, GUARD_S)
+
+    def close(self) -> None:
+        _shut_down(self._listener)
+        self._threads[0].join()
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        for each in self._sockets:
+            each.close()
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def proxy(program: ServerProgram) -> Iterator[_Proxy]:
+    proxy = _Proxy(program.address)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def client(connect: Callable[..., Client]) -> Client:
+    return connect()
+
+
+def test_input_from_bytes_and_from_any_iterable(client: Client) -> None:
+    data = os.urandom(3 * _MESSAGE_BYTES + 1)
+    for source in (data, iter([data[:10], b"", data[10:]]), b"", [b""]):
+        job_id = client.start("cat", stdin=True)
+        client.write_input(job_id, source)
+        expected = data if not isinstance(source, list) and source != b"" else b""
+        assert b"".join(client.stream(job_id)) == expected
+
+
+def test_input_longer_than_what_is_kept_arrives_whole(client: Client) -> None:
+    """The client keeps 4 MiB and gets them acknowledged by an answer."""
+    data = os.urandom(3 * _WINDOW_BYTES + 12_345)
+    job_id = client.start("cat", stdin=True)
+    writing = threading.Thread(target=client.write_input, args=(job_id, data))
+    writing.start()
+    assert b"".join(client.stream(job_id)) == data
+    writing.join()
+
+
+def test_input_continues_after_lost_connections(
+    connect: Callable[..., Client], proxy: _Proxy, client: Client
+) -> None:
+    """Exactly once each byte, at whatever byte the connection broke off."""
+    data = os.urandom(2 * _WINDOW_BYTES)
+    job_id = client.start("cat", stdin=True)
+    sender = connect(address=proxy.address)
+    writing = threading.Thread(target=sender.write_input, args=(job_id, data))
+    writing.start()
+    for _ in range(4):
+        proxy.await_passed(1_000_000)
+        proxy.cut()
+    assert b"".join(client.stream(job_id)) == data
+    writing.join()
+    assert client.status(job_id).stdin.bytes == len(data)
+
+
+def test_lost_connection_is_no_end_of_the_input(
+    connect: Callable[..., Client], proxy: _Proxy, client: Client
+) -> None:
+    """Also while there is nothing to send: what comes later continues."""
+    more = threading.Event()
+
+    def data() -> Iterator[bytes]:
+        yield b"one "
+        assert more.wait(GUARD_S)
+        yield b"two"
+
+    job_id = client.start("cat", stdin=True)
+    chunks = client.stream(job_id)
+    sender = connect(address=proxy.address)
+    writing = threading.Thread(target=sender.write_input, args=(job_id, data()))
+    writing.start()
+    assert next(chunks) == b"one "
+    proxy.cut()
+    more.set()
+    assert next(chunks) == b"two"
+    writing.join()
+    assert list(chunks) == []
+    assert client.status(job_id).exit_code == 0
+
+
+def test_end_of_the_job_ends_the_sending(client: Client) -> None:
+    """At once, although the source has nothing to send."""
+    never = threading.Event()
+
+    def data() -> Iterator[bytes]:
+        yield b"one\n"
+        never.wait(GUARD_S)
+
+    job_id = client.start("head", ["-n", "1"], stdin=True)
+    with pytest.raises(ClientError, match="has closed its stdin, or has ended") as raised:
+        client.write_input(job_id, data())
+    assert raised.value.code == "FAILED_PRECONDITION"
+    assert b"".join(client.stream(job_id)) == b"one\n"
+    never.set()
+
+
+def test_error_of_the_source_leaves_the_input_open(client: Client) -> None:
+    """All that came before the error is sent, and somebody else may continue."""
+
+    def data() -> Iterator[bytes]:
+        yield b"one "
+        raise OSError("the source is broken")
+
+    job_id = client.start("cat", stdin=True)
+    with pytest.raises(OSError, match="the source is broken"):
+        client.write_input(job_id, data())
+    stdin = client.status(job_id).stdin
+    assert (stdin.bytes, stdin.ended) == (4, False)
+    client.write_input(job_id, b"two", offset=4)
+    assert b"".join(client.stream(job_id)) == b"one two"
+
+
+def test_wrong_offset_is_an_error(client: Client) -> None:
+    job_id = client.start("cat", stdin=True)
+    with pytest.raises(ClientError, match="continue at 0") as raised:
+        client.write_input(job_id, b"x", offset=1)
+    assert raised.value.code == "OUT_OF_RANGE"
+    client.stop(job_id)
+
+
+def test_more_than_was_sent_cannot_be_acknowledged() -> None:
+    """Then somebody else has written to the job, too."""
+    sending = Sending(b"12345")
+    messages = sending.messages(dict, "a job")
+    assert [len(each.get("data", b"")) for each in messages] == [0, 5, 0]
+    assert sending.acknowledge(3, ended=False) == 3
+    for size in (2, 6):
+        with pytest.raises(ValueError, match=f"somebody else .* has got {size} bytes"):
+            sending.acknowledge(size, ended=False)
+    assert list(sending.messages(dict, "a job")) == [
+        {"job_id": "a job", "offset": 3},
+        {"data": b"45", "end": True},
+    ]
+    sending.acknowledge(5, ended=True)
+    assert sending.is_done
+
+
+def test_call_sends_no_more_than_is_kept(tmp_path: Path) -> None:
+    """The next one goes on where the server has acknowledged."""
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(2 * _WINDOW_BYTES))
+    with source.open("rb") as file:
+        sending = Sending(iter(lambda: file.read(100_000), b""))
+        sent = sum(len(each.get("data", b"")) for each in sending.messages(dict, "a job"))
+        assert _WINDOW_BYTES <= sent < _WINDOW_BYTES + 100_000
+        sending.acknowledge(sent, ended=False)
+        more = list(sending.messages(dict, "a job"))
+    assert sent + sum(len(each.get("data", b"")) for each in more) == 2 * _WINDOW_BYTES
+    assert more[-1]["end"]
