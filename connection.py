@@ -231,7 +231,7 @@ class Client:
         self._call(self._auth.Logout, self._auth_pb.LogoutRequest())
         self.token = ""
 
-    def start(
+    def start(  # noqa: PLR0913 -- all but the first are optional
         self,
         command: str,
         args: Sequence[str] = (),

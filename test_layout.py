@@ -48,8 +48,11 @@ _MODULES = {
         "finding": "; job",
         "watching": "errors finding job",
         "retention": "errors job watching; broadcaster budget finding",
-        "worker": "argv broadcaster budget cgroups environment errors finding inherited job "
-        "jobinput leftovers limits outputdirectory privileges retention spares spawner watching",
+        "starting": "budget cgroups errors job jobinput spawner; environment leftovers retention "
+        "spares",
+        "worker": "argv broadcaster cgroups environment errors finding inherited job jobinput "
+        "leftovers limits outputdirectory privileges retention spares spawner starting watching; "
+        "budget",
     },
     "shared": {  # by the service and the client
         "units": "",
@@ -123,6 +126,7 @@ _TESTED_WITH = {
     "budget": "broadcaster",
     "outputdirectory": "broadcaster",
     "spares": "worker",
+    "starting": "worker",
     "forkserver": "spawner",
     "leader": "spawner",
     "processes": "spawner",

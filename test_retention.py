@@ -336,7 +336,7 @@ def test_close_waits_for_a_removal(
 ) -> None:
     """`close` returns only after a removal that is under way, which needs the directory."""
     job_id, closing = _finish(worker), threading.Event()
-    worker._idle = _Watched(closing)
+    worker._starter._idle = _Watched(closing)
     output = worker._job(job_id).output
     real_remove = output.remove
     was_closed = []

@@ -402,7 +402,7 @@ def test_start_that_the_kernel_holds_up_fails_after_a_while_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A leased file blocks exec, as a dead file server does. Such starts raise after a time."""
-    monkeypatch.setattr("worker._START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("starting._START_TIMEOUT_S", 0.5)
     before = _traces(worker)
     starts = [pool.submit(worker.start, str(leased[0])) for _ in range(8)]
     for start in starts:
@@ -420,7 +420,7 @@ def test_start_that_the_kernel_holds_up_goes_on_later_and_holds_up_no_other(
 ) -> None:
     """While eight starts wait for a leased file, another job runs; then the eight succeed."""
     path, release = leased
-    monkeypatch.setattr("worker._START_TIMEOUT_S", GUARD_S)
+    monkeypatch.setattr("starting._START_TIMEOUT_S", GUARD_S)
     starts = [pool.submit(worker.start, str(path)) for _ in range(8)]
     assert worker.wait(worker.start("true"), GUARD_S).exit_code == 0
     assert not any(start.done() for start in starts)
@@ -803,7 +803,7 @@ def test_job_does_not_wait_for_a_buffer_that_other_jobs_have(worker: Worker) -> 
     script = "for x in 1 2 3; do head -c 100000 /dev/zero; echo $x; done"
     with contextlib.ExitStack() as others:
         for _ in range(_BUFFERS):
-            others.enter_context(worker._buffers.lent())
+            others.enter_context(worker._starter._buffers.lent())
         job_id = _sh(worker, script)
         assert _output(worker, job_id) == b"".join(bytes(100_000) + b"%d\n" % x for x in (1, 2, 3))
         assert _end(worker.wait(job_id, GUARD_S)) == (Status.FINISHED, EndReason.EXITED, 0, None)
@@ -1526,7 +1526,7 @@ def test_close_ends_starts_that_the_kernel_holds_up(
 ) -> None:
     """A close ends starts that wait for the kernel; they raise, and leave no job."""
     starts = [pool.submit(worker.start, str(leased[0])) for _ in range(4)]
-    while len(worker._executing) < len(starts):
+    while len(worker._starter._executing) < len(starts):
         pass
     worker.close()
     for start in starts:

@@ -36,21 +36,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
 import signal
-import threading
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import inherited
 import privileges
 from argv import checked_argv
 from broadcaster import OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
-from budget import Budget
 from cgroups import CgroupError, Subtree
 from environment import Account, Surroundings, account_of, problem_of
 from errors import (
@@ -69,21 +64,23 @@ from errors import (
     UnknownJobError,
     WorkerClosedError,
     WorkerError,
-    exec_error,
 )
 from finding import EVERY_JOB, JobFilter, check_name, checked_labels
-from job import Buffers, EndReason, Job, RunningJob, Status, UsageSource, Work
-from jobinput import InputWriter, JobInput
+from job import EndReason, Job, RunningJob, Status, UsageSource, Work
+from jobinput import InputWriter
 from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
 from outputdirectory import OutputDirectory
 from retention import FinishedJob, Registry, Retention
-from spares import Spare, Spares
-from spawner import AttachError, EnterError, Spawner, SpawnerDiedError
+from spares import Spares
+from spawner import Spawner, SpawnerDiedError
+from starting import Starter
 from watching import JobEvent, JobEventKind, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from budget import Budget
 
 __all__ = [
     "Account",
@@ -168,18 +165,12 @@ class Worker:
         retention: Retention | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._environment = dict(environment or {})
-        if problem := problem_of(self._environment):
+        environment = dict(environment or {})
+        if problem := problem_of(environment):
             raise ValueError(problem)
         self._limits = limits or Limits()
         self._uids = uids
         self._registry = Registry(retention or Retention())
-        self._buffers = Buffers()
-        # Guards the three below. Notified when _busy falls. Never held during I/O.
-        self._idle = threading.Condition()
-        self._busy = 0  # calls that are starting or removing jobs
-        self._executing: dict[str, Spare] = {}  # of those calls, the ones that wait for an exec
-        self._closed = False
         with contextlib.ExitStack() as undo:
             self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes)
             undo.callback(self._output_dir.close)
@@ -203,6 +194,14 @@ class Worker:
             undo.callback(self._leftovers.close)
             self._spares = Spares(self._subtree, self._output_dir, self._spawner)
             undo.callback(self._spares.close)
+            self._starter = Starter(
+                self._spares,
+                self._spawner,
+                self._subtree,
+                self._registry,
+                self._leftovers,
+                environment=environment,
+            )
             self._undo = undo.pop_all()
         if uids is None:
             # With `uids`, `drop_privileges` does this: it needs a process without threads.
@@ -296,152 +295,7 @@ class Worker:
         around = Surroundings(command, account, env or {}, cwd)
         limits = limits or self._limits
         work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels, stdin)
-        return self._start(work, around)
-
-    def _start(self, work: Work, around: Surroundings) -> str:
-        with self._open():
-            if work.uid is None:
-                return self._launch(work, around)
-            self._leftovers.begin(work.uid)
-            try:
-                return self._launch(
-                    work._replace(on_end=functools.partial(self._gone, work)), around
-                )
-            except BaseException:
-                self._leftovers.end(work.uid)
-                raise
-
-    def _gone(self, work: Work) -> None:
-        """Note that the processes of a job with a uid of its own are gone."""
-        if work.uid is not None:
-            self._leftovers.end(work.uid)
-        if work.on_end is not None:
-            work.on_end()
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[None]:
-        """Hold `close` back within this context. Raises `WorkerClosedError` if it has begun."""
-        with self._idle:
-            if self._closed:
-                raise WorkerClosedError
-            self._busy += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._busy -= 1
-                self._idle.notify_all()
-
-    def _launch(self, work: Work, around: Surroundings) -> str:
-        with contextlib.ExitStack() as undo:
-            spare = self._spares.take()
-            # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
-            # between that and the answer.
-            undo.callback(self._spawner.kill, spare.job_id)
-            undo.callback(spare.discard)
-            budget = Budget(None, "no ceiling") if work.budget is None else work.budget
-            spare.output.budget = budget
-            spare.output.make_room = functools.partial(self._registry.take, work.owner, budget)
-            spare.output.free_disk = functools.partial(self._registry.give_way, work.owner, budget)
-            started_at, started_s = datetime.now(UTC), time.monotonic()
-            cgroup = None
-            if self._subtree is not None and spare.cgroup is not None:
-                cgroup = self._subtree.limit(spare.cgroup, work.limits)
-            job_input = JobInput(spare.job_id) if work.stdin else None
-            if job_input is not None:
-                undo.callback(job_input.finish)
-            pid, pidfd = self._execute(work, around, spare, job_input, undo)
-            job = RunningJob(
-                work,
-                spare,
-                cgroup,
-                spawner=self._spawner,
-                pid=pid,
-                pidfd=pidfd,
-                started_at=started_at,
-                started_s=started_s,
-                buffers=self._buffers,
-                finish=self._registry.finish,
-                trim=self._registry.trim,
-                job_input=job_input,
-            )
-            undo.pop_all()
-            # Before its thread runs, which may finish the job at once.
-            self._registry.add(job)
-            spare.thread.give(job.job_id, job.run)
-            return job.job_id
-
-    def _execute(
-        self,
-        work: Work,
-        around: Surroundings,
-        spare: Spare,
-        job_input: JobInput | None,
-        undo: contextlib.ExitStack,
-    ) -> tuple[int, int]:
-        """Have the spare's process execute the command.
-
-        Returns its pid and a pidfd, which `undo` closes. Raises as `start` does.
-        """
-        command = work.argv[0]
-        env = around.variables(spare.job_id, self._environment)
-        try:
-            with self._execution(spare):
-                pid, pidfd = spare.process.execute(
-                    work.argv,
-                    env,
-                    uid=work.uid,
-                    home=around.account.home,
-                    directory=around.asked,
-                    stdin_fd=job_input.read_fd if job_input else None,
-                    timeout_s=_START_TIMEOUT_S,
-                    kill=functools.partial(self._kill, spare),
-                )
-                undo.callback(os.close, pidfd)
-                if job_input is not None:
-                    job_input.begin()
-        except TimeoutError as error:
-            raise StartTimeoutError(command, _START_TIMEOUT_S) from error
-        except EnterError as error:
-            raise DirectoryError(command, work.directory, error.strerror or str(error)) from error
-        except AttachError as error:
-            path = spare.cgroup.path / "cgroup.procs" if spare.cgroup else Path()
-            raise CgroupError(
-                f"a new process cannot enter {path}: {error.strerror}",
-                path=path,
-                value="0",
-                remedy="see the kernel's log",
-                code=error.errno or 0,
-            ) from error
-        except OSError as error:
-            raise exec_error(command, error, env["PATH"], work.directory) from error
-        return pid, pidfd
-
-    @contextlib.contextmanager
-    def _execution(self, spare: Spare) -> Iterator[None]:
-        """Within this context `close` may kill the process; then raises `WorkerClosedError`."""
-        with self._idle:
-            if self._closed:
-                raise WorkerClosedError
-            self._executing[spare.job_id] = spare
-        try:
-            yield
-        finally:
-            with self._idle:
-                was_killed = self._executing.pop(spare.job_id, None) is None
-        if was_killed:
-            raise WorkerClosedError
-
-    def _kill(self, spare: Spare) -> None:
-        """Kill the process of a start that hangs; the start itself then fails."""
-        # This also kills a process that is not in its cgroup yet, or that is not forked yet: the
-        # fork server does one request after the other.
-        with contextlib.suppress(SpawnerDiedError):
-            self._spawner.kill(spare.job_id)
-        # The command may have begun meanwhile, and have children that left the process group.
-        if spare.cgroup is not None:
-            with contextlib.suppress(CgroupError):
-                spare.cgroup.kill()
+        return self._starter.start(work, around)
 
     def stop(self, job_id: str, *, reason: str = "") -> Job:
         """SIGKILL every process of the job; return its state once they are gone.
@@ -479,7 +333,7 @@ class Worker:
         Raises `UnknownJobError`, `JobRunningError`, `WorkerClosedError`; OSError when the
         job is forgotten but its output could not be deleted: `close` tries again.
         """
-        with self._open():
+        with self._starter.open():
             self._registry.remove(job_id)
 
     def make_room(self, owner: str, budget: Budget) -> Budget | None:
@@ -488,7 +342,7 @@ class Worker:
         Returns None, or the budget (this one or a parent) that still has none. Raises
         `WorkerClosedError`.
         """
-        with self._open():
+        with self._starter.open():
             taken, refuser = self._registry.take(owner, budget, 1)
             budget.give_back(taken)
             return refuser
@@ -604,15 +458,8 @@ class Worker:
         worker is gone. A process that the kernel does not let go within 10 s is logged and left
         behind.
         """
-        with self._idle:
-            if self._closed:
-                return
-            self._closed = True
-            executing, self._executing = self._executing, {}
-        for spare in executing.values():
-            self._kill(spare)
-        with self._idle:
-            self._idle.wait_for(lambda: not self._busy, _START_TIMEOUT_S)
+        if not self._starter.close():
+            return
         for job in self._registry.all():
             job.kill(EndReason.CLOSED)
         self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)

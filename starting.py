@@ -1,0 +1,237 @@
+"""Starts jobs: takes a spare, sets the limits, has the command executed.
+
+    starter = Starter(spares, spawner, subtree, registry, leftovers, environment={})
+    job_id = starter.start(work, around)
+    ...
+    starter.close()
+
+`Worker.start` checks what it is asked for and describes the job in a `Work`. A start that fails
+leaves nothing.
+
+Thread safety: every method may be called from any thread. Starts do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from budget import Budget
+from cgroups import CgroupError
+from errors import DirectoryError, StartTimeoutError, WorkerClosedError, exec_error
+from job import Buffers, RunningJob
+from jobinput import JobInput
+from spawner import AttachError, EnterError, SpawnerDiedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from cgroups import Subtree
+    from environment import Surroundings
+    from job import Work
+    from leftovers import Leftovers
+    from retention import Registry
+    from spares import Spare, Spares
+    from spawner import Spawner
+
+__all__ = ["Starter"]
+
+_START_TIMEOUT_S = 10.0
+
+
+class Starter:
+    """What a `Worker` starts jobs with.
+
+    `environment`: variables of every job. `subtree`: the cgroups of the jobs; None without.
+    """
+
+    def __init__(  # noqa: PLR0913 -- the parts of a worker
+        self,
+        spares: Spares,
+        spawner: Spawner,
+        subtree: Subtree | None,
+        registry: Registry,
+        leftovers: Leftovers,
+        *,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._spares = spares
+        self._spawner = spawner
+        self._subtree = subtree
+        self._registry = registry
+        self._leftovers = leftovers
+        self._environment = environment
+        self._buffers = Buffers()
+        # Guards the three below. Notified when _busy falls. Never held during I/O.
+        self._idle = threading.Condition()
+        self._busy = 0  # calls that are starting or removing jobs
+        self._executing: dict[str, Spare] = {}  # of those calls, the ones that wait for an exec
+        self._closed = False
+
+    def start(self, work: Work, around: Surroundings) -> str:
+        """Start the job and return its ID. Raises as `Worker.start` does."""
+        with self.open():
+            if work.uid is None:
+                return self._launch(work, around)
+            self._leftovers.begin(work.uid)
+            try:
+                return self._launch(
+                    work._replace(on_end=functools.partial(self._gone, work)), around
+                )
+            except BaseException:
+                self._leftovers.end(work.uid)
+                raise
+
+    def _gone(self, work: Work) -> None:
+        """Note that the processes of a job with a uid of its own are gone."""
+        if work.uid is not None:
+            self._leftovers.end(work.uid)
+        if work.on_end is not None:
+            work.on_end()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold `close` back within this context. Raises `WorkerClosedError` if it has begun."""
+        with self._idle:
+            if self._closed:
+                raise WorkerClosedError
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._busy -= 1
+                self._idle.notify_all()
+
+    def _launch(self, work: Work, around: Surroundings) -> str:
+        with contextlib.ExitStack() as undo:
+            spare = self._spares.take()
+            # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
+            # between that and the answer.
+            undo.callback(self._spawner.kill, spare.job_id)
+            undo.callback(spare.discard)
+            budget = Budget(None, "no ceiling") if work.budget is None else work.budget
+            spare.output.budget = budget
+            spare.output.make_room = functools.partial(self._registry.take, work.owner, budget)
+            spare.output.free_disk = functools.partial(self._registry.give_way, work.owner, budget)
+            started_at, started_s = datetime.now(UTC), time.monotonic()
+            cgroup = None
+            if self._subtree is not None and spare.cgroup is not None:
+                cgroup = self._subtree.limit(spare.cgroup, work.limits)
+            job_input = JobInput(spare.job_id) if work.stdin else None
+            if job_input is not None:
+                undo.callback(job_input.finish)
+            pid, pidfd = self._execute(work, around, spare, job_input, undo)
+            job = RunningJob(
+                work,
+                spare,
+                cgroup,
+                spawner=self._spawner,
+                pid=pid,
+                pidfd=pidfd,
+                started_at=started_at,
+                started_s=started_s,
+                buffers=self._buffers,
+                finish=self._registry.finish,
+                trim=self._registry.trim,
+                job_input=job_input,
+            )
+            undo.pop_all()
+            # Before its thread runs, which may finish the job at once.
+            self._registry.add(job)
+            spare.thread.give(job.job_id, job.run)
+            return job.job_id
+
+    def _execute(
+        self,
+        work: Work,
+        around: Surroundings,
+        spare: Spare,
+        job_input: JobInput | None,
+        undo: contextlib.ExitStack,
+    ) -> tuple[int, int]:
+        """Have the spare's process execute the command.
+
+        Returns its pid and a pidfd, which `undo` closes. Raises as `start` does.
+        """
+        command = work.argv[0]
+        env = around.variables(spare.job_id, self._environment)
+        try:
+            with self._execution(spare):
+                pid, pidfd = spare.process.execute(
+                    work.argv,
+                    env,
+                    uid=work.uid,
+                    home=around.account.home,
+                    directory=around.asked,
+                    stdin_fd=job_input.read_fd if job_input else None,
+                    timeout_s=_START_TIMEOUT_S,
+                    kill=functools.partial(self._kill, spare),
+                )
+                undo.callback(os.close, pidfd)
+                if job_input is not None:
+                    job_input.begin()
+        except TimeoutError as error:
+            raise StartTimeoutError(command, _START_TIMEOUT_S) from error
+        except EnterError as error:
+            raise DirectoryError(command, work.directory, error.strerror or str(error)) from error
+        except AttachError as error:
+            path = spare.cgroup.path / "cgroup.procs" if spare.cgroup else Path()
+            raise CgroupError(
+                f"a new process cannot enter {path}: {error.strerror}",
+                path=path,
+                value="0",
+                remedy="see the kernel's log",
+                code=error.errno or 0,
+            ) from error
+        except OSError as error:
+            raise exec_error(command, error, env["PATH"], work.directory) from error
+        return pid, pidfd
+
+    @contextlib.contextmanager
+    def _execution(self, spare: Spare) -> Iterator[None]:
+        """Within this context `close` may kill the process; then raises `WorkerClosedError`."""
+        with self._idle:
+            if self._closed:
+                raise WorkerClosedError
+            self._executing[spare.job_id] = spare
+        try:
+            yield
+        finally:
+            with self._idle:
+                was_killed = self._executing.pop(spare.job_id, None) is None
+        if was_killed:
+            raise WorkerClosedError
+
+    def _kill(self, spare: Spare) -> None:
+        """Kill the process of a start that hangs; the start itself then fails."""
+        # This also kills a process that is not in its cgroup yet, or that is not forked yet: the
+        # fork server does one request after the other.
+        with contextlib.suppress(SpawnerDiedError):
+            self._spawner.kill(spare.job_id)
+        # The command may have begun meanwhile, and have children that left the process group.
+        if spare.cgroup is not None:
+            with contextlib.suppress(CgroupError):
+                spare.cgroup.kill()
+
+    def close(self) -> bool:
+        """End the starts that wait for an exec, and refuse all others; False if called before.
+
+        Blocks until no call holds this open, for up to 10 s.
+        """
+        with self._idle:
+            if self._closed:
+                return False
+            self._closed = True
+            executing, self._executing = self._executing, {}
+        for spare in executing.values():
+            self._kill(spare)
+        with self._idle:
+            self._idle.wait_for(lambda: not self._busy, _START_TIMEOUT_S)
+        return True
