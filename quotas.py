@@ -151,6 +151,11 @@ class Quotas:
                 )
             return self._count_locked({mine.streams: 1, self._all.streams: 1})
 
+    def in_use(self) -> tuple[int, int]:
+        """Return how many jobs run and how many streams are open, of all users."""
+        with self._lock:
+            return self._all.jobs.count, self._all.streams.count
+
     def output(self, user: str) -> Budget:
         """Return a budget for the output of one job of the user."""
         with self._lock:

@@ -10,22 +10,19 @@ settings. A server started as root gives up root before it listens, and becomes 
 user. The worker's fork server keeps root: it starts the jobs, and opens the files that the
 server needs again at SIGHUP.
 
-Threads: the main thread waits for a signal, the thread `reload` does what SIGHUP asks for. One of
-gRPC's threads accepts the calls, and the threads of `calls.py` handle them.
+Threads: `daemon.py` describes those of the process. One of gRPC's threads accepts the calls, and
+the threads of `calls.py` handle them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import faulthandler
 import getpass
 import importlib
 import logging
 import os
 import pkgutil
-import signal
 import socket
 import sys
 import threading
@@ -55,7 +52,9 @@ try:
 except ImportError as error:
     sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
 
+import daemon
 import hostcheck
+import serverlog
 import worker
 from descriptors import keep_reserve
 from fileopener import FileOpener
@@ -89,11 +88,8 @@ _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
 _CONNECTIONS_SPARE = 1024  # beside one for each stream
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
-
 _HANDSHAKE_S = 5  # some round trips; a TLS handshake that takes longer ends with its connection
 _STOP_GRACE_S = 1.0  # for streams to send their last chunks
-_WATCHDOG_S = 4.5  # after this the process ends, even if something hangs
 
 # A client that vanishes is noticed after `keepalive_time` + `keepalive_timeout` or `ping_timeout`,
 # 15 s. Clients may ping every 10 s.
@@ -144,7 +140,8 @@ class Server:
         own_uid, uids = _uids(settings)
         self._audit_path = settings.audit_log or settings.state_dir / "audit.log"
         _check_code(is_isolated=uids is not None)
-        self._files = TrustedFiles(self._file_flags(), private=uids is not None)
+        files = _read_again(settings) | {self._audit_path: AUDIT_FLAGS}
+        self._files = TrustedFiles(files, private=uids is not None)
         users = self._load_users()
         self._certificates = Certificates(self._files.read, settings.certs)
         config = _load_config(settings)
@@ -234,8 +231,15 @@ class Server:
                 ("grpc.server.max_pending_requests_hard_limit", calls.of_core),
             ),
         )
-        add_services(server, self._worker, self._authenticator, config=config, uid_of=self._uid_of)
+        self._quotas = add_services(
+            server, self._worker, self._authenticator, config=config, uid_of=self._uid_of
+        )
         return server
+
+    def in_use(self) -> str:
+        """Return how many jobs run and how many streams are open, in words."""
+        jobs, streams = self._quotas.in_use()
+        return f"{jobs} jobs, {streams} streams"
 
     def reload(self) -> None:
         """Read the certificates and the users again, and reopen the audit log; never raises.
@@ -293,18 +297,7 @@ class Server:
         return self._accounts.uid(user) if self._accounts else None
 
     def _load_users(self) -> tuple[User, ...]:
-        users: tuple[User, ...] = SEEDED_USERS
-        if path := self._settings.users:
-            users = parse_users(self._files.read(path), str(path))
-        _check_exposure(self._host, users)
-        return users
-
-    def _file_flags(self) -> dict[Path, int]:
-        """The files that the server opens again later, with the flags of open(2)."""
-        files = dict.fromkeys(certificate_files(self._settings.certs), READ_FLAGS)
-        if self._settings.users:
-            files[self._settings.users] = READ_FLAGS
-        return files | {self._audit_path: AUDIT_FLAGS}
+        return _load_users(self._files, self._settings.users, self._host)
 
     def __enter__(self) -> Self:
         return self
@@ -344,6 +337,20 @@ def _load_config(settings: Settings) -> Config:
     if settings.max_streams is not None:
         return replace(config, in_all=replace(config.in_all, streams=settings.max_streams))
     return config
+
+
+def _read_again(settings: Settings) -> dict[Path, int]:
+    """The files that the server reads at its start and at a reload, with the flags of open(2)."""
+    files = dict.fromkeys(certificate_files(settings.certs), READ_FLAGS)
+    if settings.users:
+        files[settings.users] = READ_FLAGS
+    return files
+
+
+def _load_users(files: TrustedFiles, path: Path | None, host: str) -> tuple[User, ...]:
+    users = parse_users(files.read(path), str(path)) if path else SEEDED_USERS
+    _check_exposure(host, users)
+    return users
 
 
 def _check_exposure(host: str, users: Sequence[User]) -> None:
@@ -432,37 +439,41 @@ def _print_user(name: str, role: str) -> None:
         raise SettingsError(str(error)) from error
 
 
+def _check_files(settings: Settings) -> int:
+    """Read what a server reads at its start and at a reload; raises the same errors."""
+    host, _ = parse_address(settings.listen)
+    private = settings.isolation != "off" and can_change_user()
+    files = TrustedFiles(_read_again(settings), private=private)
+    _load_config(settings)
+    users = _load_users(files, settings.users, host)
+    Certificates(files.read, settings.certs)
+    print(f"the configuration, {len(users)} users and the certificates are in order")
+    return 0
+
+
 def _check(cgroup_root: Path | None) -> int:
     findings = hostcheck.check(cgroup_root)
     print(*findings, sep="\n")
     return 0 if all(finding.works for finding in findings) else 1
 
 
-def _is_not_about_metadata(record: logging.LogRecord) -> bool:
-    """Reject gRPC's records about metadata that is not UTF-8, which contain the whole value.
-
-    The value may be a token. The gate records the call anyway.
-    """
-    return not (
-        record.name.startswith("grpc.")
-        and record.exc_info
-        and isinstance(record.exc_info[1], UnicodeDecodeError)
-    )
-
-
 def _serve(settings: Settings) -> None:
-    # Every thread inherits the blocked signals, so a signal waits until `sigwait` takes it. The
-    # fork server gives the jobs an empty mask.
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    handler = logging.StreamHandler()
-    handler.addFilter(_is_not_about_metadata)
-    logging.basicConfig(
-        handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    _keep_memory()
+    daemon.block_signals()  # the fork server gives the jobs an empty mask
+    manager = daemon.ServiceManager()
+    daemon.keep_memory()
     try:
-        server = Server(settings)
+        server = _start(settings)
+    except Exception as error:
+        manager.tell(f"STATUS=not started: {error}".replace("\n", "; "))
+        raise
+    daemon.end_if_grpc_ends(server)
+    print(f"listening on {server.address}", flush=True)
+    daemon.serve(server, manager)
+
+
+def _start(settings: Settings) -> Server:
+    try:
+        return Server(settings)
     except worker.CgroupError as error:
         failures = [str(f) for f in hostcheck.check(settings.cgroup_root) if not f.works]
         lines = [
@@ -471,116 +482,38 @@ def _serve(settings: Settings) -> None:
             "or accept weaker limits with --limits auto",
         ]
         raise SettingsError("\n".join(lines)) from error
-    _end_if_grpc_ends(server)
-    print(f"listening on {server.address}", flush=True)
-    reloader = _Reloader(server)
-    while (number := signal.sigwait(signals)) == signal.SIGHUP:
-        logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
-        reloader.request()
-    logger.info("%s: shutting down", signal.Signals(number).name)
-    faulthandler.dump_traceback_later(_WATCHDOG_S, exit=True)
-    server.stop()
-    reloader.close()
-    faulthandler.cancel_dump_traceback_later()
-
-
-class _Reloader:
-    """Reloads in a thread of its own, so that SIGTERM is served while a reload takes its time."""
-
-    def __init__(self, server: Server) -> None:
-        self._reload = server.reload
-        # Guards the two below. Notified when one of them is set. Never held during a reload.
-        self._changed = threading.Condition()
-        self._is_requested = False
-        self._is_closed = False
-        # A daemon, so that a reload which hangs does not keep the program alive.
-        self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
-        self._thread.start()
-
-    def request(self) -> None:
-        """Have the server reload; requests that come during a reload are served by one more."""
-        with self._changed:
-            self._is_requested = True
-            self._changed.notify()
-
-    def close(self) -> None:
-        """End the thread; does not wait for a reload that hangs."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-        self._thread.join(_STOP_GRACE_S)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_requested or self._is_closed)
-                if self._is_closed:
-                    return
-                self._is_requested = False
-            self._reload()
-
-
-def _end_if_grpc_ends(server: Server) -> None:
-    """Make the program end if an exception ends the thread in which gRPC accepts calls.
-
-    The server would answer no call from then on. The systemd unit restarts a program that ends.
-    """
-
-    def on_exception(args: threading.ExceptHookArgs) -> None:
-        threading.__excepthook__(args)
-        if args.thread in server.grpc_threads:
-            logger.critical(
-                "gRPC's accepting thread has ended (%s: %s), so no call would be answered; "
-                "killing the jobs and ending",
-                *(args.exc_type.__name__, args.exc_value),
-            )
-            faulthandler.dump_traceback_later(_WATCHDOG_S, exit=True)
-            # Not `server.stop`: it waits for the thread that has ended.
-            server.kill_jobs()
-            os._exit(1)
-
-    threading.excepthook = on_exception
-
-
-def _keep_memory() -> None:
-    """Make malloc keep the memory of a stream's message for the next message.
-
-    By default glibc returns it to the kernel, and the kernel clears it again for the next
-    message. That took a third of the CPU time of a stream. Each arena of malloc now keeps up
-    to 2 MiB of free memory. There are only four arenas, so that this stays little.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
-        mallopt(_M_TRIM_THRESHOLD, 2 * 1024 * 1024)
-        mallopt(_M_ARENA_MAX, 4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 1 for an error. argparse exits with 2."""
     arguments = parse_arguments(argv)
     try:
-        if arguments.command == "check":
-            return _check(arguments.check_root or arguments.cgroup_root)
         if arguments.command == "user":
             _print_user(arguments.name, arguments.role)
+            return 0
+        settings = Settings(
+            listen=arguments.listen,
+            certs=arguments.certs,
+            users=arguments.users,
+            state_dir=arguments.state_dir,
+            enforcement=arguments.limits,
+            cgroup_root=arguments.cgroup_root,
+            max_streams=arguments.max_streams,
+            config=arguments.config,
+            isolation="require" if arguments.require_isolation else "auto",
+            uids=arguments.uids,
+            audit_log=arguments.audit_log,
+            audit_required=arguments.audit_required,
+        )
+        if arguments.command != "check":
+            serverlog.configure(arguments.log_format, arguments.log_level)
+            _serve(settings)
+        elif arguments.check_config is None:
+            return _check(arguments.check_root or arguments.cgroup_root)
+        elif arguments.check_config is True:
+            return _check_files(settings)
         else:
-            _serve(
-                Settings(
-                    listen=arguments.listen,
-                    certs=arguments.certs,
-                    users=arguments.users,
-                    state_dir=arguments.state_dir,
-                    enforcement=arguments.limits,
-                    cgroup_root=arguments.cgroup_root,
-                    max_streams=arguments.max_streams,
-                    config=arguments.config,
-                    isolation="require" if arguments.require_isolation else "auto",
-                    uids=arguments.uids,
-                    audit_log=arguments.audit_log,
-                    audit_required=arguments.audit_required,
-                )
-            )
+            return _check_files(replace(settings, config=arguments.check_config))
     except (
         SettingsError,
         UntrustedFileError,

@@ -126,7 +126,7 @@ class _WorkerServicer:
         self._authenticator = authenticator
         self._config = config
         self._uid_of = uid_of
-        self._quotas = Quotas(
+        self.quotas = Quotas(
             config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
         )
         self._starts = Starts(self._is_kept)
@@ -171,9 +171,9 @@ class _WorkerServicer:
         return True
 
     def _start(self, request: worker_pb.StartJobRequest, user: str, limits: Limits) -> str:
-        self._quotas.check_output(user)
+        self.quotas.check_output(user)
         argv_bytes = sum(map(sys.getsizeof, (request.command, *request.args)))
-        release = self._quotas.start(user, argv_bytes=argv_bytes)
+        release = self.quotas.start(user, argv_bytes=argv_bytes)
         try:
             return self._worker.start(
                 request.command,
@@ -183,7 +183,7 @@ class _WorkerServicer:
                 uid=self._uid_of(user),
                 env=request.environment,
                 cwd=request.working_directory,
-                budget=self._quotas.output(user),
+                budget=self.quotas.output(user),
                 on_end=release,
                 stdin=request.stdin,
             )
@@ -251,7 +251,7 @@ class _WorkerServicer:
         job_id, _ = self._reach(request.job_id, call)
         job = self._worker.observe(job_id)
         with contextlib.ExitStack() as ending:
-            ending.callback(self._quotas.stream(call.caller.name))
+            ending.callback(self.quotas.stream(call.caller.name))
             try:
                 chunks = ending.enter_context(
                     self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
@@ -434,12 +434,13 @@ def add_services(
     *,
     config: Config,
     uid_of: Callable[[str], int | None],
-) -> None:
+) -> Quotas:
     """Add both services to `server`. Its interceptor must be a `Gate` with this authenticator.
 
-    `uid_of`: returns the uid of a user's jobs. None means that the jobs have the server's own uid.
+    Returns what counts the running jobs and the open streams. `uid_of`: returns the uid of a
+    user's jobs. None means that the jobs have the server's own uid.
     """
     authservice_pb2_grpc.add_AuthServiceServicer_to_server(_AuthServicer(authenticator), server)
-    workerservice_pb2_grpc.add_WorkerServiceServicer_to_server(
-        _WorkerServicer(jobs, authenticator, config, uid_of), server
-    )
+    servicer = _WorkerServicer(jobs, authenticator, config, uid_of)
+    workerservice_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+    return servicer.quotas

@@ -55,6 +55,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import serverlog
 from environment import problem_of
 from limits import Bounds, Limits
 from units import parse_duration, parse_size
@@ -444,6 +445,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     check.add_argument(
         "--cgroup-root", metavar="PATH", type=Path, help="as for the server", dest="check_root"
     )
+    check.add_argument(
+        "--config",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        const=True,
+        dest="check_config",
+        help="run no jobs; read the files that the server reads (--config, --users, --certs, "
+        "which precede `check`), and say what is wrong with them; FILE stands for --config",
+    )
     return parser.parse_args(argv)
 
 
@@ -523,5 +534,15 @@ _OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "--audit-required": {
         "action": "store_true",
         "help": "refuse calls that cannot be recorded",
+    },
+    "--log-format": {
+        "choices": serverlog.FORMATS,
+        "default": "text",
+        "help": "what a line of the server's own log on stderr is (default: %(default)s)",
+    },
+    "--log-level": {
+        "choices": serverlog.LEVELS,
+        "default": "info",
+        "help": "the least important lines that the log has (default: %(default)s)",
     },
 }

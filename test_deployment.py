@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import daemon
 import server
 import workerservice_pb2 as worker_pb
 from accounts import parse_uids
@@ -181,10 +182,16 @@ def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
 def test_systemd_waits_longer_than_the_server(unit: dict[str, list[str]]) -> None:
     """The watchdog ends the server before systemd does. The unit sends the right signals."""
     (timeout,) = unit["TimeoutStopSec"]
-    assert int(timeout) > server._WATCHDOG_S + server._STOP_GRACE_S
+    assert int(timeout) > daemon.WATCHDOG_S + server._STOP_GRACE_S
     assert unit["KillSignal"] == ["SIGTERM"]
     # With "+": without CAP_KILL root must not signal the server, which is somebody else.
-    assert unit["ExecReload"] == ["+kill -HUP $MAINPID"]
+    check, tell = unit["ExecReload"]
+    assert tell == "+kill -HUP $MAINPID"
+    # The check reads what the server reads.
+    (start,) = unit["ExecStart"]
+    program, *options = shlex.split(check.removeprefix("+"))
+    assert options[-2:] == ["check", "--config"]
+    assert start.startswith(" ".join([program, *options[:-2]]))
 
 
 def test_files_suffice_for_every_stream(unit: dict[str, list[str]]) -> None:

@@ -79,11 +79,13 @@ _MODULES = {
         "inputcalls": "gate worker; workerservice_pb2",
         "service": f"auth gate inputcalls jobmessages quotas starts worker {_AUTH_PB} "
         f"{_WORKER_PB}; grpc settings",
-        "settings": "environment limits units users worker",
+        "settings": "environment limits serverlog units users worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
-        "server": "accounts audit auth calls descriptors fileopener gate grpc hostcheck privileges "
-        "service settings tls trustedfiles units users worker",
+        "serverlog": "",
+        "daemon": "",
+        "server": "accounts audit auth calls daemon descriptors fileopener gate grpc hostcheck "
+        "privileges serverlog service settings tls trustedfiles units users worker",
     },
     "client": {
         "sending": "",

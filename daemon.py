@@ -1,0 +1,205 @@
+"""The server as a process: its signals, its memory, and what it tells the service manager.
+
+    daemon.block_signals()          # before there are threads
+    manager = daemon.ServiceManager()
+    with Server(settings) as server:
+        daemon.serve(server, manager)
+
+SIGTERM and SIGINT end the server, SIGHUP makes it reload. The service manager (systemd) is told by
+the protocol of sd_notify(3), if it asks for that: Type=notify and WatchdogSec= of the unit.
+
+Threads: the main thread waits for signals, the thread `reload` does what SIGHUP asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "WATCHDOG_S",
+    "Servable",
+    "ServiceManager",
+    "block_signals",
+    "end_if_grpc_ends",
+    "keep_memory",
+    "serve",
+]
+
+logger = logging.getLogger("server")
+
+WATCHDOG_S = 4.5  # so long after the signal to end, the process ends, even if something hangs
+
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_JOIN_S = 1.0  # for the thread `reload`
+_TELL_S = 1.0  # for the service manager to take a message
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
+
+
+class Servable(Protocol):
+    """What this module needs of a server."""
+
+    address: str
+    grpc_threads: frozenset[threading.Thread]
+
+    def reload(self) -> None:
+        """Read again what may have changed."""
+
+    def stop(self) -> None:
+        """End the jobs and the streams."""
+
+    def kill_jobs(self) -> None:
+        """End the jobs alone."""
+
+    def in_use(self) -> str:
+        """Return what is in use, in a few words."""
+
+
+class ServiceManager:
+    """Whoever started this process, and wants to be told how it is: sd_notify(3).
+
+    Takes the manager's variables out of the environment, so that no child process speaks for this
+    one. If the manager has not set them, nothing is told.
+    """
+
+    def __init__(self) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        # An address that begins with @ has no file; the kernel wants a zero byte for the @.
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        limit_us = os.environ.pop("WATCHDOG_USEC", "")
+        is_for_us = os.environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
+        self.interval_s: float | None = None
+        """How often the manager must be told something; None: never."""
+        if self._address and limit_us.isdecimal() and int(limit_us) and is_for_us:
+            self.interval_s = int(limit_us) / 1e6 / 2  # sd_watchdog_enabled(3) recommends half
+
+    def tell(self, *assignments: str) -> None:
+        """Send assignments like "READY=1". Never raises: the server works without its manager."""
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(_TELL_S)
+                sock.sendto("\n".join(assignments).encode(), self._address)
+        except OSError as error:
+            logger.warning("the service manager cannot be told %s: %s", assignments[0], error)
+
+
+def block_signals() -> None:
+    """Have signals wait until `serve` takes them. Every thread made from now on blocks them too."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def serve(server: Servable, manager: ServiceManager) -> None:
+    """Serve until SIGTERM or SIGINT, then stop the server; reload at SIGHUP."""
+    manager.tell("READY=1", f"STATUS={server.in_use()}")
+    reloader = _Reloader(server.reload, manager)
+    while (number := _next_signal(manager.interval_s)) not in (signal.SIGTERM, signal.SIGINT):
+        if number is None:
+            # `in_use` takes locks of the server. If one of them is never released, this thread
+            # hangs, and the manager restarts the server.
+            manager.tell("WATCHDOG=1", f"STATUS={server.in_use()}")
+        else:
+            logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
+            reloader.request()
+    logger.info("%s: shutting down", signal.Signals(number).name)
+    manager.tell("STOPPING=1", "STATUS=ending the jobs")
+    faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+    server.stop()
+    reloader.close()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _next_signal(timeout_s: float | None) -> int | None:
+    """Block until a signal comes, or until the time has passed; then return None."""
+    if timeout_s is None:
+        return signal.sigwait(_SIGNALS)
+    taken = signal.sigtimedwait(_SIGNALS, timeout_s)
+    return taken.si_signo if taken else None
+
+
+class _Reloader:
+    """Reloads in a thread of its own, so that SIGTERM is served while a reload takes its time."""
+
+    def __init__(self, reload: Callable[[], None], manager: ServiceManager) -> None:
+        self._reload = reload
+        self._manager = manager
+        # Guards the two below. Notified when one of them is set. Never held during a reload.
+        self._changed = threading.Condition()
+        self._is_requested = False
+        self._is_closed = False
+        # A daemon, so that a reload which hangs does not keep the program alive.
+        self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
+        self._thread.start()
+
+    def request(self) -> None:
+        """Have the server reload; requests that come during a reload are served by one more."""
+        with self._changed:
+            self._is_requested = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread; does not wait for a reload that hangs."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_requested or self._is_closed)
+                if self._is_closed:
+                    return
+                self._is_requested = False
+            now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={now_us}")
+            self._reload()
+            self._manager.tell("READY=1")
+
+
+def end_if_grpc_ends(server: Servable) -> None:
+    """Make the program end if an exception ends the thread in which gRPC accepts calls.
+
+    The server would answer no call from then on. The systemd unit restarts a program that ends.
+    """
+
+    def on_exception(args: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(args)
+        if args.thread in server.grpc_threads:
+            logger.critical(
+                "gRPC's accepting thread has ended (%s: %s), so no call would be answered; "
+                "killing the jobs and ending",
+                *(args.exc_type.__name__, args.exc_value),
+            )
+            faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+            # Not `server.stop`: it waits for the thread that has ended.
+            server.kill_jobs()
+            os._exit(1)
+
+    threading.excepthook = on_exception
+
+
+def keep_memory() -> None:
+    """Make malloc keep the memory of a stream's message for the next message.
+
+    By default glibc returns it to the kernel, and the kernel clears it again for the next
+    message. That took a third of the CPU time of a stream. Each arena of malloc now keeps up
+    to 2 MiB of free memory. There are only four arenas, so that this stays little.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
+        mallopt(_M_TRIM_THRESHOLD, 2 * 1024 * 1024)
+        mallopt(_M_ARENA_MAX, 4)
