@@ -310,7 +310,7 @@ class _WorkerServicer:
         job_id, _ = self._reach(first.job_id, call)
         job = self._worker.observe(job_id)
         with contextlib.ExitStack() as ending:
-            ending.callback(self._quotas.stream(call.caller.name))
+            ending.callback(self.quotas.stream(call.caller.name))
             call.ticket.leave()
             writer = ending.enter_context(self._worker.open_input(job_id, first.offset))
             call.record(alone=True)
