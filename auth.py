@@ -110,8 +110,8 @@ class TokenError(AuthenticationError):
 
     def __init__(self) -> None:
         super().__init__(
-            "no valid token; log in (again), and send it as the metadata `authorization: "
-            "Bearer TOKEN`, with the client certificate of the login"
+            "no valid token in the metadata `authorization: Bearer TOKEN`: it has expired, was "
+            "revoked, or belongs to another client certificate; log in again"
         )
 
 

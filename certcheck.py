@@ -2,6 +2,7 @@
 
     check_ca("client-ca.pem", client_ca)
     certificate = check_pair("server", "server.pem", chain, "server-key.pem", key)
+    certificate.der, certificate.expires_at
 
 gRPC ends the process at an empty file, and reports any other mistake as a failed
 connection. The checks here name the file and the mistake: not PEM, a password, the key of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Literal
 
-__all__ = ["UnusableError", "check_ca", "check_pair"]
+__all__ = ["Certificate", "UnusableError", "check_ca", "check_pair"]
 
 _KINDS = "EC P-256, EC P-384 or RSA"
 # The beginnings of the public key in a certificate. These keys were seen to work with gRPC 1.85
@@ -53,6 +54,14 @@ class UnusableError(Exception):
     """A file cannot be used; the message names the file and the mistake."""
 
 
+class Certificate:
+    """A usable certificate. Attributes: `der`; `expires_at`, in seconds since 1970."""
+
+    def __init__(self, der: bytes, expires_at: int) -> None:
+        self.der = der
+        self.expires_at = expires_at
+
+
 def check_ca(name: str, pem: bytes) -> None:
     """Raise `UnusableError` unless the file holds the certificate of a CA that is valid today."""
     cas = _parse(name, pem).get_ca_certs()
@@ -69,8 +78,8 @@ def check_ca(name: str, pem: bytes) -> None:
 
 def check_pair(
     side: Literal["server", "client"], chain_name: str, chain: bytes, key_name: str, key: bytes
-) -> bytes:
-    """Check the certificate of a server or client with its key; return it in DER.
+) -> Certificate:
+    """Check the certificate of a server or client with its key, and return it.
 
     `chain`: in PEM, the certificate first, then those of intermediate CAs. Raises
     `UnusableError`; OSError if this process cannot make a file in memory.
@@ -93,7 +102,7 @@ def check_pair(
             except ssl.SSLError as error:
                 raise UnusableError(_explain(error, chain_name, key_name)) from error
     try:
-        certificate = _handshake(server, client)
+        certificate = _handshake(server, client)[0].getpeercert(binary_form=True) or b""
     except ssl.SSLError as error:
         raise UnusableError(_wrong_kind(key_name)) from error
     if not any(algorithm in certificate for algorithm in _ALGORITHMS):
@@ -104,10 +113,13 @@ def check_pair(
     peer.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     peer.load_verify_locations(cadata=certificate)
     try:
-        return _handshake(server, client)
+        ours, theirs = _handshake(server, client)
     except ssl.SSLCertVerificationError as error:
         hint = "; check the clock" if error.verify_code == _NOT_YET_VALID else ""
         raise UnusableError(f"{chain_name}: {error.verify_message}{hint}") from error
+    # Python's ssl tells the dates only to the side that has verified the certificate.
+    verified = (ours if side == "server" else theirs).getpeercert() or {}
+    return Certificate(certificate, ssl.cert_time_to_seconds(str(verified["notAfter"])))
 
 
 def _wrong_kind(key_name: str) -> str:
@@ -144,8 +156,10 @@ def _in_memory(data: bytes) -> Iterator[str]:
         yield f"/proc/self/fd/{file.fileno()}"
 
 
-def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes:
-    """Connect the two in memory; return the certificate that both of them use, in DER."""
+def _handshake(
+    server: ssl.SSLContext, client: ssl.SSLContext
+) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """Connect the two in memory; return the client's side and the server's."""
     for context in (server, client):
         context.minimum_version = ssl.TLSVersion.TLSv1_3
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -156,4 +170,4 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes:
             end.do_handshake()
     ours.do_handshake()
     theirs.do_handshake()  # verifies the client's certificate
-    return ours.getpeercert(binary_form=True) or b""
+    return ours, theirs

@@ -18,7 +18,9 @@ import os
 import re
 
 from connection import DEFAULT_CERTS, DEFAULT_SERVER
+from profiles import apply_profile
 from units import parse_size
+from version import VERSION
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ EXIT_UNKNOWN = 125
 _SUBCOMMANDS = {
     "login": "Exchange a password for a token; print the token and keep it",
     "logout": "Make the token invalid for good, and delete the kept one",
+    "whoami": "Show user, role, server, and when the token and the certificate expire",
     "start": "Start a job and print its ID",
     "run": "Start a job, write its output to stdout, and exit with its exit code",
     "stop": "Kill every process of a job; returns when they are gone",
@@ -47,11 +50,12 @@ _MAY_BE_EMPTY = {"args", "words", "secrets"}
 _REPEATED = {"env", "env_files"}  # of what `parse` returns
 _EPILOG = """\
 "client SUBCOMMAND --help" shows the options of a subcommand. The environment variables
-JOBWORKER_SERVER, JOBWORKER_CERTS and JOBWORKER_TOKEN are the defaults of --server, --certs
-and -t; without -t and JOBWORKER_TOKEN the client uses the token that login kept. Exit
-status: 0 for success; 1 for an error, with one line on stderr; 2 for wrong usage; 130 after
-Ctrl-C; 141 when the reader of the output has closed it. "stream" also exits with 1 if the job
-was killed, stopped or lost; an exit code of the job is no error. "run" exits like the job.
+JOBWORKER_SERVER, JOBWORKER_CERTS, JOBWORKER_PROFILE and JOBWORKER_TOKEN are the defaults of
+--server, --certs, --profile and -t; without -t and JOBWORKER_TOKEN the client uses the token
+that login kept. Exit status: 0 for success; 1 for an error, with one line on stderr; 2 for
+wrong usage; 130 after Ctrl-C; 141 when the reader of the output has closed it. "stream" also
+exits with 1 if the job was killed, stopped or lost; an exit code of the job is no error. "run"
+exits like the job.
 """
 _USAGES = {
     "start": """\
@@ -101,6 +105,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.own_words = len(argv)
     if name in _USAGES:
         _split_start(parser, arguments)
+    apply_profile(arguments)
+    if name == "login" and arguments.user is None:
+        parser.error("the user is missing; give -u USER, or a profile with a user")
     if name == "stream" and len(arguments.job) > 1:
         parser.error("stream takes one job")
     return arguments
@@ -163,6 +170,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         epilog=_EPILOG,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"job-worker {VERSION}")
     commands = parser.add_subparsers(
         dest="subcommand", metavar="SUBCOMMAND", required=True, parser_class=_Parser, prog="client"
     )
@@ -187,6 +195,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
             subparser.add_argument(
                 "--json", action="store_true", help="print JSON with the fields of the .proto"
             )
+    subparsers["whoami"].add_argument("--json", action="store_true", help="print JSON")
     _add_login(subparsers["login"])
     _add_start(subparsers["start"])
     _add_start(subparsers["run"])
@@ -211,18 +220,23 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--server",
         metavar="HOST:PORT",
-        default=os.environ.get("JOBWORKER_SERVER") or DEFAULT_SERVER,
-        help="the server (default: %(default)s)",
+        help=f"the server (default: JOBWORKER_SERVER, that of the profile, or {DEFAULT_SERVER})",
     )
     parser.add_argument(
         "--certs",
         metavar="DIR",
-        default=os.environ.get("JOBWORKER_CERTS") or DEFAULT_CERTS,
-        help="the directory of client.pem, client-key.pem and server-ca.pem (default: %(default)s)",
+        help="the directory of client.pem, client-key.pem and server-ca.pem (default: "
+        f"JOBWORKER_CERTS, that of the profile, or {DEFAULT_CERTS})".replace("%", "%%"),
     )
     parser.add_argument("--cert", metavar="FILE", help="another client certificate")
     parser.add_argument("--key", metavar="FILE", help="another client key")
     parser.add_argument("--ca", metavar="FILE", help="another server CA")
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="a table of ~/.config/job-worker/config.toml with server, certs, cert, key, ca and "
+        "user (default: JOBWORKER_PROFILE, or the table [default])",
+    )
 
 
 def _add_token(parser: argparse.ArgumentParser) -> None:
@@ -250,7 +264,9 @@ def _add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
 
 def _add_login(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(secrets=[])
-    parser.add_argument("-u", "--user", required=True, metavar="USER", help="the user's name")
+    parser.add_argument(
+        "-u", "--user", metavar="USER", help="the user's name (default: that of the profile)"
+    )
     parser.add_argument(
         "-p",
         "--password",

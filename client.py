@@ -76,7 +76,8 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
         # No imported object ever becomes garbage. Looking for garbage during imports and at
         # exit took a fifth of the time of a call.
         gc.disable()
-    from commands import COMMANDS, find_token  # here because --help needs neither
+    from commands import COMMANDS  # here because --help needs neither
+    from credentials import explain_refusal, find_token, warnings_before_expiry
 
     check_address(arguments.server)
     token = "" if arguments.subcommand == "login" else find_token(arguments)
@@ -91,7 +92,16 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
         if own_process:
             gc.freeze()
             gc.enable()  # a stream may run for days
-        return COMMANDS[arguments.subcommand](client, arguments) or 0
+        for warning in warnings_before_expiry(client, arguments):
+            print(f"client: {printable(warning)}", file=sys.stderr)
+        try:
+            return COMMANDS[arguments.subcommand](client, arguments) or 0
+        except ClientError as error:
+            if error.code != "UNAUTHENTICATED" or arguments.subcommand in {"login", "logout"}:
+                raise
+            raise ClientError(
+                f"{error}; {explain_refusal(client, arguments)}", error.code
+            ) from error
 
 
 def _prepare_streams() -> None:

@@ -9,16 +9,13 @@ Thread safety: only the main thread of the program uses this module.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import signal
 import sys
-from pathlib import Path
-from urllib.parse import quote
 
 from cli import EXIT_UNKNOWN, LIMIT_FIELDS, printable
 from connection import ClientError
+from credentials import login, logout, whoami
 from display import describe, print_json, print_table, state_of, to_dict
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     import workerservice_pb2 as worker_pb
     from connection import Client, JobEnd, OutputStream
 
-__all__ = ["COMMANDS", "find_token"]
+__all__ = ["COMMANDS"]
 
 _EXIT_SIGNAL = 128  # plus the signal, like a shell
 _MOST_EXIT_STATUS = 255
@@ -38,107 +35,6 @@ _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 # With these errors a stream breaks off in the middle, and can be continued later.
 _MAY_CONTINUE = {"UNAVAILABLE", "UNAUTHENTICATED", "CANCELLED", "INTERNAL", "UNKNOWN"}
-
-# --- the kept token ---------------------------------------------------------------------
-
-
-def _token_path(server: str) -> Path:
-    """Return the server's own token file: no server receives another's token. Raises OSError."""
-    try:
-        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    except RuntimeError:
-        message = "no home directory; set XDG_STATE_HOME"
-        raise FileNotFoundError(errno.ENOENT, message, "~") from None
-    return Path(state) / "job-worker" / f"token-{quote(server, safe=':[]')}"
-
-
-def _keep_token(server: str, token: str) -> None:
-    import tempfile
-
-    path = _token_path(server)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # mkstemp creates the file with mode 0600. The rename makes the whole token appear at once.
-    fd, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(fd, "w") as file:
-        file.write(token)
-    os.replace(temporary, path)
-
-
-def _forget_token(server: str, token: str) -> None:
-    """Delete the kept token if it is `token`."""
-    # An unreadable file keeps no token, and a token that stays is invalid by now.
-    with contextlib.suppress(OSError):
-        if _read_token(server) == token:
-            _token_path(server).unlink()
-
-
-def _read_token(server: str) -> str:
-    # With strange bytes in the file, `Client` still reports that this is not a token.
-    return _token_path(server).read_text(encoding="ascii", errors="replace")
-
-
-def find_token(arguments: argparse.Namespace) -> str:
-    """Return the token given, or that of JOBWORKER_TOKEN, or the kept one. Raises ClientError."""
-    token: str = arguments.token or os.environ.get("JOBWORKER_TOKEN", "")
-    if not token:
-        try:
-            token = _read_token(arguments.server)
-        except OSError:
-            raise ClientError(
-                f"not logged in to {arguments.server}; run: client login -u USER"
-            ) from None
-    return token
-
-
-# --- commands ---------------------------------------------------------------------------
-
-
-def _login(client: Client, arguments: argparse.Namespace) -> None:
-    token, _ = client.login(arguments.user, _password(arguments))
-    print(token)
-    try:
-        _keep_token(arguments.server, token)
-    except OSError as error:
-        print(
-            printable(
-                f"client: the token was not kept ({error.filename}: {error.strerror}); use -t"
-            ),
-            file=sys.stderr,
-        )
-
-
-def _password(arguments: argparse.Namespace) -> str:
-    import getpass
-
-    password: str | None = arguments.password
-    try:
-        if password is None and sys.stdin.isatty():
-            password = getpass.getpass(f"Password for {printable(arguments.user)}: ")
-        elif password is None or password == "-":  # noqa: S105 -- not a password
-            password = sys.stdin.readline().rstrip("\r\n")
-        password.encode()
-    except EOFError:
-        raise ClientError("no password was given") from None
-    except UnicodeError:  # its text contains the password
-        raise ClientError("the password is not valid UTF-8") from None
-    return password
-
-
-def _logout(client: Client, arguments: argparse.Namespace) -> None:
-    token = client.token
-    try:
-        client.logout()
-    except ClientError as error:
-        if error.code != "UNAUTHENTICATED":
-            raise
-        # Not a success: the token may still be valid with another certificate.
-        _forget_token(arguments.server, token)
-        raise ClientError(
-            "there was nothing to log out of: the server does not accept this token, or not "
-            "with this client certificate",
-            error.code,
-        ) from error
-    _forget_token(arguments.server, token)
 
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
@@ -355,8 +251,9 @@ def _list(client: Client, arguments: argparse.Namespace) -> None:
 
 # Each returns the exit status; None is 0.
 COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int | None]] = {
-    "login": _login,
-    "logout": _logout,
+    "login": login,
+    "logout": logout,
+    "whoami": whoami,
     "start": _start,
     "run": _run,
     "stop": _stop,

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from testkit import Clock, ServerProgram, joined, make_cgroup, own_cgroup, without_clone3
+from testkit import (
+    ClientProgram,
+    Clock,
+    ServerProgram,
+    clean_environment,
+    joined,
+    make_cgroup,
+    own_cgroup,
+    without_clone3,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -212,3 +221,20 @@ def connect(
             return clients.enter_context(Client(address or program.address, **settings))
 
         yield connect
+
+
+@pytest.fixture
+def stranger(program: ServerProgram, certs: Path, tmp_path: Path) -> ClientProgram:
+    """A client that is not logged in."""
+    return ClientProgram(
+        clean_environment()
+        | {"JOBWORKER_SERVER": program.address, "JOBWORKER_CERTS": str(certs)}
+        | {"XDG_STATE_HOME": str(tmp_path / "xdg"), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    )
+
+
+@pytest.fixture
+def cli(stranger: ClientProgram, tokens: dict[str, str]) -> ClientProgram:
+    """A client with the token of `user` in its environment."""
+    stranger.environment["JOBWORKER_TOKEN"] = tokens["user"]
+    return stranger

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     import workerservice_pb2 as worker_pb
+    from certcheck import Certificate
     from sending import Sending
 
 __all__ = [
@@ -159,7 +160,8 @@ class Client:
 
     The first call connects. Every method blocks until the server answers, at most 30 s;
     `stream` blocks as long as the job runs. All of them raise `ClientError`. The constructor
-    raises it for a wrong address and for files that are missing or unusable.
+    raises it for a wrong address and for files that are missing or unusable. It sets the attribute
+    `certificate`: the client certificate, or None where it could not be examined.
 
     The first `Client` of a process limits gRPC to TLS 1.3 in the whole process, unless
     GRPC_SSL_CIPHER_SUITES is set or gRPC has already connected.
@@ -182,7 +184,7 @@ class Client:
             os.fspath(cert or os.path.join(certs, "client.pem")),
         )
         credentials = _read_all(paths)
-        _check_files(paths, credentials)
+        self.certificate = _check_files(paths, credentials)
         # gRPC has no option for the TLS version. This suite needs a pre-shared key, which nobody
         # has, so TLS 1.2 has no usable suite. TLS 1.3 has its own suites. The server does the same.
         os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-AES256-CBC-SHA")
@@ -404,6 +406,11 @@ class Client:
         return ClientError(details or code, code, retry_after_s)
 
 
+# Not "make certs": where there is no CA it makes one, which the server does not accept.
+_GET_CERTIFICATE = (
+    "ask the server's operator for it (certs/generate.sh NAME on the server's machine makes one), "
+    "or name yours with --certs, or with --cert, --key and --ca"
+)
 _CLOSED = (
     "{server} closed the connection: the server stopped, or it does not accept your "
     "client certificate (of another client CA, or by the server's clock not valid now); see "
@@ -489,16 +496,21 @@ def _read_all(paths: Sequence[str]) -> list[bytes]:
                 contents.append(file.read())
     except FileNotFoundError as error:
         raise ClientError(
-            f"the certificate or key {error.filename} is missing; make it with `make certs`, "
-            "or name yours with --certs, or with --cert, --key and --ca"
+            f"the certificate or key {error.filename} is missing; {_GET_CERTIFICATE}"
         ) from error
     except OSError as error:
-        raise ClientError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise ClientError(
+            f"cannot read {error.filename}: {error.strerror}; make it readable for you, or name "
+            "another with --certs, or with --cert, --key and --ca"
+        ) from error
     return contents
 
 
-def _check_files(paths: Sequence[str], contents: Sequence[bytes]) -> None:
-    """Raise `ClientError` if gRPC cannot use the server CA, the client key and certificate."""
+def _check_files(paths: Sequence[str], contents: Sequence[bytes]) -> Certificate | None:
+    """Return the client certificate.
+
+    Raises `ClientError` if gRPC cannot use the server CA, the client key and the certificate.
+    """
     # Imported after the files were read, because ssl takes 10 ms. gRPC imports it anyway.
     import ssl
 
@@ -507,11 +519,8 @@ def _check_files(paths: Sequence[str], contents: Sequence[bytes]) -> None:
     ca, key, cert = contents
     try:
         check_ca(paths[0], ca)
-        check_pair("client", paths[2], cert, paths[1], key)
+        return check_pair("client", paths[2], cert, paths[1], key)
     except (UnusableError, ssl.SSLError, ValueError) as error:
-        raise ClientError(
-            f"{error}; make new ones with certs/generate.sh, or name yours with --certs, or with "
-            "--cert, --key and --ca"
-        ) from error
+        raise ClientError(f"{error}; {_GET_CERTIFICATE}") from error
     except OSError:  # no memfd here, or `ulimit -f` forbids to fill it: gRPC decides alone
-        return
+        return None

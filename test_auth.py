@@ -564,8 +564,8 @@ def _token_of_any_type(**changes: Any) -> str:
 
 
 _ONE_MESSAGE = (
-    "no valid token; log in (again), and send it as the metadata "
-    "`authorization: Bearer TOKEN`, with the client certificate of the login"
+    "no valid token in the metadata `authorization: Bearer TOKEN`: it has expired, was revoked, or "
+    "belongs to another client certificate; log in again"
 )
 
 

@@ -85,8 +85,8 @@ class _Answer(NamedTuple):
 
 _NO_TOKEN = _Answer(
     "UNAUTHENTICATED",
-    "no valid token; log in (again), and send it as the metadata "
-    "`authorization: Bearer TOKEN`, with the client certificate of the login",
+    "no valid token in the metadata `authorization: Bearer TOKEN`: it has expired, was revoked, or "
+    "belongs to another client certificate; log in again",
 )
 _NO_JOB = _Answer("NOT_FOUND", "no such job")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import gc
@@ -35,7 +36,9 @@ import connection
 import display
 import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
+from credentials import token_path
 from testkit import ABSENT, GUARD_S, clean_environment, make_fifo
+from testkit import ClientProgram as _Program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -51,69 +54,10 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).resolve().parent
 _SUBCOMMANDS = [
-    *("list", "login", "logout", "remove", "run", "signal", "start", "status", "stop", "stream")
+    *("list", "login", "logout", "remove", "run", "signal", "start", "status", "stop", "stream"),
+    "whoami",
 ]
 _SILENT = ("sh", "-c", "echo ready; exec sleep infinity")
-
-
-class _Program:
-    """`client.py` as a program. Attribute: `environment`, which a test may change."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
-
-    def start(
-        self,
-        *arguments: str,
-        stdin: int = subprocess.DEVNULL,
-        stdout: int = subprocess.PIPE,
-        stderr: int = subprocess.PIPE,
-        start_new_session: bool = False,
-    ) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, str(_HERE / "client.py"), *arguments],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env=self.environment,
-            start_new_session=start_new_session,
-        )
-
-    def run(self, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, str]:
-        """Return exit status, stdout and stderr."""
-        with self.start(*arguments, stdin=subprocess.PIPE) as process:
-            stdout, stderr = process.communicate(stdin, timeout=GUARD_S)
-        return process.returncode, stdout, stderr.decode()
-
-    def read(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run a command that must succeed with nothing on stderr; return stdout."""
-        status, stdout, stderr = self.run(*arguments, stdin=stdin)
-        assert (status, stderr) == (0, "")
-        return stdout.decode()
-
-    def fail(self, *arguments: str) -> str:
-        """Run a command that must fail with 1, no output and one line; return the line."""
-        status, stdout, stderr = self.run(*arguments)
-        assert (status, stdout) == (1, b""), stderr
-        assert re.fullmatch(r"client: [^\n]+\n", stderr), stderr
-        return stderr
-
-
-@pytest.fixture
-def stranger(program: ServerProgram, certs: Path, tmp_path: Path) -> _Program:
-    """A client that is not logged in."""
-    return _Program(
-        clean_environment()
-        | {"JOBWORKER_SERVER": program.address, "JOBWORKER_CERTS": str(certs)}
-        | {"XDG_STATE_HOME": str(tmp_path / "xdg")}
-    )
-
-
-@pytest.fixture
-def cli(stranger: _Program, tokens: dict[str, str]) -> _Program:
-    """A client with the token of `user` in its environment."""
-    stranger.environment["JOBWORKER_TOKEN"] = tokens["user"]
-    return stranger
 
 
 @pytest.fixture
@@ -205,10 +149,16 @@ def test_login_takes_the_password_from_stdin(
     assert stranger.read("login", "-u", "user", *arguments, stdin=stdin).count(".") == 2
 
 
+_NO_PASSWORD = (
+    b"client: no password was given; type it when the client asks, give -p PASSWORD, or send it as "
+    b"a line to stdin"
+)
+
+
 @pytest.mark.parametrize(
     ("typed", "status", "tokens", "said"),
-    [(b"user\n", 0, 1, b""), (b"\x04", 1, 0, b"client: no password was given")],
-    ids=["password", "ctrl-d"],
+    [(b"user\n", 0, 1, b""), (b"\x04", 1, 0, _NO_PASSWORD), (b"\n", 1, 0, _NO_PASSWORD)],
+    ids=["password", "ctrl-d", "empty"],
 )
 def test_login_at_a_terminal_asks_without_echo(
     stranger: _Program, typed: bytes, status: int, tokens: int, said: bytes
@@ -294,7 +244,8 @@ def test_kept_token_is_a_file_in_the_state_directory_whatever_the_server_is_call
 ) -> None:
     """No server name leads to a file outside of it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert commands._token_path(server).parent == tmp_path / "job-worker"
+    arguments = argparse.Namespace(server=server, profile="../../p")
+    assert token_path(arguments).parent == tmp_path / "job-worker"
 
 
 def test_login_that_yields_no_token_is_told(
@@ -341,7 +292,9 @@ def test_password_that_is_not_utf_8_is_told_without_it(
     """It may come from the command line or from stdin. The error does not repeat it."""
     status, stdout, stderr = stranger.run("login", "-u", "user", *arguments, stdin=b"hunter\xff")
     assert (status, stdout) == (1, b"")
-    assert stderr == "client: the password is not valid UTF-8\n"
+    assert stderr == (
+        "client: the password is not valid UTF-8; check the encoding of the terminal or file\n"
+    )
 
 
 def test_password_may_begin_with_a_dash(pretend: Pretend, certs: Path) -> None:
@@ -1170,7 +1123,7 @@ def test_servers_words_do_not_steer_the_terminal(cli: _Program, pretend: Pretend
         cli.read("list"): 2,
         cli.fail("stop", "-j", "x"): 1,
         cli.fail("stream", "-j", "x"): 1,
-        cli.fail("login", "-u", "x"): 1,
+        cli.fail("login", "-u", "x", "-p", "x"): 1,
         cli.fail("logout"): 1,
     }
     for shown, count in lines.items():
@@ -1354,7 +1307,7 @@ def test_stream_whose_token_ends_tells_where_to_go_on(cli: _Program, connect: Co
             _, stderr = process.communicate(timeout=GUARD_S)
     connect().stop(job_id)
     assert process.returncode == 1
-    assert re.fullmatch(rb"client: no valid token; [^\n]+ --offset 6\n", stderr)
+    assert re.fullmatch(rb"client: no valid token [^\n]+ --offset 6; run: client login -u USER\n", stderr)
 
 
 def test_stream_into_a_pipe_that_closes_ends_quietly(cli: _Program, connect: Connect) -> None:
@@ -1720,13 +1673,12 @@ def test_not_logged_in_is_told(stranger: _Program, program: ServerProgram) -> No
 
 @pytest.mark.parametrize("name", ["client.pem", "client-key.pem", "server-ca.pem"])
 def test_missing_certificate_is_told(cli: _Program, certs: Path, tmp_path: Path, name: str) -> None:
-    """The line has the path, and the command that makes the file."""
+    """The line has the path, and says whom to ask: a new CA would help nobody."""
     directory = shutil.copytree(certs, tmp_path / "certs")
     (directory / name).unlink()
     line = cli.fail("list", "--certs", str(directory))
-    assert (
-        f"the certificate or key {directory / name} is missing; make it with `make certs`" in line
-    )
+    assert f"the certificate or key {directory / name} is missing; ask the server's oper" in line
+    assert "make certs" not in line
 
 
 _EMPTY, _GARBAGE = (lambda _: b""), (lambda _: b"garbage")
@@ -1781,7 +1733,7 @@ def test_unusable_certificate_or_key_is_told_before_grpc_sees_it(  # noqa: PLR09
     (directory / name).write_bytes(after)
     line = cli.fail("list", "--certs", str(directory), "--server", "127.0.0.1:1")
     assert f"client: {directory}/{problem}" in line
-    assert "; make new ones with certs/generate.sh, or name yours with --certs" in line
+    assert "; ask the server's operator for it (certs/generate.sh NAME on the server" in line
 
 
 @pytest.mark.parametrize("option", ["--cert", "--key", "--ca"])
@@ -1875,7 +1827,7 @@ def test_when_to_try_again_is_in_the_servers_words(stranger: _Program, pretend: 
         context.set_trailing_metadata((("retry-after", "7"),))
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many failed logins; wait 7 s")
 
-    assert stranger.fail("login", "-u", "u", "--server", pretend(Login=refuse)) == (
+    assert stranger.fail("login", "-u", "u", "-p", "x", "--server", pretend(Login=refuse)) == (
         "client: too many failed logins; wait 7 s\n"
     )
 
@@ -1999,6 +1951,9 @@ def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., s
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
 
 
+_NEEDED_FOR_HELP = ("client.py", "cli.py", "connection.py", "profiles.py", "units.py", "version.py")
+
+
 @pytest.mark.parametrize("call", ["absolute", "relative", "bare", "path", "link", "chain"])
 def test_launcher_works_from_wherever_it_is_called(
     tmp_path: Path, launcher: Path, call: str
@@ -2006,7 +1961,7 @@ def test_launcher_works_from_wherever_it_is_called(
     """By its path, its name, PATH and links. It imports nothing from the current directory."""
     home = tmp_path / "a place"
     home.mkdir()
-    for name in ("client", "client.py", "cli.py", "connection.py", "units.py", ".venv"):
+    for name in ("client", *_NEEDED_FOR_HELP, ".venv"):
         (home / name).symlink_to(_HERE / name)
     (home / "client").unlink()
     shutil.copy(launcher, home / "client")

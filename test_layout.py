@@ -56,6 +56,7 @@ _MODULES = {
     },
     "shared": {  # by the service and the client
         "units": "",
+        "version": "",
         "certcheck": "",
     },
     "access": {
@@ -90,11 +91,13 @@ _MODULES = {
     "client": {
         "sending": "",
         "connection": f"certcheck grpc sending units {_AUTH_PB} {_WORKER_PB}; google",
-        "cli": "connection units",
-        "commands": "cli connection display variables; workerservice_pb2",
+        "profiles": "connection units",
+        "cli": "connection profiles units version",
+        "credentials": "cli connection display",
+        "commands": "cli connection credentials display variables; workerservice_pb2",
         "variables": "connection",
         "display": "cli units; google workerservice_pb2",
-        "client": "cli commands connection",
+        "client": "cli commands connection credentials",
     },
 }
 # Each group, and the groups whose modules it may import beside its own.
@@ -124,6 +127,7 @@ _TESTED_WITH = {
     "argv": "worker",
     "certcheck": "tls",
     "variables": "environment",
+    "version": "client",
     "job": "worker",
     "budget": "broadcaster",
     "outputdirectory": "broadcaster",

@@ -70,8 +70,8 @@ _WITH_JOB = [
 _NO_TOKEN = (
     "UNAUTHENTICATED",
     (
-        "no valid token; log in (again), and send it as the metadata `authorization: Bearer "
-        "TOKEN`, with the client certificate of the login"
+        "no valid token in the metadata `authorization: Bearer TOKEN`: it has expired, was "
+        "revoked, or belongs to another client certificate; log in again"
     ),
 )
 _NO_RECORD = ("UNAVAILABLE", "the audit log cannot be written; tell the operator")

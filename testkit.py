@@ -400,6 +400,49 @@ class ServerProgram:
         return self.process.returncode
 
 
+class ClientProgram:
+    """`client.py` as a program. Attribute: `environment`, which a test may change."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+
+    def start(
+        self,
+        *arguments: str,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+        start_new_session: bool = False,
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, str(_HERE / "client.py"), *arguments],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=self.environment,
+            start_new_session=start_new_session,
+        )
+
+    def run(self, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, str]:
+        """Return exit status, stdout and stderr."""
+        with self.start(*arguments, stdin=subprocess.PIPE) as process:
+            stdout, stderr = process.communicate(stdin, timeout=GUARD_S)
+        return process.returncode, stdout, stderr.decode()
+
+    def read(self, *arguments: str, stdin: bytes = b"") -> str:
+        """Run a command that must succeed with nothing on stderr; return stdout."""
+        status, stdout, stderr = self.run(*arguments, stdin=stdin)
+        assert (status, stderr) == (0, "")
+        return stdout.decode()
+
+    def fail(self, *arguments: str) -> str:
+        """Run a command that must fail with 1, no output and one line; return the line."""
+        status, stdout, stderr = self.run(*arguments)
+        assert (status, stdout) == (1, b""), stderr
+        assert re.fullmatch(r"client: [^\n]+\n", stderr), stderr
+        return stderr
+
+
 # --- the same bytes without gRPC ----------------------------------------------------------
 
 

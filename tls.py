@@ -158,7 +158,7 @@ class Certificates:
         key, chain, client_ca = contents
         try:
             check_ca(_CLIENT_CA, client_ca)
-            certificate = check_pair("server", _CHAIN, chain, _KEY, key)
+            certificate = check_pair("server", _CHAIN, chain, _KEY, key).der
         except (UnusableError, ssl.SSLError, ValueError) as error:
             raise CertificateError(
                 f"the certificates in {self._where} are not usable: {error}; {_REMEDY}"
