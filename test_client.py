@@ -1307,7 +1307,9 @@ def test_stream_whose_token_ends_tells_where_to_go_on(cli: _Program, connect: Co
             _, stderr = process.communicate(timeout=GUARD_S)
     connect().stop(job_id)
     assert process.returncode == 1
-    assert re.fullmatch(rb"client: no valid token [^\n]+ --offset 6; run: client login -u USER\n", stderr)
+    assert re.fullmatch(
+        rb"client: no valid token [^\n]+ --offset 6; run: client login -u USER\n", stderr
+    )
 
 
 def test_stream_into_a_pipe_that_closes_ends_quietly(cli: _Program, connect: Connect) -> None:

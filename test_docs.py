@@ -21,6 +21,7 @@ import gate
 import server
 import settings
 import test_layout
+import version
 import workerservice_pb2
 from testkit import GUARD_S, LIBRARY
 
@@ -188,11 +189,19 @@ def _amount(text: str) -> float | None:
     return int(number) * {"": 1, "MiB": 1024**2, "GiB": 1024**3}[unit]
 
 
-@pytest.mark.parametrize("name", ["JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"])
+@pytest.mark.parametrize(
+    "name", ["JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_PROFILE", "JOBWORKER_TOKEN"]
+)
 def test_readme_names_every_environment_variable(readme: str, name: str) -> None:
     """Those that the client looks at, as its help says."""
     assert name in readme
     assert name in cli.make_parsers()[0].format_help()
+
+
+def test_version_is_that_of_the_project() -> None:
+    """`pyproject.toml` has the same one as `--version`."""
+    project = tomllib.loads((_HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == version.VERSION
 
 
 def _shown_commands(text: str, program: str) -> list[list[str]]:

@@ -446,6 +446,25 @@ class ClientProgram:
 # --- the same bytes without gRPC ----------------------------------------------------------
 
 
+def make_client_certificate(directory: Path, name: str, certs: Path, days: int) -> Path:
+    """Make NAME.pem and NAME-key.pem, signed by the client CA in `certs`; return NAME.pem."""
+    key, request, path = (directory / f"{name}{end}.pem" for end in ("-key", "-request", ""))
+    _openssl(
+        *("req", "-new", "-nodes", "-subj", f"/CN={name}", "-newkey", "ec"),
+        *("-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", key, "-out", request),
+    )
+    signer = ("-CA", certs / "client-ca.pem", "-CAkey", certs / "client-ca-key.pem")
+    _openssl(
+        *("x509", "-req", "-in", request, *signer, "-set_serial", "1"),
+        *("-days", str(days), "-out", path),
+    )
+    return path
+
+
+def _openssl(*arguments: str | Path) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
+
+
 def tls_context(certs: Path, certificate: Path | None) -> ssl.SSLContext:
     """Speak HTTP/2 over TLS with the server's CA, and with a client certificate if one is given.
 
