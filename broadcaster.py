@@ -13,9 +13,11 @@ nothing but its position.
             os.write(1, chunk)
     log.remove()
 
-A `Budget` (`budget.py`), which several logs may share, bounds how many bytes are kept. Besides,
-output leaves a reserve of the disk free. What is written beyond these bounds is counted and
-dropped, and every subscriber is told of it at the end.
+A `Budget` (`budget.py`), which several logs may share, bounds how many bytes are kept. The disk
+bounds it, too (`outputdisk.py`). Beyond these bounds a log keeps its head and its tail. The bytes
+between them are the gap: the log gives them back to the disk (`holes.py`), and the offsets of all
+other bytes stay as they are. A subscriber that is never farther behind than the tail is long gets
+every byte. Every other one is told where bytes are missing, and how many.
 
 A complete log that nobody reads has no descriptor open and costs some 300 bytes.
 
@@ -32,16 +34,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import threading
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
+
+from holes import can_punch, punch
+from outputdisk import DISK_FULL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from budget import Budget
+    from outputdisk import OutputDisk
 
 __all__ = [
+    "Gap",
     "OffsetError",
     "OutputIncompleteError",
     "OutputLog",
@@ -49,13 +57,19 @@ __all__ = [
     "Subscription",
 ]
 
+logger = logging.getLogger(__name__)
+
 # The largest chunk that a subscriber gets by default. Measured when each chunk is sent as one
 # message over a network with TLS: 64 KiB 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
 _CHUNK_BYTES = 256 * 1024
 
-# The errors of a full disk; EDQUOT is that of the disk's own quotas.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A tail that is not small is given up in steps: of this size, or a quarter of the tail. So the disk
+# has fewer holes to make, and a live subscriber time to read the rest.
+_GIVEN_UP_BYTES = 1024 * 1024
+_SMALL_TAIL_BYTES = 64 * 1024
+
 _NOBODY: frozenset[Subscription] = frozenset()
+_NO_GAP = (0, 0)
 
 
 class OffsetError(ValueError):
@@ -78,10 +92,10 @@ class OutputRemovedError(ValueError):
 
 
 class OutputIncompleteError(OSError):
-    """The output was not all kept. Raised where the kept part ends.
+    """This subscriber missed output that was not kept. Raised at the end of the output.
 
     `errno` is EDQUOT when a budget was used up, else that of the write that failed (ENOSPC for
-    a full disk). Attribute: `lost_bytes`, how many bytes were written but not kept.
+    a full disk). Attribute: `lost_bytes`, how many bytes this subscriber missed.
     """
 
     def __init__(self, cause: OSError, lost_bytes: int) -> None:
@@ -94,6 +108,17 @@ class OutputIncompleteError(OSError):
         return str(self.strerror)
 
 
+class _CeilingError(OSError):
+    """A budget has no byte left."""
+
+
+class Gap(NamedTuple):
+    """Consecutive bytes of an output that were not kept."""
+
+    offset: int
+    length: int
+
+
 class OutputLog:
     """Bytes appended by one writer, in a file of mode 0600 that must not exist yet.
 
@@ -101,12 +126,13 @@ class OutputLog:
     may use the directory but not walk the path to it. The caller keeps it open until the log is
     removed. Raises OSError when the file cannot be created.
 
-    Attributes, to be set before the first byte: `budget`, out of which every kept byte is taken;
-    None for no bound. `make_room`, called once for each append that the budget refuses in part:
-    it takes up to as many bytes as it is told from the budget, after it has made room there, and
-    returns as `Budget.take`; None for not at all. `reserve_bytes`: how much of the disk must stay
-    free. `free_disk`, called as long as the disk is full: it deletes another file and returns
-    True, or returns False if there is none; None for not at all.
+    Attributes, to be set before the first byte; each may be None:
+    `budget`, out of which every kept byte is taken.
+    `make_room`, called when the budget gives less than it is asked for. It makes room in the
+    budget, takes up to as many bytes as it is told, and returns as `Budget.take`.
+    `disk`, which is asked before the file grows.
+    `free_disk`, called as long as the disk is full: it deletes another file and returns True, or
+    returns False if there is none.
     """
 
     def __init__(
@@ -120,20 +146,24 @@ class OutputLog:
         self._dir_fd = dir_fd
         self.budget = budget
         self.make_room: Callable[[int], tuple[int, Budget | None]] | None = None
-        self.reserve_bytes = 0
+        self.disk: OutputDisk | None = None
         self.free_disk: Callable[[], bool] | None = None
         # Guards every attribute below. Never held while reading or writing the file.
         # Reentrant, because the garbage collector may close an abandoned subscription.
         self._lock = threading.RLock()
         # Open while the log can grow or has subscribers, who all share it (pread).
         self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        self._size = 0
+        self._end = 0  # the offset of the next byte that is appended
+        # Where the bytes that are not kept begin and end. Replaced, never changed: it may be read
+        # without the lock.
+        self._gap = _NO_GAP
         self._taken = 0  # out of the budget, and not given back
+        self._room = 0  # how much of that the gap has made free again
+        self._can_punch: bool | None = None  # None if not tried yet
         self._complete = False
         self._removed = False  # nobody can begin to read it
         self._unlinked = False
-        self._failure: OSError | None = None  # why the rest is not kept
-        self._lost_bytes = 0
+        self._failure: OSError | None = None  # why not all is kept
         # Replaced, never changed: most logs have none, and those share the empty one.
         self._subscriptions: frozenset[Subscription] = _NOBODY
 
@@ -141,13 +171,19 @@ class OutputLog:
     def size(self) -> int:
         """How many bytes are stored and can be read."""
         with self._lock:
-            return self._size
+            return self._end - self.lost_bytes
 
     @property
     def lost_bytes(self) -> int:
-        """How many bytes were appended but not kept: all from the first such byte on."""
-        with self._lock:
-            return self._lost_bytes
+        """How many bytes were appended but are not kept: those of the gap."""
+        begin, end = self._gap
+        return end - begin
+
+    @property
+    def gap(self) -> Gap | None:
+        """The bytes that are not kept; None if all are. It only ever grows, at its end."""
+        begin, end = self._gap
+        return Gap(begin, end - begin) if end > begin else None
 
     @property
     def subscribers(self) -> tuple[str, ...]:
@@ -164,36 +200,44 @@ class OutputLog:
     def append(self, data: bytes | memoryview) -> None:
         """Store `data` and wake the subscribers. Blocks for file I/O only.
 
-        A write that fails (ENOSPC, EFBIG, ...) or goes beyond the budget raises nothing: the
-        writer must go on taking the job's output, or the job would hang. From the first byte
-        that is not kept on, all bytes are counted and dropped, even if there is room again, so
-        what is stored has no gaps. Every subscriber gets an `OutputIncompleteError` where the
-        stored part ends. Raises ValueError when the log is complete.
+        Bytes for which the budget or the disk has no room raise nothing: the writer must go on
+        taking the job's output, or the job would hang. The log then keeps its head and its tail,
+        and gives up the oldest bytes between them (`gap`). Where it cannot give the disk back the
+        middle of a file, it keeps what it has, and drops `data`. Raises ValueError when the log
+        is complete.
         """
-        size = len(data)
         with self._lock:
             if self._complete:
                 raise ValueError("the output log is complete")
-            offset, failure = self._size, self._failure
-        granted, stored = 0, 0
-        if failure is None:
-            granted, refuser = self._take(size)
-            if refuser is not None:
-                failure = OSError(errno.EDQUOT, f"{refuser.what} is reached")
+        rest = memoryview(data)
+        while rest:
+            try:
+                size = self._store(rest)
+            except OSError as error:
+                size = self._make_own_room(len(rest), error)
+            rest = rest[size:]
+
+    def _store(self, data: memoryview) -> int:
+        """Store some of `data`; return how many bytes. Raises OSError."""
+        own = min(self._room, len(data))
+        if own:
+            # In the place of what was given up: nothing is taken from the budget or the reserve.
+            stored = os.pwrite(self._fd, data[:own], self._end)
+            self._grow(stored, room=-stored)
+            return stored
+        granted, refuser = self._take(len(data))
+        stored = 0
         try:
-            while stored < granted:
-                stored += self._write(data[stored:granted], offset + stored)
-        except OSError as error:
-            failure = error  # the failed write is of bytes before those that were refused
+            if granted == 0 and refuser is not None:
+                raise _CeilingError(errno.EDQUOT, f"{refuser.what} is reached")
+            stored = self._write(data[:granted])
         finally:
             if self.budget and stored < granted:
                 self.budget.give_back(granted - stored)
-        with self._lock:
-            self._size += stored
-            self._taken += stored
-            self._failure = failure
-            self._lost_bytes += size - stored
-            self._notify_locked()
+        self._grow(stored, taken=stored)
+        if self.disk is not None:
+            self.disk.accepted(self._fd)
+        return stored
 
     def _take(self, size: int) -> tuple[int, Budget | None]:
         if self.budget is None:
@@ -204,24 +248,69 @@ class OutputLog:
             taken += more
         return taken, refuser
 
-    def _write(self, data: bytes | memoryview, offset: int) -> int:
+    def _write(self, data: memoryview) -> int:
         """Write some of `data` to the file; return how much. Raises OSError."""
         while True:
             try:
-                self._check_reserve(len(data))
-                return os.pwrite(self._fd, data, offset)
+                if self.disk is not None:
+                    self.disk.check(self._fd, len(data))
+                return os.pwrite(self._fd, data, self._end)
             except OSError as error:
-                if error.errno not in _FULL or self.free_disk is None or not self.free_disk():
+                if error.errno not in DISK_FULL or self.free_disk is None or not self.free_disk():
                     raise
 
-    def _check_reserve(self, size: int) -> None:
-        if not self.reserve_bytes:
+    def _grow(self, stored: int, *, taken: int = 0, room: int = 0) -> None:
+        with self._lock:
+            self._end += stored
+            self._taken += taken
+            self._room += room
+            self._notify_locked()
+
+    def _make_own_room(self, size: int, cause: OSError) -> int:
+        """Give up the oldest bytes of the tail, because `cause` refused `size` new ones.
+
+        Returns how many of the new bytes to skip: those that are not kept either.
+        """
+        if self._failure is None:
+            self._failure = cause
+        is_full = cause.errno in DISK_FULL
+        if is_full and self._can_punch is None:
+            self._can_punch = can_punch(self._fd)
+        has_gap = self.lost_bytes > 0
+        begin = self._gap[0] if has_gap else (self._end + 1) // 2
+        tail = self._end - max(begin, self._gap[1])
+        skipped = 0
+        if not tail or not is_full or not self._can_punch:
+            begin = self._gap[0] if has_gap else self._end
+            given_up, skipped = tail if has_gap else 0, size
+        elif self._room:  # somebody else has taken what was given back to the disk
+            given_up = (tail + 1) // 2
+        elif tail < _SMALL_TAIL_BYTES:
+            given_up, skipped = min(tail, size), max(0, size - tail)
+        else:
+            given_up = min(tail // 2, max(size, min(tail // 4, _GIVEN_UP_BYTES)))
+        self._widen_gap(begin, given_up, skipped)
+        if self.disk is not None and not isinstance(cause, _CeilingError):
+            self.disk.refused(cause, given_up + skipped)
+        return skipped
+
+    def _widen_gap(self, begin: int, given_up: int, skipped: int) -> None:
+        """Add to the gap: bytes of the tail, and then, if these are all, bytes not yet stored."""
+        old_end = max(begin, self._gap[1])
+        with self._lock:
+            self._end += skipped
+            # Before the hole is made: a subscriber that reads zeros finds out here.
+            self._gap = begin, old_end + given_up + skipped
+        if not given_up or not self._can_punch:
             return
-        disk = os.fstatvfs(self._fd)
-        if disk.f_bavail * disk.f_frsize - size < self.reserve_bytes:
-            raise OSError(
-                errno.ENOSPC, f"the disk is full up to its reserve of {self.reserve_bytes} bytes"
-            )
+        try:
+            punch(self._fd, old_end, old_end + given_up, hole_begin=begin)
+        except OSError as error:
+            logger.warning("the disk does not take back output: %s", error.strerror)
+            self._can_punch = False
+            return
+        with self._lock:
+            self._room += given_up
 
     def complete(self) -> None:
         """Declare that nothing more will be appended; idempotent.
@@ -230,9 +319,13 @@ class OutputLog:
         """
         with self._lock:
             self._complete = True
+            if self._room and self.budget:
+                self.budget.give_back(self._room)
+                self._taken -= self._room
+            self._room = 0
             self._let_go_locked()
             self._notify_locked()
-            self.make_room = self.free_disk = None
+            self.make_room = self.free_disk = self.disk = None
 
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
@@ -264,8 +357,8 @@ class OutputLog:
         with self._lock:
             if self._removed:
                 raise OutputRemovedError
-            if self._complete and offset > self._size:
-                raise OffsetError(offset, self._size)
+            if self._complete and offset > self._end:
+                raise OffsetError(offset, self._end)
             if self._fd < 0:
                 self._fd = self._open(os.O_RDONLY)
             subscription = Subscription(self, subscriber, offset)
@@ -274,6 +367,19 @@ class OutputLog:
 
     def _open(self, flags: int) -> int:
         return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+
+    def _stored_locked(self, offset: int) -> tuple[int, int]:
+        """Return where the next bytes that can be read at or after `offset` begin and end.
+
+        If there are none, the second number is not above the first one.
+        """
+        begin, end = self._gap
+        return (offset, begin) if offset < begin else (max(offset, end), self._end)
+
+    def _is_gap(self, begin: int, end: int) -> bool:
+        """Whether some of the bytes from `begin` to before `end` are not kept."""
+        gap_begin, gap_end = self._gap
+        return begin < gap_end and end > gap_begin
 
     def _notify_locked(self) -> None:
         for subscription in self._subscriptions:
@@ -294,14 +400,16 @@ class Subscription:
 
     Made by `OutputLog.subscribe`. One thread iterates; any thread may `close`.
 
-    Attributes: `subscriber` (the name given), `offset` (of the next byte to be read),
-    `chunk_bytes` (a function that the iterating thread calls for each chunk: how large the chunk
-    may be, at least 1; 256 KiB unless replaced).
+    Attributes: `subscriber`, the name given. `offset`, of the next byte to be read. `gap`, the
+    bytes that are missing right before the last chunk, or before the end; None if none are.
+    `chunk_bytes`, a function that the iterating thread calls for each chunk: how large the chunk
+    may be, at least 1; 256 KiB unless replaced.
     """
 
     def __init__(self, log: OutputLog, subscriber: str, offset: int) -> None:
         self.subscriber = subscriber
         self.offset = offset
+        self.gap: Gap | None = None
         self.chunk_bytes: Callable[[], int] = lambda: _CHUNK_BYTES
         self._log = log
         # Of this subscription alone, so that closing one wakes no other. Notified when bytes
@@ -310,6 +418,7 @@ class Subscription:
         # Both guarded by the log's lock.
         self._closed = False
         self._reading = False
+        self._missed_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -320,27 +429,49 @@ class Subscription:
         Blocks, without using the CPU, until bytes are appended, the log is complete or
         `close` is called. Raises StopIteration at the end of the complete output or once closed,
         `OffsetError` when the output ended before the offset asked for, `OutputIncompleteError`
-        when some output was not kept.
+        at the end when there was a gap.
         """
+        while (chunk := self._read()) is None:
+            pass
+        return chunk
+
+    def _read(self) -> bytes | None:
+        """Return the next bytes; None if they came to be in the gap meanwhile."""
         log = self._log
         with log._lock:
-            self._changed.wait_for(lambda: self._closed or log._complete or log._size > self.offset)
+            self._changed.wait_for(self._need_not_wait_locked)
             if self._closed:
                 raise StopIteration
-            count = log._size - self.offset
-            if count <= 0:
+            begin, end = log._stored_locked(self.offset)
+            if begin >= end:
+                self._skip(min(begin, end))
                 self._end_locked()
             # Until this is False again, close() leaves the descriptor open.
             self._reading = True
             fd = log._fd
         try:
-            chunk = os.pread(fd, min(count, self.chunk_bytes()), self.offset)
+            chunk = os.pread(fd, min(end - begin, self.chunk_bytes()), begin)
         finally:
             self._done_reading()
         if not chunk:
-            raise OSError(f"the output file was truncated by someone else at byte {self.offset}")
+            raise OSError(f"the output file was truncated by someone else at byte {begin}")
+        if log._is_gap(begin, begin + len(chunk)):
+            return None
+        self._skip(begin)
         self.offset += len(chunk)
         return chunk
+
+    def _need_not_wait_locked(self) -> bool:
+        begin, end = self._log._stored_locked(self.offset)
+        return begin < end or self._closed or self._log._complete
+
+    def _skip(self, offset: int) -> None:
+        """Note that the bytes before `offset` are missing, if there are any left to read."""
+        missing = offset - self.offset
+        self.gap = Gap(self.offset, missing) if missing > 0 else None
+        if missing > 0:
+            self.offset = offset
+            self._missed_bytes += missing
 
     def close(self) -> None:
         """Stop reading; idempotent. Wakes a thread that waits in `next`."""
@@ -368,10 +499,10 @@ class Subscription:
         log = self._log
         self._closed = True
         self._release_locked()
-        if log._failure is not None:
-            raise OutputIncompleteError(log._failure, log._lost_bytes)
-        if self.offset > log._size:
-            raise OffsetError(self.offset, log._size)
+        if self._missed_bytes and log._failure is not None:
+            raise OutputIncompleteError(log._failure, self._missed_bytes)
+        if self.offset > log._end:
+            raise OffsetError(self.offset, log._end)
         raise StopIteration
 
     def _release_locked(self) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from broadcaster import OutputLog
+from outputdisk import OutputDisk
 
 __all__ = ["OutputDirectory"]
 
@@ -72,13 +73,13 @@ class OutputDirectory:
             disk = os.fstatvfs(self._fd)
             share = int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE)
             reserve_bytes = min(share, _RESERVE_BYTES)
-        self._reserve_bytes = reserve_bytes
+        self._disk = OutputDisk(self.path, reserve_bytes)
         self._delete_output()
 
     def make_log(self, job_id: str) -> OutputLog:
         """Make the output log of a job, whose ID is a UUID. Raises OSError."""
         log = OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
-        log.reserve_bytes = self._reserve_bytes
+        log.disk = self._disk
         return log
 
     def give_to(self, uid: int) -> None:

@@ -555,10 +555,10 @@ def test_append_after_complete_is_refused(log: OutputLog) -> None:
     assert _read(log) == b"abc"
 
 
-def test_full_disk_is_an_error_where_the_stored_part_ends(
+def test_when_a_full_disk_has_room_again_the_log_continues_after_a_gap(
     log: OutputLog, waits: _Waits, pool: ThreadPoolExecutor
 ) -> None:
-    """Subscribers get all bytes that were kept, then an error with the number of lost bytes."""
+    """What comes when there is room again is kept, and every subscriber is told of the gap."""
     received: list[bytes] = []
 
     def follow() -> None:
@@ -570,19 +570,21 @@ def test_full_disk_is_an_error_where_the_stored_part_ends(
     with file_size_limit(60):
         log.append(b"a" * 50)
         log.append(b"b" * 30)  # ten of these bytes fit
-    log.append(b"c" * 5)  # there is room again, but these bytes would follow a gap
-    assert log.size == 60
+    log.append(b"c" * 5)
+    assert (log.size, log.gap) == (65, (60, 20))
     log.complete()
     with pytest.raises(OutputIncompleteError, match="not kept") as caught:
         follower.result(GUARD_S)
-    assert str(caught.value) == "25 bytes of output were not kept: File too large"
-    assert (caught.value.errno, caught.value.lost_bytes) == (errno.EFBIG, 25)
-    assert log.lost_bytes == 25
-    assert b"".join(received) == b"a" * 50 + b"b" * 10
-    with log.subscribe(offset=60) as late, pytest.raises(OutputIncompleteError):
-        next(late)
+    assert str(caught.value) == "20 bytes of output were not kept: File too large"
+    assert (caught.value.errno, caught.value.lost_bytes) == (errno.EFBIG, 20)
+    assert b"".join(received) == b"a" * 50 + b"b" * 10 + b"c" * 5
+    assert _read(log, 80) == b"c" * 5
+    with log.subscribe(offset=70) as late:
+        assert (next(late), late.gap, late.offset) == (b"c" * 5, (70, 10), 85)
+        with pytest.raises(OutputIncompleteError, match="10 bytes"):
+            next(late)
     with pytest.raises(OffsetError):
-        log.subscribe(offset=61)
+        log.subscribe(offset=86)
 
 
 def test_truncated_file_is_an_error_and_not_an_endless_loop(log: OutputLog, path: Path) -> None:
@@ -846,32 +848,29 @@ def test_output_of_exactly_the_budget_is_kept(path: Path, parts: list[int]) -> N
 @pytest.mark.parametrize(
     ("parts", "kept", "lost"),
     [
-        ([b"0123456789a"], b"0123456789", 1),
-        ([b"0123456789", b"a"], b"0123456789", 1),
-        ([b"01234567", b"89ab", b"cdef"], b"0123456789", 6),
+        ([b"0123456789a"], b"012346789a", 1),
+        ([b"0123456789", b"a"], b"012346789a", 1),
+        ([b"01234567", b"89ab", b"cdef"], b"01234bcdef", 6),
     ],
 )
-def test_output_past_the_budget_is_counted_and_reported_and_not_kept(  # noqa: PLR0913 -- fixtures
-    path: Path, waits: _Waits, pool: ThreadPoolExecutor, parts: list[bytes], kept: bytes, lost: int
+def test_past_the_budget_the_head_and_the_tail_are_kept_and_the_rest_is_reported(
+    path: Path, parts: list[bytes], kept: bytes, lost: int
 ) -> None:
-    """All subscribers get exactly the kept part, then an error that names the ceiling."""
+    """A late subscriber gets exactly the kept bytes, then an error that names the ceiling."""
     log = OutputLog(path, budget=Budget(10, _CEILING))
-    live = pool.submit(_follow, log)
-    waits.await_waiters(1)
     for data in parts:
         log.append(data)
     assert (log.size, log.lost_bytes) == (10, lost)
     log.complete()
     error = f"{lost} bytes of output were not kept: this job's ceiling of 10 bytes is reached"
-    assert live.result(GUARD_S) == (kept, error)
     assert _follow(log) == (kept, error)
     assert _follow(log, 4) == (kept[4:], error)
-    assert _follow(log, 10) == (b"", error)
+    assert _follow(log, 5 + lost) == (kept[5:], "")
     with pytest.raises(OffsetError):
-        log.subscribe(offset=11)
-    assert path.read_bytes() == kept
-    with log.subscribe(offset=10) as subscription, pytest.raises(OutputIncompleteError) as caught:
-        next(subscription)
+        log.subscribe(offset=10 + lost + 1)
+    assert path.read_bytes() == kept[:5] + bytes(lost) + kept[5:]
+    with log.subscribe() as subscription, pytest.raises(OutputIncompleteError) as caught:
+        list(subscription)
     assert (caught.value.errno, caught.value.lost_bytes) == (errno.EDQUOT, lost)
     log.remove()
 
@@ -885,7 +884,6 @@ def test_subscriber_of_a_growing_log_gets_the_error_only_at_its_end(
     live = pool.submit(_follow, log)
     waits.await_waiters(1)
     log.append(b"c")
-    waits.await_waiters(1)
     assert not live.done()
     log.complete()
     assert live.result(GUARD_S) == (b"a", "2 bytes of output were not kept: one is reached")
@@ -906,8 +904,8 @@ def test_with_a_budget_of_zero_all_output_is_counted_and_none_kept(path: Path) -
     log.remove()
 
 
-def test_room_that_comes_back_does_not_make_a_gap(path: Path, tmp_path: Path) -> None:
-    """Output after lost output is lost too, and takes nothing from the budget."""
+def test_room_that_comes_back_is_used(path: Path, tmp_path: Path) -> None:
+    """A tail that had to be small grows when the budget has room again."""
     shared = Budget(6, "shared")
     other = OutputLog(tmp_path / "other.out", budget=shared)
     other.append(b"xxxx")
@@ -917,8 +915,8 @@ def test_room_that_comes_back_does_not_make_a_gap(path: Path, tmp_path: Path) ->
     assert shared.used == 2
     log.append(b"def")
     log.complete()
-    assert (log.size, log.lost_bytes, shared.used) == (2, 4, 2)
-    assert path.read_bytes() == b"ab"
+    assert (log.size, log.gap, shared.used) == (5, (1, 1), 5)
+    assert path.read_bytes() == b"a\0cdef"
     log.remove()
 
 
@@ -932,7 +930,7 @@ def test_error_names_the_budget_that_refused(path: Path, refuser: str) -> None:
     log.append(b"abcd")
     log.complete()
     error = f"1 bytes of output were not kept: the {refuser}'s ceiling is reached"
-    assert _follow(log) == (b"abc", error)
+    assert _follow(log) == (b"abd", error)
     log.remove()
 
 
@@ -944,10 +942,10 @@ def test_bytes_that_the_disk_refused_are_given_back_to_the_budget(path: Path, li
     log.append(b"a" * 50)
     with file_size_limit(55):
         log.append(b"b" * 30)
-    log.append(b"c" * 30)
+    log.append(b"c" * 4)
     log.complete()
-    assert (log.size, log.lost_bytes, budget.used) == (55, 55, 55)
-    assert _follow(log)[1] == "55 bytes of output were not kept: File too large"
+    assert (log.size, log.lost_bytes, budget.used) == (59, 25, 59)
+    assert _follow(log)[1] == "25 bytes of output were not kept: File too large"
     log.remove()
     assert budget.used == 0
 
@@ -1046,7 +1044,7 @@ def test_budget_of_a_file_that_cannot_be_deleted_stays_taken(path: Path) -> None
 def test_logs_that_share_a_budget_keep_all_of_it_and_no_more(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    """Eight logs grow at once; each keeps the beginning of its output and counts the rest."""
+    """Eight logs grow at once; each keeps the head and the tail, and counts the rest."""
     shared = Budget(100_000, "the user's ceiling")
     logs = [
         OutputLog(tmp_path / f"{i}.out", budget=Budget(30_000, "the job's ceiling", shared))
@@ -1065,7 +1063,8 @@ def test_logs_that_share_a_budget_keep_all_of_it_and_no_more(
         assert log.size <= 30_000
         assert log.size + log.lost_bytes == 40_000
         kept, error = _follow(log)
-        assert kept == whole[: log.size]
+        begin = log.gap.offset if log.gap else 0
+        assert kept == whole[:begin] + whole[begin + log.lost_bytes :]
         assert error.startswith(f"{log.lost_bytes} bytes of output were not kept: the ")
     _together(pool, *(log.remove for log in logs))
     assert shared.used == 0
@@ -1074,7 +1073,7 @@ def test_logs_that_share_a_budget_keep_all_of_it_and_no_more(
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(0, 120))
 def test_any_output_within_any_budget_is_kept_up_to_it(parts: list[bytes], limit: int) -> None:
-    """For any output and ceiling: the beginning is kept, the rest counted, the error at the end."""
+    """For any output and ceiling: head and tail fill it, the rest is counted, the error is last."""
     whole = b"".join(parts)
     with tempfile.TemporaryDirectory() as directory:
         budget = Budget(limit, "the ceiling")
@@ -1084,7 +1083,8 @@ def test_any_output_within_any_budget_is_kept_up_to_it(parts: list[bytes], limit
         log.complete()
         lost = max(0, len(whole) - limit)
         error = f"{lost} bytes of output were not kept: the ceiling is reached" if lost else ""
-        assert _follow(log) == (whole[:limit], error)
+        head = (limit + 1) // 2 if lost else len(whole)
+        assert _follow(log) == (whole[:head] + whole[head + lost :], error)
         assert (log.lost_bytes, budget.used) == (lost, len(whole) - lost)
         log.remove()
         assert budget.used == 0

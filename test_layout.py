@@ -25,9 +25,11 @@ _WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
 _MODULES = {
     "library": {
         "argv": "errors",
-        "broadcaster": "; budget",
+        "broadcaster": "holes outputdisk; budget",
+        "holes": "",
+        "outputdisk": "",
         "budget": "",
-        "outputdirectory": "broadcaster",
+        "outputdirectory": "broadcaster outputdisk",
         "privileges": "",
         "limits": "",
         "errors": "",
@@ -131,6 +133,7 @@ _TESTED_WITH = {
     "job": "worker",
     "budget": "broadcaster",
     "outputdirectory": "broadcaster",
+    "outputdisk": "holes",
     "spares": "worker",
     "starting": "worker",
     "forkserver": "spawner",
