@@ -40,6 +40,7 @@ from spawner import Exit, SpawnerDiedError, read_exit
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from broadcaster import Gap
     from budget import Budget
     from cgroups import Cgroup
     from jobinput import InputWriter, JobInput
@@ -111,8 +112,8 @@ class Job:
     signal: int | None  # None unless a signal killed the leader
     started_at: datetime  # aware, UTC
     ended_at: datetime | None  # when the leader's end was noticed
-    output_bytes: int  # stored so far
-    output_lost_bytes: int  # written after those, and not stored
+    output_bytes: int  # that can be read
+    output_lost_bytes: int  # written, and not kept: those of `output_gap`
     subscribers: tuple[str, ...]  # the names of those reading now, each once
     limits: Limits  # those in force; None where not
     usage: Usage | None  # None where nothing is known (yet)
@@ -124,6 +125,7 @@ class Job:
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     input_bytes: int | None = None  # that its stdin has taken; None if its stdin is /dev/null
     input_ended: bool = False  # whether it gets no more of them
+    output_gap: Gap | None = None  # where output is not kept; None if all is
 
 
 class Work(NamedTuple):
@@ -256,6 +258,7 @@ class RunningJob:
                 ended_at=self._ended_at,
                 output_bytes=self.output.size,
                 output_lost_bytes=self.output.lost_bytes,
+                output_gap=self.output.gap,
                 subscribers=self.output.subscribers,
                 limits=self._limits,
                 usage=usage,

@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import workerservice_pb2 as worker_pb
-from worker import EndReason, Job, Limits, Status, Usage, UsageSource
+from worker import EndReason, Gap, Job, Limits, Status, Usage, UsageSource
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-__all__ = ["BY_ADMIN", "BY_OWNER", "end_metadata", "input_message", "job_message", "timestamp"]
+__all__ = [
+    "BY_ADMIN",
+    "BY_OWNER",
+    "end_metadata",
+    "gap_message",
+    "input_message",
+    "job_message",
+    "timestamp",
+]
 
 _STATUSES = {
     Status.RUNNING: worker_pb.JOB_STATUS_RUNNING,
@@ -67,6 +75,7 @@ def job_message(job: Job) -> worker_pb.Job:
         ended_at=timestamp(job.ended_at) if job.ended_at else None,
         output_bytes=job.output_bytes,
         output_lost_bytes=job.output_lost_bytes,
+        output_gap=gap_message(job.output_gap),
         may_have_escaped=job.may_have_escaped,
         working_directory=job.working_directory,
         subscribers=job.subscribers,
@@ -74,6 +83,11 @@ def job_message(job: Job) -> worker_pb.Job:
         usage=usage,
         stdin=input_message(job),
     )
+
+
+def gap_message(gap: Gap | None) -> worker_pb.OutputGap | None:
+    """Return the message of a gap in a job's output; None if there is none."""
+    return gap and worker_pb.OutputGap(offset=gap.offset, length=gap.length)
 
 
 def input_message(job: Job) -> worker_pb.Input | None:

@@ -27,7 +27,7 @@ import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
 from gate import SHOWN_CHARACTERS, BadRequestError
-from jobmessages import BY_ADMIN, BY_OWNER, end_metadata, input_message, job_message, timestamp
+from jobmessages import BY_ADMIN, BY_OWNER, end_metadata, gap_message, input_message, job_message, timestamp
 from quotas import Quotas
 from starts import Starts
 from worker import EndReason, Job, Limits, Status, Worker
@@ -278,6 +278,7 @@ class _WorkerServicer:
             try:
                 yield from self._messages(chunks, call)
             except (worker.OutputIncompleteError, worker.OffsetError):
+                yield from _gap_messages(chunks)
                 call.context.set_trailing_metadata(end_metadata(job(), chunks.offset))
                 raise
             state = job()
@@ -292,6 +293,7 @@ class _WorkerServicer:
         for chunk in chunks:
             if self._authenticator.has_expired(call.caller):
                 break  # `watch` closes the subscription for every other reason
+            yield from _gap_messages(chunks)
             size = len(chunk)
             message = [_serialized(chunk, chunks.offset - size)]
             # `yield` blocks while the client does not read. No variable may keep the message
@@ -410,6 +412,14 @@ def _signal_number(text: str) -> int:
         f"no such signal: {text[:SHOWN_CHARACTERS]!r}; it is a name like TERM or SIGTERM, or a "
         f"number from 1 to {max(signal.valid_signals())}"
     )
+
+
+def _gap_messages(chunks: worker.Subscription) -> Iterator[bytes]:
+    """Yield the message that tells of bytes missing before the last chunk, or before the end."""
+    if chunks.gap is not None:
+        yield worker_pb.StreamOutputResponse(
+            offset=chunks.gap.offset, gap=gap_message(chunks.gap)
+        ).SerializeToString()
 
 
 def _serialized(data: bytes, offset: int) -> bytes:

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Self
 import inherited
 import privileges
 from argv import checked_argv
-from broadcaster import OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
+from broadcaster import Gap, OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
 from cgroups import CgroupError, Subtree
 from environment import Account, Surroundings, account_of, problem_of
 from errors import (
@@ -92,6 +92,7 @@ __all__ = [
     "DirectoryError",
     "EndReason",
     "Enforcement",
+    "Gap",
     "InputError",
     "InputOffsetError",
     "InputTakenError",
@@ -408,8 +409,10 @@ class Worker:
         by `with`, or close it. `subscriber` is shown in the job's status meanwhile.
         Raises `UnknownJobError`, `OffsetError`, ValueError (a negative offset),
         `WorkerClosedError`;
-        iterating raises `OutputIncompleteError` if output was lost, and `OffsetError`
-        if the job ended before its output reached `offset`.
+        iterating raises `OffsetError` if the job ended before its output reached `offset`.
+        Output beyond a ceiling or the disk is kept in part: its head and its latest bytes.
+        `Subscription.gap` tells where bytes are missing, and `OutputIncompleteError` is raised
+        at the end for a subscriber that missed some. One that keeps up misses none.
         """
         try:
             return self._job(job_id).output.subscribe(subscriber, offset)

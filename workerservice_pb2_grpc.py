@@ -140,10 +140,14 @@ class WorkerServiceServicer:
         offset after the last byte sent. Output of a job that did not end by itself may lack
         what the job would have written.
 
+        Beyond a ceiling, or when the disk is full, the server keeps the first and the latest
+        part of the output. A stream that keeps up receives all of it. Every other one
+        receives a message with `gap` in the place of what it missed, then the rest, and
+        DATA_LOSS at its end.
+
         Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, OUT_OF_RANGE (the job has
         ended with less output than `offset`), RESOURCE_EXHAUSTED (the ceiling of open
-        streams is reached), DATA_LOSS (at the end of the stream: the server did not keep
-        all of the output; `Job.output_lost_bytes` says how much is missing), UNAVAILABLE
+        streams is reached), DATA_LOSS (at the end of the stream: it had a gap), UNAVAILABLE
         (the server is shutting down, so the job was stopped; has the same metadata).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
