@@ -228,13 +228,17 @@ def _stream(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _write_all(chunks: OutputStream) -> Iterator[int]:
-    """Write the output to stdout; after each chunk yield its size."""
+    """Write the output to stdout; after each chunk yield by how much the offset has grown."""
     for data in chunks:
+        missing = 0
+        if chunks.gap is not None:
+            begin, missing = chunks.gap
+            _warn(f"... {missing} bytes, from byte {begin} on, were not kept ...")
         left = memoryview(data)
         while left:  # with PYTHONUNBUFFERED a write may be partial
             left = left[sys.stdout.buffer.write(left) :]
         sys.stdout.buffer.flush()
-        yield len(data)
+        yield missing + len(data)
 
 
 def _remove(client: Client, arguments: argparse.Namespace) -> None:

@@ -112,8 +112,11 @@ class OutputStream:
     """A job's output: an iterator of bytes, which come as the job writes them.
 
     It ends when the job has ended and all of the output was read. Each step blocks while the job
-    writes nothing, and may raise `ClientError`. Attribute: `end`, which says how the job ended;
-    None until the stream has ended; it stays None if the stream broke off.
+    writes nothing, and may raise `ClientError`.
+
+    Attributes: `end`, which says how the job ended; None until the stream has ended; it stays None
+    if the stream broke off. `gap`: the offset and number of the bytes that the server did not keep
+    right before the last data, or before the end; None if it kept them.
 
     One thread iterates; any thread may `close`.
     """
@@ -125,19 +128,25 @@ class OutputStream:
         self._rpc_error = rpc_error
         self._explain = explain
         self.end: JobEnd | None = None
+        self.gap: tuple[int, int] | None = None
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> bytes:
         try:
-            data: bytes = next(self._call).data
+            message = next(self._call)
+            self.gap = None
+            while message.HasField("gap"):
+                self.gap = message.gap.offset, message.gap.length
+                message = next(self._call)
         except StopIteration:
             self._find_end()
             raise
         except self._rpc_error as error:
             self._find_end()
             raise self._explain(error) from error
+        data: bytes = message.data
         return data
 
     def _find_end(self) -> None:

@@ -70,7 +70,10 @@ def describe(job: worker_pb.Job) -> str:
 
 
 def _output(job: worker_pb.Job) -> str:
-    lost = f" ({job.output_lost_bytes} more were not kept)" if job.output_lost_bytes else ""
+    lost = ""
+    if job.output_lost_bytes:
+        place = f", from byte {job.output_gap.offset} on," if job.HasField("output_gap") else ""
+        lost = f" ({job.output_lost_bytes} more{place} were not kept)"
     return f"{job.output_bytes} bytes{lost}"
 
 

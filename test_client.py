@@ -922,6 +922,7 @@ def test_json_status_has_every_field_of_a_running_job(
         "output_bytes": 6,
         "subscribers": ["user"],
         "output_lost_bytes": 0,
+        "output_gap": None,
         "may_have_escaped": False,
     }
     run("stop", "-j", job_id)
@@ -1055,10 +1056,13 @@ def test_json_shows_usage_exactly() -> None:
 
 
 def test_json_and_status_show_output_that_was_not_kept() -> None:
-    """Both show the kept size and the size of the lost part."""
+    """Both show the kept size, and the size and place of the gap."""
     job = worker_pb.Job(output_bytes=1 << 30, output_lost_bytes=52)
     assert _shown(job, "output") == "1073741824 bytes (52 more were not kept)"
+    job.output_gap.offset, job.output_gap.length = 10, 52
+    assert _shown(job, "output") == "1073741824 bytes (52 more, from byte 10 on, were not kept)"
     assert display.to_dict(job)["output_lost_bytes"] == 52
+    assert display.to_dict(job)["output_gap"] == {"offset": 10, "length": 52}
     assert _shown(worker_pb.Job(output_bytes=1), "output") == "1 bytes"
 
 
@@ -1342,6 +1346,32 @@ def test_stream_that_ends_with_data_loss_writes_all_there_is_first(
         kept,
         "client: 52 bytes of output were not kept\n",
     )
+
+
+def test_stream_tells_at_its_place_how_much_output_is_missing(
+    cli: _Program, serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """The line is on stderr. stdout has the head and the tail. `stream` ends with 1."""
+    config = tmp_path / "config.toml"
+    config.write_text('[per_job]\nkept_output = "100"\n')
+    address = serve(config=config).address
+    cli.environment["JOBWORKER_SERVER"] = address
+    script = "seq 1000; exit 7"
+    job_id = cli.read("start", "--", "sh", "-c", script).strip()
+    with contextlib.suppress(ClientError):
+        list(connect(address=address).stream(job_id))  # until the job has ended
+    whole = "".join(f"{i}\n" for i in range(1, 1001)).encode()
+    missing = len(whole) - 100
+    with cli.start("stream", "-j", job_id, stderr=subprocess.STDOUT) as process:
+        assert process.stdout
+        both = process.stdout.read()
+    line = f"client: ... {missing} bytes, from byte 50 on, were not kept ...\n".encode()
+    error = f"client: {missing} bytes of output were not kept: this job's ceiling of 100 bytes"
+    head, _, tail = both.partition(line)
+    assert (head, tail[:50]) == (whole[:50], whole[-50:])
+    assert tail[50:].startswith(error.encode())
+    assert process.returncode == 1
+    assert cli.run("stream", "-j", job_id, "--offset", str(50 + missing)) == (0, whole[-50:], "")
 
 
 @pytest.mark.parametrize("subcommand", ["list", "stream", "help"])

@@ -46,7 +46,7 @@ _MODULES = {
         "cgroups": "cgroupfs limits",
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory",
         "jobinput": "errors",
-        "job": "cgroups errors limits spawner; budget jobinput spares",
+        "job": "cgroups errors limits spawner; broadcaster budget jobinput spares",
         "finding": "; job",
         "watching": "errors finding job",
         "retention": "errors job watching; broadcaster budget finding",

@@ -633,7 +633,7 @@ def test_output_past_a_ceiling_is_counted_and_told_and_blocks_no_job(
         ("user user's ceiling of 70 KiB (per_user.kept_output)", user, 6 * kib),
         ("the ceiling of 80 KiB for all users together (in_all.kept_output)", admin, 16 * kib),
     ):
-        job_id = client.start("head", ["-c", str(written), "/dev/zero"])
+        job_id = _finish(client, "head", ["-c", str(written), "/dev/zero"])
         chunks: list[bytes] = []
         error = _refusal(chunks.extend, client.stream(job_id))
         lost = written - kept
@@ -653,7 +653,8 @@ def test_output_past_a_ceiling_is_counted_and_told_and_blocks_no_job(
             check=False,
         )
         assert (run.returncode, run.stdout) == (1, bytes(kept))
-        assert run.stderr.decode() == f"client: {error}\n"
+        gap = f"client: ... {lost} bytes, from byte {kept // 2} on, were not kept ...\n"
+        assert run.stderr.decode() == f"{gap}client: {error}\n"
         client.remove(job_id)
         if "per_job" in name:
             hold(user, 64 * kib)

@@ -1040,7 +1040,7 @@ def test_stream_that_ends_with_an_error_of_its_job_tells_the_end_too(
     client = connect(address=serve(config=config).address)
     end = {"job-status": "FINISHED", "job-end-reason": "EXITED", "job-exit-code": "0"}
     job_id = client.start("echo", ["12345"])
-    assert _read(client, job_id) == ("DATA_LOSS", end | {"next-offset": "4"})
+    assert _read(client, job_id) == ("DATA_LOSS", end | {"next-offset": "6"})
     fifo = make_fifo(tmp_path / "fifo")
     job_id = client.start("sh", ["-c", f"read _ <{fifo}; exec printf 12"])
     with ThreadPoolExecutor(1) as pool:
@@ -1049,6 +1049,38 @@ def test_stream_that_ends_with_an_error_of_its_job_tells_the_end_too(
         assert reading.result(GUARD_S) == ("OUT_OF_RANGE", end | {"next-offset": "9"})
     # Now the server refuses the stream at once.
     assert _read(client, job_id, 9) == ("OUT_OF_RANGE", end | {"next-offset": "9"})
+
+
+def test_stream_has_a_message_in_the_place_of_what_was_not_kept(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """The status tells the same gap. A stream from behind the gap ends without an error."""
+    config = tmp_path / "config.toml"
+    config.write_text('[per_job]\nkept_output = "4"\n')
+    client = connect(address=serve(config=config).address)
+    job_id = client.start("printf", ["123456789"])
+    with contextlib.suppress(ClientError):
+        list(client.stream(job_id))  # until the job has ended
+    job = client.status(job_id)
+    gap = worker_pb.OutputGap(offset=2, length=5)
+    assert (job.output_gap, job.output_bytes, job.output_lost_bytes) == (gap, 4, 5)
+
+    def read(offset: int) -> tuple[list[worker_pb.StreamOutputResponse], str]:
+        request = worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
+        call = client._worker.StreamOutput(request, metadata=client._metadata(), timeout=GUARD_S)
+        messages = []
+        with contextlib.suppress(grpc.RpcError):
+            messages.extend(call)
+        return messages, call.code().name
+
+    head = worker_pb.StreamOutputResponse(data=b"12", offset=0)
+    missing = worker_pb.StreamOutputResponse(offset=2, gap=gap)
+    tail = worker_pb.StreamOutputResponse(data=b"89", offset=7)
+    assert read(0) == ([head, missing, tail], "DATA_LOSS")
+    assert read(7) == ([tail], "OK")
+    missing.offset = missing.gap.offset = 6
+    missing.gap.length = 1
+    assert read(6) == ([missing, tail], "DATA_LOSS")
 
 
 def test_stream_ends_with_unavailable_at_shutdown(serve: Serve, connect: Connect) -> None:
