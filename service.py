@@ -27,7 +27,15 @@ import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
 from gate import SHOWN_CHARACTERS, BadRequestError
-from jobmessages import BY_ADMIN, BY_OWNER, end_metadata, gap_message, input_message, job_message, timestamp
+from jobmessages import (
+    BY_ADMIN,
+    BY_OWNER,
+    end_metadata,
+    gap_message,
+    input_message,
+    job_message,
+    timestamp,
+)
 from quotas import Quotas
 from starts import Starts
 from worker import EndReason, Job, Limits, Status, Worker
