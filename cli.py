@@ -66,7 +66,8 @@ client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
 _RUN_EPILOG = """\
 Exit status: that of the job; 128 + N if signal N ended it; 125, with the reason on stderr, if
 it could not be started or its end is unknown. Ctrl-C sends SIGINT to the job. A second Ctrl-C
-stops the job, a third one leaves it as it is. Example: client run --memory 1G -- make -j4
+stops the job, a third one leaves it as it is. Examples:
+client run --memory 1G -- make -j4, client run -i -- sh -s < script.sh
 """
 
 
@@ -284,6 +285,12 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         metavar="UUID",
         help="names this start: another start with the same UUID prints the ID of the same job, "
         "and starts none (default: a new UUID)",
+    )
+    parser.add_argument(
+        "-i",
+        "--stdin",
+        action="store_true",
+        help="send stdin to the job, to its end (default: the job's stdin is /dev/null)",
     )
     _add_surroundings(parser)
     for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():

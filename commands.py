@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 
+import stdin
 from cli import EXIT_UNKNOWN, LIMIT_FIELDS, printable
 from connection import ClientError
 from credentials import login, logout, whoami
@@ -38,7 +39,10 @@ _MAY_CONTINUE = {"UNAVAILABLE", "UNAUTHENTICATED", "CANCELLED", "INTERNAL", "UNK
 
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
-    print(printable(_start_job(client, arguments)))
+    job_id = _start_job(client, arguments)
+    print(printable(job_id), flush=True)
+    if arguments.stdin:
+        stdin.send(client, job_id)
 
 
 def _start_job(client: Client, arguments: argparse.Namespace) -> str:
@@ -49,6 +53,7 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
 
     options: dict[str, Any] = {name: getattr(arguments, name) for name in LIMIT_FIELDS}
     options |= {"env": read_variables(arguments.env_files, arguments.env), "cwd": arguments.cwd}
+    options["stdin"] = arguments.stdin
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
         return client.start(arguments.command, arguments.args, request_id=request_id, **options)
@@ -70,6 +75,10 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
     with _Interrupts() as interrupts:
         job_id = _start_job(client, arguments)
         interrupts.pass_on(client, job_id)
+        if arguments.stdin:
+            stdin.send_meanwhile(client, job_id, _warn)
+        elif stdin.has_data():
+            _warn("stdin is not sent to the job; use run -i to send it")
         chunks = client.stream(job_id)
         try:
             for _ in _write_all(chunks):

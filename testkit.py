@@ -423,13 +423,14 @@ class ClientProgram:
             start_new_session=start_new_session,
         )
 
-    def run(self, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, str]:
-        """Return exit status, stdout and stderr."""
-        with self.start(*arguments, stdin=subprocess.PIPE) as process:
+    def run(self, *arguments: str, stdin: bytes | None = None) -> tuple[int, bytes, str]:
+        """Return exit status, stdout and stderr. `stdin` comes through a pipe."""
+        source = subprocess.DEVNULL if stdin is None else subprocess.PIPE
+        with self.start(*arguments, stdin=source) as process:
             stdout, stderr = process.communicate(stdin, timeout=GUARD_S)
         return process.returncode, stdout, stderr.decode()
 
-    def read(self, *arguments: str, stdin: bytes = b"") -> str:
+    def read(self, *arguments: str, stdin: bytes | None = None) -> str:
         """Run a command that must succeed with nothing on stderr; return stdout."""
         status, stdout, stderr = self.run(*arguments, stdin=stdin)
         assert (status, stderr) == (0, "")
