@@ -168,6 +168,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.WorkerService/StreamOutput": _EVERYONE,
     "/jobworker.v1.WorkerService/WriteInput": _EVERYONE,
     "/jobworker.v1.WorkerService/ListJobs": _EVERYONE,
+    "/jobworker.v1.WorkerService/WatchJobs": _EVERYONE,
     "/jobworker.v1.WorkerService/RemoveJob": _EVERYONE,
 }
 

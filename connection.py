@@ -20,9 +20,12 @@ Source: RFC 6750 (Bearer).
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import time
 
+from clienterrors import CALL_TIMEOUT_S, ClientError, explain, whole_number
 from units import parse_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from datetime import datetime
     from typing import Any, Self
 
-    import grpc
     from google.protobuf.message import Message
 
     import workerservice_pb2 as worker_pb
@@ -44,15 +46,20 @@ __all__ = [
     "Client",
     "ClientError",
     "JobEnd",
+    "JobEvents",
     "OutputStream",
     "check_address",
 ]
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_CERTS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "certs")
-_CALL_TIMEOUT_S = 30.0  # the server may need 10 for a stop
 # A token has some 500 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
 _MAX_TOKEN_CHARS = 7_500
+_PAGE_JOBS = 100  # the most that the server sends at once
+_SHOWN_JOBS = 5  # of those that a text can mean
+_LEAST_OF_ID = 4  # characters; the server gives no job a name that could be so many of an ID
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+_ID_PART = re.compile(r"[0-9a-f-]{1,36}", re.ASCII | re.IGNORECASE)
 _REPEAT_AFTER_S = (0.1, 1.0)  # the pauses before a start is repeated
 # Before lost input is continued: the first pause, the longest one, and how long to try.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _GIVE_UP_S = 0.1, 5.0, 60.0
@@ -72,28 +79,6 @@ _OPTIONS = (
 )
 
 
-class ClientError(Exception):
-    """A call failed, or could not be made; the message is one line and says what to do.
-
-    Attributes: `code`, the name of the gRPC status ("NOT_FOUND"), "" if no call was made;
-    `retry_after_s`, the seconds after which the server asks to try again, or None;
-    `is_open`, whether the server may have done what it was asked for, although no answer came.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        code: str = "",
-        retry_after_s: int | None = None,
-        *,
-        is_open: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.retry_after_s = retry_after_s
-        self.is_open = is_open
-
-
 class JobEnd:
     """How a job ended, in the names of `workerservice.proto`.
 
@@ -104,8 +89,8 @@ class JobEnd:
     def __init__(self, metadata: Mapping[str, str]) -> None:
         self.status = metadata["job-status"]
         self.end_reason = metadata.get("job-end-reason", "")
-        self.exit_code = _whole_number(metadata.get("job-exit-code", ""))
-        self.signal = _whole_number(metadata.get("job-signal", ""))
+        self.exit_code = whole_number(metadata.get("job-exit-code", ""))
+        self.signal = whole_number(metadata.get("job-signal", ""))
 
 
 class OutputStream:
@@ -156,6 +141,37 @@ class OutputStream:
 
     def close(self) -> None:
         """End the stream; idempotent. A thread that waits for output gets a `ClientError`."""
+        self._call.cancel()
+
+
+class JobEvents:
+    """What happens to jobs: an iterator of the messages `JobEvent`, as it happens.
+
+    First come the jobs that are there, then every change. Each step blocks while nothing happens,
+    and may raise `ClientError`. It ends only with an error, and by `close`.
+
+    One thread iterates; any thread may `close`.
+    """
+
+    def __init__(
+        self, call: Any, rpc_error: type[Exception], explain: Callable[[Any], ClientError]
+    ) -> None:
+        self._call = call
+        self._rpc_error = rpc_error
+        self._explain = explain
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> worker_pb.JobEvent:
+        try:
+            event: worker_pb.JobEvent = next(self._call)
+        except self._rpc_error as error:
+            raise self._explain(error) from error
+        return event
+
+    def close(self) -> None:
+        """End it; idempotent. A thread that waits for an event gets a `ClientError`."""
         self._call.cancel()
 
 
@@ -212,6 +228,7 @@ class Client:
         self._auth_pb = authservice_pb2
         self._worker_pb = workerservice_pb2
         self._server = server
+        self._explain = functools.partial(explain, server)
         self.token = token
         self._channel = grpc.secure_channel(
             server, grpc.ssl_channel_credentials(*credentials), options=_OPTIONS
@@ -251,10 +268,13 @@ class Client:
         env: Mapping[str, str] | None = None,
         cwd: str = "",
         stdin: bool = False,
+        name: str = "",
+        labels: Mapping[str, str] | None = None,
         **limits: Any,
     ) -> str:
         """Start a job and return its ID.
 
+        `name`, `labels`: what the job can be found by; see `find` and `list`.
         `env`: environment variables beside those that every job has. `cwd`: the directory in which
         the job begins, on the server; a relative path begins at the user's home; "" is the home.
         `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
@@ -273,6 +293,8 @@ class Client:
             environment=env,
             working_directory=cwd,
             stdin=stdin,
+            name=name,
+            labels=labels,
         )
         for pause_s in _REPEAT_AFTER_S:
             try:
@@ -309,16 +331,90 @@ class Client:
         """Forget a finished job and delete its output; open streams still receive all of it."""
         self._call(self._worker.RemoveJob, self._worker_pb.RemoveJobRequest(job_id=job_id))
 
-    def list(self) -> Sequence[worker_pb.Job]:
-        """Return the jobs that the user may see, in the order of their starts."""
+    def list(
+        self,
+        *,
+        limit: int | None = None,
+        live_usage: bool = False,
+        **conditions: Any,
+    ) -> Sequence[worker_pb.Job]:
+        """Return the jobs that the user may see, in the order of their starts.
+
+        `limit`: only so many, the newest. `live_usage`: also the usage of those that are running.
+        `conditions`: only those that meet all of them: `statuses` (like ["RUNNING"]), `owner`,
+        `name`, `labels`, `since` (a datetime), `job_ids` (also beginnings of IDs).
+        """
         jobs: list[worker_pb.Job] = []
-        request = self._worker_pb.ListJobsRequest()
-        while True:
+        request = self._worker_pb.ListJobsRequest(
+            filter=self._filter(**conditions),
+            live_usage=live_usage,
+            newest_first=limit is not None,
+        )
+        while limit is None or len(jobs) < limit:
+            request.page_size = 0 if limit is None else min(limit - len(jobs), _PAGE_JOBS)
             page = self._call(self._worker.ListJobs, request)
             jobs += page.jobs
             if not page.next_page_token:
-                return jobs
+                break
             request.page_token = page.next_page_token
+        return jobs if limit is None else jobs[::-1]
+
+    def watch(self, **conditions: Any) -> JobEvents:
+        """Tell what happens to the jobs that meet the conditions of `list`; see `JobEvents`."""
+        request = self._worker_pb.WatchJobsRequest(filter=self._filter(**conditions))
+        call = self._worker.WatchJobs(request, metadata=self._metadata())
+        return JobEvents(call, self._rpc_error, self._explain)
+
+    def find(self, text: str) -> str:
+        """Return the ID of the job that is meant: `text` is an ID, the beginning of one, or a name.
+
+        A text that can be four or more characters of an ID is one; a shorter one is a name first.
+        Of several jobs with the same name the only one that is running is meant. Raises
+        `ClientError` if there is no such job, or more than one. A whole ID is not looked up.
+        """
+        if _ID.fullmatch(text):
+            return text
+        found: Sequence[worker_pb.Job] = ()
+        is_part = _ID_PART.fullmatch(text) is not None
+        if not is_part or len(text) < _LEAST_OF_ID:
+            found = self.list(name=text, limit=_SHOWN_JOBS)
+            if len(found) > 1:
+                running = self.list(name=text, statuses=["RUNNING"], limit=2)
+                found = running if len(running) == 1 else found
+        if is_part and not found:
+            found = self.list(job_ids=[text.lower()], limit=_SHOWN_JOBS)
+        if len(found) == 1:
+            return found[0].job_id
+        if not found:
+            raise ClientError(
+                f"no such job: {text}; a job is named by its ID, the beginning of its ID, or the "
+                "name that it was given; see: client list",
+                "NOT_FOUND",
+            )
+        some = ", ".join(job.job_id for job in found)
+        more = ", ..." if len(found) == _SHOWN_JOBS else ""
+        raise ClientError(f"{text} can be several jobs: {some}{more}; give more of the ID")
+
+    def _filter(  # noqa: PLR0913 -- each is optional
+        self,
+        *,
+        statuses: Iterable[str] = (),
+        owner: str = "",
+        name: str = "",
+        labels: Mapping[str, str] | None = None,
+        since: datetime | None = None,
+        job_ids: Iterable[str] = (),
+    ) -> worker_pb.JobFilter:
+        result = self._worker_pb.JobFilter(
+            statuses=[f"JOB_STATUS_{status}" for status in statuses],
+            owner=owner,
+            name=name,
+            labels=labels,
+            job_ids=job_ids,
+        )
+        if since is not None:
+            result.since.FromDatetime(since)
+        return result
 
     def stream(self, job_id: str, offset: int = 0) -> OutputStream:
         """Begin to read the job's output from byte `offset` on; see `OutputStream`."""
@@ -390,92 +486,15 @@ class Client:
     def _call(self, method: Any, request: Message, *, with_token: bool = True) -> Any:
         metadata = self._metadata() if with_token else ()
         try:
-            return method(request, timeout=_CALL_TIMEOUT_S, metadata=metadata)
+            return method(request, timeout=CALL_TIMEOUT_S, metadata=metadata)
         except self._rpc_error as error:
             raise self._explain(error) from error
-
-    def _explain(self, error: grpc.RpcError) -> ClientError:
-        """Translate gRPC's error for the user."""
-        code, details = error.code().name, " ".join((error.details() or "").split())
-        if code in {"UNAVAILABLE", "CANCELLED"}:
-            is_open = not any(sign in details for sign in _NEVER_CONNECTED)
-            for sign, meaning in _CONNECTION_FAILURES:
-                if sign in details:
-                    return ClientError(meaning.format(server=self._server), code, is_open=is_open)
-        if code == "CANCELLED" and details in {"", code}:
-            message = f"{self._server} ended the call without an answer, perhaps to shut down"
-            return ClientError(message, code, is_open=True)
-        if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
-            message = f"{self._server} did not answer within {_CALL_TIMEOUT_S:g} s"
-            return ClientError(message, code, is_open=True)
-        retry_after_s = None
-        for item in error.trailing_metadata() or ():
-            if item.key == "retry-after":
-                retry_after_s = _whole_number(str(item.value))
-        return ClientError(details or code, code, retry_after_s)
 
 
 # Not "make certs": where there is no CA it makes one, which the server does not accept.
 _GET_CERTIFICATE = (
     "ask the server's operator for it (certs/generate.sh NAME on the server's machine makes one), "
     "or name yours with --certs, or with --cert, --key and --ca"
-)
-_CLOSED = (
-    "{server} closed the connection: the server stopped, or it does not accept your "
-    "client certificate (of another client CA, or by the server's clock not valid now); see "
-    "--cert, --key and --certs"
-)
-_SILENT = (
-    "{server} does not answer any more: the network is interrupted, or the server hangs; try "
-    "again later"
-)
-_CERTIFICATE = "the certificate of the server at {server} "
-_UNTRUSTED = (
-    f"{_CERTIFICATE}was not signed by your server CA, or is not for servers; see --ca, --certs and "
-    "certs/generate.sh"
-)
-_OTHER_HOST = (
-    f"{_CERTIFICATE}is not for that host name; see --server, and certs/generate.sh --hosts"
-)
-_UNRESOLVED = "the host name in {server} cannot be resolved; see --server"
-# Parts of gRPC's texts for a call that did not reach the server.
-_NEVER_CONNECTED = ("failed to connect", "resol")
-# A part of gRPC's text for a failed connection, and its meaning. A server that rejects the client's
-# certificate just closes the connection.
-_CONNECTION_FAILURES = (
-    ("Connection refused", "no server listens on {server}; start the server, or see --server"),
-    (
-        "certificate is not yet valid",
-        f"{_CERTIFICATE}is not valid yet; check the clock of this machine, and that of the server",
-    ),
-    (
-        "certificate has expired",
-        f"{_CERTIFICATE}has expired; run certs/generate.sh there, or check this machine's clock",
-    ),
-    ("CERTIFICATE_VERIFY_FAILED", _UNTRUSTED),
-    ("WRONG_VERSION_NUMBER", "what listens on {server} does not speak TLS; see --server"),
-    ("Hostname Verification Check failed", _OTHER_HOST),
-    ("errors resolving", _UNRESOLVED),
-    ("DNS resolution failed", _UNRESOLVED),
-    ("ame resolution", _UNRESOLVED),
-    ("Cancelling all calls", "{server} is shutting down"),
-    ("ping timeout", _SILENT),
-    ("keepalive", _SILENT),
-    ("timed out", _SILENT),
-    ("o route to host", _SILENT),
-    ("unreachable", _SILENT),
-    ("ocket closed", _CLOSED),
-    ("Connection reset", _CLOSED),
-    ("roken pipe", _CLOSED),
-    (
-        "failed to connect to all addresses",
-        "cannot connect to {server}; check that the server runs and can be reached from here",
-    ),
-    ("Stream removed", _CLOSED),
-    ("GOAWAY", _CLOSED),
-    ("recvmsg", _CLOSED),
-    ("Locally cancelled", "this stream was closed"),
-    ("Channel closed", "this client was closed"),
 )
 
 
@@ -489,12 +508,6 @@ def check_address(server: str) -> None:
 
 def _is_token(text: str) -> bool:
     return len(text) <= _MAX_TOKEN_CHARS and text.isascii() and text.isprintable()
-
-
-def _whole_number(text: str) -> int | None:
-    """Return the number in a server's metadata; None if it is none, or has over 9 digits."""
-    is_number = text.isascii() and text.isdecimal() and len(text) <= 9  # noqa: PLR2004
-    return int(text) if is_number else None
 
 
 def _read_all(paths: Sequence[str]) -> list[bytes]:

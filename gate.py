@@ -39,7 +39,7 @@ from starts import OtherStartError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate"]
+__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate", "NotAllowedError"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,10 @@ class BadRequestError(Exception):
     """The request has a value that is not valid."""
 
 
+class NotAllowedError(Exception):
+    """The caller's role does not allow the call."""
+
+
 class _NoCallerError(Exception):
     """Nobody will receive the answer: the call has ended, or is about to."""
 
@@ -87,10 +91,6 @@ class _TooLateError(_NoCallerError):
             "the call's deadline leaves no time for an answer, so the job was not started, or is "
             "removed; allow more time"
         )
-
-
-class _PermissionError(Exception):
-    """The caller's role does not allow the call."""
 
 
 class _UnknownMethodError(Exception):
@@ -118,7 +118,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (worker.CommandError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (LimitError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (auth.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED, None),
-    (_PermissionError, grpc.StatusCode.PERMISSION_DENIED, None),
+    (NotAllowedError, grpc.StatusCode.PERMISSION_DENIED, None),
     (_UnknownMethodError, grpc.StatusCode.UNIMPLEMENTED, None),
     (_RequestSizeError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (_NoRequestError, grpc.StatusCode.CANCELLED, None),
@@ -416,7 +416,7 @@ class Gate(grpc.ServerInterceptor):
         call.identity = identity
         call.user = identity.name
         if not auth.may_call(call.method, identity.role):
-            raise _PermissionError(f"the role {identity.role.value} may not call {call.method}")
+            raise NotAllowedError(f"the role {identity.role.value} may not call {call.method}")
 
     def _receive(self, handler: Any, requests: Iterator[bytes], call: Call) -> Any:
         """Wait for the request; return the parsed message."""

@@ -78,6 +78,8 @@ def job_message(job: Job) -> worker_pb.Job:
         output_gap=gap_message(job.output_gap),
         may_have_escaped=job.may_have_escaped,
         working_directory=job.working_directory,
+        name=job.name,
+        labels=job.labels,
         subscribers=job.subscribers,
         limits=_limits(job.limits),
         usage=usage,

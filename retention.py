@@ -40,7 +40,7 @@ from job import RunningJob
 from watching import JobEventKind, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
 
     from broadcaster import OutputLog
@@ -302,11 +302,19 @@ class Registry:
             except KeyError:
                 raise UnknownJobError(job_id) from None
 
-    def all(self, after: int = 0) -> tuple[RunningJob | FinishedJob, ...]:
-        """Return the jobs with a higher position than `after`, in the order of their starts."""
+    def all(
+        self, after: int = 0, *, newest_first: bool = False
+    ) -> Sequence[RunningJob | FinishedJob]:
+        """Return the jobs with a higher position than `after`, in the order of their starts.
+
+        With `newest_first`: in the opposite order, those with a lower position; 0 means all.
+        """
         with self._lock:
             jobs = tuple(self._jobs.values())
-        return jobs[bisect_right(jobs, after, key=lambda job: job.position) :]
+        begin = bisect_right(jobs, after, key=lambda job: job.position)
+        if not newest_first:
+            return jobs[begin:]
+        return jobs[: begin - 1 if after else None][::-1]
 
     def finish(self, job: RunningJob, final: Job) -> None:
         """Keep `final` instead of the job, whose thread calls this."""

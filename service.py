@@ -16,7 +16,6 @@ import itertools
 import re
 import signal
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 import auth
@@ -26,6 +25,7 @@ import inputcalls
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
+from finding import check_name, checked_labels
 from gate import SHOWN_CHARACTERS, BadRequestError
 from jobmessages import (
     BY_ADMIN,
@@ -36,8 +36,10 @@ from jobmessages import (
     job_message,
     timestamp,
 )
+from lists import Lists
 from quotas import Quotas
 from starts import Starts
+from untaken import Untaken
 from worker import EndReason, Job, Limits, Status, Worker
 
 if TYPE_CHECKING:
@@ -51,20 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["add_services"]
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
-
-# The size of a stream's messages. Large messages are faster (see `broadcaster.py`), but a message
-# stays in the server's memory until its client takes the message. All messages that are not taken
-# should therefore have at most _UNTAKEN_BYTES together. The next message may have 1 /
-# _UNTAKEN_SHARE of the bytes that remain: about 195 KiB with ten streams, 64 KiB with a hundred.
-# A message may always have 64 KiB; therefore more than 128 streams can exceed the sum.
-_MESSAGE_BYTES = 256 * 1024
-_SMALL_MESSAGE_BYTES = 64 * 1024
-_UNTAKEN_BYTES = 8 * 1024 * 1024
-_UNTAKEN_SHARE = 32
-
-# The largest page of a list. A megabyte leaves room for a job in what clients receive by default.
-_PAGE_JOBS = 100
-_PAGE_BYTES = 1024 * 1024
 
 # The tag of the field `data`: the field's number, and wire type 2, a length and as many bytes.
 _DATA_TAG = bytes([worker_pb.StreamOutputResponse.DATA_FIELD_NUMBER << 3 | 2])
@@ -92,36 +80,6 @@ class _AuthServicer:
         return auth_pb.LogoutResponse()
 
 
-class _Untaken:
-    """Counts the bytes of messages that clients have not taken yet, over all streams.
-
-    If a client does not read, two copies of its message stay in the server's memory for as long as
-    the client likes. Therefore the next message becomes smaller as this count grows.
-    """
-
-    def __init__(self) -> None:
-        # Guards _size. Reentrant: while a thread holds the lock, the garbage collector may run in
-        # that thread and end an abandoned stream, and the end of a stream takes the lock.
-        self._lock = threading.RLock()
-        self._size = 0
-
-    def room(self) -> int:
-        """Return the number of bytes that the next message may have."""
-        left = _UNTAKEN_BYTES - self._size
-        return max(_SMALL_MESSAGE_BYTES, min(left // _UNTAKEN_SHARE, _MESSAGE_BYTES))
-
-    @contextlib.contextmanager
-    def held(self, size: int) -> Iterator[None]:
-        """Count `size` bytes as not taken while the context lasts."""
-        with self._lock:
-            self._size += size
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._size -= size
-
-
 class _WorkerServicer:
     def __init__(
         self,
@@ -138,10 +96,8 @@ class _WorkerServicer:
             config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
         )
         self._starts = Starts(self._is_kept)
-        self._untaken = _Untaken()
-        # Held while a call makes a page of a list and its bytes are counted, so that one caller's
-        # calls do not all find that few bytes are unread, and then make a page each.
-        self._listing = threading.Lock()
+        self._untaken = Untaken()
+        self._lists = Lists(jobs, authenticator, self.quotas, self._untaken)
 
     def StartJob(  # noqa: N802
         self, request: worker_pb.StartJobRequest, call: Call
@@ -150,6 +106,7 @@ class _WorkerServicer:
         argv = [request.command, *request.args]
         call.argv = argv
         self._check_argv(argv)
+        _check_names(request)
         request_id = request.request_id and _uuid(request.request_id, "a request ID")
         asked = {field.name: value for field, value in request.limits.ListFields()}
         start = functools.partial(self._start, request, user, self._config.limits(asked))
@@ -180,7 +137,8 @@ class _WorkerServicer:
 
     def _start(self, request: worker_pb.StartJobRequest, user: str, limits: Limits) -> str:
         self.quotas.check_output(user)
-        argv_bytes = sum(map(sys.getsizeof, (request.command, *request.args)))
+        names = (request.name, *request.labels, *request.labels.values())
+        argv_bytes = sum(map(sys.getsizeof, (request.command, *request.args, *filter(None, names))))
         release = self.quotas.start(user, argv_bytes=argv_bytes)
         try:
             return self._worker.start(
@@ -194,6 +152,8 @@ class _WorkerServicer:
                 budget=self.quotas.output(user),
                 on_end=release,
                 stdin=request.stdin,
+                name=request.name,
+                labels=request.labels,
             )
         except BaseException:
             release()
@@ -338,30 +298,12 @@ class _WorkerServicer:
     def ListJobs(  # noqa: N802
         self, request: worker_pb.ListJobsRequest, call: Call
     ) -> worker_pb.ListJobsResponse:
-        most = request.page_size
-        if most < 0:
-            raise BadRequestError(f"page_size {most} is negative; 0 means {_PAGE_JOBS}")
-        after = _position(request.page_token)
-        owner = None if call.caller.role is auth.Role.ADMIN else call.caller.name
-        with self._listing:
-            call.ticket.check_unread()
-            answer = self._page(after, owner, min(most or _PAGE_JOBS, _PAGE_JOBS))
-            call.ticket.hold(answer.ByteSize())
-        return answer
+        return self._lists.page(request, call)
 
-    def _page(self, after: int, owner: str | None, most: int) -> worker_pb.ListJobsResponse:
-        """Return up to `most` jobs after that position, with at most _PAGE_BYTES or one job."""
-        answer = worker_pb.ListJobsResponse()
-        size = 0
-        for position, job in self._worker.list_after(after, owner=owner):
-            message = job_message(job)
-            size += message.ByteSize()
-            if answer.jobs and (len(answer.jobs) == most or size > _PAGE_BYTES):
-                answer.next_page_token = f"{after:x}"
-                break
-            answer.jobs.append(message)
-            after = position
-        return answer
+    def WatchJobs(  # noqa: N802
+        self, request: worker_pb.WatchJobsRequest, call: Call
+    ) -> Iterator[bytes]:
+        return self._lists.watch(request, call)
 
     def _reach(self, text: str, call: Call) -> tuple[str, str]:
         """Return the job's ID and owner. Raises `UnknownJobError`.
@@ -377,16 +319,13 @@ class _WorkerServicer:
         return job_id, owner
 
 
-def _position(token: str) -> int:
-    """Return the position after which the page of this token begins. Raises `BadRequestError`."""
-    if not token:
-        return 0
-    if re.fullmatch(r"[0-9a-f]{1,16}", token, re.ASCII):
-        return int(token, 16)
-    raise BadRequestError(
-        f"not a page token: {token[:SHOWN_CHARACTERS]!r}; send the next_page_token of the page "
-        "before, or none for the first page"
-    )
+def _check_names(request: worker_pb.StartJobRequest) -> None:
+    """Raise `BadRequestError` if no job can have that name, or those labels."""
+    try:
+        check_name(request.name)
+        checked_labels(request.labels)
+    except ValueError as error:
+        raise BadRequestError(str(error)) from None
 
 
 def _uuid(text: str, what: str) -> str:

@@ -1224,7 +1224,9 @@ def test_user_agent_and_authority_say_nothing_about_who_the_caller_is(
 def test_owner_of_a_job_is_the_tokens_subject_whatever_is_asked(house: _House, user: str) -> None:
     """No field, known or unknown, and no metadata changes the owner or the job's USER."""
     # test_starts.py tries `request_id`. What a job's own variables say of USER is the job's affair.
+    # `name` and `labels` name the job.
     known = {"command", "args", "limits", "request_id", "environment", "working_directory"}
+    known |= {"name", "labels"}
     fields = worker_pb.StartJobRequest.DESCRIPTOR.fields_by_number
     for field in fields.values():
         assert field.name in known, "may it name an owner? try it here"

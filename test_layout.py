@@ -80,8 +80,10 @@ _MODULES = {
         "gate": "audit auth calls google grpc quotas records settings starts worker",
         "jobmessages": "google worker workerservice_pb2",
         "inputcalls": "gate worker; workerservice_pb2",
-        "service": f"auth gate inputcalls jobmessages quotas starts worker {_AUTH_PB} "
-        f"{_WORKER_PB}; grpc settings",
+        "untaken": "",
+        "lists": "auth gate jobmessages worker workerservice_pb2; quotas untaken",
+        "service": "auth finding gate inputcalls jobmessages lists quotas starts untaken worker "
+        f"{_AUTH_PB} {_WORKER_PB}; grpc settings",
         "settings": "environment limits serverlog units users worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
@@ -92,7 +94,8 @@ _MODULES = {
     },
     "client": {
         "sending": "",
-        "connection": f"certcheck grpc sending units {_AUTH_PB} {_WORKER_PB}; google",
+        "clienterrors": "; grpc",
+        "connection": f"certcheck clienterrors grpc sending units {_AUTH_PB} {_WORKER_PB}; google",
         "profiles": "connection units",
         "cli": "connection profiles units version",
         "credentials": "cli connection display",
@@ -121,11 +124,14 @@ _MAX_FUNCTION_LINES = 60
 # Modules whose behaviour is tested through the module that uses them, and not in test_NAME.py.
 _TESTED_WITH = {
     "connection": "client",
+    "clienterrors": "client",
     "cli": "client",
     "commands": "client",
     "display": "client",
     "gate": "service",
     "jobmessages": "service",
+    "lists": "service",
+    "untaken": "service",
     "errors": "worker",
     "argv": "worker",
     "certcheck": "tls",

@@ -30,6 +30,7 @@ import pytest
 import auth
 import connection as client_module
 import service
+import untaken
 import worker
 import workerservice_pb2 as worker_pb
 from audit import AUDIT_FLAGS, AuditLog
@@ -52,6 +53,7 @@ from testkit import (
     run_job,
     settle_spares,
 )
+from untaken import Untaken
 from users import SEEDED_USERS
 from worker import Job, Limits, Worker
 
@@ -1309,18 +1311,18 @@ class _Messages:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._changed = threading.Condition()
         self.given = self.untaken = 0
-        hold = service._Untaken.held
+        hold = Untaken.held
 
         @contextlib.contextmanager
-        def held(untaken: service._Untaken, size: int) -> Iterator[None]:
+        def held(counter: Untaken, size: int) -> Iterator[None]:
             try:
-                with hold(untaken, size):
+                with hold(counter, size):
                     self._count(given=1, untaken=1)
                     yield
             finally:
                 self._count(untaken=-1)
 
-        monkeypatch.setattr(service._Untaken, "held", held)
+        monkeypatch.setattr(Untaken, "held", held)
 
     def _count(self, given: int = 0, untaken: int = 0) -> None:
         with self._changed:
@@ -1340,8 +1342,8 @@ def test_messages_are_smaller_the_more_of_them_are_not_taken(
 
     After these followers have gone, messages are large again.
     """
-    monkeypatch.setattr(service, "_UNTAKEN_BYTES", 4 * 256 * 1024)
-    monkeypatch.setattr(service, "_UNTAKEN_SHARE", 4)
+    monkeypatch.setattr(untaken, "_UNTAKEN_BYTES", 4 * 256 * 1024)
+    monkeypatch.setattr(untaken, "_UNTAKEN_SHARE", 4)
     # Without this option the client's gRPC receives many megabytes before anybody reads them.
     windows = (*client_module._OPTIONS, ("grpc.http2.bdp_probe", 0))
     monkeypatch.setattr(client_module, "_OPTIONS", windows)

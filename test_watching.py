@@ -130,15 +130,16 @@ def test_watch_of_an_id_picks_that_job(worker: Worker) -> None:
 
 
 def test_changes_before_the_first_reading_are_told_as_the_present(worker: Worker) -> None:
-    """A job that ended is told once, and one that was removed is not told."""
+    """A job that ended or was removed is told once."""
     gone, ended, running = _finish(worker), _sleeper(worker), _sleeper(worker)
     with worker.watch() as watch:
         worker.remove(gone)
         worker.stop(ended)
-        events = [next(watch), next(watch)]
+        events = [next(watch), next(watch), next(watch)]
         worker.stop(running)
         events += [next(watch)]
     assert [(event.kind, event.job.job_id, event.job.status) for event in events] == [
+        (_REMOVED, gone, Status.FINISHED),
         (_EXISTS, ended, Status.STOPPED),
         (_EXISTS, running, Status.RUNNING),
         (_ENDED, running, Status.STOPPED),
@@ -237,6 +238,7 @@ def test_every_watch_sees_every_job_once_while_jobs_start_end_and_go(
         [_EXISTS],
         [_EXISTS, _ENDED],
         [_EXISTS, _REMOVED],
+        [_REMOVED],
         [_EXISTS, _ENDED, _REMOVED],
     )
     for reader in readers:

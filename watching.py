@@ -63,8 +63,8 @@ class _Kept(Findable, Protocol):
 class Watch:
     """The events of the jobs that a filter picks: an iterator, and a context manager.
 
-    First come the jobs that are there (EXISTS), in the order of their starts, then the changes in
-    the order in which they happen. A change is left out if the filter accepts neither the status
+    First come the jobs that are there (EXISTS), in the order of their starts, then the changes,
+    those of one job in their order. A change is left out if the filter accepts neither the status
     before nor the one after it. The iterator blocks while nothing happens, and never ends by
     itself. After `close` it ends; after the worker was closed it raises `WorkerClosedError`.
     """
@@ -137,21 +137,24 @@ class Watch:
             if self._closed:
                 return
             if self._matching.concerns(job):
-                state = self._present(job)
-                if state is not None and self._matching.accepts(state.status):
-                    yield JobEvent(JobEventKind.EXISTS, state)
+                event = self._first_event(job)
+                if self._matching.accepts(event.job.status):
+                    yield event
         del jobs
         while (events := self._next_events()) is not None:
             yield from events
 
-    def _present(self, job: _Kept) -> Job | None:
-        """Return the job as it is, with the changes that are pending; None if it is removed."""
+    def _first_event(self, job: _Kept) -> JobEvent:
+        """Return an event that says how the job is, with the changes that are pending."""
         state = job.snapshot(live_usage=False)
         with self._changed:
             events = self._pending.pop(job.job_id, None)
         if events is None:
-            return state
-        return None if events[-1].kind is JobEventKind.REMOVED else events[-1].job
+            return JobEvent(JobEventKind.EXISTS, state)
+        last = events[-1]
+        return (
+            last if last.kind is JobEventKind.REMOVED else JobEvent(JobEventKind.EXISTS, last.job)
+        )
 
     def _next_events(self) -> list[JobEvent] | None:
         """Block until a job has changed; return its events, or None if this is closed."""

@@ -380,13 +380,15 @@ class Worker:
         owner: str | None = None,
         matching: JobFilter = EVERY_JOB,
         live_usage: bool = False,
+        newest_first: bool = False,
     ) -> Iterator[tuple[int, Job]]:
         """Yield jobs like `list`, each with its position in the order of all starts.
 
         Begins after `position`, so that a list can be read in parts; 0 is before all. A job keeps
         its position when others are removed. A job is looked at when it is yielded.
+        `newest_first`: in the opposite order.
         """
-        for job in self._registry.all(position):
+        for job in self._registry.all(position, newest_first=newest_first):
             if (owner is None or job.owner == owner) and matching.concerns(job):
                 state = job.snapshot(live_usage=live_usage)
                 if matching.accepts(state.status):

@@ -69,6 +69,11 @@ class WorkerServiceStub:
                 request_serializer=workerservice__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=workerservice__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
+        self.WatchJobs = channel.unary_stream(
+                '/jobworker.v1.WorkerService/WatchJobs',
+                request_serializer=workerservice__pb2.WatchJobsRequest.SerializeToString,
+                response_deserializer=workerservice__pb2.JobEvent.FromString,
+                _registered_method=True)
         self.RemoveJob = channel.unary_unary(
                 '/jobworker.v1.WorkerService/RemoveJob',
                 request_serializer=workerservice__pb2.RemoveJobRequest.SerializeToString,
@@ -183,7 +188,23 @@ class WorkerServiceServicer:
         user their own. One answer is a page of the list: it has at most 100 jobs and about
         1 MiB. A list that is read in pages has every job that is there during all the time.
 
-        Errors: INVALID_ARGUMENT (a negative page size, or not a page token).
+        Errors: INVALID_ARGUMENT (a negative page size, not a page token, or a filter that
+        makes no sense), PERMISSION_DENIED (a user asks for the jobs of another owner).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchJobs(self, request, context):
+        """Tells what happens to jobs. Sends each job that the filter picks as it is, then
+        every change as it happens. The changes of one job come in their order. Only the end
+        of the token, the server's shutdown and the caller end the call. A caller who reads
+        slowly delays nobody, but may not be told of a job that was started and removed
+        meanwhile. A call counts as an open output stream.
+
+        Errors: INVALID_ARGUMENT (a filter that makes no sense), PERMISSION_DENIED (a user
+        asks for the jobs of another owner), RESOURCE_EXHAUSTED (the ceiling of open streams
+        is reached), UNAVAILABLE (the server is shutting down).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,6 +258,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.ListJobs,
                     request_deserializer=workerservice__pb2.ListJobsRequest.FromString,
                     response_serializer=workerservice__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'WatchJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJobs,
+                    request_deserializer=workerservice__pb2.WatchJobsRequest.FromString,
+                    response_serializer=workerservice__pb2.JobEvent.SerializeToString,
             ),
             'RemoveJob': grpc.unary_unary_rpc_method_handler(
                     servicer.RemoveJob,
@@ -433,6 +459,33 @@ class WorkerService:
             '/jobworker.v1.WorkerService/ListJobs',
             workerservice__pb2.ListJobsRequest.SerializeToString,
             workerservice__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/jobworker.v1.WorkerService/WatchJobs',
+            workerservice__pb2.WatchJobsRequest.SerializeToString,
+            workerservice__pb2.JobEvent.FromString,
             options,
             channel_credentials,
             insecure,
