@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
-__all__ = ["EXIT_UNKNOWN", "LIMIT_FIELDS", "hide_secrets", "make_parsers", "parse", "printable"]
+__all__ = [
+    "EXIT_UNKNOWN",
+    "LIMIT_FIELDS",
+    "Parser",
+    "hide_secrets",
+    "make_parsers",
+    "parse",
+    "parse_connection",
+    "printable",
+]
 
 _EXIT_USAGE = 2
 EXIT_UNKNOWN = 125
@@ -45,6 +54,7 @@ _SUBCOMMANDS = {
     "stream": "Write a job's output to stdout, from its start until the job ends",
     "remove": "Forget a finished job and delete its output",
     "list": "List the jobs you may see",
+    "completion": "Print a script with which your shell completes options, subcommands and jobs",
 }
 _MAY_BE_EMPTY = {"args", "words", "secrets"}
 _REPEATED = {"env", "env_files"}  # of what `parse` returns
@@ -106,12 +116,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.own_words = len(argv)
     if name in _USAGES:
         _split_start(parser, arguments)
+    if name == "completion":
+        arguments.secrets = []
+        return arguments
     apply_profile(arguments)
     if name == "login" and arguments.user is None:
         parser.error("the user is missing; give -u USER, or a profile with a user")
     if name == "stream" and len(arguments.job) > 1:
         parser.error("stream takes one job")
     return arguments
+
+
+def parse_connection(words: Sequence[str]) -> argparse.Namespace:
+    """Return which server, certificates and token an unfinished command line names."""
+    parser = Parser(prog="client", add_help=False, allow_abbrev=False)
+    _add_connection(parser)
+    _add_token(parser)
+    return parser.parse_known_args(words)[0]
 
 
 def _describe_unknown(words: Sequence[str]) -> str:
@@ -141,8 +162,21 @@ def _split_start(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     arguments.own_words -= len(words)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports wrong usage in one line, as the client reports every error."""
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line, as the client reports every error.
+
+    Attribute: `added`, the options and other arguments that were added.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.added: list[argparse.Action] = []
+        super().__init__(*args, **options)
+
+    def add_argument(self, *args: Any, **options: Any) -> argparse.Action:
+        """Add an argument as argparse does, and note it."""
+        action = super().add_argument(*args, **options)
+        self.added.append(action)
+        return action
 
     def error(self, message: str) -> NoReturn:
         status = EXIT_UNKNOWN if self.prog.endswith(" run") else _EXIT_USAGE
@@ -163,9 +197,9 @@ class _Secret(argparse.Action):
         namespace.secrets = [*namespace.secrets, values]
 
 
-def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
     """Return the parser of the whole command line, and those of the subcommands by name."""
-    parser = _Parser(
+    parser = Parser(
         prog="client",
         description="Run commands on a job-worker server, watch their output, stop them.",
         epilog=_EPILOG,
@@ -173,7 +207,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     )
     parser.add_argument("--version", action="version", version=f"job-worker {VERSION}")
     commands = parser.add_subparsers(
-        dest="subcommand", metavar="SUBCOMMAND", required=True, parser_class=_Parser, prog="client"
+        dest="subcommand", metavar="SUBCOMMAND", required=True, parser_class=Parser, prog="client"
     )
     subparsers = {
         name: commands.add_parser(
@@ -186,7 +220,10 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         )
         for name, text in _SUBCOMMANDS.items()
     }
+    _add_completion(subparsers["completion"])
     for name, subparser in subparsers.items():
+        if name == "completion":
+            continue
         _add_connection(subparser)
         if name != "login":
             _add_token(subparser)
@@ -260,6 +297,15 @@ def _add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
         action="extend",
         nargs="+",
         help="the IDs of one or more jobs" if several else "the job's ID",
+    )
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"], help="the shell of the script")
+    parser.add_argument(
+        "--candidates",
+        action="store_true",
+        help="what the script calls: print what fits after the words that stdin has, one in a line",
     )
 
 

@@ -76,6 +76,10 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
         # No imported object ever becomes garbage. Looking for garbage during imports and at
         # exit took a fifth of the time of a call.
         gc.disable()
+    if arguments.subcommand == "completion":
+        from completion import completion
+
+        return completion(arguments)
     from commands import COMMANDS  # here because --help needs neither
     from credentials import explain_refusal, find_token, warnings_before_expiry
 

@@ -1916,7 +1916,8 @@ def test_help_names_every_subcommand_and_variable(capsys: pytest.CaptureFixture[
         main(["--help"])
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
-    assert sorted(_parsers()) == _SUBCOMMANDS == sorted(commands.COMMANDS)
+    assert sorted(commands.COMMANDS) == _SUBCOMMANDS
+    assert sorted(_parsers()) == sorted([*_SUBCOMMANDS, "completion"])
     for word in (*_SUBCOMMANDS, "JOBWORKER_SERVER", "JOBWORKER_CERTS", "JOBWORKER_TOKEN"):
         assert word in shown
 

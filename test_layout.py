@@ -103,7 +103,8 @@ _MODULES = {
         "commands": "cli connection credentials display stdin variables; workerservice_pb2",
         "variables": "connection",
         "display": "cli units; google workerservice_pb2",
-        "client": "cli commands connection credentials",
+        "completion": "cli connection credentials profiles; workerservice_pb2",
+        "client": "cli commands completion connection credentials",
     },
 }
 # Each group, and the groups whose modules it may import beside its own.
