@@ -97,7 +97,12 @@ class ServiceManager:
 
 
 def block_signals() -> None:
-    """Have signals wait until `serve` takes them. Every thread made from now on blocks them too."""
+    """Have signals wait until `serve` takes them. Every thread made from now on blocks them too.
+
+    SIGABRT, which the service manager sends to a server that hangs, leaves the stack of each thread
+    in the log.
+    """
+    faulthandler.enable()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 

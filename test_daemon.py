@@ -89,6 +89,15 @@ def test_watchdog_is_told_twice_in_its_time_how_the_server_is(
     assert "STOPPING" in manager.told()
 
 
+def test_server_that_hangs_leaves_its_stacks_in_the_log(
+    start_server: Callable[..., ServerProgram],
+) -> None:
+    """systemd sends SIGABRT if the watchdog was not told anything in time."""
+    program = start_server()
+    assert program.end(signal.SIGABRT) == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in program.log.read_text()
+
+
 def test_manager_that_is_gone_does_no_harm(
     start_server: Callable[..., ServerProgram], tmp_path: Path
 ) -> None:
