@@ -31,16 +31,26 @@ import logging
 import os
 import pwd
 import re
+import stat
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from trustedfiles import open_private
+from environment import Account, account_of
+from privileges import can_change_user
+from trustedfiles import PROGRAM_OWNER, open_private
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["Accounts", "AccountsError", "parse_uids", "reserved"]
+__all__ = [
+    "Accounts",
+    "AccountsError",
+    "choose_uids",
+    "let_jobs_through",
+    "parse_uids",
+    "reserved",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +64,13 @@ _RESTORE = (
 )
 
 
+_SHARED_UID = (
+    "jobs run as uid {uid}, like the server: a job can read the server's keys, its users file "
+    "and the output of all jobs, and can signal the server and other jobs; start the server as "
+    "root, or with CAP_SETUID and CAP_SETGID, to give each user a uid of their own"
+)
+
+
 class AccountsError(Exception):
     """A user cannot get a uid; the message says what to change."""
 
@@ -61,12 +78,24 @@ class AccountsError(Exception):
 class Accounts:
     """The uids in the file `path`, all of them in the range `uids`.
 
+    `homes`: the directory with the users' homes; None if they have none. An account of the host
+    that has a user's uid, or the user's name and a uid of the range, is the user's: its name, home
+    and shell are told to the user's jobs.
     A missing file is made, with mode 0600, if `is_new`: no server has used this directory before.
     Raises OSError, `UntrustedFileError`; `AccountsError` if the file is missing or damaged, or if
     the range no longer contains a uid of the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], uids: range, *, is_new: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        uids: range,
+        *,
+        is_new: bool = True,
+        homes: Path | None = None,
+    ) -> None:
+        self._homes = homes
+        self._accounts: dict[str, Account] = {}
         self._path = Path(path)
         self._uids = uids
         self._by_name: dict[str, int] = {}
@@ -126,22 +155,44 @@ class Accounts:
     def add(self, names: Iterable[str]) -> None:
         """Give a uid to each of `names` that has none yet; after an error, to none of them.
 
-        Blocks until the uids are on the disk. Raises OSError; `AccountsError` if the range has
-        no free uid left.
+        Looks up the accounts of the host anew. Blocks until the uids are on the disk. Raises
+        OSError; `AccountsError` if the range has no free uid left.
         """
         free = iter(
             range(max([*self._by_name.values(), self._uids.start - 1]) + 1, self._uids.stop)
         )
         new: dict[str, int] = {}
+        names = tuple(names)
         for name in names:
             if name not in self._by_name and name not in new:
-                uid = next((each for each in free if not _is_taken(each)), None)
+                uid = self._uid_of_account(name, new)
+                uid = uid or next((each for each in free if not _is_taken(each)), None)
                 if uid is None:
                     raise AccountsError(
                         f"no uid is left for {name} in the range {self._uids.start}-"
                         f"{self._uids.stop - 1}; widen it with --uids"
                     )
                 new[name] = uid
+        self._write(new)
+        self._accounts |= {name: self._account_of(name) for name in names}
+
+    def _uid_of_account(self, name: str, new: Mapping[str, int]) -> int | None:
+        """Return the uid that an administrator has chosen: that of the host's account `name`."""
+        with contextlib.suppress(KeyError):
+            uid = pwd.getpwnam(name).pw_uid
+            if uid in self._uids and uid not in {*self._by_name.values(), *new.values()}:
+                return uid
+        return None
+
+    def _account_of(self, name: str) -> Account:
+        uid = self._by_name[name]
+        with contextlib.suppress(KeyError):
+            pwd.getpwuid(uid)
+            return account_of(uid)
+        return Account(name, f"{self._homes}/{name}") if self._homes else Account(name)
+
+    def _write(self, new: Mapping[str, int]) -> None:
+        """Add uids that are new."""
         if not new:
             return
         size = os.fstat(self._fd).st_size
@@ -162,6 +213,10 @@ class Accounts:
     def uid(self, name: str) -> int:
         """Return the uid of a user that was added. Raises KeyError."""
         return self._by_name[name]
+
+    def account(self, name: str) -> Account:
+        """Return what the jobs of a user that was added are told of it. Raises KeyError."""
+        return self._accounts[name]
 
     def close(self) -> None:
         """Close the files."""
@@ -213,6 +268,51 @@ def reserved(uids: range) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def choose_uids(isolation: str, text: str) -> tuple[int | None, range | None]:
+    """Return the uid to become (None: stay), and those of users (None: jobs run as we do).
+
+    `isolation`: "require", "auto" or "off", as in `Settings`. `text`: of `--uids`. Logs a warning
+    if "auto" finds no right to change users. Raises `AccountsError`.
+    """
+    if isolation == "off":
+        return None, None
+    uid = os.geteuid()
+    if not can_change_user():
+        warning = _SHARED_UID.format(uid=uid)
+        if isolation == "require":
+            raise AccountsError(f"--require-isolation: {warning}")
+        logger.warning("%s", warning)
+        return None, None
+    uids = parse_uids(text)
+    for each, what in ((PROGRAM_OWNER, "to whom this program belongs"), (uid, "which we run as")):
+        if each in uids:
+            raise AccountsError(f"--uids {text} includes {each}, {what}")
+    return uid or uids[0], uids[1:]
+
+
+def let_jobs_through(directory: Path) -> bool:
+    """Let every user pass through a directory of ours, to what is theirs in it, but not list it.
+
+    Returns False if they cannot, because a directory above is closed; then logs a warning.
+    """
+    try:
+        mode = stat.S_IMODE(directory.stat().st_mode)
+        directory.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
+        path = directory.resolve()
+        for each in (path, *path.parents):
+            if not each.stat().st_mode & stat.S_IXOTH:
+                logger.warning(
+                    "%s is closed to the users of jobs, so jobs have no homes; run: chmod o+x %s, "
+                    "or choose another --state-dir",
+                    *(each, each),
+                )
+                return False
+    except OSError as error:
+        logger.warning("jobs have no homes: %s", error)
+        return False
+    return True
 
 
 def parse_uids(text: str) -> range:

@@ -339,6 +339,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         help="send stdin to the job, to its end (default: the job's stdin is /dev/null)",
     )
     _add_surroundings(parser)
+    _add_keep_tmp(parser)
     for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():
         parser.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
     parser.add_argument(
@@ -383,6 +384,15 @@ def _add_surroundings(parser: argparse.ArgumentParser) -> None:
         help="a file with NAME=VALUE or NAME in each line; VALUE is taken as it is, quotes "
         "included; blank lines and lines that begin with # are skipped; --env replaces what a file "
         "says",
+    )
+
+
+def _add_keep_tmp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep-tmp",
+        action="store_true",
+        help="keep the job's TMPDIR until the job is removed; status names it, and other jobs of "
+        "yours can read it (default: it is removed when the job ends)",
     )
 
 

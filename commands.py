@@ -54,6 +54,7 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
     options: dict[str, Any] = {name: getattr(arguments, name) for name in LIMIT_FIELDS}
     options |= {"env": read_variables(arguments.env_files, arguments.env), "cwd": arguments.cwd}
     options["stdin"] = arguments.stdin
+    options["keep_tmp"] = arguments.keep_tmp
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
         return client.start(arguments.command, arguments.args, request_id=request_id, **options)

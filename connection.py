@@ -270,6 +270,7 @@ class Client:
         stdin: bool = False,
         name: str = "",
         labels: Mapping[str, str] | None = None,
+        keep_tmp: bool = False,
         **limits: Any,
     ) -> str:
         """Start a job and return its ID.
@@ -277,6 +278,7 @@ class Client:
         `name`, `labels`: what the job can be found by; see `find` and `list`.
         `env`: environment variables beside those that every job has. `cwd`: the directory in which
         the job begins, on the server; a relative path begins at the user's home; "" is the home.
+        `keep_tmp`: keep the job's TMPDIR as long as the job; its status names the directory.
         `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
         default applies to a field that is absent or None. `request_id`: a UUID; default: a new
         one. A second start with the same UUID starts nothing and returns the first one's job. So
@@ -295,6 +297,7 @@ class Client:
             stdin=stdin,
             name=name,
             labels=labels,
+            keep_tmp=keep_tmp,
         )
         for pause_s in _REPEAT_AFTER_S:
             try:

@@ -58,6 +58,8 @@ def describe(job: worker_pb.Job) -> str:
         "job": job.job_id,
         "owner": job.owner,
         "command": _command_line(job),
+        **({"directory": job.working_directory} if job.working_directory else {}),
+        **({"tmp": job.tmp_directory} if job.tmp_directory else {}),
         "status": state_of(fields),
         "started": _moment(fields["started_at"]),
         "ended": _moment(fields["ended_at"]),

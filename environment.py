@@ -104,11 +104,11 @@ class Surroundings:
         return self.account.home if self.asked is None else self.asked
 
     def variables(
-        self, job_id: str, configured: Mapping[str, str], tmp: str | None = None
+        self, job_id: str, configured: Mapping[str, str], tmp: str = ""
     ) -> dict[str, str]:
         """Return the job's whole environment. What the job asks for replaces what is `configured`.
 
-        `configured`: the variables that all jobs get. `tmp`: TMPDIR; None for /tmp.
+        `configured`: the variables that all jobs get. `tmp`: TMPDIR; "" for /tmp.
         """
         account = self.account
         told = {"HOME": account.home, "USER": account.name, "LOGNAME": account.name}

@@ -12,7 +12,7 @@ With twice as many modules a start took half as long again.
 It waits for no exec: `leader.py` describes how a forked process receives its program.
 
 It does not trust the main process: the main process may have given up its rights, while the
-fork server keeps five capabilities. What the fork server may do is fixed when it starts. It
+fork server keeps six capabilities. What the fork server may do is fixed when it starts. It
 runs jobs only as users of the range `uids`, finds a job's cgroup by the job's name, and opens
 only the files named at its start.
 
@@ -33,16 +33,18 @@ import resource
 import select
 import signal
 import socket
+import stat
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import inherited
 import processes
 from cgroupfs import dismantle, signal_tree
-from leader import become, clone, clone_works, detach, limit, popen, wait_and_execute
-from leftovers import clear
+from leader import Grants, become, clone, clone_works, detach, limit, popen, wait_and_execute
+from leftovers import clear, clear_directory
 from messages import AttachError, close_all, failure, receive, send, wait_ready
 from privileges import (
+    CAP_CHOWN,
     CAP_DAC_OVERRIDE,
     CAP_KILL,
     CAP_SETGID,
@@ -97,6 +99,8 @@ class _ForkServer:
         self._main_fd = main_fd
         self._jobs_cgroup: str | None = duties["jobs_cgroup"]
         self._uids = range(*duties["uids"]) if duties["uids"] else None
+        self._homes: str | None = duties["homes"]
+        self._tmp: str | None = duties["tmp"]
         self._dismantling: list[Any] | None = duties["dismantle"]
         self._dismantles_at_end = False
         self._fork_child = clone if clone_works() else popen
@@ -105,7 +109,8 @@ class _ForkServer:
         self._exit_fds: dict[int, int] = {}  # by process group whose leader has been reaped
         # Without cgroups: what was killed and may not be gone yet, by leader; other children.
         self._killed: dict[int, set[processes.Entry]] = {}
-        self._clearing: set[int] = set()
+        # By pid of a process that removes what jobs have left: the TMPDIR that it empties, if any.
+        self._clearing: dict[int, str | None] = {}
 
     def run(self) -> None:
         """Serve until the main process is gone; then kill everything."""
@@ -152,7 +157,9 @@ class _ForkServer:
         if self._uids is not None:
             # Nobody may trace this process, or a fork of it that has not executed a program.
             prctl(PR_SET_DUMPABLE, 0)
-            keep_capabilities(CAP_SETUID, CAP_SETGID, CAP_KILL, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE)
+            keep_capabilities(
+                *(CAP_SETUID, CAP_SETGID, CAP_KILL, CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE)
+            )
 
     def _serve(self) -> None:
         """Receive one request and answer on the socket that came with it."""
@@ -182,7 +189,7 @@ class _ForkServer:
                 case "signal":
                     self._signal(request)
                 case "clear":
-                    pid, pidfd = self._fork_clearing(request["uid"], reply)
+                    pid, pidfd = self._fork_clearing(request["uid"], request["job"], reply)
                     answer["pid"] = pid
                     passed.append(pidfd)
                 case "dismantle_at_end":
@@ -201,9 +208,10 @@ class _ForkServer:
         self, job: str, reply: socket.socket, stdout_fd: int, exit_fd: int
     ) -> tuple[int, int]:
         """Fork a process that waits for its program; return its pid and a pidfd of it."""
-        if job in self._pids or job != os.path.basename(job) or job in {"", ".", ".."}:
+        if job in self._pids or not _is_name(job):
             raise PermissionError(errno.EPERM, "not a job's name, or taken")
-        child = functools.partial(wait_and_execute, reply, stdout_fd, self._uids, self._pid)
+        grants = Grants(self._uids, self._homes, self._tmp and f"{self._tmp}/{job}")
+        child = functools.partial(wait_and_execute, reply, stdout_fd, grants, self._pid)
         kept_fd = os.dup(exit_fd)
         try:
             with self._opened_cgroup(job) as cgroup_fd:
@@ -215,15 +223,27 @@ class _ForkServer:
         self._pids[job] = pid
         return pid, pidfd
 
-    def _fork_clearing(self, uid: int, reply: socket.socket) -> tuple[int, int]:
-        """Fork a process that removes what the user's jobs have left; return as `_fork` does."""
+    def _fork_clearing(
+        self, uid: int | None, job: str | None, reply: socket.socket
+    ) -> tuple[int, int]:
+        """Fork a process that removes what the user's jobs have left; return as `_fork` does.
+
+        With a `job` it empties the TMPDIR of this job instead.
+        """
         self._check_uid(uid)
-        child = functools.partial(_clear, reply, uid, self._pid)
+        tmp = None
+        if job is not None or uid is None:
+            if self._tmp is None or job is None or not _is_name(job):
+                raise PermissionError(errno.EPERM, "not the name of a job with a TMPDIR")
+            tmp = f"{self._tmp}/{job}"
+        child = functools.partial(_clear, reply, uid, tmp, self._pid)
         pid, pidfd = self._fork_child(None, child)
-        self._clearing.add(pid)
+        self._clearing[pid] = tmp
         return pid, pidfd
 
-    def _check_uid(self, uid: int) -> None:
+    def _check_uid(self, uid: int | None) -> None:
+        if self._uids is None and uid is None:
+            return
         if self._uids is None or type(uid) is not int or uid not in self._uids:
             raise PermissionError(errno.EPERM, "not one of the users named at the start")
 
@@ -261,7 +281,9 @@ class _ForkServer:
         leader = self._leaders.get(pid)
         if leader is None:
             os.waitpid(pid, 0)  # an orphan of some job
-            self._clearing.discard(pid)
+            if tmp := self._clearing.pop(pid, None):
+                with contextlib.suppress(OSError):  # something is left in it
+                    os.rmdir(tmp)
             return
         # Before the leader is reaped, no other process group can have its number.
         _kill_group(pid)
@@ -331,7 +353,7 @@ class _ForkServer:
     def _other_children(self) -> list[processes.Entry]:
         """Return the living children that are neither leaders nor ours: orphans of jobs."""
         found = (processes.look(pid) for pid in _children())
-        ours = self._leaders.keys() | self._clearing
+        ours = self._leaders.keys() | self._clearing.keys()
         return [each for each in found if each and each.lives and each.pid not in ours]
 
     def _has_killed_that_live(self, leader: int) -> bool:
@@ -347,8 +369,7 @@ class _ForkServer:
         job, number, uid = request["job"], request["signal"], request["uid"]
         if number not in signal.valid_signals():
             raise ValueError("not a signal")
-        if uid is not None:
-            self._check_uid(uid)
+        self._check_uid(uid)
         # Until this process reaps the leader, no other process or group can have its number.
         pid = self._pids.get(job)
         if pid is None or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -384,15 +405,35 @@ class _ForkServer:
                 os.waitpid(-1, 0)
 
 
-def _clear(sock: socket.socket, uid: int, parent: int, _: int | None) -> NoReturn:
-    """Remove what the jobs of a user have left, until the other end of `sock` is closed."""
+def _is_name(job: str) -> bool:
+    """Whether it can be the name of a job's cgroup and of its TMPDIR."""
+    return job == os.path.basename(job) and job not in {"", ".", ".."}
+
+
+def _clear(
+    sock: socket.socket, uid: int | None, tmp: str | None, parent: int, _: int | None
+) -> NoReturn:
+    """Remove what the jobs of a user have left, until the other end of `sock` is closed.
+
+    `tmp`: remove only what is in this directory.
+    """
+
+    def is_wanted() -> bool:
+        return not wait_ready(sock.fileno(), select.POLLHUP, 0)
+
     try:
         detach(os.open(os.devnull, os.O_WRONLY), [sock.fileno()])
-        inherited.separate(is_alone=True)
-        become(uid)
+        inherited.separate(is_alone=uid is not None)
+        if uid is not None:
+            become(uid)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
-            clear(uid, lambda: not wait_ready(sock.fileno(), select.POLLHUP, 0))
+            if tmp is not None:
+                with contextlib.suppress(OSError):
+                    os.chmod(tmp, stat.S_IRWXU)
+                clear_directory(tmp, None, is_wanted)
+            elif uid is not None:
+                clear(uid, is_wanted)
     finally:
         os._exit(0)
 

@@ -121,6 +121,7 @@ class Job:
     # The job has ended, but a process of it may live: there was no cgroup, and it left the session.
     may_have_escaped: bool = False
     working_directory: str = "/"  # the one asked for, or else the home; absolute
+    tmp_directory: str = ""  # the job's TMPDIR if it is kept as long as the job
     name: str = ""  # as given to `Worker.start`, as are the labels
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     input_bytes: int | None = None  # that its stdin has taken; None if its stdin is /dev/null
@@ -141,6 +142,7 @@ class Work(NamedTuple):
     name: str
     labels: Mapping[str, str]
     stdin: bool = False
+    keep_tmp: bool = False
 
 
 class Buffers:
@@ -178,7 +180,8 @@ class RunningJob:
     the order of all starts, which the registry sets.
 
     `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `started_at`,
-    `started_s`: the same moment, by the clock and by `time.monotonic`. `finish`: is given the
+    `started_s`: the same moment, by the clock and by `time.monotonic`. `kept_tmp`: the path of the
+    TMPDIR if it is kept, or "". `finish`: is given the
     final state in the moment of the transition, under the job's lock. `trim`: is called by the
     job's thread as the last thing.
     """
@@ -195,6 +198,7 @@ class RunningJob:
         started_at: datetime,
         started_s: float,
         buffers: Buffers,
+        kept_tmp: str,
         finish: Callable[[RunningJob, Job], None],
         trim: Callable[[], None],
         job_input: JobInput | None = None,
@@ -212,6 +216,7 @@ class RunningJob:
         self._uid = work.uid
         self._on_end = work.on_end
         self._directory = work.directory
+        self._kept_tmp = kept_tmp
         self._cgroup = cgroup
         self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
@@ -265,6 +270,7 @@ class RunningJob:
                 usage_source=source if usage else None,
                 may_have_escaped=self._exit.may_have_escaped,
                 working_directory=self._directory,
+                tmp_directory=self._kept_tmp,
                 name=self.name,
                 labels=self.labels,
                 input_bytes=self._input.size if self._input else None,

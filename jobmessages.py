@@ -80,6 +80,7 @@ def job_message(job: Job) -> worker_pb.Job:
         working_directory=job.working_directory,
         name=job.name,
         labels=job.labels,
+        tmp_directory=job.tmp_directory,
         subscribers=job.subscribers,
         limits=_limits(job.limits),
         usage=usage,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JOB_DESCRIPTORS",
+    "Grants",
     "Program",
     "become",
     "clone",
@@ -146,6 +147,14 @@ def popen(cgroup_fd: int | None, child: Callable[[int | None], NoReturn]) -> tup
     return process.pid, pidfd
 
 
+class Grants(NamedTuple):
+    """What the main process may ask of a leader; fixed when the fork server starts."""
+
+    uids: range | None  # the users that jobs run as; None if they run as ours
+    homes: str | None = None  # a directory of ours, in which homes of these users are made
+    tmp: str | None = None  # the job's TMPDIR, which becomes the user's
+
+
 class Program(NamedTuple):
     """What a process is to execute."""
 
@@ -158,7 +167,7 @@ class Program(NamedTuple):
 
 
 def wait_and_execute(
-    sock: socket.socket, stdout_fd: int, uids: range | None, parent: int, procs_fd: int | None
+    sock: socket.socket, stdout_fd: int, grants: Grants, parent: int, procs_fd: int | None
 ) -> NoReturn:
     """Wait for a program on `sock` and execute it.
 
@@ -170,13 +179,16 @@ def wait_and_execute(
             detach(stdout_fd, [sock.fileno(), *([] if procs_fd is None else [procs_fd])])
             if procs_fd is not None:
                 _attach(procs_fd)
-            inherited.separate(is_alone=uids is not None)
+            inherited.separate(is_alone=grants.uids is not None)
+            tmp_fd = _open_tmp(grants)
             if not wait_ready(sock.fileno(), select.POLLIN, 0):
                 _rehearse()
             # The fork server may die while this process waits, or have died before the prctl.
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == parent:
-                execute(_receive_program(sock, uids))
+                program = _receive_program(sock, grants.uids)
+                _furnish(program, grants, tmp_fd)
+                execute(program)
         except BaseException as error:  # noqa: BLE001 -- nothing may return to the fork server's loop
             send(sock, failure(error))
     finally:
@@ -220,6 +232,44 @@ def _rehearse() -> None:
     """
     with contextlib.suppress(OSError):  # EACCES: "/" is a directory
         execute(_parse_program(b'{"argv": ["/"], "env": {"A": "B"}, "uid": null}', None))
+
+
+def _open_tmp(grants: Grants) -> int | None:
+    """Open the job's TMPDIR if it has to change its owner. Raises OSError."""
+    if grants.uids is None or grants.tmp is None:
+        return None
+    # The main process can put a link in its place, and we have rights that it has not.
+    return os.open(grants.tmp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _furnish(program: Program, grants: Grants, tmp_fd: int | None) -> None:
+    """Give the job's user a TMPDIR and, if it is missing, a home. Raises OSError."""
+    if program.uid is None:
+        return
+    if tmp_fd is not None:
+        os.fchown(tmp_fd, program.uid, program.uid)
+    home = program.home and os.fsdecode(program.home)
+    if grants.homes and home and os.path.dirname(home) == grants.homes:
+        name = os.path.basename(home)
+        # Without room for a home the job begins in /.
+        if name not in {"", ".", ".."} and not os.path.lexists(home):
+            with contextlib.suppress(OSError):
+                _make_home(home, f"{grants.homes}/.new-{os.getpid()}", program.uid)
+
+
+def _make_home(home: str, new: str, uid: int) -> None:
+    """Make a home at once: whoever finds it finds that it belongs to its user. Raises OSError.
+
+    The directory that they are in belongs to us, and nobody else can write there.
+    """
+    with contextlib.suppress(FileExistsError):  # of a process that was killed here
+        os.mkdir(new, 0o700)
+    try:
+        os.chown(new, uid, uid, follow_symlinks=False)
+        os.rename(new, home)
+    except OSError:  # another job of the user was first
+        os.rmdir(new)
+        raise
 
 
 def _receive_program(sock: socket.socket, uids: range | None) -> Program:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-__all__ = ["DIRECTORIES", "Leftovers", "clear"]
+__all__ = ["DIRECTORIES", "Leftovers", "Removal", "clear", "clear_directory"]
 
 DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")  # noqa: S108 -- jobs write there
 """Where every user may make files. The last one has the POSIX message queues, if it is mounted."""
@@ -66,7 +66,7 @@ class Leftovers:
         # Guards both below. Notified when a removal has begun. Never held during I/O.
         self._changed = threading.Condition()
         self._jobs: dict[int, int] = {}  # the running jobs of each uid that has any
-        self._clearing: dict[int, _Removal] = {}  # by uid
+        self._clearing: dict[int, Removal] = {}  # by uid
         # What was found in each directory, and in which state of the directory. Needs no lock: a
         # thread only ever replaces a whole value, and each value is true.
         self._found: dict[str, tuple[_State, frozenset[int]]] = {}
@@ -97,7 +97,7 @@ class Leftovers:
             # RuntimeError: the fork server has died. OSError: there is no room for a process.
             with contextlib.suppress(OSError, RuntimeError):
                 if self._has_left_any(uid):
-                    removal = _Removal(*self._clear(uid))
+                    removal = Removal(*self._clear(uid))
         finally:
             with self._changed:
                 if removal is None:
@@ -165,10 +165,10 @@ def clear(uid: int, is_wanted: Callable[[], bool]) -> None:
                 before = (0,) if kind == "sem" else ()
                 getattr(_libc, call)(number, *before, _IPC_RMID, None)
     for directory in DIRECTORIES:
-        _clear_directory(directory, uid, is_wanted)
+        clear_directory(directory, uid, is_wanted)
 
 
-class _Removal(NamedTuple):
+class Removal(NamedTuple):
     """A process that runs `clear`. It ends when the other end of its socket is closed."""
 
     sock: socket.socket | None
@@ -182,7 +182,7 @@ class _Removal(NamedTuple):
             os.close(self.pidfd)
 
 
-_ABOUT_TO_BEGIN = _Removal(None, -1)
+_ABOUT_TO_BEGIN = Removal(None, -1)
 
 
 def _uids_in(directory: str) -> frozenset[int] | None:
@@ -214,14 +214,15 @@ def _is_of_user(entry: os.DirEntry[str], uid: int) -> bool:
         return False
 
 
-def _clear_directory(directory: str, uid: int, is_wanted: Callable[[], bool]) -> None:
-    """Remove the user's files and directories in a directory.
+def clear_directory(directory: str, uid: int | None, is_wanted: Callable[[], bool]) -> None:
+    """Remove the files and directories of the user `uid` in a directory; None for all of them.
 
+    For a process of the user to whom they belong. Stops when `is_wanted` returns False.
     A tree may be deeper than a path can be long. So each directory in it is first moved to the top.
     """
     try:
         with os.scandir(directory) as entries:
-            left = [entry.path for entry in entries if _is_of_user(entry, uid)]
+            left = [each.path for each in entries if uid is None or _is_of_user(each, uid)]
     except OSError:
         return
     new_names = (f"{directory}/.{os.urandom(8).hex()}-{number}" for number in itertools.count())

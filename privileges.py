@@ -10,9 +10,11 @@ process has one thread; `drop_privileges` refuses to run otherwise.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 __all__ = [
+    "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_KILL",
     "CAP_SETGID",
@@ -24,6 +26,7 @@ __all__ = [
     "PR_SET_PDEATHSIG",
     "can_change_user",
     "can_kill_any",
+    "check_can_run_as_others",
     "drop_privileges",
     "has_capabilities",
     "keep_capabilities",
@@ -41,6 +44,7 @@ _PR_SET_NAME = 15
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 # linux/capability.h
 _CAPABILITY_VERSION_3 = 0x20080522
+CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
 CAP_KILL = 5
 CAP_SETGID = 6
@@ -59,6 +63,18 @@ def can_change_user() -> bool:
 def can_kill_any() -> bool:
     """Whether this process may send signals to processes of other users (CAP_KILL)."""
     return has_capabilities(CAP_KILL)
+
+
+def check_can_run_as_others(*, has_cgroups: bool) -> None:
+    """Raise PermissionError unless this process may start jobs as other users and stop them."""
+    if not can_change_user():
+        raise PermissionError(
+            errno.EPERM, "jobs as other users need root, or CAP_SETUID and CAP_SETGID"
+        )
+    if not has_cgroups and not can_kill_any():
+        raise PermissionError(
+            errno.EPERM, "jobs as other users need cgroups, root, or CAP_KILL to be stopped"
+        )
 
 
 def drop_privileges(uid: int) -> None:

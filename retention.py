@@ -40,7 +40,7 @@ from job import RunningJob
 from watching import JobEventKind, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from broadcaster import OutputLog
@@ -112,6 +112,11 @@ class FinishedJob:
     @property
     def started_at(self) -> datetime:
         return self._job.started_at
+
+    @property
+    def has_tmp(self) -> bool:
+        """Whether its TMPDIR is kept."""
+        return bool(self._job.tmp_directory)
 
     @property
     def output_bytes(self) -> int:
@@ -249,9 +254,13 @@ def _branch(budget: Budget, refuser: Budget | None) -> Budget | None:
 
 
 class Registry:
-    """The running and the finished jobs by their IDs."""
+    """The running and the finished jobs by their IDs.
 
-    def __init__(self, rule: Retention) -> None:
+    `remove_tmp`: removes the TMPDIR of a job that has kept it; called when the job is removed.
+    """
+
+    def __init__(self, rule: Retention, remove_tmp: Callable[[str], object]) -> None:
+        self._remove_tmp = remove_tmp
         self._has_age = rule.age_s is not None
         # Guards all below. Never held during I/O.
         self._lock = threading.RLock()
@@ -341,6 +350,7 @@ class Registry:
             if isinstance(job, RunningJob):
                 raise JobRunningError(job_id)
             self._forget_locked(job)
+        self._discard_tmp(job)
         job.output.remove()
 
     def take(self, owner: str, budget: Budget, size: int) -> tuple[int, Budget | None]:
@@ -362,6 +372,7 @@ class Registry:
             if job is None:
                 return False
             self._forget_locked(job)
+        self._discard_tmp(job)
         _delete(job)
         return True
 
@@ -377,7 +388,13 @@ class Registry:
             if self._ager is None and self._has_age:
                 self._start_ager_locked()
         for job in excess:
+            self._discard_tmp(job)
             _delete(job)
+
+    def _discard_tmp(self, job: FinishedJob) -> None:
+        """Remove the TMPDIR that was kept with a job that has been forgotten."""
+        if job.has_tmp:
+            self._remove_tmp(job.job_id)
 
     def close(self, deadline: float) -> None:
         """Forget nothing, but wait for all threads and delete all output.

@@ -42,7 +42,7 @@ try:
     import grpc
 
     import auth
-    from accounts import Accounts, AccountsError, parse_uids, reserved
+    from accounts import Accounts, AccountsError, choose_uids, let_jobs_through, reserved
     from audit import AUDIT_FLAGS, AuditLog
     from calls import Calls
     from gate import Gate
@@ -61,7 +61,6 @@ from fileopener import FileOpener
 from privileges import can_change_user
 from settings import Config, Settings, SettingsError, load_config, parse_arguments
 from trustedfiles import (
-    PROGRAM_OWNER,
     READ_FLAGS,
     TrustedFiles,
     UntrustedFileError,
@@ -108,12 +107,6 @@ GRPC_OPTIONS = (
     ("grpc.absolute_max_metadata_size", 16 * 1024),
 )
 
-_SHARED_UID = (
-    "jobs run as uid {uid}, like the server: a job can read the server's keys, its users file "
-    "and the output of all jobs, and can signal the server and other jobs; start the server as "
-    "root, or with CAP_SETUID and CAP_SETGID, to give each user a uid of their own"
-)
-
 
 # --- the server ---------------------------------------------------------------------------
 
@@ -137,7 +130,7 @@ class Server:
             self._host, port = parse_address(settings.listen)
         except ValueError as error:
             raise SettingsError(f"--listen {error}") from None
-        own_uid, uids = _uids(settings)
+        own_uid, uids = choose_uids(settings.isolation, settings.uids)
         self._audit_path = settings.audit_log or settings.state_dir / "audit.log"
         _check_code(is_isolated=uids is not None)
         files = _read_again(settings) | {self._audit_path: AUDIT_FLAGS}
@@ -149,11 +142,12 @@ class Server:
             check(path, private=uids is not None)
         with contextlib.ExitStack() as undo:
             if uids is not None:
-                undo.enter_context(reserved(parse_uids(settings.uids)))
+                undo.enter_context(reserved(range(uids.start - 1, uids.stop)))
             with _told_if_full(settings.state_dir):
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 check(settings.state_dir)
-                self._worker = undo.enter_context(self._make_worker(config, uids))
+                places = self._places(is_isolated=uids is not None)
+                self._worker = undo.enter_context(self._make_worker(config, uids, *places))
                 self._open_state(users, uids, undo)
             connections = _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
@@ -169,7 +163,16 @@ class Server:
             self.grpc_threads = frozenset(threading.enumerate()) - before
             self._undo = undo.pop_all()
 
-    def _make_worker(self, config: Config, uids: range | None) -> worker.Worker:
+    def _places(self, *, is_isolated: bool) -> tuple[Path | None, Path | None]:
+        """Return where homes and TMPDIRs are; None if jobs cannot get there, or need no homes."""
+        state = self._settings.state_dir
+        if not is_isolated:
+            return None, state / "tmp"
+        return (state / "homes", state / "tmp") if let_jobs_through(state) else (None, None)
+
+    def _make_worker(
+        self, config: Config, uids: range | None, homes: Path | None, tmp: Path | None
+    ) -> worker.Worker:
         return worker.Worker(
             limits=config.limits({}),
             bounds=config.all_jobs,
@@ -180,6 +183,8 @@ class Server:
             uids=uids,
             retention=config.retention,
             environment=config.environment,
+            homes=homes,
+            tmp_dir=tmp,
         )
 
     def _open_state(
@@ -189,9 +194,12 @@ class Server:
         state = self._settings.state_dir
         logged_out = state / "logged-out"
         self._accounts = None
+        self._own_account = worker.account_of(os.geteuid())
         if uids is not None:
             is_new = not logged_out.exists()
-            self._accounts = undo.enter_context(Accounts(state / "uids", uids, is_new=is_new))
+            self._accounts = undo.enter_context(
+                Accounts(state / "uids", uids, is_new=is_new, homes=self._worker.homes)
+            )
             self._accounts.add(user.name for user in users)
         running = undo.enter_context(auth.RunningTime(state / "running-time"))
         self._revocations = undo.enter_context(auth.Revocations(logged_out, running))
@@ -232,7 +240,7 @@ class Server:
             ),
         )
         self._quotas = add_services(
-            server, self._worker, self._authenticator, config=config, uid_of=self._uid_of
+            server, self._worker, self._authenticator, config=config, account_of=self._account_of
         )
         return server
 
@@ -293,8 +301,11 @@ class Server:
         """Kill every job and start no more; blocks until they are gone."""
         self._worker.close()
 
-    def _uid_of(self, user: str) -> int | None:
-        return self._accounts.uid(user) if self._accounts else None
+    def _account_of(self, user: str) -> tuple[int | None, worker.Account]:
+        """Return the uid of a user's jobs, None for the server's own, and what they are told."""
+        if self._accounts is None:
+            return None, self._own_account
+        return self._accounts.uid(user), self._accounts.account(user)
 
     def _load_users(self) -> tuple[User, ...]:
         return _load_users(self._files, self._settings.users, self._host)
@@ -369,27 +380,6 @@ def _check_exposure(host: str, users: Sequence[User]) -> None:
             f"on {host}, and listens on loopback only; give it users of your own with --users "
             "FILE (this prints a line for it: ./server user NAME --role ROLE)"
         )
-
-
-def _uids(settings: Settings) -> tuple[int | None, range | None]:
-    """Return the uid to become (None: stay), and those for users (None: no isolation)."""
-    if settings.isolation == "off":
-        return None, None
-    uid = os.geteuid()
-    if not can_change_user():
-        warning = _SHARED_UID.format(uid=uid)
-        if settings.isolation == "require":
-            raise SettingsError(f"--require-isolation: {warning}")
-        logger.warning("%s", warning)
-        return None, None
-    uids = parse_uids(settings.uids)
-    if PROGRAM_OWNER in uids:
-        raise SettingsError(
-            f"--uids {settings.uids} includes {PROGRAM_OWNER}, to whom this program belongs"
-        )
-    if uid in uids:
-        raise SettingsError(f"--uids {settings.uids} includes {uid}, which the server runs as")
-    return uid or uids[0], uids[1:]
 
 
 def _raise_fd_limit(max_streams: int) -> int:

@@ -86,12 +86,12 @@ class _WorkerServicer:
         jobs: Worker,
         authenticator: auth.Authenticator,
         config: Config,
-        uid_of: Callable[[str], int | None],
+        account_of: Callable[[str], tuple[int | None, worker.Account]],
     ) -> None:
         self._worker = jobs
         self._authenticator = authenticator
         self._config = config
-        self._uid_of = uid_of
+        self._account_of = account_of
         self.quotas = Quotas(
             config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
         )
@@ -139,6 +139,7 @@ class _WorkerServicer:
         self.quotas.check_output(user)
         names = (request.name, *request.labels, *request.labels.values())
         argv_bytes = sum(map(sys.getsizeof, (request.command, *request.args, *filter(None, names))))
+        uid, account = self._account_of(user)
         release = self.quotas.start(user, argv_bytes=argv_bytes)
         try:
             return self._worker.start(
@@ -146,7 +147,9 @@ class _WorkerServicer:
                 list(request.args),
                 owner=user,
                 limits=limits,
-                uid=self._uid_of(user),
+                uid=uid,
+                account=account,
+                keep_tmp=request.keep_tmp,
                 env=request.environment,
                 cwd=request.working_directory,
                 budget=self.quotas.output(user),
@@ -390,14 +393,14 @@ def add_services(
     authenticator: auth.Authenticator,
     *,
     config: Config,
-    uid_of: Callable[[str], int | None],
+    account_of: Callable[[str], tuple[int | None, worker.Account]],
 ) -> Quotas:
     """Add both services to `server`. Its interceptor must be a `Gate` with this authenticator.
 
-    Returns what counts the running jobs and the open streams. `uid_of`: returns the uid of a
-    user's jobs. None means that the jobs have the server's own uid.
+    Returns what counts the running jobs and the open streams. `account_of`: returns the uid of a
+    user's jobs, None for the server's own, and what the jobs are told of their user.
     """
     authservice_pb2_grpc.add_AuthServiceServicer_to_server(_AuthServicer(authenticator), server)
-    servicer = _WorkerServicer(jobs, authenticator, config, uid_of)
+    servicer = _WorkerServicer(jobs, authenticator, config, account_of)
     workerservice_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     return servicer.quotas

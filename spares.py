@@ -4,7 +4,7 @@ A spare is all that a job needs before its command is known: an ID, a cgroup wit
 a forked process that waits to be told what to execute, two pipes, an empty output log and a
 thread. `Spares` keeps a few of them ready and makes new ones in a thread of its own:
 
-    spares = Spares(subtree, output_directory, spawner)
+    spares = Spares(subtree, output_directory, scratch, spawner)
     spares.fill()
     spare = spares.take()          # a ready one, or one that is made now
     ...
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from broadcaster import OutputLog
     from cgroups import Cgroup, Subtree
     from outputdirectory import OutputDirectory
+    from scratch import Scratch
     from spawner import Process, Spawner
 
 __all__ = ["JobThread", "Spare", "Spares"]
@@ -64,19 +65,21 @@ class Spare(NamedTuple):
 class Spares:
     """Keeps `count` spares ready. Nothing is made before the first `fill` or `take`.
 
-    `subtree`: where the cgroups are made; None for jobs without.
+    `subtree`: where the cgroups are made; None for jobs without. `scratch`: for the TMPDIRs.
     """
 
     def __init__(
         self,
         subtree: Subtree | None,
         output_directory: OutputDirectory,
+        scratch: Scratch,
         spawner: Spawner,
         *,
         count: int = 1,
     ) -> None:
         self._subtree = subtree
         self._output_directory = output_directory
+        self._scratch = scratch
         self._spawner = spawner
         self._count = count
         # Guards all below. Notified when spares are to be made, when one was made and by
@@ -171,6 +174,8 @@ class Spares:
                 cgroup = self._subtree.create(job_id, NO_LIMITS)
                 undo.callback(_discard_cgroup, cgroup)
             try:
+                self._scratch.make(job_id)
+                undo.callback(self._scratch.remove, job_id)
                 output = self._output_directory.make_log(job_id)
                 undo.callback(output.remove)
                 output_fd, stdout_fd = _pipe(undo, theirs)
@@ -181,7 +186,7 @@ class Spares:
                 os.fchmod(stdout_fd, 0o622)
                 process = self._spawner.fork(job_id, stdout_fd=stdout_fd, exit_fd=their_exit_fd)
             except OSError as error:
-                raise ResourceError(f"no room for the output of a new job: {error}") from error
+                raise ResourceError(f"no room for the files of a new job: {error}") from error
             undo.callback(process.close)
             thread = JobThread()
             undo.callback(thread.discard)

@@ -91,7 +91,9 @@ class Spawner:
     `jobs_cgroup`: the directory with the jobs' cgroups. A job's cgroup has the job's name, and
     exists before `fork`. `uids`: jobs run as users of this range; that needs the right to change
     users (`privileges.can_change_user`). Without it they run as the caller. `dismantle`: the
-    arguments of `cgroupfs.dismantle`, for `dismantle_at_end`.
+    arguments of `cgroupfs.dismantle`, for `dismantle_at_end`. `homes`: a directory of ours in
+    which a missing home of one of the `uids` is made. `tmp`: the directory with the TMPDIRs of the
+    jobs, each of which has its job's name and exists before `fork`; it becomes the job's user's.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class Spawner:
         jobs_cgroup: Path | None = None,
         uids: range | None = None,
         dismantle: Sequence[Any] | None = None,
+        homes: Path | None = None,
+        tmp: Path | None = None,
     ) -> None:
         # Guards the socket against being closed while it is used. Held while a request is sent,
         # never while its answer is awaited.
@@ -114,6 +118,8 @@ class Spawner:
                 "jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None,
                 "uids": [uids.start, uids.stop] if uids else None,
                 "dismantle": dismantle,
+                "homes": str(homes) if homes else None,
+                "tmp": str(tmp) if tmp else None,
             }
             # It imports no site-packages, obeys no PYTHON* variables, and, in a session of its
             # own, gets no signals from a terminal. Without a preexec_fn Popen uses vfork, which
@@ -168,14 +174,16 @@ class Spawner:
         request = {"op": "signal", "job": job, "signal": int(number), "uid": uid}
         self._request(request | {"everything": everything})
 
-    def clear(self, uid: int) -> tuple[socket.socket, int]:
+    def clear(self, uid: int | None, job: str | None = None) -> tuple[socket.socket, int]:
         """Have a process forked that removes what the jobs of the user `uid` have left behind.
 
+        `job`: remove this job's TMPDIR instead, with all that is in it. None as `uid` if the
+        spawner has no `uids`.
         Returns a pidfd of this process, and a socket: when the socket is closed, the process
         ends. Raises OSError, `SpawnerDiedError`.
         """
         with contextlib.ExitStack() as undo:
-            ours = self._ask({"op": "clear", "uid": uid}, [])
+            ours = self._ask({"op": "clear", "uid": uid, "job": job}, [])
             undo.callback(ours.close)
             if not wait_ready(ours.fileno(), select.POLLIN, _ANSWER_S):
                 raise _no_answer()

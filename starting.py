@@ -1,6 +1,6 @@
 """Starts jobs: takes a spare, sets the limits, has the command executed.
 
-    starter = Starter(spares, spawner, subtree, registry, leftovers, environment={})
+    starter = Starter(spares, spawner, subtree, registry, leftovers, scratch, environment={})
     job_id = starter.start(work, around)
     ...
     starter.close()
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from job import Work
     from leftovers import Leftovers
     from retention import Registry
+    from scratch import Scratch
     from spares import Spare, Spares
     from spawner import Spawner
 
@@ -58,6 +59,7 @@ class Starter:
         subtree: Subtree | None,
         registry: Registry,
         leftovers: Leftovers,
+        scratch: Scratch,
         *,
         environment: Mapping[str, str],
     ) -> None:
@@ -66,6 +68,7 @@ class Starter:
         self._subtree = subtree
         self._registry = registry
         self._leftovers = leftovers
+        self._scratch = scratch
         self._environment = environment
         self._buffers = Buffers()
         # Guards the three below. Notified when _busy falls. Never held during I/O.
@@ -81,15 +84,15 @@ class Starter:
                 return self._launch(work, around)
             self._leftovers.begin(work.uid)
             try:
-                return self._launch(
-                    work._replace(on_end=functools.partial(self._gone, work)), around
-                )
+                return self._launch(work, around)
             except BaseException:
                 self._leftovers.end(work.uid)
                 raise
 
-    def _gone(self, work: Work) -> None:
-        """Note that the processes of a job with a uid of its own are gone."""
+    def _gone(self, work: Work, job_id: str) -> None:
+        """Remove what the processes of a job have left. They are gone."""
+        if not work.keep_tmp:
+            self._scratch.remove(job_id)
         if work.uid is not None:
             self._leftovers.end(work.uid)
         if work.on_end is not None:
@@ -129,7 +132,7 @@ class Starter:
                 undo.callback(job_input.finish)
             pid, pidfd = self._execute(work, around, spare, job_input, undo)
             job = RunningJob(
-                work,
+                work._replace(on_end=functools.partial(self._gone, work, spare.job_id)),
                 spare,
                 cgroup,
                 spawner=self._spawner,
@@ -138,6 +141,7 @@ class Starter:
                 started_at=started_at,
                 started_s=started_s,
                 buffers=self._buffers,
+                kept_tmp=self._scratch.path_of(spare.job_id) if work.keep_tmp else "",
                 finish=self._registry.finish,
                 trim=self._registry.trim,
                 job_input=job_input,
@@ -161,7 +165,8 @@ class Starter:
         Returns its pid and a pidfd, which `undo` closes. Raises as `start` does.
         """
         command = work.argv[0]
-        env = around.variables(spare.job_id, self._environment)
+        tmp = self._scratch.path_of(spare.job_id)
+        env = around.variables(spare.job_id, self._environment, tmp)
         try:
             with self._execution(spare):
                 pid, pidfd = spare.process.execute(

@@ -163,7 +163,7 @@ def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> 
     for path in (arguments.users, arguments.certs, arguments.state_dir):
         assert path.is_absolute()
     assert arguments.state_dir == Path("/var/lib", *unit["StateDirectory"])
-    assert unit["StateDirectoryMode"] == ["0700"]
+    assert unit["StateDirectoryMode"] == ["0711"]
 
 
 def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:

@@ -44,16 +44,18 @@ _MODULES = {
         "forkserver": "cgroupfs inherited leader leftovers messages privileges processes",
         "spawner": "descriptors messages",
         "cgroups": "cgroupfs limits",
-        "spares": "cgroups errors limits spawner; broadcaster outputdirectory",
+        "scratch": "leftovers messages privileges",
+        "spares": "cgroups errors limits spawner; broadcaster outputdirectory scratch",
         "jobinput": "errors",
         "job": "cgroups errors limits spawner; broadcaster budget jobinput spares",
         "finding": "; job",
         "watching": "errors finding job",
         "retention": "errors job watching; broadcaster budget finding",
         "starting": "budget cgroups errors job jobinput spawner; environment leftovers retention "
-        "spares",
+        "scratch spares",
         "worker": "argv broadcaster cgroups environment errors finding inherited job jobinput "
-        "leftovers limits outputdirectory privileges retention spares spawner starting watching; "
+        "leftovers limits outputdirectory privileges retention scratch spares spawner starting "
+        "watching; "
         "budget",
     },
     "shared": {  # by the service and the client
@@ -68,7 +70,7 @@ _MODULES = {
         "revocations": "trustedfiles",
         "memory": "",
         "auth": "jwt memory revocations throttle trustedfiles users",
-        "accounts": "trustedfiles",
+        "accounts": "environment privileges trustedfiles",
         "audit": "",
         "tls": "certcheck grpc",
     },

@@ -55,7 +55,7 @@ from testkit import (
 )
 from untaken import Untaken
 from users import SEEDED_USERS
-from worker import Job, Limits, Worker
+from worker import Account, Job, Limits, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,7 +115,13 @@ def test_gate_admits_nothing_that_did_not_come_over_tls_1_3(
     ):
         executor: Any = calls
         server = grpc.server(executor, interceptors=[gate])
-        add_services(server, jobs, authenticator, config=Config(), uid_of=lambda _: None)
+        add_services(
+            server,
+            jobs,
+            authenticator,
+            config=Config(),
+            account_of=lambda user: (None, Account(user)),
+        )
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         with (

@@ -35,7 +35,6 @@ time, except in this order: a job's, the registry's, an output log's or a watch'
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -72,6 +71,7 @@ from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
 from outputdirectory import OutputDirectory
 from retention import FinishedJob, Registry, Retention
+from scratch import Scratch, make_homes
 from spares import Spares
 from spawner import Spawner, SpawnerDiedError
 from starting import Starter
@@ -120,6 +120,7 @@ __all__ = [
     "Worker",
     "WorkerClosedError",
     "WorkerError",
+    "account_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,10 @@ class Worker:
     `bounds`: what all jobs together may have, where there are cgroups; default: `Bounds()`.
     `retention`: how long finished jobs are kept; default: until they are removed.
     `environment`: variables that every job gets, like PATH, unless it asks for others.
+    `homes`: a directory in which the home of an `Account` is made when its first job starts, with
+    mode 0700. `tmp_dir`: where each job has its TMPDIR; default: a temporary directory. All that
+    a former worker left there is removed. Other users must be able to pass through both. With
+    `uids`, both need CAP_CHOWN; without it the attribute `homes` is None, and TMPDIR is /tmp.
 
     Raises ValueError for an `environment` that no job can have; `CgroupError`; OSError when
     `output_dir` cannot be used; PermissionError when `uids` cannot be.
@@ -165,13 +170,14 @@ class Worker:
         uids: range | None = None,
         retention: Retention | None = None,
         environment: Mapping[str, str] | None = None,
+        homes: str | os.PathLike[str] | None = None,
+        tmp_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         environment = dict(environment or {})
         if problem := problem_of(environment):
             raise ValueError(problem)
         self._limits = limits or Limits()
         self._uids = uids
-        self._registry = Registry(retention or Retention())
         with contextlib.ExitStack() as undo:
             self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes)
             undo.callback(self._output_dir.close)
@@ -182,18 +188,20 @@ class Worker:
             if self._subtree is not None:
                 undo.callback(self._subtree.close)
             if uids is not None:
-                self._check_rights()
+                privileges.check_can_run_as_others(has_cgroups=self._subtree is not None)
+            self._scratch = Scratch(tmp_dir, uids=uids)
+            undo.callback(self._scratch.close)
             if problem := inherited.oom_exemption():
                 logger.warning("%s; start it with another, or with that capability", problem)
-            self._spawner = Spawner(
-                jobs_cgroup=self._subtree.jobs if self._subtree else None,
-                uids=uids,
-                dismantle=self._subtree.dismantling if self._subtree else None,
-            )
+            self.homes = make_homes(homes) if self._scratch.path else None
+            self._spawner = self._make_spawner()
             undo.callback(self._spawner.close)
+            self._scratch.sweep(self._spawner.clear)
+            undo.callback(self._scratch.empty)
+            self._registry = Registry(retention or Retention(), self._scratch.remove)
             self._leftovers = Leftovers(self._spawner.clear)
             undo.callback(self._leftovers.close)
-            self._spares = Spares(self._subtree, self._output_dir, self._spawner)
+            self._spares = Spares(self._subtree, self._output_dir, self._scratch, self._spawner)
             undo.callback(self._spares.close)
             self._starter = Starter(
                 self._spares,
@@ -201,6 +209,7 @@ class Worker:
                 self._subtree,
                 self._registry,
                 self._leftovers,
+                self._scratch,
                 environment=environment,
             )
             self._undo = undo.pop_all()
@@ -208,20 +217,19 @@ class Worker:
             # With `uids`, `drop_privileges` does this: it needs a process without threads.
             self._spares.fill()
 
+    def _make_spawner(self) -> Spawner:
+        return Spawner(
+            jobs_cgroup=self._subtree.jobs if self._subtree else None,
+            uids=self._uids,
+            dismantle=self._subtree.dismantling if self._subtree else None,
+            homes=self.homes,
+            tmp=self._scratch.path,
+        )
+
     @property
     def subtree(self) -> Subtree | None:
         """The cgroups of the jobs; None without."""
         return self._subtree
-
-    def _check_rights(self) -> None:
-        if not privileges.can_change_user():
-            raise PermissionError(
-                errno.EPERM, "jobs as other users need root, or CAP_SETUID and CAP_SETGID"
-            )
-        if self._subtree is None and not privileges.can_kill_any():
-            raise PermissionError(
-                errno.EPERM, "jobs as other users need cgroups, root, or CAP_KILL to be stopped"
-            )
 
     def drop_privileges(self, uid: int) -> None:
         """Make the main process the ordinary user `uid`, for good; jobs can still be started.
@@ -234,6 +242,7 @@ class Worker:
             raise ValueError("jobs must run as users of their own, and not as this one")
         if os.geteuid() != uid:
             self._output_dir.give_to(uid)
+            self._scratch.give_to(uid)
             if self._subtree is not None:
                 self._subtree.delegate(uid)
                 self._spawner.dismantle_at_end()
@@ -251,6 +260,7 @@ class Worker:
         account: Account | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str = "",
+        keep_tmp: bool = False,
         budget: Budget | None = None,
         on_end: Callable[[], None] | None = None,
         name: str = "",
@@ -272,6 +282,7 @@ class Worker:
         TMPDIR and JOB_ID. They replace all of these but JOB_ID, and the worker's `environment`.
         `cwd`: the directory that the job begins in. It is entered as the job's user. A relative
         path begins at the home. "" means the home, or / if the user may not enter that.
+        `keep_tmp`: keep TMPDIR after the end, as long as the job; `Job.tmp_directory` names it.
         `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
         jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's
         processes are gone, right before anybody can learn that it has ended. It must not
@@ -296,6 +307,7 @@ class Worker:
         around = Surroundings(command, account, env or {}, cwd)
         limits = limits or self._limits
         work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels, stdin)
+        work = work._replace(keep_tmp=keep_tmp)
         return self._starter.start(work, around)
 
     def stop(self, job_id: str, *, reason: str = "") -> Job:

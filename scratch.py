@@ -1,0 +1,202 @@
+"""TMPDIR: a directory of its own for each job, which is removed after the job.
+
+    scratch = Scratch("/var/lib/jobs/tmp", uids=range(71_000, 72_000))
+    scratch.sweep(spawner.clear)     # what a former worker has left
+    scratch.make(job_id)             # before the job starts
+    ...
+    scratch.remove(job_id)           # when the job's processes are gone
+    scratch.empty()                  # while the fork server is there
+    scratch.close()
+
+The directory of a job belongs to the job's user; the leader sees to that before its exec. Most jobs
+leave it empty, and then one system call removes it. For the others the fork server forks a process
+that has only the rights of the job's user. So no link that a job has left can make anybody
+remove what the user could not.
+
+Thread safety: every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import select
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leftovers import Removal
+from messages import wait_ready
+from privileges import CAP_CHOWN, has_capabilities
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+__all__ = ["Scratch", "make_homes"]
+
+logger = logging.getLogger(__name__)
+
+_REMOVAL_S = 2.0  # how long the end of a job waits for this; the removal itself may take longer
+_SWEEP_S = 10.0
+_EMPTY_S = 1.0
+
+
+class Scratch:
+    """The directory `path` with the directories of the jobs; ours alone (flock) until closed.
+
+    `path`: made if it does not exist; None for a temporary directory. `uids`: those that jobs run
+    as; None if they run as the user of this process. With `uids` but without CAP_CHOWN there are no
+    directories, and every method does nothing. Raises BlockingIOError if another worker has the
+    directory, OSError. Attribute: `path`, absolute; None if there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, *, uids: range | None) -> None:
+        self._uids = uids
+        self._clear: Callable[[int | None, str], tuple[socket.socket, int]] | None = None
+        # Guards _removals. Never held during I/O.
+        self._lock = threading.Lock()
+        self._removals: list[Removal] = []  # those that take long
+        self.path: Path | None = None
+        self._temporary = path is None
+        self._fd = -1
+        if uids is not None and not has_capabilities(CAP_CHOWN):
+            logger.warning("jobs have no TMPDIR and no home: this process lacks CAP_CHOWN")
+            return
+        self.path = Path(tempfile.mkdtemp(prefix="job-worker-tmp-") if path is None else path)
+        self.path = self.path.absolute()
+        # Other users may pass through it to their own directories, and not list it.
+        self._fd = _open_directory(self.path, 0o700 if uids is None else 0o711)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def give_to(self, uid: int) -> None:
+        """Let the user `uid` make and remove directories here. Raises OSError."""
+        if self._fd >= 0:
+            os.fchown(self._fd, uid, uid)
+
+    def path_of(self, job_id: str) -> str:
+        """Return the path of a job's directory; "" if there is none."""
+        return f"{self.path}/{job_id}" if self.path else ""
+
+    def make(self, job_id: str) -> None:
+        """Make the directory of a job. Raises OSError."""
+        if self._fd >= 0:
+            os.mkdir(job_id, 0o700, dir_fd=self._fd)
+
+    def remove(self, job_id: str) -> None:
+        """Remove the directory of a job with all that is in it. What cannot be removed stays.
+
+        Blocks until that is done, at most 2 s; then the removal goes on by itself.
+        """
+        self._remove(job_id, time.monotonic() + _REMOVAL_S)
+
+    def sweep(self, clear: Callable[[int | None, str], tuple[socket.socket, int]]) -> None:
+        """Remove what a former worker has left here. Blocks for at most 10 s.
+
+        `clear`: `Spawner.clear`; `remove` uses it, too.
+        """
+        self._clear = clear
+        left = self._remove_all(_SWEEP_S)
+        if left:
+            logger.warning("%d directories of former jobs are still in %s", left, self.path)
+
+    def empty(self) -> None:
+        """Remove all that is here, and end the removals that take long. Blocks for a second."""
+        self._remove_all(_EMPTY_S)
+        with self._lock:
+            removals, self._removals = self._removals, []
+        for removal in removals:
+            removal.end()
+
+    def close(self) -> None:
+        """Leave the directory; remove it if it is temporary."""
+        if self.path is None:
+            return
+        if self._temporary:
+            with contextlib.suppress(OSError):  # something of a job is in it
+                self.path.rmdir()
+        os.close(self._fd)
+
+    def _remove_all(self, timeout_s: float) -> int:
+        """Return how many are left."""
+        deadline = time.monotonic() + timeout_s
+        names = os.listdir(self._fd) if self.path else []
+        names = [name for name in names if _is_uuid(name)]
+        return sum(not self._remove(name, deadline) for name in names)
+
+    def _remove(self, name: str, deadline: float) -> bool:
+        """Return whether the directory is gone."""
+        if self.path is None or self._is_gone(name):
+            return True
+        if self._clear is None or time.monotonic() >= deadline:
+            return False
+        # RuntimeError: the fork server has died. PermissionError: it belongs to none of our users.
+        with contextlib.suppress(OSError, RuntimeError):
+            # A job cannot give its directory to another user.
+            owner = os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_uid
+            removal = Removal(*self._clear(None if self._uids is None else owner, name))
+            with self._lock:
+                self._removals.append(removal)
+            wait_ready(removal.pidfd, select.POLLIN, max(0.0, deadline - time.monotonic()))
+            self._end_finished()
+        return self._is_gone(name)
+
+    def _is_gone(self, name: str) -> bool:
+        try:
+            os.rmdir(name, dir_fd=self._fd)
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        return True
+
+    def _end_finished(self) -> None:
+        with self._lock:
+            ended = [each for each in self._removals if wait_ready(each.pidfd, select.POLLIN, 0)]
+            self._removals = [each for each in self._removals if each not in ended]
+        for removal in ended:
+            removal.end()
+
+
+def make_homes(path: str | os.PathLike[str] | None) -> Path | None:
+    """Make a directory for homes: every user can pass through it, and only we can write to it.
+
+    Returns its absolute path; None if `path` is None. Raises OSError.
+    """
+    if path is None:
+        return None
+    homes = Path(path).absolute()
+    fd = _open_directory(homes, 0o711)
+    owner = os.fstat(fd).st_uid
+    os.close(fd)
+    if owner != os.geteuid():
+        problem = f"it belongs to another user; run: chown {os.geteuid()} {homes}"
+        raise PermissionError(errno.EPERM, problem, str(homes))
+    return homes
+
+
+def _open_directory(path: Path, mode: int) -> int:
+    """Make the directory if it does not exist, give it this mode and open it. Raises OSError."""
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
