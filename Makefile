@@ -19,14 +19,24 @@ requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); p
 help: ## list the targets (what `make` alone does)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
+# An environment whose Python is gone, or has become another version, is made anew.
+ifneq ($(wildcard .venv/runtime),)
+$(shell $(python) -c 'import pip' 2>/dev/null || rm -f .venv/runtime .venv/dev)
+endif
+
+# Where the keys of the CAs are kept elsewhere, as docs/security.md demands, setup makes no certificates.
+trial_certs = if [ -e certs/client-ca.pem ] && ! { [ -e certs/client-ca-key.pem ] && [ -e certs/server-ca-key.pem ]; }; \
+  then echo "certs/ stays as it is: the keys of its CAs are kept elsewhere" >&2; else certs/generate.sh; fi
+
 # Compiled here, because the user who runs the client may not be allowed to write to this directory.
-setup: .venv/runtime certs ## install the packages the server and the client need; make certificates
+setup: .venv/runtime ## install the packages the server and the client need; make certificates
+	@$(trial_certs)
 	@$(python) -m compileall -q $(filter-out test%.py conftest.py %_plugin.py,$(wildcard *.py))
 
 .venv/runtime: requirements/runtime.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "job-worker needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(install) -r requirements/runtime.txt
 	@touch $@
 

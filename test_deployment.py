@@ -386,6 +386,45 @@ def test_setup_installs_only_wheels_with_known_hashes() -> None:
         assert re.search(r" -r requirements/\w+\.txt$", line)
 
 
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What `make setup` needs of a clone; the environment is that of these tests."""
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "certs").mkdir()
+    for name in ("Makefile", "certs/generate.sh", "requirements/runtime.txt", "units.py"):
+        shutil.copy(_HERE / name, tmp_path / name)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    (tmp_path / ".venv/runtime").touch()
+    return tmp_path
+
+
+def _make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", *arguments], cwd=clone, capture_output=True, text=True, check=False
+    )
+
+
+def test_setup_makes_no_certificates_where_the_keys_of_the_cas_are_kept_elsewhere(
+    clone: Path,
+) -> None:
+    """A server without these keys can be upgraded. An expired certificate is the operator's."""
+    assert "made certs/server.pem" in _make(clone, "setup").stdout
+    for key in (clone / "certs").glob("*-key.pem"):
+        key.unlink()
+    run = _make(clone, "setup")
+    assert (run.returncode, run.stdout) == (0, "")
+    assert "certs/ stays as it is" in run.stderr
+    assert _make(clone, "certs").returncode != 0  # asked for by name, it says what is missing
+
+
+def test_setup_makes_an_environment_without_python_anew(clone: Path) -> None:
+    """So the Python of the host may be replaced by another version."""
+    assert "-m venv" not in _make(clone, "--dry-run", "setup").stdout
+    (clone / ".venv/bin").unlink()
+    assert "-m venv --clear .venv" in _make(clone, "--dry-run", "setup").stdout
+
+
 def test_package_with_another_content_is_refused(tmp_path: Path) -> None:
     """With a wrong hash nothing is installed. A source package is none of the candidates."""
     text = (_HERE / "requirements" / "runtime.txt").read_text()
