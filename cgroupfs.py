@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Self
 
 from descriptors import with_reserve
 from privileges import set_process_name
+from processes import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ __all__ = [
     "RETRY_MS",
     "CgroupError",
     "Events",
+    "count_living",
     "dismantle",
     "dissolve",
     "failure",
@@ -183,6 +185,17 @@ class Events:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
+    def fileno(self) -> int:
+        """Return the descriptor, which poll(2) reports with POLLPRI after a change."""
+        return self._fd
+
+    def is_populated(self) -> bool:
+        """Whether a living process is in the cgroup or below it; False if the cgroup is gone."""
+        try:
+            return self.read().get("populated") == "1"
+        except FileNotFoundError:
+            return False
+
     def read(self) -> dict[str, str]:
         """Return the current content. Raises FileNotFoundError if the cgroup is gone."""
         try:
@@ -283,6 +296,15 @@ def _processes(path: Path) -> set[int]:
             if error.errno != errno.EOPNOTSUPP:
                 raise
     return pids - {0}  # a process of another PID namespace is listed as 0
+
+
+def count_living(path: Path) -> int:
+    """Count the processes in the cgroup and below it that are not about to end.
+
+    Raises `CgroupError`.
+    """
+    found = (look(pid) for pid in _processes(path))
+    return sum(each is not None and not each.is_ending for each in found)
 
 
 def remove_tree(path: Path) -> None:

@@ -49,6 +49,7 @@ from cgroupfs import (
     RETRY_MS,
     CgroupError,
     Events,
+    count_living,
     dissolve,
     failure,
     kill_and_remove,
@@ -370,6 +371,25 @@ class Cgroup:
     def signal(self, number: int) -> None:
         """Send a signal to every process in the cgroup and below it: `signal_tree`."""
         signal_tree(self.path, number)
+
+    def events(self) -> Events:
+        """Open its cgroup.events. Raises FileNotFoundError if the cgroup is gone."""
+        return Events(self.path)
+
+    def kill_rest(self) -> int:
+        """Kill every process in the cgroup and below it, and block until all are gone.
+
+        Returns how many processes were killed: 0 for those that were about to end. Raises
+        `CgroupError`.
+        """
+        with contextlib.suppress(FileNotFoundError), self.events() as events:
+            if events.is_populated():
+                killed = count_living(self.path)
+                self.kill()
+                while events.is_populated():
+                    events.wait_change(None)
+                return killed
+        return 0
 
     def wait_empty(self, timeout: float | None = None) -> None:
         """Block until no living process is in the cgroup or below it, or the cgroup is gone.

@@ -19,7 +19,7 @@ import re
 
 from connection import DEFAULT_CERTS, DEFAULT_SERVER
 from profiles import apply_profile
-from units import parse_size
+from units import parse_duration, parse_size
 from version import VERSION
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXIT_UNKNOWN",
     "LIMIT_FIELDS",
+    "TIME_FIELDS",
     "Parser",
     "hide_secrets",
     "make_parsers",
@@ -244,6 +245,7 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
         help="print the job's ID and do not wait for its end",
     )
     _add_signal(subparsers["signal"])
+    _add_grace(subparsers["stop"])
     subparsers["stream"].add_argument(
         "--offset",
         type=_offset,
@@ -342,6 +344,8 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     _add_keep_tmp(parser)
     for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():
         parser.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
+    for option, text in _TIME_OPTIONS.items():
+        parser.add_argument(option, type=_time, metavar="TIME", help=text)
     parser.add_argument(
         "-args",
         "--args",
@@ -396,6 +400,16 @@ def _add_keep_tmp(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_grace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--grace",
+        type=_time,
+        default=0,
+        metavar="TIME",
+        help="send SIGTERM first, and kill what is left after this time, like 10s (default: 0)",
+    )
+
+
 def _add_signal(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-s",
@@ -414,6 +428,13 @@ def _add_signal(parser: argparse.ArgumentParser) -> None:
 def _size(text: str) -> int:
     try:
         return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _time(text: str) -> float:
+    try:
+        return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -453,6 +474,15 @@ _LIMIT_OPTIONS: dict[str, tuple[str, Callable[[str], float], str, str]] = {
     "--pids": ("pids", _count, "N", "processes and threads"),
 }
 LIMIT_FIELDS = [field for field, *_ in _LIMIT_OPTIONS.values()]
+
+_TIME_OPTIONS = {
+    "--timeout": "stop the job after this time, like 30m; 0: never (default: the server's)",
+    "--grace": "how long a job that has timed out may go on after SIGTERM, like 10s; then it is "
+    "killed (default: the server's)",
+    "--linger": "how long other processes that hold the job's output may go on after the command "
+    "has ended, like 2s; then they are killed (default: the server's)",
+}
+TIME_FIELDS = [option.removeprefix("--") for option in _TIME_OPTIONS]
 
 
 # --- hiding secrets -----------------------------------------------------------------------

@@ -14,7 +14,7 @@ import signal
 import sys
 
 import stdin
-from cli import EXIT_UNKNOWN, LIMIT_FIELDS, printable
+from cli import EXIT_UNKNOWN, LIMIT_FIELDS, TIME_FIELDS, printable
 from connection import ClientError
 from credentials import login, logout, whoami
 from display import describe, print_json, print_table, state_of, to_dict
@@ -51,7 +51,8 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
 
     from variables import read_variables
 
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in LIMIT_FIELDS}
+    names = (*LIMIT_FIELDS, *TIME_FIELDS)
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     options |= {"env": read_variables(arguments.env_files, arguments.env), "cwd": arguments.cwd}
     options["stdin"] = arguments.stdin
     options["keep_tmp"] = arguments.keep_tmp
@@ -175,7 +176,7 @@ def _warn(text: str) -> None:
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
     def stop(job_id: str) -> None:
-        state = state_of(to_dict(client.stop(job_id)))
+        state = state_of(to_dict(client.stop(job_id, grace=arguments.grace)))
         print(state if len(arguments.job) == 1 else f"{printable(job_id)} {state}")
 
     _for_each(arguments.job, stop)

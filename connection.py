@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from typing import Any, Self
 
+    from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
 
     import workerservice_pb2 as worker_pb
@@ -271,6 +272,9 @@ class Client:
         name: str = "",
         labels: Mapping[str, str] | None = None,
         keep_tmp: bool = False,
+        timeout: float | None = None,
+        grace: float | None = None,
+        linger: float | None = None,
         **limits: Any,
     ) -> str:
         """Start a job and return its ID.
@@ -279,6 +283,9 @@ class Client:
         `env`: environment variables beside those that every job has. `cwd`: the directory in which
         the job begins, on the server; a relative path begins at the user's home; "" is the home.
         `keep_tmp`: keep the job's TMPDIR as long as the job; its status names the directory.
+        `timeout`, `grace`, `linger`: in seconds; the server's default applies to None. See
+        StartJobRequest in the .proto.
+
         `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
         default applies to a field that is absent or None. `request_id`: a UUID; default: a new
         one. A second start with the same UUID starts nothing and returns the first one's job. So
@@ -299,6 +306,9 @@ class Client:
             labels=labels,
             keep_tmp=keep_tmp,
         )
+        for field, value in (("timeout", timeout), ("grace", grace), ("linger", linger)):
+            if value is not None:
+                _set(getattr(request, field), value)
         for pause_s in _REPEAT_AFTER_S:
             try:
                 return self._start(request)
@@ -312,10 +322,15 @@ class Client:
         job_id: str = self._call(self._worker.StartJob, request).job_id
         return job_id
 
-    def stop(self, job_id: str) -> worker_pb.Job:
-        """Kill every process of the job; return the job when they are gone."""
+    def stop(self, job_id: str, *, grace: float = 0) -> worker_pb.Job:
+        """Kill every process of the job; return the job when they are gone.
+
+        `grace`: for how many seconds the job may go on after SIGTERM; 0 kills it at once.
+        """
         request = self._worker_pb.StopJobRequest(job_id=job_id)
-        job: worker_pb.Job = self._call(self._worker.StopJob, request).job
+        if grace:
+            _set(request.grace, grace)
+        job: worker_pb.Job = self._call(self._worker.StopJob, request, more_s=grace).job
         return job
 
     def signal(self, job_id: str, signal: str | int, *, everything: bool = False) -> None:
@@ -486,10 +501,12 @@ class Client:
             raise ClientError("this is not a token; log in again, or check -t and JOBWORKER_TOKEN")
         return (("authorization", f"Bearer {self.token}"),)
 
-    def _call(self, method: Any, request: Message, *, with_token: bool = True) -> Any:
+    def _call(
+        self, method: Any, request: Message, *, with_token: bool = True, more_s: float = 0
+    ) -> Any:
         metadata = self._metadata() if with_token else ()
         try:
-            return method(request, timeout=CALL_TIMEOUT_S, metadata=metadata)
+            return method(request, timeout=CALL_TIMEOUT_S + more_s, metadata=metadata)
         except self._rpc_error as error:
             raise self._explain(error) from error
 
@@ -507,6 +524,12 @@ def check_address(server: str) -> None:
         parse_address(server)
     except ValueError as error:
         raise ClientError(f"the server {error}; see --server and JOBWORKER_SERVER") from None
+
+
+def _set(duration: Duration, seconds: float) -> None:
+    # A Duration has no more than some 10,000 years.
+    duration.seconds, duration.nanos = int(min(seconds, 1e11)), int(seconds % 1 * 1e9)
+    duration.SetInParent()  # or a field of 0 s would be absent
 
 
 def _is_token(text: str) -> bool:

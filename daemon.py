@@ -8,7 +8,8 @@
 SIGTERM and SIGINT end the server, SIGHUP makes it reload. The service manager (systemd) is told by
 the protocol of sd_notify(3), if it asks for that: Type=notify and WatchdogSec= of the unit.
 
-Threads: the main thread waits for signals, the thread `reload` does what SIGHUP asks for.
+Threads: the main thread waits for signals, the thread `reload` does what SIGHUP asks for. While the
+main thread stops the server, the thread `hurry` waits for another SIGTERM or SIGINT.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "WATCHDOG_S",
@@ -41,8 +42,10 @@ logger = logging.getLogger("server")
 
 WATCHDOG_S = 4.5  # so long after the signal to end, the process ends, even if something hangs
 
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-_JOIN_S = 1.0  # for the thread `reload`
+_WATCHDOG_AFTER_GRACE_S = 1.5  # likewise, after the jobs' grace
+_ENDS = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = _ENDS | {signal.SIGHUP}
+_JOIN_S = 1.0  # for the threads `reload` and `hurry`
 _TELL_S = 1.0  # for the service manager to take a message
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
@@ -52,15 +55,16 @@ class Servable(Protocol):
 
     address: str
     grpc_threads: frozenset[threading.Thread]
+    shutdown_grace_s: float
 
     def reload(self) -> None:
         """Read again what may have changed."""
 
     def stop(self) -> None:
-        """End the jobs and the streams."""
+        """End the jobs, after their grace, and the streams."""
 
     def kill_jobs(self) -> None:
-        """End the jobs alone."""
+        """End the jobs alone, at once; also while `stop` waits for their grace."""
 
     def in_use(self) -> str:
         """Return what is in use, in a few words."""
@@ -110,7 +114,7 @@ def serve(server: Servable, manager: ServiceManager) -> None:
     """Serve until SIGTERM or SIGINT, then stop the server; reload at SIGHUP."""
     manager.tell("READY=1", f"STATUS={server.in_use()}")
     reloader = _Reloader(server.reload, manager)
-    while (number := _next_signal(manager.interval_s)) not in (signal.SIGTERM, signal.SIGINT):
+    while (number := _next_signal(manager.interval_s)) not in _ENDS:
         if number is None:
             # `in_use` takes locks of the server. If one of them is never released, this thread
             # hangs, and the manager restarts the server.
@@ -120,8 +124,10 @@ def serve(server: Servable, manager: ServiceManager) -> None:
             reloader.request()
     logger.info("%s: shutting down", signal.Signals(number).name)
     manager.tell("STOPPING=1", "STATUS=ending the jobs")
-    faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
-    server.stop()
+    watchdog_s = max(WATCHDOG_S, server.shutdown_grace_s + _WATCHDOG_AFTER_GRACE_S)
+    faulthandler.dump_traceback_later(watchdog_s, exit=True)
+    with _hurried(server.kill_jobs):
+        server.stop()
     reloader.close()
     faulthandler.cancel_dump_traceback_later()
 
@@ -132,6 +138,29 @@ def _next_signal(timeout_s: float | None) -> int | None:
         return signal.sigwait(_SIGNALS)
     taken = signal.sigtimedwait(_SIGNALS, timeout_s)
     return taken.si_signo if taken else None
+
+
+@contextlib.contextmanager
+def _hurried(hurry: Callable[[], None]) -> Iterator[None]:
+    """Within this context the first SIGTERM or SIGINT calls `hurry`."""
+    is_over = threading.Event()
+
+    def wait() -> None:
+        number = signal.sigwait(_ENDS)
+        if not is_over.is_set():
+            logger.info("%s: killing the jobs", signal.Signals(number).name)
+            hurry()
+
+    # A daemon, so that a `hurry` which hangs does not keep the program alive.
+    thread = threading.Thread(target=wait, name="hurry", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        if thread.is_alive():
+            os.kill(os.getpid(), signal.SIGTERM)  # for `sigwait`; all threads block it
+        thread.join(_JOIN_S)
 
 
 class _Reloader:

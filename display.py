@@ -39,6 +39,8 @@ def to_dict(message: Message) -> dict[str, Any]:
             result[field.name] = None
         elif field.message_type and field.message_type.full_name == "google.protobuf.Timestamp":
             result[field.name] = _time(value)
+        elif field.message_type and field.message_type.full_name == "google.protobuf.Duration":
+            result[field.name] = value.seconds + value.nanos / 1e9
         elif field.message_type:
             result[field.name] = to_dict(value)
         elif field.enum_type:
@@ -66,6 +68,7 @@ def describe(job: worker_pb.Job) -> str:
         "output": _output(job),
         "subscribers": ", ".join(job.subscribers) or "-",
         "limits": _limits(fields["limits"]),
+        "timeout": "none" if fields["timeout"] is None else f"{fields['timeout']:g} s",
         "used": _usage(fields["usage"]),
     }
     return "\n".join(f"{name:<12}{printable(value)}" for name, value in lines.items())
@@ -88,6 +91,8 @@ def state_of(job: dict[str, Any]) -> str:
         "EXITED": f"exited with code {job['exit_code']}",
         "SIGNALLED": f"killed by {_signal_name(job['signal'])}",
     }.get(job["end_reason"], job["end_reason"].lower().replace("_", " "))
+    if count := job.get("killed_after_exit"):
+        reason += f"; {count} of its processes went on and {'was' if count == 1 else 'were'} killed"
     left = "; a process of it may still run: the server has no cgroups"
     return f"{status} ({reason}{left if job.get('may_have_escaped') else ''})"
 

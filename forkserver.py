@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import inherited
 import processes
 from cgroupfs import dismantle, signal_tree
+from children import children, ended_child, group_is_gone, kill_group, kill_leader
 from leader import Grants, become, clone, clone_works, detach, limit, popen, wait_and_execute
 from leftovers import clear, clear_directory
 from messages import AttachError, close_all, failure, receive, send, wait_ready
@@ -107,8 +108,13 @@ class _ForkServer:
         self._leaders: dict[int, _Leader] = {}  # by pid
         self._pids: dict[str, int] = {}  # the pids of _leaders, by job
         self._exit_fds: dict[int, int] = {}  # by process group whose leader has been reaped
-        # Without cgroups: what was killed and may not be gone yet, by leader; other children.
+        # Without cgroups, by leader: the other processes of the job when it last got a signal;
+        # what was killed and may not be gone yet.
+        self._signalled: dict[int, list[processes.Entry]] = {}
         self._killed: dict[int, set[processes.Entry]] = {}
+        # Without cgroups: the leaders that have ended and are not reaped, because others of their
+        # jobs may go on. As long as a leader is a zombie, no stranger can have its number.
+        self._zombies: set[int] = set()
         # By pid of a process that removes what jobs have left: the TMPDIR that it empties, if any.
         self._clearing: dict[int, str | None] = {}
 
@@ -186,6 +192,7 @@ class _ForkServer:
                     self._reap_some()
                     if request["job"] in self._pids:
                         self._kill_or_reap(self._pids[request["job"]])
+                        self._close_exit_pipes()
                 case "signal":
                     self._signal(request)
                 case "clear":
@@ -267,17 +274,29 @@ class _ForkServer:
         Reports the end of leaders, and closes the exit pipe of each process group that is gone.
         """
         reaped = 0
-        while reaped < _REAPED_AT_ONCE and (pid := _ended_child()) is not None:
+        while reaped < _REAPED_AT_ONCE and (pid := ended_child(self._zombies)) is not None:
             self._reap(pid)
             reaped += 1
-        for group in list(self._exit_fds):  # few: groups do not outlive their leader for long
-            if _group_is_gone(group) and not self._has_killed_that_live(group):
-                os.close(self._exit_fds.pop(group))
-                self._killed.pop(group, None)
+        if self._zombies:
+            orphans = self._other_children()
+            for pid in [each for each in self._zombies if not self._has_others(each, orphans)]:
+                self._reap(pid, is_final=True)
+        self._close_exit_pipes()
         return reaped == _REAPED_AT_ONCE
 
-    def _reap(self, pid: int) -> None:
-        """Reap a child that has ended."""
+    def _close_exit_pipes(self) -> None:
+        """Close the exit pipe of each process group that is gone."""
+        for group in list(self._exit_fds):  # few: groups do not outlive their leader for long
+            if group_is_gone(group) and not self._has_killed_that_live(group):
+                os.close(self._exit_fds.pop(group))
+                self._killed.pop(group, None)
+
+    def _reap(self, pid: int, *, is_final: bool = False) -> None:
+        """Reap a child that has ended, and report a leader's end.
+
+        Without cgroups, what is left of the leader's job is killed first if `is_final`. If not,
+        and something is left, the end is reported, and the leader remains a zombie.
+        """
         leader = self._leaders.get(pid)
         if leader is None:
             os.waitpid(pid, 0)  # an orphan of some job
@@ -285,74 +304,97 @@ class _ForkServer:
                 with contextlib.suppress(OSError):  # something is left in it
                     os.rmdir(tmp)
             return
-        # Before the leader is reaped, no other process group can have its number.
-        _kill_group(pid)
-        may_have_escaped = self._jobs_cgroup is None and self._kill_orphans(pid)
+        end: dict[str, float | bool] = {}
+        if self._jobs_cgroup is None:
+            is_final = is_final or pid in self._killed
+            if not is_final and self._has_others(pid, self._other_children()):
+                self._zombies.add(pid)
+                info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+                assert info is not None  # noqa: S101 -- without WNOHANG there is one
+                name = "exit_code" if info.si_code == os.CLD_EXITED else "signal"
+                _report(leader, {name: info.si_status, "is_final": False})
+                return
+            killed, may_have_escaped = self._kill_orphans(pid)
+            end = {"killed": killed, "may_have_escaped": may_have_escaped}
+            # Before the leader is reaped, no other process group can have its number.
+            kill_group(pid)
         _, status, usage = os.wait4(pid, 0)
         del self._leaders[pid], self._pids[leader.job]
+        self._zombies.discard(pid)
+        self._signalled.pop(pid, None)
         self._exit_fds[pid] = leader.exit_fd
         code = os.waitstatus_to_exitcode(status)
-        end: dict[str, float | bool] = {"exit_code": code} if code >= 0 else {"signal": -code}
+        end |= {"exit_code": code} if code >= 0 else {"signal": -code}
         end |= {
             "cpu_user_s": usage.ru_utime,
             "cpu_system_s": usage.ru_stime,
             "max_rss_bytes": usage.ru_maxrss * 1024,
-            "may_have_escaped": may_have_escaped,
         }
-        with contextlib.suppress(BrokenPipeError):  # the main process no longer waits for it
-            os.write(leader.exit_fd, json.dumps(end).encode() + b"\n")
+        _report(leader, end)
 
     def _kill_or_reap(self, pid: int) -> None:
         """Kill a leader and its group; reap it if it has ended, whatever else has."""
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            self._reap(pid)
+            self._reap(pid, is_final=True)
         else:
             if self._jobs_cgroup is None:
                 self._kill_members(pid)
-            _kill_leader(pid)
+            kill_leader(pid)
 
-    def _kill_members(self, leader: int) -> None:
-        """Kill the leader and all that belongs to its job, without a cgroup."""
+    def _kill_members(self, leader: int) -> int:
+        """Kill the leader and all that belongs to its job, without a cgroup.
+
+        Returns how many other processes were killed: 0 for those that were about to end.
+        """
         killed = self._killed.setdefault(leader, set())
+        count = 0
         # First stop them: a process that forked while its parent is killed would show no parent.
         with contextlib.suppress(PermissionError):
             os.kill(leader, signal.SIGSTOP)  # it has not been reaped
         for _ in range(_ROUNDS):
+            known = {*killed, *self._signalled.get(leader, ())}
             found = [
                 each
-                for each in processes.members(processes.table(), leader)
-                if not _contains(killed, each)
+                for each in processes.members(processes.table(), leader, known)
+                if not processes.contains(killed, each)
             ]
             for each in found:
                 processes.send_signal(each, signal.SIGSTOP)
             killed.update(found)
+            count += sum(not each.is_ending for each in found)
             if not found:
                 break
-        _kill_leader(leader)
+        kill_leader(leader)
         for each in killed:
             processes.send_signal(each, signal.SIGKILL)
+        return count
 
-    def _kill_orphans(self, leader: int) -> bool:
-        """Kill what a leader that has ended left in its session; whether more may be alive.
+    def _kill_orphans(self, leader: int) -> tuple[int, bool]:
+        """Kill what a leader that has ended left behind.
 
-        A process that has left the session and lost its parents could be of any job that started
-        before it.
+        Returns how many processes were killed, and whether more may be alive. A process that has
+        left the session and lost its parents could be of any job that started before it, unless
+        it was found before.
         """
         if not self._other_children():
-            return False
-        self._kill_members(leader)
-        began = processes.look(leader)
+            return 0, False
+        count = self._kill_members(leader)
         killed = set[processes.Entry]().union(*self._killed.values())
+        left = [each for each in self._other_children() if not processes.contains(killed, each)]
+        return count, self._has_others(leader, left)
+
+    def _has_others(self, leader: int, orphans: list[processes.Entry]) -> bool:
+        """Whether one of these may be of the job whose leader has ended and is not reaped."""
+        began = processes.look(leader)
         return any(
-            each.session not in self._leaders
-            and not _contains(killed, each)
-            and (began is None or each.start >= began.start)
-            for each in self._other_children()
+            each.session == leader
+            or (each.session not in self._leaders and (began is None or each.start >= began.start))
+            for each in orphans
         )
 
     def _other_children(self) -> list[processes.Entry]:
         """Return the living children that are neither leaders nor ours: orphans of jobs."""
-        found = (processes.look(pid) for pid in _children())
+        found = (processes.look(pid) for pid in children())
         ours = self._leaders.keys() | self._clearing.keys()
         return [each for each in found if each and each.lives and each.pid not in ours]
 
@@ -370,20 +412,27 @@ class _ForkServer:
         if number not in signal.valid_signals():
             raise ValueError("not a signal")
         self._check_uid(uid)
-        # Until this process reaps the leader, no other process or group can have its number.
-        pid = self._pids.get(job)
-        if pid is None or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            raise ProcessLookupError(errno.ESRCH, "the leader has ended")
-        if not request["everything"]:
-            _as_user(uid, os.kill, pid, number)
-        elif self._jobs_cgroup is not None:
+        everything = request["everything"]
+        if everything and self._jobs_cgroup is not None:
+            if not _is_name(job):
+                raise PermissionError(errno.EPERM, "not a job's name")
             send = functools.partial(_as_user, uid, signal.pidfd_send_signal)
             signal_tree(f"{self._jobs_cgroup}/{job}", number, send)
-        else:
-            others = processes.members(processes.table(), pid)
-            _as_user(uid, os.kill, pid, number)
-            for each in others:
-                _as_user(uid, processes.send_signal, each, number)
+            return
+        # Until this process reaps the leader, no other process or group can have its number.
+        pid = self._pids.get(job)
+        if pid is None or (
+            not everything and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        ):
+            raise ProcessLookupError(errno.ESRCH, "the leader has ended")
+        others = []
+        if everything:
+            known = self._signalled.get(pid, ())
+            others = processes.members(processes.table(), pid, known)
+            self._signalled[pid] = others  # the signal may end the parents that show whose they are
+        _as_user(uid, os.kill, pid, number)
+        for each in others:
+            _as_user(uid, processes.send_signal, each, number)
 
     def _kill_everything(self) -> None:
         if self._jobs_cgroup is not None:
@@ -393,15 +442,15 @@ class _ForkServer:
                 os.write(kill_fd, b"1")
                 os.close(kill_fd)
         for pid in self._leaders:
-            _kill_leader(pid)
+            kill_leader(pid)
         # A process that left its group and has no cgroup becomes a child of this process, the
         # subreaper, when its ancestors die.
-        while children := _children():
-            for pid in children:
+        while found := children():
+            for pid in found:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
             os.waitpid(-1, 0)
-            while _ended_child() is not None:
+            while ended_child() is not None:
                 os.waitpid(-1, 0)
 
 
@@ -438,7 +487,7 @@ def _clear(
         os._exit(0)
 
 
-# --- signals and children -----------------------------------------------------------------
+# --- signals -----------------------------------------------------------------
 
 
 def set_signals() -> None:
@@ -477,55 +526,10 @@ def _as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, 
         prctl(PR_SET_DUMPABLE, 0)  # a change of the uid resets it
 
 
-def _kill_group(group: int) -> None:
-    # EPERM: this process may change users but not kill theirs. Then there are cgroups.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def _kill_leader(pid: int) -> None:
-    """Kill a leader that has not been reaped, and its group, if it has made one by now."""
-    _kill_group(pid)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _ended_child() -> int | None:
-    """Return a child that has ended, without reaping it."""
-    try:
-        info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return None
-    return info.si_pid if info else None
-
-
-def _contains(entries: set[processes.Entry], entry: processes.Entry) -> bool:
-    """Whether the process is among these, in whatever state it was then."""
-    return any(each.pid == entry.pid and each.start == entry.start for each in entries)
-
-
-def _group_is_gone(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True  # the usual case, and cheaper than waitid, which looks at every child
-    except PermissionError:
-        pass
-    try:
-        os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return True
-    return False
-
-
-def _children() -> list[int]:
-    """List the children."""
-    pid = os.getpid()
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
-            return [int(child) for child in file.read().split()]
-    except OSError:  # not every kernel has this file
-        return [each.pid for each in processes.table().values() if each.parent == pid]
+def _report(leader: _Leader, end: dict[str, float | bool]) -> None:
+    """Tell the main process how a leader ended."""
+    with contextlib.suppress(BrokenPipeError):  # the main process no longer waits for it
+        os.write(leader.exit_fd, json.dumps(end).encode() + b"\n")
 
 
 def _main(argv: Sequence[str]) -> NoReturn:

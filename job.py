@@ -1,8 +1,9 @@
 """One job: what is known of it (`Job`), and the object that looks after it (`RunningJob`).
 
 Each running job has a thread of its own. The thread moves the output from the job's pipe to
-its output log until the leader has ended, kills what the leader left behind, moves the rest of
-the output and makes the one transition out of RUNNING. Nothing else ends a job.
+its output log until the leader has ended. If the leader ended by itself, the thread lets other
+processes go on that hold the output (`ending.py`). Then it kills what the leader left behind,
+moves the rest of the output and makes the one transition out of RUNNING. Nothing else ends a job.
 
     job = RunningJob(work, spare, ...)
     spare.thread.give(job.job_id, job.run)
@@ -29,26 +30,28 @@ import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
+from buffers import LARGE_PIPE_BYTES, rest_ms
 from cgroups import CgroupError
+from ending import await_others
 from errors import InputError, SignalError
 from limits import NO_LIMITS, Limits, Usage
 from spawner import Exit, SpawnerDiedError, read_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from broadcaster import Gap
     from budget import Budget
+    from buffers import Buffers
     from cgroups import Cgroup
+    from ending import Ending
     from jobinput import InputWriter, JobInput
     from spares import Spare
     from spawner import Spawner
 
 __all__ = [
-    "Buffers",
     "EndReason",
     "Job",
     "RunningJob",
@@ -59,21 +62,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_LARGE_PIPE_BYTES = 1024 * 1024  # the most that an unprivileged process may ask for (pipe(7))
-_BUFFER_BYTES = _LARGE_PIPE_BYTES  # so that one read empties a pipe
-_BUFFERS = 4
-_SMALL_BUFFER_BYTES = 64 * 1024  # a pipe's size before it grows
-# For how long a job's pipe is left alone after it was emptied: see _rest_ms.
-_TINY_BYTES = 4096
-_TINY_REST_MS = 4
-_REST_MS = 1
+_DAY_S = 24 * 3600
 
 
 class Status(Enum):
     """RUNNING becomes one of the others, once, when the output is complete."""
 
     RUNNING = "running"
-    STOPPED = "stopped"  # `Worker.stop` or `Worker.close` ended it
+    STOPPED = "stopped"  # `Worker.stop`, `Worker.close` or the job's timeout ended it
     FINISHED = "finished"  # it ended in any other way
 
 
@@ -87,7 +83,11 @@ class EndReason(Enum):
     # By the kernel, which needed memory: all jobs together reached their bound, or the host its.
     HOST_OUT_OF_MEMORY = "host out of memory"
     CLOSED = "closed"  # by `Worker.close`
+    TIMED_OUT = "timed out"  # it ran for longer than the timeout that it was started with
     LOST = "lost"  # the fork server died, so nobody knows how the leader ended
+
+
+_STOPS = EndReason.STOPPED, EndReason.CLOSED, EndReason.TIMED_OUT
 
 
 class UsageSource(Enum):
@@ -127,6 +127,9 @@ class Job:
     input_bytes: int | None = None  # that its stdin has taken; None if its stdin is /dev/null
     input_ended: bool = False  # whether it gets no more of them
     output_gap: Gap | None = None  # where output is not kept; None if all is
+    # How many processes were killed because they went on after the leader had ended by itself.
+    killed_after_exit: int = 0
+    timeout: float | None = None  # in seconds, as given to `Worker.start`
 
 
 class Work(NamedTuple):
@@ -141,36 +144,9 @@ class Work(NamedTuple):
     directory: str
     name: str
     labels: Mapping[str, str]
+    ending: Ending
     stdin: bool = False
     keep_tmp: bool = False
-
-
-class Buffers:
-    """The memory that output passes through between a job's pipe and its file.
-
-    All jobs share a few large buffers. With one for each, a thousand jobs would take a gigabyte,
-    and most jobs are silent. A job that finds no large buffer free gets a small one of its own
-    and does not wait: a read of a pipe can take for ever, because any process that has the pipe
-    can keep the kernel's lock of it (splice(2) from an idle socket does).
-    """
-
-    def __init__(self) -> None:
-        self._free: SimpleQueue[memoryview] = SimpleQueue()
-        for _ in range(_BUFFERS):
-            self._free.put(memoryview(bytearray(_BUFFER_BYTES)))
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[memoryview]:
-        """Lend a buffer within this context. Does not block."""
-        try:
-            buffer = self._free.get_nowait()
-        except Empty:
-            yield memoryview(bytearray(_SMALL_BUFFER_BYTES))
-            return
-        try:
-            yield buffer
-        finally:
-            self._free.put(buffer)
 
 
 class RunningJob:
@@ -217,6 +193,7 @@ class RunningJob:
         self._on_end = work.on_end
         self._directory = work.directory
         self._kept_tmp = kept_tmp
+        self._ending = work.ending
         self._cgroup = cgroup
         self._limits = cgroup.limits if cgroup else NO_LIMITS
         self._spawner = spawner
@@ -235,11 +212,13 @@ class RunningJob:
         # Set by the first `kill` that found the leader alive.
         self._kill_reason: EndReason | None = None
         self._stop_reason = ""
+        self._grace_until_s: float | None = None  # set by the first `terminate`, likewise
         self._status = Status.RUNNING
         self._end_reason: EndReason | None = None
         self._exit = Exit()
         self._ended_at: datetime | None = None
         self._usage: Usage | None = None  # the final one
+        self._killed_after_exit = 0
 
     def snapshot(self, *, live_usage: bool = True) -> Job:
         """Return what is known now; `live_usage`: read the usage of a job that still runs."""
@@ -275,6 +254,8 @@ class RunningJob:
                 labels=self.labels,
                 input_bytes=self._input.size if self._input else None,
                 input_ended=self._input is not None and self._input.is_over,
+                killed_after_exit=self._killed_after_exit,
+                timeout=self._ending.timeout,
             )
 
     def ended(self) -> bool:
@@ -298,11 +279,30 @@ class RunningJob:
                 self._kill_reason, self._stop_reason = reason, stop_reason
         self._kill_processes()
 
+    def terminate(self, reason: EndReason, stop_reason: str, grace_s: float) -> bool:
+        """SIGTERM every process of the job, which may go on for `grace_s`. Does not wait.
+
+        Whoever calls this must call `kill` after the grace. Returns False if no signal was sent.
+        """
+        with self._ended:
+            if self._status is not Status.RUNNING:
+                return False
+            if self._kill_reason is None and not _is_readable(self._pidfd):
+                self._kill_reason, self._stop_reason = reason, stop_reason
+                self._grace_until_s = time.monotonic() + grace_s
+        with contextlib.suppress(SignalError, OSError, SpawnerDiedError):  # `kill` is what is left
+            self.signal(signal.SIGTERM, everything=True)
+            self.signal(signal.SIGCONT, everything=True)  # or a stopped process could not end
+            return True
+        return False
+
     def signal(self, number: int, *, everything: bool) -> None:
         """Send a signal to the leader, or to every process. Raises as `Worker.signal` does."""
         with self._ended:
-            if self._status is not Status.RUNNING or _is_readable(self._pidfd):
+            if self._status is not Status.RUNNING:
                 raise SignalError(self.job_id, "it has ended")
+            if not everything and _is_readable(self._pidfd):
+                raise SignalError(self.job_id, "its command has ended")
             if not everything:
                 # EPERM: the leader runs as another user. The fork server has the right.
                 with contextlib.suppress(PermissionError):
@@ -340,7 +340,8 @@ class RunningJob:
         try:
             leader_exit = self._await_leader()
             ended_at = self._now()
-            self._finish_processes(lost=leader_exit is None)
+            self._await_others(leader_exit)
+            leader_exit = self._finish_processes(leader_exit)
             usage = self._final_usage(leader_exit)
             with self._ended:
                 self._usage = usage  # from now on nobody reads the cgroup, which is removed below
@@ -374,25 +375,64 @@ class RunningJob:
         either.register(leader, select.POLLIN)
         either.register(output, select.POLLIN)
         moved_at, moved = time.monotonic(), 0
+        timeout = self._ending.timeout
+        alarm_s = None if timeout is None else self._started_s + timeout
         while True:
-            events = dict(either.poll())
+            events = dict(either.poll(None if alarm_s is None else _milliseconds_to(alarm_s)))
             now = time.monotonic()
+            if alarm_s is not None and now >= alarm_s:
+                alarm_s = self._time_out()
             is_readable = events.get(output, 0) & select.POLLIN
             size = self._move_output() if is_readable else 0
             if leader in events:
                 return read_exit(leader)
             if is_readable:
-                rest_ms = _rest_ms(size, moved, now - moved_at, pipe_bytes)
-                if rest_ms:
-                    end.poll(rest_ms)
-                elif pipe_bytes < _LARGE_PIPE_BYTES:
+                pause_ms = rest_ms(size, moved, now - moved_at, pipe_bytes)
+                if pause_ms:
+                    end.poll(pause_ms)
+                elif pipe_bytes < LARGE_PIPE_BYTES:
                     # Only for a job that fills its pipe: the pipes of one user share a quota of
                     # memory, and beyond the quota a new pipe has 8 KiB (pipe(7)).
                     with contextlib.suppress(OSError):  # the quota is used up
-                        pipe_bytes = fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, _LARGE_PIPE_BYTES)
+                        pipe_bytes = fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, LARGE_PIPE_BYTES)
                 moved_at, moved = now, size
             elif output in events:
                 either.unregister(output)  # the job closed its output, and runs on
+
+    def _time_out(self) -> float | None:
+        """Stop the job, which has run for too long, unless somebody else stops it.
+
+        Returns when this is to be called again, by `time.monotonic`; None for never.
+        """
+        with self._ended:
+            is_first = self._kill_reason is None
+            is_mine = is_first or self._kill_reason is EndReason.TIMED_OUT
+        grace = self._ending.grace
+        if is_first and grace and self.terminate(EndReason.TIMED_OUT, "", grace):
+            return time.monotonic() + grace
+        if is_mine:
+            self.kill(EndReason.TIMED_OUT)
+        return None
+
+    def _await_others(self, leader_exit: Exit | None) -> None:
+        """Let other processes of the job go on for a while after the leader's end."""
+        with self._ended:
+            is_stopped, until_s = self._kill_reason is not None, self._grace_until_s
+        if leader_exit is None or (self._cgroup is None and leader_exit.is_final):
+            return  # the fork server has died, or has found no others
+        if not is_stopped:
+            if not self._ending.linger:
+                return
+            until_s = time.monotonic() + self._ending.linger
+        if until_s is not None:
+            await_others(
+                self._output_fd,
+                self._exit_fd,
+                self._cgroup,
+                until_s,
+                move=self._move_output,
+                holders_only=not is_stopped,
+            )
 
     def _move_output(self, most: int | None = None) -> int:
         """Store what is in the job's pipe, at most a buffer of it or `most` bytes.
@@ -413,20 +453,31 @@ class RunningJob:
         while left and (size := self._move_output(left)):
             left -= size
 
-    def _finish_processes(self, *, lost: bool) -> None:
-        """Kill what the leader left behind and block until it is gone."""
+    def _finish_processes(self, leader_exit: Exit | None) -> Exit | None:
+        """Kill what the leader left behind, block until it is gone; return the leader's end."""
+        killed = 0
         if self._cgroup is not None:
-            self._cgroup.kill()
-            self._cgroup.wait_empty()
-        elif lost:
+            killed = self._cgroup.kill_rest()
+        elif leader_exit is None:
             # The fork server, which would do it, is dead. The number of the process group
             # cannot be a stranger's as long as the leader lives.
             if not _is_readable(self._pidfd):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._pid, signal.SIGKILL)
             _is_readable(self._pidfd, timeout=None)
-        if not lost:
-            read_exit(self._exit_fd)  # end-of-file: the process group is gone
+        elif not leader_exit.is_final:
+            with contextlib.suppress(SpawnerDiedError):
+                self._spawner.kill(self.job_id)
+        if leader_exit is None:
+            return None
+        while (more := read_exit(self._exit_fd)) is not None:  # then the process group is gone
+            leader_exit = more
+        if not leader_exit.is_final:  # the fork server has died
+            leader_exit = leader_exit._replace(may_have_escaped=True)
+        with self._ended:
+            if self._kill_reason is None:
+                self._killed_after_exit = killed + leader_exit.killed
+        return leader_exit
 
     def _final_usage(self, leader_exit: Exit | None) -> Usage | None:
         if self._cgroup is not None:
@@ -459,7 +510,7 @@ class RunningJob:
             if self._status is not Status.RUNNING:
                 raise RuntimeError(f"job {self.job_id} has ended already")
             self._end_reason = self._find_end_reason_locked(leader_exit)
-            is_stopped = self._end_reason in (EndReason.STOPPED, EndReason.CLOSED)
+            is_stopped = self._end_reason in _STOPS
             self._status = Status.STOPPED if is_stopped else Status.FINISHED
             self._exit = leader_exit or Exit(may_have_escaped=self._cgroup is None)
             self._ended_at = ended_at
@@ -480,6 +531,8 @@ class RunningJob:
     def _find_end_reason_locked(self, leader_exit: Exit | None) -> EndReason:
         if leader_exit is None:
             return EndReason.LOST
+        if self._grace_until_s is not None and self._kill_reason is not None:
+            return self._kill_reason  # whatever the leader made of SIGTERM
         if leader_exit.signal is None:
             return EndReason.EXITED
         if leader_exit.signal == signal.SIGKILL:
@@ -492,19 +545,9 @@ class RunningJob:
         return EndReason.SIGNALLED
 
 
-def _rest_ms(size: int, before: int, time_s: float, pipe_bytes: int) -> int:
-    """Return for how many milliseconds to leave a job alone that wrote `size` in `time_s`.
-
-    What the job writes meanwhile is moved, stored and sent in one piece. The fewer pieces, the
-    more of the machine is left for the job. `before`: how much was moved when `time_s` began.
-
-    0 if the pipe might be full after such a rest, because the job would have to wait then. That
-    is the case if it was half full either time: the job may have spent most of `time_s` waiting
-    for room.
-    """
-    rest_ms = _TINY_REST_MS if size < _TINY_BYTES else _REST_MS
-    expected = size * rest_ms / 1000 / max(time_s, 1e-6)
-    return rest_ms if max(before, size, expected) <= pipe_bytes / 2 else 0
+def _milliseconds_to(moment_s: float) -> float:
+    """Return the time until then, for poll(2): at most a day, because its timeout is an int."""
+    return min(max(0.0, moment_s - time.monotonic()), _DAY_S) * 1000
 
 
 def _is_readable(pidfd: int, timeout: float | None = 0) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import workerservice_pb2 as worker_pb
+from durations import duration
 from worker import EndReason, Gap, Job, Limits, Status, Usage, UsageSource
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _END_REASONS = {
     EndReason.OUT_OF_MEMORY: worker_pb.END_REASON_OUT_OF_MEMORY,
     EndReason.HOST_OUT_OF_MEMORY: worker_pb.END_REASON_HOST_OUT_OF_MEMORY,
     EndReason.CLOSED: worker_pb.END_REASON_SERVER_SHUTDOWN,
+    EndReason.TIMED_OUT: worker_pb.END_REASON_TIMED_OUT,
     EndReason.LOST: worker_pb.END_REASON_LOST,
 }
 # The service passes these reasons to `Worker.stop` and finds them again in `Job.stop_reason`.
@@ -77,6 +79,8 @@ def job_message(job: Job) -> worker_pb.Job:
         output_lost_bytes=job.output_lost_bytes,
         output_gap=gap_message(job.output_gap),
         may_have_escaped=job.may_have_escaped,
+        killed_after_exit=job.killed_after_exit,
+        timeout=None if job.timeout is None else duration(job.timeout),
         working_directory=job.working_directory,
         name=job.name,
         labels=job.labels,

@@ -4,8 +4,8 @@
         send_signal(each, signal.SIGKILL)
 
 A process belongs to a job if it has the leader's session or comes of the leader. A process whose
-parents have ended is a child of the fork server, the subreaper, and shows by its session alone
-whose it is.
+parents have ended is a child of the fork server, the subreaper. Its session alone shows whose it
+is, unless it was found before.
 
 Thread safety: these functions have no state.
 
@@ -20,9 +20,12 @@ import signal
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["Entry", "look", "members", "send_signal", "table"]
+__all__ = ["Entry", "contains", "look", "members", "send_signal", "table"]
+
+
+_PF_EXITING = 0x4  # linux/sched.h
 
 
 class Entry(NamedTuple):
@@ -33,11 +36,17 @@ class Entry(NamedTuple):
     parent: int
     session: int
     start: int
+    flags: int  # PF_… of linux/sched.h
 
     @property
     def lives(self) -> bool:
         """Whether it has not ended."""
         return self.state not in "ZX"
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it has ended, or is about to close its files and end."""
+        return not self.lives or bool(self.flags & _PF_EXITING)
 
 
 def look(pid: int) -> Entry | None:
@@ -48,7 +57,8 @@ def look(pid: int) -> Entry | None:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return Entry(pid, fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19]))
+    parent, session, start, flags = (int(fields[i]) for i in (1, 3, 19, 6))
+    return Entry(pid, fields[0].decode(), parent, session, start, flags)
 
 
 def table() -> dict[int, Entry]:
@@ -57,21 +67,37 @@ def table() -> dict[int, Entry]:
     return {entry.pid: entry for entry in found if entry is not None}
 
 
-def members(processes: Mapping[int, Entry], leader: int) -> list[Entry]:
-    """Return the living processes of the job with this leader, except the leader itself."""
+def contains(entries: Iterable[Entry], entry: Entry) -> bool:
+    """Whether the process is among these, in whatever state it was then."""
+    return any(each.pid == entry.pid and each.start == entry.start for each in entries)
+
+
+def members(
+    processes: Mapping[int, Entry], leader: int, known: Collection[Entry] = ()
+) -> list[Entry]:
+    """Return the living processes of the job with this leader, except the leader itself.
+
+    `known`: processes that were found to be of the job before. The leader must not have been
+    reaped.
+    """
+    found = (processes.get(each.pid) for each in known)
+    roots = {each.pid for each in found if each is not None and contains(known, each)}
+    ancestors = roots | {leader}
     return [
         entry
         for entry in processes.values()
         if entry.pid != leader
         and entry.lives
-        and (entry.session == leader or _comes_of(processes, entry, leader))
+        and (
+            entry.session == leader or entry.pid in roots or _comes_of(processes, entry, ancestors)
+        )
     ]
 
 
-def _comes_of(processes: Mapping[int, Entry], entry: Entry, ancestor: int) -> bool:
+def _comes_of(processes: Mapping[int, Entry], entry: Entry, ancestors: Collection[int]) -> bool:
     seen = set()  # the table is no snapshot: it may show a circle
     while entry.parent not in seen:
-        if entry.parent == ancestor:
+        if entry.parent in ancestors:
             return True
         seen.add(entry.parent)
         parent = processes.get(entry.parent)

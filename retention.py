@@ -137,6 +137,9 @@ class FinishedJob:
     def kill(self, reason: EndReason, stop_reason: str = "") -> None:
         """Do nothing: it has ended."""
 
+    def terminate(self, reason: EndReason, stop_reason: str, grace_s: float) -> bool:  # noqa: ARG002
+        return False  # it has ended
+
     def signal(self, number: int, *, everything: bool) -> NoReturn:  # noqa: ARG002
         raise SignalError(self.job_id, "it has ended")
 
@@ -390,6 +393,16 @@ class Registry:
         for job in excess:
             self._discard_tmp(job)
             _delete(job)
+
+    def terminate(self, reason: EndReason, grace: float) -> None:
+        """SIGTERM every process of every job; block for up to `grace` seconds until all ended.
+
+        The caller must kill the jobs afterwards.
+        """
+        deadline = time.monotonic() + grace
+        told = [job for job in (self.all() if grace else ()) if job.terminate(reason, "", grace)]
+        for job in told:
+            job.wait(max(0.0, deadline - time.monotonic()))
 
     def _discard_tmp(self, job: FinishedJob) -> None:
         """Remove the TMPDIR that was kept with a job that has been forgotten."""

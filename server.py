@@ -115,7 +115,7 @@ class Server:
     """A running server: a context manager, which calls `stop`.
 
     Attributes: `address`, the HOST:PORT it listens on; `grpc_threads`, the threads in which gRPC
-    accepts calls. Raises `SettingsError`,
+    accepts calls; `shutdown_grace_s`, the jobs' at the end. Raises `SettingsError`,
     `CertificateError`, `UntrustedFileError`, `AccountsError`, `CgroupError`, ValueError or
     OSError when it cannot start.
     """
@@ -138,6 +138,7 @@ class Server:
         users = self._load_users()
         self._certificates = Certificates(self._files.read, settings.certs)
         config = _load_config(settings)
+        self.shutdown_grace_s = config.shutdown_grace_s
         for path in settings.certs.glob("*-key.pem"):
             check(path, private=uids is not None)
         with contextlib.ExitStack() as undo:
@@ -283,14 +284,18 @@ class Server:
             logger.info("%d users are in force", len(users))
 
     def stop(self) -> None:
-        """Refuse new calls, kill the jobs, let the streams end; blocks until that is done."""
+        """Refuse new calls, end the jobs, let the streams end; blocks until that is done.
+
+        The jobs get SIGTERM, and what is left after their grace is killed.
+        """
         self._is_stopping = True
-        stopped = self._server.stop(_STOP_GRACE_S)
+        # Streams go on as long as the jobs do. The later call shortens the time.
+        self._server.stop(self.shutdown_grace_s + _STOP_GRACE_S)
         self._authenticator.close()
         if self._opener is not None:
             self._opener.close()  # first, because the worker removes the cgroup that it is in
-        self._worker.close()
-        stopped.wait()
+        self._worker.close(grace=self.shutdown_grace_s)
+        self._server.stop(_STOP_GRACE_S).wait()
         # A reload uses what is closed now. It has had time to end, unless something hangs.
         with contextlib.ExitStack() as undo:
             if self._reloading.acquire(timeout=_STOP_GRACE_S):
@@ -298,7 +303,7 @@ class Server:
             self._undo.close()
 
     def kill_jobs(self) -> None:
-        """Kill every job and start no more; blocks until they are gone."""
+        """Kill every job and start no more; ends the grace of `stop`."""
         self._worker.close()
 
     def _account_of(self, user: str) -> tuple[int | None, worker.Account]:

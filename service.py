@@ -25,6 +25,7 @@ import inputcalls
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
+from durations import ending_of, stop_grace
 from finding import check_name, checked_labels
 from gate import SHOWN_CHARACTERS, BadRequestError
 from jobmessages import (
@@ -40,7 +41,7 @@ from lists import Lists
 from quotas import Quotas
 from starts import Starts
 from untaken import Untaken
-from worker import EndReason, Job, Limits, Status, Worker
+from worker import Ending, EndReason, Job, Limits, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,7 +110,8 @@ class _WorkerServicer:
         _check_names(request)
         request_id = request.request_id and _uuid(request.request_id, "a request ID")
         asked = {field.name: value for field, value in request.limits.ListFields()}
-        start = functools.partial(self._start, request, user, self._config.limits(asked))
+        ending = ending_of(request, self._config.ending)
+        start = functools.partial(self._start, request, user, self._config.limits(asked), ending)
         call.check_caller()
         is_new = True
         if request_id:
@@ -135,7 +137,9 @@ class _WorkerServicer:
             return False
         return True
 
-    def _start(self, request: worker_pb.StartJobRequest, user: str, limits: Limits) -> str:
+    def _start(
+        self, request: worker_pb.StartJobRequest, user: str, limits: Limits, ending: Ending
+    ) -> str:
         self.quotas.check_output(user)
         names = (request.name, *request.labels, *request.labels.values())
         argv_bytes = sum(map(sys.getsizeof, (request.command, *request.args, *filter(None, names))))
@@ -157,6 +161,7 @@ class _WorkerServicer:
                 stdin=request.stdin,
                 name=request.name,
                 labels=request.labels,
+                ending=ending,
             )
         except BaseException:
             release()
@@ -180,11 +185,13 @@ class _WorkerServicer:
         self, request: worker_pb.StopJobRequest, call: Call
     ) -> worker_pb.StopJobResponse:
         job_id, owner = self._reach(request.job_id, call)
+        grace = stop_grace(request)
         is_owner = owner == call.caller.name
         reason = BY_OWNER if is_owner else BY_ADMIN
         # A stop of a job that has ended changes nothing, and anybody may repeat it as they like.
         call.record(alone=self._worker.status(job_id).status is Status.RUNNING)
-        return worker_pb.StopJobResponse(job=job_message(self._worker.stop(job_id, reason=reason)))
+        job = self._worker.stop(job_id, reason=reason, grace=grace)
+        return worker_pb.StopJobResponse(job=job_message(job))
 
     def SignalJob(  # noqa: N802
         self, request: worker_pb.SignalJobRequest, call: Call

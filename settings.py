@@ -35,6 +35,9 @@ The file sets limits, ceilings, quotas and retention:
     [requests]                  # the size of a request
     args = 100
 
+    [ending]                    # the times of a job that asks for none
+    timeout = "8h"
+
     [retention]                 # how long finished jobs are kept
     age = "12h"
 
@@ -56,6 +59,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import serverlog
+from ending import MAX_GRACE_S, Ending
 from environment import problem_of
 from limits import Bounds, Limits
 from units import parse_duration, parse_size
@@ -108,6 +112,7 @@ _SIZE = 'a size like "256M"'
 _WHOLE = "a whole number"
 _NUMBER = "a number like 0.5"
 _TIME = 'a time like "7d"'
+_MAX_GRACE = int(MAX_GRACE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,13 @@ _TABLES: Final = {
         "cgroup_depth": _Key("cgroup_depth", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
     },
     "disk": {"reserve": _Key("disk_reserve_bytes", _SIZE, minimum=0, may_be_unlimited=False)},
+    "ending": {
+        "timeout": _Key("timeout", _TIME, minimum=0.001),
+        "grace": _Key("grace", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
+        "linger": _Key("linger", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
+    },
+    # The systemd unit kills the server after 15 s.
+    "shutdown": {"grace": _Key("shutdown_grace_s", _TIME, 0, _MAX_GRACE, may_be_unlimited=False)},
     "retention": {
         "age": _Key("age_s", _TIME, minimum=0),
         "jobs": _Key("jobs", _WHOLE),
@@ -255,6 +267,7 @@ JOB_OUTPUT_BYTES: Final = _GIB
 RETENTION: Final = Retention(
     age_s=7 * 24 * 3600, jobs=10_000, output_bytes=8 * _GIB, argv_bytes=16 * _MIB
 )
+ENDING: Final = Ending()
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +288,10 @@ class Config:
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Variables that every job gets, unless it asks for others."""
     retention: Retention = RETENTION
+    ending: Ending = ENDING
+    """The times of a job that asks for none."""
+    shutdown_grace_s: float = 3.0
+    """How long jobs may go on after SIGTERM when the server shuts down."""
 
     def limits(self, asked: Mapping[str, Any]) -> Limits:
         """Return the limits of a job that asks for `asked`, by the names of fields of `Limits`.

@@ -15,8 +15,9 @@ Fork and exec are two steps, so that the fork can be done before a job is asked 
 forked process waits in its job's cgroup until `Process.execute` tells it what to execute.
 
 The exit pipe tells a job's end: one JSON line when the leader has ended, then end-of-file
-when the leader's process group is gone. End-of-file without a line means that the
-fork server died.
+when the leader's process group is gone. Without cgroups there are two lines if other processes of
+the job outlive the leader: the second one when these have ended or were killed. End-of-file
+without a line means that the fork server died.
 
 Each request carries a socket for its answer; end-of-file on that socket ends the answer. The
 forked process inherits that socket. It receives the program on it and reports errors on it;
@@ -81,8 +82,13 @@ class Exit(NamedTuple):
     cpu_user_s: float = 0.0
     cpu_system_s: float = 0.0
     max_rss_bytes: int = 0  # of the largest of these processes
-    # Without cgroups: whether a process may be alive that has left the leader's session.
+    # Without cgroups: whether a process may be alive that has left the leader's session; how many
+    # processes were killed because they outlived the leader.
     may_have_escaped: bool = False
+    killed: int = 0
+    # False if other processes of the job go on, without cgroups. Another `Exit` follows when they
+    # have ended, or were killed with `Spawner.kill`. It has all fields.
+    is_final: bool = True
 
 
 class Spawner:
@@ -158,7 +164,8 @@ class Spawner:
     def kill(self, job: str) -> None:
         """SIGKILL the process group of `job`, unless its leader has been reaped.
 
-        Without cgroups also every process that has the leader's session or comes of the leader.
+        Without cgroups also every process that has the leader's session or comes of the leader;
+        this works after the leader's end, too.
         Does not wait for the processes' end. Raises `SpawnerDiedError`.
         """
         self._request({"op": "kill", "job": job})
@@ -168,8 +175,9 @@ class Spawner:
 
         `uid`: the user that the job runs as, as for `Process.execute`.
 
-        Raises ProcessLookupError if the leader has ended; PermissionError if the kernel does not
-        permit it; another OSError if a cgroup cannot be read; `SpawnerDiedError`.
+        Raises ProcessLookupError if the leader has ended, and no other process may be alive that
+        is to get the signal; PermissionError if the kernel does not permit it; another OSError if
+        a cgroup cannot be read; `SpawnerDiedError`.
         """
         request = {"op": "signal", "job": job, "signal": int(number), "uid": uid}
         self._request(request | {"everything": everything})
@@ -376,13 +384,14 @@ class Process:
 
 
 def read_exit(fd: int) -> Exit | None:
-    """Read the next message of an exit pipe, whose read end is `fd`.
+    """Read the next message of an exit pipe, whose read end is `fd`; the last one of several.
 
-    Blocks until the leader has ended. None means end-of-file: after an `Exit`, that the job's
-    process group is gone; without one, that the fork server died.
+    Blocks until the leader has ended. None means end-of-file: after a final `Exit`, that the
+    job's process group is gone; without one, that the fork server died.
     """
-    line = os.read(fd, 4096)  # the fork server writes it at once: it is shorter than PIPE_BUF
-    return Exit(**json.loads(line)) if line else None
+    # The fork server writes each line at once, because a line is shorter than PIPE_BUF.
+    lines = os.read(fd, 4096).splitlines()
+    return Exit(**json.loads(lines[-1])) if lines else None
 
 
 def _open_own_pidfd() -> int:

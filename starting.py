@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from budget import Budget
+from buffers import Buffers
 from cgroups import CgroupError
 from errors import DirectoryError, StartTimeoutError, WorkerClosedError, exec_error
-from job import Buffers, RunningJob
+from job import RunningJob
 from jobinput import JobInput
 from spawner import AttachError, EnterError, SpawnerDiedError
 

@@ -148,6 +148,21 @@ def escapees(tmp_path: Path) -> Iterator[_Escapees]:
     escapees.close()
 
 
+# --- stop with a grace --------------------------------------------------------------------------
+
+
+def test_grace_of_a_stop_is_for_every_process(worker: Worker) -> None:
+    """The leader dies of SIGTERM at once. A child of it still writes 200 KiB, and ends."""
+    child = """
+        trap 'sleep 0.3; head -c 200000 /dev/zero; echo bye; exit' TERM; echo ready
+        while :; do sleep 99 & wait; done"""
+    job = worker.start("sh", ["-c", 'sh -c "$0" & exec sleep infinity', child])
+    await_output(worker, job, b"ready")
+    ended = worker.stop(job, grace=GUARD_S)
+    assert (ended.status, ended.signal) == (Status.STOPPED, signal.SIGTERM)
+    assert _output(worker, job) == b"ready\n" + bytes(200_000) + b"bye\n"
+
+
 # --- signals ----------------------------------------------------------------------------------
 
 

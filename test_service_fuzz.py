@@ -287,6 +287,7 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[bytes]:
         field.TYPE_INT64: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_ENUM: st.integers(0, 5).map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_BOOL: st.booleans().map(lambda value: _tag(number, 0) + _varint(value)),
+        field.TYPE_INT64: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_UINT64: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_DOUBLE: st.floats().map(
             lambda value: _tag(number, 1) + struct.pack("<d", value)

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from argv import MAX_ARGV_BYTES
-from job import _BUFFERS, RunningJob, _rest_ms
+from buffers import _BUFFERS, rest_ms
+from job import RunningJob
 from limits import NO_LIMITS
 from testkit import (
     GUARD_S,
@@ -51,6 +52,7 @@ from worker import (
     CommandError,
     CommandNotExecutableError,
     CommandNotFoundError,
+    Ending,
     EndReason,
     Enforcement,
     Job,
@@ -163,9 +165,40 @@ def latch(tmp_path: Path) -> Path:
     return path
 
 
-def _sh(worker: Worker, script: str, *args: str | Path, owner: str = "") -> str:
+def _sh(
+    worker: Worker,
+    script: str,
+    *args: str | Path,
+    owner: str = "",
+    ending: Ending | None = None,
+    shell: str = "sh",
+) -> str:
     """Start a shell script; its arguments are $1, $2, ..."""
-    return worker.start("sh", ["-c", script, "sh", *map(str, args)], owner=owner)
+    return worker.start(shell, ["-c", script, "sh", *map(str, args)], owner=owner, ending=ending)
+
+
+# Not a shell: a child that the shell is forking would miss the signal.
+_ON_SIGTERM = """
+import os, signal, sys
+
+def on_sigterm(*_):
+    os.write(1, b"bye\\n")
+    if sys.argv[1] == "polite":
+        os._exit(3)
+
+signal.signal(signal.SIGTERM, on_sigterm)
+os.write(1, b"ready\\n")
+while True:
+    signal.pause()
+"""
+
+
+def _polite(worker: Worker, ending: Ending | None = None, *, kind: str = "polite") -> str:
+    """Start a job that says bye at SIGTERM and exits with 3, or goes on if it is "deaf"."""
+    argv = ["-I", "-S", "-c", _ON_SIGTERM, kind]
+    job_id = worker.start(sys.executable, argv, ending=ending)
+    assert _first_line(worker, job_id) == b"ready"
+    return job_id
 
 
 def _output(worker: Worker, job_id: str, offset: int = 0) -> bytes:
@@ -700,7 +733,7 @@ def test_tiny_writes_are_taken_together_and_the_first_at_once(
 
     The pause is endless in this test. So only the end of the job can have ended it.
     """
-    monkeypatch.setattr("job._rest_ms", lambda *_: _ENDLESS_MS)
+    monkeypatch.setattr("job.rest_ms", lambda *_: _ENDLESS_MS)
     script = 'echo first; read x <"$1"; for x in $(seq 1000); do echo $x; done; exit 7'
     job_id = _sh(worker, script, latch)
     with worker.stream(job_id) as chunks:
@@ -714,7 +747,7 @@ def test_line_after_a_silence_is_taken_at_once(
     worker: Worker, latch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pause ends after its time, even if the job wrote nothing in it."""
-    monkeypatch.setattr("job._rest_ms", lambda *_: 1)
+    monkeypatch.setattr("job.rest_ms", lambda *_: 1)
     job_id = _sh(worker, 'exec 3<"$1"; while read x <&3; do echo "$x"; done; exit 7', latch)
     with latch.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         for number in range(100):
@@ -723,7 +756,7 @@ def test_line_after_a_silence_is_taken_at_once(
 
 
 @pytest.mark.parametrize(
-    ("size", "before", "time_s", "pipe_bytes", "rest_ms"),
+    ("size", "before", "time_s", "pipe_bytes", "expected_ms"),
     [
         (6, 0, 1.0, 65_536, 4),
         (4095, 0, 1.0, 65_536, 4),
@@ -742,10 +775,10 @@ def test_line_after_a_silence_is_taken_at_once(
     ],
 )
 def test_job_gets_a_pause_but_none_in_which_its_pipe_could_be_full(
-    size: int, before: int, time_s: float, pipe_bytes: int, rest_ms: int
+    size: int, before: int, time_s: float, pipe_bytes: int, expected_ms: int
 ) -> None:
     """The pause is 0 if a job that goes on at its rate would fill more than half of the pipe."""
-    assert _rest_ms(size, before, time_s, pipe_bytes) == rest_ms
+    assert rest_ms(size, before, time_s, pipe_bytes) == expected_ms
 
 
 def test_job_that_writes_much_gets_a_larger_pipe(worker: Worker, latch: Path) -> None:
@@ -870,6 +903,214 @@ def test_stop_of_a_stopped_process_works(worker: Worker) -> None:
     job_id = _sh(worker, "(kill -STOP $$; echo stopped); " + _FOREVER)
     assert _first_line(worker, job_id) == b"stopped"
     assert _end(worker.stop(job_id)) == _STOPPED
+
+
+# --- stop with a grace ------------------------------------------------------------------------
+
+
+def test_stop_with_a_grace_lets_the_leader_end_by_itself(worker: Worker) -> None:
+    """The job is STOPPED, with the exit code and the last output of its leader."""
+    job_id = _polite(worker)
+    job = worker.stop(job_id, reason="mine", grace=GUARD_S)
+    assert (*_end(job), job.stop_reason) == (Status.STOPPED, EndReason.STOPPED, 3, None, "mine")
+    assert _output(worker, job_id) == b"ready\nbye\n"
+
+
+def test_stop_with_a_grace_kills_what_is_left(worker: Worker) -> None:
+    """A deaf job is killed after the grace."""
+    job_id = _polite(worker, kind="deaf")
+    assert _end(worker.stop(job_id, grace=0.2)) == _STOPPED
+    assert _output(worker, job_id) == b"ready\nbye\n"
+
+
+def test_stop_without_a_grace_ends_another_ones_grace(
+    worker: Worker, pool: ThreadPoolExecutor
+) -> None:
+    """Both stops return the same end."""
+    job_id = _polite(worker, kind="deaf")
+    polite = pool.submit(worker.stop, job_id, grace=GUARD_S)
+    await_lines(worker, job_id, b"bye", 1)
+    assert _end(worker.stop(job_id)) == _end(polite.result(GUARD_S)) == _STOPPED
+
+
+def test_grace_of_a_stop_is_for_every_process(worker: Worker, tmp_path: Path) -> None:
+    """The leader dies of SIGTERM at once. A child of it still writes 200 KiB, and ends."""
+    child = "trap 'sleep 0.2; head -c 200000 /dev/zero; echo bye; exit' TERM; echo up; read x <&3"
+    job_id = _sh(
+        worker, f'(bash -c "$1" 3<>"$2") & {_FOREVER}', child, make_fifo(tmp_path / "idle")
+    )
+    await_lines(worker, job_id, b"up", 1)
+    job = worker.stop(job_id, grace=GUARD_S)
+    assert (job.status, job.signal) == (Status.STOPPED, signal.SIGTERM)
+    assert _output(worker, job_id) == b"up\n" + bytes(200_000) + b"bye\n"
+
+
+def test_stop_with_a_grace_kills_what_outlives_the_leader(worker: Worker, fifo: _Fifo) -> None:
+    """A deaf process in a session of its own has lost its parent by then, and dies all the same."""
+    deaf = "trap '' TERM; echo >&3; while :; do sleep 99; done"
+    job_id = _sh(worker, f'exec 3>"$1"; setsid sh -c "{deaf}" & {_FOREVER}', fifo.path)
+    fifo.readline()
+    job = worker.stop(job_id, grace=0.2)
+    assert (job.status, job.signal) == (Status.STOPPED, signal.SIGTERM)
+    assert not fifo.is_held()
+    assert not job.may_have_escaped
+
+
+def test_stop_with_a_grace_wakes_a_stopped_process(worker: Worker) -> None:
+    """A process that SIGSTOP has stopped could not end by itself otherwise."""
+    job_id = _sh(worker, "trap 'exit 3' TERM; echo ready; kill -STOP $$; sleep infinity")
+    assert _first_line(worker, job_id) == b"ready"
+    assert worker.stop(job_id, grace=GUARD_S).exit_code == 3
+
+
+# --- timeout --------------------------------------------------------------------------------
+
+
+@_ONE_WAY_TO_FORK
+def test_job_that_runs_for_too_long_is_stopped_with_its_grace(worker: Worker) -> None:
+    """It is STOPPED and TIMED_OUT, with the exit code and the last output of its leader."""
+    job_id = _polite(worker, Ending(timeout=1, grace=GUARD_S))
+    job = worker.wait(job_id, GUARD_S)
+    assert _end(job) == (Status.STOPPED, EndReason.TIMED_OUT, 3, None)
+    assert (job.timeout, _output(worker, job_id)) == (1, b"ready\nbye\n")
+
+
+@_ONE_WAY_TO_FORK
+@pytest.mark.parametrize("grace", [0, 0.2])
+def test_job_that_timed_out_is_killed_after_its_grace(worker: Worker, grace: float) -> None:
+    """A grace of 0 sends no SIGTERM."""
+    job_id = _polite(worker, Ending(timeout=1, grace=grace), kind="deaf")
+    job = worker.wait(job_id, GUARD_S)
+    assert _end(job) == (Status.STOPPED, EndReason.TIMED_OUT, None, signal.SIGKILL)
+    assert _output(worker, job_id) == (b"ready\nbye\n" if grace else b"ready\n")
+
+
+def test_timeout_changes_nothing_for_a_job_that_ends_before(worker: Worker) -> None:
+    """The longest timeout is no shorter than the longest wait of poll(2)."""
+    for timeout in (GUARD_S, 1e9):
+        job_id = _sh(worker, "echo hi; exit 7", ending=Ending(timeout=timeout))
+        assert _end(worker.wait(job_id, GUARD_S)) == _EXITED_7
+
+
+@_ONE_WAY_TO_FORK
+def test_timeout_leaves_a_stop_its_grace(worker: Worker, pool: ThreadPoolExecutor) -> None:
+    """The job is STOPPED by the stop, and has the whole grace of the stop."""
+    job_id = _polite(worker, Ending(timeout=1, grace=0), kind="deaf")
+    stop = pool.submit(worker.stop, job_id, grace=GUARD_S)
+    with pytest.raises(TimeoutError):
+        worker.wait(job_id, 1.5)
+    worker.stop(job_id)
+    assert _end(stop.result(GUARD_S)) == _STOPPED
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {"timeout": 0},
+        {"timeout": -1},
+        {"timeout": float("nan")},
+        {"grace": -1},
+        {"grace": 601},
+        {"linger": -0.1},
+        {"linger": float("nan")},
+    ],
+)
+def test_times_out_of_range_are_refused(times: dict[str, float]) -> None:
+    """The error names the time and its range."""
+    with pytest.raises(ValueError, match=f"{next(iter(times))} must be"):
+        Ending(**times)
+    with Worker(enforcement="off") as worker, pytest.raises(ValueError, match="grace must be"):
+        worker.stop(_sh(worker, _FOREVER), grace=-1)
+
+
+# --- what outlives the leader ---------------------------------------------------------------
+
+
+def test_output_of_a_filter_that_outlives_the_leader_is_complete(
+    worker: Worker, tmp_path: Path
+) -> None:
+    """All of it is there, each time, and nothing is said to have been killed."""
+    script = 'exec > >(tee "$1") 2>&1; echo begun; seq 1000; echo RESULT; exit 7'
+    expected = b"begun\n" + b"".join(b"%d\n" % n for n in range(1, 1001)) + b"RESULT\n"
+    for i in range(50):
+        log = tmp_path / str(i)
+        job_id = _sh(worker, script, log, shell="bash")
+        job = worker.wait(job_id, GUARD_S)
+        assert (*_end(job), job.killed_after_exit) == (*_EXITED_7, 0)
+        assert _output(worker, job_id) == log.read_bytes() == expected
+
+
+def test_slow_filter_may_go_on_for_the_linger(worker: Worker) -> None:
+    """Its output comes some time after the leader has ended."""
+    script = "exec > >(sleep 0.3; cat); echo RESULT; exit 7"
+    job_id = _sh(worker, script, ending=Ending(linger=GUARD_S), shell="bash")
+    assert _end(worker.wait(job_id, GUARD_S)) == _EXITED_7
+    assert _output(worker, job_id) == b"RESULT\n"
+
+
+def test_what_holds_the_output_for_longer_is_killed_and_counted(
+    worker: Worker, fifo: _Fifo
+) -> None:
+    """The job keeps its own end, and its status says how many processes were killed."""
+    script = 'exec 3>"$1"; for i in 1 2 3; do sleep infinity & done; echo >&3; exit 7'
+    job_id = _sh(worker, script, fifo.path, ending=Ending(linger=0.3))
+    job = worker.wait(job_id, GUARD_S)
+    assert (*_end(job), job.killed_after_exit) == (*_EXITED_7, 3)
+    assert fifo.readline() == b"\n"
+    assert not fifo.is_held()
+
+
+@pytest.mark.parametrize("linger", [0, GUARD_S])
+def test_what_does_not_hold_the_output_is_killed_without_linger(
+    worker: Worker, fifo: _Fifo, linger: float
+) -> None:
+    """It is counted, too. A linger of 0 treats all alike."""
+    silent = "" if linger == 0 else ">/dev/null 2>&1"
+    script = f'exec 3>"$1"; sleep infinity {silent} & echo >&3; exit 7'
+    job_id = _sh(worker, script, fifo.path, ending=Ending(linger=linger))
+    job = worker.wait(job_id, GUARD_S / 2)
+    assert (*_end(job), job.killed_after_exit) == (*_EXITED_7, 1)
+    assert fifo.readline() == b"\n"
+    assert not fifo.is_held()
+
+
+@pytest.mark.parametrize("daemon", ["sleep infinity", "setsid sleep infinity"])
+@pytest.mark.parametrize("grace", [0, 0.2])
+def test_stop_does_not_wait_for_the_linger(
+    worker: Worker, tmp_path: Path, daemon: str, grace: float
+) -> None:
+    """The job has ended by itself, and keeps its exit code."""
+    latch = make_fifo(tmp_path / "latch")
+    script = f'exec 3>"$1"; {daemon} 3>&- & exit 7'
+    job_id = _sh(worker, script, str(latch), ending=Ending(linger=GUARD_S * 2))
+    latch.read_bytes()  # end-of-file: the leader has ended
+    assert worker.status(job_id).status is Status.RUNNING
+    assert _end(worker.stop(job_id, grace=grace)) == _EXITED_7
+
+
+def test_end_of_the_worker_does_not_wait_for_the_linger(tmp_path: Path) -> None:
+    """It kills what is left of the job."""
+    latch = make_fifo(tmp_path / "latch")
+    with Worker(enforcement="off", ending=Ending(linger=GUARD_S * 2)) as worker:
+        _sh(worker, 'exec 3>"$1"; sleep infinity 3>&- & exit 7', str(latch))
+        latch.read_bytes()
+
+
+def test_close_with_a_grace_lets_every_job_end(pool: ThreadPoolExecutor) -> None:
+    """Each is CLOSED with its own exit code. A second close kills those that are deaf, at once."""
+    with Worker(enforcement="off") as worker:
+        polite, deaf = _polite(worker), _polite(worker, kind="deaf")
+        ends = [worker.observe(job_id) for job_id in (polite, deaf)]
+        with worker.stream(deaf) as chunks:
+            closing = pool.submit(worker.close, grace=GUARD_S * 2)
+            output = b""
+            while b"bye" not in output:
+                output += next(chunks)
+        worker.wait(polite, GUARD_S)
+        worker.close()
+        closing.result(GUARD_S)
+    closed = (Status.STOPPED, EndReason.CLOSED)
+    assert [_end(end()) for end in ends] == [(*closed, 3, None), (*closed, None, signal.SIGKILL)]
 
 
 # --- signal ---------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ import privileges
 from argv import checked_argv
 from broadcaster import Gap, OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
 from cgroups import CgroupError, Subtree
+from ending import Ending
 from environment import Account, Surroundings, account_of, problem_of
 from errors import (
     CommandError,
@@ -91,6 +92,7 @@ __all__ = [
     "CommandNotFoundError",
     "DirectoryError",
     "EndReason",
+    "Ending",
     "Enforcement",
     "Gap",
     "InputError",
@@ -153,6 +155,7 @@ class Worker:
     mode 0700. `tmp_dir`: where each job has its TMPDIR; default: a temporary directory. All that
     a former worker left there is removed. Other users must be able to pass through both. With
     `uids`, both need CAP_CHOWN; without it the attribute `homes` is None, and TMPDIR is /tmp.
+    `ending`: the timeout, grace and linger of jobs that are started without their own.
 
     Raises ValueError for an `environment` that no job can have; `CgroupError`; OSError when
     `output_dir` cannot be used; PermissionError when `uids` cannot be.
@@ -172,11 +175,13 @@ class Worker:
         environment: Mapping[str, str] | None = None,
         homes: str | os.PathLike[str] | None = None,
         tmp_dir: str | os.PathLike[str] | None = None,
+        ending: Ending | None = None,
     ) -> None:
         environment = dict(environment or {})
         if problem := problem_of(environment):
             raise ValueError(problem)
         self._limits = limits or Limits()
+        self._ending = ending or Ending()
         self._uids = uids
         with contextlib.ExitStack() as undo:
             self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes)
@@ -266,14 +271,14 @@ class Worker:
         name: str = "",
         labels: Mapping[str, str] | None = None,
         stdin: bool = False,
+        ending: Ending | None = None,
     ) -> str:
         """Execute `command` with `args` as a new job and return its ID, a random UUID4.
 
         argv is passed on as it is, never through a shell; a command without a slash is
-        looked up in the job's PATH. The leader runs in a session of its own, with
-        stdin /dev/null, stdout and stderr on one pipe, umask 077 and no core dumps. Nothing it
-        executes gains privileges. It is in its cgroup, under every limit, before its first
-        instruction.
+        looked up in the job's PATH. The leader runs in a session of its own, with stdin /dev/null,
+        stdout and stderr on one pipe, umask 077 and no core dumps. Nothing it executes gains
+        privileges. It is in its cgroup, under every limit, before its first instruction.
 
         `uid`: the user that the job runs as, one of the worker's `uids`; None if it has none.
         `account`: that user's name, home and shell, as the job is told; default: those of the
@@ -283,19 +288,19 @@ class Worker:
         `cwd`: the directory that the job begins in. It is entered as the job's user. A relative
         path begins at the home. "" means the home, or / if the user may not enter that.
         `keep_tmp`: keep TMPDIR after the end, as long as the job; `Job.tmp_directory` names it.
+        `ending`: its timeout, grace and linger.
         `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
-        jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's
-        processes are gone, right before anybody can learn that it has ended. It must not
-        block. It is not called if the start fails. `name`, `labels`: what the job can be found by;
-        `finding.py` has the rules. Several jobs may have the same name. `stdin`: the job's stdin is
-        a pipe, which `open_input` writes to, and not /dev/null.
+        jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's processes are gone,
+        right before anybody can learn that it has ended. It must not block. It is not called if
+        the start fails. `name`, `labels`: what the job can be found by; `finding.py` has the rules.
+        `stdin`: the job's stdin is a pipe, which `open_input` writes to, and not /dev/null.
 
         Blocks until the command is executing. That takes as long as the kernel waits for the
         command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
         specific `CommandNotFoundError`, `CommandNotExecutableError`, `DirectoryError`; also for
-        an `env` or `cwd` that no process can have), `CgroupError`,
-        `ResourceError`, `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong
-        `uid`, name or label. Nothing of the job is left then.
+        an `env` or `cwd` that no process can have), `CgroupError`, `ResourceError`,
+        `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong `uid`, name or label.
+        Nothing of the job is left then.
         """
         argv = checked_argv(command, args)
         check_name(name)
@@ -305,21 +310,30 @@ class Worker:
         if account is None:
             account = account_of(os.geteuid() if uid is None else uid, owner)
         around = Surroundings(command, account, env or {}, cwd)
-        limits = limits or self._limits
-        work = Work(argv, owner, uid, limits, budget, on_end, around.directory, name, labels, stdin)
+        limits, times, begin = limits or self._limits, ending or self._ending, around.directory
+        work = Work(argv, owner, uid, limits, budget, on_end, begin, name, labels, times, stdin)
         work = work._replace(keep_tmp=keep_tmp)
         return self._starter.start(work, around)
 
-    def stop(self, job_id: str, *, reason: str = "") -> Job:
+    def stop(self, job_id: str, *, reason: str = "", grace: float = 0) -> Job:
         """SIGKILL every process of the job; return its state once they are gone.
 
+        `grace`: if not 0, every process gets SIGTERM first, and only what is left after so many
+        seconds is killed. A job that ends meanwhile is STOPPED, with the exit code or signal of
+        its leader. A stop without grace ends the grace of another one.
         `reason`: any text. If this stop ends the job, the text becomes its `stop_reason`. A job
         that has ended before, or whose leader has, keeps its own end. Idempotent. Raises
         `UnknownJobError`; `StopTimeoutError` when the kernel has not let go of the processes
-        after 10 s.
+        after 10 s; ValueError for a negative grace.
         """
+        if not grace >= 0:  # refuses not-a-number, too
+            raise ValueError(f"grace must be 0 seconds or more, not {grace!r}")
         job = self._job(job_id)
-        job.kill(EndReason.STOPPED, reason)
+        try:
+            if grace and job.terminate(EndReason.STOPPED, reason, grace):
+                job.wait(grace)
+        finally:  # also if a Ctrl-C (KeyboardInterrupt) ends the wait
+            job.kill(EndReason.STOPPED, reason)
         if not job.wait(_STOP_TIMEOUT_S):
             raise StopTimeoutError(job_id, _STOP_TIMEOUT_S)
         return job.snapshot()
@@ -468,19 +482,22 @@ class Worker:
             raise TimeoutError(f"job {job_id} is still running after {timeout:g} s")
         return job.snapshot()
 
-    def close(self) -> None:
+    def close(self, *, grace: float = 0) -> None:
         """Start no more jobs, stop those that run, delete all output; idempotent.
 
-        The end reason of those jobs is CLOSED. Blocks until every process and thread of the
-        worker is gone. A process that the kernel does not let go within 10 s is logged and left
-        behind.
+        The end reason of those jobs is CLOSED. `grace`: for how many seconds they may go on after
+        SIGTERM; 0 kills them at once. A `close` in another thread meanwhile ends the grace, and
+        does not wait. Blocks until every process and thread of the worker is gone. A process that
+        the kernel does not let go within 10 s is logged and left behind.
         """
-        if not self._starter.close():
-            return
+        is_first = self._starter.close()
+        if is_first:
+            self._registry.terminate(EndReason.CLOSED, grace)
         for job in self._registry.all():
             job.kill(EndReason.CLOSED)
-        self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)
-        self._undo.close()
+        if is_first:
+            self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)
+            self._undo.close()
 
     def __enter__(self) -> Self:
         return self

@@ -102,11 +102,12 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StopJob(self, request, context):
-        """Kills every process of a job (SIGKILL) and answers when they are gone. To stop a
-        job that has ended changes nothing and is no error.
+        """Kills every process of a job (SIGKILL) and answers when they are gone. With a grace
+        they get SIGTERM first. To stop a job that has ended changes nothing and is no error.
 
-        Errors: INVALID_ARGUMENT (not a job ID), NOT_FOUND, DEADLINE_EXCEEDED (a killed
-        process was still there after 10 s; the job is still RUNNING).
+        Errors: INVALID_ARGUMENT (not a job ID, or a grace out of range), NOT_FOUND,
+        DEADLINE_EXCEEDED (a killed process was still there after 10 s; the job is still
+        RUNNING).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
