@@ -248,16 +248,20 @@ def freeze_and_kill(path: Path) -> None:
 
 
 def signal_tree(
-    path: Path, number: int, send: Callable[[int, int], object] = signal.pidfd_send_signal
+    path: Path,
+    number: int,
+    send: Callable[[int, int], object] = signal.pidfd_send_signal,
+    *,
+    forked_too: bool = True,
 ) -> None:
     """Send a signal, once, to every process in the cgroup and below it.
 
-    Processes that are forked meanwhile get it too, unless forks go on without end. Does nothing
-    if the cgroup is gone. `send` is given a pidfd and the signal. Raises `CgroupError`, and what
-    `send` raises, except ProcessLookupError.
+    `forked_too`: processes that are forked meanwhile get it, unless forks go on without end. Does
+    nothing if the cgroup is gone. `send` is given a pidfd and the signal. Raises `CgroupError`,
+    and what `send` raises, except ProcessLookupError.
     """
     signalled: set[int] = set()
-    for _ in range(_SIGNAL_ROUNDS):
+    for _ in range(_SIGNAL_ROUNDS if forked_too else 1):
         found = _processes(path) - signalled
         if not found:
             return

@@ -368,9 +368,9 @@ class Cgroup:
         """SIGKILL every process in the cgroup and below it. Does nothing if the cgroup is gone."""
         kill_tree(self.path)
 
-    def signal(self, number: int) -> None:
+    def signal(self, number: int, *, forked_too: bool = True) -> None:
         """Send a signal to every process in the cgroup and below it: `signal_tree`."""
-        signal_tree(self.path, number)
+        signal_tree(self.path, number, forked_too=forked_too)
 
     def events(self) -> Events:
         """Open its cgroup.events. Raises FileNotFoundError if the cgroup is gone."""

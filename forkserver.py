@@ -417,7 +417,8 @@ class _ForkServer:
             if not _is_name(job):
                 raise PermissionError(errno.EPERM, "not a job's name")
             send = functools.partial(_as_user, uid, signal.pidfd_send_signal)
-            signal_tree(f"{self._jobs_cgroup}/{job}", number, send)
+            forked_too = bool(request["forked_too"])
+            signal_tree(f"{self._jobs_cgroup}/{job}", number, send, forked_too=forked_too)
             return
         # Until this process reaps the leader, no other process or group can have its number.
         pid = self._pids.get(job)

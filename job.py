@@ -291,12 +291,14 @@ class RunningJob:
                 self._kill_reason, self._stop_reason = reason, stop_reason
                 self._grace_until_s = time.monotonic() + grace_s
         with contextlib.suppress(SignalError, OSError, SpawnerDiedError):  # `kill` is what is left
-            self.signal(signal.SIGTERM, everything=True)
-            self.signal(signal.SIGCONT, everything=True)  # or a stopped process could not end
+            # Not to processes that are forked meanwhile: the handler of SIGTERM may fork them.
+            self.signal(signal.SIGTERM, everything=True, forked_too=False)
+            # Otherwise a process that SIGSTOP holds could not end.
+            self.signal(signal.SIGCONT, everything=True, forked_too=False)
             return True
         return False
 
-    def signal(self, number: int, *, everything: bool) -> None:
+    def signal(self, number: int, *, everything: bool, forked_too: bool = True) -> None:
         """Send a signal to the leader, or to every process. Raises as `Worker.signal` does."""
         with self._ended:
             if self._status is not Status.RUNNING:
@@ -310,10 +312,12 @@ class RunningJob:
                     return
         if everything and self._cgroup is not None:
             with contextlib.suppress(PermissionError):
-                self._cgroup.signal(number)
+                self._cgroup.signal(number, forked_too=forked_too)
                 return
         try:
-            self._spawner.signal(self.job_id, number, uid=self._uid, everything=everything)
+            self._spawner.signal(
+                self.job_id, number, uid=self._uid, everything=everything, forked_too=forked_too
+            )
         except ProcessLookupError:
             raise SignalError(self.job_id, "it has ended") from None
         except PermissionError as error:

@@ -284,7 +284,6 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[bytes]:
         field.TYPE_STRING: _WORDS.map(partial(_block, number)),
         field.TYPE_BYTES: st.binary(max_size=100).map(partial(_block, number)),
         field.TYPE_INT32: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
-        field.TYPE_INT64: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_ENUM: st.integers(0, 5).map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_BOOL: st.booleans().map(lambda value: _tag(number, 0) + _varint(value)),
         field.TYPE_INT64: _NUMBERS.map(lambda value: _tag(number, 0) + _varint(value)),

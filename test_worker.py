@@ -1076,24 +1076,19 @@ def test_what_does_not_hold_the_output_is_killed_without_linger(
 
 @pytest.mark.parametrize("daemon", ["sleep infinity", "setsid sleep infinity"])
 @pytest.mark.parametrize("grace", [0, 0.2])
-def test_stop_does_not_wait_for_the_linger(
-    worker: Worker, tmp_path: Path, daemon: str, grace: float
-) -> None:
+def test_stop_does_not_wait_for_the_linger(worker: Worker, daemon: str, grace: float) -> None:
     """The job has ended by itself, and keeps its exit code."""
-    latch = make_fifo(tmp_path / "latch")
-    script = f'exec 3>"$1"; {daemon} 3>&- & exit 7'
-    job_id = _sh(worker, script, str(latch), ending=Ending(linger=GUARD_S * 2))
-    latch.read_bytes()  # end-of-file: the leader has ended
+    job_id = _sh(worker, f"{daemon} & exit 7", ending=Ending(linger=GUARD_S * 2))
+    assert select.select([_running(worker, job_id)._pidfd], [], [], GUARD_S)[0]
     assert worker.status(job_id).status is Status.RUNNING
     assert _end(worker.stop(job_id, grace=grace)) == _EXITED_7
 
 
-def test_end_of_the_worker_does_not_wait_for_the_linger(tmp_path: Path) -> None:
+def test_end_of_the_worker_does_not_wait_for_the_linger() -> None:
     """It kills what is left of the job."""
-    latch = make_fifo(tmp_path / "latch")
     with Worker(enforcement="off", ending=Ending(linger=GUARD_S * 2)) as worker:
-        _sh(worker, 'exec 3>"$1"; sleep infinity 3>&- & exit 7', str(latch))
-        latch.read_bytes()
+        job_id = _sh(worker, "sleep infinity & exit 7")
+        assert select.select([_running(worker, job_id)._pidfd], [], [], GUARD_S)[0]
 
 
 def test_close_with_a_grace_lets_every_job_end(pool: ThreadPoolExecutor) -> None:
