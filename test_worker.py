@@ -1944,7 +1944,7 @@ def test_end_is_not_before_the_start_whatever_the_clock_does(
     """The end is the start and a duration, which a step of the clock does not change."""
     job_id = worker.start("sleep", ["1000000"])
     clock = type("_Clock", (datetime,), {"now": lambda _: datetime(1970, 1, 1, tzinfo=UTC)})
-    for module in ("job", "worker"):
+    for module in ("job", "starting"):
         monkeypatch.setattr(f"{module}.datetime", clock)
     job = worker.stop(job_id)
     assert job.ended_at is not None
