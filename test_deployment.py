@@ -344,6 +344,89 @@ def test_rights_of_the_unit_are_the_least(
         pass  # sweeps what it had not the right to remove
 
 
+# --- the other files of deploy/ -----------------------------------------------------------------
+
+_LISTEN = """
+import socket, sys
+listener = socket.create_server(("10.0.0.1", 50051), backlog=1000)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+_CONNECT = """
+import socket
+made = []
+for _ in range(150):
+    try:
+        made.append(socket.create_connection(("10.0.0.1", 50051), timeout=60))
+    except ConnectionRefusedError:
+        pass
+print(len(made))
+"""
+
+
+class _Network:
+    """A network namespace, held by a process; a context manager."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self.pid = self._popen("unshare", "--net", "sh", "-c", "echo ready; read _")
+
+    def _popen(self, *argv: str) -> int:
+        """Start a program that prints a line when it is ready, and ends when its stdin does."""
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._stack.enter_context(process)
+        assert process.stdin
+        assert process.stdout
+        self._stack.callback(process.stdin.close)
+        if process.stdout.readline() != "ready\n":
+            pytest.skip("needs the right to make network namespaces")
+        return process.pid
+
+    def _within(self, *argv: str) -> tuple[str, ...]:
+        return ("nsenter", "--net", "--target", str(self.pid), *argv)
+
+    def start(self, *argv: str) -> None:
+        self._popen(*self._within(*argv))
+
+    def run(self, *argv: str) -> str:
+        run = subprocess.run(self._within(*argv), check=True, capture_output=True, text=True)
+        return run.stdout
+
+
+@pytest.mark.parametrize(("address", "served"), [("10.0.0.2", 100), ("11.0.0.2", 0)])
+def test_firewall_bounds_the_connections_of_one_address(address: str, served: int) -> None:
+    """The rules are those of deploy/job-worker.nft. Who is in none of its networks gets none."""
+    for program in ("nft", "ip", "unshare", "nsenter"):
+        if not shutil.which(program):
+            pytest.skip(f"needs {program}")
+    with contextlib.ExitStack() as stack:
+        server_side, client_side = _Network(stack), _Network(stack)
+        try:
+            server_side.run("nft", "-f", str(_HERE / "deploy/job-worker.nft"))
+            peer = ("type", "veth", "peer", "name", "client", "netns", str(client_side.pid))
+            server_side.run("ip", "link", "add", "server", *peer)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"needs nftables and virtual interfaces in the kernel: {error.stderr}")
+        server_side.run("ip", "address", "add", "10.0.0.1/7", "dev", "server")
+        server_side.run("ip", "link", "set", "server", "up")
+        client_side.run("ip", "address", "add", f"{address}/7", "dev", "client")
+        client_side.run("ip", "link", "set", "client", "up")
+        server_side.start(sys.executable, "-c", _LISTEN)
+        assert client_side.run(sys.executable, "-c", _CONNECT) == f"{served}\n"
+
+
+def test_logrotate_understands_its_file() -> None:
+    """logrotate would rotate the audit log of the unit's state directory."""
+    if not shutil.which("logrotate"):
+        pytest.skip("needs logrotate")
+    file = _HERE / "deploy/job-worker.logrotate"
+    run = subprocess.run(
+        ["logrotate", "--debug", file], capture_output=True, text=True, check=False
+    )
+    assert "error" not in run.stderr
+    assert "rotating pattern: /var/lib/job-worker/audit.log" in run.stderr
+
+
 # --- what `make setup` installs -----------------------------------------------------------------
 
 
