@@ -18,6 +18,7 @@ import os
 import re
 
 from connection import DEFAULT_CERTS, DEFAULT_SERVER
+from helptexts import EPILOG, EXAMPLES, SUBCOMMANDS, USAGES
 from profiles import apply_profile
 from units import parse_duration, parse_size
 from version import VERSION
@@ -43,43 +44,8 @@ _EXIT_USAGE = 2
 EXIT_UNKNOWN = 125
 """The exit status of `run` and `wait` if no exit code or signal of the job is known."""
 
-_SUBCOMMANDS = {
-    "login": "Exchange a password for a token; print the token and keep it",
-    "logout": "Make the token invalid for good, and delete the kept one",
-    "whoami": "Show user, role, server, and when the token and the certificate expire",
-    "start": "Start a job and print its ID",
-    "run": "Start a job, write its output to stdout, and exit with its exit code",
-    "stop": "Kill every process of a job; returns when they are gone",
-    "signal": "Send a signal to a job",
-    "status": "Show the state of a job",
-    "stream": "Write a job's output to stdout, from its start until the job ends",
-    "remove": "Forget a finished job and delete its output",
-    "list": "List the jobs you may see",
-    "completion": "Print a script with which your shell completes options, subcommands and jobs",
-}
 _MAY_BE_EMPTY = {"args", "words", "secrets"}
 _REPEATED = {"env", "env_files"}  # of what `parse` returns
-_EPILOG = """\
-"client SUBCOMMAND --help" shows the options of a subcommand. The environment variables
-JOBWORKER_SERVER, JOBWORKER_CERTS, JOBWORKER_PROFILE and JOBWORKER_TOKEN are the defaults of
---server, --certs, --profile and -t; without -t and JOBWORKER_TOKEN the client uses the token
-that login kept. Exit status: 0 for success; 1 for an error, with one line on stderr; 2 for
-wrong usage; 130 after Ctrl-C; 141 when the reader of the output has closed it. "stream" also
-exits with 1 if the job was killed, stopped or lost; an exit code of the job is no error. "run"
-exits like the job.
-"""
-_USAGES = {
-    "start": """\
-client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
-       client start [OPTIONS] [--] COMMAND [A1 A2 ...]""",
-    "run": "client run [OPTIONS] [--] COMMAND [A1 A2 ...]",
-}
-_RUN_EPILOG = """\
-Exit status: that of the job; 128 + N if signal N ended it; 125, with the reason on stderr, if
-it could not be started or its end is unknown. Ctrl-C sends SIGINT to the job. A second Ctrl-C
-stops the job, a third one leaves it as it is. Examples:
-client run --memory 1G -- make -j4, client run -i -- sh -s < script.sh
-"""
 
 
 def printable(text: str) -> str:
@@ -115,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if any(each in ([], "--", ["--"]) for each in values) and option not in _MAY_BE_EMPTY:
             parser.error(f"-- cannot be the value of an option ({option})")
     arguments.own_words = len(argv)
-    if name in _USAGES:
+    if name in USAGES:
         _split_start(parser, arguments)
     if name == "completion":
         arguments.secrets = []
@@ -131,8 +97,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def parse_connection(words: Sequence[str]) -> argparse.Namespace:
     """Return which server, certificates and token an unfinished command line names."""
     parser = Parser(prog="client", add_help=False, allow_abbrev=False)
-    _add_connection(parser)
-    _add_token(parser)
+    _add_connection(parser, with_token=True)
     return parser.parse_known_args(words)[0]
 
 
@@ -203,7 +168,7 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
     parser = Parser(
         prog="client",
         description="Run commands on a job-worker server, watch their output, stop them.",
-        epilog=_EPILOG,
+        epilog=EPILOG,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"job-worker {VERSION}")
@@ -215,19 +180,18 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
             name,
             help=text,
             description=f"{text}.",
-            usage=_USAGES.get(name),
-            epilog=_RUN_EPILOG if name == "run" else None,
+            usage=USAGES.get(name),
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        for name, text in _SUBCOMMANDS.items()
+        for name, text in SUBCOMMANDS.items()
     }
     _add_completion(subparsers["completion"])
     for name, subparser in subparsers.items():
         if name == "completion":
             continue
-        _add_connection(subparser)
-        if name != "login":
-            _add_token(subparser)
+        _add_connection(subparser, with_token=name != "login")
         if name in {"stop", "signal", "status", "stream", "remove"}:
             _add_job(subparser, several=name != "stream")
         if name in {"status", "list"}:
@@ -256,38 +220,42 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
     return parser, subparsers
 
 
-def _add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_connection(parser: Parser, *, with_token: bool) -> None:
+    group = parser.add_argument_group("connection")
+
+    def add(*names: str, **options: Any) -> None:
+        parser.added.append(group.add_argument(*names, **options))
+
+    add(
         "--server",
         metavar="HOST:PORT",
         help=f"the server (default: JOBWORKER_SERVER, that of the profile, or {DEFAULT_SERVER})",
     )
-    parser.add_argument(
-        "--certs",
-        metavar="DIR",
-        help="the directory of client.pem, client-key.pem and server-ca.pem (default: "
-        f"JOBWORKER_CERTS, that of the profile, or {DEFAULT_CERTS})".replace("%", "%%"),
-    )
-    parser.add_argument("--cert", metavar="FILE", help="another client certificate")
-    parser.add_argument("--key", metavar="FILE", help="another client key")
-    parser.add_argument("--ca", metavar="FILE", help="another server CA")
-    parser.add_argument(
+    add(
         "--profile",
         metavar="NAME",
         help="a table of ~/.config/job-worker/config.toml with server, certs, cert, key, ca and "
         "user (default: JOBWORKER_PROFILE, or the table [default])",
     )
-
-
-def _add_token(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(secrets=[])
-    parser.add_argument(
-        "-t",
-        "--token",
-        action=_Secret,
-        help="the token (default: JOBWORKER_TOKEN, or the kept one); other users of this machine "
-        "can see -t until the client has overwritten it, JOBWORKER_TOKEN they cannot see",
+    add(
+        "--certs",
+        metavar="DIR",
+        help="the directory of client.pem, client-key.pem and server-ca.pem (default: "
+        f"JOBWORKER_CERTS, that of the profile, or {DEFAULT_CERTS})".replace("%", "%%"),
     )
+    add("--cert", metavar="FILE", help="another client certificate")
+    add("--key", metavar="FILE", help="another client key")
+    add("--ca", metavar="FILE", help="another server CA")
+    if with_token:
+        add(
+            "-t",
+            "--token",
+            action=_Secret,
+            help="the token (default: JOBWORKER_TOKEN, or the kept one); other users of this "
+            "machine can see -t until the client has overwritten it, JOBWORKER_TOKEN they cannot "
+            "see",
+        )
+    parser.set_defaults(secrets=[])
 
 
 def _add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -312,7 +280,6 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_login(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(secrets=[])
     parser.add_argument(
         "-u", "--user", metavar="USER", help="the user's name (default: that of the profile)"
     )

@@ -1984,7 +1984,15 @@ def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., s
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
 
 
-_NEEDED_FOR_HELP = ("client.py", "cli.py", "connection.py", "profiles.py", "units.py", "version.py")
+_NEEDED_FOR_HELP = (
+    "client.py",
+    "cli.py",
+    "connection.py",
+    "helptexts.py",
+    "profiles.py",
+    "units.py",
+    "version.py",
+)
 
 
 @pytest.mark.parametrize("call", ["absolute", "relative", "bare", "path", "link", "chain"])

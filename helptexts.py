@@ -1,0 +1,126 @@
+"""What `--help` says beside the options: each subcommand in a line, and how it is used.
+
+`cli.py` makes the parsers with these texts. A new subcommand needs a line in `SUBCOMMANDS` and
+examples in `EXAMPLES`.
+"""
+
+__all__ = ["EPILOG", "EXAMPLES", "SUBCOMMANDS", "USAGES"]
+
+SUBCOMMANDS = {
+    "login": "Exchange a password for a token; print the token and keep it",
+    "logout": "Make the token invalid for good, and delete the kept one",
+    "whoami": "Show user, role, server, and when the token and the certificate expire",
+    "start": "Start a job and print its ID",
+    "run": "Start a job, write its output to stdout, and exit with its exit code",
+    "stop": "Kill every process of a job; returns when they are gone",
+    "signal": "Send a signal to a job",
+    "status": "Show the state of a job",
+    "stream": "Write a job's output to stdout, from its start until the job ends",
+    "remove": "Forget a finished job and delete its output",
+    "list": "List the jobs you may see",
+    "completion": "Print a script with which your shell completes options, subcommands and jobs",
+}
+EPILOG = """\
+"client SUBCOMMAND --help" shows the options of a subcommand. The environment variables
+JOBWORKER_SERVER, JOBWORKER_CERTS, JOBWORKER_PROFILE and JOBWORKER_TOKEN are the defaults of
+--server, --certs, --profile and -t; without -t and JOBWORKER_TOKEN the client uses the token
+that login kept. Exit status: 0 for success; 1 for an error, with one line on stderr; 2 for
+wrong usage; 130 after Ctrl-C; 141 when the reader of the output has closed it. "stream" also
+exits with 1 if the job was killed, stopped or lost; an exit code of the job is no error. "run"
+exits like the job.
+"""
+USAGES = {
+    "start": """\
+client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
+       client start [OPTIONS] [--] COMMAND [A1 A2 ...]""",
+    "run": "client run [OPTIONS] [--] COMMAND [A1 A2 ...]",
+    "login": "client login [OPTIONS] -u USER",
+    "logout": "client logout [OPTIONS]",
+    "whoami": "client whoami [OPTIONS]",
+    "stop": "client stop [OPTIONS] -j JOB_ID ...",
+    "signal": "client signal [OPTIONS] -j JOB_ID ...",
+    "status": "client status [OPTIONS] -j JOB_ID ...",
+    "stream": "client stream [OPTIONS] -j JOB_ID",
+    "remove": "client remove [OPTIONS] -j JOB_ID ...",
+    "list": "client list [OPTIONS]",
+    "completion": "client completion bash|zsh|fish",
+}
+EXAMPLES = {
+    "login": """\
+examples:
+  client login -u alice                  asks for the password
+  client login -u alice -p - <secret     reads it from a file
+  client login --profile work            a profile may have server and user
+""",
+    "logout": """\
+example:
+  client logout
+""",
+    "whoami": """\
+The client reads this from the token and the certificate; the server is not
+asked.
+
+examples:
+  client whoami
+  client whoami --json | jq -r .token_expires_at
+""",
+    "start": """\
+examples:
+  client start -- ls -l /
+  client start -c ls -args -l /          the same
+  client start --memory 2G --cpus 4 -- make -j4
+  client start -- sh -c 'du -s * | sort -n'      a shell for pipes and globs
+  job=$(client start -- sleep 60); client stop -j $job
+""",
+    "run": """\
+Exit status: that of the job; 128 + N if signal N ended it; 125, with the
+reason on stderr, if it could not be started or its end is unknown. Ctrl-C
+sends SIGINT to the job. A second Ctrl-C stops the job, a third one leaves it
+as it is.
+
+examples:
+  client run -- hostname
+  client run --memory 1G -- make -j4
+  client run -i -- sh -s < script.sh     the job reads what the client reads
+  client run -d -- sleep 60              prints the ID and returns
+""",
+    "stop": """\
+examples:
+  client stop -j JOB_ID
+  client stop -j JOB_ID JOB_ID
+""",
+    "signal": """\
+examples:
+  client signal -j JOB_ID                SIGTERM to the command
+  client signal -s HUP -j JOB_ID
+  client signal -s KILL --all -j JOB_ID  to every process of the job
+""",
+    "status": """\
+examples:
+  client status -j JOB_ID
+  client status -j JOB_ID --json | jq .exit_code
+""",
+    "stream": """\
+Exit status: 1 if the job did not end by itself, or output is missing.
+
+examples:
+  client stream -j JOB_ID
+  client stream -j JOB_ID >output.bin    output is bytes, as the job wrote them
+  client stream -j JOB_ID --offset 1000  all but the first 1000 bytes
+""",
+    "remove": """\
+example:
+  client remove -j JOB_ID
+""",
+    "list": """\
+examples:
+  client list
+  client list --json | jq -r '.[] | select(.status == "RUNNING") | .job_id'
+""",
+    "completion": """\
+examples:
+  eval "$(client completion bash)"       in ~/.bashrc
+  eval "$(client completion zsh)"        in ~/.zshrc, after compinit
+  client completion fish | source        in ~/.config/fish/config.fish
+""",
+}
