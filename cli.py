@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if any(each in ([], "--", ["--"]) for each in values) and option not in _MAY_BE_EMPTY:
             parser.error(f"-- cannot be the value of an option ({option})")
     arguments.own_words = len(argv)
-    if name in USAGES:
+    if name in {"start", "run"}:
         _split_start(parser, arguments)
     if name == "completion":
         arguments.secrets = []
@@ -180,7 +180,7 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
             name,
             help=text,
             description=f"{text}.",
-            usage=USAGES.get(name),
+            usage=USAGES[name],
             epilog=EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -1,7 +1,7 @@
 """What `--help` says beside the options: each subcommand in a line, and how it is used.
 
-`cli.py` makes the parsers with these texts. A new subcommand needs a line in `SUBCOMMANDS` and
-examples in `EXAMPLES`.
+`cli.py` makes the parsers with these texts. A new subcommand needs a line in
+`SUBCOMMANDS`, a usage in `USAGES` and examples in `EXAMPLES`.
 """
 
 __all__ = ["EPILOG", "EXAMPLES", "SUBCOMMANDS", "USAGES"]

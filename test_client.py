@@ -1984,15 +1984,19 @@ def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., s
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
 
 
-_NEEDED_FOR_HELP = (
-    "client.py",
-    "cli.py",
-    "connection.py",
-    "helptexts.py",
-    "profiles.py",
-    "units.py",
-    "version.py",
-)
+_NEEDED_FOR_HELP = [
+    f"{name}.py"
+    for name in (
+        "client",
+        "clienterrors",
+        "cli",
+        "connection",
+        "helptexts",
+        "profiles",
+        "units",
+        "version",
+    )
+]
 
 
 @pytest.mark.parametrize("call", ["absolute", "relative", "bare", "path", "link", "chain"])

@@ -69,6 +69,24 @@ def test_readme_names_every_option_of_the_client(readme: str, option: str) -> No
     assert _is_named(option, readme)
 
 
+@pytest.mark.parametrize("subcommand", sorted(_subcommands()))
+def test_help_of_every_subcommand_has_examples_that_are_understood(
+    subcommand: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What follows two spaces after an example explains it."""
+    (tmp_path / "job-worker").mkdir()
+    (tmp_path / "job-worker" / "config.toml").write_text("[work]\nuser = 'alice'\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    shown = _subcommands()[subcommand].format_help()
+    assert max(map(len, shown.splitlines())) <= 80
+    examples = re.findall(
+        r"\bclient (.*?)(?:  .*)?$", shown.partition("\nexample")[2], re.MULTILINE
+    )
+    assert any(example.startswith(subcommand) for example in examples)
+    for example in examples:
+        cli.parse(_arguments(example))
+
+
 def _server_options(capsys: pytest.CaptureFixture[str]) -> set[str]:
     with pytest.raises(SystemExit):
         server.main(["--help"])
@@ -211,15 +229,15 @@ def _shown_commands(text: str, program: str) -> list[list[str]]:
         for call in re.findall(rf"(?:^|[\s(])\./{program}( .*|$)", line):
             if "[" in call or "..." in call or "`" in call:
                 continue
-            words = shlex.shlex(call, posix=True, punctuation_chars=True)
-            words.whitespace_split = True
-            arguments = []
-            for word in words:
-                if set(word) <= set("();<>|&"):
-                    break
-                arguments.append(word)
-            found.append(arguments)
+            found.append(_arguments(call))
     return found
+
+
+def _arguments(call: str) -> list[str]:
+    """The words up to the end of the command in the shell."""
+    words = shlex.shlex(call, posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    return list(itertools.takewhile(lambda word: not set(word) <= set("();<>|&"), words))
 
 
 def test_commands_that_readme_shows_are_understood(
