@@ -270,22 +270,33 @@ def reserved(uids: range) -> Iterator[None]:
         os.close(fd)
 
 
-def choose_uids(isolation: str, text: str) -> tuple[int | None, range | None]:
+def choose_uids(isolation: str, text: str, *, of_host: bool) -> tuple[int | None, range | None]:
     """Return the uid to become (None: stay), and those of users (None: jobs run as we do).
 
-    `isolation`: "require", "auto" or "off", as in `Settings`. `text`: of `--uids`. Logs a warning
-    if "auto" finds no right to change users. Raises `AccountsError`.
+    `isolation`: "require", "auto" or "off", as in `Settings`. `text`: of `--uids`. `of_host`: jobs
+    run as accounts of the host, whose uids lie below that range. Logs a warning if "auto" finds no
+    right to change users. Raises `AccountsError`.
     """
     if isolation == "off":
         return None, None
     uid = os.geteuid()
     if not can_change_user():
         warning = _SHARED_UID.format(uid=uid)
-        if isolation == "require":
-            raise AccountsError(f"--require-isolation: {warning}")
+        if isolation == "require" or of_host:
+            option = "--accounts host" if of_host else "--require-isolation"
+            raise AccountsError(f"{option}: {warning}")
         logger.warning("%s", warning)
         return None, None
     uids = parse_uids(text)
+    if of_host:
+        accounts = range(_UID_MIN, uids.start)
+        if uid in accounts or not accounts:
+            raise AccountsError(
+                f"--accounts host: accounts of jobs have uids from {_UID_MIN} to "
+                f"{uids.start - 1}, below --uids, and the server runs as {uid}; start it as root, "
+                "with other --uids"
+            )
+        return uid or uids[0], accounts
     for each, what in ((PROGRAM_OWNER, "to whom this program belongs"), (uid, "which we run as")):
         if each in uids:
             raise AccountsError(f"--uids {text} includes {each}, {what}")

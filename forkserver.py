@@ -41,7 +41,17 @@ import inherited
 import processes
 from cgroupfs import dismantle, signal_tree
 from children import children, ended_child, group_is_gone, kill_group, kill_leader
-from leader import Grants, become, clone, clone_works, detach, limit, popen, wait_and_execute
+from leader import (
+    Grants,
+    become,
+    clone,
+    clone_works,
+    detach,
+    groups_of,
+    limit,
+    popen,
+    wait_and_execute,
+)
 from leftovers import clear, clear_directory
 from messages import AttachError, close_all, failure, receive, send, wait_ready
 from privileges import (
@@ -102,6 +112,7 @@ class _ForkServer:
         self._uids = range(*duties["uids"]) if duties["uids"] else None
         self._homes: str | None = duties["homes"]
         self._tmp: str | None = duties["tmp"]
+        self._host_accounts: bool = duties["host_accounts"]
         self._dismantling: list[Any] | None = duties["dismantle"]
         self._dismantles_at_end = False
         self._fork_child = clone if clone_works() else popen
@@ -217,7 +228,8 @@ class _ForkServer:
         """Fork a process that waits for its program; return its pid and a pidfd of it."""
         if job in self._pids or not _is_name(job):
             raise PermissionError(errno.EPERM, "not a job's name, or taken")
-        grants = Grants(self._uids, self._homes, self._tmp and f"{self._tmp}/{job}")
+        tmp = self._tmp and f"{self._tmp}/{job}"
+        grants = Grants(self._uids, self._homes, tmp, self._host_accounts)
         child = functools.partial(wait_and_execute, reply, stdout_fd, grants, self._pid)
         kept_fd = os.dup(exit_fd)
         try:
@@ -243,7 +255,8 @@ class _ForkServer:
             if self._tmp is None or job is None or not _is_name(job):
                 raise PermissionError(errno.EPERM, "not the name of a job with a TMPDIR")
             tmp = f"{self._tmp}/{job}"
-        child = functools.partial(_clear, reply, uid, tmp, self._pid)
+        groups = groups_of(uid) if self._host_accounts and uid is not None else ()
+        child = functools.partial(_clear, reply, uid, groups, tmp, self._pid)
         pid, pidfd = self._fork_child(None, child)
         self._clearing[pid] = tmp
         return pid, pidfd
@@ -461,7 +474,12 @@ def _is_name(job: str) -> bool:
 
 
 def _clear(
-    sock: socket.socket, uid: int | None, tmp: str | None, parent: int, _: int | None
+    sock: socket.socket,
+    uid: int | None,
+    groups: Sequence[int],
+    tmp: str | None,
+    parent: int,
+    _: int | None,
 ) -> NoReturn:
     """Remove what the jobs of a user have left, until the other end of `sock` is closed.
 
@@ -475,7 +493,7 @@ def _clear(
         detach(os.open(os.devnull, os.O_WRONLY), [sock.fileno()])
         inherited.separate(is_alone=uid is not None)
         if uid is not None:
-            become(uid)
+            become(uid, groups)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             if tmp is not None:

@@ -20,6 +20,7 @@ import ctypes
 import errno
 import json
 import os
+import pwd
 import resource
 import select
 import signal
@@ -43,6 +44,7 @@ __all__ = [
     "clone_works",
     "detach",
     "execute",
+    "groups_of",
     "limit",
     "popen",
     "wait_and_execute",
@@ -153,6 +155,7 @@ class Grants(NamedTuple):
     uids: range | None  # the users that jobs run as; None if they run as ours
     homes: str | None = None  # a directory of ours, in which homes of these users are made
     tmp: str | None = None  # the job's TMPDIR, which becomes the user's
+    host_accounts: bool = False  # whether jobs have the groups of the host's accounts
 
 
 class Program(NamedTuple):
@@ -164,6 +167,7 @@ class Program(NamedTuple):
     uid: int | None
     home: bytes | None = None  # entered first, if the user may
     directory: bytes | None = None  # entered next; if that fails, the program is not executed
+    groups: Sequence[int] = ()  # the user's own first; none for the one with the user's number
 
 
 def wait_and_execute(
@@ -187,6 +191,8 @@ def wait_and_execute(
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == parent:
                 program = _receive_program(sock, grants.uids)
+                if program.uid is not None and grants.host_accounts:
+                    program = program._replace(groups=groups_of(program.uid))
                 _furnish(program, grants, tmp_fd)
                 execute(program)
         except BaseException as error:  # noqa: BLE001 -- nothing may return to the fork server's loop
@@ -247,7 +253,7 @@ def _furnish(program: Program, grants: Grants, tmp_fd: int | None) -> None:
     if program.uid is None:
         return
     if tmp_fd is not None:
-        os.fchown(tmp_fd, program.uid, program.uid)
+        os.fchown(tmp_fd, program.uid, program.groups[0] if program.groups else program.uid)
     home = program.home and os.fsdecode(program.home)
     if grants.homes and home and os.path.dirname(home) == grants.homes:
         name = os.path.basename(home)
@@ -320,7 +326,7 @@ def execute(program: Program) -> NoReturn:
     Raises OSError, as execvp(3) would.
     """
     if program.uid is not None:
-        become(program.uid)
+        become(program.uid, program.groups)
     # If the fork server dies, a main process without rights cannot kill a job of another user.
     # A main process with rights kills the job's group, and needs a living leader for that.
     prctl(PR_SET_PDEATHSIG, 0 if program.uid is None else signal.SIGKILL)
@@ -349,10 +355,27 @@ def _enter(program: Program) -> None:
             raise EnterError(error.errno, error.strerror) from error
 
 
-def become(uid: int) -> None:
-    """Become the user `uid`, with the group of the same number and no other. Raises OSError."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
+def groups_of(uid: int) -> list[int]:
+    """Return the groups of the host's account of that uid, its own first. Raises OSError.
+
+    The main process does not say which groups a job has: it could name those of root.
+    """
+    try:
+        account = pwd.getpwuid(uid)
+    except KeyError:
+        raise PermissionError(errno.EPERM, "the host has no account of this uid") from None
+    others = os.getgrouplist(account.pw_name, account.pw_gid)
+    return [account.pw_gid, *(each for each in others if each != account.pw_gid)]
+
+
+def become(uid: int, groups: Sequence[int] = ()) -> None:
+    """Become the user `uid`. Raises OSError.
+
+    `groups`: the user's groups, the user's own first; default: only the one of the same number.
+    """
+    gid = groups[0] if groups else uid
+    os.setgroups(list(groups))
+    os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
 
 

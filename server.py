@@ -42,10 +42,18 @@ try:
     import grpc
 
     import auth
-    from accounts import Accounts, AccountsError, choose_uids, let_jobs_through, reserved
+    from accounts import (
+        Accounts,
+        AccountsError,
+        choose_uids,
+        let_jobs_through,
+        parse_uids,
+        reserved,
+    )
     from audit import AUDIT_FLAGS, AuditLog
     from calls import Calls
     from gate import Gate
+    from hostaccounts import HostAccounts
     from service import add_services
     from tls import CertificateError, Certificates, certificate_files
     from users import SEEDED_USERS, User, has_public_password, make_user, parse_users
@@ -130,7 +138,9 @@ class Server:
             self._host, port = parse_address(settings.listen)
         except ValueError as error:
             raise SettingsError(f"--listen {error}") from None
-        own_uid, uids = choose_uids(settings.isolation, settings.uids)
+        own_uid, uids = choose_uids(
+            settings.isolation, settings.uids, of_host=settings.accounts == "host"
+        )
         self._audit_path = settings.audit_log or settings.state_dir / "audit.log"
         _check_code(is_isolated=uids is not None)
         files = _read_again(settings) | {self._audit_path: AUDIT_FLAGS}
@@ -143,7 +153,7 @@ class Server:
             check(path, private=uids is not None)
         with contextlib.ExitStack() as undo:
             if uids is not None:
-                undo.enter_context(reserved(range(uids.start - 1, uids.stop)))
+                undo.enter_context(reserved(parse_uids(settings.uids)))
             with _told_if_full(settings.state_dir):
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 check(settings.state_dir)
@@ -169,7 +179,9 @@ class Server:
         state = self._settings.state_dir
         if not is_isolated:
             return None, state / "tmp"
-        return (state / "homes", state / "tmp") if let_jobs_through(state) else (None, None)
+        if not let_jobs_through(state):
+            return None, None
+        return None if self._settings.accounts == "host" else state / "homes", state / "tmp"
 
     def _make_worker(
         self, config: Config, uids: range | None, homes: Path | None, tmp: Path | None
@@ -186,6 +198,7 @@ class Server:
             environment=config.environment,
             homes=homes,
             tmp_dir=tmp,
+            host_accounts=self._settings.accounts == "host",
         )
 
     def _open_state(
@@ -194,14 +207,17 @@ class Server:
         """Open what is kept in the state directory, and the audit log."""
         state = self._settings.state_dir
         logged_out = state / "logged-out"
-        self._accounts = None
+        self._accounts: Accounts | HostAccounts | None = None
         self._own_account = worker.account_of(os.geteuid())
-        if uids is not None:
+        if uids is not None and self._settings.accounts == "host":
+            self._accounts = HostAccounts(uids)
+        elif uids is not None:
             is_new = not logged_out.exists()
             self._accounts = undo.enter_context(
                 Accounts(state / "uids", uids, is_new=is_new, homes=self._worker.homes)
             )
-            self._accounts.add(user.name for user in users)
+        if self._accounts is not None:
+            self._accounts.add(_accounts_of(users))
         running = undo.enter_context(auth.RunningTime(state / "running-time"))
         self._revocations = undo.enter_context(auth.Revocations(logged_out, running))
         self._authenticator = auth.Authenticator(
@@ -270,7 +286,7 @@ class Server:
         try:
             users = self._load_users()
             if self._accounts is not None:
-                self._accounts.add(user.name for user in users)
+                self._accounts.add(_accounts_of(users))
             self._authenticator.set_users(users)
         except (
             SettingsError,
@@ -330,6 +346,11 @@ def _check_code(*, is_isolated: bool) -> None:
         if is_isolated:
             raise
         logger.warning("%s", error)
+
+
+def _accounts_of(users: Sequence[User]) -> dict[str, str]:
+    """Return the account of the host that each user has where jobs run as accounts."""
+    return {user.name: user.account or user.name for user in users}
 
 
 @contextlib.contextmanager
@@ -488,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         settings = Settings(
             listen=arguments.listen,
+            accounts=arguments.accounts,
             certs=arguments.certs,
             users=arguments.users,
             state_dir=arguments.state_dir,

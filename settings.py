@@ -428,6 +428,8 @@ class Settings:
     for good. "require": refuse to start without that. "auto": if possible."""
     uids: str = DEFAULT_UIDS
     """FIRST-LAST. A server started as root becomes the first; users get the others."""
+    accounts: Literal["range", "host"] = "range"
+    """What jobs run as: uids of `uids`, or accounts of the host."""
     audit_log: Path | None = None
     """None for audit.log in `state_dir`."""
     audit_required: bool = False
@@ -537,6 +539,13 @@ _OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
         "default": _SETTINGS.uids,
         "help": "a server started as root becomes the first of these users, and runs the jobs of "
         "each of its own users as one of the others (default: %(default)s)",
+    },
+    "--accounts": {
+        "choices": ("range", "host"),
+        "default": _SETTINGS.accounts,
+        "help": "what the jobs of a server that was started as root run as: a uid of --uids, with "
+        "a home in the state directory; or the host's account of the user's name, or of the name "
+        "that the users file has after a third colon (default: %(default)s)",
     },
     "--require-isolation": {
         "action": "store_true",

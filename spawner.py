@@ -100,9 +100,11 @@ class Spawner:
     arguments of `cgroupfs.dismantle`, for `dismantle_at_end`. `homes`: a directory of ours in
     which a missing home of one of the `uids` is made. `tmp`: the directory with the TMPDIRs of the
     jobs, each of which has its job's name and exists before `fork`; it becomes the job's user's.
+    `host_accounts`: a job has the groups of the host's account of its uid, not only the group of
+    the same number.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- all are optional
         self,
         *,
         jobs_cgroup: Path | None = None,
@@ -110,6 +112,7 @@ class Spawner:
         dismantle: Sequence[Any] | None = None,
         homes: Path | None = None,
         tmp: Path | None = None,
+        host_accounts: bool = False,
     ) -> None:
         # Guards the socket against being closed while it is used. Held while a request is sent,
         # never while its answer is awaited.
@@ -126,6 +129,7 @@ class Spawner:
                 "dismantle": dismantle,
                 "homes": str(homes) if homes else None,
                 "tmp": str(tmp) if tmp else None,
+                "host_accounts": host_accounts,
             }
             # It imports no site-packages, obeys no PYTHON* variables, and, in a session of its
             # own, gets no signals from a terminal. Without a preexec_fn Popen uses vfork, which

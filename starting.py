@@ -59,7 +59,7 @@ class Starter:
         spawner: Spawner,
         subtree: Subtree | None,
         registry: Registry,
-        leftovers: Leftovers,
+        leftovers: Leftovers | None,
         scratch: Scratch,
         *,
         environment: Mapping[str, str],
@@ -81,7 +81,7 @@ class Starter:
     def start(self, work: Work, around: Surroundings) -> str:
         """Start the job and return its ID. Raises as `Worker.start` does."""
         with self.open():
-            if work.uid is None:
+            if work.uid is None or self._leftovers is None:
                 return self._launch(work, around)
             self._leftovers.begin(work.uid)
             try:
@@ -94,7 +94,7 @@ class Starter:
         """Remove what the processes of a job have left. They are gone."""
         if not work.keep_tmp:
             self._scratch.remove(job_id)
-        if work.uid is not None:
+        if work.uid is not None and self._leftovers is not None:
             self._leftovers.end(work.uid)
         if work.on_end is not None:
             work.on_end()

@@ -73,6 +73,7 @@ _MODULES = {
         "memory": "",
         "auth": "jwt memory revocations throttle trustedfiles users",
         "accounts": "environment privileges trustedfiles",
+        "hostaccounts": "accounts environment trustedfiles",
         "audit": "",
         "tls": "certcheck grpc",
     },
@@ -94,8 +95,9 @@ _MODULES = {
         "hostcheck": "cgroups limits worker",
         "serverlog": "",
         "daemon": "",
-        "server": "accounts audit auth calls daemon descriptors fileopener gate grpc hostcheck "
-        "privileges serverlog service settings tls trustedfiles units users worker",
+        "server": "accounts audit auth calls daemon descriptors fileopener gate grpc "
+        "hostaccounts hostcheck privileges serverlog service settings tls trustedfiles units "
+        "users worker",
     },
     "client": {
         "sending": "",

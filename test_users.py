@@ -157,7 +157,7 @@ def test_made_user_comes_back_from_the_file() -> None:
     [
         "alice",
         "alice:user",
-        f"alice:user:{_HASH}:more",
+        f"alice:user:{_HASH}:more:yet",
         f"alice:root:{_HASH}",
         f"alice:Admin:{_HASH}",
         f":user:{_HASH}",

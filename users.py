@@ -64,10 +64,13 @@ class User:
     name: str
     role: Role
     password_hash: str = field(repr=False)
+    account: str = field(default="", repr=False)
+    """The host's account that jobs run as, where they run as accounts; "" for that of the name."""
 
     def __str__(self) -> str:
         """Return the line of the users file."""
-        return f"{self.name}:{self.role.value}:{self.password_hash}"
+        line = f"{self.name}:{self.role.value}:{self.password_hash}"
+        return f"{line}:{self.account}" if self.account else line
 
 
 # Their passwords are their names, and the documentation says so.
@@ -103,7 +106,9 @@ def make_user(name: str, role: str, password: str) -> User:
 
 
 def parse_users(data: bytes, source: str) -> tuple[User, ...]:
-    """Return the users of a file: `NAME:ROLE:HASH` in each line, except blank lines and comments.
+    """Return the users of a file: `NAME:ROLE:HASH`, or `NAME:ROLE:HASH:ACCOUNT`, in each line.
+
+    Blank lines and comments are skipped.
 
     `data`: the content of the file. `source`: its name, for errors. A comment begins with
     `#`. Raises `UsersFileError`.
@@ -114,13 +119,14 @@ def parse_users(data: bytes, source: str) -> tuple[User, ...]:
         if not entry or entry.startswith("#"):
             continue
         try:
-            name, role, password_hash = entry.split(":")
-            user = User(name, Role(role), password_hash)
-        except ValueError:
+            name, role, password_hash, *account = entry.split(":")
+            user = User(name, Role(role), password_hash, *account)
+        except (ValueError, TypeError):  # TypeError: there are more fields
             user = None
         if user is None or not _USER_NAME.fullmatch(user.name):
             raise UsersFileError(
-                f"{source}, line {number}: not NAME:ROLE:HASH with the role admin or user; "
+                f"{source}, line {number}: not NAME:ROLE:HASH or "
+                "NAME:ROLE:HASH:ACCOUNT with the role admin or user; "
                 "make an entry with: ./server user NAME --role ROLE"
             )
         try:

@@ -148,6 +148,9 @@ class Worker:
     the main process. Needs the right to change users (`privileges.can_change_user`).
     What a user's jobs leave behind is removed when the last of them ends: System V and POSIX IPC
     objects, and files in /tmp, /var/tmp and /dev/shm.
+    `host_accounts`: the `uids` are those of accounts of the host. A job has the groups of its
+    account, and what it leaves in these places stays, because the account's user may have other
+    processes.
     `bounds`: what all jobs together may have, where there are cgroups; default: `Bounds()`.
     `retention`: how long finished jobs are kept; default: until they are removed.
     `environment`: variables that every job gets, like PATH, unless it asks for others.
@@ -176,6 +179,7 @@ class Worker:
         homes: str | os.PathLike[str] | None = None,
         tmp_dir: str | os.PathLike[str] | None = None,
         ending: Ending | None = None,
+        host_accounts: bool = False,
     ) -> None:
         environment = dict(environment or {})
         if problem := problem_of(environment):
@@ -183,6 +187,7 @@ class Worker:
         self._limits = limits or Limits()
         self._ending = ending or Ending()
         self._uids = uids
+        self._host_accounts = host_accounts
         with contextlib.ExitStack() as undo:
             self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes)
             undo.callback(self._output_dir.close)
@@ -192,12 +197,8 @@ class Worker:
             )
             if self._subtree is not None:
                 undo.callback(self._subtree.close)
-            if uids is not None:
-                privileges.check_can_run_as_others(has_cgroups=self._subtree is not None)
             self._scratch = Scratch(tmp_dir, uids=uids)
             undo.callback(self._scratch.close)
-            if problem := inherited.oom_exemption():
-                logger.warning("%s; start it with another, or with that capability", problem)
             self.homes = make_homes(homes) if self._scratch.path else None
             self._spawner = self._make_spawner()
             undo.callback(self._spawner.close)
@@ -213,7 +214,7 @@ class Worker:
                 self._spawner,
                 self._subtree,
                 self._registry,
-                self._leftovers,
+                None if host_accounts else self._leftovers,
                 self._scratch,
                 environment=environment,
             )
@@ -223,12 +224,17 @@ class Worker:
             self._spares.fill()
 
     def _make_spawner(self) -> Spawner:
+        if self._uids is not None:
+            privileges.check_can_run_as_others(has_cgroups=self._subtree is not None)
+        if problem := inherited.oom_exemption():
+            logger.warning("%s; start it with another, or with that capability", problem)
         return Spawner(
             jobs_cgroup=self._subtree.jobs if self._subtree else None,
             uids=self._uids,
             dismantle=self._subtree.dismantling if self._subtree else None,
             homes=self.homes,
             tmp=self._scratch.path,
+            host_accounts=self._host_accounts,
         )
 
     @property
