@@ -924,6 +924,11 @@ def test_json_status_has_every_field_of_a_running_job(
         "output_lost_bytes": 0,
         "output_gap": None,
         "may_have_escaped": False,
+        "name": "",
+        "labels": {},
+        "killed_after_exit": 0,
+        "timeout": None,
+        "stdin": None,
     }
     run("stop", "-j", job_id)
     fields = json.loads(run("status", "-j", job_id, "--json"))
