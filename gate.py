@@ -432,8 +432,7 @@ class Gate(grpc.ServerInterceptor):
     def _receive_rest(self, handler: Any, requests: Iterator[bytes]) -> Iterator[Any]:
         """Yield the messages after the first one, until the client ends them or has gone."""
         with contextlib.suppress(grpc.RpcError):  # gRPC raises this if the call has ended
-            for data in requests:
-                yield self._parse(handler, data)
+            yield from map(functools.partial(self._parse, handler), requests)
 
     def _parse(self, handler: Any, data: bytes) -> Any:
         if len(data) > self._request_bytes:

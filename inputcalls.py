@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["write_all"]
 
+# A message stays in memory for as long as the job does not read.
+_MESSAGE_BYTES = 256 * 1024
+
 
 def write_all(
     requests: Iterator[WriteInputRequest], writer: InputWriter, *, may_go_on: Callable[[], bool]
@@ -67,6 +70,11 @@ def _write(
         job_id = job_id or request.job_id
         if request.job_id not in ("", job_id):
             raise BadRequestError("a call writes to one job, and this message names another one")
+        if len(request.data) > _MESSAGE_BYTES:
+            raise BadRequestError(
+                f"a message with {len(request.data)} bytes of input; the ceiling is "
+                f"{_MESSAGE_BYTES}: send them in several messages"
+            )
         if not may_go_on() or not writer.write(request.data):
             return
         if request.end:

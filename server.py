@@ -113,6 +113,10 @@ GRPC_OPTIONS = (
     # clients that have acknowledged its settings.
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
+    # What a call may send before its bytes are wanted: input for a job that does not read, say. By
+    # default gRPC lets this grow to what the network can carry, here beyond 12 MiB for each call.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 256 * 1024),
 )
 
 

@@ -136,16 +136,17 @@ def test_call_that_ends_or_breaks_off_leaves_the_input_open(
 def test_job_that_does_not_read_holds_back_the_caller(
     serve: Callable[..., Server], connect: Callable[..., Client]
 ) -> None:
-    """The pipe takes 64 KiB, and then no message is taken from the connection."""
+    """The pipe takes 64 KiB, and the server some 256 KiB more, of the 64 MB that are sent."""
     server = serve()
     client = connect(address=server.address)
-    taken: list[int] = []
+    taken = 0
 
     def messages() -> Iterator[worker_pb.WriteInputRequest]:
+        nonlocal taken
         yield worker_pb.WriteInputRequest(job_id=job_id)
-        for number in range(256):
-            taken.append(number)
-            yield worker_pb.WriteInputRequest(data=bytes(1 << 18))
+        for _ in range(1000):
+            taken += _PIPE_BYTES
+            yield worker_pb.WriteInputRequest(data=bytes(_PIPE_BYTES))
 
     job_id = client.start("sleep", ["infinity"], stdin=True)
     job: Any = server._worker._job(job_id)
@@ -159,7 +160,7 @@ def test_job_that_does_not_read_holds_back_the_caller(
     assert call.exception(GUARD_S).code() is grpc.StatusCode.FAILED_PRECONDITION
     stdin = client.status(job_id).stdin
     assert (stdin.bytes, stdin.ended) == (_PIPE_BYTES, True)
-    assert len(taken) < 128
+    assert taken < 2 * 1024 * 1024
 
 
 @pytest.mark.parametrize("end", ["stop", "exit", "close"])
@@ -235,6 +236,16 @@ def test_call_writes_to_one_job(client: Client, running: Callable[..., str]) -> 
     call.send(job_id=other, data=b"x")
     assert call.error()[0] == "INVALID_ARGUMENT"
     assert [client.status(job_id).stdin.bytes for job_id in (one, other)] == [0, 0]
+
+
+def test_message_has_a_bounded_size(client: Client, running: Callable[..., str]) -> None:
+    """Because it stays in memory for as long as the job does not read."""
+    job_id = running("cat")
+    call = _Call(client, job_id, data=b"x" * 262_144)
+    call.send(data=b"x" * 262_145)
+    code, message = call.error()
+    assert (code, "the ceiling is 262144" in message) == ("INVALID_ARGUMENT", True)
+    assert client.status(job_id).stdin.bytes == 262_144
 
 
 def test_logout_ends_the_call(

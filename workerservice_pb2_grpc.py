@@ -174,7 +174,8 @@ class WorkerServiceServicer:
         A new call takes over from the one before, which ends with ABORTED. The call ends
         with FAILED_PRECONDITION as soon as the job has closed its stdin or has ended.
 
-        Errors: INVALID_ARGUMENT (not a job ID, or a later message names another job),
+        Errors: INVALID_ARGUMENT (not a job ID, a later message names another job, or a message
+        has more than 256 KiB of data),
         NOT_FOUND, FAILED_PRECONDITION (the job was started without `stdin`, gets no more input,
         or has ended), OUT_OF_RANGE (`offset` is not the number of bytes that the job has got;
         the message names it), ABORTED (another call writes this job's input now),
