@@ -1,11 +1,12 @@
 """The pytest plugin for tests marked `kernel`. These tests need a real cgroup v2.
 
 If the host has a cgroup v2 with all controllers, the tests run on the host like any other test.
-Otherwise the plugin replaces each test by a stand-in of the same name. The first stand-in that
-runs boots two kernels with one processor each (scripts/kernel-run), the guests. In each guest
-another pytest runs half of the tests. That pytest loads this plugin too, and there the plugin
-prints the outcome of each test as a line of JSON. A stand-in waits for the line of its test, and
-then passes, fails or is skipped like the test.
+Otherwise the plugin replaces each test by a stand-in of the same name, and boots two kernels with
+one processor each (scripts/kernel-run), the guests. They run beside the tests of the host, which
+have precedence. In each guest another pytest runs half of the tests. That pytest loads this plugin
+too, and there the plugin prints the outcome of each test as a line of JSON. A thread of the host
+reads the lines of a guest. A stand-in waits for the line of its test, and then passes, fails or is
+skipped like the test.
 
 If the program that boots a kernel is missing, the tests are skipped. With
 JOBWORKER_REQUIRE_KERNEL=1 in the environment they fail instead.
@@ -18,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
@@ -47,14 +49,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in marked:
         items.remove(item)
         parent = item.parent or item.session
-        # Placeholders come last, because the guests keep both processors busy.
+        # Placeholders come last: by then the guests have run most of the tests.
         items.append(
             _Unavailable.from_parent(parent, of=item, reason=f"{problem}; {_INSTALL}")
             if missing
             else _StandIn.from_parent(parent, of=item)
         )
+    if missing:
+        return
     tests = [item.nodeid for item in marked]
     config.stash[_GUESTS] = [_Guest(half) for half in (tests[::2], tests[1::2]) if half]
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if not (session.config.option.collectonly or session.testsfailed):
+        for guest in session.config.stash.get(_GUESTS, []):
+            guest.boot()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -100,59 +110,72 @@ class _Guest:
     def __init__(self, tests: list[str]) -> None:
         self.tests = tests
         self._process: subprocess.Popen[str] | None = None
+        # Ends with the guest's output. Without it the guest would wait until a stand-in reads.
+        self._reader = threading.Thread(target=self._read, name="guest", daemon=True)
+        # Guards what follows. Notified of each outcome, and of the end.
+        self._changed = threading.Condition()
         self._console: deque[str] = deque(maxlen=100)
         self._outcomes: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+        self._has_ended = False
 
     def boot(self) -> None:
-        """Boot the kernel and begin the tests. Does nothing the second time."""
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [
-                    *(str(_HERE / "scripts/kernel-run"), sys.executable, "-m", "pytest"),
-                    *("-p", "no:cacheprovider", "--color=no"),
-                    *("-o", f"time_limit_s={_GUEST_LIMIT_S}", *self.tests),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
+        """Boot the kernel and begin the tests."""
+        self._process = subprocess.Popen(
+            [
+                *("nice", "-n", "10"),  # the tests of the host measure times
+                *(str(_HERE / "scripts/kernel-run"), sys.executable, "-m", "pytest"),
+                *("-p", "no:cacheprovider", "--color=no"),
+                *("-o", f"time_limit_s={_GUEST_LIMIT_S}", *self.tests),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process
+        assert self._process.stdout
+        for line in self._process.stdout:
+            printed, is_outcome, fields = line.partition(_OUTCOME)
+            with self._changed:
+                if is_outcome:
+                    outcome = json.loads(fields)
+                    self._outcomes[outcome["test"]].append(outcome)
+                    self._changed.notify_all()
+                else:
+                    self._console.append(printed)
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
 
     def outcomes(self, test: str) -> list[dict[str, str]]:
         """Block until the test has run; return the outcomes of its set-up, call and tear-down.
 
         If the kernel or its pytest ended too early, some outcomes are missing.
         """
-        outcomes = self._outcomes[test]
-        while (
-            self._process
-            and self._process.stdout
-            and not self._process.stdout.closed
-            and not (outcomes and outcomes[-1]["when"] == "teardown")
-        ):
-            line = self._process.stdout.readline()
-            if not line:
-                break
-            printed, is_outcome, fields = line.partition(_OUTCOME)
-            if is_outcome:
-                outcome = json.loads(fields)
-                self._outcomes[outcome["test"]].append(outcome)
-            else:
-                self._console.append(printed)
-        return outcomes
+        with self._changed:
+            outcomes = self._outcomes[test]
+            self._changed.wait_for(
+                lambda: self._has_ended or (outcomes and outcomes[-1]["when"] == "teardown")
+            )
+            return outcomes
 
     def console(self) -> str:
         """Return what the guest printed since the last call: 100 lines at most, no outcomes."""
-        text = "".join(self._console)
-        self._console.clear()
+        with self._changed:
+            text = "".join(self._console)
+            self._console.clear()
         return text or "(nothing since the failure above)"
 
     def close(self) -> None:
         """End the kernel if it was booted. Its tests get no more outcomes."""
-        if self._process and self._process.stdout and not self._process.stdout.closed:
+        if self._process:
             self._process.terminate()
-            self._process.communicate()
+            self._process.wait()
+            self._reader.join()
 
 
 class _GuestError(Exception):
@@ -183,10 +206,7 @@ class _StandIn(_Placeholder):
     time_limit_s = 1.2 * _GUEST_LIMIT_S
 
     def runtest(self) -> None:
-        guests = self.config.stash[_GUESTS]
-        for guest in guests:
-            guest.boot()
-        guest = next(each for each in guests if self.nodeid in each.tests)
+        guest = next(each for each in self.config.stash[_GUESTS] if self.nodeid in each.tests)
         try:
             outcomes = guest.outcomes(self.nodeid)
         except pytest.fail.Exception:  # the time limit: the guest's other tests need not wait too

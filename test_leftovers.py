@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -77,9 +78,10 @@ def _left_of(uid: int) -> list[str]:
         left += [f"{kind} {each[1]}" for each in lines[1:] if each[column] == str(uid)]
     for directory in filter(os.path.isdir, DIRECTORIES):
         with os.scandir(directory) as entries:
-            left += [
-                each.path for each in entries if each.stat(follow_symlinks=False).st_uid == uid
-            ]
+            for each in entries:
+                with contextlib.suppress(FileNotFoundError):  # another program's, removed meanwhile
+                    if each.stat(follow_symlinks=False).st_uid == uid:
+                        left.append(each.path)
     return left
 
 
