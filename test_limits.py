@@ -71,6 +71,33 @@ def _usage(job: Job) -> Usage:
 # --- memory -----------------------------------------------------------------------------------
 
 
+_LINES = 20 * 1024  # of 1 KiB each
+
+
+@pytest.mark.parametrize("place", ["TMPDIR", "/dev/shm"])
+def test_sort_of_a_file_larger_than_the_memory_limit(base: Path, disk: Path, place: str) -> None:
+    """sort puts its temporary files into TMPDIR, on a disk. On a tmpfs they count as memory."""
+    script = f"""
+        cd {disk}; tail -c 1000 data | tr x y >line
+        awk -v pad="$(cat line)" -v lines={_LINES} \
+            'BEGIN {{ for (i = lines; i; i--) printf "%06d%s\\n", i, pad }}' >many
+        sort -S 4M -T "${{TMPDIR}}" many | cut -c1-6 >sorted
+        wc -l <sorted; head -n 1 sorted; ls "$TMPDIR" | wc -l
+    """
+    env = {} if place == "TMPDIR" else {"TMPDIR": place}
+    limits = Limits(memory_bytes=14 * _MIB, io_read_bps=None, io_write_bps=None)
+    with Worker(enforcement="require", cgroup_root=base, tmp_dir=disk / "tmp") as worker:
+        job_id = worker.start("sh", ["-ec", script], limits=limits, env=env)
+        job = worker.wait(job_id, GUARD_S)
+        with worker.stream(job_id) as chunks:
+            output = b"".join(chunks).decode().split()
+    (disk / "tmp").rmdir()
+    if place == "TMPDIR":
+        assert (job.exit_code, output) == (0, [str(_LINES), "000001", "0"])
+    else:
+        assert job.end_reason is EndReason.OUT_OF_MEMORY
+
+
 def test_file_on_tmpfs_counts_as_memory(worker: Worker, tmp_path: Path) -> None:
     """A job that fills a tmpfs is killed as a whole at its memory limit; it ends OUT_OF_MEMORY."""
     subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
