@@ -6,7 +6,10 @@ The library's part of it is tested in test_jobinput.py, the client's in test_sen
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import threading
+import uuid
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from testkit import GUARD_S, follow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from client import Client
     from server import Server
@@ -278,3 +282,62 @@ def test_large_input_arrives_whole(client: Client, running: Callable[..., str]) 
     call.send(end=True)
     assert call.answer() == (len(data), True)
     assert _read(client, job_id).split()[0].decode() == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("state", ["waits for a message", "waits for the job"])
+def test_shutdown_ends_the_call(
+    serve: Callable[..., Server], connect: Callable[..., Client], state: str
+) -> None:
+    server = serve()
+    client = connect(address=server.address)
+    job_id = client.start("sh", ["-c", "echo ready; exec sleep infinity"], stdin=True)
+    chunks = follow(client, job_id)
+    call = _Call(client, job_id, data=b"" if state == "waits for a message" else bytes(200_000))
+    server.stop()
+    assert call.error()[0] in {"FAILED_PRECONDITION", "UNAVAILABLE"}
+    chunks.close()
+
+
+@pytest.mark.parametrize("end", ["answer", "error", "cancel"])
+def test_ended_call_leaves_no_thread_and_no_stream(
+    serve: Callable[..., Server], connect: Callable[..., Client], end: str
+) -> None:
+    """The thread that reads the messages ends with the call, however the call ends."""
+    server = serve(max_streams=2)
+    client = connect(address=server.address)
+    job_id = client.start("sh", ["-c", "echo ready; exec sleep infinity"], stdin=True)
+    job: Any = server._worker._job(job_id)
+    job_input, changed = job._input, job._input._changed
+    for offset in range(4):  # more calls than there may be streams
+        call = _Call(client, job_id, offset, data=b"x")
+        if end == "answer":
+            call.half_close()
+            assert call.answer() == (offset + 1, False)
+        elif end == "error":
+            call.send(job_id=str(uuid.uuid4()))
+            assert call.error()[0] == "INVALID_ARGUMENT"
+        else:
+            with changed:
+                assert changed.wait_for(lambda: job_input.size > offset, GUARD_S)  # noqa: B023
+            call.cancel()
+            with changed:
+                assert changed.wait_for(lambda: not job_input._users, GUARD_S)
+        for thread in threading.enumerate():
+            if thread.name == "input-messages":
+                thread.join(GUARD_S)
+                assert not thread.is_alive()
+    client.stop(job_id)
+
+
+def test_audit_log_has_a_line_for_each_call_and_not_the_input(
+    serve: Callable[..., Server], connect: Callable[..., Client], make_state: Callable[[], Path]
+) -> None:
+    state = make_state()
+    client = connect(address=serve(state_dir=state).address)
+    job_id = client.start("cat", stdin=True)
+    client.write_input(job_id, b"secret")
+    list(client.stream(job_id))
+    text = (state / "audit.log").read_text()
+    (line,) = [each for each in map(json.loads, text.splitlines()) if "WriteInput" in each["rpc"]]
+    assert (line["job"], line["user"], line["outcome"]) == (job_id, "user", "OK")
+    assert "secret" not in text
