@@ -866,6 +866,24 @@ def test_stop_kills_the_job_and_says_how_it_ended(run: Callable[..., str]) -> No
     assert run("stop", "-j", job_id) == "FINISHED (exited with code 3)\n"
 
 
+def test_times_of_start_and_stop_reach_the_server(
+    run: Callable[..., str], connect: Connect
+) -> None:
+    """`status` shows the timeout, how the job ended, and how many processes were killed."""
+    job_id = run("start", "--timeout", "1.5h", "--", *_SILENT).strip()
+    assert re.search(r"^timeout +5400 s$", run("status", "-j", job_id), re.MULTILINE)
+    run("stop", "-j", job_id, "--grace", "1m")
+    assert json.loads(run("status", "--json", "-j", job_id))["signal"] == signal.SIGTERM
+    job_id = run("start", "--timeout", "0.2s", "--grace", "10s", "sleep", "1000").strip()
+    assert list(connect().stream(job_id)) == []
+    assert "STOPPED (timed out)" in run("status", "-j", job_id)
+    words = ("--linger", "0.2s", "sh", "-c", "sleep 1000 & sleep 1000 & exit 3")
+    job_id = run("start", *words).strip()
+    run("stream", "-j", job_id)
+    expected = "FINISHED (exited with code 3; 2 of its processes went on and were killed)"
+    assert expected in run("status", "-j", job_id)
+
+
 @pytest.mark.parametrize("form", ["-j {} -j {} -j {}", "-j {} {} {}"])
 def test_stop_status_and_remove_take_several_jobs(
     cli: _Program, connect: Connect, form: str

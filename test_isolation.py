@@ -651,6 +651,27 @@ def test_start_stream_status_and_stop_work_for_every_user(house: _House) -> None
     assert ended.usage.cpu_user_s + ended.usage.cpu_system_s > 0
 
 
+# At SIGTERM it says bye and exits with 3.
+_POLITE = """
+    idle=$(mktemp -u); mkfifo "$idle"; exec 3<>"$idle"; rm "$idle"
+    trap 'echo bye; exit 3' TERM; echo up; while :; do read x <&3; done"""
+
+
+def test_grace_timeout_and_linger_hold_for_every_user(house: _House) -> None:
+    """The server's process has no right to signal them, and the fork server sends the signals."""
+    job = house.alice.start("bash", ["-c", f"setsid sleep 1000 & {_POLITE}"])
+    assert _first_line(house.alice, job) == "up"
+    stopped = house.admin.stop(job, grace=GUARD_S)
+    assert (stopped.exit_code, stopped.status) == (3, worker_pb.JOB_STATUS_STOPPED)
+    job = house.bob.start("bash", ["-c", _POLITE], timeout=1, grace=GUARD_S)
+    ended = _end_of(house.bob, job)
+    assert (ended.exit_code, ended.end_reason) == (3, worker_pb.END_REASON_TIMED_OUT)
+    assert b"".join(house.bob.stream(job)) == b"up\nbye\n"
+    job = house.bob.start("sh", ["-c", "sleep 1000 & exit 4"], linger=0.3)
+    ended = _end_of(house.bob, job)
+    assert (ended.exit_code, ended.killed_after_exit) == (4, 1)
+
+
 def test_others_jobs_are_out_of_reach_through_the_api_too(house: _House) -> None:
     """The API answers bob as if alice's job did not exist."""
     for call in (house.bob.status, house.bob.stop, lambda job: next(house.bob.stream(job))):

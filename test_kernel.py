@@ -40,7 +40,7 @@ from testkit import (
     own_cgroup,
     settle_spares,
 )
-from worker import Bounds, CommandError, EndReason, ResourceError, Status, Worker
+from worker import Bounds, CommandError, Ending, EndReason, ResourceError, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -151,16 +151,55 @@ def escapees(tmp_path: Path) -> Iterator[_Escapees]:
 # --- stop with a grace --------------------------------------------------------------------------
 
 
+# Says bye at SIGTERM, in a process that it forks, and exits with 3.
+_POLITE = """
+    idle=$(mktemp -u); mkfifo "$idle"; exec 3<>"$idle"
+    trap 'head -c 200000 /dev/zero; sh -c "sleep 0.2; echo bye"; exit 3' TERM
+    echo ready; read x <&3"""
+
+
 def test_grace_of_a_stop_is_for_every_process(worker: Worker) -> None:
-    """The leader dies of SIGTERM at once. A child of it still writes 200 KiB, and ends."""
-    child = """
-        trap 'sleep 0.3; head -c 200000 /dev/zero; echo bye; exit' TERM; echo ready
-        while :; do sleep 99 & wait; done"""
-    job = worker.start("sh", ["-c", 'sh -c "$0" & exec sleep infinity', child])
+    """The leader dies of SIGTERM at once. Another session still writes 200 KiB, and ends."""
+    job = worker.start("sh", ["-c", 'setsid bash -c "$0" & exec sleep infinity', _POLITE])
     await_output(worker, job, b"ready")
     ended = worker.stop(job, grace=GUARD_S)
     assert (ended.status, ended.signal) == (Status.STOPPED, signal.SIGTERM)
     assert _output(worker, job) == b"ready\n" + bytes(200_000) + b"bye\n"
+
+
+def test_grace_of_a_stop_ends_with_a_kill_of_everything(
+    worker: Worker, escapees: _Escapees
+) -> None:
+    """What is deaf to SIGTERM is dead when the stop has been answered, wherever it is."""
+    job = worker.start("sh", ["-c", escapees.script + "exec sleep infinity"])
+    escapees.await_up()
+    assert worker.stop(job, grace=0.5).status is Status.STOPPED
+    assert escapees.are_dead()
+
+
+def test_job_that_timed_out_has_its_grace(worker: Worker) -> None:
+    """It is STOPPED and TIMED_OUT, with the exit code of its leader."""
+    job = worker.start("bash", ["-c", _POLITE], ending=Ending(timeout=2, grace=GUARD_S))
+    ended = worker.wait(job, GUARD_S)
+    assert (ended.end_reason, ended.exit_code) == (EndReason.TIMED_OUT, 3)
+    assert _output(worker, job).endswith(b"bye\n")
+
+
+def test_what_holds_the_output_after_the_linger_is_killed_and_counted(worker: Worker) -> None:
+    """Also a process that has left the session and lost its parents."""
+    script = "setsid --fork sleep infinity; sleep infinity & exit 7"
+    job = worker.start("sh", ["-c", script], ending=Ending(linger=0.5))
+    ended = worker.wait(job, GUARD_S)
+    assert (ended.exit_code, ended.killed_after_exit, ended.may_have_escaped) == (7, 2, False)
+
+
+def test_filter_that_outlives_the_leader_loses_nothing(worker: Worker) -> None:
+    """Its output is complete, and nothing was killed."""
+    for _ in range(5):
+        job = worker.start("bash", ["-c", "exec > >(cat) 2>&1; echo begun; echo RESULT; exit 7"])
+        ended = worker.wait(job, GUARD_S)
+        assert (ended.exit_code, ended.killed_after_exit) == (7, 0)
+        assert _output(worker, job) == b"begun\nRESULT\n"
 
 
 # --- signals ----------------------------------------------------------------------------------

@@ -725,6 +725,44 @@ def test_signal_ends_server_jobs_and_streams(
     assert caught.value.code == "UNAVAILABLE"
 
 
+# At SIGTERM it says bye, and ends 0.2 s later, or never if it is "deaf".
+_ON_SIGTERM = """
+    idle=$(mktemp -u); mkfifo "$idle"; exec 3<>"$idle"; rm "$idle"
+    trap 'echo bye; [ $0 = deaf ] || { sleep 0.2; exit; }' TERM
+    echo ready; while :; do read x <&3; done"""
+
+
+def test_jobs_have_a_grace_when_the_server_ends(
+    start_server: StartServer, connect: Connect
+) -> None:
+    """A polite job ends by itself, and its stream has all of its output. No time-out is needed."""
+    program = start_server()
+    client = connect("user", program.address)
+    follower = follow(client, client.start("bash", ["-c", _ON_SIGTERM, "polite"]))
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(next, follower)
+        assert program.end() == 0, program.log.read_text()
+        assert rest.result(GUARD_S) == b"bye\n"
+    with pytest.raises(ClientError, match="the server is shutting down"):
+        next(follower)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_the_grace(
+    start_server: StartServer, connect: Connect, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A deaf job does not get the minutes that the configuration allows."""
+    config = tmp_path / "config.toml"
+    config.write_text('[shutdown]\ngrace = "5m"\n')
+    program = start_server("--config", str(config))
+    client = connect("user", program.address)
+    follower = follow(client, client.start("bash", ["-c", _ON_SIGTERM, "deaf"]))
+    program.process.send_signal(signal.SIGTERM)
+    assert next(follower) == b"bye\n"
+    assert program.end(number) == 0, program.log.read_text()
+    assert f"{number.name}: killing the jobs" in program.log.read_text()
+
+
 _WITH_FAULT = """
 import sys
 import calls, server

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 import auth
 import connection as client_module
@@ -657,6 +658,69 @@ def test_admin_stopping_their_own_job_is_its_owner(connect: Connect) -> None:
     """The reason depends on whether the caller owns the job, not on the caller's role."""
     admin = connect("admin")
     assert admin.stop(admin.start(*FOREVER)).end_reason == worker_pb.END_REASON_STOPPED_BY_OWNER
+
+
+def _polite(client: Client, timeout: float | None = None) -> str:
+    """Start a job that says bye at SIGTERM and exits with 3; return its ID."""
+    idle = 'idle=$(mktemp -u); mkfifo "$idle"; exec 3<>"$idle"; rm "$idle"'
+    script = f"{idle}; trap 'echo bye; exit 3' TERM; echo ready; while :; do read x <&3; done"
+    job_id = client.start("bash", ["-c", script], timeout=timeout, grace=GUARD_S)
+    follow(client, job_id).close()
+    return job_id
+
+
+def test_stop_with_a_grace_lets_the_job_end(connect: Connect) -> None:
+    """The job is STOPPED by its owner, with its own exit code and its last output."""
+    client = connect()
+    stopped = client.stop(_polite(client), grace=GUARD_S)
+    assert stopped.status == worker_pb.JOB_STATUS_STOPPED
+    assert stopped.end_reason == worker_pb.END_REASON_STOPPED_BY_OWNER
+    assert stopped.exit_code == 3
+    assert b"".join(client.stream(stopped.job_id)) == b"ready\nbye\n"
+
+
+def test_timeout_stops_a_job_with_its_grace(connect: Connect) -> None:
+    """The status tells the timeout. A stream says how the job ended."""
+    client = connect()
+    job_id = _polite(client, 1.5)
+    assert client.status(job_id).timeout.ToTimedelta().total_seconds() == 1.5
+    chunks = client.stream(job_id)
+    assert b"".join(chunks) == b"ready\nbye\n"
+    assert (end := chunks.end) is not None
+    assert (end.status, end.end_reason, end.exit_code) == ("STOPPED", "TIMED_OUT", 3)
+
+
+def test_what_outlives_the_command_may_linger_and_is_counted(connect: Connect) -> None:
+    """The count is of processes that were killed because they held the output for longer."""
+    client = connect()
+    script = "exec > >(sleep 0.2; cat); echo RESULT; exit 3"
+    job_id = run_job(client, "bash", ["-c", script], linger=GUARD_S)
+    assert b"".join(client.stream(job_id)) == b"RESULT\n"
+    assert client.status(job_id).killed_after_exit == 0
+    job_id = run_job(client, "sh", ["-c", "sleep infinity & exit 3"], linger=0.2)
+    ended = client.status(job_id)
+    assert (ended.exit_code, ended.killed_after_exit) == (3, 1)
+
+
+@pytest.mark.parametrize(("seconds", "nanos"), [(-1, 0), (0, -1), (1, 1_000_000_000), (601, 0)])
+@pytest.mark.parametrize("name", ["timeout", "grace", "linger", "stop"])
+def test_times_that_make_no_sense_are_refused(
+    connect: Connect, name: str, seconds: int, nanos: int
+) -> None:
+    """The error names the field and its range, and nothing is started or stopped."""
+    if name == "timeout" and seconds == 601:
+        pytest.skip("a timeout may be long")
+    duration, client = Duration(seconds=seconds, nanos=nanos), connect()
+    job_id = client.start(*FOREVER)
+    fields: dict[str, Any] = {"command": "true", name: duration}
+    if name == "stop":
+        name, fields = "grace", {"job_id": job_id, "grace": duration}
+    before = [job.job_id for job in client.list()]
+    code, details = call_rpc(client, "StopJob" if "job_id" in fields else "StartJob", **fields)
+    assert code == "INVALID_ARGUMENT"
+    assert re.match(f"{name}.* must be 0", details)
+    assert [job.job_id for job in client.list()] == before
+    assert client.status(job_id).status == worker_pb.JOB_STATUS_RUNNING
 
 
 @pytest.mark.parametrize("text", ["KILL", "SIGKILL", "sigkill", "9", signal.SIGKILL])

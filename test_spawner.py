@@ -60,6 +60,7 @@ class _Job:
         *,
         prepared: bool = False,
     ) -> None:
+        self._kill = functools.partial(spawner.kill, name)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self._output_fd, stdout_fd = os.pipe()
             self._exit_fd, exit_fd = os.pipe()
@@ -94,9 +95,17 @@ class _Job:
         return _is_abandoned(self._output_fd)
 
     def exit(self) -> Exit | None:
-        """Return how the leader ended, without its usage."""
-        end = read_exit(self._exit_fd)
+        """Return how the leader ended, without its usage; kill what goes on."""
+        end = self.first_exit()
+        if end is not None and not end.is_final:
+            self._kill()
+            end = self.first_exit()
+            assert end is None or end.is_final
         return end and Exit(end.exit_code, end.signal)
+
+    def first_exit(self) -> Exit | None:
+        """Return what the exit pipe tells next."""
+        return read_exit(self._exit_fd)
 
 
 def _is_abandoned(read_fd: int) -> bool:
@@ -220,6 +229,47 @@ def test_kill_takes_the_whole_process_group(spawner: Spawner, spawn: Callable[..
     assert job.exit() == Exit(signal=signal.SIGKILL)
     assert job.exit() is None
     assert job.read() == b""
+
+
+def test_end_is_told_at_once_and_in_full_when_the_others_have_ended(
+    spawn: Callable[..., _Job], tmp_path: Path
+) -> None:
+    """Meanwhile the leader is a zombie, so nobody gets its number; and other jobs end as usual."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    job = spawn("sh", "-c", 'read x <"$0" & exit 7', str(fifo))
+    assert job.first_exit() == Exit(exit_code=7, is_final=False)
+    assert _status(job.pid)["State"] == "Z (zombie)"
+    other = spawn("true", name="other")
+    assert [other.exit(), other.exit()] == [Exit(exit_code=0), None]
+    fifo.write_text("go\n")
+    end = job.first_exit()
+    assert end is not None
+    assert (end.exit_code, end.is_final, end.killed) == (7, True, 0)
+    assert job.first_exit() is None
+    assert not Path(f"/proc/{job.pid}").exists()
+
+
+def test_kill_after_the_leaders_end_kills_and_counts_the_others(
+    spawner: Spawner, spawn: Callable[..., _Job], tmp_path: Path
+) -> None:
+    """Each signal to everything reaches them, too."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    child = 'trap "echo told" USR1; echo up; while :; do read x <&3; done'
+    job = spawn("bash", "-c", f'exec 3<>"$0"; ({child}) & exit 7', str(fifo))
+    assert job.first_exit() == Exit(exit_code=7, is_final=False)
+    assert job.readline() == b"up\n"
+    spawner.signal("job", signal.SIGUSR1, uid=None, everything=True)
+    assert job.readline() == b"told\n"
+    with pytest.raises(ProcessLookupError):
+        spawner.signal("job", signal.SIGUSR1, uid=None, everything=False)
+    spawner.kill("job")
+    end = job.first_exit()
+    assert end is not None
+    assert (end.exit_code, end.is_final, end.killed) == (7, True, 1)
+    assert job.first_exit() is None
+    assert job.has_no_process()
 
 
 def test_kill_of_an_ended_or_unknown_job_does_nothing(
