@@ -20,6 +20,7 @@ import re
 from connection import DEFAULT_CERTS, DEFAULT_SERVER
 from helptexts import EPILOG, EXAMPLES, SUBCOMMANDS, USAGES
 from profiles import apply_profile
+from selecting import add_labels, add_options, check_jobs, take_jobs
 from units import parse_duration, parse_size
 from version import VERSION
 
@@ -45,7 +46,7 @@ EXIT_UNKNOWN = 125
 """The exit status of `run` and `wait` if no exit code or signal of the job is known."""
 
 _MAY_BE_EMPTY = {"args", "words", "secrets"}
-_REPEATED = {"env", "env_files"}  # of what `parse` returns
+_REPEATED = {"env", "env_files", "job", "labels", "statuses"}  # of what `parse` returns
 
 
 def printable(text: str) -> str:
@@ -73,6 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = subparsers[name]
     arguments, unknown = parser.parse_known_args(argv[1:])
     arguments.subcommand = name
+    unknown = take_jobs(arguments, unknown)
     if unknown:
         parser.error(_describe_unknown(unknown))
     for option, value in vars(arguments).items():
@@ -89,8 +91,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     apply_profile(arguments)
     if name == "login" and arguments.user is None:
         parser.error("the user is missing; give -u USER, or a profile with a user")
-    if name == "stream" and len(arguments.job) > 1:
-        parser.error("stream takes one job")
+    check_jobs(parser, arguments)
     return arguments
 
 
@@ -145,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def error(self, message: str) -> NoReturn:
-        status = EXIT_UNKNOWN if self.prog.endswith(" run") else _EXIT_USAGE
+        status = EXIT_UNKNOWN if self.prog.endswith((" run", " wait")) else _EXIT_USAGE
         self.exit(status, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
@@ -192,12 +193,7 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
         if name == "completion":
             continue
         _add_connection(subparser, with_token=name != "login")
-        if name in {"stop", "signal", "status", "stream", "remove"}:
-            _add_job(subparser, several=name != "stream")
-        if name in {"status", "list"}:
-            subparser.add_argument(
-                "--json", action="store_true", help="print JSON with the fields of the .proto"
-            )
+    add_options(subparsers)
     subparsers["whoami"].add_argument("--json", action="store_true", help="print JSON")
     _add_login(subparsers["login"])
     _add_start(subparsers["start"])
@@ -258,18 +254,6 @@ def _add_connection(parser: Parser, *, with_token: bool) -> None:
     parser.set_defaults(secrets=[])
 
 
-def _add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
-    parser.add_argument(
-        "-j",
-        "--job",
-        required=True,
-        metavar="JOB_ID",
-        action="extend",
-        nargs="+",
-        help="the IDs of one or more jobs" if several else "the job's ID",
-    )
-
-
 def _add_completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=["bash", "zsh", "fish"], help="the shell of the script")
     parser.add_argument(
@@ -307,6 +291,14 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="send stdin to the job, to its end (default: the job's stdin is /dev/null)",
     )
+    parser.add_argument(
+        "--name",
+        default="",
+        metavar="NAME",
+        help="a name that the job can be found by: letters, digits and _ . -, but nothing that "
+        "could be the beginning of an ID",
+    )
+    add_labels(parser, "a label that the job can be found by; may be repeated")
     _add_surroundings(parser)
     _add_keep_tmp(parser)
     for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():

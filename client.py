@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     # Any other status would look like the exit code of the job.
-    exit_error = EXIT_UNKNOWN if argv[:1] == ["run"] else _EXIT_ERROR
+    exit_error = EXIT_UNKNOWN if argv[:1] in (["run"], ["wait"]) else _EXIT_ERROR
     try:
         return _run(argv, own_process=own_process)
     except ClientError as error:

@@ -14,10 +14,12 @@ import signal
 import sys
 
 import stdin
-from cli import EXIT_UNKNOWN, LIMIT_FIELDS, TIME_FIELDS, printable
+from cli import LIMIT_FIELDS, TIME_FIELDS, printable
 from connection import ClientError
 from credentials import login, logout, whoami
-from display import describe, print_json, print_table, state_of, to_dict
+from display import describe, print_json, state_of, to_dict
+from selecting import labels_of, selected
+from waiting import exit_status, wait
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -26,12 +28,10 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     import workerservice_pb2 as worker_pb
-    from connection import Client, JobEnd, OutputStream
+    from connection import Client, OutputStream
 
 __all__ = ["COMMANDS"]
 
-_EXIT_SIGNAL = 128  # plus the signal, like a shell
-_MOST_EXIT_STATUS = 255
 _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 # With these errors a stream breaks off in the middle, and can be continued later.
@@ -54,7 +54,7 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
     names = (*LIMIT_FIELDS, *TIME_FIELDS)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     options |= {"env": read_variables(arguments.env_files, arguments.env), "cwd": arguments.cwd}
-    options["stdin"] = arguments.stdin
+    options |= {"stdin": arguments.stdin, "name": arguments.name, "labels": labels_of(arguments)}
     options["keep_tmp"] = arguments.keep_tmp
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
@@ -101,16 +101,7 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
         raise ClientError(f"how the job ended is unknown; see: client status -j {job_id}")
     if chunks.end.end_reason != "EXITED":
         _warn(f"the job did not end by itself: {state_of(vars(chunks.end))}")
-    return _exit_status(chunks.end)
-
-
-def _exit_status(end: JobEnd) -> int:
-    """Return the exit status that tells how a job ended, as a shell does."""
-    if end.signal is not None:
-        return min(_EXIT_SIGNAL + end.signal, _MOST_EXIT_STATUS)
-    if end.exit_code is None or end.exit_code > _MOST_EXIT_STATUS:
-        return EXIT_UNKNOWN
-    return end.exit_code
+    return exit_status(chunks.end.exit_code, chunks.end.signal)
 
 
 class _Interrupts:
@@ -175,15 +166,18 @@ def _warn(text: str) -> None:
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
+    jobs = selected(client, arguments, ["RUNNING"]) if arguments.all else arguments.job
+
     def stop(job_id: str) -> None:
         state = state_of(to_dict(client.stop(job_id, grace=arguments.grace)))
         print(state if len(arguments.job) == 1 else f"{printable(job_id)} {state}")
 
-    _for_each(arguments.job, stop)
+    _for_each(client, jobs, stop, may_be_gone=arguments.all)
 
 
 def _signal(client: Client, arguments: argparse.Namespace) -> None:
     _for_each(
+        client,
         arguments.job,
         lambda job_id: client.signal(job_id, arguments.signal, everything=arguments.all),
     )
@@ -192,7 +186,7 @@ def _signal(client: Client, arguments: argparse.Namespace) -> None:
 def _status(client: Client, arguments: argparse.Namespace) -> None:
     jobs: list[worker_pb.Job] = []
     try:
-        _for_each(arguments.job, lambda job_id: jobs.append(client.status(job_id)))
+        _for_each(client, arguments.job, lambda job_id: jobs.append(client.status(job_id)))
     finally:
         if arguments.json and len(arguments.job) > 1:
             print_json([to_dict(job) for job in jobs])
@@ -202,24 +196,35 @@ def _status(client: Client, arguments: argparse.Namespace) -> None:
             print("\n\n".join(map(describe, jobs)))
 
 
-def _for_each(job_ids: Sequence[str], do: Callable[[str], object]) -> None:
-    """Call `do` for every job, also after an error; then raise one ClientError for all errors."""
+def _for_each(
+    client: Client,
+    jobs: Sequence[str],
+    do: Callable[[str], object],
+    *,
+    may_be_gone: bool = False,
+) -> None:
+    """Call `do` with the ID of every job, also after an error; then raise one ClientError for all.
+
+    `may_be_gone`: it is no error if a job has been removed.
+    """
     errors: dict[str, ClientError] = {}
-    for job_id in job_ids:
+    for job in jobs:
         try:
-            do(job_id)
+            do(client.find(job))
         except ClientError as error:
-            if len(job_ids) == 1:
+            if may_be_gone and error.code == "NOT_FOUND":
+                continue
+            if len(jobs) == 1:
                 raise
-            errors[job_id] = error
+            errors[job] = error
     if errors:
-        text = "; ".join(f"job {job_id}: {error}" for job_id, error in errors.items())
+        text = "; ".join(f"job {job}: {error}" for job, error in errors.items())
         raise ClientError(text, next(iter(errors.values())).code)
 
 
 def _stream(client: Client, arguments: argparse.Namespace) -> None:
     offset = arguments.offset
-    (job_id,) = arguments.job
+    job_id = client.find(arguments.job[0])
     chunks = client.stream(job_id, offset)
     try:
         for size in _write_all(chunks):
@@ -253,15 +258,15 @@ def _write_all(chunks: OutputStream) -> Iterator[int]:
 
 
 def _remove(client: Client, arguments: argparse.Namespace) -> None:
-    _for_each(arguments.job, client.remove)
+    ended = ["STOPPED", "FINISHED"]
+    jobs = selected(client, arguments, ended) if arguments.finished else arguments.job
+    _for_each(client, jobs, client.remove, may_be_gone=arguments.finished)
 
 
 def _list(client: Client, arguments: argparse.Namespace) -> None:
-    jobs = client.list()
-    if arguments.json:
-        print_json([to_dict(job) for job in jobs])
-    else:
-        print_table(jobs)
+    from listing import list_jobs
+
+    list_jobs(client, arguments)
 
 
 # Each returns the exit status; None is 0.
@@ -277,4 +282,5 @@ COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int | None]] = {
     "stream": _stream,
     "remove": _remove,
     "list": _list,
+    "wait": wait,
 }

@@ -377,10 +377,14 @@ class Client:
             request.page_token = page.next_page_token
         return jobs if limit is None else jobs[::-1]
 
-    def watch(self, **conditions: Any) -> JobEvents:
-        """Tell what happens to the jobs that meet the conditions of `list`; see `JobEvents`."""
+    def watch(self, *, timeout_s: float | None = None, **conditions: Any) -> JobEvents:
+        """Tell what happens to the jobs that meet the conditions of `list`; see `JobEvents`.
+
+        After `timeout_s` it ends with a `ClientError` of the code DEADLINE_EXCEEDED. The server
+        tells that a whole ID of `job_ids` belongs to no job: an event REMOVED with nothing else.
+        """
         request = self._worker_pb.WatchJobsRequest(filter=self._filter(**conditions))
-        call = self._worker.WatchJobs(request, metadata=self._metadata())
+        call = self._worker.WatchJobs(request, metadata=self._metadata(), timeout=timeout_s)
         return JobEvents(call, self._rpc_error, self._explain)
 
     def find(self, text: str) -> str:

@@ -16,7 +16,7 @@ from units import format_size
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from typing import Any
 
     from google.protobuf.message import Message
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
     import workerservice_pb2 as worker_pb
 
-__all__ = ["describe", "print_json", "print_table", "state_of", "to_dict"]
+__all__ = [
+    "command_line",
+    "cut",
+    "describe",
+    "print_json",
+    "print_json_line",
+    "shown",
+    "state_of",
+    "to_dict",
+    "width",
+]
 
 
 def to_dict(message: Message) -> dict[str, Any]:
@@ -37,6 +47,8 @@ def to_dict(message: Message) -> dict[str, Any]:
         value = getattr(message, field.name)
         if field.has_presence and not message.HasField(field.name):
             result[field.name] = None
+        elif field.message_type and field.message_type.GetOptions().map_entry:
+            result[field.name] = dict(value)
         elif field.message_type and field.message_type.full_name == "google.protobuf.Timestamp":
             result[field.name] = _time(value)
         elif field.message_type and field.message_type.full_name == "google.protobuf.Duration":
@@ -60,8 +72,10 @@ def describe(job: worker_pb.Job) -> str:
     fields = to_dict(job)
     lines = {
         "job": job.job_id,
+        **({"name": job.name} if job.name else {}),
+        **({"labels": _labels(job)} if job.labels else {}),
         "owner": job.owner,
-        "command": _command_line(job),
+        "command": command_line(job),
         **({"directory": job.working_directory} if job.working_directory else {}),
         **({"tmp": job.tmp_directory} if job.tmp_directory else {}),
         "status": state_of(fields),
@@ -160,38 +174,22 @@ def _join(texts: dict[str, Callable[[Any], str]], fields: dict[str, Any]) -> str
     return ", ".join(text(fields[name]) for name, text in texts.items() if fields[name] is not None)
 
 
-def _command_line(job: worker_pb.Job) -> str:
+def _labels(job: worker_pb.Job) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))
+
+
+def command_line(job: worker_pb.Job) -> str:
+    """Return the command and its arguments, quoted for a shell."""
     return shlex.join([job.command, *job.args])
 
 
-def print_table(jobs: Sequence[worker_pb.Job]) -> None:
-    """Print a line for each job; on a terminal no line is wider than the terminal."""
-    import shutil
-
-    rows: list[tuple[str, ...]] = [("JOB ID", "OWNER", "STARTED", "STATUS", "COMMAND")]
-    for job in jobs:
-        fields = to_dict(job)
-        started, state = _moment(fields["started_at"]), state_of(fields)
-        cells = (job.job_id, job.owner, started, state, _command_line(job))
-        rows.append(tuple(map(_shown, cells)))
-    widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    columns = shutil.get_terminal_size((100_000, 24)).columns if sys.stdout.isatty() else None
-    for row in rows:
-        padded = [
-            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=False)
-        ]
-        line = "  ".join([*padded, row[-1]])
-        # A line that wraps would look like two rows.
-        print(line if columns is None else _cut(line, columns))
-
-
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Return the text with an escape for each character that stdout cannot encode."""
     encoding = sys.stdout.encoding
     return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _width(text: str) -> int:
+def width(text: str) -> int:
     """Return how many cells of a terminal the text takes at most."""
     return len(text) if text.isascii() else sum(map(_cells, text))
 
@@ -206,13 +204,20 @@ def _cells(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
     """Return the longest beginning of the text that fits into `width` cells."""
     for end, character in enumerate(text):
         width -= _cells(character)
         if width < 0:
             return text[:end]
     return text
+
+
+def print_json_line(value: Any) -> None:
+    """Print the value as JSON in one line."""
+    import json
+
+    print(json.dumps(value))
 
 
 def print_json(value: Any) -> None:

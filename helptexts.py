@@ -17,7 +17,8 @@ SUBCOMMANDS = {
     "status": "Show the state of a job",
     "stream": "Write a job's output to stdout, from its start until the job ends",
     "remove": "Forget a finished job and delete its output",
-    "list": "List the jobs you may see",
+    "list": "List the jobs you may see, the newest last",
+    "wait": "Wait until jobs have ended, and exit with the exit code of the last one named",
     "completion": "Print a script with which your shell completes options, subcommands and jobs",
 }
 EPILOG = """\
@@ -27,7 +28,7 @@ JOBWORKER_SERVER, JOBWORKER_CERTS, JOBWORKER_PROFILE and JOBWORKER_TOKEN are the
 that login kept. Exit status: 0 for success; 1 for an error, with one line on stderr; 2 for
 wrong usage; 130 after Ctrl-C; 141 when the reader of the output has closed it. "stream" also
 exits with 1 if the job was killed, stopped or lost; an exit code of the job is no error. "run"
-exits like the job.
+and "wait" exit like the job.
 """
 USAGES = {
     "start": """\
@@ -37,12 +38,13 @@ client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
     "login": "client login [OPTIONS] -u USER",
     "logout": "client logout [OPTIONS]",
     "whoami": "client whoami [OPTIONS]",
-    "stop": "client stop [OPTIONS] -j JOB_ID ...",
-    "signal": "client signal [OPTIONS] -j JOB_ID ...",
-    "status": "client status [OPTIONS] -j JOB_ID ...",
-    "stream": "client stream [OPTIONS] -j JOB_ID",
-    "remove": "client remove [OPTIONS] -j JOB_ID ...",
+    "stop": "client stop [OPTIONS] JOB ... | --all",
+    "signal": "client signal [OPTIONS] JOB ...",
+    "status": "client status [OPTIONS] JOB ...",
+    "stream": "client stream [OPTIONS] JOB",
+    "remove": "client remove [OPTIONS] JOB ... | --finished",
     "list": "client list [OPTIONS]",
+    "wait": "client wait [OPTIONS] JOB ...",
     "completion": "client completion bash|zsh|fish",
 }
 EXAMPLES = {
@@ -68,6 +70,7 @@ examples:
 examples:
   client start -- ls -l /
   client start -c ls -args -l /          the same
+  client start --name nightly --label team=data -- make check
   client start --memory 2G --cpus 4 -- make -j4
   client start -- sh -c 'du -s * | sort -n'      a shell for pipes and globs
   job=$(client start -- sleep 60); client stop -j $job
@@ -86,36 +89,49 @@ examples:
 """,
     "stop": """\
 examples:
-  client stop -j JOB_ID
-  client stop -j JOB_ID JOB_ID
+  client stop nightly                    a name
+  client stop 3fa9b1c2 77ab              the beginnings of IDs
+  client stop --all --label team=data
 """,
     "signal": """\
 examples:
-  client signal -j JOB_ID                SIGTERM to the command
-  client signal -s HUP -j JOB_ID
-  client signal -s KILL --all -j JOB_ID  to every process of the job
+  client signal 3fa9b1c2                 SIGTERM to the command
+  client signal -s HUP nightly
+  client signal -s KILL --all nightly    to every process of the job
 """,
     "status": """\
 examples:
-  client status -j JOB_ID
-  client status -j JOB_ID --json | jq .exit_code
+  client status 3fa9b1c2
+  client status nightly --json | jq .exit_code
 """,
     "stream": """\
 Exit status: 1 if the job did not end by itself, or output is missing.
 
 examples:
-  client stream -j JOB_ID
-  client stream -j JOB_ID >output.bin    output is bytes, as the job wrote them
-  client stream -j JOB_ID --offset 1000  all but the first 1000 bytes
+  client stream 3fa9b1c2
+  client stream 3fa9b1c2 >output.bin    output is bytes, as the job wrote them
+  client stream 3fa9b1c2 --offset 1000  all but the first 1000 bytes
 """,
     "remove": """\
-example:
-  client remove -j JOB_ID
+examples:
+  client remove 3fa9b1c2
+  client remove --finished --since 7d
 """,
     "list": """\
 examples:
   client list
-  client list --json | jq -r '.[] | select(.status == "RUNNING") | .job_id'
+  client list --status running --label team=data
+  client list -q --name nightly --limit 1
+  client list --json | jq -r .job_id
+  client list --watch                    like top
+""",
+    "wait": """\
+Exit status: the exit code of the job named last; 128 + N if signal N ended it;
+125 if its end is unknown; 124 after --timeout.
+
+examples:
+  client wait nightly
+  client wait --any --timeout 10m 3fa9b1c2 77ab
 """,
     "completion": """\
 examples:

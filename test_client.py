@@ -1202,7 +1202,7 @@ def test_list_is_a_table_with_a_line_for_each_job(run: Callable[..., str]) -> No
 )
 def test_width_of_text_is_in_cells_of_a_terminal(text: str, cells: int) -> None:
     """A wide character has two, a combining character none."""
-    assert display._width(text) == cells
+    assert display.width(text) == cells
 
 
 def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
@@ -1230,9 +1230,9 @@ def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
         assert process.returncode == 0
     heading, *rows = shown.decode().splitlines()
     assert len(rows) == len(names)
-    before = {display._width(row[: row.index("ls ")]) for row in rows}
+    before = {display.width(row[: row.index("ls ")]) for row in rows}
     assert before == {heading.index("COMMAND")}
-    widths = [display._width(row) for row in rows]
+    widths = [display.width(row) for row in rows]
     assert sorted(set(widths)) == [79, 80]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import cli
 import display
+import listing
 import workerservice_pb2 as worker_pb
 from client import main
 
@@ -111,7 +112,7 @@ def _check(argv: list[str]) -> tuple[Any, str]:
         assert stdout.startswith("usage: client")
         assert stderr == ""
     else:
-        assert status in ({125} if argv[:1] == ["run"] else {1, 2})
+        assert status in ({125} if argv[:1] in (["run"], ["wait"]) else {1, 2})
         assert stdout == ""
         assert stderr.startswith("client")
         assert stderr.endswith("\n")
@@ -234,7 +235,7 @@ def test_any_job_is_shown_on_lines_of_its_own(job: worker_pb.Job) -> None:
     """Any job has ten lines in `status`, and one in `list`. JSON is ASCII."""
     with _streams() as (stdout, _):
         stdout.write(display.describe(job) + "\n")
-        display.print_table([job])
+        stdout.write("\n".join(listing._table([job], None)) + "\n")
         stdout.flush()
         shown = stdout.buffer.getvalue().decode()  # type: ignore[attr-defined]
     assert shown.count("\n") == 12
