@@ -168,7 +168,7 @@ def _row(
         job.job_id[:length],
         job.name,
         job.owner,
-        str(fields["status"]),
+        str(fields["status"] or "-"),
         _exit(fields),
         _duration(int(time.time()) - job.started_at.seconds),
         cpu,

@@ -1220,6 +1220,7 @@ def test_list_at_a_terminal_has_a_line_for_each_job_whatever_it_is_called(
         ListJobs=lambda _: [worker_pb.ListJobsResponse(jobs=jobs)]
     )
     cli.environment.pop("COLUMNS", None)
+    cli.environment["NO_COLOR"] = "1"
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     with open(ours, "rb", buffering=0) as screen:

@@ -142,6 +142,8 @@ _TESTED_WITH = {
     "commands": "client",
     "display": "client",
     "selecting": "client",
+    "listing": "client",
+    "waiting": "client",
     "gate": "service",
     "jobmessages": "service",
     "lists": "service",
