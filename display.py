@@ -81,6 +81,7 @@ def describe(job: worker_pb.Job) -> str:
         "status": state_of(fields),
         "started": _moment(fields["started_at"]),
         "ended": _moment(fields["ended_at"]),
+        **({"input": _input(job.stdin)} if job.HasField("stdin") else {}),
         "output": _output(job),
         "subscribers": ", ".join(job.subscribers) or "-",
         "limits": _limits(fields["limits"]),
@@ -88,6 +89,10 @@ def describe(job: worker_pb.Job) -> str:
         "used": _usage(fields["usage"]),
     }
     return "\n".join(f"{name:<12}{printable(value)}" for name, value in lines.items())
+
+
+def _input(stdin: worker_pb.Input) -> str:
+    return f"{stdin.bytes} bytes{', ended' if stdin.ended else ''}"
 
 
 def _output(job: worker_pb.Job) -> str:

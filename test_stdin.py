@@ -129,7 +129,7 @@ def test_start_prints_the_id_sends_stdin_and_ends_before_the_job(
     status, stdout, stderr = cli.run("start", "--stdin", "--", *command, stdin=b"hello")
     assert (status, stderr) == (0, "")
     job_id = stdout.decode().strip()
-    assert client.status(job_id).stdin.bytes == 5
+    assert "\ninput       5 bytes, ended\n" in cli.read("status", "-j", job_id)
     fifo.write_bytes(b"\n")
     assert b"".join(client.stream(job_id)) == b"hello"
 
