@@ -37,10 +37,13 @@ import errno
 import logging
 import os
 import threading
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from holes import can_punch, punch
 from outputdisk import DISK_FULL
+from outputtimes import TimeIndex
+from tails import find_tail, line_begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,6 +73,7 @@ _SMALL_TAIL_BYTES = 64 * 1024
 
 _NOBODY: frozenset[Subscription] = frozenset()
 _NO_GAP = (0, 0)
+_NS = 1_000_000_000
 
 
 class OffsetError(ValueError):
@@ -112,6 +116,10 @@ class _CeilingError(OSError):
     """A budget has no byte left."""
 
 
+class _TornError(Exception):
+    """What was read has come to be in the gap meanwhile."""
+
+
 class Gap(NamedTuple):
     """Consecutive bytes of an output that were not kept."""
 
@@ -148,6 +156,7 @@ class OutputLog:
         self.make_room: Callable[[int], tuple[int, Budget | None]] | None = None
         self.disk: OutputDisk | None = None
         self.free_disk: Callable[[], bool] | None = None
+        self._times = TimeIndex(f"{self._path}.times", dir_fd)
         # Guards every attribute below. Never held while reading or writing the file.
         # Reentrant, because the garbage collector may close an abandoned subscription.
         self._lock = threading.RLock()
@@ -210,6 +219,8 @@ class OutputLog:
             if self._complete:
                 raise ValueError("the output log is complete")
         rest = memoryview(data)
+        if rest:
+            self._times.note(self._end)
         while rest:
             try:
                 size = self._store(rest)
@@ -341,19 +352,33 @@ class OutputLog:
             self._removed = True
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path, dir_fd=self._dir_fd)
+        self._times.remove()
         with self._lock:
             self._unlinked = True
             self._let_go_locked()
 
-    def subscribe(self, subscriber: str = "", offset: int = 0) -> Subscription:
+    def subscribe(  # noqa: PLR0913 -- all are optional
+        self,
+        subscriber: str = "",
+        offset: int = 0,
+        *,
+        tail_lines: int | None = None,
+        since: datetime | None = None,
+        follow: bool = True,
+        timestamps: bool = False,
+    ) -> Subscription:
         """Start reading at byte `offset`; `subscriber` is listed in `subscribers` meanwhile.
+
+        `tail_lines`: not before the last lines, as many as these, of what is there now. `since`:
+        not before the line that was written then, or first after it. `follow`: False reads what
+        is there now and then ends. `timestamps`: sets `Subscription.written_at`.
 
         If the log still grows, an offset past its present end waits until the output gets
         there. Raises `OffsetError` when it never will, `OutputRemovedError`, ValueError for a
         negative offset.
         """
-        if offset < 0:
-            raise ValueError(f"offset must not be negative: {offset}")
+        if offset < 0 or (tail_lines or 0) < 0:
+            raise ValueError(f"offset and lines must not be negative: {offset}, {tail_lines}")
         with self._lock:
             if self._removed:
                 raise OutputRemovedError
@@ -362,6 +387,7 @@ class OutputLog:
             if self._fd < 0:
                 self._fd = self._open(os.O_RDONLY)
             subscription = Subscription(self, subscriber, offset)
+            subscription._select(self._end, tail_lines, since, follow=follow, timed=timestamps)
             self._subscriptions |= {subscription}
             return subscription
 
@@ -402,14 +428,16 @@ class Subscription:
 
     Attributes: `subscriber`, the name given. `offset`, of the next byte to be read. `gap`, the
     bytes that are missing right before the last chunk, or before the end; None if none are.
-    `chunk_bytes`, a function that the iterating thread calls for each chunk: how large the chunk
-    may be, at least 1; 256 KiB unless replaced.
+    `written_at`, when the last chunk was written, if times were asked for and are known; they are
+    exact to 100 ms at best. `chunk_bytes`, a function that the iterating thread calls for each
+    chunk: how large the chunk may be, at least 1; 256 KiB unless replaced.
     """
 
     def __init__(self, log: OutputLog, subscriber: str, offset: int) -> None:
         self.subscriber = subscriber
         self.offset = offset
         self.gap: Gap | None = None
+        self.written_at: datetime | None = None
         self.chunk_bytes: Callable[[], int] = lambda: _CHUNK_BYTES
         self._log = log
         # Of this subscription alone, so that closing one wakes no other. Notified when bytes
@@ -419,6 +447,17 @@ class Subscription:
         self._closed = False
         self._reading = False
         self._missed_bytes = 0
+        self._select(0, None, None, follow=True, timed=False)
+
+    def _select(
+        self, end: int, lines: int | None, since: datetime | None, *, follow: bool, timed: bool
+    ) -> None:
+        """Take what `subscribe` got; `end`: where the output ends now. Before the first read."""
+        self._end = end
+        self._tail_lines = lines
+        self._since = since
+        self._follow = follow
+        self._timed = timed
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -431,6 +470,8 @@ class Subscription:
         `OffsetError` when the output ended before the offset asked for, `OutputIncompleteError`
         at the end when there was a gap.
         """
+        if self._tail_lines is not None or self._since is not None:
+            self._find_begin()
         while (chunk := self._read()) is None:
             pass
         return chunk
@@ -442,7 +483,7 @@ class Subscription:
             self._changed.wait_for(self._need_not_wait_locked)
             if self._closed:
                 raise StopIteration
-            begin, end = log._stored_locked(self.offset)
+            begin, end = self._range_locked()
             if begin >= end:
                 self._skip(min(begin, end))
                 self._end_locked()
@@ -450,7 +491,8 @@ class Subscription:
             self._reading = True
             fd = log._fd
         try:
-            chunk = os.pread(fd, min(end - begin, self.chunk_bytes()), begin)
+            size = min(end - begin, self.chunk_bytes())
+            chunk = os.pread(fd, self._date(begin, size) if self._timed else size, begin)
         finally:
             self._done_reading()
         if not chunk:
@@ -462,8 +504,54 @@ class Subscription:
         return chunk
 
     def _need_not_wait_locked(self) -> bool:
+        begin, end = self._range_locked()
+        return begin < end or self._closed or self._log._complete or not self._follow
+
+    def _range_locked(self) -> tuple[int, int]:
+        """Return where the next bytes to be read begin and end; see `_stored_locked`."""
         begin, end = self._log._stored_locked(self.offset)
-        return begin < end or self._closed or self._log._complete
+        return begin, end if self._follow else min(end, self._end)
+
+    def _find_begin(self) -> None:
+        """Go to the first byte that was asked for by lines or time."""
+        log, lines, since = self._log, self._tail_lines, self._since
+        self._tail_lines = self._since = None
+        with log._lock:
+            if self._closed:
+                raise StopIteration
+            fd = log._fd
+            self._reading = True
+            hole, tail = log._gap
+        parts = [(min(tail, self._end), self._end), (0, hole)]
+
+        def read(offset: int, size: int) -> bytes:
+            if self._closed:  # a search in a large output takes long
+                raise StopIteration
+            data = os.pread(fd, size, offset)
+            if log._is_gap(offset, offset + size):
+                raise _TornError
+            return data
+
+        try:
+            if lines is not None:
+                self.offset = max(self.offset, find_tail(read, parts, lines))
+            if since is not None:
+                offset = log._times.first_since(int(since.timestamp() * _NS))
+                if offset is None:
+                    offset = self._end
+                elif offset > tail or offset <= hole:
+                    offset = line_begin(read, tail if offset > tail else 0, offset)
+                self.offset = max(self.offset, offset)
+        except _TornError:
+            self.offset = max(self.offset, log._gap[1])
+        finally:
+            self._done_reading()
+
+    def _date(self, begin: int, size: int) -> int:
+        """Set `written_at` for the byte at `begin`; return how many bytes it holds for."""
+        span = self._log._times.span(begin)
+        self.written_at = span and datetime.fromtimestamp(span[0] / _NS, UTC)
+        return size if span is None or span[1] is None else min(size, span[1] - begin)
 
     def _skip(self, offset: int) -> None:
         """Note that the bytes before `offset` are missing, if there are any left to read."""
@@ -501,7 +589,7 @@ class Subscription:
         self._release_locked()
         if self._missed_bytes and log._failure is not None:
             raise OutputIncompleteError(log._failure, self._missed_bytes)
-        if self.offset > log._end:
+        if self.offset > log._end and log._complete:
             raise OffsetError(self.offset, log._end)
         raise StopIteration
 

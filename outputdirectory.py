@@ -23,6 +23,7 @@ from outputdisk import OutputDisk
 __all__ = ["OutputDirectory"]
 
 _OUTPUT_SUFFIX = ".out"
+_SUFFIXES = {_OUTPUT_SUFFIX, f"{_OUTPUT_SUFFIX}.times"}
 
 # The reserve of a disk unless one is given: the smaller of the two.
 _RESERVE_SHARE = 0.05
@@ -102,8 +103,8 @@ class OutputDirectory:
 
     def _delete_output(self) -> None:
         for name in os.listdir(self._fd):
-            job_id = name.removesuffix(_OUTPUT_SUFFIX)
-            if job_id != name and _is_uuid(job_id):
+            job_id, _, suffix = name.partition(".")
+            if f".{suffix}" in _SUFFIXES and _is_uuid(job_id):
                 os.unlink(name, dir_fd=self._fd)
 
 

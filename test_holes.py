@@ -148,7 +148,7 @@ def test_late_subscriber_meets_the_gap_once_and_from_behind_it_not_at_all(log: O
 
 def test_reads_beside_the_growing_gap_are_never_zeros(log: OutputLog) -> None:
     """Four subscribers read while the log gives up what they read: each byte has its place."""
-    size = 48 * _MIB
+    size = 16 * _MIB
 
     def read() -> int:
         missed = 0

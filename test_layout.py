@@ -25,7 +25,9 @@ _WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
 _MODULES = {
     "library": {
         "argv": "errors",
-        "broadcaster": "holes outputdisk; budget",
+        "broadcaster": "holes outputdisk outputtimes tails; budget",
+        "outputtimes": "",
+        "tails": "",
         "holes": "",
         "outputdisk": "",
         "budget": "",
@@ -162,6 +164,7 @@ _TESTED_WITH = {
     "budget": "broadcaster",
     "outputdirectory": "broadcaster",
     "outputdisk": "holes",
+    "tails": "outputtimes",
     "spares": "worker",
     "starting": "worker",
     "forkserver": "spawner",

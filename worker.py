@@ -80,6 +80,7 @@ from watching import JobEvent, JobEventKind, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from budget import Budget
 
@@ -435,13 +436,28 @@ class Worker:
         """
         return self._registry.watch(matching)
 
-    def stream(self, job_id: str, *, subscriber: str = "", offset: int = 0) -> Subscription:
+    def stream(  # noqa: PLR0913 -- all but the first are optional
+        self,
+        job_id: str,
+        *,
+        subscriber: str = "",
+        offset: int = 0,
+        tail_lines: int | None = None,
+        since: datetime | None = None,
+        follow: bool = True,
+        timestamps: bool = False,
+    ) -> Subscription:
         """Read the job's output from byte `offset` to its end, as it comes.
+
+        `tail_lines`: begin no earlier than with the last lines, as many as these, of the output so
+        far. `since`: begin no earlier than with what was written then or later; up to 100 ms more,
+        and more for the early output of a long job. `follow`: False ends with the output so far.
+        `timestamps`: set `Subscription.written_at`, when each chunk was written.
 
         Returns an iterator of chunks (bytes), which blocks while there is no output
         and ends when the job has. Its `close` may be called from any thread; leave it
         by `with`, or close it. `subscriber` is shown in the job's status meanwhile.
-        Raises `UnknownJobError`, `OffsetError`, ValueError (a negative offset),
+        Raises `UnknownJobError`, `OffsetError`, ValueError (a negative number),
         `WorkerClosedError`;
         iterating raises `OffsetError` if the job ended before its output reached `offset`.
         Output beyond a ceiling or the disk is kept in part: its head and its latest bytes.
@@ -449,7 +465,14 @@ class Worker:
         at the end for a subscriber that missed some. One that keeps up misses none.
         """
         try:
-            return self._job(job_id).output.subscribe(subscriber, offset)
+            return self._job(job_id).output.subscribe(
+                subscriber,
+                offset,
+                tail_lines=tail_lines,
+                since=since,
+                follow=follow,
+                timestamps=timestamps,
+            )
         except OutputRemovedError:
             self._job(job_id)  # has been removed
             raise WorkerClosedError from None
