@@ -995,8 +995,8 @@ def test_status_tells_a_human_how_the_job_ended(
     list(connect().stream(job_id))
     shown = dict(line.split(maxsplit=1) for line in run("status", "-j", job_id).splitlines())
     assert list(shown) == [
-        *("job", "owner", "command", "status", "started", "ended"),
-        *("output", "subscribers", "limits", "used"),
+        *("job", "owner", "command", "directory", "status", "started", "ended"),
+        *("output", "subscribers", "limits", "timeout", "used"),
     ]
     assert (shown["job"], shown["owner"], shown["status"]) == (job_id, "user", end)
     assert shown["command"] == f"sh -c 'printf four; {script}'"
