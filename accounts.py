@@ -50,6 +50,7 @@ __all__ = [
     "let_jobs_through",
     "parse_uids",
     "reserved",
+    "uid_for",
 ]
 
 logger = logging.getLogger(__name__)
@@ -353,6 +354,23 @@ def parse_uids(text: str) -> range:
                 + (", ".join(f"{each.start}-{each.stop - 1}" for each in mapped) or "none")
             )
     return uids
+
+
+def uid_for(name: str, path: Path, uids: range) -> int:
+    """Return the uid that the user has in the file `path`, or one that nobody has.
+
+    A server may be using the file. It gives no user a uid that an account of the host has. Raises
+    OSError; `AccountsError` if no uid is left.
+    """
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    known = {each: _number(uid) for each, _, uid in (line.partition(" ") for line in lines)}
+    if name in known:
+        return known[name]
+    free = range(max([*known.values(), uids.start - 1]) + 1, uids.stop)
+    uid = next((each for each in free if not _is_taken(each)), None)
+    if uid is None:
+        raise AccountsError(f"no uid is left for {name} in --uids; widen it")
+    return uid
 
 
 def _number(text: str) -> int:

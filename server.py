@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import getpass
 import importlib
 import logging
 import os
@@ -56,7 +55,7 @@ try:
     from hostaccounts import HostAccounts
     from service import add_services
     from tls import CertificateError, Certificates, certificate_files
-    from users import SEEDED_USERS, User, has_public_password, make_user, parse_users
+    from users import SEEDED_USERS, User, has_public_password, parse_users
 except ImportError as error:
     sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
 
@@ -76,12 +75,14 @@ from trustedfiles import (
     check_code,
 )
 from units import join_address, parse_address
+from useradmin import add_user, ask
 
 # gRPC imports some of its modules late. By then this process may be a user that cannot read them.
 for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
     importlib.import_module(_module.name)
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
@@ -446,19 +447,6 @@ def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCre
 # --- the program ------------------------------------------------------------------------
 
 
-def _print_user(name: str, role: str) -> None:
-    if sys.stdin.isatty():
-        password = getpass.getpass(f"Password for {name}: ")
-        if getpass.getpass("Once more: ") != password:
-            raise SettingsError("the two passwords differ")
-    else:
-        password = sys.stdin.readline().rstrip("\r\n")
-    try:
-        print(make_user(name, role, password))
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-
-
 def _check_files(settings: Settings) -> int:
     """Read what a server reads at its start and at a reload; raises the same errors."""
     host, _ = parse_address(settings.listen)
@@ -504,12 +492,20 @@ def _start(settings: Settings) -> Server:
         raise SettingsError("\n".join(lines)) from error
 
 
+def _add_user(settings: Settings, arguments: argparse.Namespace) -> int:
+    if arguments.name != "add":
+        raise SettingsError(f"write `user add {arguments.added}`, or `user {arguments.added}`")
+    add_user(settings, arguments.added, arguments.role, make_account=arguments.make_account)
+    print(f"added {arguments.added} to {settings.users}; a server that runs reads it at SIGHUP")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 1 for an error. argparse exits with 2."""
     arguments = parse_arguments(argv)
     try:
-        if arguments.command == "user":
-            _print_user(arguments.name, arguments.role)
+        if arguments.command == "user" and arguments.added is None:
+            print(ask(arguments.name, arguments.role))
             return 0
         settings = Settings(
             listen=arguments.listen,
@@ -526,6 +522,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             audit_log=arguments.audit_log,
             audit_required=arguments.audit_required,
         )
+        if arguments.command == "user":
+            return _add_user(settings, arguments)
         if arguments.command != "check":
             serverlog.configure(arguments.log_format, arguments.log_level)
             _serve(settings)

@@ -450,10 +450,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     user = commands.add_parser(
         "user",
-        help="print an entry for the users file",
-        description="Ask for a password and print an entry for the file that --users names.",
+        help="print an entry for the users file, or add one to it",
+        description="Ask for a password and print an entry for the file that --users names; with "
+        "`add` before the name, add it to this file. Example: server --users FILE user add alice",
     )
-    user.add_argument("name", metavar="NAME")
+    user.add_argument("name", metavar="[add] NAME")
+    user.add_argument("added", metavar="", nargs="?")
+    user.add_argument(
+        "--make-account",
+        action="store_true",
+        help="with `add`: make an account of this host for the user, with a uid of --uids and a "
+        "home in the state directory, or with --accounts host as useradd chooses; an account of "
+        "that name that exists is used",
+    )
     user.add_argument("--role", choices=[role.value for role in Role], default="user")
     check = commands.add_parser(
         "check",

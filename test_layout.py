@@ -97,9 +97,10 @@ _MODULES = {
         "hostcheck": "cgroups limits worker",
         "serverlog": "",
         "daemon": "",
+        "useradmin": "accounts settings trustedfiles users",
         "server": "accounts audit auth calls daemon descriptors fileopener gate grpc "
         "hostaccounts hostcheck privileges serverlog service settings tls trustedfiles units "
-        "users worker",
+        "useradmin users worker",
     },
     "client": {
         "sending": "",
