@@ -429,8 +429,9 @@ class Subscription:
     Attributes: `subscriber`, the name given. `offset`, of the next byte to be read. `gap`, the
     bytes that are missing right before the last chunk, or before the end; None if none are.
     `written_at`, when the last chunk was written, if times were asked for and are known; they are
-    exact to 100 ms at best. `chunk_bytes`, a function that the iterating thread calls for each
-    chunk: how large the chunk may be, at least 1; 256 KiB unless replaced.
+    exact to 100 ms at best. `follows`, whether it waits for more output. `chunk_bytes`, a function
+    that the iterating thread calls for each chunk: how large the chunk may be, at least 1; 256 KiB
+    unless replaced.
     """
 
     def __init__(self, log: OutputLog, subscriber: str, offset: int) -> None:
@@ -456,7 +457,7 @@ class Subscription:
         self._end = end
         self._tail_lines = lines
         self._since = since
-        self._follow = follow
+        self.follows = follow
         self._timed = timed
 
     def __iter__(self) -> Iterator[bytes]:
@@ -505,12 +506,12 @@ class Subscription:
 
     def _need_not_wait_locked(self) -> bool:
         begin, end = self._range_locked()
-        return begin < end or self._closed or self._log._complete or not self._follow
+        return begin < end or self._closed or self._log._complete or not self.follows
 
     def _range_locked(self) -> tuple[int, int]:
         """Return where the next bytes to be read begin and end; see `_stored_locked`."""
         begin, end = self._log._stored_locked(self.offset)
-        return begin, end if self._follow else min(end, self._end)
+        return begin, end if self.follows else min(end, self._end)
 
     def _find_begin(self) -> None:
         """Go to the first byte that was asked for by lines or time."""

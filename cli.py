@@ -206,14 +206,40 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
     )
     _add_signal(subparsers["signal"])
     _add_grace(subparsers["stop"])
-    subparsers["stream"].add_argument(
+    _add_stream(subparsers["stream"])
+    return parser, subparsers
+
+
+def _add_stream(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--offset",
         type=_offset,
         default=0,
         metavar="N",
         help="begin with byte N, counted from 0 (default: 0)",
     )
-    return parser, subparsers
+    parser.add_argument(
+        "--tail", type=_count, metavar="N", help="begin with the last N lines of the output so far"
+    )
+    parser.add_argument(
+        "--since",
+        type=_time,
+        metavar="TIME",
+        help="begin with what the job wrote this long ago, like 10m",
+    )
+    parser.add_argument(
+        "--no-follow", action="store_true", help="end with the output so far; default: with the job"
+    )
+    parser.add_argument(
+        "--timestamps",
+        action="store_true",
+        help="begin each line with the time at which the job wrote it, exact to 100 ms",
+    )
+    parser.add_argument(
+        "--no-retry",
+        action="store_true",
+        help="end when the connection is lost; default: connect again and continue at that byte",
+    )
 
 
 def _add_connection(parser: Parser, *, with_token: bool) -> None:

@@ -19,23 +19,21 @@ from connection import ClientError
 from credentials import login, logout, whoami
 from display import describe, print_json, state_of, to_dict
 from selecting import labels_of, selected
+from streaming import stream, tell_loss, write_all
 from waiting import exit_status, wait
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, Self
 
     import workerservice_pb2 as worker_pb
-    from connection import Client, OutputStream
+    from connection import Client
 
 __all__ = ["COMMANDS"]
 
 _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
-
-# With these errors a stream breaks off in the middle, and can be continued later.
-_MAY_CONTINUE = {"UNAVAILABLE", "UNAUTHENTICATED", "CANCELLED", "INTERNAL", "UNKNOWN"}
 
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
@@ -81,10 +79,9 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
             stdin.send_meanwhile(client, job_id, _warn)
         elif stdin.has_data():
             _warn("stdin is not sent to the job; use run -i to send it")
-        chunks = client.stream(job_id)
+        chunks = client.stream(job_id, on_lost=tell_loss)
         try:
-            for _ in _write_all(chunks):
-                pass
+            write_all(chunks)
         except ClientError as error:
             if chunks.end is None:
                 raise ClientError(
@@ -222,41 +219,6 @@ def _for_each(
         raise ClientError(text, next(iter(errors.values())).code)
 
 
-def _stream(client: Client, arguments: argparse.Namespace) -> None:
-    offset = arguments.offset
-    job_id = client.find(arguments.job[0])
-    chunks = client.stream(job_id, offset)
-    try:
-        for size in _write_all(chunks):
-            offset += size
-    except ClientError as error:
-        if error.code in _MAY_CONTINUE and offset > arguments.offset:
-            message = f"{error}; to continue from here, use --offset {offset}"
-            raise ClientError(message, error.code) from error
-        raise
-    finally:
-        chunks.close()
-    if chunks.end is None:
-        raise ClientError("the server did not say how the job ended; the output may be incomplete")
-    if chunks.end.end_reason != "EXITED":
-        state = state_of(vars(chunks.end))
-        raise ClientError(f"the job did not end by itself: {state}; the output may be incomplete")
-
-
-def _write_all(chunks: OutputStream) -> Iterator[int]:
-    """Write the output to stdout; after each chunk yield by how much the offset has grown."""
-    for data in chunks:
-        missing = 0
-        if chunks.gap is not None:
-            begin, missing = chunks.gap
-            _warn(f"... {missing} bytes, from byte {begin} on, were not kept ...")
-        left = memoryview(data)
-        while left:  # with PYTHONUNBUFFERED a write may be partial
-            left = left[sys.stdout.buffer.write(left) :]
-        sys.stdout.buffer.flush()
-        yield missing + len(data)
-
-
 def _remove(client: Client, arguments: argparse.Namespace) -> None:
     ended = ["STOPPED", "FINISHED"]
     jobs = selected(client, arguments, ended) if arguments.finished else arguments.job
@@ -279,7 +241,7 @@ COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int | None]] = {
     "stop": _stop,
     "signal": _signal,
     "status": _status,
-    "stream": _stream,
+    "stream": stream,
     "remove": _remove,
     "list": _list,
     "wait": wait,

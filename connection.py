@@ -25,7 +25,8 @@ import os
 import re
 import time
 
-from clienterrors import CALL_TIMEOUT_S, ClientError, explain, whole_number
+from clienterrors import CALL_TIMEOUT_S, ClientError, explain
+from following import JobEnd, OutputStream
 from units import parse_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -78,71 +79,6 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
-
-
-class JobEnd:
-    """How a job ended, in the names of `workerservice.proto`.
-
-    Attributes: `status` ("FINISHED"), `end_reason` ("EXITED"), `exit_code` and `signal` (None
-    unless the command exited, or a signal killed it).
-    """
-
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        self.status = metadata["job-status"]
-        self.end_reason = metadata.get("job-end-reason", "")
-        self.exit_code = whole_number(metadata.get("job-exit-code", ""))
-        self.signal = whole_number(metadata.get("job-signal", ""))
-
-
-class OutputStream:
-    """A job's output: an iterator of bytes, which come as the job writes them.
-
-    It ends when the job has ended and all of the output was read. Each step blocks while the job
-    writes nothing, and may raise `ClientError`.
-
-    Attributes: `end`, which says how the job ended; None until the stream has ended; it stays None
-    if the stream broke off. `gap`: the offset and number of the bytes that the server did not keep
-    right before the last data, or before the end; None if it kept them.
-
-    One thread iterates; any thread may `close`.
-    """
-
-    def __init__(
-        self, call: Any, rpc_error: type[Exception], explain: Callable[[Any], ClientError]
-    ) -> None:
-        self._call = call
-        self._rpc_error = rpc_error
-        self._explain = explain
-        self.end: JobEnd | None = None
-        self.gap: tuple[int, int] | None = None
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> bytes:
-        try:
-            message = next(self._call)
-            self.gap = None
-            while message.HasField("gap"):
-                self.gap = message.gap.offset, message.gap.length
-                message = next(self._call)
-        except StopIteration:
-            self._find_end()
-            raise
-        except self._rpc_error as error:
-            self._find_end()
-            raise self._explain(error) from error
-        data: bytes = message.data
-        return data
-
-    def _find_end(self) -> None:
-        metadata = {item.key: str(item.value) for item in self._call.trailing_metadata() or ()}
-        if "job-status" in metadata:
-            self.end = JobEnd(metadata)
-
-    def close(self) -> None:
-        """End the stream; idempotent. A thread that waits for output gets a `ClientError`."""
-        self._call.cancel()
 
 
 class JobEvents:
@@ -438,11 +374,41 @@ class Client:
             result.since.FromDatetime(since)
         return result
 
-    def stream(self, job_id: str, offset: int = 0) -> OutputStream:
-        """Begin to read the job's output from byte `offset` on; see `OutputStream`."""
-        request = self._worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
-        call = self._worker.StreamOutput(request, metadata=self._metadata())
-        return OutputStream(call, self._rpc_error, self._explain)
+    def stream(  # noqa: PLR0913 -- all but the first are optional
+        self,
+        job_id: str,
+        offset: int = 0,
+        *,
+        tail_lines: int | None = None,
+        since_s: float | None = None,
+        follow: bool = True,
+        timestamps: bool = False,
+        on_lost: Callable[[ClientError, int | None], object] | None = None,
+    ) -> OutputStream:
+        """Begin to read the job's output from byte `offset` on; see `OutputStream`.
+
+        `tail_lines`: begin no earlier than with so many last lines of the output so far.
+        `since_s`: begin no earlier than with what was written so many seconds ago. `follow`: False
+        ends with the output so far. `timestamps`: sets `OutputStream.written_at`. `on_lost`: is
+        told of a lost connection, with the error and the offset of the next byte; then the stream
+        continues there. Without `on_lost` a lost connection is an error.
+        """
+
+        def open_call(next_offset: int | None) -> Any:
+            request = self._worker_pb.StreamOutputRequest(
+                job_id=job_id,
+                offset=offset if next_offset is None else next_offset,
+                no_follow=not follow,
+                timestamps=timestamps,
+            )
+            if next_offset is None:
+                if tail_lines is not None:
+                    request.tail_lines = tail_lines
+                if since_s is not None:
+                    _set(request.since, since_s)
+            return self._worker.StreamOutput(request, metadata=self._metadata())
+
+        return OutputStream(open_call, self._rpc_error, self._explain, on_lost)
 
     def write_input(self, job_id: str, data: bytes | Iterable[bytes], offset: int = 0) -> None:
         """Send all of `data` to the stdin of a job that was started with `stdin`, and end it.

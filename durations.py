@@ -8,6 +8,7 @@ Thread safety: there is no state.
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -18,7 +19,7 @@ from worker import Ending
 if TYPE_CHECKING:
     import workerservice_pb2 as worker_pb
 
-__all__ = ["duration", "ending_of", "seconds", "stop_grace"]
+__all__ = ["duration", "ending_of", "seconds", "stop_grace", "time_before"]
 
 _NANOS = 1_000_000_000
 
@@ -34,6 +35,16 @@ def seconds(request: Any, name: str) -> float | None:
             "nanos from 0 to 999999999"
         )
     return value.seconds + value.nanos / _NANOS
+
+
+def time_before(request: Any, name: str) -> datetime | None:
+    """Return the time as long ago as a field says; None if it is absent, or before 1970.
+
+    Raises `BadRequestError`.
+    """
+    ago_s = seconds(request, name)
+    now = datetime.now(UTC)
+    return None if ago_s is None or ago_s > now.timestamp() else now - timedelta(seconds=ago_s)
 
 
 def duration(value: float) -> Duration:

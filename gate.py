@@ -62,6 +62,10 @@ _EVEN_IF_NOT_RECORDED = {
     "/jobworker.v1.WorkerService/RemoveJob",
 }
 
+# The initial metadata of a stream that the server has accepted. A client that has received it may
+# open the stream again when the connection breaks.
+_ACCEPTED = (("accepted", "1"),)
+
 _ANSWER_S = 0.02  # the way of an answer to its caller may take this long
 
 SHOWN_CHARACTERS = 64
@@ -345,7 +349,7 @@ class Gate(grpc.ServerInterceptor):
             with contextlib.closing(messages):
                 ticket.leave()
                 # Tells the client, before the first output, that the stream is accepted.
-                context.send_initial_metadata(())
+                context.send_initial_metadata(_ACCEPTED)
                 # The messages are serialized already. If gRPC serialized them, gRPC would keep both
                 # the message and its bytes until the client reads.
                 yield from messages

@@ -25,7 +25,7 @@ import inputcalls
 import worker
 import workerservice_pb2 as worker_pb
 import workerservice_pb2_grpc
-from durations import ending_of, stop_grace
+from durations import ending_of, stop_grace, time_before
 from finding import check_name, checked_labels
 from gate import SHOWN_CHARACTERS, BadRequestError
 from jobmessages import (
@@ -45,6 +45,7 @@ from worker import Ending, EndReason, Job, Limits, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from datetime import datetime
 
     import grpc
 
@@ -228,11 +229,20 @@ class _WorkerServicer:
         """Subscribe and record the call; return a generator of serialized messages."""
         job_id, _ = self._reach(request.job_id, call)
         job = self._worker.observe(job_id)
+        since = time_before(request, "since")
         with contextlib.ExitStack() as ending:
             ending.callback(self.quotas.stream(call.caller.name))
             try:
                 chunks = ending.enter_context(
-                    self._worker.stream(job_id, subscriber=call.caller.name, offset=request.offset)
+                    self._worker.stream(
+                        job_id,
+                        subscriber=call.caller.name,
+                        offset=request.offset,
+                        tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
+                        since=since,
+                        follow=not request.no_follow,
+                        timestamps=request.timestamps,
+                    )
                 )
             except worker.OffsetError:
                 call.context.set_trailing_metadata(end_metadata(job(), request.offset))
@@ -260,7 +270,8 @@ class _WorkerServicer:
                 call.context.set_trailing_metadata(end_metadata(job(), chunks.offset))
                 raise
             state = job()
-            if state.status is not Status.RUNNING:  # otherwise the client has gone
+            # A job that runs: the client has gone, or wanted the output so far.
+            if state.status is not Status.RUNNING or not chunks.follows:
                 call.context.set_trailing_metadata(end_metadata(state, chunks.offset))
             if state.end_reason is EndReason.CLOSED:
                 raise worker.WorkerClosedError
@@ -273,7 +284,7 @@ class _WorkerServicer:
                 break  # `watch` closes the subscription for every other reason
             yield from _gap_messages(chunks)
             size = len(chunk)
-            message = [_serialized(chunk, chunks.offset - size)]
+            message = [_serialized(chunk, chunks.offset - size, chunks.written_at)]
             # `yield` blocks while the client does not read. No variable may keep the message
             # alive meanwhile.
             del chunk
@@ -379,7 +390,7 @@ def _gap_messages(chunks: worker.Subscription) -> Iterator[bytes]:
         ).SerializeToString()
 
 
-def _serialized(data: bytes, offset: int) -> bytes:
+def _serialized(data: bytes, offset: int, written_at: datetime | None) -> bytes:
     """Return a serialized `StreamOutputResponse`.
 
     protobuf would copy `data` twice. This function copies `data` once, and streams are a tenth
@@ -390,7 +401,9 @@ def _serialized(data: bytes, offset: int) -> bytes:
         length.append(left & 0x7F | 0x80)
         left >>= 7
     length.append(left)
-    rest = worker_pb.StreamOutputResponse(offset=offset).SerializeToString()
+    rest = worker_pb.StreamOutputResponse(
+        offset=offset, written_at=written_at and timestamp(written_at)
+    ).SerializeToString()
     return b"".join((_DATA_TAG, length, data, rest))
 
 

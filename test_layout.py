@@ -105,7 +105,10 @@ _MODULES = {
     "client": {
         "sending": "",
         "clienterrors": "; grpc",
-        "connection": f"certcheck clienterrors grpc sending units {_AUTH_PB} {_WORKER_PB}; google",
+        "following": "clienterrors; workerservice_pb2",
+        "streaming": "cli connection display",
+        "connection": f"certcheck clienterrors following grpc sending units {_AUTH_PB} "
+        f"{_WORKER_PB}; google",
         "profiles": "connection units",
         "selecting": "units; connection",
         "helptexts": "",
@@ -114,8 +117,8 @@ _MODULES = {
         "listing": "connection display selecting; workerservice_pb2",
         "credentials": "cli connection display",
         "stdin": "connection",
-        "commands": "cli connection credentials display listing selecting stdin variables waiting; "
-        "workerservice_pb2",
+        "commands": "cli connection credentials display listing selecting stdin streaming "
+        "variables waiting; workerservice_pb2",
         "variables": "connection",
         "display": "cli units; google workerservice_pb2",
         "completion": "cli connection credentials profiles; workerservice_pb2",
@@ -141,6 +144,7 @@ _MAX_FUNCTION_LINES = 60
 _TESTED_WITH = {
     "connection": "client",
     "clienterrors": "client",
+    "streaming": "following",
     "cli": "client",
     "commands": "client",
     "display": "client",

@@ -5,9 +5,7 @@ Between client and server stands a proxy that the test can cut.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import threading
 from typing import TYPE_CHECKING
 
@@ -16,82 +14,16 @@ import pytest
 from client import Client, ClientError
 from sending import _MESSAGE_BYTES, _WINDOW_BYTES, Sending
 from testkit import GUARD_S, ServerProgram
+from testproxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
-class _Proxy:
-    """Passes bytes on between clients and a server. `cut` breaks off all connections."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = host, int(port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        # Guards the two below. Notified when bytes were passed on.
-        self._changed = threading.Condition()
-        self._sockets: list[socket.socket] = []
-        self._passed = 0  # bytes, from clients
-        self._threads = [threading.Thread(target=self._accept, name="proxy")]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
-                with self._changed:
-                    self._sockets += [client, server]
-                for each in ((client, server, 1), (server, client, 0)):
-                    self._threads.append(
-                        threading.Thread(target=self._pass, args=each, name="proxy")
-                    )
-                    self._threads[-1].start()
-
-    def _pass(self, source: socket.socket, target: socket.socket, weight: int) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-                with self._changed:
-                    self._passed += weight * len(data)
-                    self._changed.notify_all()
-        _shut_down(source)
-        _shut_down(target)
-
-    def cut(self) -> None:
-        """Break off all connections; new ones are possible."""
-        with self._changed:
-            sockets = list(self._sockets)
-        for each in sockets:
-            _shut_down(each)
-
-    def await_passed(self, more: int) -> None:
-        """Block until clients have sent that many more bytes."""
-        with self._changed:
-            goal = self._passed + more
-            assert self._changed.wait_for(lambda: self._passed >= goal, GUARD_S)
-
-    def close(self) -> None:
-        _shut_down(self._listener)
-        self._threads[0].join()
-        self._listener.close()
-        self.cut()
-        for thread in self._threads:
-            thread.join()
-        for each in self._sockets:
-            each.close()
-
-
-def _shut_down(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture
-def proxy(program: ServerProgram) -> Iterator[_Proxy]:
-    proxy = _Proxy(program.address)
+def proxy(program: ServerProgram) -> Iterator[Proxy]:
+    proxy = Proxy(program.address)
     yield proxy
     proxy.close()
 
@@ -121,7 +53,7 @@ def test_input_longer_than_what_is_kept_arrives_whole(client: Client) -> None:
 
 
 def test_input_continues_after_lost_connections(
-    connect: Callable[..., Client], proxy: _Proxy, client: Client
+    connect: Callable[..., Client], proxy: Proxy, client: Client
 ) -> None:
     """Exactly once each byte, at whatever byte the connection broke off."""
     data = os.urandom(2 * _WINDOW_BYTES)
@@ -138,7 +70,7 @@ def test_input_continues_after_lost_connections(
 
 
 def test_lost_connection_is_no_end_of_the_input(
-    connect: Callable[..., Client], proxy: _Proxy, client: Client
+    connect: Callable[..., Client], proxy: Proxy, client: Client
 ) -> None:
     """Also while there is nothing to send: what comes later continues."""
     more = threading.Event()

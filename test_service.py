@@ -1029,7 +1029,10 @@ def test_message_of_a_stream_is_what_protobuf_would_send(size: int, offset: int)
     """The bytes are equal, so no client in any language sees a difference."""
     data = os.urandom(size)
     message = worker_pb.StreamOutputResponse(data=data, offset=offset)
-    assert service._serialized(data, offset) == message.SerializeToString()
+    assert service._serialized(data, offset, None) == message.SerializeToString()
+    moment = datetime(2026, 11, 28, 10, 20, 30, 123_456, UTC)
+    message.written_at.FromDatetime(moment)
+    assert service._serialized(data, offset, moment) == message.SerializeToString()
 
 
 def test_output_is_delivered_while_the_job_is_blocked_in_a_line(

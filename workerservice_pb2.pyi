@@ -158,22 +158,32 @@ class GetJobStatusResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class StreamOutputRequest(_message.Message):
-    __slots__ = ("job_id", "offset")
+    __slots__ = ("job_id", "offset", "tail_lines", "no_follow", "since", "timestamps")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TAIL_LINES_FIELD_NUMBER: _ClassVar[int]
+    NO_FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMPS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     offset: int
-    def __init__(self, job_id: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    tail_lines: int
+    no_follow: bool
+    since: _duration_pb2.Duration
+    timestamps: bool
+    def __init__(self, job_id: _Optional[str] = ..., offset: _Optional[int] = ..., tail_lines: _Optional[int] = ..., no_follow: _Optional[bool] = ..., since: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., timestamps: _Optional[bool] = ...) -> None: ...
 
 class StreamOutputResponse(_message.Message):
-    __slots__ = ("data", "offset", "gap")
+    __slots__ = ("data", "offset", "gap", "written_at")
     DATA_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     GAP_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_AT_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     offset: int
     gap: OutputGap
-    def __init__(self, data: _Optional[bytes] = ..., offset: _Optional[int] = ..., gap: _Optional[_Union[OutputGap, _Mapping]] = ...) -> None: ...
+    written_at: _timestamp_pb2.Timestamp
+    def __init__(self, data: _Optional[bytes] = ..., offset: _Optional[int] = ..., gap: _Optional[_Union[OutputGap, _Mapping]] = ..., written_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class WriteInputRequest(_message.Message):
     __slots__ = ("job_id", "offset", "data", "end")
