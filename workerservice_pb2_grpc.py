@@ -136,6 +136,7 @@ class WorkerServiceServicer:
 
     def StreamOutput(self, request, context):
         """Sends a job's output from its first byte, or from `offset`, as the job writes it.
+        The initial metadata `accepted` come at once, also if the job is silent.
         Ends when the job has ended and all of its output was sent. Several callers may
         read the same job at once, each at its own speed, and may begin at any time.
 
