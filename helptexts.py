@@ -111,8 +111,8 @@ examples:
   client stream 3fa9b1c2
   client stream 3fa9b1c2 >output.bin    output is bytes, as the job wrote them
   client stream 3fa9b1c2 --offset 1000  all but the first 1000 bytes
-  client stream JOB --tail 20            the last 20 lines, and what follows
-  client stream JOB --since 10m --timestamps --no-follow
+  client stream nightly --tail 20       the last 20 lines, and what follows
+  client stream nightly --since 10m --timestamps --no-follow
 """,
     "remove": """\
 examples:
