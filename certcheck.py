@@ -62,8 +62,11 @@ class Certificate:
         self.expires_at = expires_at
 
 
-def check_ca(name: str, pem: bytes) -> None:
-    """Raise `UnusableError` unless the file holds the certificate of a CA that is valid today."""
+def check_ca(name: str, pem: bytes) -> int:
+    """Raise `UnusableError` unless the file holds the certificate of a CA that is valid today.
+
+    Returns when the last of the CAs that are valid today expires, in seconds since 1970.
+    """
     cas = _parse(name, pem).get_ca_certs()
     if not cas:
         raise UnusableError(f"{name} holds no certificate of a CA")
@@ -72,8 +75,10 @@ def check_ca(name: str, pem: bytes) -> None:
     ends = [ssl.cert_time_to_seconds(str(ca["notAfter"])) for ca in cas]
     if all(end < now for end in ends):
         raise UnusableError(f"{name} has expired")
-    if not any(start <= now <= end for start, end in zip(starts, ends, strict=True)):
+    valid = [end for start, end in zip(starts, ends, strict=True) if start <= now <= end]
+    if not valid:
         raise UnusableError(f"{name} is not valid yet; check the clock")
+    return max(valid)
 
 
 def check_pair(

@@ -45,6 +45,7 @@ WATCHDOG_S = 4.5  # so long after the signal to end, the process ends, even if s
 _WATCHDOG_AFTER_GRACE_S = 1.5  # likewise, after the jobs' grace
 _ENDS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = _ENDS | {signal.SIGHUP}
+_DAY_S = 24 * 60 * 60
 _JOIN_S = 1.0  # for the threads `reload` and `hurry`
 _TELL_S = 1.0  # for the service manager to take a message
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
@@ -68,6 +69,9 @@ class Servable(Protocol):
 
     def in_use(self) -> str:
         """Return what is in use, in a few words."""
+
+    def warnings(self) -> list[str]:
+        """Return what will need attention, a sentence each; called once a day."""
 
 
 class ServiceManager:
@@ -114,14 +118,23 @@ def serve(server: Servable, manager: ServiceManager) -> None:
     """Serve until SIGTERM or SIGINT, then stop the server; reload at SIGHUP."""
     manager.tell("READY=1", f"STATUS={server.in_use()}")
     reloader = _Reloader(server.reload, manager)
-    while (number := _next_signal(manager.interval_s)) not in _ENDS:
-        if number is None:
+    warn_at = time.monotonic()
+    while True:
+        if time.monotonic() >= warn_at:
+            warn_at = time.monotonic() + _DAY_S
+            for warning in server.warnings():
+                logger.warning("%s", warning)
+        left_s = max(0.0, warn_at - time.monotonic())
+        number = _next_signal(min(left_s, manager.interval_s or left_s))
+        if number in _ENDS:
+            break
+        if number == signal.SIGHUP:
+            logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
+            reloader.request()
+        elif manager.interval_s is not None:
             # `in_use` takes locks of the server. If one of them is never released, this thread
             # hangs, and the manager restarts the server.
             manager.tell("WATCHDOG=1", f"STATUS={server.in_use()}")
-        else:
-            logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
-            reloader.request()
     logger.info("%s: shutting down", signal.Signals(number).name)
     manager.tell("STOPPING=1", "STATUS=ending the jobs")
     watchdog_s = max(WATCHDOG_S, server.shutdown_grace_s + _WATCHDOG_AFTER_GRACE_S)
@@ -132,10 +145,8 @@ def serve(server: Servable, manager: ServiceManager) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
-def _next_signal(timeout_s: float | None) -> int | None:
+def _next_signal(timeout_s: float) -> int | None:
     """Block until a signal comes, or until the time has passed; then return None."""
-    if timeout_s is None:
-        return signal.sigwait(_SIGNALS)
     taken = signal.sigtimedwait(_SIGNALS, timeout_s)
     return taken.si_signo if taken else None
 

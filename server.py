@@ -271,6 +271,10 @@ class Server:
         jobs, streams = self._quotas.in_use()
         return f"{jobs} jobs, {streams} streams"
 
+    def warnings(self) -> list[str]:
+        """Return what will need attention, a sentence each."""
+        return self._certificates.warnings()
+
     def reload(self) -> None:
         """Read the certificates and the users again, and reopen the audit log; never raises.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import queue
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -867,3 +869,57 @@ def test_server_survives_reloads_while_many_connect(certs: Path, foreign_certs: 
         check=False,
     )
     assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("days", "told"), [(40, ""), (29, "in 28 days"), (1, "in 0 days")])
+def test_certificate_that_expires_within_30_days_is_told(
+    live: Path, certs: Path, days: int, told: str
+) -> None:
+    """The sentence has the file, the day and the remedy."""
+    made = _make(live, "new", f"{_FOR_SERVERS}\n{_NAMES}", ca=certs / "server-ca", days=(-1, days))
+    made.rename(live / "server.pem")
+    (live / "new-key.pem").rename(live / "server-key.pem")
+    warnings = Certificates(Path.read_bytes, live).warnings()
+    assert len(warnings) == bool(told)
+    for warning in warnings:
+        assert warning.startswith(f"{live}/server.pem expires on 20")
+        assert f"{told}; make new ones with certs/generate.sh" in warning
+
+
+def test_ca_that_expires_within_30_days_is_told(live: Path) -> None:
+    """The CA of the clients is as necessary as the server's certificate."""
+    made = _make(live, "new", "basicConstraints=critical,CA:TRUE", ca=None, days=(-1, 10))
+    made.rename(live / "client-ca.pem")
+    (warning,) = Certificates(Path.read_bytes, live).warnings()
+    assert warning.startswith(f"{live}/client-ca.pem expires on 20")
+
+
+_SHORT_DAYS = """
+import sys, daemon, server
+daemon._DAY_S = 0.05
+sys.exit(server.main(sys.argv[1:]))
+"""
+
+
+def test_server_warns_every_day_before_a_certificate_expires(
+    live: Path, make_state: Callable[[], Path]
+) -> None:
+    """In the log, at the start and then once a day; in this test a day has 50 ms."""
+    made = _make(live, "new", "basicConstraints=critical,CA:TRUE", ca=None, days=(-1, 10))
+    made.rename(live / "client-ca.pem")
+    options = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", str(live)]
+    options += ["--state-dir", str(make_state()), "--uids", "81000-81010"]
+    with subprocess.Popen(
+        [sys.executable, "-c", _SHORT_DAYS, *options],
+        cwd=_HERE,
+        env=clean_environment() | {"PYTHONPATH": str(_HERE)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stderr
+        warnings = (line for line in program.stderr if "client-ca.pem expires on 20" in line)
+        assert len(list(itertools.islice(warnings, 3))) == 3
+        program.send_signal(signal.SIGTERM)
+        program.communicate(timeout=GUARD_S)
+    assert program.returncode == 0

@@ -23,6 +23,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _KEY, _CHAIN, _CLIENT_CA = "server-key.pem", "server.pem", "client-ca.pem"
 _REMEDY = "make new ones with certs/generate.sh"
+_DAY_S = 24 * 60 * 60
+_WARN_DAYS = 30  # so many days before a certificate expires, the server begins to warn
 _CONNECT_S = 10.0  # for a connection to this server, and for each answer on it
 
 
@@ -61,6 +64,8 @@ class _Set:
     client_ca: bytes
     certificate: bytes = field(compare=False, repr=False)
     """The first of `chain`, in DER."""
+    expiries: dict[str, int] = field(compare=False)
+    """When each file expires, in seconds since 1970."""
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(self.key, self.chain)], self.client_ca)
@@ -111,6 +116,17 @@ class Certificates:
         logger.info("new certificates are in force")
         return True
 
+    def warnings(self) -> list[str]:
+        """Return a sentence for each file in force that expires within 30 days."""
+        found = []
+        for name, expires_at in self._in_force.expiries.items():
+            days = int(expires_at - time.time()) // _DAY_S
+            if days < _WARN_DAYS:
+                day = time.strftime("%Y-%m-%d", time.gmtime(expires_at))
+                when = f"expires on {day}, in {days} days" if days >= 0 else f"expired on {day}"
+                found.append(f"{self._where / name} {when}; {_REMEDY}, and reload")
+        return found
+
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """Return new certificates, if any; gRPC calls this before each handshake."""
         new = self._in_force
@@ -157,13 +173,14 @@ class Certificates:
             )
         key, chain, client_ca = contents
         try:
-            check_ca(_CLIENT_CA, client_ca)
-            certificate = check_pair("server", _CHAIN, chain, _KEY, key).der
+            ca_expires_at = check_ca(_CLIENT_CA, client_ca)
+            pair = check_pair("server", _CHAIN, chain, _KEY, key)
         except (UnusableError, ssl.SSLError, ValueError) as error:
             raise CertificateError(
                 f"the certificates in {self._where} are not usable: {error}; {_REMEDY}"
             ) from error
-        return _Set(key, chain, client_ca, certificate)
+        expiries = {_CHAIN: pair.expires_at, _CLIENT_CA: ca_expires_at}
+        return _Set(key, chain, client_ca, pair.der, expiries)
 
 
 # --- connections to this server -----------------------------------------------------------
