@@ -334,7 +334,7 @@ class Client:
             return text
         found: Sequence[worker_pb.Job] = ()
         is_part = _ID_PART.fullmatch(text) is not None
-        if not is_part or len(text) < _LEAST_OF_ID:
+        if text and (not is_part or len(text) < _LEAST_OF_ID):
             found = self.list(name=text, limit=_SHOWN_JOBS)
             if len(found) > 1:
                 running = self.list(name=text, statuses=["RUNNING"], limit=2)
@@ -345,8 +345,8 @@ class Client:
             return found[0].job_id
         if not found:
             raise ClientError(
-                f"no such job: {text}; a job is named by its ID, the beginning of its ID, or the "
-                "name that it was given; see: client list",
+                f"no such job: {text or repr(text)}; a job is named by its ID, the beginning of "
+                "its ID, or the name that it was given; see: client list",
                 "NOT_FOUND",
             )
         some = ", ".join(job.job_id for job in found)

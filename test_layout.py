@@ -153,7 +153,6 @@ _TESTED_WITH = {
     "waiting": "client",
     "gate": "service",
     "jobmessages": "service",
-    "lists": "service",
     "untaken": "service",
     "durations": "service",
     "errors": "worker",
