@@ -195,8 +195,9 @@ def test_what_holds_the_output_after_the_linger_is_killed_and_counted(worker: Wo
 
 def test_filter_that_outlives_the_leader_loses_nothing(worker: Worker) -> None:
     """Its output is complete, and nothing was killed."""
+    pipe = "f=$(mktemp -u); mkfifo $f; cat <$f & exec >$f 2>&1; rm $f"
     for _ in range(5):
-        job = worker.start("bash", ["-c", "exec > >(cat) 2>&1; echo begun; echo RESULT; exit 7"])
+        job = worker.start("sh", ["-c", f"{pipe}; echo begun; echo RESULT; exit 7"])
         ended = worker.wait(job, GUARD_S)
         assert (ended.exit_code, ended.killed_after_exit) == (7, 0)
         assert _output(worker, job) == b"begun\nRESULT\n"
