@@ -653,8 +653,8 @@ def test_start_stream_status_and_stop_work_for_every_user(house: _House) -> None
 
 # At SIGTERM it says bye and exits with 3.
 _POLITE = """
-    idle=$(mktemp -u); mkfifo "$idle"; exec 3<>"$idle"; rm "$idle"
-    trap 'echo bye; exit 3' TERM; echo up; while :; do read x <&3; done"""
+    trap 'echo bye; exit 3' TERM
+    exec 3<> <(:); echo up; while :; do read -u 3 x; done"""
 
 
 def test_grace_timeout_and_linger_hold_for_every_user(house: _House) -> None:
@@ -663,7 +663,7 @@ def test_grace_timeout_and_linger_hold_for_every_user(house: _House) -> None:
     assert _first_line(house.alice, job) == "up"
     stopped = house.admin.stop(job, grace=GUARD_S)
     assert (stopped.exit_code, stopped.status) == (3, worker_pb.JOB_STATUS_STOPPED)
-    job = house.bob.start("bash", ["-c", _POLITE], timeout=1, grace=GUARD_S)
+    job = house.bob.start("bash", ["-c", _POLITE], timeout=1.5, grace=GUARD_S)
     ended = _end_of(house.bob, job)
     assert (ended.exit_code, ended.end_reason) == (3, worker_pb.END_REASON_TIMED_OUT)
     assert b"".join(house.bob.stream(job)) == b"up\nbye\n"

@@ -37,6 +37,7 @@ from testkit import (
     discard_spares,
     job_cgroups,
     job_files,
+    make_fifo,
     own_cgroup,
     settle_spares,
 )
@@ -151,16 +152,19 @@ def escapees(tmp_path: Path) -> Iterator[_Escapees]:
 # --- stop with a grace --------------------------------------------------------------------------
 
 
-# Says bye at SIGTERM, in a process that it forks, and exits with 3.
+# Says bye at SIGTERM, in a process that it forks, and exits with 3. $0 is a FIFO that nobody writes
+# to.
 _POLITE = """
-    idle=$(mktemp -u); mkfifo "$idle"; exec 3<>"$idle"
     trap 'head -c 200000 /dev/zero; sh -c "sleep 0.2; echo bye"; exit 3' TERM
-    echo ready; read x <&3"""
+    exec 3<>"$0"; echo ready; read x <&3"""
 
 
-def test_grace_of_a_stop_is_for_every_process(worker: Worker) -> None:
+def test_grace_of_a_stop_is_for_every_process(worker: Worker, tmp_path: Path) -> None:
     """The leader dies of SIGTERM at once. Another session still writes 200 KiB, and ends."""
-    job = worker.start("sh", ["-c", 'setsid bash -c "$0" & exec sleep infinity', _POLITE])
+    idle = str(make_fifo(tmp_path / "idle"))
+    job = worker.start(
+        "sh", ["-c", 'setsid bash -c "$0" "$1" & exec sleep infinity', _POLITE, idle]
+    )
     await_output(worker, job, b"ready")
     ended = worker.stop(job, grace=GUARD_S)
     assert (ended.status, ended.signal) == (Status.STOPPED, signal.SIGTERM)
@@ -177,9 +181,10 @@ def test_grace_of_a_stop_ends_with_a_kill_of_everything(
     assert escapees.are_dead()
 
 
-def test_job_that_timed_out_has_its_grace(worker: Worker) -> None:
+def test_job_that_timed_out_has_its_grace(worker: Worker, tmp_path: Path) -> None:
     """It is STOPPED and TIMED_OUT, with the exit code of its leader."""
-    job = worker.start("bash", ["-c", _POLITE], ending=Ending(timeout=2, grace=GUARD_S))
+    idle = str(make_fifo(tmp_path / "idle"))
+    job = worker.start("bash", ["-c", _POLITE, idle], ending=Ending(timeout=5, grace=GUARD_S))
     ended = worker.wait(job, GUARD_S)
     assert (ended.end_reason, ended.exit_code) == (EndReason.TIMED_OUT, 3)
     assert _output(worker, job).endswith(b"bye\n")

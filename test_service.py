@@ -662,8 +662,9 @@ def test_admin_stopping_their_own_job_is_its_owner(connect: Connect) -> None:
 
 def _polite(client: Client, timeout: float | None = None) -> str:
     """Start a job that says bye at SIGTERM and exits with 3; return its ID."""
-    idle = 'idle=$(mktemp -u); mkfifo "$idle"; exec 3<>"$idle"; rm "$idle"'
-    script = f"{idle}; trap 'echo bye; exit 3' TERM; echo ready; while :; do read x <&3; done"
+    # Reads for ever without a child, because a child that is being forked would miss the signal.
+    idle = "exec 3<> <(:); echo ready; while :; do read -u 3 x; done"
+    script = f"trap 'echo bye; exit 3' TERM; {idle}"
     job_id = client.start("bash", ["-c", script], timeout=timeout, grace=GUARD_S)
     follow(client, job_id).close()
     return job_id

@@ -177,26 +177,14 @@ def _sh(
     return worker.start(shell, ["-c", script, "sh", *map(str, args)], owner=owner, ending=ending)
 
 
-# Not a shell: a child that the shell is forking would miss the signal.
-_ON_SIGTERM = """
-import os, signal, sys
-
-def on_sigterm(*_):
-    os.write(1, b"bye\\n")
-    if sys.argv[1] == "polite":
-        os._exit(3)
-
-signal.signal(signal.SIGTERM, on_sigterm)
-os.write(1, b"ready\\n")
-while True:
-    signal.pause()
-"""
-
-
 def _polite(worker: Worker, ending: Ending | None = None, *, kind: str = "polite") -> str:
     """Start a job that says bye at SIGTERM and exits with 3, or goes on if it is "deaf"."""
-    argv = ["-I", "-S", "-c", _ON_SIGTERM, kind]
-    job_id = worker.start(sys.executable, argv, ending=ending)
+    # The second line reads for ever without a child: a child that is being forked would miss the
+    # signal.
+    script = """
+        trap 'echo bye; [ $1 = deaf ] || exit 3' TERM
+        exec 3<> <(:); echo ready; while :; do read -u 3 x; done"""
+    job_id = _sh(worker, script, kind, ending=ending, shell="bash")
     assert _first_line(worker, job_id) == b"ready"
     return job_id
 
@@ -969,17 +957,17 @@ def test_stop_with_a_grace_wakes_a_stopped_process(worker: Worker) -> None:
 @_ONE_WAY_TO_FORK
 def test_job_that_runs_for_too_long_is_stopped_with_its_grace(worker: Worker) -> None:
     """It is STOPPED and TIMED_OUT, with the exit code and the last output of its leader."""
-    job_id = _polite(worker, Ending(timeout=1, grace=GUARD_S))
+    job_id = _polite(worker, Ending(timeout=1.5, grace=GUARD_S))
     job = worker.wait(job_id, GUARD_S)
     assert _end(job) == (Status.STOPPED, EndReason.TIMED_OUT, 3, None)
-    assert (job.timeout, _output(worker, job_id)) == (1, b"ready\nbye\n")
+    assert (job.timeout, _output(worker, job_id)) == (1.5, b"ready\nbye\n")
 
 
 @_ONE_WAY_TO_FORK
 @pytest.mark.parametrize("grace", [0, 0.2])
 def test_job_that_timed_out_is_killed_after_its_grace(worker: Worker, grace: float) -> None:
     """A grace of 0 sends no SIGTERM."""
-    job_id = _polite(worker, Ending(timeout=1, grace=grace), kind="deaf")
+    job_id = _polite(worker, Ending(timeout=1.5, grace=grace), kind="deaf")
     job = worker.wait(job_id, GUARD_S)
     assert _end(job) == (Status.STOPPED, EndReason.TIMED_OUT, None, signal.SIGKILL)
     assert _output(worker, job_id) == (b"ready\nbye\n" if grace else b"ready\n")
@@ -995,10 +983,10 @@ def test_timeout_changes_nothing_for_a_job_that_ends_before(worker: Worker) -> N
 @_ONE_WAY_TO_FORK
 def test_timeout_leaves_a_stop_its_grace(worker: Worker, pool: ThreadPoolExecutor) -> None:
     """The job is STOPPED by the stop, and has the whole grace of the stop."""
-    job_id = _polite(worker, Ending(timeout=1, grace=0), kind="deaf")
+    job_id = _polite(worker, Ending(timeout=1.5, grace=0), kind="deaf")
     stop = pool.submit(worker.stop, job_id, grace=GUARD_S)
     with pytest.raises(TimeoutError):
-        worker.wait(job_id, 1.5)
+        worker.wait(job_id, 2)
     worker.stop(job_id)
     assert _end(stop.result(GUARD_S)) == _STOPPED
 
