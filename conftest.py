@@ -26,6 +26,7 @@ from testkit import (
     own_cgroup,
     without_clone3,
 )
+from testproxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -221,6 +222,14 @@ def connect(
             return clients.enter_context(Client(address or program.address, **settings))
 
         yield connect
+
+
+@pytest.fixture
+def proxy(program: ServerProgram) -> Iterator[Proxy]:
+    """Between clients and the server of `program`; its connections can be cut."""
+    proxy = Proxy(program.address)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture

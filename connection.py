@@ -64,7 +64,7 @@ _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGN
 _ID_PART = re.compile(r"[0-9a-f-]{1,36}", re.ASCII | re.IGNORECASE)
 _REPEAT_AFTER_S = (0.1, 1.0)  # the pauses before a start is repeated
 # Before lost input is continued: the first pause, the longest one, and how long to try.
-_FIRST_PAUSE_S, _LAST_PAUSE_S, _GIVE_UP_S = 0.1, 5.0, 60.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S, _GIVE_UP_S = 0.1, 10.0, 300.0
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # nobody reaches a job server through a web proxy
@@ -415,8 +415,8 @@ class Client:
 
         `offset`: how many bytes of input the job has got before. Blocks while the job does not
         read, or `data` yields nothing. After a lost connection this continues at the byte that the
-        job has got, and gives up after a minute without a connection. Raises what `data` raises,
-        and leaves the input open then.
+        job has got, and gives up after five minutes without a connection. Raises what `data`
+        raises, and leaves the input open then.
         """
         from sending import Sending
 

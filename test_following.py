@@ -18,19 +18,12 @@ from testkit import GUARD_S, make_fifo
 from testproxy import Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from testkit import ClientProgram, ServerProgram
 
     Connect = Callable[..., Client]
-
-
-@pytest.fixture
-def proxy(program: ServerProgram) -> Iterator[Proxy]:
-    proxy = Proxy(program.address)
-    yield proxy
-    proxy.close()
 
 
 def _finished(client: Client, script: str) -> str:

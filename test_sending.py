@@ -13,19 +13,13 @@ import pytest
 
 from client import Client, ClientError
 from sending import _MESSAGE_BYTES, _WINDOW_BYTES, Sending
-from testkit import GUARD_S, ServerProgram
-from testproxy import Proxy
+from testkit import GUARD_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-
-@pytest.fixture
-def proxy(program: ServerProgram) -> Iterator[Proxy]:
-    proxy = Proxy(program.address)
-    yield proxy
-    proxy.close()
+    from testproxy import Proxy
 
 
 @pytest.fixture

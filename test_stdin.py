@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from client import Client
     from testkit import ClientProgram
+    from testproxy import Proxy
 
 _HERE = Path(__file__).resolve().parent
 _NOT_SENT = "client: stdin is not sent to the job; use run -i to send it\n"
@@ -106,6 +108,25 @@ def test_ctrl_c_reaches_the_job_while_stdin_waits(cli: ClientProgram) -> None:
     assert run.returncode == 3
     os.close(read_end)
     os.close(write_end)
+
+
+def test_run_continues_input_and_output_after_lost_connections(
+    cli: ClientProgram, proxy: Proxy
+) -> None:
+    """Each byte once in both directions. stderr says that the connection was lost."""
+    data = os.urandom(6_000_000)
+    cli.environment["JOBWORKER_SERVER"] = proxy.address
+    with (
+        cli.start("run", "-i", "--", "cat", stdin=subprocess.PIPE) as run,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        communicating = pool.submit(run.communicate, data, GUARD_S)
+        for _ in range(3):
+            proxy.await_passed(1_000_000)
+            proxy.cut()
+        stdout, stderr = communicating.result()
+    assert (run.returncode, stdout == data) == (0, True), stderr
+    assert b"trying to continue" in stderr
 
 
 def test_stdin_that_does_not_block_is_sent(cli: ClientProgram) -> None:
