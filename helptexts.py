@@ -72,6 +72,7 @@ examples:
   client start -c ls -args -l /          the same
   client start --name nightly --label team=data -- make check
   client start --memory 2G --cpus 4 -- make -j4
+  client start --timeout 30m --grace 10s -- make check     SIGTERM after 30 min.
   client start -- sh -c 'du -s * | sort -n'      a shell for pipes and globs
   job=$(client start -- sleep 60); client stop -j $job
 """,
@@ -84,6 +85,7 @@ as it is.
 examples:
   client run -- hostname
   client run --memory 1G -- make -j4
+  client run --timeout 30m -- make check
   client run -i -- sh -s < script.sh     the job reads what the client reads
   client run -d -- sleep 60              prints the ID and returns
 """,
@@ -91,6 +93,7 @@ examples:
 examples:
   client stop nightly                    a name
   client stop 3fa9b1c2 77ab              the beginnings of IDs
+  client stop --grace 10s nightly        SIGTERM, and SIGKILL after 10 s
   client stop --all --label team=data
 """,
     "signal": """\

@@ -6,6 +6,8 @@ The words, used throughout the project:
     leader      the process that executes the command
     owner       the name of the user that a job belongs to
     stop        SIGKILL to every process of the job
+    grace       the time between SIGTERM and SIGKILL, if a stop has one
+    linger      the time that other processes may hold the output after the leader's own end
     subscriber  the name of a user who is reading a job's output
     chunk       some bytes of output, as they come: not a line, not text
     spare       what is prepared for the next job: a process, a cgroup, a thread, an output log
