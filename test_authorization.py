@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grpc
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message_factory import GetMessageClass
 
 import authservice_pb2 as auth_pb
@@ -462,19 +463,31 @@ _EXTREMES: dict[int, list[Any]] = {
     FieldDescriptor.TYPE_STRING: ["", "x", "\0", "ä" * 1000],
     FieldDescriptor.TYPE_BYTES: [b"", b"x", bytes(100_000)],
 }
+# The same by the name of a message.
+_EXTREME_MESSAGES: dict[str, list[Any]] = {
+    "google.protobuf.Duration": [
+        Duration(seconds=seconds, nanos=nanos)
+        for seconds in (-(2**63), -1, 0, 1, 2**63 - 1)
+        for nanos in (-(2**31), 0, 2**31 - 1)
+    ],
+}
 
 
 def _bodies(name: str, job_id: str) -> Iterator[tuple[bytes, str]]:
     """Yield requests that name the job and have further content, each with the expected code."""
     plain = _request(name, job_id)
-    for field in _METHODS[name].input_type.fields:
+    fields = _METHODS[name].input_type.fields
+    messages = {field.number for field in fields if field.message_type}
+    for field in fields:
         if field.name != "job_id":
-            for value in _EXTREMES[field.type]:
+            message = field.message_type
+            for value in _EXTREME_MESSAGES[message.full_name] if message else _EXTREMES[field.type]:
                 yield _request(name, job_id, **{field.name: value}), "NOT_FOUND"
                 # The field before the ID
                 yield _request(name, "", **{field.name: value}) + plain, "NOT_FOUND"
     for number in range(2, 40):  # fields of a wrong type, and unknown fields
-        yield plain + _text_field(number, b"root"), "NOT_FOUND"
+        code = "INVALID_ARGUMENT" if number in messages else "NOT_FOUND"
+        yield plain + _text_field(number, b"root"), code
     yield _request(name, str(uuid.uuid4())) + plain, "NOT_FOUND"  # of two IDs the last counts
     yield _request(name, "x") + plain, "NOT_FOUND"
     yield plain + b"\x78\x01" * 10_000, "NOT_FOUND"
@@ -1226,7 +1239,7 @@ def test_owner_of_a_job_is_the_tokens_subject_whatever_is_asked(house: _House, u
     # test_starts.py tries `request_id`. What a job's own variables say of USER is the job's affair.
     # `name` and `labels` name the job.
     known = {"command", "args", "limits", "request_id", "environment", "working_directory"}
-    known |= {"name", "labels"}
+    known |= {"name", "labels", "timeout", "grace", "linger", "stdin", "keep_tmp"}
     fields = worker_pb.StartJobRequest.DESCRIPTOR.fields_by_number
     for field in fields.values():
         assert field.name in known, "may it name an owner? try it here"
