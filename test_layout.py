@@ -149,8 +149,6 @@ _TESTED_WITH = {
     "commands": "client",
     "display": "client",
     "selecting": "client",
-    "listing": "client",
-    "waiting": "client",
     "gate": "service",
     "jobmessages": "service",
     "untaken": "service",
