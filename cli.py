@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXIT_UNKNOWN",
     "LIMIT_FIELDS",
+    "LIMIT_OPTIONS",
     "TIME_FIELDS",
     "Parser",
     "hide_secrets",
@@ -70,13 +71,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     main_parser, subparsers = make_parsers()
     name = argv[0] if argv else ""
     if name not in subparsers:
+        _explain_first_word(main_parser, name, list(subparsers))
         main_parser.parse_args(argv[:1])  # only the first word: one of the others may be a secret
     parser = subparsers[name]
     arguments, unknown = parser.parse_known_args(argv[1:])
     arguments.subcommand = name
     unknown = take_jobs(arguments, unknown)
     if unknown:
-        parser.error(_describe_unknown(unknown))
+        parser.error(_describe_unknown(unknown, parser))
     for option, value in vars(arguments).items():
         # Python 3.11 reads `--opt=--` as an empty list, 3.13 as `--`.
         values = value if option in _REPEATED else [value]
@@ -102,12 +104,33 @@ def parse_connection(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(words)[0]
 
 
-def _describe_unknown(words: Sequence[str]) -> str:
+def _explain_first_word(parser: Parser, word: str, subcommands: Sequence[str]) -> None:
+    """Exit with an error if the first word of the command line is wrong."""
+    if not word:
+        parser.error("the subcommand is missing; begin with: client login -u USER")
+    if not word.startswith("-"):
+        near = _similar(word, subcommands)
+        parser.error(f"there is no subcommand {word!r}{near}")
+    if word.partition("=")[0] in {"--server", "--certs", "--cert", "--key", "--ca", "--profile"}:
+        parser.error("options stand after the subcommand, like: client list --server HOST:PORT")
+
+
+def _describe_unknown(words: Sequence[str], parser: Parser) -> str:
     """Name the first unknown word, but not a value: a value may be a secret."""
     word = words[0]
     if word.startswith("--"):
-        return f"unknown option {word.partition('=')[0]}"
+        name = word.partition("=")[0]
+        known = [option for action in parser.added for option in action.option_strings]
+        return f"unknown option {name}{_similar(name, known)}"
     return f"unknown option {word[:2]}" if word.startswith("-") else "too many words"
+
+
+def _similar(word: str, known: Sequence[str]) -> str:
+    """Return a question about the known word that is most like this one, or nothing."""
+    import difflib
+
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _split_start(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -327,7 +350,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     add_labels(parser, "a label that the job can be found by; may be repeated")
     _add_surroundings(parser)
     _add_keep_tmp(parser)
-    for option, (name, convert, metavar, text) in _LIMIT_OPTIONS.items():
+    for option, (name, convert, metavar, text) in LIMIT_OPTIONS.items():
         parser.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
     for option, text in _TIME_OPTIONS.items():
         parser.add_argument(option, type=_time, metavar="TIME", help=text)
@@ -449,7 +472,7 @@ def _is_number(text: str) -> bool:
 
 
 # Each option: the field of Limits that it sets, its reader, its metavar and its help.
-_LIMIT_OPTIONS: dict[str, tuple[str, Callable[[str], float], str, str]] = {
+LIMIT_OPTIONS: dict[str, tuple[str, Callable[[str], float], str, str]] = {
     "--cpus": ("cpu_cores", _cores, "N", "CPU cores, 0.5 for half of one"),
     "--memory": ("memory_bytes", _size, "SIZE", "memory, like 256M"),
     "--io-read": ("io_read_bps", _size, "SIZE", "bytes per second read from each disk"),
@@ -458,7 +481,7 @@ _LIMIT_OPTIONS: dict[str, tuple[str, Callable[[str], float], str, str]] = {
     "--io-write-ops": ("io_write_iops", _count, "N", "writes per second to each disk"),
     "--pids": ("pids", _count, "N", "processes and threads"),
 }
-LIMIT_FIELDS = [field for field, *_ in _LIMIT_OPTIONS.values()]
+LIMIT_FIELDS = [field for field, *_ in LIMIT_OPTIONS.values()]
 
 _TIME_OPTIONS = {
     "--timeout": "stop the job after this time, like 30m; 0: never (default: the server's)",

@@ -81,7 +81,7 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
 
         return completion(arguments)
     from commands import COMMANDS  # here because --help needs neither
-    from credentials import explain_refusal, find_token, warnings_before_expiry
+    from credentials import find_token, warnings_before_expiry
 
     check_address(arguments.server)
     token = "" if arguments.subcommand == "login" else find_token(arguments)
@@ -101,11 +101,9 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
         try:
             return COMMANDS[arguments.subcommand](client, arguments) or 0
         except ClientError as error:
-            if error.code != "UNAUTHENTICATED" or arguments.subcommand in {"login", "logout"}:
-                raise
-            raise ClientError(
-                f"{error}; {explain_refusal(client, arguments)}", error.code
-            ) from error
+            from hints import explain
+
+            raise ClientError(explain(error, client, arguments), error.code) from error
 
 
 def _prepare_streams() -> None:

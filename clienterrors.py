@@ -109,10 +109,10 @@ def explain(server: str, error: grpc.RpcError) -> ClientError:
             if sign in details:
                 return ClientError(meaning.format(server=server), code, is_open=is_open)
     if code == "CANCELLED" and details in {"", code}:
-        message = f"{server} ended the call without an answer, perhaps to shut down"
+        message = f"{server} ended the call without an answer, perhaps to shut down; try it again"
         return ClientError(message, code, is_open=True)
     if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
-        message = f"{server} did not answer within {CALL_TIMEOUT_S:g} s"
+        message = f"{server} did not answer within {CALL_TIMEOUT_S:g} s; try it again"
         return ClientError(message, code, is_open=True)
     retry_after_s = None
     for item in error.trailing_metadata() or ():

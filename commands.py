@@ -215,7 +215,10 @@ def _for_each(
                 raise
             errors[job] = error
     if errors:
-        text = "; ".join(f"job {job}: {error}" for job, error in errors.items())
+        text = "; ".join(
+            f"{error}" if job in str(error) else f"job {job}: {error}"
+            for job, error in errors.items()
+        )
         raise ClientError(text, next(iter(errors.values())).code)
 
 

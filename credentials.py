@@ -37,6 +37,7 @@ __all__ = [
     "explain_refusal",
     "find_token",
     "login",
+    "login_command",
     "logout",
     "token_path",
     "warnings_before_expiry",
@@ -104,12 +105,12 @@ def find_token(arguments: argparse.Namespace) -> str:
             token = _read_token(arguments)
         except OSError:
             raise ClientError(
-                f"not logged in to {arguments.server}; run: {_login_command(arguments)}"
+                f"not logged in to {arguments.server}; run: {login_command(arguments)}"
             ) from None
     return token
 
 
-def _login_command(arguments: argparse.Namespace) -> str:
+def login_command(arguments: argparse.Namespace) -> str:
     """Return the command with which the user gets a token for the same server and profile."""
     profile = f" --profile {arguments.profile}" if arguments.profile else ""
     return f"client login{profile}" + ("" if arguments.user else " -u USER")
@@ -154,7 +155,7 @@ def warnings_before_expiry(client: Client, arguments: argparse.Namespace) -> lis
     return [
         f"your {what} expires {_describe(end)}; {remedy}"
         for what, end, remedy in (
-            ("token", _expiry(client.token), f"run: {_login_command(arguments)}"),
+            ("token", _expiry(client.token), f"run: {login_command(arguments)}"),
             ("client certificate", certificate_end, renew),
         )
         if end is not None and 0 < end - time.time() <= _WARN_S
@@ -176,7 +177,7 @@ def explain_refusal(client: Client, arguments: argparse.Namespace) -> str:
         reason = f"your token expired {time.strftime('%Y-%m-%d', time.gmtime(expires_at))}; "
     elif certificate and _is_for_another(client.token, certificate.der):
         reason = "your token belongs to another client certificate than the one in use; "
-    return f"{reason}run: {_login_command(arguments)}"
+    return f"{reason}run: {login_command(arguments)}"
 
 
 def _is_for_another(token: str, certificate: bytes) -> bool:
@@ -253,7 +254,7 @@ def whoami(client: Client, arguments: argparse.Namespace) -> None:
     """Show what the token and the certificate say; the server is not asked."""
     claims = _read_claims(client.token)
     if not claims.get("sub"):
-        raise ClientError(f"this is not a token of job-worker; run: {_login_command(arguments)}")
+        raise ClientError(f"this is not a token of job-worker; run: {login_command(arguments)}")
     certificate = client.certificate
     facts: dict[str, Any] = {
         "user": claims["sub"],

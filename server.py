@@ -83,7 +83,7 @@ for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
@@ -545,11 +545,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError,
         OSError,
     ) as error:
-        print(f"server: {error}", file=sys.stderr)
+        print(f"server: {_explain(error, vars(arguments))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _explain(error: Exception, options: Mapping[str, object]) -> str:
+    """Return the message; for a file that the system refuses, name the option and the reason."""
+    if not isinstance(error, OSError) or not error.filename:
+        return str(error)
+    path = os.fsdecode(error.filename)
+    names = [
+        f"--{name.replace('_', '-')} " for name, value in options.items() if str(value) == path
+    ]
+    remedy = "check the path, and whether the server's user may use it"
+    return f"{''.join(names[:1])}{path}: {error.strerror}; {remedy}"
 
 
 if __name__ == "__main__":

@@ -173,13 +173,14 @@ class _WorkerServicer:
         most, longest = self._config.requests.args, self._config.requests.arg_length
         if len(argv) - 1 > most:
             raise BadRequestError(
-                f"{len(argv) - 1} arguments; this server's ceiling is {most} (requests.args)"
+                f"{len(argv) - 1} arguments; this server's ceiling is {most} (requests.args); "
+                "pass them in a file, or on stdin"
             )
         length = max(len(argument.encode(errors="surrogatepass")) for argument in argv)
         if length > longest:
             raise BadRequestError(
                 f"an argument of {length} bytes; this server's ceiling is {longest} "
-                "(requests.arg_length)"
+                "(requests.arg_length); pass it in a file, or on stdin"
             )
 
     def StopJob(  # noqa: N802

@@ -175,7 +175,7 @@ def test_any_job_and_offset_are_sent_or_told(nobodys: list[str], job_id: str, of
 
 
 @_EXAMPLES
-@given(option=st.sampled_from(sorted(cli._LIMIT_OPTIONS)), value=st.one_of(_NUMBERS, _WORDS))
+@given(option=st.sampled_from(sorted(cli.LIMIT_OPTIONS)), value=st.one_of(_NUMBERS, _WORDS))
 def test_any_limit_is_sent_or_told(nobodys: list[str], option: str, value: str) -> None:
     """An accepted value fits into its field of the message."""
     _check(["start", *nobodys, "-t", "x", f"{option}={value}", "true"])

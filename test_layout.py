@@ -122,7 +122,8 @@ _MODULES = {
         "variables": "connection",
         "display": "cli units; google workerservice_pb2",
         "completion": "cli connection credentials profiles; workerservice_pb2",
-        "client": "cli commands completion connection credentials",
+        "hints": "cli credentials units; connection",
+        "client": "cli commands completion connection credentials hints",
     },
 }
 # Each group, and the groups whose modules it may import beside its own.

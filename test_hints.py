@@ -1,0 +1,123 @@
+"""Tests that the errors of the command line say what to do next."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from testkit import ABSENT, FOREVER, GUARD_S, clean_environment, run_job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from client import Client
+    from testkit import ClientProgram
+
+    Connect = Callable[..., Client]
+
+_HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cpus", "100"], "--cpus 100 is above this server's ceiling of 8; ask for less"),
+        (
+            ["--memory", "1T"],
+            "--memory 1 TiB is above this server's ceiling of 8 GiB; ask for less",
+        ),
+        (["--pids", "9999"], "--pids 9999 is above this server's ceiling of 4096; ask for less"),
+        (["--cpus", "0"], "--cpus must be at least 0.01, not 0.0"),
+    ],
+)
+def test_limit_that_is_refused_is_named_by_its_option(
+    cli: ClientProgram, arguments: list[str], message: str
+) -> None:
+    """With sizes as people write them, and not by the field of the protocol."""
+    assert cli.fail("start", *arguments, "--", "true") == f"client: {message}\n"
+
+
+def test_wrong_password_tells_whom_to_ask(stranger: ClientProgram) -> None:
+    """And names neither the user nor the password."""
+    assert stranger.fail("login", "-u", "user", "-p", "wrong") == (
+        "client: wrong user name or password; type them again, or ask the server's operator for a "
+        "new password\n"
+    )
+
+
+def test_unknown_job_tells_how_to_see_the_jobs(cli: ClientProgram) -> None:
+    """For one job and for several."""
+    hint = "; to see your jobs run: client list\n"
+    assert cli.fail("status", "-j", ABSENT) == f"client: no such job{hint}"
+    assert cli.fail("stop", "-j", ABSENT, ABSENT[::-1].replace("-", "0")).endswith(hint)
+
+
+def test_error_has_the_id_of_a_job_only_once(cli: ClientProgram, connect: Connect) -> None:
+    """Also when several jobs were named."""
+    client = connect()
+    running, ended = client.start(*FOREVER), run_job(client)
+    line = cli.fail("remove", "-j", running, ended)
+    assert line == f"client: job {running} is still running; stop it first\n"
+    client.stop(running)
+
+
+def test_signal_to_a_job_that_has_ended_tells_how_to_see_its_end(
+    cli: ClientProgram, connect: Connect
+) -> None:
+    """The signal was not sent."""
+    line = cli.fail("signal", "-j", run_job(connect()))
+    assert re.search(r"has ended; to see how it ended run: client status\n$", line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the subcommand is missing; begin with: client login -u USER"),
+        (["lst"], "there is no subcommand 'lst'; did you mean list?"),
+        (["xyz"], "there is no subcommand 'xyz'"),
+        (
+            ["--server", "h:1", "list"],
+            "options stand after the subcommand, like: client list --server HOST:PORT",
+        ),
+    ],
+)
+def test_wrong_first_word_is_explained(
+    stranger: ClientProgram, arguments: list[str], message: str
+) -> None:
+    """In one line, with exit status 2."""
+    assert stranger.run(*arguments) == (2, b"", f"client: {message}; see client --help\n")
+
+
+def test_unknown_option_is_told_with_the_nearest_one(stranger: ClientProgram) -> None:
+    """Its value, which may be a secret, is not repeated."""
+    assert stranger.run("list", "--sever=hunter2") == (
+        *(2, b""),
+        "client list: unknown option --sever; did you mean --server?; see client list --help\n",
+    )
+
+
+@pytest.mark.parametrize("option", ["--users", "--config"])
+def test_server_names_the_option_of_a_file_that_it_cannot_open(option: str, tmp_path: Path) -> None:
+    """With the path and the reason, and without the number of the error."""
+    path = tmp_path / "missing"
+    result = subprocess.run(
+        [
+            *(sys.executable, str(_HERE / "server.py"), "--limits", "off"),
+            *("--state-dir", str(tmp_path / "state"), option, str(path)),
+        ],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"server: {option} {path}: No such file or directory; check the path, and whether the "
+        "server's user may use it\n"
+    )
