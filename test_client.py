@@ -188,7 +188,8 @@ def test_login_at_a_terminal_asks_without_echo(
 def test_failed_login_keeps_nothing(stranger: _Program, tmp_path: Path) -> None:
     """It prints one line and makes no file."""
     assert stranger.fail("login", "-u", "user", "-p", "hunter2") == (
-        "client: wrong user name or password\n"
+        "client: wrong user name or password; type them again, or ask the server's operator for a "
+        "new password\n"
     )
     assert not (tmp_path / "xdg").exists()
 
@@ -279,8 +280,9 @@ def test_absurd_time_from_a_server_is_shown_or_told(
         Login=lambda _: [login],
     )
     shown = f"{seconds} s {nanos} ns"
-    for arguments in (["status", "-j", ABSENT], ["status", "--json", "-j", ABSENT], ["list"]):
+    for arguments in (["status", "-j", ABSENT], ["status", "--json", "-j", ABSENT]):
         assert shown in cli.read(*arguments, "--server", server)
+    assert ABSENT[:8] in cli.read("list", "--server", server)  # which has only the age of a job
     line = cli.fail("login", "-u", "user", "-p", "x", "--server", server)
     assert "does not expire on a date" in line
 
@@ -787,11 +789,11 @@ def test_start_with_a_request_id_prints_the_same_job(run: Callable[..., str]) ->
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--memory", "9G"], ["memory_bytes", str(9 << 30), str(8 << 30)]),
-        (["--cpus", "64"], ["cpu_cores", "64", "8"]),
-        (["--cpus", "nan"], ["cpu_cores", "nan", "0.01"]),
-        (["--cpus", "-1"], ["cpu_cores", "-1", "0.01"]),
-        (["--pids", "0"], ["pids", "0", "at least 1"]),
+        (["--memory", "9G"], ["--memory", "9 GiB", "8 GiB"]),
+        (["--cpus", "64"], ["--cpus", "64", "8"]),
+        (["--cpus", "nan"], ["--cpus", "nan", "0.01"]),
+        (["--cpus", "-1"], ["--cpus", "-1", "0.01"]),
+        (["--pids", "0"], ["--pids", "0", "at least 1"]),
     ],
 )
 def test_limit_that_the_server_refuses_is_told(
@@ -1151,7 +1153,7 @@ def test_servers_words_do_not_steer_the_terminal(cli: _Program, pretend: Pretend
     )
     lines = {
         cli.read("start", "true"): 1,
-        cli.read("status", "-j", "x"): 10,
+        cli.read("status", "-j", "x"): 11,
         cli.read("list"): 2,
         cli.fail("stop", "-j", "x"): 1,
         cli.fail("stream", "-j", "x"): 1,
@@ -1898,7 +1900,7 @@ def test_when_to_try_again_is_in_the_servers_words(stranger: _Program, pretend: 
 @pytest.mark.parametrize("subcommand", ["remove", "status", "stop", "stream"])
 def test_unknown_job_is_told(cli: _Program, subcommand: str) -> None:
     """The ID of no job, and a text that is not an ID."""
-    assert cli.fail(subcommand, "-j", ABSENT) == "client: no such job\n"
+    assert cli.fail(subcommand, "-j", ABSENT).startswith("client: no such job; to see your jobs")
     assert cli.fail(subcommand, "-j", "x").startswith("client: no such job: x; a job is named by")
 
 
