@@ -1050,7 +1050,8 @@ def test_remove_on_the_command_line(
 
     job_id, running = _run(client), client.start(*FOREVER)
     assert remove("-j", job_id) == (0, "", "")
-    assert remove("-j", job_id) == (1, "", "client: no such job; to see your jobs run: client list\n")
+    message = "client: no such job; to see your jobs run: client list\n"
+    assert remove("-j", job_id) == (1, "", message)
     message = f"client: job {running} is still running; stop it first\n"
     assert remove("--job", running) == (1, "", message)
     client.stop(running)
