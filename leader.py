@@ -186,7 +186,7 @@ def wait_and_execute(
             inherited.separate(is_alone=grants.uids is not None)
             tmp_fd = _open_tmp(grants)
             if not wait_ready(sock.fileno(), select.POLLIN, 0):
-                _rehearse()
+                _rehearse(grants, tmp_fd)
             # The fork server may die while this process waits, or have died before the prctl.
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == parent:
@@ -230,14 +230,18 @@ def _attach(procs_fd: int) -> None:
     os.close(procs_fd)
 
 
-def _rehearse() -> None:
+def _rehearse(grants: Grants, tmp_fd: int | None) -> None:
     """Do all that the real execution will do, except what cannot be done twice.
 
     The first write to a memory page shared with the fork server copies that page. After the
     rehearsal, some 200 pages have been copied, which takes longer than the rest of a start.
     """
+    here = f"{grants.homes or ''}/."
+    work = {"argv": ["/"], "env": {"A": "B"}, "uid": None, "home": here, "directory": "/"}
+    program = _parse_program(json.dumps(work).encode(), None)
     with contextlib.suppress(OSError):  # EACCES: "/" is a directory
-        execute(_parse_program(b'{"argv": ["/"], "env": {"A": "B"}, "uid": null}', None))
+        _furnish(program._replace(uid=-1), grants, tmp_fd)  # to -1, chown(2) changes nothing
+        execute(program)
 
 
 def _open_tmp(grants: Grants) -> int | None:
@@ -258,7 +262,7 @@ def _furnish(program: Program, grants: Grants, tmp_fd: int | None) -> None:
     if grants.homes and home and os.path.dirname(home) == grants.homes:
         name = os.path.basename(home)
         # Without room for a home the job begins in /.
-        if name not in {"", ".", ".."} and not os.path.lexists(home):
+        if not os.path.lexists(home) and name not in {"", ".", ".."}:
             with contextlib.suppress(OSError):
                 _make_home(home, f"{grants.homes}/.new-{os.getpid()}", program.uid)
 

@@ -166,6 +166,15 @@ def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> 
     assert unit["StateDirectoryMode"] == ["0711"]
 
 
+def test_homes_and_tmpdirs_are_on_disk(unit: dict[str, list[str]]) -> None:
+    """They are in the state directory, which is no tmpfs, and jobs may write and execute there."""
+    state = Path("/var/lib", *unit["StateDirectory"])
+    in_memory = [Path(each.partition(":")[0]) for each in unit["TemporaryFileSystem"]]
+    assert in_memory
+    assert not [path for path in in_memory if state.is_relative_to(path)]
+    assert "NoExecPaths" not in unit
+
+
 def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
     """The paths and uids in the instructions are those of the unit."""
     (command,) = unit["ExecStart"]
