@@ -139,9 +139,9 @@ def _values(action: argparse.Action, before: Sequence[str]) -> Iterator[tuple[st
         yield from ((each.name.removeprefix("SIG"), "") for each in signal.Signals)
     elif action.dest == "job":
         for job in _jobs(before):
-            if _SAFE.fullmatch(job.job_id):
-                command = shlex.join([job.command, *job.args])
-                yield job.job_id, printable(command)[:_JOB_WORDS]
+            command = printable(shlex.join([job.command, *job.args]))[:_JOB_WORDS]
+            for text in filter(_SAFE.fullmatch, (job.name, job.job_id)):
+                yield text, command
 
 
 def _jobs(before: Sequence[str]) -> Sequence[worker_pb.Job]:

@@ -275,6 +275,7 @@ def whoami(client: Client, arguments: argparse.Namespace) -> None:
     for name in ("token", "certificate"):
         end = facts.pop(f"{name}_expires_at")
         text = "does not say when it expires" if end is None else f"expires {_describe(end)}"
-        facts[name] = f"{facts[name]}, {text}" if name in facts else text
+        path = facts.pop(name, None)
+        facts[name] = f"{path}, {text}" if path else text
     for name, fact in facts.items():
         print(f"{name:<12}{printable(str(fact or '-'))}")

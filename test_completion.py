@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import subprocess
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
@@ -195,6 +196,18 @@ def test_jobs_are_those_that_the_subcommand_can_be_about(
     assert both & set(candidates("status", "-j", ended, "")) == both
     assert candidates("status", "-j", "")[0] == running
     client.stop(running)
+
+
+def test_job_is_a_candidate_by_its_name_too(
+    candidates: Callable[..., list[str]], connect: Callable[..., Client]
+) -> None:
+    """As everywhere, the name stands for the job."""
+    client = connect()
+    name = f"night-{uuid.uuid4()}"
+    job_id = client.start(*FOREVER, name=name)
+    assert candidates("stop", name[:20]) == [name]
+    assert candidates("stop", job_id[:20]) == [job_id]
+    client.stop(job_id)
 
 
 @pytest.mark.parametrize(
