@@ -52,6 +52,7 @@ __all__ = [
     "read_text",
     "remove_tree",
     "signal_tree",
+    "terminate_tree",
     "wait_event",
     "write",
 ]
@@ -248,45 +249,53 @@ def freeze_and_kill(path: Path) -> None:
 
 
 def signal_tree(
-    path: Path,
-    number: int,
-    send: Callable[[int, int], object] = signal.pidfd_send_signal,
-    *,
-    forked_too: bool = True,
+    path: Path, number: int, send: Callable[[int, int], object] = signal.pidfd_send_signal
 ) -> None:
     """Send a signal, once, to every process in the cgroup and below it.
 
-    `forked_too`: processes that are forked meanwhile get it, unless forks go on without end. Does
-    nothing if the cgroup is gone. `send` is given a pidfd and the signal. Raises `CgroupError`,
-    and what `send` raises, except ProcessLookupError.
+    Processes that are forked meanwhile get it too, unless forks go on without end. Does nothing
+    if the cgroup is gone. `send` is given a pidfd and the signal. Raises `CgroupError`, and what
+    `send` raises, except ProcessLookupError.
     """
     signalled: set[int] = set()
-    for _ in range(_SIGNAL_ROUNDS if forked_too else 1):
+    for _ in range(_SIGNAL_ROUNDS):
         found = _processes(path) - signalled
         if not found:
             return
         signalled |= found
-        pids = sorted(found)
-        for begin in range(0, len(pids), _SIGNAL_BATCH):
-            _signal(path, number, pids[begin : begin + _SIGNAL_BATCH], send)
+        _signal(path, (number,), found, send)
+
+
+def terminate_tree(
+    path: Path, send: Callable[[int, int], object] = signal.pidfd_send_signal
+) -> None:
+    """Send SIGTERM, and then SIGCONT, to every process in the cgroup and below it.
+
+    SIGCONT, because a process that SIGSTOP holds could not end. Processes that are forked meanwhile
+    get none, because a handler of SIGTERM may fork them to clean up. Otherwise as `signal_tree`.
+    """
+    _signal(path, (signal.SIGTERM, signal.SIGCONT), _processes(path), send)
 
 
 def _signal(
-    path: Path, number: int, pids: Sequence[int], send: Callable[[int, int], object]
+    path: Path, numbers: Sequence[int], pids: set[int], send: Callable[[int, int], object]
 ) -> None:
-    """Send a signal to those of the processes that are still in the cgroup or below it."""
-    with contextlib.ExitStack() as opened:
-        pidfds = {}
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                pidfds[pid] = os.pidfd_open(pid)
-                opened.callback(os.close, pidfds[pid])
-        # A process may have ended, and a stranger have its number, before its pidfd was opened. So
-        # we look again: if the number is still in the cgroup, then the pidfd is that of a process
-        # of the cgroup, or of a stranger that has ended.
-        for pid in _processes(path) & pidfds.keys():
-            with contextlib.suppress(ProcessLookupError):
-                send(pidfds[pid], number)
+    """Send signals to those of the processes that are still in the cgroup or below it."""
+    ordered = sorted(pids)
+    for begin in range(0, len(ordered), _SIGNAL_BATCH):
+        with contextlib.ExitStack() as opened:
+            pidfds = {}
+            for pid in ordered[begin : begin + _SIGNAL_BATCH]:
+                with contextlib.suppress(ProcessLookupError):
+                    pidfds[pid] = os.pidfd_open(pid)
+                    opened.callback(os.close, pidfds[pid])
+            # A process may have ended, and a stranger have its number, before its pidfd was opened.
+            # So we look again: if the number is still in the cgroup, then the pidfd is that of a
+            # process of the cgroup, or of a stranger that has ended.
+            for pid in _processes(path) & pidfds.keys():
+                with contextlib.suppress(ProcessLookupError):
+                    for number in numbers:
+                        send(pidfds[pid], number)
 
 
 def _processes(path: Path) -> set[int]:

@@ -59,6 +59,7 @@ from cgroupfs import (
     read_text,
     remove_tree,
     signal_tree,
+    terminate_tree,
     wait_event,
     write,
 )
@@ -368,9 +369,13 @@ class Cgroup:
         """SIGKILL every process in the cgroup and below it. Does nothing if the cgroup is gone."""
         kill_tree(self.path)
 
-    def signal(self, number: int, *, forked_too: bool = True) -> None:
+    def signal(self, number: int) -> None:
         """Send a signal to every process in the cgroup and below it: `signal_tree`."""
-        signal_tree(self.path, number, forked_too=forked_too)
+        signal_tree(self.path, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM to every process in the cgroup and below it: `terminate_tree`."""
+        terminate_tree(self.path)
 
     def events(self) -> Events:
         """Open its cgroup.events. Raises FileNotFoundError if the cgroup is gone."""

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import inherited
 import processes
-from cgroupfs import dismantle, signal_tree
+from cgroupfs import dismantle, signal_tree, terminate_tree
 from children import children, ended_child, group_is_gone, kill_group, kill_leader
 from leader import (
     Grants,
@@ -206,6 +206,8 @@ class _ForkServer:
                         self._close_exit_pipes()
                 case "signal":
                     self._signal(request)
+                case "terminate":
+                    self._terminate(request["job"], request["uid"])
                 case "clear":
                     pid, pidfd = self._fork_clearing(request["uid"], request["job"], reply)
                     answer["pid"] = pid
@@ -425,28 +427,50 @@ class _ForkServer:
         if number not in signal.valid_signals():
             raise ValueError("not a signal")
         self._check_uid(uid)
-        everything = request["everything"]
-        if everything and self._jobs_cgroup is not None:
-            if not _is_name(job):
-                raise PermissionError(errno.EPERM, "not a job's name")
-            send = functools.partial(_as_user, uid, signal.pidfd_send_signal)
-            forked_too = bool(request["forked_too"])
-            signal_tree(f"{self._jobs_cgroup}/{job}", number, send, forked_too=forked_too)
-            return
-        # Until this process reaps the leader, no other process or group can have its number.
-        pid = self._pids.get(job)
-        if pid is None or (
-            not everything and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        ):
+        send = functools.partial(_as_user, uid)
+        if not request["everything"]:
+            pid = self._pid_of(job)
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                raise ProcessLookupError(errno.ESRCH, "the leader has ended")
+            send(os.kill, pid, number)
+        elif self._jobs_cgroup is not None:
+            signal_tree(
+                self._cgroup_of(job), number, functools.partial(send, signal.pidfd_send_signal)
+            )
+        else:
+            self._signal_members(self._pid_of(job), (number,), send)
+
+    def _terminate(self, job: str, uid: int | None) -> None:
+        """Send SIGTERM and SIGCONT to every process of a job."""
+        self._check_uid(uid)
+        send = functools.partial(_as_user, uid)
+        if self._jobs_cgroup is not None:
+            terminate_tree(self._cgroup_of(job), functools.partial(send, signal.pidfd_send_signal))
+        else:
+            self._signal_members(self._pid_of(job), (signal.SIGTERM, signal.SIGCONT), send)
+
+    def _signal_members(
+        self, leader: int, numbers: Sequence[int], send: Callable[..., object]
+    ) -> None:
+        known = self._signalled.get(leader, ())
+        others = processes.members(processes.table(), leader, known)
+        # A signal may end the very parents that show whose these are.
+        self._signalled[leader] = others
+        for number in numbers:
+            send(os.kill, leader, number)
+            for each in others:
+                send(processes.send_signal, each, number)
+
+    def _pid_of(self, job: str) -> int:
+        """Return a leader's number, which nobody else has until this process reaps the leader."""
+        if job not in self._pids:
             raise ProcessLookupError(errno.ESRCH, "the leader has ended")
-        others = []
-        if everything:
-            known = self._signalled.get(pid, ())
-            others = processes.members(processes.table(), pid, known)
-            self._signalled[pid] = others  # the signal may end the parents that show whose they are
-        _as_user(uid, os.kill, pid, number)
-        for each in others:
-            _as_user(uid, processes.send_signal, each, number)
+        return self._pids[job]
+
+    def _cgroup_of(self, job: str) -> str:
+        if not _is_name(job):
+            raise PermissionError(errno.EPERM, "not a job's name")
+        return f"{self._jobs_cgroup}/{job}"
 
     def _kill_everything(self) -> None:
         if self._jobs_cgroup is not None:

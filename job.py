@@ -290,15 +290,16 @@ class RunningJob:
             if self._kill_reason is None and not _is_readable(self._pidfd):
                 self._kill_reason, self._stop_reason = reason, stop_reason
                 self._grace_until_s = time.monotonic() + grace_s
-        with contextlib.suppress(SignalError, OSError, SpawnerDiedError):  # `kill` is what is left
-            # Not to processes that are forked meanwhile: the handler of SIGTERM may fork them.
-            self.signal(signal.SIGTERM, everything=True, forked_too=False)
-            # Otherwise a process that SIGSTOP holds could not end.
-            self.signal(signal.SIGCONT, everything=True, forked_too=False)
+        with contextlib.suppress(OSError, SpawnerDiedError):  # `kill` is what is left to do
+            if self._cgroup is not None:
+                with contextlib.suppress(PermissionError):
+                    self._cgroup.terminate()
+                    return True
+            self._spawner.terminate(self.job_id, uid=self._uid)
             return True
         return False
 
-    def signal(self, number: int, *, everything: bool, forked_too: bool = True) -> None:
+    def signal(self, number: int, *, everything: bool) -> None:
         """Send a signal to the leader, or to every process. Raises as `Worker.signal` does."""
         with self._ended:
             if self._status is not Status.RUNNING:
@@ -312,12 +313,10 @@ class RunningJob:
                     return
         if everything and self._cgroup is not None:
             with contextlib.suppress(PermissionError):
-                self._cgroup.signal(number, forked_too=forked_too)
+                self._cgroup.signal(number)
                 return
         try:
-            self._spawner.signal(
-                self.job_id, number, uid=self._uid, everything=everything, forked_too=forked_too
-            )
+            self._spawner.signal(self.job_id, number, uid=self._uid, everything=everything)
         except ProcessLookupError:
             raise SignalError(self.job_id, "it has ended") from None
         except PermissionError as error:

@@ -397,10 +397,15 @@ class Registry:
     def terminate(self, reason: EndReason, grace: float) -> None:
         """SIGTERM every process of every job; block for up to `grace` seconds until all ended.
 
-        The caller must kill the jobs afterwards.
+        If there are too many jobs to tell all of them in this time, some are not told. The caller
+        must kill the jobs afterwards.
         """
-        deadline = time.monotonic() + grace
-        told = [job for job in (self.all() if grace else ()) if job.terminate(reason, "", grace)]
+        deadline, told = time.monotonic() + grace, []
+        for job in self.all():
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            if job.terminate(reason, "", left):
+                told.append(job)
         for job in told:
             job.wait(max(0.0, deadline - time.monotonic()))
 

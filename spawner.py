@@ -174,26 +174,24 @@ class Spawner:
         """
         self._request({"op": "kill", "job": job})
 
-    def signal(
-        self,
-        job: str,
-        number: int,
-        *,
-        uid: int | None,
-        everything: bool,
-        forked_too: bool = True,
-    ) -> None:
+    def signal(self, job: str, number: int, *, uid: int | None, everything: bool) -> None:
         """Send a signal to the leader of `job`, or to every process of the job.
 
-        `uid`: the user that the job runs as, as for `Process.execute`. `forked_too`: with
-        cgroups processes that are forked meanwhile get it, too.
+        `uid`: the user that the job runs as, as for `Process.execute`.
 
         Raises ProcessLookupError if the leader has ended, and no other process may be alive that
         is to get the signal; PermissionError if the kernel does not permit it; another OSError if
         a cgroup cannot be read; `SpawnerDiedError`.
         """
         request = {"op": "signal", "job": job, "signal": int(number), "uid": uid}
-        self._request(request | {"everything": everything, "forked_too": forked_too})
+        self._request(request | {"everything": everything})
+
+    def terminate(self, job: str, *, uid: int | None) -> None:
+        """Send SIGTERM, and then SIGCONT, to every process of `job`, but not to later ones.
+
+        `uid` and errors: as of `signal`.
+        """
+        self._request({"op": "terminate", "job": job, "uid": uid})
 
     def clear(self, uid: int | None, job: str | None = None) -> tuple[socket.socket, int]:
         """Have a process forked that removes what the jobs of the user `uid` have left behind.
