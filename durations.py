@@ -22,17 +22,23 @@ if TYPE_CHECKING:
 __all__ = ["duration", "ending_of", "seconds", "stop_grace", "time_before"]
 
 _NANOS = 1_000_000_000
+# The longest Duration there is: ten thousand years (duration.proto). A longer one can be sent, but
+# not be shown. One such job would make every list fail that contains the job.
+_MAX_S = 315_576_000_000
 
 
 def seconds(request: Any, name: str) -> float | None:
-    """Return a field in seconds; None if it is absent. Raises `BadRequestError` if negative."""
+    """Return a field in seconds; None if it is absent.
+
+    Raises `BadRequestError` for what is no `Duration`, or negative.
+    """
     if not request.HasField(name):
         return None
     value: Duration = getattr(request, name)
-    if value.seconds < 0 or not 0 <= value.nanos < _NANOS:
+    if not 0 <= value.seconds <= _MAX_S or not 0 <= value.nanos < _NANOS:
         raise BadRequestError(
-            f"{name}: {value.seconds} seconds and {value.nanos} nanos; it must be 0 or more, with "
-            "nanos from 0 to 999999999"
+            f"{name}: {value.seconds} seconds and {value.nanos} nanos; it must be 0 to "
+            f"{_MAX_S} seconds, with nanos from 0 to 999999999"
         )
     return value.seconds + value.nanos / _NANOS
 

@@ -192,7 +192,13 @@ class _WorkerServicer:
         reason = BY_OWNER if is_owner else BY_ADMIN
         # A stop of a job that has ended changes nothing, and anybody may repeat it as they like.
         call.record(alone=self._worker.status(job_id).status is Status.RUNNING)
-        job = self._worker.stop(job_id, reason=reason, grace=grace)
+        with contextlib.ExitStack() as ending:
+            if grace:
+                # It may take minutes. The caller's other calls, and a stop without grace that ends
+                # this one, do not wait for its thread.
+                ending.callback(self.quotas.stream(call.caller.name))
+                call.ticket.leave()
+            job = self._worker.stop(job_id, reason=reason, grace=grace)
         return worker_pb.StopJobResponse(job=job_message(job))
 
     def SignalJob(  # noqa: N802
@@ -305,7 +311,7 @@ class _WorkerServicer:
             ending.callback(self.quotas.stream(call.caller.name))
             call.ticket.leave()
             writer = ending.enter_context(self._worker.open_input(job_id, first.offset))
-            call.record(alone=True)
+            call.record()
             ending.callback(self._authenticator.watch(call.caller, writer.close))
             if call.context.add_callback(writer.close):
                 inputcalls.write_all(

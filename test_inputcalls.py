@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
+import records
 import workerservice_pb2 as worker_pb
 from testkit import GUARD_S, follow
 
@@ -327,6 +328,26 @@ def test_ended_call_leaves_no_thread_and_no_stream(
                 thread.join(GUARD_S)
                 assert not thread.is_alive()
     client.stop(job_id)
+
+
+def test_calls_beyond_the_allowance_share_a_line_of_the_audit_log(
+    serve: Callable[..., Server],
+    connect: Callable[..., Client],
+    make_state: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user can make any number of calls without input, and could fill the disk with lines."""
+    state = make_state()
+    client = connect(address=serve(state_dir=state).address)
+    job_id = client.start("sleep", ["infinity"], stdin=True)
+    monkeypatch.setattr(records, "_ALLOWANCE_BYTES", 0)
+    for _ in range(5):
+        call = _Call(client, job_id)
+        call.half_close()
+        assert call.answer() == (0, False)
+    client.stop(job_id)
+    lines = map(json.loads, (state / "audit.log").read_text().splitlines())
+    assert [line for line in lines if "WriteInput" in line["rpc"] and "calls" not in line] == []
 
 
 def test_audit_log_has_a_line_for_each_call_and_not_the_input(

@@ -680,6 +680,27 @@ def test_stop_with_a_grace_lets_the_job_end(connect: Connect) -> None:
     assert b"".join(client.stream(stopped.job_id)) == b"ready\nbye\n"
 
 
+def test_stops_that_wait_for_a_grace_hold_up_no_other_call(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a start nor the stop without grace, although a caller has so few threads."""
+    monkeypatch.setattr("calls._THREADS_OF_ONE", 2)
+    client = connect(address=serve().address)
+    script = "trap 'echo told' TERM; exec 3<> <(:); echo ready; while :; do read -u 3 x; done"
+    stops = []
+    for _ in range(2):
+        job_id = client.start("bash", ["-c", script])
+        chunks = follow(client, job_id)
+        request = worker_pb.StopJobRequest(job_id=job_id, grace=Duration(seconds=600))
+        stops.append((job_id, client._worker.StopJob.future(request, metadata=client._metadata())))
+        assert next(chunks) == b"told\n"
+        chunks.close()
+    client.start("true")
+    for job_id, stop in stops:
+        assert client.stop(job_id).status == worker_pb.JOB_STATUS_STOPPED
+        assert stop.result(GUARD_S).job.job_id == job_id
+
+
 def test_timeout_stops_a_job_with_its_grace(connect: Connect) -> None:
     """The status tells the timeout. A stream says how the job ended."""
     client = connect()
@@ -703,12 +724,18 @@ def test_what_outlives_the_command_may_linger_and_is_counted(connect: Connect) -
     assert (ended.exit_code, ended.killed_after_exit) == (3, 1)
 
 
-@pytest.mark.parametrize(("seconds", "nanos"), [(-1, 0), (0, -1), (1, 1_000_000_000), (601, 0)])
+@pytest.mark.parametrize(
+    ("seconds", "nanos"),
+    [(-1, 0), (0, -1), (1, 1_000_000_000), (601, 0), (315_576_000_001, 0), (2**63 - 1, 0)],
+)
 @pytest.mark.parametrize("name", ["timeout", "grace", "linger", "stop"])
 def test_times_that_make_no_sense_are_refused(
     connect: Connect, name: str, seconds: int, nanos: int
 ) -> None:
-    """The error names the field and its range, and nothing is started or stopped."""
+    """The error names the field and its range, and nothing is started or stopped.
+
+    Beyond 10,000 years there is no `Duration`: an admin could not list the jobs any more.
+    """
     if name == "timeout" and seconds == 601:
         pytest.skip("a timeout may be long")
     duration, client = Duration(seconds=seconds, nanos=nanos), connect()
