@@ -52,8 +52,8 @@ _SILENT = (
 )
 _CERTIFICATE = "the certificate of the server at {server} "
 _UNTRUSTED = (
-    f"{_CERTIFICATE}was not signed by your server CA, or is not for servers; see --ca, --certs and "
-    "certs/generate.sh"
+    f"{_CERTIFICATE}was not signed by your server CA, or is not for servers; name the CA of that "
+    "server, server-ca.pem, with --ca or --certs; its operator has it"
 )
 _OTHER_HOST = (
     f"{_CERTIFICATE}is not for that host name; see --server, and certs/generate.sh --hosts"

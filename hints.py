@@ -49,19 +49,19 @@ def _ceiling(match: re.Match[str]) -> str:
 
 def _hint(error: ClientError, client: Client, arguments: argparse.Namespace) -> str:
     """Return what to do next; empty if the server's words say it."""
-    subcommand = arguments.subcommand
+    subcommand, text = arguments.subcommand, str(error)
     if error.code == "UNAUTHENTICATED" and subcommand == "login":
         return "type them again, or ask the server's operator for a new password"
-    if error.code == "UNAUTHENTICATED" and subcommand != "logout":
-        return explain_refusal(client, arguments)
-    if error.code == "UNAUTHENTICATED":
+    if error.code == "UNAUTHENTICATED" and subcommand == "logout":
         return f"to get a new token run: {login_command(arguments)}"
-    if error.code == "NOT_FOUND":
-        return "to see your jobs run: client list"
-    if error.code == "PERMISSION_DENIED":
-        return "ask an admin of the server to do it"
-    if error.code == "FAILED_PRECONDITION" and subcommand == "signal":
-        return "to see how it ended run: client status"
-    if error.code == "OUT_OF_RANGE" and subcommand == "stream":
-        return "give a smaller --offset"
-    return ""
+    if error.code == "UNAUTHENTICATED":
+        return explain_refusal(client, arguments)
+    hints = (
+        ("NOT_FOUND", True, "to see your jobs run: client list"),
+        ("PERMISSION_DENIED", True, "ask an admin of the server to do it"),
+        ("FAILED_PRECONDITION", subcommand == "signal", "to see how it ended run: client status"),
+        ("OUT_OF_RANGE", subcommand == "stream", "give a smaller --offset"),
+        ("RESOURCE_EXHAUSTED", "no room for" in text, "stop a job, or try again later"),
+        ("UNAVAILABLE", text.endswith("shutting down"), "try again when it runs again"),
+    )
+    return next((hint for code, fits, hint in hints if code == error.code and fits), "")

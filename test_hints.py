@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import hints
+from client import ClientError
 from testkit import ABSENT, FOREVER, GUARD_S, clean_environment, run_job
 
 if TYPE_CHECKING:
@@ -72,6 +75,26 @@ def test_signal_to_a_job_that_has_ended_tells_how_to_see_its_end(
     """The signal was not sent."""
     line = cli.fail("signal", "-j", run_job(connect()))
     assert re.search(r"has ended; to see how it ended run: client status\n$", line)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "hint"),
+    [
+        ("RESOURCE_EXHAUSTED", "no room for another process: x", "stop a job, or try again later"),
+        ("UNAVAILABLE", "the server is shutting down", "try again when it runs again"),
+        (
+            "PERMISSION_DENIED",
+            "the role user may not call X",
+            "ask an admin of the server to do it",
+        ),
+    ],
+)
+def test_words_of_the_server_that_say_nothing_to_do_are_completed(
+    connect: Connect, code: str, text: str, hint: str
+) -> None:
+    """Each kind of error has its own hint."""
+    arguments = argparse.Namespace(subcommand="start")
+    assert hints.explain(ClientError(text, code), connect(), arguments) == f"{text}; {hint}"
 
 
 @pytest.mark.parametrize(
