@@ -215,51 +215,47 @@ class OutputLog:
         middle of a file, it keeps what it has, and drops `data`. Raises ValueError when the log
         is complete.
         """
-        with self._lock:
-            if self._complete:
-                raise ValueError("the output log is complete")
-        rest = memoryview(data)
-        if rest:
+        if self._complete:
+            raise ValueError("the output log is complete")
+        left = len(data)
+        if left:
             self._times.note(self._end)
-        while rest:
+        while left:
+            rest = data if left == len(data) else memoryview(data)[-left:]
             try:
-                size = self._store(rest)
+                left -= self._store(rest)
             except OSError as error:
-                size = self._make_own_room(len(rest), error)
-            rest = rest[size:]
+                left -= self._make_own_room(left, error)
 
-    def _store(self, data: memoryview) -> int:
+    def _store(self, data: bytes | memoryview) -> int:
         """Store some of `data`; return how many bytes. Raises OSError."""
-        own = min(self._room, len(data))
-        if own:
+        if self._room:
             # In the place of what was given up: nothing is taken from the budget or the reserve.
-            stored = os.pwrite(self._fd, data[:own], self._end)
-            self._grow(stored, room=-stored)
+            stored = os.pwrite(self._fd, memoryview(data)[: self._room], self._end)
+            self._grow(stored, 0, -stored)
             return stored
-        granted, refuser = self._take(len(data))
+        granted, refuser = len(data), None
+        if self.budget is not None:
+            granted, refuser = self.budget.take(granted)
+            if refuser is not None and self.make_room is not None:
+                more, refuser = self.make_room(len(data) - granted)
+                granted += more
         stored = 0
         try:
-            if granted == 0 and refuser is not None:
-                raise _CeilingError(errno.EDQUOT, f"{refuser.what} is reached")
-            stored = self._write(data[:granted])
+            if refuser is not None:
+                if granted == 0:
+                    raise _CeilingError(errno.EDQUOT, f"{refuser.what} is reached")
+                data = memoryview(data)[:granted]
+            stored = self._write(data)
         finally:
-            if self.budget and stored < granted:
+            if stored < granted and self.budget is not None:
                 self.budget.give_back(granted - stored)
-        self._grow(stored, taken=stored)
-        if self.disk is not None:
+        self._grow(stored, stored, 0)
+        if self.disk is not None and self.disk.is_full:
             self.disk.accepted(self._fd)
         return stored
 
-    def _take(self, size: int) -> tuple[int, Budget | None]:
-        if self.budget is None:
-            return size, None
-        taken, refuser = self.budget.take(size)
-        if refuser is not None and self.make_room is not None:
-            more, refuser = self.make_room(size - taken)
-            taken += more
-        return taken, refuser
-
-    def _write(self, data: memoryview) -> int:
+    def _write(self, data: bytes | memoryview) -> int:
         """Write some of `data` to the file; return how much. Raises OSError."""
         while True:
             try:
@@ -270,12 +266,13 @@ class OutputLog:
                 if error.errno not in DISK_FULL or self.free_disk is None or not self.free_disk():
                     raise
 
-    def _grow(self, stored: int, *, taken: int = 0, room: int = 0) -> None:
+    def _grow(self, stored: int, taken: int, room: int) -> None:
         with self._lock:
             self._end += stored
             self._taken += taken
             self._room += room
-            self._notify_locked()
+            for subscription in self._subscriptions:
+                subscription._changed.notify()
 
     def _make_own_room(self, size: int, cause: OSError) -> int:
         """Give up the oldest bytes of the tail, because `cause` refused `size` new ones.

@@ -72,12 +72,15 @@ class Budget:
         block.
         """
         with self._lock:
-            room = size if self.limit is None else min(size, self.limit - self._used)
-            taken, refuser = self._parent.take(room) if self._parent else (room, None)
-            self._used += taken
-            if refuser is None and room < size:
-                refuser = self
-            return taken, refuser
+            room = size
+            if self.limit is not None and self._used + size > self.limit:
+                room = self.limit - self._used
+            refuser = self if room < size else None
+            if self._parent is not None:
+                room, parents = self._parent.take(room)
+                refuser = parents or refuser
+            self._used += room
+            return room, refuser
 
     def give_back(self, size: int) -> None:
         """Let others take `size` bytes that were taken. Raises ValueError if they were not."""

@@ -3,7 +3,8 @@
     disk = OutputDisk("/private/dir", reserve_bytes=1 << 30)
     disk.check(fd, 4096)
     os.write(fd, bytes(4096))
-    disk.accepted(fd)
+    if disk.is_full:
+        disk.accepted(fd)
 
 Thread safety: every method may be called from any thread.
 """
@@ -28,19 +29,25 @@ _ROOM_BYTES = 4 * 1024 * 1024
 
 
 class OutputDisk:
-    """The disk of one directory. `reserve_bytes`: how much of it stays free."""
+    """The disk of one directory. `reserve_bytes`: how much of it stays free.
+
+    Attribute: `is_full`, whether it has refused output and has not had room since.
+    """
 
     def __init__(self, path: str | os.PathLike[str], reserve_bytes: int) -> None:
         self._path = os.fspath(path)
         self._reserve_bytes = reserve_bytes
-        # Guards the two below. Never held during I/O.
+        # Guards the two below; `is_full` may be read without it. Never held during I/O.
         self._lock = threading.Lock()
-        self._is_full = False
+        self.is_full = False
         self._lost_bytes = 0  # since it is full
 
     def check(self, fd: int, size: int) -> None:
         """Raise OSError (ENOSPC) if a file cannot grow by `size` without using the reserve."""
-        if self._reserve_bytes and self._free(fd) - size < self._reserve_bytes:
+        if not self._reserve_bytes:
+            return
+        disk = os.fstatvfs(fd)  # not with a function of our own: each write comes here
+        if disk.f_bavail * disk.f_frsize - size < self._reserve_bytes:
             raise OSError(
                 errno.ENOSPC, f"the disk is full up to its reserve of {self._reserve_bytes} bytes"
             )
@@ -48,7 +55,7 @@ class OutputDisk:
     def refused(self, error: OSError, lost_bytes: int) -> None:
         """Note that `lost_bytes` are not kept because of `error`; log the first such error."""
         with self._lock:
-            was_full, self._is_full = self._is_full, True
+            was_full, self.is_full = self.is_full, True
             self._lost_bytes += lost_bytes
         if not was_full:
             logger.warning(
@@ -59,17 +66,14 @@ class OutputDisk:
             )
 
     def accepted(self, fd: int) -> None:
-        """Note that a file has grown; log it if the disk was full before."""
-        if not self._is_full or self._free(fd) < self._reserve_bytes + _ROOM_BYTES:
+        """Note that a file has grown although the disk `is_full`; log it if there is room again."""
+        disk = os.fstatvfs(fd)
+        if disk.f_bavail * disk.f_frsize < self._reserve_bytes + _ROOM_BYTES:
             return
         with self._lock:
-            was_full, self._is_full = self._is_full, False
+            was_full, self.is_full = self.is_full, False
             lost_bytes, self._lost_bytes = self._lost_bytes, 0
         if was_full:
             logger.warning(
                 "output in %s is kept again; meanwhile %d bytes were not", self._path, lost_bytes
             )
-
-    def _free(self, fd: int) -> int:
-        disk = os.fstatvfs(fd)
-        return disk.f_bavail * disk.f_frsize

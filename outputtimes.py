@@ -49,8 +49,8 @@ class TimeIndex:
     """The times of one output. `path`, `dir_fd`: of the file, which is made when it is needed."""
 
     __slots__ = (
-        *("_base_ns", "_dir_fd", "_filed", "_first_ns", "_last_ns", "_lock", "_offset", "_path"),
-        "_recent",
+        *("_base_ns", "_dir_fd", "_filed", "_first_ns", "_last_ns", "_lock", "_next_ns"),
+        *("_offset", "_path", "_recent"),
     )
 
     def __init__(self, path: str, dir_fd: int | None = None) -> None:
@@ -58,10 +58,12 @@ class TimeIndex:
         self._dir_fd = dir_fd
         # What is added to `time.monotonic_ns`, so that no step of the clock counts.
         self._base_ns = 0
-        # The present entry: `_last_ns` grows. None before the first byte.
-        self._offset: int | None = None
+        # The present entry, with times of `time.monotonic_ns`: `_last_ns` grows, up to before
+        # `_next_ns`, when another entry begins.
+        self._offset: int | None = None  # before the first byte
         self._first_ns = 0
         self._last_ns = 0
+        self._next_ns = 0
         # Guards the two below and the file. Held while the file is read or written: it is small.
         self._lock = threading.Lock()
         self._recent: tuple[_Entry, ...] = ()  # the entries before the present one
@@ -69,19 +71,19 @@ class TimeIndex:
 
     def note(self, offset: int) -> None:
         """Note that the bytes from `offset` on are written now."""
-        now = time.monotonic_ns() + self._base_ns
-        if self._offset is not None and now - self._first_ns < _ENTRY_NS:
+        now = time.monotonic_ns()
+        if now < self._next_ns:
             self._last_ns = now
             return
         with self._lock:
             if self._offset is None:
-                self._base_ns = time.time_ns() - time.monotonic_ns()
-                now += self._base_ns
+                self._base_ns = time.time_ns() - now
             else:
-                self._recent += (_Entry(self._offset, self._first_ns, self._last_ns),)
+                self._recent += self._present_locked()
                 if len(self._recent) > _ENTRIES_IN_MEMORY:
                     self._file_locked()
             self._offset, self._first_ns, self._last_ns = offset, now, now
+            self._next_ns = now + _ENTRY_NS
 
     def span(self, offset: int) -> tuple[int, int | None] | None:
         """Return when the byte at `offset` was written, and the first byte for which it differs.
@@ -115,15 +117,19 @@ class TimeIndex:
 
     @contextlib.contextmanager
     def _entries_locked(self) -> Iterator[_Entries]:
-        present = (
-            () if self._offset is None else (_Entry(self._offset, self._first_ns, self._last_ns),)
-        )
         fd = self._open(os.O_RDONLY) if self._filed else -1
         try:
-            yield _Entries(fd, self._filed, self._recent + present)
+            yield _Entries(fd, self._filed, self._recent + self._present_locked())
         finally:
             if fd >= 0:
                 os.close(fd)
+
+    def _present_locked(self) -> tuple[_Entry, ...]:
+        """Return the present entry; nothing before the first byte."""
+        if self._offset is None:
+            return ()
+        base_ns = self._base_ns
+        return (_Entry(self._offset, base_ns + self._first_ns, base_ns + self._last_ns),)
 
     def _file_locked(self) -> None:
         """Move the entries from memory to the file; if that fails, have fewer of them."""
