@@ -73,7 +73,7 @@ examples:
   client start --name nightly --label team=data -- make check
   client start --memory 2G --cpus 4 -- make -j4
   client start --cwd src --env CC=clang --env-file job.env -- make
-  client start --keep-tmp --env HTTPS_PROXY -- ./report.sh     HTTPS_PROXY as here
+  client start --keep-tmp --env HTTPS_PROXY -- ./report.sh   HTTPS_PROXY as here
   client start --timeout 30m --grace 10s -- make check     SIGTERM after 30 min.
   client start -- sh -c 'du -s * | sort -n'      a shell for pipes and globs
   job=$(client start -- sleep 60); client stop -j $job
