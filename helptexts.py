@@ -122,7 +122,7 @@ examples:
     "remove": """\
 examples:
   client remove 3fa9b1c2
-  client remove --finished --since 7d
+  client remove --finished --name nightly
 """,
     "list": """\
 examples:
