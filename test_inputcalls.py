@@ -293,7 +293,10 @@ def test_shutdown_ends_the_call(
     client = connect(address=server.address)
     job_id = client.start("sh", ["-c", "echo ready; exec sleep infinity"], stdin=True)
     chunks = follow(client, job_id)
-    call = _Call(client, job_id, data=b"" if state == "waits for a message" else bytes(200_000))
+    call = _Call(client, job_id, data=b"x" if state == "waits for a message" else bytes(200_000))
+    job: Any = server._worker._job(job_id)
+    with job._input._changed:
+        assert job._input._changed.wait_for(lambda: job._input.size, GUARD_S)
     server.stop()
     assert call.error()[0] in {"FAILED_PRECONDITION", "UNAVAILABLE"}
     chunks.close()
