@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).resolve().parent
 _SUBCOMMANDS = [
     *("list", "login", "logout", "remove", "run", "signal", "start", "status", "stop", "stream"),
-    "whoami",
+    *("wait", "whoami"),
 ]
 _SILENT = ("sh", "-c", "echo ready; exec sleep infinity")
 
@@ -2017,21 +2017,6 @@ def test_garbage_collector_of_another_program_is_left_alone(run: Callable[..., s
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
 
 
-_NEEDED_FOR_HELP = [
-    f"{name}.py"
-    for name in (
-        "client",
-        "clienterrors",
-        "cli",
-        "connection",
-        "helptexts",
-        "profiles",
-        "units",
-        "version",
-    )
-]
-
-
 @pytest.mark.parametrize("call", ["absolute", "relative", "bare", "path", "link", "chain"])
 def test_launcher_works_from_wherever_it_is_called(
     tmp_path: Path, launcher: Path, call: str
@@ -2039,9 +2024,8 @@ def test_launcher_works_from_wherever_it_is_called(
     """By its path, its name, PATH and links. It imports nothing from the current directory."""
     home = tmp_path / "a place"
     home.mkdir()
-    for name in ("client", *_NEEDED_FOR_HELP, ".venv"):
-        (home / name).symlink_to(_HERE / name)
-    (home / "client").unlink()
+    for path in (*_HERE.glob("*.py"), _HERE / ".venv"):
+        (home / path.name).symlink_to(path)
     shutil.copy(launcher, home / "client")
     here = tmp_path / "here"
     here.mkdir()
