@@ -1297,24 +1297,18 @@ def test_stream_exits_with_1_if_the_job_did_not_end_by_itself(
     assert (process.returncode, stderr.decode()) == ((1, line) if end else (0, ""))
 
 
-def _stream_until_the_server_ends(
-    cli: _Program, connect: Connect, program: ServerProgram, number: signal.Signals
-) -> tuple[int, str]:
-    """Follow a job, and end the server with this signal; return the exit status and stderr."""
-    job_id = connect("user", program.address).start(_SILENT[0], _SILENT[1:])
-    with cli.start("stream", "--server", program.address, "-j", job_id) as process:
-        assert process.stdout
-        assert process.stdout.readline() == b"ready\n"
-        program.end(number)
-        _, stderr = process.communicate(timeout=GUARD_S)
-    return process.returncode, stderr.decode()
-
-
 def test_stream_exits_with_1_when_the_server_shuts_down(
     cli: _Program, connect: Connect, start_server: Callable[..., ServerProgram]
 ) -> None:
     """The line says it in words of our own, and where to continue."""
-    assert _stream_until_the_server_ends(cli, connect, start_server(), signal.SIGTERM) == (
+    program = start_server()
+    job_id = connect("user", program.address).start(_SILENT[0], _SILENT[1:])
+    with cli.start("stream", "--server", program.address, "-j", job_id) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        program.end()
+        _, stderr = process.communicate(timeout=GUARD_S)
+    assert (process.returncode, stderr.decode()) == (
         1,
         "client: the server is shutting down; to continue from here, use --offset 6\n",
     )
@@ -1538,19 +1532,23 @@ def test_run_of_a_stopped_job_tells_who_stopped_it(cli: _Program, connect: Conne
     assert b"stopped by admin" in stderr
 
 
-def test_run_that_loses_its_server_exits_with_125(
-    cli: _Program, start_server: Callable[..., ServerProgram]
+def test_run_whose_server_forgets_the_job_exits_with_125(
+    cli: _Program, start_server: Callable[..., ServerProgram], make_state: Callable[[], Path]
 ) -> None:
-    """One line says that the end is unknown, and how to learn it."""
-    program = start_server()
+    """The last line says that the end is unknown, and how to learn it."""
+    state = make_state()
+    program = start_server(state=state)
     with cli.start("run", "--server", program.address, *_SILENT) as process:
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
         program.end(signal.SIGKILL)
+        start_server("--listen", program.address, state=state)
         _, stderr = process.communicate(timeout=GUARD_S)
     assert process.returncode == 125
     assert re.fullmatch(
-        rb"client: [^\n]+ is unknown; see: client status -j [0-9a-f-]{36}\n", stderr
+        rb"client: [^\n]+; trying to continue at byte 6\n"
+        rb"client: no such job[^\n]+ is unknown; see: client status -j [0-9a-f-]{36}[^\n]*\n",
+        stderr,
     )
 
 
@@ -1624,15 +1622,6 @@ def test_ctrl_c_ends_a_stream_quietly(cli: _Program, connect: Connect) -> None:
     assert process.returncode == 130
     assert connect().status(job_id).status == worker_pb.JOB_STATUS_RUNNING
     connect().stop(job_id)
-
-
-def test_broken_stream_tells_where_to_go_on(
-    cli: _Program, connect: Connect, start_server: Callable[..., ServerProgram]
-) -> None:
-    """If the server dies, one line names the offset to continue from."""
-    status, stderr = _stream_until_the_server_ends(cli, connect, start_server(), signal.SIGKILL)
-    assert status == 1
-    assert re.fullmatch(r"client: [^\n]+ --offset 6\n", stderr)
 
 
 # --- errors -----------------------------------------------------------------------------
