@@ -272,7 +272,12 @@ def _make_home(home: str, new: str, uid: int) -> None:
 
     The directory that they are in belongs to us, and nobody else can write there.
     """
-    with contextlib.suppress(FileExistsError):  # of a process that was killed here
+    try:
+        os.mkdir(new, 0o700)
+    except FileExistsError:
+        # Of a process with our number that was killed here, maybe when `new` had become another
+        # user's. If that user has put something into it, this fails.
+        os.rmdir(new)
         os.mkdir(new, 0o700)
     try:
         os.chown(new, uid, uid, follow_symlinks=False)

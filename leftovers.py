@@ -218,30 +218,59 @@ def clear_directory(directory: str, uid: int | None, is_wanted: Callable[[], boo
     """Remove the files and directories of the user `uid` in a directory; None for all of them.
 
     For a process of the user to whom they belong. Stops when `is_wanted` returns False.
+    Keeps no list of what is there: no cgroup of a job bounds the memory of this process.
+    """
+    if uid is None:
+        _empty(directory, is_wanted)
+        return
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if not is_wanted():
+                return
+            if _is_of_user(entry, uid):
+                with contextlib.suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                        continue
+                    os.chmod(entry.path, stat.S_IRWXU)
+                    _empty(entry.path, is_wanted)
+                    os.rmdir(entry.path)
+
+
+def _empty(top: str, is_wanted: Callable[[], bool]) -> None:
+    """Remove all that is in a directory.
+
     A tree may be deeper than a path can be long. So each directory in it is first moved to the top.
     """
-    try:
-        with os.scandir(directory) as entries:
-            left = [each.path for each in entries if uid is None or _is_of_user(each, uid)]
-    except OSError:
-        return
-    new_names = (f"{directory}/.{os.urandom(8).hex()}-{number}" for number in itertools.count())
-    while left and is_wanted():
-        path = left.pop()
-        with contextlib.suppress(OSError):
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                os.unlink(path)
-                continue
-            os.chmod(path, stat.S_IRWXU)
-            for name in os.listdir(path):
-                if not is_wanted():
-                    return
-                inside = f"{path}/{name}"
+    new_names = (f"{top}/.{os.urandom(8).hex()}-{number}" for number in itertools.count())
+    has_moved = True
+    while has_moved:  # this pass need not have met what was moved to the top meanwhile
+        has_moved = False
+        with contextlib.suppress(OSError), os.scandir(top) as entries:
+            for entry in entries:
                 with contextlib.suppress(OSError):
-                    if stat.S_ISDIR(os.lstat(inside).st_mode):
-                        os.chmod(inside, stat.S_IRWXU)
-                        left.append(next(new_names))
-                        os.rename(inside, left[-1])
-                    else:
-                        os.unlink(inside)
-            os.rmdir(path)
+                    if not is_wanted():
+                        return
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                        continue
+                    os.chmod(entry.path, stat.S_IRWXU)
+                    has_moved |= _move_up(entry.path, new_names, is_wanted)
+                    os.rmdir(entry.path)
+
+
+def _move_up(path: str, new_names: Iterator[str], is_wanted: Callable[[], bool]) -> bool:
+    """Remove the files in a directory, and move its directories; return whether there were any."""
+    has_moved = False
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not is_wanted():
+                break
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, stat.S_IRWXU)
+                    os.rename(entry.path, next(new_names))
+                    has_moved = True
+                else:
+                    os.unlink(entry.path)
+    return has_moved

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _REMOVAL_S = 2.0  # how long the end of a job waits for this; the removal itself may take longer
 _SWEEP_S = 10.0
-_EMPTY_S = 1.0
+_EMPTY_S = 0.5
 
 
 class Scratch:
@@ -63,6 +63,7 @@ class Scratch:
         # Guards _removals. Never held during I/O.
         self._lock = threading.Lock()
         self._removals: list[Removal] = []  # those that take long
+        self._is_hurried = False
         self.path: Path | None = None
         self._temporary = path is None
         self._fd = -1
@@ -96,9 +97,14 @@ class Scratch:
     def remove(self, job_id: str) -> None:
         """Remove the directory of a job with all that is in it. What cannot be removed stays.
 
-        Blocks until that is done, at most 2 s; then the removal goes on by itself.
+        Blocks until that is done, at most 2 s; then the removal goes on by itself. After `hurry`
+        it stays for `empty`, unless nothing is in it.
         """
-        self._remove(job_id, time.monotonic() + _REMOVAL_S)
+        self._remove(job_id, time.monotonic() + (0 if self._is_hurried else _REMOVAL_S))
+
+    def hurry(self) -> None:
+        """Have no end of a job wait for a removal from now on: a worker that ends has no time."""
+        self._is_hurried = True
 
     def sweep(self, clear: Callable[[int | None, str], tuple[socket.socket, int]]) -> None:
         """Remove what a former worker has left here. Blocks for at most 10 s.
@@ -111,7 +117,10 @@ class Scratch:
             logger.warning("%d directories of former jobs are still in %s", left, self.path)
 
     def empty(self) -> None:
-        """Remove all that is here, and end the removals that take long. Blocks for a second."""
+        """Remove all that is here, and end the removals that take long.
+
+        Blocks for half a second.
+        """
         self._remove_all(_EMPTY_S)
         with self._lock:
             removals, self._removals = self._removals, []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import tracemalloc
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from environment import Account
+from leftovers import clear_directory
 from privileges import can_change_user, can_kill_any
 from scratch import make_homes
 from spawner import Spawner
 from testkit import GUARD_S, await_output, settle_spares
-from worker import JobRunningError, Retention, Worker
+from worker import EndReason, JobRunningError, Retention, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -135,6 +138,38 @@ def test_tree_that_is_deeper_than_a_path_may_be_is_removed(
     if job.exit_code != 0:
         pytest.skip("needs /usr/bin/python3")
     assert _left(worker, public / "tmp") == []
+
+
+def test_removal_keeps_no_list_of_what_is_there(tmp_path: Path) -> None:
+    """No cgroup bounds its memory, and a directory may have millions of entries."""
+    for number in range(20_000):
+        (tmp_path / f"{'d' * 100}{number}").symlink_to("x")
+    tracemalloc.start()
+    try:
+        clear_directory(str(tmp_path), None, lambda: True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert os.listdir(tmp_path) == []
+    assert peak < 1_000_000  # a list of the paths takes 4 MB
+
+
+def test_end_of_the_worker_waits_for_no_removal(
+    public: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else a job that ignores SIGTERM, and has many files, would use up the server's time.
+
+    Here a removal takes for ever: its process is our own.
+    """
+    monkeypatch.setattr("scratch._REMOVAL_S", 10 * GUARD_S)
+    monkeypatch.setattr("leftovers._CLEARING_S", 0)
+    with Worker(enforcement="off", tmp_dir=public / "tmp") as worker:
+        worker._scratch._clear = lambda *_: (socket.socket(), os.pidfd_open(os.getpid()))
+        script = 'trap "" TERM; echo x >"$TMPDIR/file"; echo ready; exec sleep infinity'
+        job_id = worker.start("sh", ["-c", script])
+        await_output(worker, job_id, b"ready")
+        worker.close(grace=0.1)
+        assert worker.status(job_id).end_reason is EndReason.CLOSED
 
 
 def test_directory_that_is_kept_goes_with_the_job(
@@ -268,6 +303,34 @@ def test_user_has_a_home_which_stays(isolated: Worker, public: Path) -> None:
     assert told[0] == [home, f"700 {_ALICE} {_ALICE}", home]
     assert told[1] == [home, f"700 {_ALICE} {_ALICE}", "file", home]
     assert os.listdir(public / "homes") == ["alice"]
+
+
+@pytest.mark.parametrize("planted", [[], ["planted"]])
+def test_home_is_never_a_directory_of_another_user(
+    isolated: Worker, public: Path, planted: list[str]
+) -> None:
+    """A leader of bob was killed in the middle of making a home, for too little memory, say.
+
+    Its directory is bob's. A leader of alice that has the same number does not make it alice's.
+    """
+    settle_spares(isolated)
+    isolated._spawner.kill("none")  # answered when the spare's process is forked
+    spawner = isolated._spawner.pid
+    (leader,) = Path(f"/proc/{spawner}/task/{spawner}/children").read_text().split()
+    new = public / "homes" / f".new-{leader}"
+    new.mkdir()
+    os.chown(new, _BOB, _BOB)
+    for name in planted:
+        (new / name).touch()
+    account = Account("alice", str(public / "homes" / "alice"))
+    fd = os.open(new, os.O_RDONLY)  # as bob may have it, so that nothing else gets its inode
+    try:
+        isolated.wait(isolated.start("true", uid=_ALICE, account=account), GUARD_S)
+        homes = [each.stat().st_ino for each in (public / "homes").glob("alice")]
+        assert homes != [os.fstat(fd).st_ino]
+        assert len(homes) == 1 - len(planted)  # a later job, with another number, makes the home
+    finally:
+        os.close(fd)
 
 
 def test_home_is_closed_to_other_users(isolated: Worker, public: Path) -> None:

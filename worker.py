@@ -521,6 +521,7 @@ class Worker:
         does not wait. Blocks until every process and thread of the worker is gone. A process that
         the kernel does not let go within 10 s is logged and left behind.
         """
+        self._scratch.hurry()
         is_first = self._starter.close()
         if is_first:
             self._registry.terminate(EndReason.CLOSED, grace)
