@@ -298,13 +298,16 @@ class Registry:
         with self._lock:
             if self._closed:
                 raise WorkerClosedError
-            watch = Watch(matching, tuple(self._jobs.values()), self._end_watch)
-            self._watches += (watch,)
+            watch = Watch(matching, tuple(self._jobs.values()))
+            self._watches = (*(each for each in self._watches if not each.is_closed), watch)
             return watch
 
-    def _end_watch(self, watch: Watch) -> None:
-        with self._lock:
-            self._watches = tuple(each for each in self._watches if each is not watch)
+    def _tell_locked(self, kind: JobEventKind, job: Job) -> None:
+        """Tell the watches, and forget those that are closed."""
+        for watch in self._watches:
+            watch.tell(kind, job)
+        if any(watch.is_closed for watch in self._watches):
+            self._watches = tuple(each for each in self._watches if not each.is_closed)
 
     def get(self, job_id: str) -> RunningJob | FinishedJob:
         """Raises `UnknownJobError`."""
@@ -337,8 +340,7 @@ class Registry:
             if self._finished.seconds_left() is None:
                 self._changed.notify_all()
             self._finished.add(finished)
-            for watch in self._watches:
-                watch.tell(JobEventKind.ENDED, finished.final)
+            self._tell_locked(JobEventKind.ENDED, finished.final)
             while self._leaving and not self._leaving[0].is_alive():
                 self._leaving.popleft()
             self._leaving.append(job.thread)
@@ -440,8 +442,7 @@ class Registry:
     def _forget_locked(self, job: FinishedJob) -> None:
         del self._jobs[job.job_id]
         self._finished.discard(job)
-        for watch in self._watches:
-            watch.tell(JobEventKind.REMOVED, job.final)
+        self._tell_locked(JobEventKind.REMOVED, job.final)
 
     def _start_ager_locked(self) -> None:
         self._ager = threading.Thread(target=self._remove_aged, name="retention", daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -194,11 +195,12 @@ def test_closed_worker_ends_a_watch_after_the_last_events(pool: ThreadPoolExecut
 
 
 def test_closed_watch_is_forgotten(worker: Worker) -> None:
-    """A server may have watches for years."""
+    """A server may have watches for years. The next change of a job forgets those closed."""
     with worker.watch() as watch:
         reference = weakref.ref(watch)
-    assert worker._registry._watches == ()
     del watch
+    worker.wait(worker.start("true"), GUARD_S)
+    assert worker._registry._watches == ()
     gc.collect()
     assert reference() is None
 
@@ -246,3 +248,13 @@ def test_every_watch_sees_every_job_once_while_jobs_start_end_and_go(
         assert set(kept) <= set(seen)
         assert all(events in orders for events in seen.values())
         assert all(_REMOVED not in seen[job_id] for job_id in kept)
+
+
+def test_watch_can_be_closed_while_another_thread_has_the_registry(worker: Worker) -> None:
+    """The garbage collector may close it in a thread for whose lock that other thread waits."""
+    watch = worker.watch()
+    closing = threading.Thread(target=watch.close, daemon=True)
+    with worker._registry._lock:
+        closing.start()
+        closing.join(GUARD_S)
+        assert not closing.is_alive()

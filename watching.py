@@ -28,7 +28,7 @@ from finding import Findable
 from job import Job, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from finding import JobFilter
 
@@ -69,14 +69,8 @@ class Watch:
     itself. After `close` it ends; after the worker was closed it raises `WorkerClosedError`.
     """
 
-    def __init__(
-        self,
-        matching: JobFilter,
-        jobs: Sequence[_Kept],
-        forget: Callable[[Watch], None],
-    ) -> None:
+    def __init__(self, matching: JobFilter, jobs: Sequence[_Kept]) -> None:
         self._matching = matching
-        self._forget = forget
         self._events = self._all_events(jobs)
         # Guards all below. Notified when an event is noted, by `close` and `end`. Reentrant:
         # while a thread holds it, the garbage collector may close another watch in that thread.
@@ -118,9 +112,17 @@ class Watch:
             self._is_over = True
             self._changed.notify()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the registry can forget it."""
+        return self._closed
+
     def close(self) -> None:
-        """End the watch; idempotent. Wakes a thread that waits in `next`."""
-        self._forget(self)
+        """End the watch; idempotent. Wakes a thread that waits in `next`.
+
+        Takes no other lock: the garbage collector may call it in a thread that holds one, even that
+        of another watch.
+        """
         with self._changed:
             self._closed = True
             self._pending.clear()
