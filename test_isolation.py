@@ -654,7 +654,7 @@ def test_start_stream_status_and_stop_work_for_every_user(house: _House) -> None
 # At SIGTERM it says bye and exits with 3.
 _POLITE = """
     trap 'echo bye; exit 3' TERM
-    exec 3<> <(:); echo up; while :; do read -u 3 x; done"""
+    exec 3<> <(:); echo up; while :; do read -t 1 -u 3 x; done"""
 
 
 def test_grace_timeout_and_linger_hold_for_every_user(house: _House) -> None:

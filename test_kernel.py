@@ -156,7 +156,7 @@ def escapees(tmp_path: Path) -> Iterator[_Escapees]:
 # to.
 _POLITE = """
     trap 'head -c 200000 /dev/zero; sh -c "sleep 0.2; echo bye"; exit 3' TERM
-    exec 3<>"$0"; echo ready; read x <&3"""
+    exec 3<>"$0"; echo ready; while :; do read -t 1 x <&3; done"""
 
 
 def test_grace_of_a_stop_is_for_every_process(worker: Worker, tmp_path: Path) -> None:

@@ -728,7 +728,7 @@ def test_signal_ends_server_jobs_and_streams(
 # At SIGTERM it says bye, and ends 0.2 s later, or never if it is "deaf".
 _ON_SIGTERM = """
     trap 'echo bye; [ $0 = deaf ] || { sleep 0.2; exit; }' TERM
-    exec 3<> <(:); echo ready; while :; do read -u 3 x; done"""
+    exec 3<> <(:); echo ready; while :; do read -t 1 -u 3 x; done"""
 
 
 def test_jobs_have_a_grace_when_the_server_ends(

@@ -662,8 +662,9 @@ def test_admin_stopping_their_own_job_is_its_owner(connect: Connect) -> None:
 
 def _polite(client: Client, timeout: float | None = None) -> str:
     """Start a job that says bye at SIGTERM and exits with 3; return its ID."""
-    # Reads for ever without a child, because a child that is being forked would miss the signal.
-    idle = "exec 3<> <(:); echo ready; while :; do read -u 3 x; done"
+    # Waits without a child, because a child that is being forked would miss the signal; and never
+    # for long, because bash may take a signal right before it begins to wait.
+    idle = "exec 3<> <(:); echo ready; while :; do read -t 1 -u 3 x; done"
     script = f"trap 'echo bye; exit 3' TERM; {idle}"
     job_id = client.start("bash", ["-c", script], timeout=timeout, grace=GUARD_S)
     follow(client, job_id).close()
@@ -686,7 +687,7 @@ def test_stops_that_wait_for_a_grace_hold_up_no_other_call(
     """Neither a start nor the stop without grace, although a caller has so few threads."""
     monkeypatch.setattr("calls._THREADS_OF_ONE", 2)
     client = connect(address=serve().address)
-    script = "trap 'echo told' TERM; exec 3<> <(:); echo ready; while :; do read -u 3 x; done"
+    script = "trap 'echo told' TERM; exec 3<> <(:); echo ready; while :; do read -t 1 -u 3 x; done"
     stops = []
     for _ in range(2):
         job_id = client.start("bash", ["-c", script])

@@ -256,7 +256,7 @@ def test_kill_after_the_leaders_end_kills_and_counts_the_others(
     """Each signal to everything reaches them, too."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    child = 'trap "echo told" USR1; echo up; while :; do read x <&3; done'
+    child = 'trap "echo told" USR1; echo up; while :; do read -t 1 x <&3; done'
     job = spawn("bash", "-c", f'exec 3<>"$0"; ({child}) & exit 7', str(fifo))
     assert job.first_exit() == Exit(exit_code=7, is_final=False)
     assert job.readline() == b"up\n"

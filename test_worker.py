@@ -179,11 +179,11 @@ def _sh(
 
 def _polite(worker: Worker, ending: Ending | None = None, *, kind: str = "polite") -> str:
     """Start a job that says bye at SIGTERM and exits with 3, or goes on if it is "deaf"."""
-    # The second line reads for ever without a child: a child that is being forked would miss the
-    # signal.
+    # The second line waits without a child, because a child that is being forked would miss the
+    # signal; and never for long, because bash may take a signal right before it begins to wait.
     script = """
         trap 'echo bye; [ $1 = deaf ] || exit 3' TERM
-        exec 3<> <(:); echo ready; while :; do read -u 3 x; done"""
+        exec 3<> <(:); echo ready; while :; do read -t 1 -u 3 x; done"""
     job_id = _sh(worker, script, kind, ending=ending, shell="bash")
     assert _first_line(worker, job_id) == b"ready"
     return job_id
@@ -923,7 +923,9 @@ def test_stop_without_a_grace_ends_another_ones_grace(
 
 def test_grace_of_a_stop_is_for_every_process(worker: Worker, tmp_path: Path) -> None:
     """The leader dies of SIGTERM at once. A child of it still writes 200 KiB, and ends."""
-    child = "trap 'sleep 0.2; head -c 200000 /dev/zero; echo bye; exit' TERM; echo up; read x <&3"
+    child = """
+        trap 'sleep 0.2; head -c 200000 /dev/zero; echo bye; exit' TERM
+        echo up; while :; do read -t 1 x <&3; done"""
     job_id = _sh(
         worker, f'(bash -c "$1" 3<>"$2") & {_FOREVER}', child, make_fifo(tmp_path / "idle")
     )
