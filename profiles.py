@@ -7,7 +7,8 @@
 
 `client list --profile work` uses this table, and so does JOBWORKER_PROFILE=work. Without either
 the client uses the table [default], if there is one. An option counts more than an environment
-variable, the variable more than the profile, and the profile more than the built-in default.
+variable, the variable more than the profile, and the profile more than the built-in default. A
+profile that `--profile` names is an option: then the variables do not count.
 
 Thread safety: only the main thread of the program uses this module.
 
@@ -42,15 +43,16 @@ def apply_profile(arguments: argparse.Namespace) -> None:
     """
     given: str | None = arguments.profile or os.environ.get("JOBWORKER_PROFILE")
     profile = _read_profile(given)
+    variables = {} if arguments.profile else os.environ
     arguments.profile = given or (_DEFAULT if profile else None)
     arguments.server = (
         arguments.server
-        or os.environ.get("JOBWORKER_SERVER")
+        or variables.get("JOBWORKER_SERVER")
         or profile.get("server")
         or DEFAULT_SERVER
     )
     arguments.user = getattr(arguments, "user", None) or profile.get("user")
-    certs = arguments.certs or os.environ.get("JOBWORKER_CERTS")
+    certs = arguments.certs or variables.get("JOBWORKER_CERTS")
     if certs is None:
         # Another directory replaces all files of the profile, because a key belongs to its
         # certificate.

@@ -60,7 +60,7 @@ def test_profile_called_default_is_used_when_none_is_named(
 def test_option_then_environment_then_profile_then_default(
     cli: ClientProgram, config: Path, certs: Path, tmp_path: Path
 ) -> None:
-    """The first of them that gives a server or certificates counts."""
+    """The first of them that gives a server or certificates counts; --profile is an option."""
     others = {name: str(shutil.copytree(certs, tmp_path / name)) for name in ("b", "c", "d")}
     assert _in_use(cli, "--certs", str(certs))["server"] == "127.0.0.1:50051"
     config.write_text(f'[default]\nserver = "profile:1"\ncerts = "{others["b"]}"\n')
@@ -69,6 +69,8 @@ def test_option_then_environment_then_profile_then_default(
     cli.environment |= {"JOBWORKER_SERVER": "environment:2", "JOBWORKER_CERTS": others["c"]}
     facts = _in_use(cli)
     assert (facts["server"], facts["certificate"]) == ("environment:2", f"{others['c']}/client.pem")
+    facts = _in_use(cli, "--profile", "default")
+    assert (facts["server"], facts["certificate"]) == ("profile:1", f"{others['b']}/client.pem")
     facts = _in_use(cli, "--server", "option:3", "--certs", others["d"])
     assert (facts["server"], facts["certificate"]) == ("option:3", f"{others['d']}/client.pem")
 
