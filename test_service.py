@@ -395,6 +395,8 @@ def test_job_id_may_be_in_upper_case(connect: Connect, own: str, name: str) -> N
     code, details = call_rpc(connect(), name, job_id=own.upper())
     if name == "SignalJob":  # of this job ID, the signal is what is wrong
         assert details.startswith("no such signal")
+    elif name == "WriteInput":  # the job is found, and takes no input
+        assert code == "FAILED_PRECONDITION"
     else:
         assert (code, details) == ("OK", "")
 
@@ -593,8 +595,10 @@ def test_status_tells_every_field_of_a_running_and_of_a_finished_job(
         output_bytes=2,
         subscribers=["user"],
         limits=worker_pb.Limits(),
+        working_directory=running.working_directory,
     )
     assert running == expected
+    assert os.path.isabs(running.working_directory)
     (tmp_path / "go").write_text("on\n")
     assert list(chunks) == []
     finished = client.status(job_id)
@@ -1203,7 +1207,7 @@ def test_stream_ends_with_unavailable_at_shutdown(serve: Serve, connect: Connect
     assert metadata == {
         "job-status": "STOPPED",
         "job-end-reason": "SERVER_SHUTDOWN",
-        "job-signal": "9",
+        "job-signal": "15",
         "next-offset": "6",
     }
 
