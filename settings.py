@@ -64,6 +64,7 @@ from environment import problem_of
 from limits import Bounds, Limits
 from units import parse_duration, parse_size
 from users import Role
+from version import VERSION
 from worker import Retention
 
 if TYPE_CHECKING:
@@ -445,6 +446,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "certificates and the users again, and reopen the audit log.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"job-worker {VERSION}")
     for option, keywords in _OPTIONS.items():
         parser.add_argument(option, **keywords)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")

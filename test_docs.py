@@ -17,6 +17,7 @@ import pytest
 
 import authservice_pb2
 import cli
+import client as client_program
 import gate
 import server
 import settings
@@ -27,6 +28,7 @@ from testkit import GUARD_S, LIBRARY
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from testkit import ServerProgram
 
@@ -221,6 +223,16 @@ def test_version_is_that_of_the_project() -> None:
     """`pyproject.toml` has the same one as `--version`."""
     project = tomllib.loads((_HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == version.VERSION
+
+
+@pytest.mark.parametrize("main", [client_program.main, server.main])
+def test_programs_print_their_version(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on stdout."""
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"job-worker {version.VERSION}\n")
 
 
 def _shown_commands(text: str, program: str) -> list[list[str]]:

@@ -92,7 +92,7 @@ _MODULES = {
         "lists": "auth gate jobmessages worker workerservice_pb2; quotas untaken",
         "service": "auth durations finding gate inputcalls jobmessages lists quotas starts untaken "
         f"worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
-        "settings": "ending environment limits serverlog units users worker",
+        "settings": "ending environment limits serverlog units users version worker",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
         "serverlog": "",
