@@ -298,7 +298,12 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[bytes]:
         else values[field.type]
     )
     times = st.sampled_from([1, 1, 1, 2, 100, 5000] if field.is_repeated else [1, 1, 2])
-    return st.tuples(value, times).map(lambda parts: parts[0] * parts[1])
+    return st.tuples(value, times).map(lambda parts: _repeat(*parts))
+
+
+def _repeat(value: bytes, times: int) -> bytes:
+    """Return the bytes so many times, or as often as fits into twice what a request may have."""
+    return value * max(1, min(times, 2 * _REQUEST_BYTES // max(1, len(value))))
 
 
 @cache
