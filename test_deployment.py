@@ -493,7 +493,13 @@ def clone(tmp_path: Path) -> Path:
 
 def _make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["make", *arguments], cwd=clone, capture_output=True, text=True, check=False
+        ["make", *arguments],
+        cwd=clone,
+        # Not as a part of the `make` that runs these tests.
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

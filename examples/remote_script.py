@@ -21,7 +21,11 @@ def main(script: str, *arguments: str) -> int:
         token=os.environ["JOBWORKER_TOKEN"],
     ) as client:
         job_id = client.start("sh", ["-s", *arguments], stdin=True)
-        client.write_input(job_id, Path(script).read_bytes())
+        try:
+            client.write_input(job_id, Path(script).read_bytes())
+        except ClientError as error:
+            if error.code != "FAILED_PRECONDITION":  # the script ended before its last line
+                raise
         chunks = client.stream(job_id)
         for chunk in chunks:
             sys.stdout.buffer.write(chunk)
