@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 pytest_plugins = ["kernel_plugin", "time_limit_plugin"]
 _HERE = Path(__file__).resolve().parent
 
+# A shell has what it runs in the background ignore Ctrl-C, and so would all programs of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture
 def leased(public: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
