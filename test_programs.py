@@ -110,10 +110,10 @@ def house(
 
 
 def _needs(*programs: str) -> None:
-    """Skip the test if a program is missing; where all must be there, fail, except for Java."""
+    """Skip the test if a program is missing; where all must be there, fail."""
     for program in programs:
         if shutil.which(program, path="/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin") is None:
-            if os.environ.get("JOBWORKER_REQUIRE_PROGRAMS") == "1" and program != "java":
+            if os.environ.get("JOBWORKER_REQUIRE_PROGRAMS") == "1":
                 pytest.fail(f"JOBWORKER_REQUIRE_PROGRAMS=1, but {program} is missing")
             pytest.skip(f"needs {program}")
 
