@@ -295,8 +295,9 @@ def _receive_program(sock: socket.socket, uids: range | None) -> Program:
     _, fds = receive(sock)
     try:
         fd, *stdin = fds
-        for each in stdin:
-            os.dup2(each, 0)
+        if stdin:
+            (stdin_fd,) = stdin
+            os.dup2(stdin_fd, 0)
         size = os.fstat(fd).st_size
         if size > _MAX_PROGRAM_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
