@@ -584,10 +584,10 @@ def test_cgroup_that_is_busy_for_a_moment_is_removed(
     refusals = [OSError(errno.EBUSY, os.strerror(errno.EBUSY)) for _ in range(3)]
     rmdir = os.rmdir
 
-    def busy_at_first(path: str) -> None:
-        if refusals:
+    def busy_at_first(path: str, *, dir_fd: int | None = None) -> None:
+        if refusals and dir_fd is None:  # with a descriptor, TMPDIRs are removed
             raise refusals.pop()
-        rmdir(path)
+        rmdir(path, dir_fd=dir_fd)
 
     job = worker.start("cat", ["/proc/self/cgroup"])
     monkeypatch.setattr(os, "rmdir", busy_at_first)
