@@ -4,6 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 dir=$(mktemp -d)
+chmod o+x "$dir" # for the jobs, whose homes are in it
 server=
 finish() {
     [ -z "$server" ] || kill "$server" 2>/dev/null || true
