@@ -24,7 +24,7 @@ from bench.cli import bench_command_line
 from bench.fair import GREEDY_CONFIG, bench_fairness
 from bench.floor import Floor
 from bench.harness import NOISE_MAX, ROUNDS, UNHINDERED, Service, running, serving
-from bench.library import bench_library
+from bench.library import bench_append, bench_library
 from bench.load import bench_memory, bench_sustained
 from bench.overload import bench_overload
 from bench.start import bench_growth, bench_start
@@ -79,6 +79,7 @@ _PARTS: dict[str, Callable[[], None]] = {
     "stream": lambda: _with_floor(bench_stream),
     "followers": lambda: _with_service(bench_job_rate, bench_followers),
     "library": bench_library,
+    "append": bench_append,
     "delay": lambda: _with_floor(bench_delay, bench_merging),
     "silence": lambda: _with_floor(bench_silence),
     "overload": lambda: _with_service(bench_overload),

@@ -1,26 +1,30 @@
 """Measures followers that are threads of the worker's own program; see `python -m bench`.
 
 There is no gRPC, no TLS and no other process. The figures therefore show the library alone, while
-a job writes and many subscribers read.
+a job writes and many subscribers read. `bench_append` measures the output log alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from bench.harness import MIB, fail, in_turn, print_heading
+from bench.harness import MIB, fail, in_turn, print_heading, report_ratio, seconds
 from bench.stream import JobRun, report_job_runs, through_cat, timed
+from outputdirectory import OutputDirectory
+from outputtimes import TimeIndex
 from worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["bench_library"]
+__all__ = ["bench_append", "bench_library"]
 
 _ROUNDS = 5
 _LINES_BYTES = 32 * MIB
@@ -74,3 +78,50 @@ def bench_library() -> None:
                 "floor": functools.partial(timed, functools.partial(through_cat, argv)),
             }
             report_job_runs(what, in_turn(measures, _ROUNDS), size)
+
+
+def _append(output: OutputDirectory, names: Iterator[int], piece: bytes, count: int) -> float:
+    """Append the piece `count` times to a new log; return how many seconds that took."""
+    log = output.make_log(f"log-{next(names)}")
+    try:
+        return seconds(lambda: [log.append(piece) for _ in range(count)])
+    finally:
+        log.remove()
+
+
+def _note(directory: str, piece: bytes, count: int) -> float:
+    """Note the times of as many pieces; return how many seconds that took."""
+    index = TimeIndex(f"{directory}/times")
+    size = len(piece)
+    try:
+        return seconds(lambda: [index.note(number * size) for number in range(count)])
+    finally:
+        index.remove()
+
+
+def bench_append() -> None:
+    """Measure what the index of times takes of the time of an append, for small and large pieces."""
+    print_heading("Appending to the output log: time without the index of times / with it")
+    names = itertools.count()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        OutputDirectory(f"{directory}/output", reserve_bytes=MIB) as output,
+    ):
+        for size, count in ((100, 20_000), (4096, 20_000), (65_536, 1_000)):
+            piece = bytes(size)
+            found = in_turn(
+                {
+                    "append": functools.partial(_append, output, names, piece, count),
+                    "note": functools.partial(_note, directory, piece, count),
+                },
+                _ROUNDS,
+            )
+            pairs = list(zip(found["append"], found["note"], strict=True))
+            without = [append - note for append, note in pairs]
+            report_ratio(
+                f"pieces of {size:,} bytes",
+                without,
+                found["append"],
+                f"{1e6 * min(found['append']) / count:.2f} us each",
+                ">= 0.95",
+            )
