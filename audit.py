@@ -142,16 +142,18 @@ class AuditLog:
             return "only the beginning of a record could be written; is the disk full?"
         return ""
 
-    def reopen(self) -> None:
-        """Continue in the file that has the name now; no record is lost.
+    def reopen(self) -> str:
+        """Continue in the file that has the name now; no record is lost. Returns "".
 
-        If it cannot be opened, an error is logged and the old file stays in use. Never raises.
+        If it cannot be opened, the old file stays in use, and an error is logged and returned.
+        Never raises.
         """
         try:
             fd = self._open()
         except Exception as error:  # noqa: BLE001 -- an unforeseen error of the opener must not end the log
-            logger.error("the audit log stays in the old file: %s", error)
-            return
+            problem = f"the audit log stays in the old file: {error}"
+            logger.error("%s", problem)
+            return problem
         with self._lock:
             if self._closed:
                 old = fd
@@ -162,6 +164,7 @@ class AuditLog:
         with contextlib.suppress(OSError):  # an error of the old file no longer matters
             os.close(old)
         logger.info("the audit log was reopened")
+        return ""
 
     def close(self) -> None:
         """Close the file; idempotent. A later `record` fails like any write error."""

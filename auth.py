@@ -220,6 +220,11 @@ class Authenticator:
         """
         self._closed.set()
 
+    @property
+    def user_count(self) -> int:
+        """How many users there are."""
+        return len(self._users)
+
     def set_users(self, users: Iterable[User]) -> None:
         """Replace the table of users, for all threads at once.
 

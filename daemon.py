@@ -58,7 +58,7 @@ class Servable(Protocol):
     grpc_threads: frozenset[threading.Thread]
     shutdown_grace_s: float
 
-    def reload(self) -> None:
+    def reload(self) -> object:
         """Read again what may have changed."""
 
     def stop(self) -> None:
@@ -177,7 +177,7 @@ def _hurried(hurry: Callable[[], None]) -> Iterator[None]:
 class _Reloader:
     """Reloads in a thread of its own, so that SIGTERM is served while a reload takes its time."""
 
-    def __init__(self, reload: Callable[[], None], manager: ServiceManager) -> None:
+    def __init__(self, reload: Callable[[], object], manager: ServiceManager) -> None:
         self._reload = reload
         self._manager = manager
         # Guards the two below. Notified when one of them is set. Never held during a reload.

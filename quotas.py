@@ -26,7 +26,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from budget import Budget
 from units import format_size
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from settings import Quota
 
-__all__ = ["QuotaError", "Quotas"]
+__all__ = ["QuotaError", "Quotas", "Use"]
 
 _EVERYBODY = "all users together"
 
@@ -50,6 +50,21 @@ class QuotaError(Exception):
     def __init__(self, what: str, retry_after_s: int | None = None) -> None:
         super().__init__(what)
         self.retry_after_s = retry_after_s
+
+
+class Use(NamedTuple):
+    """How much of a ceiling is used. `ceiling`: None if there is none."""
+
+    user: str | None
+    """None: all users together."""
+    name: str
+    """The key of the configuration."""
+    used: int
+    ceiling: int | None
+
+    def in_words(self, amount: int) -> str:
+        """Return an amount of what is counted here."""
+        return format_size(amount) if self.name == "kept_output" else str(amount)
 
 
 class Quotas:
@@ -155,6 +170,13 @@ class Quotas:
         """Return how many jobs run and how many streams are open, of all users."""
         with self._lock:
             return self._all.jobs.count, self._all.streams.count
+
+    def uses(self) -> list[Use]:
+        """Return what is counted now: first that of all users together, then that of each user."""
+        with self._lock:
+            accounts = [(None, self._all), *self._users.items()]
+        # Without the lock, because budgets have locks of their own.
+        return [use for user, account in accounts for use in account.uses(user)]
 
     def output(self, user: str) -> Budget:
         """Return a budget for the output of one job of the user."""
@@ -274,3 +296,11 @@ class _Account:
         self.starts = _Bucket(quota.starts_per_second, quota.start_burst)
         self.streams = _Gauge(quota.streams)
         self.output = output
+
+    def uses(self, user: str | None) -> tuple[Use, ...]:
+        """Return what is counted, but not the rate of starts, which fills up again by itself."""
+        return (
+            Use(user, "running_jobs", self.jobs.count, self.jobs.ceiling),
+            Use(user, "streams", self.streams.count, self.streams.ceiling),
+            Use(user, "kept_output", self.output.used, self.output.limit),
+        )

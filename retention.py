@@ -25,9 +25,9 @@ import sys
 import threading
 import time
 from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from errors import (
     InputError,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from finding import JobFilter
     from job import EndReason, Job
 
-__all__ = ["FinishedJob", "FinishedJobs", "Registry", "Retention"]
+__all__ = ["Counts", "FinishedJob", "FinishedJobs", "Registry", "Retention"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,16 @@ class Retention:
             minimum = 1 if field.name == "jobs" else 0
             if value is not None and not value >= minimum:  # refuses not-a-number, too
                 raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
+
+
+class Counts(NamedTuple):
+    """How many jobs there are."""
+
+    running: int
+    finished: int
+    """Those that are kept."""
+    ended: Mapping[EndReason, int]
+    """How many have ended since the worker was made, also those that are no longer kept."""
 
 
 class FinishedJob:
@@ -182,6 +192,9 @@ class FinishedJobs:
         self._holdings: dict[str, _Holding] = {}
         self._totals = [0, 0, 0]
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
     def add(self, job: FinishedJob) -> None:
         """Add a job that ended after all others."""
         self._jobs[job.job_id] = job
@@ -273,6 +286,7 @@ class Registry:
         self._finished = FinishedJobs(rule)
         self._last_position = 0
         self._ends = 0
+        self._ended: Counter[EndReason] = Counter()
         self._leaving: deque[threading.Thread] = deque()  # threads of jobs that have ended
         self._ager: threading.Thread | None = None
         self._watches: tuple[Watch, ...] = ()  # replaced as a whole
@@ -317,6 +331,12 @@ class Registry:
             except KeyError:
                 raise UnknownJobError(job_id) from None
 
+    def counts(self) -> Counts:
+        """Return how many jobs there are and were."""
+        with self._lock:
+            finished = len(self._finished)
+            return Counts(len(self._jobs) - finished, finished, dict(self._ended))
+
     def all(
         self, after: int = 0, *, newest_first: bool = False
     ) -> Sequence[RunningJob | FinishedJob]:
@@ -335,6 +355,8 @@ class Registry:
         """Keep `final` instead of the job, whose thread calls this."""
         with self._lock:
             self._ends += 1
+            if final.end_reason is not None:
+                self._ended[final.end_reason] += 1
             finished = FinishedJob(final, job.output, job.position, self._ends)
             self._jobs[job.job_id] = finished
             if self._finished.seconds_left() is None:

@@ -25,9 +25,10 @@ import pkgutil
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 # gRPC has no option for the TLS version (grpc#37305). This suite needs a pre-shared key, which
 # nobody has, so TLS 1.2 has no usable suite. TLS 1.3 has its own suites, all of them strong. gRPC
@@ -62,7 +63,9 @@ except ImportError as error:
 import daemon
 import hostcheck
 import serverlog
+import serverstatus
 import worker
+from adminsocket import AdminSocket, Command
 from descriptors import keep_reserve
 from fileopener import FileOpener
 from privileges import can_change_user
@@ -139,6 +142,7 @@ class Server:
         # Held during a reload, so that the end of the server waits for it, for a bounded time.
         self._reloading = threading.Lock()
         self._is_stopping = False
+        self._started_s = time.time()
         try:
             self._host, port = parse_address(settings.listen)
         except ValueError as error:
@@ -165,6 +169,14 @@ class Server:
                 places = self._places(is_isolated=uids is not None)
                 self._worker = undo.enter_context(self._make_worker(config, uids, *places))
                 self._open_state(users, uids, undo)
+                commands: dict[str, Command] = {  # what `server COMMAND` asks for
+                    "status": lambda _: self.status(),
+                    "reload": lambda _: {"problems": self.reload()},
+                }
+                self._admin = AdminSocket(settings.state_dir, commands)
+                undo.callback(self._admin.close)
+                paths = (settings.state_dir, self._audit_path.parent)
+                self._disks = undo.enter_context(serverstatus.Disks(paths))
             connections = _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
                 self._opener = undo.enter_context(FileOpener(self._files.flags))
@@ -176,6 +188,7 @@ class Server:
             self.address = join_address(self._host, bound_port)
             before = set(threading.enumerate())
             self._server.start()
+            self._admin.start()
             self.grpc_threads = frozenset(threading.enumerate()) - before
             self._undo = undo.pop_all()
 
@@ -271,27 +284,41 @@ class Server:
         jobs, streams = self._quotas.in_use()
         return f"{jobs} jobs, {streams} streams"
 
+    def status(self) -> dict[str, Any]:
+        """Return what `server status` shows."""
+        return serverstatus.describe(
+            address=self.address,
+            started_s=self._started_s,
+            jobs=self._worker.counts(),
+            uses=self._quotas.uses(),
+            users=self._authenticator.user_count,
+            disks=self._disks.look(),
+            warnings=self.warnings(),
+            problems=[] if self._audit.is_writable else ["the audit log cannot be written"],
+        )
+
     def warnings(self) -> list[str]:
         """Return what will need attention, a sentence each."""
         return self._certificates.warnings()
 
-    def reload(self) -> None:
+    def reload(self) -> list[str]:
         """Read the certificates and the users again, and reopen the audit log; never raises.
 
-        An error is logged, and the former content stays in force. Open streams continue,
-        except those of users who are gone or have changed. May block for 20 s.
+        Returns what was refused. An error is logged, too, and the former content stays in force.
+        Open streams continue, except those of users who are gone or have changed. May block for
+        20 s.
         """
         with self._reloading:
-            for step in (
+            steps = (
                 self._audit.reopen,
                 self._revocations.write,
                 self._reload_users,
                 lambda: self._certificates.reload(self.address),
-            ):
-                if not self._is_stopping:
-                    step()
+            )
+            found = [step() for step in steps if not self._is_stopping]
+        return [problem for problem in found if problem]
 
-    def _reload_users(self) -> None:
+    def _reload_users(self) -> str:
         try:
             users = self._load_users()
             if self._accounts is not None:
@@ -304,9 +331,11 @@ class Server:
             ValueError,
             OSError,
         ) as error:
-            logger.error("the users stay as they were: %s", error)
-        else:
-            logger.info("%d users are in force", len(users))
+            problem = f"the users stay as they were: {error}"
+            logger.error("%s", problem)
+            return problem
+        logger.info("%d users are in force", len(users))
+        return ""
 
     def stop(self) -> None:
         """Refuse new calls, end the jobs, let the streams end; blocks until that is done.
@@ -314,6 +343,7 @@ class Server:
         The jobs get SIGTERM, and what is left after their grace is killed.
         """
         self._is_stopping = True
+        self._admin.close()
         # Streams go on as long as the jobs do. The later call shortens the time.
         self._server.stop(self.shutdown_grace_s + _STOP_GRACE_S)
         self._authenticator.close()

@@ -97,10 +97,13 @@ _MODULES = {
         "hostcheck": "cgroups limits worker",
         "serverlog": "",
         "daemon": "",
+        "localserver": "descriptors",
+        "adminsocket": "localserver",
+        "serverstatus": "units version; quotas worker",
         "useradmin": "accounts settings trustedfiles users",
-        "server": "accounts audit auth calls daemon descriptors fileopener gate grpc "
-        "hostaccounts hostcheck privileges serverlog service settings tls trustedfiles units "
-        "useradmin users worker",
+        "server": "accounts adminsocket audit auth calls daemon descriptors fileopener gate grpc "
+        "hostaccounts hostcheck privileges serverlog serverstatus service settings tls "
+        "trustedfiles units useradmin users worker",
     },
     "client": {
         "sending": "",
@@ -175,6 +178,8 @@ _TESTED_WITH = {
     "processes": "spawner",
     "messages": "spawner",
     "privileges": "isolation",
+    "localserver": "adminsocket",
+    "serverstatus": "adminsocket",
 }
 
 # Private parts of gRPC and argparse that this project once relied on or was tempted by.

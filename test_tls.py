@@ -182,7 +182,7 @@ def server(request: pytest.FixtureRequest, serve: _Serve, certs: Path, live: Pat
     certificates = Certificates(Path.read_bytes, live)
     server = serve(certificates.credentials())
     shutil.copytree(certs, live, dirs_exist_ok=True)
-    assert certificates.reload(server.address)
+    assert certificates.reload(server.address) == ""
     return server
 
 
@@ -653,7 +653,7 @@ def test_next_connection_sees_the_reloaded_certificate(
     for _ in range(3):
         certificate = _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
         assert _certificate_shown(running.address) != _der(certificate)
-        assert certificates.reload(running.address)
+        assert certificates.reload(running.address) == ""
         assert _certificate_shown(running.address) == _der(certificate)
         assert _admits(running.address, tls_context(live, live / "client.pem"))
 
@@ -672,7 +672,7 @@ def test_open_stream_survives_the_reload(
         assert next(stream) == b"before"
         _make_ca(live, "client-ca")
         _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
-        assert certificates.reload(running.address)
+        assert certificates.reload(running.address) == ""
         running.messages.put(b"after")
         assert next(stream) == b"after"
         running.messages.put(None)
@@ -697,7 +697,7 @@ def test_reloaded_client_ca_decides_who_gets_in(
     _make_ca(live, "client-ca")
     new = tls_context(live, _make(live, "new", _FOR_CLIENTS, ca=live / "client-ca"))
     assert not _admits(running.address, new)
-    assert certificates.reload(running.address)
+    assert certificates.reload(running.address) == ""
     assert _admits(running.address, new)
     assert not _admits(running.address, old)
     assert not _admits(running.address, old, session)
@@ -716,7 +716,7 @@ def test_broken_certificates_leave_the_old_ones_in_force(  # noqa: PLR0913
     """The mistake is logged once. Corrected files come into force."""
     change, problem = _DAMAGES[damage]
     change(live, foreign_certs)
-    assert not certificates.reload(running.address)
+    assert certificates.reload(running.address)
     (message,) = _messages(caplog)
     assert message.startswith("the certificates stay as they were: ")
     assert problem in message
@@ -724,7 +724,7 @@ def test_broken_certificates_leave_the_old_ones_in_force(  # noqa: PLR0913
     assert _admits(running.address, tls_context(certs, certs / "client.pem"))
     shutil.rmtree(live)
     shutil.copytree(foreign_certs, live)
-    assert certificates.reload(running.address)
+    assert certificates.reload(running.address) == ""
     assert _certificate_shown(running.address) == _der(foreign_certs / "server.pem")
 
 
@@ -734,10 +734,10 @@ def test_half_replaced_certificates_wait_for_the_other_half(
     """A reload may come when only one of certificate and key has been replaced."""
     before = _certificate_shown(running.address)
     shutil.copy(foreign_certs / "server.pem", live)
-    assert not certificates.reload(running.address)
+    assert certificates.reload(running.address)
     assert _certificate_shown(running.address) == before
     shutil.copy(foreign_certs / "server-key.pem", live)
-    assert certificates.reload(running.address)
+    assert certificates.reload(running.address) == ""
     assert _certificate_shown(running.address) == _der(foreign_certs / "server.pem")
 
 
@@ -746,14 +746,14 @@ def test_reload_of_the_same_files_changes_nothing(
 ) -> None:
     """The log says so. gRPC gets no new certificates, so earlier TLS sessions can be resumed."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
-    assert certificates.reload(running.address)
+    assert certificates.reload(running.address) == ""
     (under_way,) = _handshakes()
     caplog.set_level(logging.INFO)
     context = tls_context(live, live / "client.pem")
     with _connection(running.address, context) as sock:
         sock.recv(9)
         session = sock.session
-    assert certificates.reload(running.address)
+    assert certificates.reload(running.address) == ""
     with _connection(running.address, context, session) as sock:
         assert sock.session_reused
     assert _messages(caplog, logging.INFO) == ["the certificates have not changed"]
@@ -767,13 +767,13 @@ def test_key_that_grpc_does_not_know_is_told_and_the_old_one_stays(
     before = (live / "server.pem").read_bytes()
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca", key=_LARGE_EXPONENT)
     for _ in range(2):
-        assert not certificates.reload(running.address)
+        assert certificates.reload(running.address)
     first, second = _messages(caplog)
     assert first == second
     assert f"gRPC does not accept {live}/server.pem; use a key of another kind, like EC" in first
     assert _certificate_shown(running.address) == ssl.PEM_cert_to_DER_cert(before.decode())
     new = _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
-    assert certificates.reload(running.address)
+    assert certificates.reload(running.address) == ""
     assert _certificate_shown(running.address) == _der(new)
 
 
@@ -794,7 +794,7 @@ def test_files_that_cannot_be_read_change_nothing(
     certificates = Certificates(read, live)
     address = serve(certificates.credentials()).address
     errors.append(error)
-    assert not certificates.reload(address)
+    assert certificates.reload(address)
     (message,) = _messages(caplog)
     assert str(error) in message
     assert _admits(address, tls_context(live, live / "client.pem"))
@@ -807,7 +807,7 @@ def test_reload_when_nobody_answers_changes_nothing(
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
-    assert not certificates.reload(address)
+    assert certificates.reload(address)
     assert "Connection refused" in _messages(caplog)[0]
 
 
@@ -816,7 +816,7 @@ def test_handshake_is_under_way_from_before_a_reload_until_the_server_ends(
 ) -> None:
     """It prevents a crash of gRPC (see `tls.py`), and admits nobody."""
     _make(live, "server", _FOR_SERVERS, ca=live / "server-ca")
-    assert certificates.reload(running.address)
+    assert certificates.reload(running.address) == ""
     (thread,) = _handshakes()
     assert thread.daemon
     running.stop()
@@ -846,7 +846,7 @@ def connect():
 with ThreadPoolExecutor(16) as clients:
     running = [clients.submit(connect) for _ in range(16)]
     for turn in range(1, 31):
-        assert certificates.reload(f"127.0.0.1:{port}")
+        assert certificates.reload(f"127.0.0.1:{port}") == ""
     done.set()
     for each in running:
         each.result()

@@ -97,24 +97,25 @@ class Certificates:
             require_client_authentication=True,
         )
 
-    def reload(self, address: str) -> bool:
-        """Read the files again; return whether they are in force now.
+    def reload(self, address: str) -> str:
+        """Read the files again; return "" if they are in force now.
 
-        `address`: the HOST:PORT of the server that uses `credentials`. An error is logged, and
-        the former certificates stay in force. Blocks for some ms; if the server does not
-        answer, for at most 20 s. Never raises.
+        `address`: the HOST:PORT of the server that uses `credentials`. An error is logged and
+        returned, and the former certificates stay in force. Blocks for some ms; if the server
+        does not answer, for at most 20 s. Never raises.
         """
         try:
             new = self._load()
             if new == self._in_force:
                 logger.info("the certificates have not changed")
-                return True
+                return ""
             self._replace(new, address)
         except Exception as error:  # noqa: BLE001 -- an unforeseen error must not end the server
-            logger.error("the certificates stay as they were: %s", error)
-            return False
+            problem = f"the certificates stay as they were: {error}"
+            logger.error("%s", problem)
+            return problem
         logger.info("new certificates are in force")
-        return True
+        return ""
 
     def warnings(self) -> list[str]:
         """Return a sentence for each file in force that expires within 30 days."""

@@ -14,7 +14,14 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["format_size", "join_address", "parse_address", "parse_duration", "parse_size"]
+__all__ = [
+    "format_duration",
+    "format_size",
+    "join_address",
+    "parse_address",
+    "parse_duration",
+    "parse_size",
+]
 
 _MAX_PORT = 65_535
 
@@ -54,6 +61,17 @@ def format_size(number: int) -> str:
         if number >= 1 << _POWERS[unit]:
             return f"{number / (1 << _POWERS[unit]):.4g} {unit}iB"
     return f"{number} bytes"
+
+
+def format_duration(seconds: float) -> str:
+    """Return the time in its two largest units, like `3d 4h`."""
+    parts: list[str] = []
+    left = int(seconds)
+    for unit in ("d", "h", "m", "s"):
+        count, left = divmod(left, _SECONDS[unit])
+        if count or parts:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2]) or "0s"
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -73,7 +73,7 @@ from jobinput import InputWriter
 from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
 from outputdirectory import OutputDirectory
-from retention import FinishedJob, Registry, Retention
+from retention import Counts, FinishedJob, Registry, Retention
 from scratch import Scratch, make_homes
 from spares import Spares
 from spawner import Spawner, SpawnerDiedError
@@ -93,6 +93,7 @@ __all__ = [
     "CommandError",
     "CommandNotExecutableError",
     "CommandNotFoundError",
+    "Counts",
     "DirectoryError",
     "EndReason",
     "Ending",
@@ -428,6 +429,10 @@ class Worker:
                 state = job.snapshot(live_usage=live_usage)
                 if matching.accepts(state.status):
                     yield job.position, state
+
+    def counts(self) -> Counts:
+        """Return how many jobs there are, and how many have ended and why."""
+        return self._registry.counts()
 
     def watch(self, matching: JobFilter = EVERY_JOB) -> Watch:
         """Return an iterator of what happens to the jobs that a filter picks; see `Watch`.
