@@ -5,7 +5,9 @@
     with Server(settings) as server:
         daemon.serve(server, manager)
 
-SIGTERM and SIGINT end the server, SIGHUP makes it reload. The service manager (systemd) is told by
+SIGTERM and SIGINT end the server, SIGHUP makes it reload. If the worker's fork server dies, no job
+can start any more; the server then ends with status 70, so that its manager starts it again. The
+service manager (systemd) is told by
 the protocol of sd_notify(3), if it asks for that: Type=notify and WatchdogSec= of the unit.
 
 Threads: the main thread waits for signals, the thread `reload` does what SIGHUP asks for. While the
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = [
+    "BROKEN_STATUS",
     "WATCHDOG_S",
     "Servable",
     "ServiceManager",
@@ -40,11 +43,13 @@ __all__ = [
 
 logger = logging.getLogger("server")
 
+BROKEN_STATUS = os.EX_SOFTWARE  # 70: the exit status of a server that can start no more jobs
 WATCHDOG_S = 4.5  # so long after the signal to end, the process ends, even if something hangs
 
 _WATCHDOG_AFTER_GRACE_S = 1.5  # likewise, after the jobs' grace
 _ENDS = {signal.SIGTERM, signal.SIGINT}
-_SIGNALS = _ENDS | {signal.SIGHUP}
+# SIGCHLD comes when a child ends: the fork server, or the file opener.
+_SIGNALS = _ENDS | {signal.SIGHUP, signal.SIGCHLD}
 _DAY_S = 24 * 60 * 60
 _JOIN_S = 1.0  # for the threads `reload` and `hurry`
 _TELL_S = 1.0  # for the service manager to take a message
@@ -69,6 +74,9 @@ class Servable(Protocol):
 
     def in_use(self) -> str:
         """Return what is in use, in a few words."""
+
+    def is_broken(self) -> bool:
+        """Whether no job can start any more, because the fork server has died."""
 
     def warnings(self) -> list[str]:
         """Return what will need attention, a sentence each; called once a day."""
@@ -114,12 +122,15 @@ def block_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
-def serve(server: Servable, manager: ServiceManager) -> None:
-    """Serve until SIGTERM or SIGINT, then stop the server; reload at SIGHUP."""
+def serve(server: Servable, manager: ServiceManager) -> int:
+    """Serve until SIGTERM or SIGINT, then stop the server; reload at SIGHUP.
+
+    Returns the exit status of the program: 0, or `BROKEN_STATUS`.
+    """
     manager.tell("READY=1", f"STATUS={server.in_use()}")
     reloader = _Reloader(server.reload, manager)
     warn_at = time.monotonic()
-    while True:
+    while not (is_broken := server.is_broken()):
         if time.monotonic() >= warn_at:
             warn_at = time.monotonic() + _DAY_S
             for warning in server.warnings():
@@ -131,11 +142,18 @@ def serve(server: Servable, manager: ServiceManager) -> None:
         if number == signal.SIGHUP:
             logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
             reloader.request()
-        elif manager.interval_s is not None:
+        elif number is None and manager.interval_s is not None:
             # `in_use` takes locks of the server. If one of them is never released, this thread
             # hangs, and the manager restarts the server.
             manager.tell("WATCHDOG=1", f"STATUS={server.in_use()}")
-    logger.info("%s: shutting down", signal.Signals(number).name)
+    if is_broken:
+        logger.critical(
+            "the fork server has died: its jobs end as lost and none can start; ending with status "
+            "%d, so that the service manager starts the server again",
+            BROKEN_STATUS,
+        )
+    else:
+        logger.info("%s: shutting down", signal.Signals(number or 0).name)
     manager.tell("STOPPING=1", "STATUS=ending the jobs")
     watchdog_s = max(WATCHDOG_S, server.shutdown_grace_s + _WATCHDOG_AFTER_GRACE_S)
     faulthandler.dump_traceback_later(watchdog_s, exit=True)
@@ -143,6 +161,7 @@ def serve(server: Servable, manager: ServiceManager) -> None:
         server.stop()
     reloader.close()
     faulthandler.cancel_dump_traceback_later()
+    return BROKEN_STATUS if is_broken else 0
 
 
 def _next_signal(timeout_s: float) -> int | None:

@@ -297,6 +297,10 @@ class Server:
             problems=[] if self._audit.is_writable else ["the audit log cannot be written"],
         )
 
+    def is_broken(self) -> bool:
+        """Whether no job can start any more, because the worker's fork server has died."""
+        return self._worker.is_broken
+
     def warnings(self) -> list[str]:
         """Return what will need attention, a sentence each."""
         return self._certificates.warnings()
@@ -499,7 +503,7 @@ def _check(cgroup_root: Path | None) -> int:
     return 0 if all(finding.works for finding in findings) else 1
 
 
-def _serve(settings: Settings) -> None:
+def _serve(settings: Settings) -> int:
     daemon.block_signals()  # the fork server gives the jobs an empty mask
     manager = daemon.ServiceManager()
     daemon.keep_memory()
@@ -510,7 +514,7 @@ def _serve(settings: Settings) -> None:
         raise
     daemon.end_if_grpc_ends(server)
     print(f"listening on {server.address}", flush=True)
-    daemon.serve(server, manager)
+    return daemon.serve(server, manager)
 
 
 def _start(settings: Settings) -> Server:
@@ -537,6 +541,7 @@ def _add_user(settings: Settings, arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 1 for an error. argparse exits with 2."""
     arguments = parse_arguments(argv)
+    status = 0
     try:
         if arguments.command == "user" and arguments.added is None:
             print(ask(arguments.name, arguments.role))
@@ -560,7 +565,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _add_user(settings, arguments)
         if arguments.command != "check":
             serverlog.configure(arguments.log_format, arguments.log_level)
-            _serve(settings)
+            status = _serve(settings)
         elif arguments.check_config is None:
             return _check(arguments.check_root or arguments.cgroup_root)
         elif arguments.check_config is True:
@@ -579,7 +584,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status
 
 
 def _explain(error: Exception, options: Mapping[str, object]) -> str:

@@ -150,6 +150,12 @@ class Spawner:
         """The fork server's."""
         return self._process.pid
 
+    @property
+    def has_died(self) -> bool:
+        """Whether the fork server has ended; False once `close` was called."""
+        with self._lock:
+            return self._socket.fileno() >= 0 and self._process.poll() is not None
+
     def fork(self, job: str, *, stdout_fd: int, exit_fd: int) -> Process:
         """Have a process forked that waits to be told what to execute.
 

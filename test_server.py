@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from client import Client, ClientError
+from daemon import BROKEN_STATUS
 from server import Server
 from settings import ConfigError, Settings, SettingsError, load_config
 from testkit import (
     ABSENT,
+    FOREVER,
     GUARD_S,
     HTTP2_GREETING,
     JOB_VARIABLES,
@@ -38,6 +40,7 @@ from testkit import (
     children_of,
     clean_environment,
     follow,
+    fork_server_of,
     make_fifo,
     run_job,
     small_file_system,
@@ -827,6 +830,21 @@ def test_killed_server_leaves_no_process_of_a_job(
     witness.assert_alive()
     assert program.end(signal.SIGKILL) == -signal.SIGKILL
     witness.assert_all_gone()
+
+
+def test_server_whose_fork_server_dies_ends_with_a_status_that_has_it_restarted(
+    start_server: StartServer, connect: Connect
+) -> None:
+    """Its running job ends as lost, and its last words say why. systemd restarts on failure."""
+    program = start_server()
+    client = connect("user", program.address)
+    stream = follow(client, client.start(*FOREVER))
+    os.kill(fork_server_of(program.process.pid), signal.SIGKILL)
+    assert list(stream) == []
+    assert stream.end is not None
+    assert stream.end.end_reason == "LOST"
+    assert program.process.wait(GUARD_S) == BROKEN_STATUS
+    assert "the fork server has died" in program.log.read_text()
 
 
 def test_logout_survives_every_end_of_the_server(

@@ -246,6 +246,11 @@ class Worker:
         """The cgroups of the jobs; None without."""
         return self._subtree
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether no job can start any more, because the fork server has died."""
+        return self._spawner.has_died
+
     def drop_privileges(self, uid: int) -> None:
         """Make the main process the ordinary user `uid`, for good; jobs can still be started.
 
