@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ _HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="module")
 def readme() -> str:
     return (_HERE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def reference() -> str:
+    return (_HERE / "docs/configuration.md").read_text(encoding="utf-8")
 
 
 def _subcommands() -> dict[str, Any]:
@@ -149,19 +155,25 @@ def _explained_statuses() -> set[str]:
     ("table", "key"),
     [(table, key) for table in settings._TABLES for key in settings._TABLES[table]],
 )
-def test_readme_names_every_key_of_the_configuration(readme: str, table: str, key: str) -> None:
-    """It shows each table, and each key in code or in an example."""
-    assert re.search(rf"^{key} = |`{key}`", readme, re.MULTILINE)
-    assert re.search(rf"^\[{table}\]|`\[{table}\]`", readme, re.MULTILINE)
+def test_every_key_of_the_configuration_is_described(
+    readme: str, reference: str, table: str, key: str
+) -> None:
+    """Each table is shown, and each key in code or in an example; the limits are in README."""
+    text = reference + readme
+    assert re.search(rf"^{key} = |`{key}`", text, re.MULTILINE)
+    assert re.search(rf"^\[{table}\]|`\[{table}\]`", reference, re.MULTILINE)
 
 
-def _toml_blocks(readme: str) -> list[str]:
-    return re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+def test_configuration_that_readme_shows_is_accepted(readme: str, tmp_path: Path) -> None:
+    """It is an example: its values differ from the defaults."""
+    (block,) = re.findall(r"(?:^    (?:\[|\w+ = ).*\n){3,}", readme, re.MULTILINE)
+    (tmp_path / "example.toml").write_text(textwrap.dedent(block))
+    assert settings.load_config(tmp_path / "example.toml") != settings.Config()
 
 
-def test_tables_that_readme_shows_in_full_have_the_defaults(readme: str, tmp_path: Path) -> None:
-    """Of [per_job], [requests] and [retention] README shows each key; all values are defaults."""
-    (block,) = _toml_blocks(readme)
+def test_tables_that_are_shown_in_full_have_the_defaults(reference: str, tmp_path: Path) -> None:
+    """[per_job], [requests] and [retention] are shown with each key; all values are defaults."""
+    (block,) = re.findall(r"```toml\n(.*?)```", reference, re.DOTALL)
     (tmp_path / "defaults.toml").write_text(block)
     assert settings.load_config(tmp_path / "defaults.toml") == settings.Config()
     tables = tomllib.loads(block)
@@ -169,9 +181,9 @@ def test_tables_that_readme_shows_in_full_have_the_defaults(readme: str, tmp_pat
         assert set(tables[name]) == set(settings._TABLES[name])
 
 
-def test_ceilings_of_users_that_readme_shows_are_the_defaults(readme: str, tmp_path: Path) -> None:
+def test_ceilings_of_users_that_are_shown_are_the_defaults(reference: str, tmp_path: Path) -> None:
     """The rows of the table are all keys of [per_user] and [in_all]."""
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \|", readme, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \|", reference, re.MULTILINE)
     assert {key for key, _, _ in rows} == set(settings._TABLES["per_user"])
     text = "".join(
         f"[{table}]\n"
@@ -430,7 +442,7 @@ def _places() -> dict[str, tuple[str, set[str]]]:
 def _product_files_with(word: str) -> set[str]:
     name = word.lstrip("-").replace("-", "[-_]")
     pattern = re.compile(rf"(?<![\w-])(--|END_REASON_)?{name}(?![\w-])")
-    documents = [_HERE / "README.md", _HERE / "docs/client.md"]
+    documents = [_HERE / name for name in ("README.md", "docs/client.md", "docs/configuration.md")]
     paths = [*_HERE.glob("*.py"), *_HERE.glob("*.proto"), *documents]
     return {
         str(path.relative_to(_HERE))
