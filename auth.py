@@ -10,12 +10,19 @@
     token, expires_at = authenticator.login("user", "user", certificate, "192.0.2.1")
     identity = authenticator.authenticate(token, certificate)
     identity.reaches(job.owner)
+    token, expires_at = authenticator.refresh(identity, certificate)
     authenticator.logout(identity)
 
 A certificate is given as its DER bytes. A token is valid only together with the certificate
 of its login. It ends with its expiry, with a logout, and with any change of the name, role
-or password of its user. This module reads and writes only the file of the key, and knows
-nothing of gRPC.
+or password of its user.
+
+A *session* begins with a login. A valid token can be refreshed: exchanged for a new one of the same
+session, until the session ends. The old token stays valid until its own expiry. No token outlives
+its session. A logout ends the session, so it ends every token of the session at once, and none of
+them can be refreshed any more.
+
+This module reads and writes only the file of the key, and knows nothing of gRPC.
 
 Thread safety: any thread may call anything. A few logins at a time hash their
 password, without a lock. No lock is taken inside another.
@@ -38,8 +45,9 @@ import re
 import secrets
 import tempfile
 import threading
+import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -66,6 +74,7 @@ __all__ = [
     "Revocations",
     "Role",
     "RunningTime",
+    "Session",
     "TokenError",
     "TooManyLoginsError",
     "load_key",
@@ -73,15 +82,18 @@ __all__ = [
 ]
 
 TOKEN_LIFETIME: Final = timedelta(days=30)
-_LIFETIME_S = int(TOKEN_LIFETIME.total_seconds())
+SESSION_LIFETIME: Final = timedelta(days=30)
 _ISSUER = "job-worker"
 _AUDIENCE = "jobworker.v1"
 _ALGORITHM = "HS256"
 _KEY_BYTES = 32
 _ENTRY_BYTES = 16
 _THUMBPRINT = "x5t#S256"
-_TOKEN_MAX_CHARACTERS = 2048  # a token has some 600
+_TOKEN_MAX_CHARACTERS = 2048  # a token has some 750
 _KNOWN_TOKENS = 1024
+# In the order of the fields of `Session`.
+_SESSION_CLAIMS = ("sid", "auth_time", "session_exp", "session_run")
+_REQUIRED_CLAIMS = ["sub", "iat", "exp", "jti", "run", *_SESSION_CLAIMS]
 _TOKEN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # PyJWT tries to read the key as JSON, and one key in a hundred looks like UTF-16 or UTF-32. So the
@@ -135,6 +147,25 @@ class LoginsClosedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Session:
+    """What begins with a login, and ends with a logout or after the lifetime of sessions."""
+
+    id: str
+    """The `jti` of the login's token; the claim `sid` of all tokens of the session."""
+    began_at_s: int
+    """The time of the login, in seconds since 1970: the claim `auth_time`."""
+    expires_at_s: int
+    """The end of the session, in seconds since 1970."""
+    ends_s: int
+    """The running time of the server (`RunningTime`) at which the session ends at the latest."""
+
+    @property
+    def expires_at(self) -> datetime:
+        """The end of the session, in UTC."""
+        return datetime.fromtimestamp(self.expires_at_s, UTC)
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """The user who is calling, as proved by a token and its certificate."""
 
@@ -148,6 +179,7 @@ class Identity:
     """The running time of the server (`RunningTime`) at which the token ends at the latest."""
     entry: str = field(repr=False)
     """A digest of the user's entry in the users file: it changes with the entry."""
+    session: Session
 
     def reaches(self, owner: str) -> bool:
         """Whether this user may see and stop the jobs of `owner`."""
@@ -160,6 +192,7 @@ _EVERYONE = frozenset(Role)
 # denied. `Identity.reaches` decides about the job that a call is for.
 PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.AuthService/Login": None,
+    "/jobworker.v1.AuthService/Refresh": _EVERYONE,
     "/jobworker.v1.AuthService/Logout": _EVERYONE,
     "/jobworker.v1.WorkerService/StartJob": _EVERYONE,
     "/jobworker.v1.WorkerService/StopJob": _EVERYONE,
@@ -181,21 +214,26 @@ def may_call(method: str, role: Role) -> bool:
 class Authenticator:
     """Checks passwords and tokens against a table of users.
 
-    `key`: the 32 bytes that sign tokens. `revocations`: the logged-out tokens, which the
+    `key`: the 32 bytes that sign tokens. `revocations`: the logged-out sessions, which the
     creator of the authenticator closes; None keeps them in memory only. `running`: the running
-    time of the server, the same as that of `revocations`. Raises ValueError if there is no user, or
-    if two users have the same name.
+    time of the server, the same as that of `revocations`. `token_lifetime`, `session_lifetime`: in
+    whole seconds; a token or session that was made for longer, before a restart, is not accepted.
+    Raises ValueError if there is no user, or if two users have the same name.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- most are optional
         self,
         *,
         users: Iterable[User],
         key: bytes,
         revocations: Revocations | None = None,
         running: RunningTime | None = None,
+        token_lifetime: timedelta = TOKEN_LIFETIME,
+        session_lifetime: timedelta = SESSION_LIFETIME,
     ) -> None:
         self._key = key
+        self._token_lifetime_s = int(token_lifetime.total_seconds())
+        self._session_lifetime_s = int(session_lifetime.total_seconds())
         self._running = RunningTime() if running is None else running
         self._revocations = Revocations(None, self._running) if revocations is None else revocations
         self._throttle = LoginThrottle()
@@ -270,11 +308,37 @@ class Authenticator:
             attempt.succeeded = matches and user is not None
         if user is None or not attempt.succeeded:
             raise AuthenticationError("wrong user name or password")
-        now = datetime.now(UTC).replace(microsecond=0)
-        issued = int(now.timestamp()), self._running.now_s()
-        token = self._token(user, str(uuid.uuid4()), issued, certificate)
+        now, running_s, token_id = int(time.time()), self._running.now_s(), str(uuid.uuid4())
+        ends_s = running_s + self._session_lifetime_s
+        session = Session(token_id, now, now + self._session_lifetime_s, ends_s)
+        return self._issue(user, session, token_id, (now, running_s), certificate)
+
+    def refresh(self, identity: Identity, certificate: bytes) -> tuple[str, datetime]:
+        """Return a new token of the same session, and its expiry (UTC), which the session bounds.
+
+        The token of `identity`, which came with `certificate`, stays valid until its own expiry.
+        Raises `TokenError` if it is not valid any more, or if the session has ended.
+        """
+        user = self._users.get(identity.name)
+        issued = int(time.time()), self._running.now_s()
+        if user is None or not self.is_valid(identity) or _life_s(identity.session, issued) <= 0:
+            raise TokenError
+        return self._issue(user, identity.session, str(uuid.uuid4()), issued, certificate)
+
+    def _issue(
+        self,
+        user: User,
+        session: Session,
+        token_id: str,
+        issued: tuple[int, int],
+        certificate: bytes,
+    ) -> tuple[str, datetime]:
+        """Return a new token and its expiry. `issued`: see `_token`."""
+        life_s = min(self._token_lifetime_s, _life_s(session, issued))
+        expires_at_s = issued[0] + life_s
+        token = self._token(user, session, token_id, (*issued, expires_at_s), certificate)
         self._running.save()
-        return token, now + TOKEN_LIFETIME
+        return token, datetime.fromtimestamp(expires_at_s, UTC)
 
     def authenticate(self, token: str, certificate: bytes) -> Identity:
         """Return the user of `token`, which came over a connection with `certificate`.
@@ -329,31 +393,49 @@ class Authenticator:
                 audience=_AUDIENCE,
                 issuer=_ISSUER,
                 # The time of issue is in the future if the clock was fast then.
-                options={"require": ["sub", "iat", "exp", "jti", "run"], "verify_iat": False},
+                options={"require": _REQUIRED_CLAIMS, "verify_iat": False},
             )
             user = self._users.get(claims["sub"])
-            issued_at, issued_s, token_id = claims["iat"], claims["run"], claims["jti"]
+            token_id = claims["jti"]
+            times = claims["iat"], claims["run"], claims["exp"]
+            session = Session(*(claims[name] for name in _SESSION_CLAIMS))
             # This comparison covers the header, the role, the entry, `cnf`, the spelling, and
             # claims that are missing, superfluous or of a wrong type.
             if (
                 user is not None
-                and type(issued_at) is type(issued_s) is int
+                and self._are_possible(times, session)
                 and _TOKEN_ID.fullmatch(token_id)
+                and _TOKEN_ID.fullmatch(str(session.id))
                 and hmac.compare_digest(
-                    token, self._token(user, token_id, (issued_at, issued_s), certificate)
+                    token, self._token(user, session, token_id, times, certificate)
                 )
             ):
-                expires_at = datetime.fromtimestamp(claims["exp"], UTC)
-                ends_s = issued_s + _LIFETIME_S
-                entry = self._entry(user)
-                return Identity(user.name, user.role, token_id, expires_at, ends_s, entry)
+                issued_at, issued_s, expires_at = times
+                return Identity(
+                    user.name,
+                    user.role,
+                    token_id,
+                    datetime.fromtimestamp(expires_at, UTC),
+                    issued_s + expires_at - issued_at,
+                    self._entry(user),
+                    session,
+                )
         return None
+
+    def _are_possible(self, times: tuple[int, int, int], session: Session) -> bool:
+        """Whether a token can have these times: they are whole numbers, no life is too long."""
+        moments = (*times, session.began_at_s, session.expires_at_s, session.ends_s)
+        return (
+            all(type(moment) is int for moment in moments)
+            and times[2] - times[0] <= self._token_lifetime_s
+            and session.expires_at_s - session.began_at_s <= self._session_lifetime_s
+        )
 
     def is_valid(self, identity: Identity) -> bool:
         """Whether the token of `identity` is valid: not expired, not logged out, user unchanged."""
         return (
             identity.entry == self._entries.get(identity.name)
-            and identity.token_id not in self._revocations
+            and identity.session.id not in self._revocations
             and not self.has_expired(identity)
         )
 
@@ -362,12 +444,12 @@ class Authenticator:
         return datetime.now(UTC) >= identity.expires_at or self._running.now_s() >= identity.ends_s
 
     def logout(self, identity: Identity) -> None:
-        """Make the token of `identity` invalid for good; idempotent.
+        """End the session of `identity`: make all its tokens invalid for good; idempotent.
 
         Blocks until the logout is on the disk, or has been logged because the disk is full. Raises
-        `RevocationError`, and then the token stays valid.
+        `RevocationError`, and then the tokens stay valid.
         """
-        self._revocations.add(identity.token_id, identity.ends_s)
+        self._revocations.add(identity.session.id, identity.session.ends_s)
         self._tell_watchers()
 
     def watch(self, identity: Identity, on_invalid: Callable[[], None]) -> Callable[[], None]:
@@ -405,9 +487,19 @@ class Authenticator:
         for on_invalid in invalid.values():
             on_invalid()
 
-    def _token(self, user: User, token_id: str, issued: tuple[int, int], certificate: bytes) -> str:
-        """Return the token. `issued`: the time, in seconds since 1970, and the running time."""
-        issued_at, issued_s = issued
+    def _token(
+        self,
+        user: User,
+        session: Session,
+        token_id: str,
+        times: tuple[int, int, int],
+        certificate: bytes,
+    ) -> str:
+        """Return the token.
+
+        `times`: of its issue, in seconds since 1970 and as running time; and of its expiry.
+        """
+        issued_at, issued_s, expires_at = times
         claims = {
             "iss": _ISSUER,
             "aud": _AUDIENCE,
@@ -415,9 +507,10 @@ class Authenticator:
             "role": user.role.value,
             "entry": self._entry(user),
             "iat": issued_at,
-            "exp": issued_at + _LIFETIME_S,
+            "exp": expires_at,
             "run": issued_s,
             "jti": token_id,
+            **dict(zip(_SESSION_CLAIMS, astuple(session), strict=True)),
             "cnf": {_THUMBPRINT: _thumbprint(certificate)},
         }
         return jwt.encode(claims, self._key, algorithm=_ALGORITHM)
@@ -426,6 +519,12 @@ class Authenticator:
         # A keyed digest, so the token tells nothing about the password hash. The same key signs
         # tokens, but no token's signed text has a colon, and an entry always has.
         return _base64(hmac.digest(self._key, str(user).encode(), "sha256")[:_ENTRY_BYTES])
+
+
+def _life_s(session: Session, now: tuple[int, int]) -> int:
+    """Return how long the session lasts. `now`: in seconds since 1970, and as running time."""
+    # By both clocks, so that a clock that is set back lengthens no session.
+    return min(session.expires_at_s - now[0], session.ends_s - now[1])
 
 
 def _thumbprint(certificate: bytes) -> str:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61uthservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"2\n\x0cLoginRequest\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"U\n\rLoginResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rLogoutRequest\"\x10\n\x0eLogoutResponse2\x94\x01\n\x0b\x41uthService\x12@\n\x05Login\x12\x1a.jobworker.v1.LoginRequest\x1a\x1b.jobworker.v1.LoginResponse\x12\x43\n\x06Logout\x12\x1b.jobworker.v1.LogoutRequest\x1a\x1c.jobworker.v1.LogoutResponseB*\n\x0cjobworker.v1P\x01Z\x18jobworker/v1;jobworkerv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61uthservice.proto\x12\x0cjobworker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"2\n\x0cLoginRequest\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"\x8d\x01\n\rLoginResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12session_expires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x10\n\x0eRefreshRequest\"\x8f\x01\n\x0fRefreshResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12session_expires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rLogoutRequest\"\x10\n\x0eLogoutResponse2\xdc\x01\n\x0b\x41uthService\x12@\n\x05Login\x12\x1a.jobworker.v1.LoginRequest\x1a\x1b.jobworker.v1.LoginResponse\x12\x46\n\x07Refresh\x12\x1c.jobworker.v1.RefreshRequest\x1a\x1d.jobworker.v1.RefreshResponse\x12\x43\n\x06Logout\x12\x1b.jobworker.v1.LogoutRequest\x1a\x1c.jobworker.v1.LogoutResponseB*\n\x0cjobworker.v1P\x01Z\x18jobworker/v1;jobworkerv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +35,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\014jobworker.v1P\001Z\030jobworker/v1;jobworkerv1'
   _globals['_LOGINREQUEST']._serialized_start=68
   _globals['_LOGINREQUEST']._serialized_end=118
-  _globals['_LOGINRESPONSE']._serialized_start=120
-  _globals['_LOGINRESPONSE']._serialized_end=205
-  _globals['_LOGOUTREQUEST']._serialized_start=207
-  _globals['_LOGOUTREQUEST']._serialized_end=222
-  _globals['_LOGOUTRESPONSE']._serialized_start=224
-  _globals['_LOGOUTRESPONSE']._serialized_end=240
-  _globals['_AUTHSERVICE']._serialized_start=243
-  _globals['_AUTHSERVICE']._serialized_end=391
+  _globals['_LOGINRESPONSE']._serialized_start=121
+  _globals['_LOGINRESPONSE']._serialized_end=262
+  _globals['_REFRESHREQUEST']._serialized_start=264
+  _globals['_REFRESHREQUEST']._serialized_end=280
+  _globals['_REFRESHRESPONSE']._serialized_start=283
+  _globals['_REFRESHRESPONSE']._serialized_end=426
+  _globals['_LOGOUTREQUEST']._serialized_start=428
+  _globals['_LOGOUTREQUEST']._serialized_end=443
+  _globals['_LOGOUTRESPONSE']._serialized_start=445
+  _globals['_LOGOUTRESPONSE']._serialized_end=461
+  _globals['_AUTHSERVICE']._serialized_start=464
+  _globals['_AUTHSERVICE']._serialized_end=684
 # @@protoc_insertion_point(module_scope)

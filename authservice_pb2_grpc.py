@@ -39,6 +39,11 @@ class AuthServiceStub:
                 request_serializer=authservice__pb2.LoginRequest.SerializeToString,
                 response_deserializer=authservice__pb2.LoginResponse.FromString,
                 _registered_method=True)
+        self.Refresh = channel.unary_unary(
+                '/jobworker.v1.AuthService/Refresh',
+                request_serializer=authservice__pb2.RefreshRequest.SerializeToString,
+                response_deserializer=authservice__pb2.RefreshResponse.FromString,
+                _registered_method=True)
         self.Logout = channel.unary_unary(
                 '/jobworker.v1.AuthService/Logout',
                 request_serializer=authservice__pb2.LogoutRequest.SerializeToString,
@@ -64,9 +69,23 @@ class AuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Refresh(self, request, context):
+        """Issues a new token of the same session, which a login began. The token of this call stays
+        valid until its own expiry. The new token is bound to the same client certificate, and expires
+        after the server's token lifetime (30 days by default), or with the session if that ends
+        earlier. A client calls this when less than half of its token's life is left.
+
+        Errors: UNAUTHENTICATED (the token is not valid any more, its session has ended, or a logout
+        has ended the session: log in again).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Logout(self, request, context):
-        """Revokes the token of this call for good. Open streams of this token end with
-        UNAUTHENTICATED.
+        """Ends the session of this call's token for good: every token of the session is revoked, also
+        those that Refresh has issued. Open streams of these tokens end with UNAUTHENTICATED. Other
+        logins of the same user are not affected.
 
         Errors: UNAVAILABLE (the server could not write the revocation to its disk; the
         token is still valid).
@@ -82,6 +101,11 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.Login,
                     request_deserializer=authservice__pb2.LoginRequest.FromString,
                     response_serializer=authservice__pb2.LoginResponse.SerializeToString,
+            ),
+            'Refresh': grpc.unary_unary_rpc_method_handler(
+                    servicer.Refresh,
+                    request_deserializer=authservice__pb2.RefreshRequest.FromString,
+                    response_serializer=authservice__pb2.RefreshResponse.SerializeToString,
             ),
             'Logout': grpc.unary_unary_rpc_method_handler(
                     servicer.Logout,
@@ -116,6 +140,33 @@ class AuthService:
             '/jobworker.v1.AuthService/Login',
             authservice__pb2.LoginRequest.SerializeToString,
             authservice__pb2.LoginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Refresh(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jobworker.v1.AuthService/Refresh',
+            authservice__pb2.RefreshRequest.SerializeToString,
+            authservice__pb2.RefreshResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -175,24 +175,37 @@ class Client:
 
     def login(self, username: str, password: str) -> tuple[str, datetime]:
         """Exchange a password for a token; return it and when it expires (UTC)."""
-        from datetime import UTC
 
         request = self._auth_pb.LoginRequest(username=username, password=password)
-        response = self._call(self._auth.Login, request, with_token=False)
+        return self._new_token(self._call(self._auth.Login, request, with_token=False))
+
+    def refresh(self) -> tuple[str, datetime]:
+        """Exchange the token for a new one of the same session; return it and its expiry (UTC).
+
+        The new token is used from now on. The old one stays valid until its own expiry.
+        """
+        return self._new_token(self._call(self._auth.Refresh, self._auth_pb.RefreshRequest()))
+
+    def _new_token(self, response: Any) -> tuple[str, datetime]:
+        from datetime import UTC
+
         try:
             expires_at = response.expires_at.ToDatetime(UTC)
         except (ValueError, OverflowError):
             expires_at = None
         if expires_at is None or not _is_token(response.access_token):
             raise ClientError(
-                f"{self._server} answered the login with something that is not a token, or does "
-                "not expire on a date; is it a job-worker server?"
+                f"{self._server} answered with something that is not a token, or does not expire "
+                "on a date; is it a job-worker server?"
             )
         self.token = response.access_token
         return self.token, expires_at
 
     def logout(self) -> None:
-        """Make the token invalid for good; the server ends the streams opened with it."""
+        """End the session of the token: the server refuses all its tokens and ends their streams.
+
+        A session begins with a login, and goes on with `refresh`.
+        """
         self._call(self._auth.Logout, self._auth_pb.LogoutRequest())
         self.token = ""
 

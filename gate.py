@@ -47,6 +47,7 @@ _LOGIN = "/jobworker.v1.AuthService/Login"
 # These calls wait for the kernel, for the disk or for the hash of a password.
 _SLOW = {
     _LOGIN,
+    "/jobworker.v1.AuthService/Refresh",
     "/jobworker.v1.AuthService/Logout",
     "/jobworker.v1.WorkerService/StartJob",
     "/jobworker.v1.WorkerService/StopJob",

@@ -70,7 +70,24 @@ class _AuthServicer:
             request.username, request.password, call.certificate, call.address
         )
         call.identity = self._authenticator.authenticate(token, call.certificate)
-        return auth_pb.LoginResponse(access_token=token, expires_at=timestamp(expires_at))
+        return auth_pb.LoginResponse(
+            access_token=token,
+            expires_at=timestamp(expires_at),
+            session_expires_at=timestamp(call.identity.session.expires_at),
+        )
+
+    def Refresh(  # noqa: N802
+        self,
+        request: auth_pb.RefreshRequest,  # noqa: ARG002 -- the message has no fields
+        call: Call,
+    ) -> auth_pb.RefreshResponse:
+        token, expires_at = self._authenticator.refresh(call.caller, call.certificate)
+        call.record(alone=True)
+        return auth_pb.RefreshResponse(
+            access_token=token,
+            expires_at=timestamp(expires_at),
+            session_expires_at=timestamp(call.caller.session.expires_at),
+        )
 
     def Logout(  # noqa: N802
         self,

@@ -45,6 +45,7 @@ from auth import (
     Revocations,
     Role,
     RunningTime,
+    Session,
     TokenError,
     TooManyLoginsError,
     load_key,
@@ -97,7 +98,9 @@ def _entry(user: User, key: bytes = _KEY) -> str:
 
 def _identity(user: User) -> Identity:
     expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(days=30)
-    return Identity(user.name, user.role, _TOKEN_ID, expires_at, _LIFETIME_S, _entry(user))
+    now = int(expires_at.timestamp()) - _LIFETIME_S
+    session = Session(_TOKEN_ID, now, now + _LIFETIME_S, _LIFETIME_S)
+    return Identity(user.name, user.role, _TOKEN_ID, expires_at, _LIFETIME_S, _entry(user), session)
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ def _login(authenticator: Authenticator, name: str = "alice", password: str = "s
 def test_login_returns_a_token_of_exactly_the_documented_claims(
     authenticator: Authenticator,
 ) -> None:
-    """iss, aud, sub, role, entry, iat, exp after 30 days, run, a random jti, cnf."""
+    """iss, aud, sub, role, entry, iat, exp after 30 days, run, a random jti, the session, cnf."""
     before = int(time.time())
     token, expires_at = authenticator.login("root", "toor", _CERTIFICATE, _PEER)
     claims = jwt.decode(token, _KEY, algorithms=["HS256"], audience="jobworker.v1")
@@ -130,12 +133,22 @@ def test_login_returns_a_token_of_exactly_the_documented_claims(
         "entry": _entry(_ROOT),
         "exp": issued + _LIFETIME_S,
         "run": 0,
+        "sid": token_id,
+        "auth_time": issued,
+        "session_exp": issued + _LIFETIME_S,
+        "session_run": _LIFETIME_S,
         "cnf": {"x5t#S256": _THUMBPRINT},
     }
     assert expires_at == datetime.fromtimestamp(claims["exp"], UTC)
     assert jwt.get_unverified_header(token)["alg"] == "HS256"
     assert authenticator.authenticate(token, _CERTIFICATE) == Identity(
-        "root", Role.ADMIN, token_id, expires_at, _LIFETIME_S, _entry(_ROOT)
+        "root",
+        Role.ADMIN,
+        token_id,
+        expires_at,
+        _LIFETIME_S,
+        _entry(_ROOT),
+        Session(token_id, issued, issued + _LIFETIME_S, _LIFETIME_S),
     )
 
 
@@ -350,6 +363,10 @@ def _claims(**changes: Any) -> dict[str, Any]:
         "exp": now + _LIFETIME_S,
         "run": 0,
         "jti": _TOKEN_ID,
+        "sid": _TOKEN_ID,
+        "auth_time": now,
+        "session_exp": now + _LIFETIME_S,
+        "session_run": _LIFETIME_S,
         "cnf": {"x5t#S256": _THUMBPRINT},
     } | changes
     return {name: value for name, value in claims.items() if value is not ...}
@@ -408,6 +425,7 @@ def _respelt(token: str) -> str:
     return token[:-1] + _ALPHABET[_ALPHABET.index(token[-1]) + 1]
 
 
+_NO_WHOLE_NUMBERS: list[Any] = [float(_LIFETIME_S), True, None, "0", [0], {}]
 _FORGERIES: dict[str, Callable[[], str]] = {
     # The header
     "alg none": lambda: jwt.encode(_claims(), None, algorithm="none"),
@@ -528,6 +546,15 @@ _FORGERIES: dict[str, Callable[[], str]] = {
     "jti a list": lambda: _token_of_any_type(jti=[_TOKEN_ID]),
     "jti empty": lambda: _token(jti=""),
     "jti of two lines": lambda: _token(jti=f"{_TOKEN_ID}\n"),
+    "sid empty": lambda: _token(sid=""),
+    "sid of two lines": lambda: _token(sid=f"{_TOKEN_ID}\n"),
+    "sid a list": lambda: _token(sid=[_TOKEN_ID]),
+    "session for longer": lambda: _token(session_exp=int(time.time()) + _LIFETIME_S + 3600),
+    **{
+        f"{claim} {value!r}": lambda claim=claim, value=value: _token(**{claim: value})  # type: ignore[misc]
+        for claim in ("auth_time", "session_exp", "session_run")
+        for value in _NO_WHOLE_NUMBERS
+    },
     "jti in upper case": lambda: _token(jti=_TOKEN_ID.upper()),
     # Not tokens
     "empty": str,
@@ -638,10 +665,14 @@ _JSON = st.recursive(
 )
 
 
+_MOMENTS = {"run", "exp", "auth_time", "session_exp", "session_run"}
+
+
 @given(claim=st.sampled_from(sorted(_claims())), value=_JSON)
 def test_claim_of_any_value_is_refused_even_with_the_right_key(claim: str, value: Any) -> None:
     """Only a token as a login writes it is valid, whatever the types of its claims."""
-    assume((claim, type(value)) != ("run", int))  # no other claim tells which number is right
+    # No other claim tells which of the whole numbers is right.
+    assume(claim not in _MOMENTS or type(value) is not int)
     if value != _claims()[claim]:
         token = _token_of_any_type(**{claim: value})
         _assert_refused(Authenticator(users=[_ALICE], key=_KEY), token)
@@ -773,6 +804,122 @@ def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
             _assert_refused(again, token)
             assert again.authenticate(other, _CERTIFICATE)
     assert path.read_text().splitlines() == [f"{identity.token_id} {_LIFETIME_S}"]
+
+
+# --- sessions -----------------------------------------------------------------------------
+
+
+def _with_short_tokens(**options: Any) -> Authenticator:
+    """Tokens of 15 minutes, sessions of an hour."""
+    lifetimes: dict[str, Any] = {
+        "token_lifetime": timedelta(minutes=15),
+        "session_lifetime": timedelta(hours=1),
+    }
+    return Authenticator(users=[_ALICE, _ROOT], key=_KEY, **lifetimes, **options)
+
+
+def test_token_is_refreshed_until_the_session_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each new token has an ID of its own and 15 minutes, the last ones until the session ends.
+
+    The old tokens stay valid until their own expiry, so a lost answer loses nothing.
+    """
+    clocks = _Clocks(monkeypatch)
+    authenticator = _with_short_tokens(running=RunningTime(clock=clocks.durations))
+    token, expires_at = authenticator.login("alice", "secret", _CERTIFICATE, _PEER)
+    first = authenticator.authenticate(token, _CERTIFICATE)
+    began = int(clocks.wall)
+    assert expires_at == datetime.fromtimestamp(began + 900, UTC) == first.expires_at
+    assert first.session == Session(first.token_id, began, began + 3600, 3600)
+    identity, seen = first, {first.token_id}
+    for passed_s, left_s in ((600, 900), (1200, 900), (1800, 900), (2400, 900), (3000, 600)):
+        clocks.wall, clocks.durations.now = began + passed_s, 1000 + passed_s
+        token, expires_at = authenticator.refresh(identity, _CERTIFICATE)
+        assert expires_at == datetime.fromtimestamp(began + passed_s + left_s, UTC)
+        assert authenticator.is_valid(identity)
+        identity = authenticator.authenticate(token, _CERTIFICATE)
+        assert identity.session == first.session
+        seen.add(identity.token_id)
+    assert len(seen) == 6
+    with pytest.raises(TokenError):
+        authenticator.refresh(first, _CERTIFICATE)
+    clocks.wall, clocks.durations.now = began + 3600, 4600
+    for ended in (identity, first):
+        with pytest.raises(TokenError):
+            authenticator.refresh(ended, _CERTIFICATE)
+
+
+def test_clock_that_is_set_back_lengthens_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session ends after an hour of running time, whatever the wall clock says."""
+    clocks = _Clocks(monkeypatch)
+    authenticator = _with_short_tokens(running=RunningTime(clock=clocks.durations))
+    identity = authenticator.authenticate(_login(authenticator), _CERTIFICATE)
+    for passed_s in (800, 1600, 2400, 3200):
+        clocks.durations.now = 1000 + passed_s
+        token, _ = authenticator.refresh(identity, _CERTIFICATE)
+        identity = authenticator.authenticate(token, _CERTIFICATE)
+    clocks.durations.now = 4600
+    _assert_refused(authenticator, token)
+    with pytest.raises(TokenError):
+        authenticator.refresh(identity, _CERTIFICATE)
+
+
+def test_logout_ends_all_tokens_of_its_session(tmp_path: Path) -> None:
+    """Also those that were refreshed, before and after; and after a restart. Other logins go on."""
+    path = tmp_path / "revoked"
+    told: list[str] = []
+    with Revocations(path) as revocations:
+        authenticator = _with_short_tokens(revocations=revocations)
+        old, other = _login(authenticator), _login(authenticator)
+        identity = authenticator.authenticate(old, _CERTIFICATE)
+        new, _ = authenticator.refresh(identity, _CERTIFICATE)
+        newer, _ = authenticator.refresh(identity, _CERTIFICATE)
+        authenticator.watch(
+            authenticator.authenticate(newer, _CERTIFICATE), lambda: told.append(newer)
+        )
+        authenticator.watch(
+            authenticator.authenticate(other, _CERTIFICATE), lambda: told.append(other)
+        )
+        authenticator.logout(authenticator.authenticate(new, _CERTIFICATE))
+        assert told == [newer]
+        with pytest.raises(TokenError):
+            authenticator.refresh(identity, _CERTIFICATE)
+        for token in (old, new, newer):
+            _assert_refused(authenticator, token)
+        assert authenticator.authenticate(other, _CERTIFICATE)
+    assert path.read_text() == f"{identity.session.id} 3600\n"
+    with Revocations(path) as revocations:
+        again = _with_short_tokens(revocations=revocations)
+        for token in (old, new, newer):
+            _assert_refused(again, token)
+        assert again.authenticate(other, _CERTIFICATE)
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_change_of_the_user_ends_the_session(change: str) -> None:
+    """A token whose user is gone, or has another role or password, is not refreshed."""
+    authenticator = _with_short_tokens()
+    identity = authenticator.authenticate(_login(authenticator), _CERTIFICATE)
+    authenticator.set_users(_CHANGES[change])
+    with pytest.raises(TokenError):
+        authenticator.refresh(identity, _CERTIFICATE)
+
+
+def test_refreshed_token_is_bound_to_the_certificate() -> None:
+    """The new token works with the certificate of the login, and with no other."""
+    authenticator = _with_short_tokens()
+    identity = authenticator.authenticate(_login(authenticator), _CERTIFICATE)
+    token, _ = authenticator.refresh(identity, _CERTIFICATE)
+    assert authenticator.authenticate(token, _CERTIFICATE)
+    _assert_refused(authenticator, token, _OTHER_CERTIFICATE)
+
+
+def test_shorter_lifetimes_end_the_longer_tokens(authenticator: Authenticator) -> None:
+    """A restart with shorter lifetimes ends a longer token; one with longer ones ends none."""
+    long, short = _login(authenticator), _login(_with_short_tokens())
+    _assert_refused(_with_short_tokens(), long)
+    assert authenticator.authenticate(short, _CERTIFICATE)
 
 
 _DAY_S = 24 * 3600

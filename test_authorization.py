@@ -176,11 +176,12 @@ class _Mint:
         assert self.assemble(_unbase64(payload)) == f"{header}.{payload}.{signature}"
 
     def token(self, **changes: Any) -> str:
-        """Return a token with changed claims and a new ID; `...` leaves a claim out."""
+        """Return a token of a new session with changed claims; `...` leaves a claim out."""
         return self.assemble(self.payload(**changes))
 
     def payload(self, **changes: Any) -> bytes:
-        claims = self.claims | {"jti": str(uuid.uuid4())} | changes
+        token_id = str(uuid.uuid4())
+        claims = self.claims | {"jti": token_id, "sid": token_id} | changes
         claims = {name: value for name, value in claims.items() if value is not ...}
         return json.dumps(claims, separators=(",", ":")).encode()
 
@@ -804,7 +805,9 @@ _FORGERIES: dict[str, Callable[[_Mint], str]] = {
     "expired": lambda mint: mint.token(**_issued(_LIFETIME_S + 3600)),
     "expired in this second": lambda mint: mint.token(**_issued(_LIFETIME_S)),
     "valid for a second longer": lambda mint: mint.token(exp=mint.claims["exp"] + 1),
-    "valid for a second less": lambda mint: mint.token(exp=mint.claims["exp"] - 1),
+    "session for a second longer": lambda mint: mint.token(
+        session_exp=mint.claims["session_exp"] + 1
+    ),
     **{
         f"{claim} {literal[:9]}": lambda mint, claim=claim, literal=literal: _number(  # type: ignore[misc]
             mint, claim, literal
@@ -859,7 +862,10 @@ _FORGERIES: dict[str, Callable[[_Mint], str]] = {
     "payload nested deeply": lambda mint: mint.assemble(b"[" * 1000),
     **{
         f"{claim} missing": lambda mint, claim=claim: mint.token(**{claim: ...})  # type: ignore[misc]
-        for claim in ("iss", "aud", "sub", "role", "entry", "iat", "exp", "run", "jti", "cnf")
+        for claim in (
+            *("iss", "aud", "sub", "role", "entry", "iat", "exp", "run", "jti", "cnf"),
+            *("sid", "auth_time", "session_exp", "session_run"),
+        )
     },
     # Not tokens
     "nothing": lambda _: "",

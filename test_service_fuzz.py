@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 import authservice_pb2 as auth_pb
 import workerservice_pb2 as worker_pb
-from auth import Authenticator
+from auth import Authenticator, Session
 from calls import (
     _CALLS_OF_ONE,
     _LOGINS_OF_ONE,
@@ -113,9 +113,10 @@ class _Server:
     def token(self, user: str) -> str:
         """Return a valid token. Does not log in, because a login takes long."""
         certificate = ssl.PEM_cert_to_DER_cert((self.certs / "client.pem").read_text())
-        return self._authenticator._token(
-            self._users[user], str(uuid.uuid4()), (int(time.time()), 0), certificate
-        )
+        token_id, now, life_s = str(uuid.uuid4()), int(time.time()), 24 * 3600
+        session = Session(token_id, now, now + life_s, life_s)
+        times = now, 0, now + life_s
+        return self._authenticator._token(self._users[user], session, token_id, times, certificate)
 
     def used(self) -> dict[str, int]:
         return {
