@@ -5,10 +5,11 @@
     with Server(Settings(listen="127.0.0.1:0", enforcement="auto")) as server:
         print(server.address)
 
-The server is the services of `service.py` behind mutual TLS. `settings.py` reads its
-settings. A server started as root gives up root before it listens, and becomes an ordinary
-user. The worker's fork server keeps root: it starts the jobs, and opens the files that the
-server needs again at SIGHUP.
+The server is the services of `service.py` behind mutual TLS. `settings.py` has its settings,
+`serverfiles.py` reads its files, `servercommands.py` has the other commands of the program. A
+server started as root gives up root before it listens, and becomes an ordinary user. The worker's
+fork server keeps root: it starts the jobs, and opens the files that the server needs again at
+SIGHUP.
 
 Threads: `daemon.py` describes those of the process. One of gRPC's threads accepts the calls, and
 the threads of `calls.py` handle them.
@@ -17,7 +18,6 @@ the threads of `calls.py` handle them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import logging
 import os
@@ -26,8 +26,6 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import replace
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Self, cast
 
 # gRPC has no option for the TLS version (grpc#37305). This suite needs a pre-shared key, which
@@ -55,8 +53,7 @@ try:
     from gate import Gate
     from hostaccounts import HostAccounts
     from service import add_services
-    from tls import CertificateError, Certificates, certificate_files
-    from users import SEEDED_USERS, User, has_public_password, parse_users
+    from tls import CertificateError, Certificates
 except ImportError as error:
     sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
 
@@ -68,27 +65,23 @@ import worker
 from adminsocket import AdminSocket, Command
 from descriptors import keep_reserve
 from fileopener import FileOpener
-from privileges import can_change_user
-from settings import Config, Settings, SettingsError, load_config, parse_arguments
-from trustedfiles import (
-    READ_FLAGS,
-    TrustedFiles,
-    UntrustedFileError,
-    check,
-    check_code,
-)
+from servercommands import Call, parse_arguments
+from serverfiles import check_own_code, config_in_force, load_users, read_again, told_if_full
+from serveroptions import OPTIONS, settings_in_force
+from settings import Config, Settings, SettingsError
+from trustedfiles import TrustedFiles, UntrustedFileError, check
 from units import join_address, parse_address
-from useradmin import add_user, ask
 
 # gRPC imports some of its modules late. By then this process may be a user that cannot read them.
 for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
     importlib.import_module(_module.name)
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
+
+    from users import User
 
 __all__ = ["GRPC_OPTIONS", "Server", "main"]
 
@@ -151,19 +144,19 @@ class Server:
             settings.isolation, settings.uids, of_host=settings.accounts == "host"
         )
         self._audit_path = settings.audit_log or settings.state_dir / "audit.log"
-        _check_code(is_isolated=uids is not None)
-        files = _read_again(settings) | {self._audit_path: AUDIT_FLAGS}
+        check_own_code(is_isolated=uids is not None)
+        files = read_again(settings) | {self._audit_path: AUDIT_FLAGS}
         self._files = TrustedFiles(files, private=uids is not None)
         users = self._load_users()
         self._certificates = Certificates(self._files.read, settings.certs)
-        config = _load_config(settings)
+        config = config_in_force(settings)
         self.shutdown_grace_s = config.shutdown_grace_s
         for path in settings.certs.glob("*-key.pem"):
             check(path, private=uids is not None)
         with contextlib.ExitStack() as undo:
             if uids is not None:
                 undo.enter_context(reserved(parse_uids(settings.uids)))
-            with _told_if_full(settings.state_dir):
+            with told_if_full(settings.state_dir):
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 check(settings.state_dir)
                 places = self._places(is_isolated=uids is not None)
@@ -372,7 +365,7 @@ class Server:
         return self._accounts.uid(user), self._accounts.account(user)
 
     def _load_users(self) -> tuple[User, ...]:
-        return _load_users(self._files, self._settings.users, self._host)
+        return load_users(self._files, self._settings.users, self._host)
 
     def __enter__(self) -> Self:
         return self
@@ -381,74 +374,9 @@ class Server:
         self.stop()
 
 
-def _check_code(*, is_isolated: bool) -> None:
-    """Raise `UntrustedFileError` if somebody else could change the program that root runs."""
-    try:
-        check_code()
-    except UntrustedFileError as error:
-        if is_isolated:
-            raise
-        logger.warning("%s", error)
-
-
 def _accounts_of(users: Sequence[User]) -> dict[str, str]:
     """Return the account of the host that each user has where jobs run as accounts."""
     return {user.name: user.account or user.name for user in users}
-
-
-@contextlib.contextmanager
-def _told_if_full(state_dir: Path) -> Iterator[None]:
-    """Have the error of a full disk say which disk it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise SettingsError(
-            f"cannot write to the state directory {state_dir}: {error.strerror}; make room on "
-            "its disk, or move it to another disk and name it with --state-dir"
-        ) from error
-
-
-def _load_config(settings: Settings) -> Config:
-    if settings.config:
-        check(settings.config)
-    config = load_config(settings.config) if settings.config else Config()
-    if settings.max_streams is not None:
-        return replace(config, in_all=replace(config.in_all, streams=settings.max_streams))
-    return config
-
-
-def _read_again(settings: Settings) -> dict[Path, int]:
-    """The files that the server reads at its start and at a reload, with the flags of open(2)."""
-    files = dict.fromkeys(certificate_files(settings.certs), READ_FLAGS)
-    if settings.users:
-        files[settings.users] = READ_FLAGS
-    return files
-
-
-def _load_users(files: TrustedFiles, path: Path | None, host: str) -> tuple[User, ...]:
-    users = parse_users(files.read(path), str(path)) if path else SEEDED_USERS
-    _check_exposure(host, users)
-    return users
-
-
-def _check_exposure(host: str, users: Sequence[User]) -> None:
-    """Raise SettingsError if the server would be reachable from elsewhere with public passwords."""
-    try:
-        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError) as error:  # UnicodeError: the text cannot be a host name
-        reason = getattr(error, "strerror", None) or error
-        raise SettingsError(f"--listen: cannot resolve {host!r}: {reason}") from error
-    if all(ip_address(str(address).partition("%")[0]).is_loopback for address in addresses):
-        return
-    public = [user.name for user in users if has_public_password(user)]
-    if public:
-        raise SettingsError(
-            f"the passwords of {' and '.join(public)} are public, so the server refuses to listen "
-            f"on {host}, and listens on loopback only; give it users of your own with --users "
-            "FILE (this prints a line for it: ./server user NAME --role ROLE)"
-        )
 
 
 def _raise_fd_limit(max_streams: int) -> int:
@@ -485,24 +413,6 @@ def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCre
 # --- the program ------------------------------------------------------------------------
 
 
-def _check_files(settings: Settings) -> int:
-    """Read what a server reads at its start and at a reload; raises the same errors."""
-    host, _ = parse_address(settings.listen)
-    private = settings.isolation != "off" and can_change_user()
-    files = TrustedFiles(_read_again(settings), private=private)
-    _load_config(settings)
-    users = _load_users(files, settings.users, host)
-    Certificates(files.read, settings.certs)
-    print(f"the configuration, {len(users)} users and the certificates are in order")
-    return 0
-
-
-def _check(cgroup_root: Path | None) -> int:
-    findings = hostcheck.check(cgroup_root)
-    print(*findings, sep="\n")
-    return 0 if all(finding.works for finding in findings) else 1
-
-
 def _serve(settings: Settings) -> int:
     daemon.block_signals()  # the fork server gives the jobs an empty mask
     manager = daemon.ServiceManager()
@@ -530,48 +440,19 @@ def _start(settings: Settings) -> Server:
         raise SettingsError("\n".join(lines)) from error
 
 
-def _add_user(settings: Settings, arguments: argparse.Namespace) -> int:
-    if arguments.name != "add":
-        raise SettingsError(f"write `user add {arguments.added}`, or `user {arguments.added}`")
-    add_user(settings, arguments.added, arguments.role, make_account=arguments.make_account)
-    print(f"added {arguments.added} to {settings.users}; a server that runs reads it at SIGHUP")
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 1 for an error. argparse exits with 2."""
     arguments = parse_arguments(argv)
     status = 0
+    options: dict[str, object] = {"config": arguments.config}
     try:
-        if arguments.command == "user" and arguments.added is None:
-            print(ask(arguments.name, arguments.role))
-            return 0
-        settings = Settings(
-            listen=arguments.listen,
-            accounts=arguments.accounts,
-            certs=arguments.certs,
-            users=arguments.users,
-            state_dir=arguments.state_dir,
-            enforcement=arguments.limits,
-            cgroup_root=arguments.cgroup_root,
-            max_streams=arguments.max_streams,
-            config=arguments.config,
-            isolation="require" if arguments.require_isolation else "auto",
-            uids=arguments.uids,
-            audit_log=arguments.audit_log,
-            audit_required=arguments.audit_required,
-        )
-        if arguments.command == "user":
-            return _add_user(settings, arguments)
-        if arguments.command != "check":
-            serverlog.configure(arguments.log_format, arguments.log_level)
-            status = _serve(settings)
-        elif arguments.check_config is None:
-            return _check(arguments.check_root or arguments.cgroup_root)
-        elif arguments.check_config is True:
-            return _check_files(settings)
+        settings, sources = settings_in_force(arguments)
+        options |= {key: getattr(settings, option.field) for key, option in OPTIONS.items()}
+        if arguments.run is not None:
+            status = arguments.run(Call(settings, sources, arguments))
         else:
-            return _check_files(replace(settings, config=arguments.check_config))
+            serverlog.configure(settings.log_format, settings.log_level)
+            status = _serve(settings)
     except (
         SettingsError,
         UntrustedFileError,
@@ -580,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError,
         OSError,
     ) as error:
-        print(f"server: {_explain(error, vars(arguments))}", file=sys.stderr)
+        print(f"server: {_explain(error, options)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

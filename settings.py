@@ -1,7 +1,7 @@
-"""The server's settings: its command line, and the TOML file that `--config` names.
+"""The server's settings: `Settings`, and the TOML file that `--config` names.
 
-    arguments = parse_arguments(["--listen", "127.0.0.1:0", "--config", "limits.toml"])
-    config = load_config(arguments.config)
+    settings = Settings(listen="127.0.0.1:0", config=Path("limits.toml"))
+    config = load_config(settings.config)
 
 The file sets limits, ceilings, quotas and retention:
 
@@ -41,6 +41,9 @@ The file sets limits, ceilings, quotas and retention:
     [retention]                 # how long finished jobs are kept
     age = "12h"
 
+    [server]                    # options of the command line: see serveroptions.py
+    listen = "0.0.0.0:50051"
+
 A key that the file does not name keeps its value from the constants below. "unlimited"
 removes a limit. It is refused for the `streams` of all users, because each stream has a
 thread, and for requests, because a request is held in memory.
@@ -50,7 +53,6 @@ Thread safety: all values are immutable, so threads may share them.
 
 from __future__ import annotations
 
-import argparse
 import re
 import tomllib
 from dataclasses import dataclass, field, fields, replace
@@ -58,31 +60,32 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import serverlog
 from ending import MAX_GRACE_S, Ending
 from environment import problem_of
 from limits import Bounds, Limits
 from units import parse_duration, parse_size
-from users import Role
-from version import VERSION
 from worker import Retention
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from worker import Enforcement
 
 __all__ = [
+    "SERVER",
+    "STREAMS_IN_ALL",
+    "TABLES",
     "Config",
     "ConfigError",
+    "ConfigFile",
+    "Key",
     "LimitError",
     "Quota",
     "Requests",
     "Settings",
     "SettingsError",
     "load_config",
-    "parse_arguments",
 ]
 
 _HERE = Path(__file__).resolve().parent
@@ -117,7 +120,7 @@ _MAX_GRACE = int(MAX_GRACE_S)
 
 
 @dataclass(frozen=True, slots=True)
-class _Key:
+class Key:
     """A key of the file: the field that it sets, and the values that it accepts."""
 
     field: str
@@ -151,61 +154,62 @@ class _Key:
 # The tables of the file and their keys. A table sets fields of the `Config` attribute of the
 # same name, or of `Config` itself if there is no such attribute.
 _KEYS: Final = {
-    "cpu_cores": _Key("cpu_cores", _NUMBER, minimum=0.01),
-    "memory": _Key("memory_bytes", _SIZE),
-    "swap": _Key("swap_bytes", _SIZE, minimum=0),
-    "io_read": _Key("io_read_bps", _SIZE),
-    "io_write": _Key("io_write_bps", _SIZE),
-    "io_read_iops": _Key("io_read_iops", _WHOLE),
-    "io_write_iops": _Key("io_write_iops", _WHOLE),
-    "pids": _Key("pids", _WHOLE),
+    "cpu_cores": Key("cpu_cores", _NUMBER, minimum=0.01),
+    "memory": Key("memory_bytes", _SIZE),
+    "swap": Key("swap_bytes", _SIZE, minimum=0),
+    "io_read": Key("io_read_bps", _SIZE),
+    "io_write": Key("io_write_bps", _SIZE),
+    "io_read_iops": Key("io_read_iops", _WHOLE),
+    "io_write_iops": Key("io_write_iops", _WHOLE),
+    "pids": Key("pids", _WHOLE),
 }
 _QUOTA_KEYS: Final = {
-    "running_jobs": _Key("running_jobs", _WHOLE),
-    "running_argv": _Key("argv_bytes", _SIZE),
-    "streams": _Key("streams", _WHOLE),
-    "starts_per_second": _Key("starts_per_second", _NUMBER, minimum=0.01),
-    "start_burst": _Key("start_burst", _WHOLE),
-    "kept_output": _Key("output_bytes", _SIZE),
+    "running_jobs": Key("running_jobs", _WHOLE),
+    "running_argv": Key("argv_bytes", _SIZE),
+    "streams": Key("streams", _WHOLE),
+    "starts_per_second": Key("starts_per_second", _NUMBER, minimum=0.01),
+    "start_burst": Key("start_burst", _WHOLE),
+    "kept_output": Key("output_bytes", _SIZE),
 }
 # The maximum is finite because each stream has a thread.
-_STREAMS_IN_ALL: Final = _Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
-_TABLES: Final = {
+STREAMS_IN_ALL: Final = Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
+TABLES: Final = {
     "defaults": _KEYS,
     "ceilings": _KEYS,
     "per_user": _QUOTA_KEYS,
-    "in_all": {**_QUOTA_KEYS, "streams": _STREAMS_IN_ALL},
-    "per_job": {"kept_output": _Key("job_output_bytes", _SIZE)},
+    "in_all": {**_QUOTA_KEYS, "streams": STREAMS_IN_ALL},
+    "per_job": {"kept_output": Key("job_output_bytes", _SIZE)},
     "requests": {
         # The minimum leaves room for a login.
-        "size": _Key("size", _SIZE, minimum=4 * _KIB, maximum=_INT32_MAX, may_be_unlimited=False),
-        "args": _Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
-        "arg_length": _Key("arg_length", _SIZE, may_be_unlimited=False),
+        "size": Key("size", _SIZE, minimum=4 * _KIB, maximum=_INT32_MAX, may_be_unlimited=False),
+        "args": Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
+        "arg_length": Key("arg_length", _SIZE, may_be_unlimited=False),
     },
     "all_jobs": {
-        "memory": _Key("memory_bytes", _SIZE, minimum=_MIB, may_be_unlimited=False),
-        "pids": _Key("pids", _WHOLE, maximum=1 << 22, may_be_unlimited=False),
-        "cgroups": _Key("cgroups", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
-        "cgroup_depth": _Key("cgroup_depth", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
+        "memory": Key("memory_bytes", _SIZE, minimum=_MIB, may_be_unlimited=False),
+        "pids": Key("pids", _WHOLE, maximum=1 << 22, may_be_unlimited=False),
+        "cgroups": Key("cgroups", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
+        "cgroup_depth": Key("cgroup_depth", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
     },
-    "disk": {"reserve": _Key("disk_reserve_bytes", _SIZE, minimum=0, may_be_unlimited=False)},
+    "disk": {"reserve": Key("disk_reserve_bytes", _SIZE, minimum=0, may_be_unlimited=False)},
     "ending": {
-        "timeout": _Key("timeout", _TIME, minimum=0.001),
-        "grace": _Key("grace", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
-        "linger": _Key("linger", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
+        "timeout": Key("timeout", _TIME, minimum=0.001),
+        "grace": Key("grace", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
+        "linger": Key("linger", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
     },
     # The systemd unit kills the server after 15 s.
-    "shutdown": {"grace": _Key("shutdown_grace_s", _TIME, 0, _MAX_GRACE, may_be_unlimited=False)},
+    "shutdown": {"grace": Key("shutdown_grace_s", _TIME, 0, _MAX_GRACE, may_be_unlimited=False)},
     "retention": {
-        "age": _Key("age_s", _TIME, minimum=0),
-        "jobs": _Key("jobs", _WHOLE),
-        "output": _Key("output_bytes", _SIZE, minimum=0),
-        "argv": _Key("argv_bytes", _SIZE, minimum=0),
+        "age": Key("age_s", _TIME, minimum=0),
+        "jobs": Key("jobs", _WHOLE),
+        "output": Key("output_bytes", _SIZE, minimum=0),
+        "argv": Key("argv_bytes", _SIZE, minimum=0),
     },
 }
 
 
 _ENVIRONMENT: Final = "environment"  # the table whose keys the operator chooses
+SERVER: Final = "server"  # the table of options, which serveroptions.py reads
 
 
 class ConfigError(ValueError):
@@ -316,24 +320,18 @@ class Config:
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Read the file. Raises OSError, `ConfigError`."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        tables = tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
-    source = _Source(path, text)
+    """Read all tables of the file but [server]. Raises OSError, `ConfigError`."""
+    source = ConfigFile.read(Path(path))
+    tables = source.tables
     config = Config()
     for name, table in tables.items():
+        if name == SERVER and isinstance(table, dict):
+            continue
         if name == _ENVIRONMENT and isinstance(table, dict):
             config = replace(config, environment=_variables(source, table))
             continue
-        if name not in _TABLES or not isinstance(table, dict):
-            known = [f"[{table}]" for table in (*_TABLES, _ENVIRONMENT)]
+        if name not in TABLES or not isinstance(table, dict):
+            known = [f"[{table}]" for table in (*TABLES, _ENVIRONMENT, SERVER)]
             problem = f"unknown; the tables are {', '.join(known[:-1])} and {known[-1]}"
             raise source.error(name, "", problem)
         values = getattr(config, name, config)
@@ -350,7 +348,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     return config
 
 
-def _variables(source: _Source, table: Mapping[str, Any]) -> Mapping[str, str]:
+def _variables(source: ConfigFile, table: Mapping[str, Any]) -> Mapping[str, str]:
     for name, value in table.items():
         problem = problem_of({name: value}) if isinstance(value, str) else f"cannot be {value!r}"
         if problem:
@@ -360,11 +358,11 @@ def _variables(source: _Source, table: Mapping[str, Any]) -> Mapping[str, str]:
     return MappingProxyType(dict(table))
 
 
-def _set(source: _Source, table: str, key: str, written: Any, values: Any) -> Any:
+def _set(source: ConfigFile, table: str, key: str, written: Any, values: Any) -> Any:
     """Return a copy of the dataclass `values` with the field that `key` sets."""
-    kind = _TABLES[table].get(key)
+    kind = TABLES[table].get(key)
     if kind is None:
-        raise source.error(table, key, f"unknown; the keys are {', '.join(_TABLES[table])}")
+        raise source.error(table, key, f"unknown; the keys are {', '.join(TABLES[table])}")
     try:
         return replace(values, **{kind.field: kind.value(written)})
     except ValueError as error:
@@ -372,19 +370,35 @@ def _set(source: _Source, table: str, key: str, written: Any, values: Any) -> An
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """The text of the file, for the line numbers of errors: tomllib does not keep them."""
+class ConfigFile:
+    """The file: its tables, and its text for the line numbers, which tomllib does not keep."""
 
     path: Path
     text: str
+    tables: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """Read the file. Raises OSError, and `ConfigError` if it is not TOML."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls(path, text, tomllib.loads(text))
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise ConfigError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not TOML: {error}") from error
 
     def error(self, table: str, key: str, problem: str) -> ConfigError:
         """Return the error for `key` of `table`, or for the table if `key` is ""."""
         name = f"{table}.{key}" if key else table
+        return ConfigError(f"{self.where(table, key)}: {name}: {problem}")
+
+    def where(self, table: str, key: str) -> str:
+        """Return the path and the line of `key`, or of the table if `key` is ""."""
         # A key of an inline table has no line of its own, so its table's line is reported.
         number = self._line(table, key) or self._line(table, "")
-        where = f"{self.path}, line {number}" if number else str(self.path)
-        return ConfigError(f"{where}: {name}: {problem}")
+        return f"{self.path}, line {number}" if number else str(self.path)
 
     def _line(self, table: str, key: str) -> int | None:
         current = ""
@@ -399,7 +413,7 @@ class _Source:
         return None
 
 
-# --- the command line -----------------------------------------------------------------------
+# --- the table [server], which is also the command line ---------------------------------------
 
 
 class SettingsError(Exception):
@@ -408,7 +422,7 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of the command line, with their defaults."""
+    """What the server is started with: the options of serveroptions.py, with their defaults."""
 
     listen: str = DEFAULT_LISTEN
     """HOST:PORT, or [HOST]:PORT for IPv6; port 0 for any free one."""
@@ -423,7 +437,8 @@ class Settings:
     max_streams: int | None = None
     """The quota of streams of all users; None for that of the configuration file."""
     config: Path | None = None
-    """The configuration file; None for the constants of this module."""
+    """The configuration file; None for the constants of this module. Its table [server] is for the
+    program `server`, which makes these settings of it and of the command line."""
     isolation: Literal["require", "auto", "off"] = "off"
     """Whether the jobs of each user run as a uid of their own, and this process gives up root
     for good. "require": refuse to start without that. "auto": if possible."""
@@ -435,151 +450,6 @@ class Settings:
     """None for audit.log in `state_dir`."""
     audit_required: bool = False
     """Whether the server refuses a call that it cannot record."""
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the server's command line; exits for `--help` and wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog="server",
-        description="Run commands for clients that log in over mutual TLS.",
-        epilog="SIGTERM or Ctrl-C stops the server and every job. SIGHUP makes it read the "
-        "certificates and the users again, and reopen the audit log.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"job-worker {VERSION}")
-    for option, keywords in _OPTIONS.items():
-        parser.add_argument(option, **keywords)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
-    user = commands.add_parser(
-        "user",
-        help="print an entry for the users file, or add one to it",
-        description="Ask for a password and print an entry for the file that --users names; with "
-        "`add` before the name, add it to this file. Example: server --users FILE user add alice",
-    )
-    user.add_argument("name", metavar="[add] NAME")
-    user.add_argument("added", metavar="", nargs="?")
-    user.add_argument(
-        "--make-account",
-        action="store_true",
-        help="with `add`: make an account of this host for the user, with a uid of --uids and a "
-        "home in the state directory, or with --accounts host as useradd chooses; an account of "
-        "that name that exists is used",
-    )
-    user.add_argument("--role", choices=[role.value for role in Role], default="user")
-    check = commands.add_parser(
-        "check",
-        help="show which limits this host can enforce, and what to do about the others",
-        description="Run test jobs to find out which limits this host can enforce for this "
-        "user. The exit status is 0 if it can enforce all; then --limits require works.",
-    )
-    check.add_argument(
-        "--cgroup-root", metavar="PATH", type=Path, help="as for the server", dest="check_root"
-    )
-    check.add_argument(
-        "--config",
-        metavar="FILE",
-        nargs="?",
-        type=Path,
-        const=True,
-        dest="check_config",
-        help="run no jobs; read the files that the server reads (--config, --users, --certs, "
-        "which precede `check`), and say what is wrong with them; FILE stands for --config",
-    )
-    return parser.parse_args(argv)
-
-
-def _streams(text: str) -> int:
-    try:
-        _STREAMS_IN_ALL.value(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; write {_STREAMS_IN_ALL.right_form}") from None
-    return int(text)
-
-
-_SETTINGS: Final = Settings()
-# The options, with the keywords of `ArgumentParser.add_argument`.
-_OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
-    "--listen": {
-        "metavar": "HOST:PORT",
-        "default": _SETTINGS.listen,
-        "help": "the address to listen on; port 0 takes a free one (default: %(default)s)",
-    },
-    "--certs": {
-        "metavar": "DIR",
-        "type": Path,
-        "default": _SETTINGS.certs,
-        "help": "the directory of server.pem, server-key.pem and client-ca.pem "
-        "(default: %(default)s)",
-    },
-    "--users": {
-        "metavar": "FILE",
-        "type": Path,
-        "help": "the users, one in a line, in place of the two seeded users; "
-        "`server user` prints a line",
-    },
-    "--state-dir": {
-        "metavar": "DIR",
-        "type": Path,
-        "default": _SETTINGS.state_dir,
-        "help": "the directory for the token key, the users' uids and the output "
-        "(default: ./%(default)s)",
-    },
-    "--limits": {
-        "choices": ("require", "auto", "off"),
-        "default": _SETTINGS.enforcement,
-        "help": "if this host cannot enforce every limit of a job: refuse to start; enforce the "
-        "others and warn; off enforces none (default: %(default)s)",
-    },
-    "--cgroup-root": {
-        "metavar": "PATH",
-        "type": Path,
-        "help": "the cgroup v2 directory to work below (default: the server's own cgroup)",
-    },
-    "--max-streams": {
-        "metavar": "N",
-        "type": _streams,
-        "help": "the most output streams open at once, in place of the configuration's",
-    },
-    "--config": {
-        "metavar": "FILE",
-        "type": Path,
-        "help": "a TOML file with the jobs' limits, the users' quotas and the retention",
-    },
-    "--uids": {
-        "metavar": "FIRST-LAST",
-        "default": _SETTINGS.uids,
-        "help": "a server started as root becomes the first of these users, and runs the jobs of "
-        "each of its own users as one of the others (default: %(default)s)",
-    },
-    "--accounts": {
-        "choices": ("range", "host"),
-        "default": _SETTINGS.accounts,
-        "help": "what the jobs of a server that was started as root run as: a uid of --uids, with "
-        "a home in the state directory; or the host's account of the user's name, or of the name "
-        "that the users file has after a third colon (default: %(default)s)",
-    },
-    "--require-isolation": {
-        "action": "store_true",
-        "help": "refuse to start if jobs would have to run as the server's own user",
-    },
-    "--audit-log": {
-        "metavar": "FILE",
-        "type": Path,
-        "help": "the file for a line of JSON about every call (default: audit.log in the state "
-        "directory)",
-    },
-    "--audit-required": {
-        "action": "store_true",
-        "help": "refuse calls that cannot be recorded",
-    },
-    "--log-format": {
-        "choices": serverlog.FORMATS,
-        "default": "text",
-        "help": "what a line of the server's own log on stderr is (default: %(default)s)",
-    },
-    "--log-level": {
-        "choices": serverlog.LEVELS,
-        "default": "info",
-        "help": "the least important lines that the log has (default: %(default)s)",
-    },
-}
+    log_format: str = "text"
+    log_level: str = "info"
+    """How the program writes its own log: see serverlog.py."""

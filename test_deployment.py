@@ -28,7 +28,9 @@ import server
 import workerservice_pb2 as worker_pb
 from accounts import parse_uids
 from client import Client, ClientError
-from settings import Config, parse_arguments
+from servercommands import parse_arguments
+from serveroptions import settings_in_force
+from settings import Config, Settings
 from testkit import GUARD_S, ServerProgram, fork_server_of
 from worker import Worker
 
@@ -150,19 +152,25 @@ def test_unit_refuses_what_jobs_could_hold_up_others_with(
 # --- the unit against the program ---------------------------------------------------------------
 
 
+def _settings(options: list[str]) -> Settings:
+    arguments = parse_arguments(options)
+    assert arguments.command is None
+    return settings_in_force(arguments)[0]
+
+
 def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> None:
     """The server has every option of the unit. Users, isolation, limits and audit are required."""
     (command,) = unit["ExecStart"]
     program, *options = shlex.split(command)
     assert program == f"/{_INSTALLED}/server"
-    arguments = parse_arguments(options)
-    assert arguments.command is None
-    assert arguments.limits == "require"
-    assert arguments.require_isolation
-    assert arguments.audit_required
-    for path in (arguments.users, arguments.certs, arguments.state_dir):
+    settings = _settings(options)
+    assert settings.enforcement == "require"
+    assert settings.isolation == "require"
+    assert settings.audit_required
+    for path in (settings.users, settings.certs, settings.state_dir):
+        assert path
         assert path.is_absolute()
-    assert arguments.state_dir == Path("/var/lib", *unit["StateDirectory"])
+    assert settings.state_dir == Path("/var/lib", *unit["StateDirectory"])
     assert unit["StateDirectoryMode"] == ["0711"]
 
 
@@ -179,12 +187,12 @@ def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
     """The paths and uids in the instructions are those of the unit."""
     (command,) = unit["ExecStart"]
     program, *options = shlex.split(command)
-    arguments = parse_arguments(options)
+    settings = _settings(options)
     text = (_HERE / "docs" / "security.md").read_text(encoding="utf-8")
-    for path in (arguments.certs, arguments.users, arguments.state_dir / "audit.log"):
+    for path in (settings.certs, settings.users, settings.state_dir / "audit.log"):
         assert str(path) in text
     assert str(Path(program).parent) in text
-    jobs = parse_uids(arguments.uids)[1:]
+    jobs = parse_uids(settings.uids)[1:]
     assert f"skuid {jobs.start}-{jobs.stop - 1} " in text
 
 

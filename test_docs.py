@@ -153,7 +153,7 @@ def _explained_statuses() -> set[str]:
 
 @pytest.mark.parametrize(
     ("table", "key"),
-    [(table, key) for table in settings._TABLES for key in settings._TABLES[table]],
+    [(table, key) for table in settings.TABLES for key in settings.TABLES[table]],
 )
 def test_every_key_of_the_configuration_is_described(
     readme: str, reference: str, table: str, key: str
@@ -178,13 +178,13 @@ def test_tables_that_are_shown_in_full_have_the_defaults(reference: str, tmp_pat
     assert settings.load_config(tmp_path / "defaults.toml") == settings.Config()
     tables = tomllib.loads(block)
     for name in ("per_job", "requests", "retention"):
-        assert set(tables[name]) == set(settings._TABLES[name])
+        assert set(tables[name]) == set(settings.TABLES[name])
 
 
 def test_ceilings_of_users_that_are_shown_are_the_defaults(reference: str, tmp_path: Path) -> None:
     """The rows of the table are all keys of [per_user] and [in_all]."""
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \|", reference, re.MULTILINE)
-    assert {key for key, _, _ in rows} == set(settings._TABLES["per_user"])
+    assert {key for key, _, _ in rows} == set(settings.TABLES["per_user"])
     text = "".join(
         f"[{table}]\n"
         + "".join(
@@ -210,7 +210,7 @@ def test_limits_that_readme_shows_are_the_defaults(readme: str) -> None:
             getattr(settings.DEFAULTS, kind.field),
             getattr(settings.CEILINGS, kind.field),
         )
-        for key, kind in settings._TABLES["defaults"].items()
+        for key, kind in settings.TABLES["defaults"].items()
     }
 
 
@@ -462,8 +462,8 @@ def test_contributing_names_all_places_for_something_new(kind: str) -> None:
     ("kind", "names"),
     [
         ("RPC", _METHODS),
-        ("limit of a job", [kind.field for kind in settings._TABLES["defaults"].values()]),
-        ("ceiling of a user", list(settings._TABLES["per_user"])),
+        ("limit of a job", [kind.field for kind in settings.TABLES["defaults"].values()]),
+        ("ceiling of a user", list(settings.TABLES["per_user"])),
     ],
     ids=["RPC", "limit", "ceiling"],
 )

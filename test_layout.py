@@ -92,7 +92,10 @@ _MODULES = {
         "lists": "auth gate jobmessages worker workerservice_pb2; quotas untaken",
         "service": "auth durations finding gate inputcalls jobmessages lists quotas starts untaken "
         f"worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
-        "settings": "ending environment limits serverlog units users version worker",
+        "settings": "ending environment limits units worker",
+        "serveroptions": "serverlog settings trustedfiles",
+        "serverfiles": "privileges settings tls trustedfiles units users",
+        "servercommands": "hostcheck serverfiles serveroptions settings useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
         "serverlog": "",
@@ -102,8 +105,8 @@ _MODULES = {
         "serverstatus": "units version; quotas worker",
         "useradmin": "accounts settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors fileopener gate grpc "
-        "hostaccounts hostcheck privileges serverlog serverstatus service settings tls "
-        "trustedfiles units useradmin users worker",
+        "hostaccounts hostcheck servercommands serverfiles serverlog serveroptions serverstatus "
+        "service settings tls trustedfiles units worker; users",
     },
     "client": {
         "sending": "",
@@ -180,6 +183,8 @@ _TESTED_WITH = {
     "privileges": "isolation",
     "localserver": "adminsocket",
     "serverstatus": "adminsocket",
+    "serverfiles": "server",
+    "servercommands": "server",
 }
 
 # Private parts of gRPC and argparse that this project once relied on or was tempted by.

@@ -200,16 +200,16 @@ def test_finished_jobs_leave_room_for_output_of_running_ones() -> None:
 )
 def test_every_field_has_a_key(table: str, fields: tuple[str, ...]) -> None:
     """One key sets each field."""
-    assert sorted(kind.field for kind in settings._TABLES[table].values()) == sorted(fields)
+    assert sorted(kind.field for kind in settings.TABLES[table].values()) == sorted(fields)
 
 
 @pytest.mark.parametrize(
     ("table", "name"),
-    [(table, name) for table in settings._TABLES for name in settings._TABLES[table]],
+    [(table, name) for table in settings.TABLES for name in settings.TABLES[table]],
 )
 def test_constant_is_a_value_that_the_file_may_have(table: str, name: str) -> None:
     """The range of a key includes its default."""
-    key = settings._TABLES[table][name]
+    key = settings.TABLES[table][name]
     constant = getattr(getattr(Config(), table, Config()), key.field)
     if constant is None and not key.may_be_unlimited:
         return  # a rule of the library takes the place of a constant
@@ -236,7 +236,7 @@ def test_every_way_to_write_toml_is_the_same(load: Load, text: str) -> None:
 _KEYS = "unknown; the keys are cpu_cores, memory, swap, io_read, io_write, io_read_iops"
 _TABLES = (
     "unknown; the tables are [defaults], [ceilings], [per_user], [in_all], [per_job], [requests], "
-    "[all_jobs], [disk], [ending], [shutdown], [retention] and [environment]"
+    "[all_jobs], [disk], [ending], [shutdown], [retention], [environment] and [server]"
 )
 _QUOTA_KEYS = (
     "unknown; the keys are running_jobs, running_argv, streams, starts_per_second, start_burst, "

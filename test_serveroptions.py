@@ -1,0 +1,164 @@
+"""Tests of the server's options: the command line and the table [server] of the configuration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from servercommands import parse_arguments
+from serveroptions import COMMAND_LINE, DEFAULT, OPTIONS, PROGRAM_DEFAULTS, settings_in_force
+from settings import ConfigError, Settings
+from trustedfiles import UntrustedFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Read = Callable[..., tuple[Settings, dict[str, str]]]
+
+# For each option a value in the file, the words of the command line that mean the same, and what
+# the field is then. {here} is the directory of the file.
+_VALUES: dict[str, tuple[str, list[str], Any]] = {
+    "listen": ('"[::1]:0"', ["[::1]:0"], "[::1]:0"),
+    "certs": ('"c"', ["{here}/c"], "{here}/c"),
+    "users": ('"u"', ["{here}/u"], "{here}/u"),
+    "state_dir": ('"/var/s"', ["/var/s"], "/var/s"),
+    "limits": ('"auto"', ["auto"], "auto"),
+    "cgroup_root": ('"/sys/x"', ["/sys/x"], "/sys/x"),
+    "max_streams": ("7", ["7"], 7),
+    "uids": ('"80000-80009"', ["80000-80009"], "80000-80009"),
+    "accounts": ('"host"', ["host"], "host"),
+    "require_isolation": ("true", [], "require"),
+    "audit_log": ('"a.log"', ["{here}/a.log"], "{here}/a.log"),
+    "audit_required": ("true", [], True),
+    "log_format": ('"json"', ["json"], "json"),
+    "log_level": ('"debug"', ["debug"], "debug"),
+}
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """The settings of a file with this text ("" for no file) and these words."""
+
+    def read(text: str, *words: str) -> tuple[Settings, dict[str, str]]:
+        path = tmp_path / "server.toml"
+        path.write_text(text)
+        config = ["--config", str(path)] if text else []
+        return settings_in_force(parse_arguments([*config, *words]))
+
+    return read
+
+
+def test_without_file_and_words_everything_is_a_default(read: Read) -> None:
+    """The program isolates jobs if it can; otherwise its defaults are those of `Settings`."""
+    settings, sources = read("")
+    assert settings == PROGRAM_DEFAULTS == Settings(isolation="auto")
+    assert set(sources.values()) == {DEFAULT}
+
+
+def test_every_option_is_a_field_and_has_a_case_below() -> None:
+    """Each field of `Settings` but the file itself is the field of one option."""
+    assert sorted([*(option.field for option in OPTIONS.values()), "config"]) == sorted(
+        Settings.__slots__
+    )
+    assert set(_VALUES) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_option_means_the_same_in_the_file_and_on_the_command_line(
+    read: Read, tmp_path: Path, key: str
+) -> None:
+    """A relative path of the file begins in the directory of the file."""
+    written, words, expected = _VALUES[key]
+    if isinstance(expected, str):
+        expected = expected.format(here=tmp_path)
+    flag = f"--{key.replace('_', '-')}"
+    of_file, sources = read(f"# ours\n[server]\n\n{key} = {written}\n")
+    value = getattr(of_file, OPTIONS[key].field)
+    assert (str(value) if isinstance(value, Path) else value) == expected
+    assert sources.pop(key) == f"{tmp_path / 'server.toml'}, line 4"
+    assert set(sources.values()) == {DEFAULT}
+    of_words, sources = read("", flag, *(word.format(here=tmp_path) for word in words))
+    assert getattr(of_words, OPTIONS[key].field) == value
+    assert sources[key] == COMMAND_LINE
+
+
+def test_command_line_counts_more_than_the_file(read: Read) -> None:
+    """What the command line does not say stays as in the file."""
+    settings, sources = read('[server]\nuids = "1-2"\nmax_streams = 3', "--max-streams", "4")
+    assert (settings.max_streams, settings.uids) == (4, "1-2")
+    assert sources["max_streams"] == COMMAND_LINE
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("listn = 'x'", "server.listn: unknown; the keys are listen, certs, "),
+        ("config = 'x'", "server.config: unknown; the keys are "),
+        ("listen = 1", "server.listen: cannot be 1; write text in quotes"),
+        ("users = ''", "server.users: must not be empty"),
+        ("limits = 'no'", "server.limits: cannot be 'no'; write one of require, auto, off"),
+        ("audit_required = 'yes'", "server.audit_required: cannot be 'yes'; write true or false"),
+        ("max_streams = true", "server.max_streams: cannot be True; write a whole number"),
+        ("max_streams = 0", "server.max_streams: must be at least 1, not 0; write a whole number"),
+    ],
+)
+def test_mistake_in_the_file_is_told_with_its_line(read: Read, line: str, problem: str) -> None:
+    """And with the right form."""
+    with pytest.raises(ConfigError, match=rf"server\.toml, line 2: {re.escape(problem)}"):
+        read(f"[server]\n{line}\n")
+
+
+def test_server_that_is_no_table_is_a_mistake(read: Read) -> None:
+    """So is [[server]]."""
+    for text in ("server = 3", "[[server]]\nlisten = 'x'"):
+        with pytest.raises(ConfigError, match=r"line 1: server: not a table; write \[server\]"):
+            read(text)
+
+
+def test_false_is_the_default_of_a_flag(read: Read) -> None:
+    """The file may say so."""
+    settings, sources = read("[server]\nrequire_isolation = false\naudit_required = false")
+    assert settings.isolation == "auto"
+    assert not settings.audit_required
+    assert sources["require_isolation"].endswith("line 2")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--limits", "no"], "--limits: cannot be 'no'; write one of require, auto, off"),
+        (["--max-streams", "x"], "--max-streams: cannot be 'x'; write a whole number"),
+        (["--state-dir", ""], "--state-dir: must not be empty"),
+        (["--stat=x"], "unrecognized arguments"),
+    ],
+)
+def test_mistake_on_the_command_line_is_told(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """argparse exits with 2."""
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(words)
+    assert end.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_file_that_others_could_change_is_not_read(public: Path) -> None:
+    """It decides what runs as root."""
+    path = public / "server.toml"
+    path.write_text("[server]\n")
+    arguments = parse_arguments(["--config", str(path)])
+    settings_in_force(arguments)
+    path.chmod(0o666)
+    with pytest.raises(UntrustedFileError, match="chmod go-w"):
+        settings_in_force(arguments)
+
+
+def test_check_takes_the_file_after_its_name(tmp_path: Path) -> None:
+    """`check --config FILE` reads also the options of this file."""
+    path = tmp_path / "server.toml"
+    path.write_text("[server]\nuids = '5-6'")
+    arguments = parse_arguments(["check", "--config", str(path)])
+    assert settings_in_force(arguments)[0].uids == "5-6"
