@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import hostcheck
+from configreport import report
 from serverfiles import check_files, config_in_force
 from serveroptions import add_options
 from settings import Settings, SettingsError
@@ -139,7 +140,27 @@ def _run_check(call: Call) -> int:
     return 0
 
 
+# --- config -----------------------------------------------------------------------------------
+
+
+def _add_nothing(_: argparse.ArgumentParser) -> None:
+    """The command has no arguments of its own."""
+
+
+def _run_config(call: Call) -> int:
+    print(report(call.settings, call.sources, config_in_force(call.settings)))
+    return 0
+
+
 _COMMANDS: Final = {
+    "config": _Command(
+        "print every setting in force, and where its value comes from",
+        "Print the settings that a server with the same options would have, each with the place\n"
+        "of its value: default, option, or line of the file. The output is a configuration file.\n"
+        "Example: server --config /etc/job-worker/server.toml config",
+        _add_nothing,
+        _run_config,
+    ),
     "user": _Command(
         "print an entry for the users file, or add one to it",
         "Ask for a password and print an entry for the file that --users names; with `add` before\n"

@@ -73,9 +73,13 @@ if TYPE_CHECKING:
     from worker import Enforcement
 
 __all__ = [
+    "ENVIRONMENT",
     "SERVER",
+    "SIZE",
     "STREAMS_IN_ALL",
     "TABLES",
+    "TIME",
+    "UNLIMITED",
     "Config",
     "ConfigError",
     "ConfigFile",
@@ -107,15 +111,15 @@ CEILINGS: Final = Limits(
     pids=4096,
 )
 
-_UNLIMITED = "unlimited"
+UNLIMITED = "unlimited"
 _INT64_MAX = (1 << 63) - 1
 _INT32_MAX = (1 << 31) - 1  # the highest value of a gRPC option
 
 # The forms of a value in the file.
-_SIZE = 'a size like "256M"'
+SIZE = 'a size like "256M"'
 _WHOLE = "a whole number"
 _NUMBER = "a number like 0.5"
-_TIME = 'a time like "7d"'
+TIME = 'a time like "7d"'
 _MAX_GRACE = int(MAX_GRACE_S)
 
 
@@ -131,17 +135,17 @@ class Key:
 
     @property
     def right_form(self) -> str:
-        return self.form + (f', or "{_UNLIMITED}"' if self.may_be_unlimited else "")
+        return self.form + (f', or "{UNLIMITED}"' if self.may_be_unlimited else "")
 
     def value(self, written: Any) -> float | None:
         """Convert a value of the file; None for "unlimited". Raises ValueError."""
-        if self.may_be_unlimited and written == _UNLIMITED:
+        if self.may_be_unlimited and written == UNLIMITED:
             return None
-        if self.form == _SIZE and isinstance(written, str):
+        if self.form == SIZE and isinstance(written, str):
             written = parse_size(written)
-        if self.form == _TIME and isinstance(written, str):
+        if self.form == TIME and isinstance(written, str):
             written = parse_duration(written)
-        number = int | float if self.form in {_NUMBER, _TIME} else int
+        number = int | float if self.form in {_NUMBER, TIME} else int
         if not isinstance(written, number) or isinstance(written, bool):
             raise ValueError(f"cannot be {written!r}")  # noqa: TRY004 -- callers expect one error
         if not written >= self.minimum:  # `written < minimum` would accept not-a-number
@@ -155,21 +159,21 @@ class Key:
 # same name, or of `Config` itself if there is no such attribute.
 _KEYS: Final = {
     "cpu_cores": Key("cpu_cores", _NUMBER, minimum=0.01),
-    "memory": Key("memory_bytes", _SIZE),
-    "swap": Key("swap_bytes", _SIZE, minimum=0),
-    "io_read": Key("io_read_bps", _SIZE),
-    "io_write": Key("io_write_bps", _SIZE),
+    "memory": Key("memory_bytes", SIZE),
+    "swap": Key("swap_bytes", SIZE, minimum=0),
+    "io_read": Key("io_read_bps", SIZE),
+    "io_write": Key("io_write_bps", SIZE),
     "io_read_iops": Key("io_read_iops", _WHOLE),
     "io_write_iops": Key("io_write_iops", _WHOLE),
     "pids": Key("pids", _WHOLE),
 }
 _QUOTA_KEYS: Final = {
     "running_jobs": Key("running_jobs", _WHOLE),
-    "running_argv": Key("argv_bytes", _SIZE),
+    "running_argv": Key("argv_bytes", SIZE),
     "streams": Key("streams", _WHOLE),
     "starts_per_second": Key("starts_per_second", _NUMBER, minimum=0.01),
     "start_burst": Key("start_burst", _WHOLE),
-    "kept_output": Key("output_bytes", _SIZE),
+    "kept_output": Key("output_bytes", SIZE),
 }
 # The maximum is finite because each stream has a thread.
 STREAMS_IN_ALL: Final = Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
@@ -178,37 +182,37 @@ TABLES: Final = {
     "ceilings": _KEYS,
     "per_user": _QUOTA_KEYS,
     "in_all": {**_QUOTA_KEYS, "streams": STREAMS_IN_ALL},
-    "per_job": {"kept_output": Key("job_output_bytes", _SIZE)},
+    "per_job": {"kept_output": Key("job_output_bytes", SIZE)},
     "requests": {
         # The minimum leaves room for a login.
-        "size": Key("size", _SIZE, minimum=4 * _KIB, maximum=_INT32_MAX, may_be_unlimited=False),
+        "size": Key("size", SIZE, minimum=4 * _KIB, maximum=_INT32_MAX, may_be_unlimited=False),
         "args": Key("args", _WHOLE, minimum=0, may_be_unlimited=False),
-        "arg_length": Key("arg_length", _SIZE, may_be_unlimited=False),
+        "arg_length": Key("arg_length", SIZE, may_be_unlimited=False),
     },
     "all_jobs": {
-        "memory": Key("memory_bytes", _SIZE, minimum=_MIB, may_be_unlimited=False),
+        "memory": Key("memory_bytes", SIZE, minimum=_MIB, may_be_unlimited=False),
         "pids": Key("pids", _WHOLE, maximum=1 << 22, may_be_unlimited=False),
         "cgroups": Key("cgroups", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
         "cgroup_depth": Key("cgroup_depth", _WHOLE, maximum=_INT32_MAX, may_be_unlimited=False),
     },
-    "disk": {"reserve": Key("disk_reserve_bytes", _SIZE, minimum=0, may_be_unlimited=False)},
+    "disk": {"reserve": Key("disk_reserve_bytes", SIZE, minimum=0, may_be_unlimited=False)},
     "ending": {
-        "timeout": Key("timeout", _TIME, minimum=0.001),
-        "grace": Key("grace", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
-        "linger": Key("linger", _TIME, 0, _MAX_GRACE, may_be_unlimited=False),
+        "timeout": Key("timeout", TIME, minimum=0.001),
+        "grace": Key("grace", TIME, 0, _MAX_GRACE, may_be_unlimited=False),
+        "linger": Key("linger", TIME, 0, _MAX_GRACE, may_be_unlimited=False),
     },
     # The systemd unit kills the server after 15 s.
-    "shutdown": {"grace": Key("shutdown_grace_s", _TIME, 0, _MAX_GRACE, may_be_unlimited=False)},
+    "shutdown": {"grace": Key("shutdown_grace_s", TIME, 0, _MAX_GRACE, may_be_unlimited=False)},
     "retention": {
-        "age": Key("age_s", _TIME, minimum=0),
+        "age": Key("age_s", TIME, minimum=0),
         "jobs": Key("jobs", _WHOLE),
-        "output": Key("output_bytes", _SIZE, minimum=0),
-        "argv": Key("argv_bytes", _SIZE, minimum=0),
+        "output": Key("output_bytes", SIZE, minimum=0),
+        "argv": Key("argv_bytes", SIZE, minimum=0),
     },
 }
 
 
-_ENVIRONMENT: Final = "environment"  # the table whose keys the operator chooses
+ENVIRONMENT: Final = "environment"  # the table whose keys the operator chooses
 SERVER: Final = "server"  # the table of options, which serveroptions.py reads
 
 
@@ -327,11 +331,11 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     for name, table in tables.items():
         if name == SERVER and isinstance(table, dict):
             continue
-        if name == _ENVIRONMENT and isinstance(table, dict):
+        if name == ENVIRONMENT and isinstance(table, dict):
             config = replace(config, environment=_variables(source, table))
             continue
         if name not in TABLES or not isinstance(table, dict):
-            known = [f"[{table}]" for table in (*TABLES, _ENVIRONMENT, SERVER)]
+            known = [f"[{table}]" for table in (*TABLES, ENVIRONMENT, SERVER)]
             problem = f"unknown; the tables are {', '.join(known[:-1])} and {known[-1]}"
             raise source.error(name, "", problem)
         values = getattr(config, name, config)
@@ -352,9 +356,9 @@ def _variables(source: ConfigFile, table: Mapping[str, Any]) -> Mapping[str, str
     for name, value in table.items():
         problem = problem_of({name: value}) if isinstance(value, str) else f"cannot be {value!r}"
         if problem:
-            raise source.error(_ENVIRONMENT, name, f'{problem}; write a text like "C.UTF-8"')
+            raise source.error(ENVIRONMENT, name, f'{problem}; write a text like "C.UTF-8"')
     if problem := problem_of(table):
-        raise source.error(_ENVIRONMENT, "", problem)
+        raise source.error(ENVIRONMENT, "", problem)
     return MappingProxyType(dict(table))
 
 

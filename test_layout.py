@@ -95,7 +95,9 @@ _MODULES = {
         "settings": "ending environment limits units worker",
         "serveroptions": "serverlog settings trustedfiles",
         "serverfiles": "privileges settings tls trustedfiles units users",
-        "servercommands": "hostcheck serverfiles serveroptions settings useradmin users version",
+        "configreport": "serveroptions settings",
+        "servercommands": "configreport hostcheck serverfiles serveroptions settings useradmin "
+        "users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
         "serverlog": "",
@@ -185,6 +187,7 @@ _TESTED_WITH = {
     "serverstatus": "adminsocket",
     "serverfiles": "server",
     "servercommands": "server",
+    "configreport": "serveroptions",
 }
 
 # Private parts of gRPC and argparse that this project once relied on or was tempted by.

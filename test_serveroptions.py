@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from servercommands import parse_arguments
+from servercommands import Call, parse_arguments
 from serveroptions import COMMAND_LINE, DEFAULT, OPTIONS, PROGRAM_DEFAULTS, settings_in_force
-from settings import ConfigError, Settings
+from settings import TABLES, ConfigError, Settings, load_config
 from trustedfiles import UntrustedFileError
 
 if TYPE_CHECKING:
@@ -154,6 +155,83 @@ def test_file_that_others_could_change_is_not_read(public: Path) -> None:
     path.chmod(0o666)
     with pytest.raises(UntrustedFileError, match="chmod go-w"):
         settings_in_force(arguments)
+
+
+# --- what `server config` prints ----------------------------------------------------------------
+
+_FILE = """
+[server]
+state_dir = "state"
+audit_required = true
+
+[defaults]
+memory = "1.5G"
+cpu_cores = 0.25
+[ceilings]
+pids = "unlimited"
+[disk]
+reserve = 0
+[ending]
+timeout = "90m"
+linger = 0.5
+[environment]
+"LANG" = "C.UTF-8"
+QUOTED = 'a "b" \\ c'
+"""
+
+
+def _report(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    arguments = parse_arguments([*words, "config"])
+    settings, sources = settings_in_force(arguments)
+    assert arguments.run(Call(settings, sources, arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_config_says_where_each_value_comes_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Default, option, or line of the file."""
+    path = tmp_path / "server.toml"
+    path.write_text(_FILE)
+    shown = _report(capsys, "--config", str(path), "--uids", "5-6", "--max-streams", "9")
+    lines = [re.split(" +# ", line) for line in shown.splitlines()]
+    for expected in (
+        [f'state_dir = "{tmp_path}/state"', f"{path}, line 3"],
+        ["audit_required = true", f"{path}, line 4"],
+        ["require_isolation = false", "default"],
+        ['uids = "5-6"', "--uids"],
+        ["max_streams = 9", "--max-streams"],
+        ["streams = 9", "max_streams, above"],
+        ['memory = "1536M"', f"{path}, line 7"],
+        ['pids = "unlimited"', f"{path}, line 10"],
+        ['timeout = "90m"', f"{path}, line 14"],
+        ["linger = 0.5", f"{path}, line 15"],
+        ['grace = "10s"', "default"],
+        ['"LANG" = "C.UTF-8"', f"{path}, line 17"],
+    ):
+        assert expected in lines
+    assert "# users is not set" in shown
+
+
+@pytest.mark.parametrize("text", ["", _FILE])
+def test_config_prints_a_configuration_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """With which a server has the same settings. It has every option and every key."""
+    path, again = tmp_path / "server.toml", tmp_path / "again.toml"
+    path.write_text(text)
+    shown = _report(capsys, "--config", str(path))
+    again.write_text(shown)
+    assert load_config(again) == load_config(path)
+    before, after = (
+        settings_in_force(parse_arguments(["--config", str(each)]))[0] for each in (path, again)
+    )
+    assert replace(after, config=None) == replace(
+        before, config=None, state_dir=before.state_dir.absolute(), certs=before.certs.absolute()
+    )
+    for name, table in [("server", OPTIONS), *TABLES.items()]:
+        part = shown.partition(f"[{name}]\n")[2].partition("\n[")[0]
+        assert set(re.findall(r"^(?:# )?(\w+) (?:=|is not set)", part, re.MULTILINE)) == set(table)
 
 
 def test_check_takes_the_file_after_its_name(tmp_path: Path) -> None:
