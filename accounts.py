@@ -1,19 +1,12 @@
 """The uids of the users' jobs: each user gets a uid once, and nobody else ever gets it.
 
-    accounts = Accounts("state/uids", range(70001, 80000))
+    accounts = Accounts(store, range(70001, 80000))
     accounts.add(["alice", "bob"])
     accounts.uid("alice")
 
-The file has a line `NAME UID` for every user there ever was. Files and processes that a
+The table `uids` of the store has a row for every user there ever was. Files and processes that a
 user's jobs left behind belong to the uid. So a uid is never given out again, not even after
 its user was removed. The gid of a job is the same number.
-
-A second file, `uids.highest`, has the highest uid that was ever given out. If the first file is
-gone or lost its end, the two do not fit, and the constructor raises an error: otherwise the uids of
-the lost users would be given to others.
-
-Both files are opened once, so users can be added after the process has given up root. Only one
-process at a time may use them.
 
 While a server runs, it has its range of uids `reserved`, so that no other server of this host gives
 one of these uids to another user.
@@ -24,7 +17,6 @@ Thread safety: one thread at a time may call `add`; other threads may call `uid`
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import grp
 import logging
@@ -34,14 +26,17 @@ import re
 import stat
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from environment import Account, account_of
 from privileges import can_change_user
-from trustedfiles import PROGRAM_OWNER, open_private
+from store import reading
+from trustedfiles import PROGRAM_OWNER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+    from store import Store
 
 __all__ = [
     "Accounts",
@@ -57,13 +52,7 @@ logger = logging.getLogger(__name__)
 
 _UID_MIN = 1000  # the accounts of the system are below
 _UID_MAX = (1 << 32) - 2  # the next number means "no user" (setresuid(2))
-_READ_BYTES = 64 * 1024
 _RUN = "/run/job-worker"  # what systemd makes for RuntimeDirectory=job-worker
-_RESTORE = (
-    "restore the file: it says which files on this host belong to which user. Without a backup use "
-    "a new state directory and other --uids"
-)
-
 
 _SHARED_UID = (
     "jobs run as uid {uid}, like the server: a job can read the server's keys, its users file "
@@ -77,87 +66,32 @@ class AccountsError(Exception):
 
 
 class Accounts:
-    """The uids in the file `path`, all of them in the range `uids`.
+    """The uids in the table `uids` of `store`, all of them in the range `uids`.
 
     `homes`: the directory with the users' homes; None if they have none. An account of the host
     that has a user's uid, or the user's name and a uid of the range, is the user's: its name, home
     and shell are told to the user's jobs.
-    A missing file is made, with mode 0600, if `is_new`: no server has used this directory before.
-    Raises OSError, `UntrustedFileError`; `AccountsError` if the file is missing or damaged, or if
-    the range no longer contains a uid of the file.
+    Raises `StoreError`; `AccountsError` if the range no longer contains a uid of the table.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        uids: range,
-        *,
-        is_new: bool = True,
-        homes: Path | None = None,
-    ) -> None:
+    def __init__(self, store: Store, uids: range, *, homes: Path | None = None) -> None:
+        self._store = store
         self._homes = homes
         self._accounts: dict[str, Account] = {}
-        self._path = Path(path)
         self._uids = uids
-        self._by_name: dict[str, int] = {}
-        highest = self._path.with_name(f"{self._path.name}.highest")
-        if not self._path.exists() and (highest.exists() or not is_new):
-            raise AccountsError(
-                f"{self._path} is missing, but this state directory is not new; {_RESTORE}. If no "
-                f"server with --uids has used it, run: install -m 600 /dev/null {self._path}"
-            )
-        with contextlib.ExitStack() as undo:
-            self._fd = open_private(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, secret=False)
-            undo.callback(os.close, self._fd)
-            self._highest_fd = open_private(highest, os.O_RDWR | os.O_CREAT, secret=False)
-            undo.callback(os.close, self._highest_fd)
-            self._load()
-            self._check_highest()
-            undo.pop_all()
-
-    def _check_highest(self) -> None:
-        """Raise `AccountsError` if the file has lost its end."""
-        text = os.pread(self._highest_fd, _READ_BYTES, 0).decode(errors="replace").strip()
-        highest, last = _number(text) if text else 0, max(self._by_name.values(), default=0)
-        if highest < 0 or highest > last:
-            raise AccountsError(
-                f"{self._path} has lost its end: the last uid in it is {last or 'none'}, but "
-                f"{self._path.name}.highest says {text!r}; {_RESTORE}"
-            )
-        if highest < last:  # a file of an earlier version, or the machine went down in between
-            self._write_highest(last)
-
-    def _write_highest(self, uid: int) -> None:
-        os.pwrite(self._highest_fd, b"%010d\n" % uid, 0)
-        os.fsync(self._highest_fd)
-
-    def _load(self) -> None:
-        data = b""
-        while chunk := os.pread(self._fd, _READ_BYTES, len(data)):
-            data += chunk
-        *lines, rest = data.split(b"\n")
-        if rest:  # the machine went down during the write, so nobody got this uid
-            os.ftruncate(self._fd, len(data) - len(rest))
-        for number, line in enumerate(lines, start=1):
-            name, _, text = line.decode(errors="replace").partition(" ")
-            uid = _number(text)
-            if not name or uid < 0 or name in self._by_name or uid in self._by_name.values():
+        self._by_name: dict[str, int] = dict(store.query("SELECT name, uid FROM uids"))
+        for name, uid in self._by_name.items():
+            if uid not in uids:
                 raise AccountsError(
-                    f"{self._path}, line {number}: not NAME UID, or a repeated name or uid; "
-                    f"{_RESTORE}"
+                    f"{name} has the uid {uid}, which the range {uids.start}-{uids.stop - 1} does "
+                    "not contain; widen --uids"
                 )
-            if uid not in self._uids:
-                raise AccountsError(
-                    f"{self._path}, line {number}: {name} has the uid {uid}, which the range "
-                    f"{self._uids.start}-{self._uids.stop - 1} does not contain; widen --uids"
-                )
-            self._by_name[name] = uid
 
     def add(self, names: Iterable[str]) -> None:
         """Give a uid to each of `names` that has none yet; after an error, to none of them.
 
         Looks up the accounts of the host anew. Blocks until the uids are on the disk. Raises
-        OSError; `AccountsError` if the range has no free uid left.
+        `StoreError`; `AccountsError` if the range has no free uid left.
         """
         free = iter(
             range(max([*self._by_name.values(), self._uids.start - 1]) + 1, self._uids.stop)
@@ -174,7 +108,9 @@ class Accounts:
                         f"{self._uids.stop - 1}; widen it with --uids"
                     )
                 new[name] = uid
-        self._write(new)
+        if new:
+            self._store.write([("INSERT INTO uids VALUES (?, ?)", new.items())], durable=True)
+            self._by_name |= new
         self._accounts |= {name: self._account_of(name) for name in names}
 
     def _uid_of_account(self, name: str, new: Mapping[str, int]) -> int | None:
@@ -192,25 +128,6 @@ class Accounts:
             return account_of(uid)
         return Account(name, f"{self._homes}/{name}") if self._homes else Account(name)
 
-    def _write(self, new: Mapping[str, int]) -> None:
-        """Add uids that are new."""
-        if not new:
-            return
-        size = os.fstat(self._fd).st_size
-        data = "".join(f"{name} {uid}\n" for name, uid in new.items()).encode()
-        try:
-            written = os.write(self._fd, data)
-            os.fsync(self._fd)
-            if written < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))  # noqa: TRY301 -- treated like an error of the kernel
-        except OSError:
-            os.ftruncate(self._fd, size)
-            raise
-        self._by_name |= new
-        # After the line itself: if the machine goes down in between, nothing is refused.
-        with contextlib.suppress(OSError):  # a full disk; the next start writes it
-            self._write_highest(max(new.values()))
-
     def uid(self, name: str) -> int:
         """Return the uid of a user that was added. Raises KeyError."""
         return self._by_name[name]
@@ -218,17 +135,6 @@ class Accounts:
     def account(self, name: str) -> Account:
         """Return what the jobs of a user that was added are told of it. Raises KeyError."""
         return self._accounts[name]
-
-    def close(self) -> None:
-        """Close the files."""
-        os.close(self._fd)
-        os.close(self._highest_fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @contextlib.contextmanager
@@ -356,14 +262,16 @@ def parse_uids(text: str) -> range:
     return uids
 
 
-def uid_for(name: str, path: Path, uids: range) -> int:
-    """Return the uid that the user has in the file `path`, or one that nobody has.
+def uid_for(name: str, directory: Path, uids: range) -> int:
+    """Return the uid that the user has in the store in `directory`, or one that nobody has.
 
-    A server may be using the file. It gives no user a uid that an account of the host has. Raises
-    OSError; `AccountsError` if no uid is left.
+    A server may be using the store. It gives no user a uid that an account of the host has. Raises
+    `StoreError`; `AccountsError` if no uid is left.
     """
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    known = {each: _number(uid) for each, _, uid in (line.partition(" ") for line in lines)}
+    known: dict[str, int] = {}
+    if directory.exists():
+        with reading(directory) as connection:
+            known = dict(connection.execute("SELECT name, uid FROM uids"))
     if name in known:
         return known[name]
     free = range(max([*known.values(), uids.start - 1]) + 1, uids.stop)

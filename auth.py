@@ -1,11 +1,12 @@
 """Authentication: logins, tokens, logouts, and the table of what each role may call.
 
-    running = RunningTime("state/running-time")
+    running = RunningTime(store)
     authenticator = Authenticator(
         users=SEEDED_USERS,
         key=load_key("state/token.key"),
-        revocations=Revocations("state/logged-out", running),
+        revocations=Revocations(store, running),
         running=running,
+        store=store,
     )
     token, expires_at = authenticator.login("user", "user", certificate, "192.0.2.1")
     identity = authenticator.authenticate(token, certificate)
@@ -62,6 +63,8 @@ from users import Role, User, password_matches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from store import Store
 
 __all__ = [
     "PERMISSIONS",
@@ -218,7 +221,8 @@ class Authenticator:
     creator of the authenticator closes; None keeps them in memory only. `running`: the running
     time of the server, the same as that of `revocations`. `token_lifetime`, `session_lifetime`: in
     whole seconds; a token or session that was made for longer, before a restart, is not accepted.
-    Raises ValueError if there is no user, or if two users have the same name.
+    `store`: where failed logins are kept. Raises ValueError if there is no user, or if two users
+    have the same name; `StoreError`.
     """
 
     def __init__(  # noqa: PLR0913 -- most are optional
@@ -230,13 +234,14 @@ class Authenticator:
         running: RunningTime | None = None,
         token_lifetime: timedelta = TOKEN_LIFETIME,
         session_lifetime: timedelta = SESSION_LIFETIME,
+        store: Store | None = None,
     ) -> None:
         self._key = key
         self._token_lifetime_s = int(token_lifetime.total_seconds())
         self._session_lifetime_s = int(session_lifetime.total_seconds())
         self._running = RunningTime() if running is None else running
         self._revocations = Revocations(None, self._running) if revocations is None else revocations
-        self._throttle = LoginThrottle()
+        self._throttle = LoginThrottle(clock=self._running.seconds, store=store)
         self._hashes = threading.BoundedSemaphore(_HASHES_AT_ONCE)
         self._closed = threading.Event()
         # Guards `_watchers`. Never held while a watcher is called.

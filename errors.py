@@ -23,6 +23,7 @@ __all__ = [
     "SignalError",
     "StartTimeoutError",
     "StopTimeoutError",
+    "StoreError",
     "UnknownJobError",
     "WorkerClosedError",
     "WorkerError",
@@ -143,6 +144,17 @@ class StopTimeoutError(WorkerError, TimeoutError):
             f"job {job_id} was killed, but after {timeout:g} s its processes are not all gone "
             "(the kernel waits for a device); stop it again later"
         )
+
+
+class StoreError(WorkerError, OSError):
+    """The store of jobs cannot be read or written; the message has the remedy. Has an `errno`."""
+
+    def __init__(self, message: str, *, code: int = 0) -> None:
+        super().__init__(code, message)
+
+    def __str__(self) -> str:
+        # Without errno's number, which means nothing to the person who has to act.
+        return str(self.strerror)
 
 
 class WorkerClosedError(WorkerError):

@@ -65,6 +65,7 @@ import worker
 from adminsocket import AdminSocket, Command
 from descriptors import keep_reserve
 from fileopener import FileOpener
+from oldfiles import open_store
 from servercommands import Call, parse_arguments
 from serverfiles import check_own_code, config_in_force, load_users, read_again, told_if_full
 from serveroptions import OPTIONS, settings_in_force
@@ -160,6 +161,7 @@ class Server:
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 check(settings.state_dir)
                 places = self._places(is_isolated=uids is not None)
+                self._store = undo.enter_context(open_store(settings.state_dir))
                 self._worker = undo.enter_context(self._make_worker(config, uids, *places))
                 self._open_state(users, uids, undo)
                 commands: dict[str, Command] = {  # what `server COMMAND` asks for
@@ -217,25 +219,22 @@ class Server:
     ) -> None:
         """Open what is kept in the state directory, and the audit log."""
         state = self._settings.state_dir
-        logged_out = state / "logged-out"
         self._accounts: Accounts | HostAccounts | None = None
         self._own_account = worker.account_of(os.geteuid())
         if uids is not None and self._settings.accounts == "host":
             self._accounts = HostAccounts(uids)
         elif uids is not None:
-            is_new = not logged_out.exists()
-            self._accounts = undo.enter_context(
-                Accounts(state / "uids", uids, is_new=is_new, homes=self._worker.homes)
-            )
+            self._accounts = Accounts(self._store, uids, homes=self._worker.homes)
         if self._accounts is not None:
             self._accounts.add(_accounts_of(users))
-        running = undo.enter_context(auth.RunningTime(state / "running-time"))
-        self._revocations = undo.enter_context(auth.Revocations(logged_out, running))
+        running = undo.enter_context(auth.RunningTime(self._store))
+        self._revocations = undo.enter_context(auth.Revocations(self._store, running))
         self._authenticator = auth.Authenticator(
             users=users,
             key=auth.load_key(state / "token.key"),
             revocations=self._revocations,
             running=running,
+            store=self._store,
         )
         self._audit = undo.enter_context(
             AuditLog(

@@ -19,6 +19,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
+from errors import StoreError
 from privileges import can_change_user
 from settings import Config, Settings, SettingsError, load_config
 from tls import Certificates, certificate_files
@@ -58,7 +59,7 @@ def told_if_full(state_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, StoreError):
             raise
         raise SettingsError(
             f"cannot write to the state directory {state_dir}: {error.strerror}; make room on "

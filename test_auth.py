@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,6 +51,7 @@ from auth import (
     load_key,
     may_call,
 )
+from store import Store
 from testkit import GUARD_S, NOBODY, Clock, Hashing
 from trustedfiles import UntrustedFileError
 from users import User
@@ -787,8 +788,8 @@ def test_identity_is_valid_until_it_expires(authenticator: Authenticator) -> Non
 
 def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
     """It is refused after restarts and in another spelling. Other tokens stay valid."""
-    path = tmp_path / "revoked"
-    with Revocations(path) as revocations:
+    path = tmp_path / "store"
+    with Store(path) as store, Revocations(store) as revocations:
         authenticator = Authenticator(users=[_ALICE], key=_KEY, revocations=revocations)
         token, other = _login(authenticator), _login(authenticator)
         identity = authenticator.authenticate(token, _CERTIFICATE)
@@ -799,11 +800,12 @@ def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
             _assert_refused(authenticator, spelling)
         assert authenticator.authenticate(other, _CERTIFICATE)
     for _ in range(2):
-        with Revocations(path) as revocations:
+        with Store(path) as store, Revocations(store) as revocations:
             again = Authenticator(users=[_ALICE], key=_KEY, revocations=revocations)
             _assert_refused(again, token)
             assert again.authenticate(other, _CERTIFICATE)
-    assert path.read_text().splitlines() == [f"{identity.token_id} {_LIFETIME_S}"]
+    with Store(path) as store:
+        assert store.query("SELECT * FROM revoked") == [(identity.token_id, _LIFETIME_S)]
 
 
 # --- sessions -----------------------------------------------------------------------------
@@ -867,9 +869,8 @@ def test_clock_that_is_set_back_lengthens_no_session(monkeypatch: pytest.MonkeyP
 
 def test_logout_ends_all_tokens_of_its_session(tmp_path: Path) -> None:
     """Also those that were refreshed, before and after; and after a restart. Other logins go on."""
-    path = tmp_path / "revoked"
     told: list[str] = []
-    with Revocations(path) as revocations:
+    with Store(tmp_path / "store") as store, Revocations(store) as revocations:
         authenticator = _with_short_tokens(revocations=revocations)
         old, other = _login(authenticator), _login(authenticator)
         identity = authenticator.authenticate(old, _CERTIFICATE)
@@ -888,8 +889,8 @@ def test_logout_ends_all_tokens_of_its_session(tmp_path: Path) -> None:
         for token in (old, new, newer):
             _assert_refused(authenticator, token)
         assert authenticator.authenticate(other, _CERTIFICATE)
-    assert path.read_text() == f"{identity.session.id} 3600\n"
-    with Revocations(path) as revocations:
+    with Store(tmp_path / "store") as store, Revocations(store) as revocations:
+        assert store.query("SELECT * FROM revoked") == [(identity.session.id, 3600)]
         again = _with_short_tokens(revocations=revocations)
         for token in (old, new, newer):
             _assert_refused(again, token)
@@ -946,8 +947,9 @@ class _Clocks:
 def _started(tmp_path: Path, clocks: _Clocks) -> Iterator[Authenticator]:
     """Start as a server does, with the files in the directory."""
     with (
-        RunningTime(tmp_path / "running", clock=clocks.durations) as running,
-        Revocations(tmp_path / "revoked", running) as revocations,
+        Store(tmp_path / "store") as store,
+        RunningTime(store, clock=clocks.durations) as running,
+        Revocations(store, running) as revocations,
     ):
         yield Authenticator(users=[_ALICE], key=_KEY, revocations=revocations, running=running)
 
@@ -958,14 +960,15 @@ def test_revoked_token_stays_revoked_after_a_step_of_the_clock_and_back(
 ) -> None:
     """Whatever happens while the clock is ten years fast: a restart, or another logout."""
     clocks = _Clocks(monkeypatch)
-    with _started(tmp_path, clocks) as authenticator:
+    with ExitStack() as running:
+        authenticator = running.enter_context(_started(tmp_path, clocks))
         token, other = _login(authenticator), _login(authenticator)
         authenticator.logout(authenticator.authenticate(token, _CERTIFICATE))
         clocks.wall += 3650 * _DAY_S
         _assert_refused(authenticator, other)
         if restarts:
-            with _started(tmp_path, clocks):
-                pass
+            running.close()
+            authenticator = running.enter_context(_started(tmp_path, clocks))
         fast = _login(authenticator)
         authenticator.logout(authenticator.authenticate(fast, _CERTIFICATE))
         clocks.wall -= 3650 * _DAY_S
@@ -1002,21 +1005,24 @@ def test_token_issued_while_the_clock_was_fast_is_valid_for_30_days(
 def test_revocations_of_tokens_that_have_ended_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the running time, from memory and at the next start from the file."""
+    """By the running time, at the next logout."""
     clocks = _Clocks(monkeypatch)
     with _started(tmp_path, clocks) as authenticator:
         for _ in range(2):
             authenticator.logout(authenticator.authenticate(_login(authenticator), _CERTIFICATE))
             clocks.durations.now += 20 * _DAY_S
             clocks.wall += 20 * _DAY_S
-        assert len((tmp_path / "revoked").read_text().splitlines()) == 2
+        authenticator.logout(authenticator.authenticate(_login(authenticator), _CERTIFICATE))
     with _started(tmp_path, clocks):
-        assert len((tmp_path / "revoked").read_text().splitlines()) == 1
+        pass
+    with Store(tmp_path / "store") as store:
+        ends = store.query("SELECT ends_s / 86400 FROM revoked ORDER BY 1")
+    assert ends == [(50,), (70,)]
 
 
-def test_token_stays_valid_when_its_logout_cannot_be_recorded(tmp_path: Path) -> None:
+def test_token_stays_valid_when_its_logout_cannot_be_recorded() -> None:
     """The logout fails, because a restart would make the token valid again."""
-    revocations = Revocations(tmp_path / "revoked")
+    revocations = Revocations(None)
     authenticator = Authenticator(users=[_ALICE], key=_KEY, revocations=revocations)
     token = _login(authenticator)
     identity = authenticator.authenticate(token, _CERTIFICATE)
@@ -1133,12 +1139,10 @@ def test_no_end_falls_between_asking_and_watching(authenticator: Authenticator) 
 # --- what does not show -----------------------------------------------------------------
 
 
-def test_no_password_hash_key_or_token_shows(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_password_hash_key_or_token_shows(caplog: pytest.LogCaptureFixture) -> None:
     """No repr, text, traceback or log contains a password, hash, key or token."""
     caplog.set_level(logging.DEBUG)
-    revocations = Revocations(tmp_path / "revoked")
+    revocations = Revocations(None)
     password = "hunter2"  # and nowhere else here: tracebacks have the lines of this test
     alice = _user("alice", password=password)
     authenticator = Authenticator(users=[alice], key=_KEY, revocations=revocations)

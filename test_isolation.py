@@ -32,6 +32,7 @@ import workerservice_pb2 as worker_pb
 from cgroupfs import wait_event
 from client import Client, ClientError
 from privileges import can_change_user, can_kill_any
+from store import reading
 from testkit import (
     GUARD_S,
     JOB_VARIABLES,
@@ -312,7 +313,7 @@ def test_what_the_server_keeps_is_private_file_by_file(house: _House) -> None:
     """Each file has the mode 0600. Jobs pass through the directory to their homes."""
     kept = [path for path in (house.directory / "state").rglob("*") if path.is_file()]
     names = {path.name for path in kept}
-    assert {"token.key", "uids", "audit.log", f"{house.victim}.out"} <= names
+    assert {"token.key", "store.db", "audit.log", f"{house.victim}.out"} <= names
     for path in [*kept, house.directory / "users", *(house.directory / "certs").glob("*-key.pem")]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     for name, mode in (("state", 0o711), ("state/homes", 0o711), ("state/output", 0o700)):
@@ -329,9 +330,10 @@ def test_job_has_no_rights_at_all(house: _House) -> None:
     """A job has its own uid and gid, no other group, no capability, no_new_privs and umask 077."""
     output = house.attack("cat /proc/self/status; umask")
     status = dict(line.split(":\t") for line in output.splitlines() if ":\t" in line)
-    uids = (house.directory / "state/uids").read_text()
-    uid = dict(line.split() for line in uids.splitlines())["bob"]
-    assert int(uid) >= _FIRST_UID
+    with reading(house.directory / "state/store") as store:
+        ((number,),) = store.execute("SELECT uid FROM uids WHERE name = 'bob'")
+    assert number >= _FIRST_UID
+    uid = str(number)
     assert status["Uid"].split() == status["Gid"].split() == [uid] * 4
     assert status["Groups"].strip() == ""
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
@@ -389,8 +391,8 @@ def test_job_knows_nothing_of_the_servers_environment(house: _House) -> None:
 
 _SECRETS = [
     *("certs/server-key.pem", "certs/server-ca-key.pem", "certs/client-ca-key.pem"),
-    *("certs/client-key.pem", "state/token.key", "state/uids", "state/audit.log"),
-    *("state/logged-out", "state/output/VICTIM.out", "users"),
+    *("certs/client-key.pem", "state/token.key", "state/store/store.db", "state/audit.log"),
+    *("state/store/store.db-wal", "state/output/VICTIM.out", "users"),
 ]
 _STEAL = """
     for path in "$1" "/proc/$2/root$1" "/proc/$3/root$1" "/proc/$4/root$1"; do

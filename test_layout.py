@@ -35,6 +35,7 @@ _MODULES = {
         "privileges": "",
         "limits": "",
         "errors": "",
+        "store": "errors",
         "environment": "errors",
         "descriptors": "",
         "messages": "",
@@ -68,13 +69,14 @@ _MODULES = {
         "certcheck": "",
     },
     "access": {
-        "throttle": "",
+        "throttle": "errors; store",
         "users": "",
         "trustedfiles": "",
-        "revocations": "trustedfiles",
+        "revocations": "errors; store",
+        "oldfiles": "errors store trustedfiles",
         "memory": "",
-        "auth": "jwt memory revocations throttle trustedfiles users",
-        "accounts": "environment privileges trustedfiles",
+        "auth": "jwt memory revocations throttle trustedfiles users; store",
+        "accounts": "environment privileges store trustedfiles",
         "hostaccounts": "accounts environment trustedfiles",
         "audit": "",
         "tls": "certcheck grpc",
@@ -94,7 +96,7 @@ _MODULES = {
         f"worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
         "settings": "ending environment limits units worker",
         "serveroptions": "serverlog settings trustedfiles",
-        "serverfiles": "privileges settings tls trustedfiles units users",
+        "serverfiles": "errors privileges settings tls trustedfiles units users",
         "configreport": "serveroptions settings",
         "servercommands": "configreport hostcheck serverfiles serveroptions settings useradmin "
         "users version",
@@ -107,8 +109,8 @@ _MODULES = {
         "serverstatus": "units version; quotas worker",
         "useradmin": "accounts settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors fileopener gate grpc "
-        "hostaccounts hostcheck servercommands serverfiles serverlog serveroptions serverstatus "
-        "service settings tls trustedfiles units worker; users",
+        "hostaccounts hostcheck oldfiles servercommands serverfiles serverlog serveroptions "
+        "serverstatus service settings tls trustedfiles units worker; users",
     },
     "client": {
         "sending": "",

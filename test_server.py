@@ -30,7 +30,6 @@ from daemon import BROKEN_STATUS
 from server import Server
 from settings import ConfigError, Settings, SettingsError, load_config
 from testkit import (
-    ABSENT,
     FOREVER,
     GUARD_S,
     HTTP2_GREETING,
@@ -376,7 +375,7 @@ def test_state_directory_in_use_is_an_error(
     result = _run_server(
         *("--listen", "127.0.0.1:0", "--certs", certs, "--state-dir", state, "--limits", "off")
     )
-    _assert_one_line(result, "another worker keeps its output here", str(state))
+    _assert_one_line(result, "another process uses the store", str(state))
 
 
 def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
@@ -394,8 +393,12 @@ def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
         "state/tmp": 0o700,
         "state": 0o700,
         "state/token.key": 0o600,
-        "state/logged-out": 0o600,
-        "state/running-time": 0o600,
+        "state/admin.sock": 0o600,
+        "state/store": 0o700,
+        "state/store/store.made": 0o600,
+        "state/store/store.db": 0o600,
+        "state/store/store.db-shm": 0o600,
+        "state/store/store.db-wal": 0o600,
         "state/audit.log": 0o600,
         "state/output": 0o700,
     }
@@ -406,7 +409,8 @@ def test_state_directory_is_private(serve: Serve, tmp_path: Path) -> None:
     [
         ("token.key", b"short", 0o600, "is not a token key of 32 bytes"),
         ("token.key", bytes(32), 0o640, "other users may read or change "),
-        ("logged-out", b"what\n", 0o600, "line 1: not TOKEN_ID ENDS_S"),
+        ("logged-out", b"what\n", 0o600, "line 1 is not ID ENDS_S"),
+        ("store", b"", 0o600, "store cannot be used: File exists"),
         ("audit.log", b"", 0o644, "other users may read or write the audit log"),
         ("output", b"", 0o600, "output"),
     ],
@@ -418,7 +422,7 @@ def test_state_that_is_damaged_or_not_private_is_told_at_the_start(  # noqa: PLR
     path = tmp_path / name
     path.write_bytes(content)
     path.chmod(mode)
-    (tmp_path / "uids").touch(0o600)  # otherwise root's server misses it first
+    (tmp_path / "uids").touch(0o600)  # otherwise the server misses its store first
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
     _assert_one_line(_run_server(*options, "--state-dir", tmp_path), problem)
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (content, mode)
@@ -438,39 +442,34 @@ def test_full_disk_at_the_first_start_is_told(certs: Path) -> None:
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
     with small_file_system("64k") as disk, _full_disk(disk / "state"):
         run = _run_server(*options, "--state-dir", disk / "state")
-        _assert_one_line(run, f"cannot write to the state directory {disk}/state: No space left")
-        assert "make room on its disk" in run.stderr
+        _assert_one_line(run, "full; make room on the disk of the state directory")
 
 
-def test_revocation_that_has_ended_does_not_prevent_a_start_on_a_full_disk(certs: Path) -> None:
-    """The server gets as far as its port, which an ordinary user may not have."""
-    options: list[str | Path] = ["--listen", "127.0.0.1:1", "--limits", "off", "--certs", certs]
-    with small_file_system("128k") as disk:
+def test_full_disk_at_a_later_start_is_told(certs: Path) -> None:
+    """The error names the store, or the state directory, and what to do."""
+    options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
+    with small_file_system("256k") as disk:
         state = disk / "state"
-        options_of_first = Settings(
-            listen="127.0.0.1:0", certs=certs, state_dir=state, enforcement="off"
-        )
-        with Server(options_of_first):
+        with Server(
+            Settings(listen="127.0.0.1:0", certs=certs, state_dir=state, enforcement="off")
+        ):
             pass
-        (state / "uids").write_text("admin 70001\nuser 70002\n")
-        (state / "uids.highest").write_text("0000070002\n")
-        (state / "logged-out").write_text(f"{ABSENT} 0\n{ABSENT[:-1]}0 1000\n")
         with _full_disk(state):
             run = _run_server(*options, "--state-dir", state)
-    assert "keeps tokens that have ended" in run.stderr
-    assert run.stderr.splitlines()[-1].startswith("server: cannot listen on 127.0.0.1:1")
+            _assert_one_line(run, "full; make room on the disk of the state directory")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("name", ["", "token.key", "uids", "logged-out", "running-time"])
+@pytest.mark.parametrize("name", ["", "token.key", "uids", "store"])
 def test_state_that_belongs_to_somebody_else_is_refused(
     certs: Path, public: Path, name: str
 ) -> None:
     """Such a directory may have been made in /tmp before the first start."""
     state = public / "state"
     state.mkdir(0o700)
-    for each in ("token.key", "uids", "logged-out", "running-time"):
+    for each in ("token.key", "uids"):
         (state / each).touch(0o600)
+    (state / "store").mkdir(0o700)
     (state / "token.key").write_bytes(bytes(32))
     os.chown(state / name, NOBODY, NOBODY)
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
@@ -483,8 +482,6 @@ def test_fifo_in_the_state_directory_does_not_hang_the_start(
     certs: Path, tmp_path: Path, name: str
 ) -> None:
     """It is not a regular file."""
-    if name == "uids" and os.geteuid():
-        pytest.skip("an ordinary user's server has no uids to give")
     (tmp_path / "uids").touch(0o600)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name, 0o600)

@@ -8,12 +8,16 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+from store import Store
 from testkit import GUARD_S, Clock
 from throttle import _BY_USER, LoginThrottle, TooManyLoginsError, _Failed, _key
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _FORGET_AFTER_S = 900
 _MAX_ENTRIES = 10_000
@@ -661,3 +665,36 @@ def test_certificate_has_two_places_however_many_addresses(throttle: LoginThrott
                 _log_in_with(throttle, "c", "p3", "c")
             _log_in_with(throttle, "c", "p3", "another")
     assert throttle._held == {}
+
+
+# --- the store ----------------------------------------------------------------------------
+
+
+def test_restart_forgives_nobody(tmp_path: Path, clock: Clock) -> None:
+    """The counts and the waits go on, those of a user, an address and a certificate alike."""
+    with Store(tmp_path / "store") as store:
+        throttle = LoginThrottle(clock=clock, store=store)
+        _fail(throttle, "alice", "here", 3)
+        _fail(throttle, "bob", "there")
+        _log_in(throttle, "bob", "there", succeeded=True)
+    with Store(tmp_path / "store") as store:
+        again = LoginThrottle(clock=clock, store=store)
+        assert again._by_user._failed.keys() == {_key("alice")}
+        for mine, its in zip(throttle._tables().values(), again._tables().values(), strict=True):
+            assert mine._failed == its._failed
+        assert _wait_s(again, "alice", "here") == 2
+        clock.now += _FORGET_AFTER_S
+        _fail(again, "carol", "there")
+        assert store.query("SELECT count(*) FROM failed_logins") == [(5,)]
+
+
+def test_failure_that_cannot_be_written_counts_until_the_restart(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The login is answered as always, and the log says why a restart would forgive it."""
+    store = Store()
+    throttle = LoginThrottle(clock=clock, store=store)
+    store.close()
+    _fail(throttle, "alice", "here", 3)
+    assert _wait_s(throttle, "alice", "here") == 2
+    assert "is counted until the next restart only" in caplog.text

@@ -26,9 +26,11 @@ A success removes this user's failures from this peer from all counts: they were
 errors. The peer's other failures stay, so a valid account cannot erase the failures for other
 users' names.
 
-Thread safety: any thread may call anything, and no call waits. One lock guards all state. It
-is never held during the check of a password. It is held for some microseconds; for some 10 ms
-when all entries of full tables are forgotten at once.
+The counts are in the table `failed_logins` of the store, so a restart forgives nobody.
+
+Thread safety: any thread may call anything. One lock guards all state. It is never held during the
+check of a password. It is held for some microseconds; while a result is written to the store; for
+some 10 ms when all entries of full tables are forgotten at once.
 
 Sources: OWASP Authentication Cheat Sheet (login throttling), NIST SP 800-63B-3 section
 5.2.2 (rate limiting).
@@ -37,6 +39,7 @@ Sources: OWASP Authentication Cheat Sheet (login throttling), NIST SP 800-63B-3 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 import time
@@ -45,10 +48,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from errors import StoreError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from store import Store
+
 __all__ = ["Attempt", "LoginThrottle", "TooManyLoginsError"]
+
+logger = logging.getLogger(__name__)
 
 # Attempts whose password is being checked, or waits for the check. One password is hashed at a
 # time, in some 0.5 s, so the last of eight attempts waits 4 s. A peer may have only one, and a
@@ -120,12 +129,17 @@ class Attempt:
 class LoginThrottle:
     """Decides which attempts to log in may be checked now.
 
-    `clock`: returns seconds, and never goes back.
+    `clock`: returns seconds, and never goes back. `store`: where the failures are kept; their times
+    are those of the clock, which must then go on over restarts. Raises `StoreError`.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, store: Store | None = None
+    ) -> None:
         self._clock = clock
-        # Guards all attributes below. Never held while a password is checked or another lock taken.
+        self._store = store
+        # Guards all attributes below. Never held while a password is checked. Held while the store
+        # is written.
         self._lock = threading.Lock()
         self._under_way: set[bytes] = set()  # peers
         self._held: Counter[bytes] = Counter()  # attempts under way by certificate
@@ -134,6 +148,46 @@ class LoginThrottle:
         self._by_held_pair = _Failures()
         self._by_certificate = _Failures()
         self._by_user = _Failures()
+        if store is not None:
+            self._load(store)
+
+    def _tables(self) -> dict[str, _Failures]:
+        """Return the tables by the name that each has in the store."""
+        return {
+            "user and peer": self._by_pair,
+            "peer": self._by_peer,
+            "user and certificate": self._by_held_pair,
+            "certificate": self._by_certificate,
+            "user": self._by_user,
+        }
+
+    def _load(self, store: Store) -> None:
+        tables = self._tables()
+        rows = "SELECT what, who, count, last_s FROM failed_logins ORDER BY last_s"
+        now = self._clock()
+        for what, who, count, last_s in store.query(rows):
+            # After a crash the clock may have gone back.
+            tables[what].put(who, _Failed(count, min(last_s, now)))
+
+    def _save_locked(self, keys: tuple[tuple[_Failures, bytes], ...]) -> None:
+        """Write the counts of these keys. A failure is logged; the counts in memory go on."""
+        if self._store is None:
+            return
+        names = {id(table): name for name, table in self._tables().items()}
+        counts = [(names[id(table)], key, table.get(key)) for table, key in keys]
+        kept = [(what, who, each.count, each.last_s) for what, who, each in counts if each.count]
+        gone = [(what, who) for what, who, each in counts if not each.count]
+        too_old = [(self._clock() - _FORGET_AFTER_S,)]
+        try:
+            self._store.write(
+                [
+                    ("INSERT OR REPLACE INTO failed_logins VALUES (?, ?, ?, ?)", kept),
+                    ("DELETE FROM failed_logins WHERE what = ? AND who = ?", gone),
+                    ("DELETE FROM failed_logins WHERE last_s <= ?", too_old),
+                ]
+            )
+        except StoreError as error:
+            logger.warning("a failed login is counted until the next restart only: %s", error)
 
     @contextmanager
     def attempt(self, user: str, peer: str, certificate: str = "") -> Iterator[Attempt]:
@@ -216,6 +270,7 @@ class LoginThrottle:
         self, user: bytes, peer: bytes, certificate: bytes, *, succeeded: bool
     ) -> None:
         counts = self._counts(user, peer, certificate)
+        slips = 0
         if succeeded:
             slips = self._by_pair.get(user + peer).count
             for table, key in counts:
@@ -224,6 +279,8 @@ class LoginThrottle:
             now = self._clock()
             for table, key in counts:
                 table.add(key, now)
+        if not succeeded or slips:
+            self._save_locked(counts)
 
 
 def _key(name: str) -> bytes:
@@ -254,7 +311,11 @@ class _Failures:
         return self._failed.get(key, _NEVER)
 
     def add(self, key: bytes, now: float) -> None:
-        self._failed[key] = _Failed(self.get(key).count + 1, now)
+        self.put(key, _Failed(self.get(key).count + 1, now))
+
+    def put(self, key: bytes, failed: _Failed) -> None:
+        """Set the failures of a key, which are the latest of all."""
+        self._failed[key] = failed
         self._failed.move_to_end(key)
         if len(self._failed) > _MAX_ENTRIES:
             self._failed.popitem(last=False)

@@ -99,7 +99,7 @@ def _make_account(settings: Settings, name: str) -> None:
     if uids is None:
         _run("useradd", "--create-home", "--user-group", "--shell=/bin/sh", name)
         return
-    uid = uid_for(name, settings.state_dir / "uids", uids)
+    uid = uid_for(name, settings.state_dir / "store", uids)
     # The server makes the home when the user's first job starts. The gid of a job is its uid.
     home = settings.state_dir.absolute() / "homes" / name
     _run("groupadd", f"--gid={uid}", name)
