@@ -125,7 +125,6 @@ class Store:
                 with _explained(self._path):
                     if not os.path.lexists(self._path):
                         self._make(self._path, may_be_new=may_be_new)
-                    self._path.with_name(_MADE).touch(0o600)
                     self._connection = self._open(self._path)
                     undo.callback(self._connection.close)
             self._undo = undo.pop_all()
@@ -146,6 +145,7 @@ class Store:
             _migrate(connection)
             connection.execute("INSERT INTO facts VALUES ('instance_id', ?)", (str(uuid.uuid4()),))
         new.rename(path)
+        path.with_name(_MADE).touch(0o600)
         _sync_directory(path.parent)
 
     def _open(self, path: Path) -> sqlite3.Connection:
