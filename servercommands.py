@@ -13,16 +13,18 @@ Thread safety: only the main thread of the program uses this module.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import adminsocket
 import hostcheck
 from configreport import report
 from serverfiles import check_files, config_in_force
 from serveroptions import add_options
 from settings import Settings, SettingsError
-from useradmin import add_user, ask
+from useradmin import UsersFile, add_user, ask, new_password
 from users import Role
 from version import VERSION
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["Call", "parse_arguments"]
+
+_ROLES = [role.value for role in Role]
+_USER_COMMANDS = {"add", "passwd", "role", "remove", "list"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_user_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="[add] NAME")
-    parser.add_argument("added", metavar="", nargs="?")
+    parser.usage = (
+        "server [OPTIONS] user {add NAME,passwd NAME,role NAME ROLE,remove NAME,list,NAME}"
+    )
+    parser.add_argument("words", nargs="+", metavar="add NAME")
     parser.add_argument(
         "--make-account",
         action="store_true",
@@ -94,19 +101,56 @@ def _add_user_arguments(parser: argparse.ArgumentParser) -> None:
         "home in the state directory, or with --accounts host as useradd chooses; an account of "
         "that name that exists is used",
     )
-    parser.add_argument("--role", choices=[role.value for role in Role], default="user")
+    parser.add_argument(
+        "--role", choices=_ROLES, default="user", help="with `add` or NAME (default: user)"
+    )
 
 
 def _run_user(call: Call) -> int:
     settings, arguments = call.settings, call.arguments
-    if arguments.added is None:
-        print(ask(arguments.name, arguments.role))
+    match arguments.words:
+        case ["list"]:
+            for user in UsersFile.of(settings).users():
+                print(user.name, user.role.value, user.account or "-", sep="\t")
+            return 0
+        case ["add", name]:
+            add_user(settings, name, arguments.role, make_account=arguments.make_account)
+            done = f"added {name} to {settings.users}"
+        case ["passwd", name]:
+            new_password(settings, name)
+            done = f"{name} has a new password, and the tokens of the old one are worthless"
+        case ["role", name, ("admin" | "user") as role]:
+            UsersFile.of(settings).change(name, lambda user: replace(user, role=Role(role)))
+            done = f"{name} has the role {role}"
+        case ["remove", name]:
+            UsersFile.of(settings).remove(name)
+            done = f"removed {name} from {settings.users}"
+        case [name] if name not in _USER_COMMANDS:
+            print(ask(name, arguments.role))
+            return 0
+        case words:
+            raise SettingsError(
+                f"cannot understand `user {' '.join(words)}`; write `user add NAME`, "
+                "`passwd NAME`, `role NAME admin`, `role NAME user`, `remove NAME`, `list`, or "
+                "`user NAME` to print a line for the file"
+            )
+    print(done)
+    return _tell_server(settings)
+
+
+def _tell_server(settings: Settings) -> int:
+    """Have the running server read its files again; return the exit status.
+
+    1 if the server has refused something. If it cannot be asked, stderr says why.
+    """
+    try:
+        problems = adminsocket.ask(settings.state_dir, "reload")["problems"]
+    except adminsocket.AdminError as error:
+        print(f"server: no running server has been told: {error}", file=sys.stderr)
         return 0
-    if arguments.name != "add":
-        raise SettingsError(f"write `user add {arguments.added}`, or `user {arguments.added}`")
-    add_user(settings, arguments.added, arguments.role, make_account=arguments.make_account)
-    print(f"added {arguments.added} to {settings.users}; a server that runs reads it at SIGHUP")
-    return 0
+    for problem in problems:
+        print(f"server: the running server: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 # --- check ------------------------------------------------------------------------------------
@@ -155,23 +199,36 @@ def _run_config(call: Call) -> int:
 _COMMANDS: Final = {
     "config": _Command(
         "print every setting in force, and where its value comes from",
-        "Print the settings that a server with the same options would have, each with the place\n"
-        "of its value: default, option, or line of the file. The output is a configuration file.\n"
-        "Example: server --config /etc/job-worker/server.toml config",
+        "Print the settings that a server with the same options would have, each with the\n"
+        "place of its value: default, option, or line of the file. The output is a\n"
+        "configuration file.\n"
+        "\n"
+        "  server --config /etc/job-worker/server.toml config",
         _add_nothing,
         _run_config,
     ),
     "user": _Command(
-        "print an entry for the users file, or add one to it",
-        "Ask for a password and print an entry for the file that --users names; with `add` before\n"
-        "the name, add it to this file. Example: server --users FILE user add alice",
+        "add, change, list or remove users",
+        "Edit the file that --users or the configuration names, and have the running\n"
+        "server of --state-dir read it. A password is asked for on the terminal, or is the\n"
+        "first line of stdin.\n"
+        "\n"
+        "  server --config FILE user add alice --role admin\n"
+        "  server --config FILE user passwd alice       give a new password\n"
+        "  server --config FILE user role alice user\n"
+        "  server --config FILE user remove alice       end also the user's tokens\n"
+        "  server --config FILE user list               name, role and account\n"
+        "  server user alice                            print a line for a users file",
         _add_user_arguments,
         _run_user,
     ),
     "check": _Command(
         "show which limits this host can enforce, and what to do about the others",
-        "Run test jobs to find out which limits this host can enforce for this user. The exit\n"
-        "status is 0 if it can enforce all; then --limits require works.",
+        "Run test jobs to find out which limits this host can enforce for this user. The\n"
+        "exit status is 0 if it can enforce all; then --limits require works.\n"
+        "\n"
+        "  server check\n"
+        "  server check --config /etc/job-worker/server.toml    read the files, run no jobs",
         _add_check_arguments,
         _run_check,
     ),

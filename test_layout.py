@@ -98,8 +98,8 @@ _MODULES = {
         "serveroptions": "serverlog settings trustedfiles",
         "serverfiles": "errors privileges settings tls trustedfiles units users",
         "configreport": "serveroptions settings",
-        "servercommands": "configreport hostcheck serverfiles serveroptions settings useradmin "
-        "users version",
+        "servercommands": "adminsocket configreport hostcheck serverfiles serveroptions settings "
+        "useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
         "serverlog": "",

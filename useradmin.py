@@ -1,38 +1,49 @@
-"""The command `server user`: makes entries for the users file, and accounts of the host.
+"""The command `server user`: edits the users file, and makes accounts of the host.
 
-    print(ask("alice", "user"))                # asks for a password
-    add_user(Settings(users=Path("users")), "alice", "user", make_account=True)
+    users = UsersFile(Path("users"))
+    add_user(settings, "alice", Role.USER, make_account=True)     # asks for a password
+    users.change("alice", lambda user: replace(user, role=Role.ADMIN))
+    new_password(settings, "alice")
+    users.remove("alice")
 
-A server that runs learns of a new user at its next reload.
+An edit locks the directory of the file, writes a temporary file beside it and renames that file, so
+two edits at a time both count, and a reader sees the old content or the new. Comments, the order of
+the lines, the owner and the mode stay as they are. A server that runs learns of an edit at its next
+reload.
 
 Thread safety: only the main thread of the program uses this module.
 
-Source: useradd(8).
+Source: useradd(8), flock(2), rename(2).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accounts import parse_uids, uid_for
 from settings import Settings, SettingsError
 from trustedfiles import check
-from users import User, make_user, parse_users
+from users import Role, User, make_user, parse_users
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-__all__ = ["add_user", "ask"]
+__all__ = ["UsersFile", "add_user", "ask", "new_password"]
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_MODE = 0o600  # of a new file
 
 
 def ask(name: str, role: str) -> User:
@@ -55,34 +66,124 @@ def add_user(settings: Settings, name: str, role: str, *, make_account: bool) ->
     `make_account`: have an account of the host for the user's jobs first: the one of the user's
     name, or a new one. Raises `SettingsError`, `AccountsError`, `UntrustedFileError`, OSError.
     """
-    if settings.users is None:
-        raise SettingsError("to which file? write: server --users FILE user add NAME")
-    before = settings.users.read_bytes() if settings.users.exists() else b""
-    if before:
-        check(settings.users)
-        if name in {user.name for user in parse_users(before, str(settings.users))}:
-            raise SettingsError(f"{settings.users} has an entry for {name}; delete it first")
+    users = UsersFile.of(settings)
+    users.must_not_have(name)
     user = ask(name, role)
     if make_account:
         _make_account(settings, name)
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
-    _replace(settings.users, before + f"{user}\n".encode())
+    users.add(user)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Replace the file at once. It belongs to us then, and nobody else may read it."""
-    fd, temporary = tempfile.mkstemp(dir=path.absolute().parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+class UsersFile:
+    """The users file at `path`, for edits; there may be no such file yet.
+
+    The methods raise `SettingsError`, `UntrustedFileError`, OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()  # a rename would replace a link, and not the file
+
+    @classmethod
+    def of(cls, settings: Settings) -> UsersFile:
+        """Return the file that the settings name."""
+        if settings.users is None:
+            raise SettingsError(
+                "which users file? name it: server --users FILE user ..., or with --config that of "
+                "the server"
+            )
+        return cls(settings.users)
+
+    def users(self) -> tuple[User, ...]:
+        """Return the users of the file; () if there is none."""
+        content = self._read()
+        return parse_users(content, str(self.path)) if content else ()
+
+    def must_not_have(self, name: str) -> None:
+        """Raise `SettingsError` if the file has a user of this name."""
+        if name in {user.name for user in self.users()}:
+            raise SettingsError(
+                f"{self.path} has an entry for {name}; see `server user passwd`, `role`, `remove`"
+            )
+
+    def must_have(self, name: str) -> None:
+        """Raise `SettingsError` if the file has no user of this name."""
+        if name not in {user.name for user in self.users()}:
+            raise SettingsError(f"{self.path} has no entry for {name}; see `server user list`")
+
+    def add(self, user: User) -> None:
+        """Add a user; makes the file if it is missing, for its owner alone."""
+        with self._locked():
+            self.must_not_have(user.name)
+            content = self._read()
+            if content and not content.endswith(b"\n"):
+                content += b"\n"
+            self._replace_locked(content + f"{user}\n".encode())
+
+    def change(self, name: str, change: Callable[[User], User]) -> None:
+        """Replace the user's entry by what `change` makes of it."""
+        with self._locked():
+            self.must_have(name)
+            (user,) = (user for user in self.users() if user.name == name)
+            self._replace_locked(self._with(name, f"{change(user)}\n"))
+
+    def remove(self, name: str) -> None:
+        """Remove the user's entry; the last user cannot be removed."""
+        with self._locked():
+            self.must_have(name)
+            if len(self.users()) == 1:
+                raise SettingsError(
+                    f"{name} is the last user of {self.path}, and a server needs one; add another "
+                    "user first"
+                )
+            self._replace_locked(self._with(name, ""))
+
+    def _read(self) -> bytes:
+        if not self.path.exists():
+            return b""
+        check(self.path)
+        return self.path.read_bytes()
+
+    def _with(self, name: str, line: str) -> bytes:
+        """Return the content with another line in place of the user's."""
+        text = self._read().decode(errors="surrogateescape")
+        lines = text.splitlines(keepends=True)
+        edited = [line if each.strip().partition(":")[0] == name else each for each in lines]
+        return "".join(edited).encode(errors="surrogateescape")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the directory: no other edit has begun or will begin meanwhile."""
+        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _replace_locked(self, content: bytes) -> None:
+        fd, temporary = tempfile.mkstemp(dir=self.path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                with contextlib.suppress(FileNotFoundError):
+                    status = self.path.stat()
+                    os.fchown(fd, status.st_uid, status.st_gid)
+                    os.fchmod(fd, stat.S_IMODE(status.st_mode))
+                file.write(content)
+                file.flush()
+                os.fsync(fd)
+            os.replace(temporary, self.path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def new_password(settings: Settings, name: str) -> None:
+    """Ask for a password and give it to a user of the file. Raises like `UsersFile`."""
+    users = UsersFile.of(settings)
+    users.must_have(name)
+    asked = ask(name, Role.USER.value)
+    users.change(name, lambda user: replace(user, password_hash=asked.password_hash))
 
 
 def _make_account(settings: Settings, name: str) -> None:
