@@ -34,6 +34,7 @@ import functools
 import logging
 import sys
 import threading
+import time
 from collections import Counter, deque
 from concurrent.futures import Executor, Future
 from enum import Enum
@@ -160,16 +161,29 @@ class _Caller:
 class Ticket:
     """One call, from its arrival until gRPC reports that it is over.
 
-    Attribute: `refusal`, the error if the call is one too many, else None.
+    Attributes: `refusal`, the error if the call is one too many, else None; `arrived_s`, when the
+    call arrived, by `time.monotonic`.
     """
 
     __slots__ = (
-        *("_calls", "caller", "counts", "is_stream", "key", "queue", "refusal", "run", "runs"),
+        *(
+            "_calls",
+            "arrived_s",
+            "caller",
+            "counts",
+            "is_stream",
+            "key",
+            "queue",
+            "refusal",
+            "run",
+            "runs",
+        ),
         "unread",
     )
 
     def __init__(self, calls: Calls, caller: _Caller, kind: Kind) -> None:
         self._calls = calls
+        self.arrived_s = time.monotonic()
         self.key = caller.key
         self.is_stream = kind is Kind.STREAM
         self.refusal: OverloadError | None = None

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import ssl
+import time
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -31,6 +32,7 @@ import auth
 import worker
 from audit import AuditError, AuditLog
 from calls import STRANGERS, STRANGERS_LOGIN, Calls, Kind, OverloadError, Ticket
+from metrics import Metrics
 from quotas import QuotaError
 from records import Records
 from settings import LimitError
@@ -182,6 +184,7 @@ class Call:
     reason: str | None = None  # goes to the audit log instead of the message to the client
     recorded: bool = False
     undo: Callable[[], object] | None = None  # called if the audit log cannot be written
+    begun_s: float = 0.0  # when its thread began, by `time.monotonic`
     undo_if_gone: bool = False  # and if nobody will receive the answer
 
     @property
@@ -251,7 +254,7 @@ class Gate(grpc.ServerInterceptor):
 
     A context manager: leaving the context ends the gate's thread. `calls`: the server's executor.
     `request_bytes`: a larger request is refused. gRPC's own ceiling should be higher, because
-    gRPC's refusal does not name the setting.
+    gRPC's refusal does not name the setting. `metrics`: where calls are counted.
     """
 
     def __init__(
@@ -261,11 +264,13 @@ class Gate(grpc.ServerInterceptor):
         calls: Calls,
         *,
         request_bytes: int,
+        metrics: Metrics | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._records = Records(audit)
         self._calls = calls
         self._request_bytes = request_bytes
+        self._metrics = metrics or Metrics()
 
     def close(self) -> None:
         """End the gate's thread. The server must have stopped: no call may come afterwards."""
@@ -315,6 +320,8 @@ class Gate(grpc.ServerInterceptor):
         call = Call(method, context, self._records, ticket)
         try:
             ticket.begin(context)
+            call.begun_s = time.monotonic()
+            self._metrics.queue_s.observe(call.begun_s - ticket.arrived_s)
             self._admit(call, handler)
             with self._share(call):
                 request = self._receive(handler, requests, call)
@@ -329,6 +336,7 @@ class Gate(grpc.ServerInterceptor):
                     call.record(alone=call.undo is not None or call.method == _LOGIN)
                 if call.undo_if_gone:
                     call.check_caller()
+                self._served(call)
         except Exception as error:  # noqa: BLE001 -- every error becomes a status
             self._refuse(call, error)
         return data
@@ -345,6 +353,7 @@ class Gate(grpc.ServerInterceptor):
         call = Call(method, context, self._records, ticket)
         try:
             ticket.begin(context)
+            self._metrics.queue_s.observe(time.monotonic() - ticket.arrived_s)
             self._admit(call, handler)
             messages = handler.unary_stream(self._receive(handler, requests, call), call)
             with contextlib.closing(messages):
@@ -354,8 +363,19 @@ class Gate(grpc.ServerInterceptor):
                 # The messages are serialized already. If gRPC serialized them, gRPC would keep both
                 # the message and its bytes until the client reads.
                 yield from messages
+            self._served(call)
+        except GeneratorExit:  # the client has gone
+            self._metrics.calls.add(_rpc(method), grpc.StatusCode.CANCELLED.name)
+            raise
         except Exception as error:  # noqa: BLE001 -- every error becomes a status
             self._refuse(call, error)
+
+    def _served(self, call: Call) -> None:
+        """Count a call that has succeeded."""
+        self._metrics.calls.add(_rpc(call.method), grpc.StatusCode.OK.name)
+        if call.undo is not None:  # it has started a job
+            self._metrics.starts.add()
+            self._metrics.start_s.observe(time.monotonic() - call.begun_s)
 
     def _caller(self, details: grpc.HandlerCallDetails) -> object:
         """Return the key of the queue that the call joins.
@@ -397,6 +417,7 @@ class Gate(grpc.ServerInterceptor):
         code = grpc.StatusCode.RESOURCE_EXHAUSTED
         fields = functools.partial(self._refused, method, ticket, context)
         self._records.share(ticket.key, (method, code.name), fields)
+        self._metrics.refused(_rpc(method), code.name, error)
         _abort(context, code, error)
 
     def _refused(
@@ -440,6 +461,7 @@ class Gate(grpc.ServerInterceptor):
             yield from map(functools.partial(self._parse, handler), requests)
 
     def _parse(self, handler: Any, data: bytes) -> Any:
+        self._metrics.request_bytes.add(amount=len(data))
         if len(data) > self._request_bytes:
             raise _RequestSizeError(
                 f"a request of {len(data)} bytes; this server's ceiling is "
@@ -463,6 +485,7 @@ class Gate(grpc.ServerInterceptor):
                 call.undo()
             except (worker.WorkerError, OSError) as undo_error:
                 logger.error("%s: not undone after %r: %s", call.method, error, undo_error)
+        self._metrics.refused(_rpc(call.method), code.name, error)
         _abort(call.context, code, error, message)
 
 
@@ -483,6 +506,11 @@ def _abort(
         )
     context.abort(code, message or str(error))
     raise AssertionError("abort has raised")
+
+
+def _rpc(method: str) -> str:
+    """Return the name of an RPC for the metrics, which may have no name that a client chooses."""
+    return method.rpartition("/")[2] if method in auth.PERMISSIONS else "unknown"
 
 
 def _certificate(context: grpc.ServicerContext) -> bytes:

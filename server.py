@@ -59,10 +59,11 @@ except ImportError as error:
 
 import daemon
 import hostcheck
+import metrics
 import serverlog
 import serverstatus
 import worker
-from adminsocket import AdminSocket, Command
+from adminsocket import AdminError, AdminSocket, Command
 from descriptors import keep_reserve
 from fileopener import FileOpener
 from oldfiles import open_store
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
+    from localserver import LocalServer
     from users import User
 
 __all__ = ["GRPC_OPTIONS", "Server", "main"]
@@ -137,6 +139,7 @@ class Server:
         self._reloading = threading.Lock()
         self._is_stopping = False
         self._started_s = time.time()
+        self._metrics = metrics.Metrics()
         try:
             self._host, port = parse_address(settings.listen)
         except ValueError as error:
@@ -172,6 +175,7 @@ class Server:
                 undo.callback(self._admin.close)
                 paths = (settings.state_dir, self._audit_path.parent)
                 self._disks = undo.enter_context(serverstatus.Disks(paths))
+            metrics_server = self._make_metrics_server(undo)
             connections = _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
                 self._opener = undo.enter_context(FileOpener(self._files.flags))
@@ -184,6 +188,8 @@ class Server:
             before = set(threading.enumerate())
             self._server.start()
             self._admin.start()
+            if metrics_server is not None:
+                metrics_server.start()
             self.grpc_threads = frozenset(threading.enumerate()) - before
             self._undo = undo.pop_all()
 
@@ -251,7 +257,13 @@ class Server:
             Calls(streams=streams, streams_of_one=config.per_user.streams or streams)
         )
         gate = undo.enter_context(
-            Gate(self._authenticator, self._audit, calls, request_bytes=config.requests.size)
+            Gate(
+                self._authenticator,
+                self._audit,
+                calls,
+                request_bytes=config.requests.size,
+                metrics=self._metrics,
+            )
         )
         server = grpc.server(
             cast("ThreadPoolExecutor", calls),  # gRPC uses `submit` alone
@@ -267,8 +279,30 @@ class Server:
             ),
         )
         self._quotas = add_services(
-            server, self._worker, self._authenticator, config=config, account_of=self._account_of
+            server,
+            self._worker,
+            self._authenticator,
+            config=config,
+            account_of=self._account_of,
+            metrics=self._metrics,
         )
+        return server
+
+    def _make_metrics_server(self, undo: contextlib.ExitStack) -> LocalServer | None:
+        """Return what serves the metrics, bound to its address; None if they are not served."""
+        where = self._settings.metrics
+        if where is None:
+            return None
+        try:
+            listener = metrics.listen(where)
+        except (ValueError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SettingsError(f"--metrics {where}: {reason}") from error
+        server = metrics.http_server(
+            listener, lambda: metrics.text_of(self._metrics, self.status())
+        )
+        undo.callback(server.close)
+        logger.info("the metrics are at %s", listener.address)
         return server
 
     def in_use(self) -> str:
@@ -285,6 +319,7 @@ class Server:
             uses=self._quotas.uses(),
             users=self._authenticator.user_count,
             disks=self._disks.look(),
+            expiries=self._certificates.expiries,
             warnings=self.warnings(),
             problems=[] if self._audit.is_writable else ["the audit log cannot be written"],
         )
@@ -453,6 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             serverlog.configure(settings.log_format, settings.log_level)
             status = _serve(settings)
     except (
+        AdminError,
         SettingsError,
         UntrustedFileError,
         CertificateError,

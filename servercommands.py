@@ -13,6 +13,7 @@ Thread safety: only the main thread of the program uses this module.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import adminsocket
 import hostcheck
+import serverstatus
 from configreport import report
 from serverfiles import check_files, config_in_force
 from serveroptions import add_options
@@ -196,6 +198,30 @@ def _run_config(call: Call) -> int:
     return 0
 
 
+# --- status, reload ---------------------------------------------------------------------------
+
+
+def _add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+
+
+def _run_status(call: Call) -> int:
+    status = adminsocket.ask(call.settings.state_dir, "status")
+    if call.arguments.json:
+        print(json.dumps(status, indent=2))
+    else:
+        print(*serverstatus.in_words(status), sep="\n")
+    return 0
+
+
+def _run_reload(call: Call) -> int:
+    problems = adminsocket.ask(call.settings.state_dir, "reload")["problems"]
+    if problems:
+        raise adminsocket.AdminError("\n".join(problems))
+    print("certificates and users were read again, the audit log was reopened")
+    return 0
+
+
 _COMMANDS: Final = {
     "config": _Command(
         "print every setting in force, and where its value comes from",
@@ -206,6 +232,23 @@ _COMMANDS: Final = {
         "  server --config /etc/job-worker/server.toml config",
         _add_nothing,
         _run_config,
+    ),
+    "status": _Command(
+        "show how the running server is: jobs, streams, what is nearly full or expires soon",
+        "Ask the server that runs with this --state-dir how it is. Only root and the user that\n"
+        "started the server may. Examples:\n\n"
+        "    server --state-dir /var/lib/job-worker status\n"
+        "    server --state-dir /var/lib/job-worker status --json",
+        _add_status_arguments,
+        _run_status,
+    ),
+    "reload": _Command(
+        "have the running server read certificates and users again; says what was refused",
+        "Do what SIGHUP does, wait until it is done, and say what was refused. That stays as it\n"
+        "was, and the exit status is 1. Only root and the user that started the server may.\n"
+        "Example: server --state-dir /var/lib/job-worker reload",
+        _add_nothing,
+        _run_reload,
     ),
     "user": _Command(
         "add, change, list or remove users",

@@ -152,6 +152,12 @@ OPTIONS: Final[Mapping[str, Option]] = {
         Path,
     ),
     "audit_required": Option("audit_required", "refuse calls that cannot be recorded", kind=bool),
+    "metrics": Option(
+        "metrics",
+        "serve metrics for Prometheus there: HOST:PORT, a loopback address, or unix:PATH "
+        "(default: nowhere)",
+        "ADDRESS",
+    ),
     "log_format": Option(
         "log_format",
         "what a line of the server's own log on stderr is",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from units import format_duration, format_size
 from version import VERSION
+from worker import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,12 +84,14 @@ def describe(  # noqa: PLR0913 -- what a server consists of
     uses: Sequence[Use],
     users: int,
     disks: Sequence[Disk],
+    expiries: Mapping[str, int],
     warnings: Sequence[str],
     problems: Sequence[str],
 ) -> dict[str, Any]:
     """Return the status as a JSON object.
 
     `started_s`: when the server was started, by `time.time`.
+    `expiries`: when each certificate expires, in seconds since 1970.
     `uses`: those of all users together first, then those of each user.
     """
     in_all = {use.name: use for use in uses if use.user is None}
@@ -103,6 +106,7 @@ def describe(  # noqa: PLR0913 -- what a server consists of
             "running": jobs.running,
             "ceiling": running.ceiling,
             "finished": jobs.finished,
+            "ended": {reason.value: jobs.ended.get(reason, 0) for reason in EndReason},
         },
         "streams": {"open": streams.used, "ceiling": streams.ceiling},
         "users": users,
@@ -112,6 +116,7 @@ def describe(  # noqa: PLR0913 -- what a server consists of
             for disk in disks
         ],
         "nearly_full": [*_full_uses(uses), *_full_disks(disks)],
+        "certificates": dict(expiries),
         "expires_soon": list(warnings),
         "problems": list(problems),
     }

@@ -38,6 +38,7 @@ from jobmessages import (
     timestamp,
 )
 from lists import Lists
+from metrics import Metrics
 from quotas import Quotas
 from starts import Starts
 from untaken import Untaken
@@ -106,7 +107,9 @@ class _WorkerServicer:
         authenticator: auth.Authenticator,
         config: Config,
         account_of: Callable[[str], tuple[int | None, worker.Account]],
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self._worker = jobs
         self._authenticator = authenticator
         self._config = config
@@ -308,6 +311,7 @@ class _WorkerServicer:
                 break  # `watch` closes the subscription for every other reason
             yield from _gap_messages(chunks)
             size = len(chunk)
+            self._metrics.output_bytes.add(amount=size)
             message = [_serialized(chunk, chunks.offset - size, chunks.written_at)]
             # `yield` blocks while the client does not read. No variable may keep the message
             # alive meanwhile.
@@ -431,20 +435,22 @@ def _serialized(data: bytes, offset: int, written_at: datetime | None) -> bytes:
     return b"".join((_DATA_TAG, length, data, rest))
 
 
-def add_services(
+def add_services(  # noqa: PLR0913 -- the parts of a server
     server: grpc.Server,
     jobs: Worker,
     authenticator: auth.Authenticator,
     *,
     config: Config,
     account_of: Callable[[str], tuple[int | None, worker.Account]],
+    metrics: Metrics | None = None,
 ) -> Quotas:
     """Add both services to `server`. Its interceptor must be a `Gate` with this authenticator.
 
     Returns what counts the running jobs and the open streams. `account_of`: returns the uid of a
     user's jobs, None for the server's own, and what the jobs are told of their user.
+    `metrics`: where bytes of output are counted.
     """
     authservice_pb2_grpc.add_AuthServiceServicer_to_server(_AuthServicer(authenticator), server)
-    servicer = _WorkerServicer(jobs, authenticator, config, account_of)
+    servicer = _WorkerServicer(jobs, authenticator, config, account_of, metrics or Metrics())
     workerservice_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     return servicer.quotas

@@ -454,6 +454,8 @@ class Settings:
     """None for audit.log in `state_dir`."""
     audit_required: bool = False
     """Whether the server refuses a call that it cannot record."""
+    metrics: str | None = None
+    """HOST:PORT of this host, or unix:PATH, on which metrics are served; None for nowhere."""
     log_format: str = "text"
     log_level: str = "info"
     """How the program writes its own log: see serverlog.py."""

@@ -20,6 +20,7 @@ from localserver import bind_unix, connect_unix
 from quotas import Use
 from serverstatus import Disk, Disks
 from testkit import FOREVER, GUARD_S, NOBODY, follow
+from users import make_user
 from worker import Counts
 
 if TYPE_CHECKING:
@@ -186,6 +187,11 @@ def test_close_ends_the_thread_and_removes_the_file(tmp_path: Path) -> None:
     assert not (tmp_path / "admin.sock").exists()
 
 
+def _counts(status: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many jobs run and how many have finished."""
+    return status["jobs"]["running"], status["jobs"]["finished"]
+
+
 # --- the server -------------------------------------------------------------------------
 
 
@@ -202,7 +208,8 @@ def test_status_of_a_server(
     stream = follow(client, job_id)
     status = ask(state, "status")
     assert (status["pid"], status["address"]) == (program.process.pid, program.address)
-    assert status["jobs"] == {"running": 1, "ceiling": 2000, "finished": 0}
+    assert _counts(status) == (1, 0)
+    assert status["jobs"]["ceiling"] == 2000
     assert status["streams"] == {"open": 1, "ceiling": 2000}
     assert status["users"] == 2
     assert status["problems"] == []
@@ -210,7 +217,8 @@ def test_status_of_a_server(
     assert 0 < disk["free_bytes"] < disk["size_bytes"]
     stream.close()
     client.stop(job_id)
-    assert ask(state, "status")["jobs"] == {"running": 0, "ceiling": 2000, "finished": 1}
+    assert _counts(ask(state, "status")) == (0, 1)
+    assert ask(state, "status")["jobs"]["ended"]["stopped"] == 1
     program.end()
     assert not (state / "admin.sock").exists() or os.geteuid() == 0
 
@@ -236,6 +244,35 @@ def test_reload_answers_what_was_refused(
 # --- what is shown ----------------------------------------------------------------------
 
 
+def test_program_shows_the_status_and_reloads(
+    start_server: Callable[..., ServerProgram], make_state: Callable[[], Path], tmp_path: Path
+) -> None:
+    """`server status`, `server status --json` and `server reload`; what is refused gives 1."""
+    state = make_state()
+    users = tmp_path / "users"
+    users.write_text(f"{make_user('alice', 'user', 'correct horse battery')}\n")
+    users.chmod(0o600)
+    program = start_server("--users", str(users), state=state)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(_HERE / "server"), "--state-dir", str(state), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=GUARD_S, check=False)
+
+    shown = run("status")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"address  {program.address}\n" in shown.stdout
+    assert json.loads(run("status", "--json").stdout)["users"] == 1
+    assert run("reload").returncode == 0
+    users.write_text("nonsense\n")
+    refused = run("reload")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("server: the users stay as they were: ")
+    program.end()
+    absent = run("status")
+    assert (absent.returncode, absent.stdout) == (1, "")
+    assert absent.stderr.startswith(f"server: no server runs with the state directory {state}; ")
+
+
 def _status(*uses: Use, **changes: Any) -> dict[str, Any]:
     names = ("running_jobs", "streams", "kept_output")
     own = {use.name for use in uses if use.user is None}
@@ -246,6 +283,7 @@ def _status(*uses: Use, **changes: Any) -> dict[str, Any]:
         "users": 1,
         "jobs": Counts(0, 0, {}),
         "disks": (),
+        "expiries": {},
         "warnings": (),
         "problems": (),
     }

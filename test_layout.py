@@ -86,31 +86,33 @@ _MODULES = {
         "quotas": "budget units; settings",
         "starts": "",
         "records": "audit",
-        "gate": "audit auth calls google grpc quotas records settings starts worker",
+        "gate": "audit auth calls google grpc metrics quotas records settings starts worker",
         "durations": "gate google worker; workerservice_pb2",
         "jobmessages": "durations google worker workerservice_pb2",
         "inputcalls": "gate worker; workerservice_pb2",
         "untaken": "",
         "lists": "auth gate jobmessages worker workerservice_pb2; quotas untaken",
-        "service": "auth durations finding gate inputcalls jobmessages lists quotas starts untaken "
-        f"worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
+        "service": "auth durations finding gate inputcalls jobmessages lists metrics quotas starts "
+        f"untaken worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
         "settings": "ending environment limits units worker",
         "serveroptions": "serverlog settings trustedfiles",
         "serverfiles": "errors privileges settings tls trustedfiles units users",
         "configreport": "serveroptions settings",
-        "servercommands": "adminsocket configreport hostcheck serverfiles serveroptions settings "
-        "useradmin users version",
+        "servercommands": "adminsocket configreport hostcheck serverfiles serveroptions "
+        "serverstatus settings useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
         "serverlog": "",
         "daemon": "",
         "localserver": "descriptors",
         "adminsocket": "localserver",
-        "serverstatus": "units version; quotas worker",
+        "metrics": "localserver units",
+        "serverstatus": "units version worker; quotas",
         "useradmin": "accounts settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors fileopener gate grpc "
-        "hostaccounts hostcheck oldfiles servercommands serverfiles serverlog serveroptions "
-        "serverstatus service settings tls trustedfiles units worker; users",
+        "hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
+        "serveroptions serverstatus service settings tls trustedfiles units worker; "
+        "localserver users",
     },
     "client": {
         "sending": "",

@@ -34,6 +34,7 @@ _VALUES: dict[str, tuple[str, list[str], Any]] = {
     "require_isolation": ("true", [], "require"),
     "audit_log": ('"a.log"', ["{here}/a.log"], "{here}/a.log"),
     "audit_required": ("true", [], True),
+    "metrics": ('"unix:/run/m"', ["unix:/run/m"], "unix:/run/m"),
     "log_format": ('"json"', ["json"], "json"),
     "log_level": ('"debug"', ["debug"], "debug"),
 }

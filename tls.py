@@ -32,7 +32,7 @@ import grpc
 from certcheck import UnusableError, check_ca, check_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 __all__ = ["CertificateError", "Certificates", "certificate_files"]
@@ -116,6 +116,11 @@ class Certificates:
             return problem
         logger.info("new certificates are in force")
         return ""
+
+    @property
+    def expiries(self) -> Mapping[str, int]:
+        """When each certificate in force expires, in seconds since 1970, by the file's name."""
+        return self._in_force.expiries
 
     def warnings(self) -> list[str]:
         """Return a sentence for each file in force that expires within 30 days."""
