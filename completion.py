@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["completion"]
 
-_PROGRAM = os.path.join(os.path.dirname(os.path.realpath(__file__)), "client")
+_OF_CLONE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "client")
 _PATIENCE_S = 3  # nobody waits longer for an answer to the Tab key
 _JOB_WORDS = 60  # how much of a job's command line is shown
 # The user may press Enter right after Tab, so no word of a server may mean something to the shell.
@@ -50,7 +50,7 @@ _job_worker_client() {
         PROGRAM completion bash --candidates 2>/dev/null)
     COMPREPLY=("${found[@]%%$'\\t'*}")
 }
-complete -o default -F _job_worker_client client
+complete -o default -F _job_worker_client NAME
 """,
     "zsh": """\
 _job_worker_client() {
@@ -62,7 +62,7 @@ _job_worker_client() {
     if (( $#found )); then _describe client found; else _files; fi
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
-compdef _job_worker_client client
+compdef _job_worker_client NAME
 """,
     "fish": """\
 function __job_worker_client
@@ -74,7 +74,7 @@ function __job_worker_client
         __fish_complete_path (commandline -ct)
     end
 end
-complete -c client -f -a '(__job_worker_client)'
+complete -c NAME -f -a '(__job_worker_client)'
 """,
 }
 
@@ -82,7 +82,10 @@ complete -c client -f -a '(__job_worker_client)'
 def completion(arguments: argparse.Namespace) -> int:
     """Print the script for `arguments.shell`, or what fits after the words on stdin."""
     if not arguments.candidates:
-        print(_SCRIPTS[arguments.shell].replace("PROGRAM", shlex.quote(_PROGRAM)), end="")
+        # Without a clone the program is a command that pip has installed.
+        program = _OF_CLONE if os.path.exists(_OF_CLONE) else os.path.realpath(sys.argv[0])
+        script = _SCRIPTS[arguments.shell].replace("NAME", os.path.basename(program))
+        print(script.replace("PROGRAM", shlex.quote(program)), end="")
         return 0
     words = sys.stdin.read().removesuffix("\n").split("\n")
     for word, text in _candidates(words[:-1], words[-1]):
