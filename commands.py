@@ -163,7 +163,7 @@ def _warn(text: str) -> None:
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
-    jobs = selected(client, arguments, ["RUNNING"]) if arguments.all else arguments.job
+    jobs = selected(client, arguments, ["QUEUED", "RUNNING"]) if arguments.all else arguments.job
 
     def stop(job_id: str) -> None:
         state = state_of(to_dict(client.stop(job_id, grace=arguments.grace)))

@@ -350,7 +350,7 @@ class Client:
         if text and (not is_part or len(text) < _LEAST_OF_ID):
             found = self.list(name=text, limit=_SHOWN_JOBS)
             if len(found) > 1:
-                running = self.list(name=text, statuses=["RUNNING"], limit=2)
+                running = self.list(name=text, statuses=["QUEUED", "RUNNING"], limit=2)
                 found = running if len(running) == 1 else found
         if is_part and not found:
             found = self.list(job_ids=[text.lower()], limit=_SHOWN_JOBS)

@@ -66,11 +66,17 @@ _DAY_S = 24 * 3600
 
 
 class Status(Enum):
-    """RUNNING becomes one of the others, once, when the output is complete."""
+    """RUNNING becomes STOPPED or FINISHED, once, when the output is complete."""
 
+    QUEUED = "queued"  # on a cluster: it waits for a node; becomes any of the others
     RUNNING = "running"
     STOPPED = "stopped"  # `Worker.stop`, `Worker.close` or the job's timeout ended it
     FINISHED = "finished"  # it ended in any other way
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it never changes again."""
+        return self in {Status.STOPPED, Status.FINISHED}
 
 
 class EndReason(Enum):
@@ -85,6 +91,8 @@ class EndReason(Enum):
     CLOSED = "closed"  # by `Worker.close`
     TIMED_OUT = "timed out"  # it ran for longer than the timeout that it was started with
     LOST = "lost"  # the fork server died, so nobody knows how the leader ended
+    NODE_FAILED = "node failed"  # on a cluster
+    CANCELLED = "cancelled"  # by the administrator of the cluster
 
 
 _STOPS = EndReason.STOPPED, EndReason.CLOSED, EndReason.TIMED_OUT
@@ -130,6 +138,8 @@ class Job:
     # How many processes were killed because they went on after the leader had ended by itself.
     killed_after_exit: int = 0
     timeout: float | None = None  # in seconds, as given to `Worker.start`
+    node: str = ""  # of the cluster on which it runs or ran
+    reason: str = ""  # the cluster's words: why the job is QUEUED, or what ended it
 
 
 class Work(NamedTuple):

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _STATUSES = {
+    Status.QUEUED: worker_pb.JOB_STATUS_QUEUED,
     Status.RUNNING: worker_pb.JOB_STATUS_RUNNING,
     Status.STOPPED: worker_pb.JOB_STATUS_STOPPED,
     Status.FINISHED: worker_pb.JOB_STATUS_FINISHED,
@@ -43,6 +44,8 @@ _END_REASONS = {
     EndReason.CLOSED: worker_pb.END_REASON_SERVER_SHUTDOWN,
     EndReason.TIMED_OUT: worker_pb.END_REASON_TIMED_OUT,
     EndReason.LOST: worker_pb.END_REASON_LOST,
+    EndReason.NODE_FAILED: worker_pb.END_REASON_NODE_FAILED,
+    EndReason.CANCELLED: worker_pb.END_REASON_CANCELLED,
 }
 # The service passes these reasons to `Worker.stop` and finds them again in `Job.stop_reason`.
 BY_OWNER = "owner"
@@ -85,6 +88,8 @@ def job_message(job: Job) -> worker_pb.Job:
         name=job.name,
         labels=job.labels,
         tmp_directory=job.tmp_directory,
+        node=job.node,
+        reason=job.reason,
         subscribers=job.subscribers,
         limits=_limits(job.limits),
         usage=usage,

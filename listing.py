@@ -37,7 +37,7 @@ _LEAST_COMMAND = 20  # cells of the command for which names and owners are cut
 _ONE_DIGIT = 10  # smaller numbers are shown with a digit after the point
 _ROUND = 1000  # larger sizes are shown in the next unit
 _REFRESH_S = 2.0  # how often --watch asks for the usage of running jobs
-_COLOURS = {"RUNNING": "\x1b[32m", "STOPPED": "\x1b[33m"}
+_COLOURS = {"QUEUED": "\x1b[36m", "RUNNING": "\x1b[32m", "STOPPED": "\x1b[33m"}
 _FAILED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 _OPEN_SCREEN, _CLOSE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _CLEAR_LINE, _CLEAR_REST = "\x1b[H", "\x1b[K", "\x1b[J"
@@ -47,6 +47,8 @@ _EXITS = {
     "TIMED_OUT": "timeout",
     "SERVER_SHUTDOWN": "shutdown",
     "LOST": "lost",
+    "NODE_FAILED": "node failed",
+    "CANCELLED": "cancelled",
 }
 
 
@@ -326,7 +328,7 @@ def _pass_on(events: JobEvents, queue: SimpleQueue[worker_pb.JobEvent | ClientEr
 
 
 def _is_running(job: worker_pb.Job) -> bool:
-    return bool(to_dict(job)["status"] == "RUNNING")
+    return bool(to_dict(job)["status"] in {"QUEUED", "RUNNING"})
 
 
 def _most_important(jobs: Sequence[worker_pb.Job], room: int) -> list[worker_pb.Job]:

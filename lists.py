@@ -41,6 +41,7 @@ _MOST_JOB_IDS = 1000
 _ID_LENGTH = 36
 
 _STATUSES = {
+    worker_pb.JOB_STATUS_QUEUED: Status.QUEUED,
     worker_pb.JOB_STATUS_RUNNING: Status.RUNNING,
     worker_pb.JOB_STATUS_STOPPED: Status.STOPPED,
     worker_pb.JOB_STATUS_FINISHED: Status.FINISHED,

@@ -32,7 +32,7 @@ __all__ = [
     "take_jobs",
 ]
 
-_STATUSES = ("RUNNING", "STOPPED", "FINISHED")
+_STATUSES = ("QUEUED", "RUNNING", "STOPPED", "FINISHED")
 _WITH_JOBS = {"stop", "signal", "status", "stream", "remove", "wait"}
 _EVERY = {"stop": "all", "remove": "finished"}  # the option that stands for many jobs
 _MAX_DIGITS = 9

@@ -42,7 +42,7 @@ from metrics import Metrics
 from quotas import Quotas
 from starts import Starts
 from untaken import Untaken
-from worker import Ending, EndReason, Job, Limits, Status, Worker
+from worker import Ending, EndReason, Job, Limits, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -211,7 +211,7 @@ class _WorkerServicer:
         is_owner = owner == call.caller.name
         reason = BY_OWNER if is_owner else BY_ADMIN
         # A stop of a job that has ended changes nothing, and anybody may repeat it as they like.
-        call.record(alone=self._worker.status(job_id).status is Status.RUNNING)
+        call.record(alone=not self._worker.status(job_id).status.is_over)
         with contextlib.ExitStack() as ending:
             if grace:
                 # It may take minutes. The caller's other calls, and a stop without grace that ends
@@ -226,7 +226,7 @@ class _WorkerServicer:
     ) -> worker_pb.SignalJobResponse:
         job_id, _ = self._reach(request.job_id, call)
         number = _signal_number(request.signal)
-        if self._worker.status(job_id).status is not Status.RUNNING:
+        if self._worker.status(job_id).status.is_over:
             # Checked here, because the audit log must not record a signal that is not sent.
             raise worker.SignalError(job_id, "it has ended")
         call.record(reason=f"signal {number} to {'every process' if request.all else 'the leader'}")
@@ -237,7 +237,7 @@ class _WorkerServicer:
         self, request: worker_pb.RemoveJobRequest, call: Call
     ) -> worker_pb.RemoveJobResponse:
         job_id, _ = self._reach(request.job_id, call)
-        if self._worker.status(job_id).status is Status.RUNNING:
+        if not self._worker.status(job_id).status.is_over:
             # Checked here, because the audit log must not record a removal that the worker refuses.
             raise worker.JobRunningError(job_id)
         call.record(alone=True)
@@ -298,7 +298,7 @@ class _WorkerServicer:
                 raise
             state = job()
             # A job that runs: the client has gone, or wanted the output so far.
-            if state.status is not Status.RUNNING or not chunks.follows:
+            if state.status.is_over or not chunks.follows:
                 call.context.set_trailing_metadata(end_metadata(state, chunks.offset))
             if state.end_reason is EndReason.CLOSED:
                 raise worker.WorkerClosedError

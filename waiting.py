@@ -37,7 +37,7 @@ def wait(client: Client, arguments: argparse.Namespace) -> int:
         for event in events:
             job = event.job
             fields = to_dict(job)
-            if fields["status"] == "RUNNING" or job.job_id in ends:
+            if fields["status"] in {"QUEUED", "RUNNING"} or job.job_id in ends:
                 continue
             ends[job.job_id] = job
             if fields["status"] is None:

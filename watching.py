@@ -88,7 +88,7 @@ class Watch:
 
     def tell(self, kind: JobEventKind, job: Job) -> None:
         """Note a change of a job, if the filter picks it. Does not block."""
-        before = (Status.RUNNING,) if kind is JobEventKind.ENDED else ()
+        before = (Status.QUEUED, Status.RUNNING) if kind is JobEventKind.ENDED else ()
         if not (self._matching.concerns(job) and self._matching.accepts(job.status, *before)):
             return
         with self._changed:

@@ -25,6 +25,7 @@ class JobStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATUS_RUNNING: _ClassVar[JobStatus]
     JOB_STATUS_STOPPED: _ClassVar[JobStatus]
     JOB_STATUS_FINISHED: _ClassVar[JobStatus]
+    JOB_STATUS_QUEUED: _ClassVar[JobStatus]
 
 class EndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -38,6 +39,8 @@ class EndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     END_REASON_LOST: _ClassVar[EndReason]
     END_REASON_HOST_OUT_OF_MEMORY: _ClassVar[EndReason]
     END_REASON_TIMED_OUT: _ClassVar[EndReason]
+    END_REASON_NODE_FAILED: _ClassVar[EndReason]
+    END_REASON_CANCELLED: _ClassVar[EndReason]
 
 class UsageSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -53,6 +56,7 @@ JOB_STATUS_UNSPECIFIED: JobStatus
 JOB_STATUS_RUNNING: JobStatus
 JOB_STATUS_STOPPED: JobStatus
 JOB_STATUS_FINISHED: JobStatus
+JOB_STATUS_QUEUED: JobStatus
 END_REASON_UNSPECIFIED: EndReason
 END_REASON_EXITED: EndReason
 END_REASON_SIGNALLED: EndReason
@@ -63,12 +67,14 @@ END_REASON_SERVER_SHUTDOWN: EndReason
 END_REASON_LOST: EndReason
 END_REASON_HOST_OUT_OF_MEMORY: EndReason
 END_REASON_TIMED_OUT: EndReason
+END_REASON_NODE_FAILED: EndReason
+END_REASON_CANCELLED: EndReason
 USAGE_SOURCE_UNSPECIFIED: UsageSource
 USAGE_SOURCE_CGROUP: UsageSource
 USAGE_SOURCE_RUSAGE: UsageSource
 
 class StartJobRequest(_message.Message):
-    __slots__ = ("command", "args", "limits", "request_id", "name", "labels", "environment", "working_directory", "timeout", "grace", "linger", "stdin", "keep_tmp")
+    __slots__ = ("command", "args", "limits", "request_id", "name", "labels", "environment", "working_directory", "timeout", "grace", "linger", "stdin", "keep_tmp", "no_queue")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +102,7 @@ class StartJobRequest(_message.Message):
     LINGER_FIELD_NUMBER: _ClassVar[int]
     STDIN_FIELD_NUMBER: _ClassVar[int]
     KEEP_TMP_FIELD_NUMBER: _ClassVar[int]
+    NO_QUEUE_FIELD_NUMBER: _ClassVar[int]
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
     limits: Limits
@@ -109,7 +116,8 @@ class StartJobRequest(_message.Message):
     linger: _duration_pb2.Duration
     stdin: bool
     keep_tmp: bool
-    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., request_id: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., linger: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stdin: _Optional[bool] = ..., keep_tmp: _Optional[bool] = ...) -> None: ...
+    no_queue: bool
+    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., request_id: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., linger: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stdin: _Optional[bool] = ..., keep_tmp: _Optional[bool] = ..., no_queue: _Optional[bool] = ...) -> None: ...
 
 class StartJobResponse(_message.Message):
     __slots__ = ("job_id",)
@@ -273,7 +281,7 @@ class RemoveJobResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage", "output_lost_bytes", "may_have_escaped", "name", "labels", "working_directory", "killed_after_exit", "timeout", "stdin", "output_gap", "tmp_directory")
+    __slots__ = ("job_id", "owner", "command", "args", "status", "end_reason", "exit_code", "signal", "started_at", "ended_at", "output_bytes", "subscribers", "limits", "usage", "output_lost_bytes", "may_have_escaped", "name", "labels", "working_directory", "killed_after_exit", "timeout", "stdin", "output_gap", "tmp_directory", "node", "reason")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +313,8 @@ class Job(_message.Message):
     STDIN_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_GAP_FIELD_NUMBER: _ClassVar[int]
     TMP_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     owner: str
     command: str
@@ -329,7 +339,9 @@ class Job(_message.Message):
     stdin: Input
     output_gap: OutputGap
     tmp_directory: str
-    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[JobStatus, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ..., may_have_escaped: _Optional[bool] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., killed_after_exit: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stdin: _Optional[_Union[Input, _Mapping]] = ..., output_gap: _Optional[_Union[OutputGap, _Mapping]] = ..., tmp_directory: _Optional[str] = ...) -> None: ...
+    node: str
+    reason: str
+    def __init__(self, job_id: _Optional[str] = ..., owner: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., status: _Optional[_Union[JobStatus, str]] = ..., end_reason: _Optional[_Union[EndReason, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., output_bytes: _Optional[int] = ..., subscribers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., output_lost_bytes: _Optional[int] = ..., may_have_escaped: _Optional[bool] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., killed_after_exit: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stdin: _Optional[_Union[Input, _Mapping]] = ..., output_gap: _Optional[_Union[OutputGap, _Mapping]] = ..., tmp_directory: _Optional[str] = ..., node: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Input(_message.Message):
     __slots__ = ("bytes", "ended")
