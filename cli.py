@@ -46,6 +46,7 @@ _EXIT_USAGE = 2
 EXIT_UNKNOWN = 125
 """The exit status of `run` and `wait` if no exit code or signal of the job is known."""
 
+_LOCAL = {"completion", "import"}  # need no server
 _MAY_BE_EMPTY = {"args", "words", "secrets"}
 _REPEATED = {"env", "env_files", "job", "labels", "statuses"}  # of what `parse` returns
 
@@ -87,7 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.own_words = len(argv)
     if name in {"start", "run"}:
         _split_start(parser, arguments)
-    if name == "completion":
+    if name in _LOCAL:
         arguments.secrets = []
         return arguments
     apply_profile(arguments)
@@ -212,8 +213,9 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
         for name, text in SUBCOMMANDS.items()
     }
     _add_completion(subparsers["completion"])
+    _add_import(subparsers["import"])
     for name, subparser in subparsers.items():
-        if name == "completion":
+        if name in _LOCAL:
             continue
         _add_connection(subparser, with_token=name != "login")
     add_options(subparsers)
@@ -309,6 +311,18 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
         "--candidates",
         action="store_true",
         help="what the script calls: print what fits after the words that stdin has, one in a line",
+    )
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="FILE", help="the bundle; - for stdin")
+    parser.add_argument(
+        "--as", metavar="NAME", dest="name", help="the name of the profile (default: default)"
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="give the profile of an earlier import the files of this bundle",
     )
 
 

@@ -80,6 +80,10 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
         from completion import completion
 
         return completion(arguments)
+    if arguments.subcommand == "import":
+        from importing import import_command
+
+        return import_command(arguments)
     from commands import COMMANDS  # here because --help needs neither
     from credentials import find_token, warnings_before_expiry
 

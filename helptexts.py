@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "remove": "Forget a finished job and delete its output",
     "list": "List the jobs you may see, the newest last",
     "wait": "Wait until jobs have ended, and exit with the exit code of the last one named",
+    "import": "Make a profile of the bundle that the server's operator has made for you",
     "completion": "Print a script with which your shell completes options, subcommands and jobs",
 }
 EPILOG = """\
@@ -45,6 +46,7 @@ client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
     "remove": "client remove [OPTIONS] JOB ... | --finished",
     "list": "client list [OPTIONS]",
     "wait": "client wait [OPTIONS] JOB ...",
+    "import": "client import [--as NAME] [--replace] FILE",
     "completion": "client completion bash|zsh|fish",
 }
 EXAMPLES = {
@@ -139,6 +141,12 @@ Exit status: the exit code of the job named last; 128 + N if signal N ended it;
 examples:
   client wait nightly
   client wait --any --timeout 10m 3fa9b1c2 77ab
+""",
+    "import": """\
+examples:
+  client import alice.tar                the profile `default`, used without --profile
+  client import --as work alice.tar      the profile `work`
+  client import --replace alice.tar      a new certificate for it
 """,
     "completion": """\
 examples:

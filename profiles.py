@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["apply_profile", "config_path", "profile_names"]
+__all__ = ["apply_profile", "config_path", "profile_names", "read_profiles"]
 
 _DEFAULT = "default"
 _PATHS = ("certs", "cert", "key", "ca")
@@ -69,10 +69,11 @@ def config_path() -> str | None:
 
 def profile_names() -> Sequence[str]:
     """Return the names of all profiles. Raises ClientError if the file is wrong."""
-    return sorted(_read_file() or {})
+    return sorted(read_profiles() or {})
 
 
-def _read_file() -> dict[str, Any] | None:
+def read_profiles() -> dict[str, Any] | None:
+    """Return the tables of the file; None without a file. Raises ClientError if it is wrong."""
     path = config_path()
     if path is None:
         return None
@@ -101,7 +102,7 @@ def _read_file() -> dict[str, Any] | None:
 
 def _read_profile(name: str | None) -> dict[str, str]:
     """Return the profile; empty if `name` is None and there is no profile called `default`."""
-    profiles = _read_file()
+    profiles = read_profiles()
     path = config_path()
     profile = (profiles or {}).get(name or _DEFAULT)
     if profile is None:

@@ -167,14 +167,7 @@ class Server:
                 self._store = undo.enter_context(open_store(settings.state_dir))
                 self._worker = undo.enter_context(self._make_worker(config, uids, *places))
                 self._open_state(users, uids, undo)
-                commands: dict[str, Command] = {  # what `server COMMAND` asks for
-                    "status": lambda _: self.status(),
-                    "reload": lambda _: {"problems": self.reload()},
-                }
-                self._admin = AdminSocket(settings.state_dir, commands)
-                undo.callback(self._admin.close)
-                paths = (settings.state_dir, self._audit_path.parent)
-                self._disks = undo.enter_context(serverstatus.Disks(paths))
+                self._admin = self._make_admin_socket(undo)
             metrics_server = self._make_metrics_server(undo)
             connections = _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
@@ -201,6 +194,18 @@ class Server:
         if not let_jobs_through(state):
             return None, None
         return None if self._settings.accounts == "host" else state / "homes", state / "tmp"
+
+    def _make_admin_socket(self, undo: contextlib.ExitStack) -> AdminSocket:
+        """Return the socket for what `server COMMAND` asks the running server."""
+        commands: dict[str, Command] = {
+            "status": lambda _: self.status(),
+            "reload": lambda _: {"problems": self.reload()},
+        }
+        paths = (self._settings.state_dir, self._audit_path.parent)
+        self._disks = undo.enter_context(serverstatus.Disks(paths))
+        admin = AdminSocket(self._settings.state_dir, commands)
+        undo.callback(admin.close)
+        return admin
 
     def _make_worker(
         self, config: Config, uids: range | None, homes: Path | None, tmp: Path | None

@@ -23,6 +23,7 @@ import adminsocket
 import hostcheck
 import serverstatus
 from configreport import report
+from invite import Invitation, invite
 from serverfiles import check_files, config_in_force
 from serveroptions import add_options
 from settings import Settings, SettingsError
@@ -155,6 +156,52 @@ def _tell_server(settings: Settings) -> int:
     return 1 if problems else 0
 
 
+# --- invite -----------------------------------------------------------------------------------
+
+
+def _add_invite_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the user")
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        required=True,
+        help="where the user reaches the server: a name of the server's certificate",
+    )
+    parser.add_argument(
+        "--ca",
+        metavar="DIR",
+        type=Path,
+        help="the directory of client-ca.pem, client-ca-key.pem and server-ca.pem (default: that "
+        "of --certs)",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="the bundle (default: NAME.tar)"
+    )
+    parser.add_argument("--role", choices=_ROLES, default="user", help="of a new user")
+    parser.add_argument(
+        "--make-account", action="store_true", help="for a new user, as for `user add`"
+    )
+
+
+def _run_invite(call: Call) -> int:
+    arguments = call.arguments
+    output = arguments.output or Path(f"{arguments.name}.tar")
+    invitation = Invitation(
+        address=arguments.address,
+        ca=arguments.ca or call.settings.certs,
+        output=output,
+        role=arguments.role,
+        make_account=arguments.make_account,
+    )
+    password = invite(call.settings, arguments.name, invitation)
+    print(f"made {output}; give it to {arguments.name}, and to nobody else: it has a key")
+    print(f"{arguments.name} then runs: client import {output.name}")
+    if not password:
+        return 0
+    print(f"the password, which is not in the bundle: {password}")
+    return _tell_server(call.settings)
+
+
 # --- check ------------------------------------------------------------------------------------
 
 
@@ -249,6 +296,18 @@ _COMMANDS: Final = {
         "Example: server --state-dir /var/lib/job-worker reload",
         _add_nothing,
         _run_reload,
+    ),
+    "invite": _Command(
+        "make a user, a client certificate, and a bundle of all that the user needs",
+        "Make an entry in the users file with a new password, which is printed, unless the\n"
+        "user is there already; and a tar file with a new client certificate, its key, the CA\n"
+        "of the server and its address, for `client import`. Without --users, also that of\n"
+        "--config, only the tar file is made: on the machine that has the keys of the CAs.\n"
+        "\n"
+        "  server --config FILE invite alice --address jobs.example.org:50051\n"
+        "  server --certs certs invite alice --address jobs.example.org:50051",
+        _add_invite_arguments,
+        _run_invite,
     ),
     "user": _Command(
         "add, change, list or remove users",

@@ -67,6 +67,7 @@ _MODULES = {
         "units": "",
         "version": "",
         "certcheck": "",
+        "bundle": "",
     },
     "access": {
         "throttle": "errors; store",
@@ -97,8 +98,9 @@ _MODULES = {
         "settings": "ending environment limits units worker",
         "serveroptions": "serverlog settings trustedfiles",
         "serverfiles": "errors privileges settings tls trustedfiles units users",
+        "invite": "bundle certcheck settings units useradmin users",
         "configreport": "serveroptions settings",
-        "servercommands": "adminsocket configreport hostcheck serverfiles serveroptions "
+        "servercommands": "adminsocket configreport hostcheck invite serverfiles serveroptions "
         "serverstatus settings useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups limits worker",
@@ -122,6 +124,7 @@ _MODULES = {
         "connection": f"certcheck clienterrors following grpc sending units {_AUTH_PB} "
         f"{_WORKER_PB}; google",
         "profiles": "connection units",
+        "importing": "bundle certcheck connection profiles units",
         "selecting": "units; connection",
         "helptexts": "",
         "cli": "connection helptexts profiles selecting units version",
@@ -135,7 +138,7 @@ _MODULES = {
         "display": "cli units; google workerservice_pb2",
         "completion": "cli connection credentials profiles; workerservice_pb2",
         "hints": "cli credentials units; connection",
-        "client": "cli commands completion connection credentials hints",
+        "client": "cli commands completion connection credentials hints importing",
     },
 }
 # Each group, and the groups whose modules it may import beside its own.
@@ -169,6 +172,8 @@ _TESTED_WITH = {
     "errors": "worker",
     "argv": "worker",
     "certcheck": "tls",
+    "bundle": "importing",
+    "invite": "importing",
     "variables": "environment",
     "version": "client",
     "helptexts": "client",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-__all__ = ["UsersFile", "add_user", "ask", "new_password"]
+__all__ = ["UsersFile", "add_user", "ask", "create_account", "new_password"]
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MODE = 0o600  # of a new file
@@ -70,7 +70,7 @@ def add_user(settings: Settings, name: str, role: str, *, make_account: bool) ->
     users.must_not_have(name)
     user = ask(name, role)
     if make_account:
-        _make_account(settings, name)
+        create_account(settings, name)
     users.add(user)
 
 
@@ -186,7 +186,7 @@ def new_password(settings: Settings, name: str) -> None:
     users.change(name, lambda user: replace(user, password_hash=asked.password_hash))
 
 
-def _make_account(settings: Settings, name: str) -> None:
+def create_account(settings: Settings, name: str) -> None:
     """Have an account of the user's name; with `--accounts range`, with a uid of the range."""
     uids = parse_uids(settings.uids)[1:] if settings.accounts == "range" else None
     with contextlib.suppress(KeyError):
