@@ -167,8 +167,7 @@ class Server:
                 self._store = undo.enter_context(open_store(settings.state_dir))
                 self._worker = undo.enter_context(self._make_worker(config, uids, *places))
                 self._open_state(users, uids, undo)
-                self._admin = self._make_admin_socket(undo)
-            metrics_server = self._make_metrics_server(undo)
+                for_operator = self._make_for_operator(undo)
             connections = _raise_fd_limit(config.in_all.streams or 0)
             if own_uid is not None:
                 self._opener = undo.enter_context(FileOpener(self._files.flags))
@@ -180,10 +179,9 @@ class Server:
             self.address = join_address(self._host, bound_port)
             before = set(threading.enumerate())
             self._server.start()
-            self._admin.start()
-            if metrics_server is not None:
-                metrics_server.start()
             self.grpc_threads = frozenset(threading.enumerate()) - before
+            for each in for_operator:
+                each.start()
             self._undo = undo.pop_all()
 
     def _places(self, *, is_isolated: bool) -> tuple[Path | None, Path | None]:
@@ -194,18 +192,6 @@ class Server:
         if not let_jobs_through(state):
             return None, None
         return None if self._settings.accounts == "host" else state / "homes", state / "tmp"
-
-    def _make_admin_socket(self, undo: contextlib.ExitStack) -> AdminSocket:
-        """Return the socket for what `server COMMAND` asks the running server."""
-        commands: dict[str, Command] = {
-            "status": lambda _: self.status(),
-            "reload": lambda _: {"problems": self.reload()},
-        }
-        paths = (self._settings.state_dir, self._audit_path.parent)
-        self._disks = undo.enter_context(serverstatus.Disks(paths))
-        admin = AdminSocket(self._settings.state_dir, commands)
-        undo.callback(admin.close)
-        return admin
 
     def _make_worker(
         self, config: Config, uids: range | None, homes: Path | None, tmp: Path | None
@@ -293,11 +279,19 @@ class Server:
         )
         return server
 
-    def _make_metrics_server(self, undo: contextlib.ExitStack) -> LocalServer | None:
-        """Return what serves the metrics, bound to its address; None if they are not served."""
+    def _make_for_operator(self, undo: contextlib.ExitStack) -> list[AdminSocket | LocalServer]:
+        """Return what answers the operator, bound to its addresses and not started yet."""
+        state = self._settings.state_dir
+        self._disks = undo.enter_context(serverstatus.Disks((state, self._audit_path.parent)))
+        commands: dict[str, Command] = {  # what `server COMMAND` asks for
+            "status": lambda _: self.status(),
+            "reload": lambda _: {"problems": self.reload()},
+        }
+        self._admin = AdminSocket(state, commands)
+        undo.callback(self._admin.close)
         where = self._settings.metrics
         if where is None:
-            return None
+            return [self._admin]
         try:
             listener = metrics.listen(where)
         except (ValueError, OSError) as error:
@@ -308,7 +302,7 @@ class Server:
         )
         undo.callback(server.close)
         logger.info("the metrics are at %s", listener.address)
-        return server
+        return [self._admin, server]
 
     def in_use(self) -> str:
         """Return how many jobs run and how many streams are open, in words."""
