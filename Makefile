@@ -14,7 +14,7 @@ lock = .venv/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --str
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")
 
-.PHONY: help setup demo serve test check tools static bench bench-long certs library proto lock
+.PHONY: help setup demo serve test check tools static bench bench-long certs library proto lock extras
 
 help: ## list the targets (what `make` alone does)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -49,7 +49,13 @@ lock: .venv/runtime ## after a change of the packages in pyproject.toml: write t
 	$(python) -c '$(call requirements,["project"]["dependencies"])' >.venv/runtime.in
 	$(python) -c '$(call requirements,["dependency-groups"]["dev"])' >.venv/dev.in
 	$(lock) --no-annotate -o requirements/runtime.txt .venv/runtime.in
+	$(python) -c '$(call requirements,["project"]["optional-dependencies"]["health"])' >.venv/extras.in
+	$(python) -c '$(call requirements,["project"]["optional-dependencies"]["reflection"])' >>.venv/extras.in
 	$(lock) --no-annotate -c requirements/runtime.txt -o requirements/dev.txt .venv/dev.in
+	$(lock) --no-annotate -c requirements/runtime.txt -o requirements/extras.txt .venv/extras.in
+
+extras: .venv/runtime ## install the packages of the services health and reflection (docs/monitoring.md)
+	$(install) -r requirements/extras.txt
 
 certs: ## make the certificates that are missing or have expired
 	@certs/generate.sh

@@ -85,6 +85,8 @@ _UNREAD_IN_ALL = 64 * 1024 * 1024
 # whose ceiling is reached.
 _STREAMS_SPARE_OF_ONE = 16
 _STREAMS_SPARE = 32
+# Streams of all callers without a token: health and reflection. Others wait for no thread of theirs.
+_STREAMS_OF_STRANGERS = 32
 # Logins of one client certificate that run at the same time. All logins share one queue.
 _LOGINS_OF_ONE = 8
 # A thread looks this often, and cancels the calls that it has seen without a request before. A
@@ -346,6 +348,8 @@ class Calls(Executor):
         if self._closed:
             return "it is shutting down"
         if ticket.is_stream:
+            if caller.key == STRANGERS and caller.streams >= _STREAMS_OF_STRANGERS:
+                return f"{caller.streams} streams of callers without a token are open"
             if caller.streams >= self._streams_of_one:
                 return f"{caller.streams} of your streams are open"
             if self._streams >= self._streams_in_all:

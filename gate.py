@@ -41,7 +41,14 @@ from starts import OtherStartError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SHOWN_CHARACTERS", "BadRequestError", "Call", "Gate", "NotAllowedError"]
+__all__ = [
+    "SHOWN_CHARACTERS",
+    "BadRequestError",
+    "Call",
+    "Gate",
+    "NotAllowedError",
+    "UnknownServiceError",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +84,13 @@ SHOWN_CHARACTERS = 64
 
 class BadRequestError(Exception):
     """The request has a value that is not valid."""
+
+
+class UnknownServiceError(Exception):
+    """Somebody asks how a service is that this server does not have."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no service {name!r}; ask for one of this server's, or for none")
 
 
 class NotAllowedError(Exception):
@@ -132,6 +146,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (_CallerGoneError, grpc.StatusCode.CANCELLED, None),
     (_TooLateError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (OtherStartError, grpc.StatusCode.ALREADY_EXISTS, None),
+    (UnknownServiceError, grpc.StatusCode.NOT_FOUND, None),
     (worker.UnknownJobError, grpc.StatusCode.NOT_FOUND, "no such job"),
     (worker.JobRunningError, grpc.StatusCode.FAILED_PRECONDITION, None),
     (worker.SignalError, grpc.StatusCode.FAILED_PRECONDITION, None),
@@ -355,7 +370,12 @@ class Gate(grpc.ServerInterceptor):
             ticket.begin(context)
             self._metrics.queue_s.observe(time.monotonic() - ticket.arrived_s)
             self._admit(call, handler)
-            messages = handler.unary_stream(self._receive(handler, requests, call), call)
+            request = self._receive(handler, requests, call)
+            if handler.request_streaming:
+                all_of_them = chain([request], self._receive_rest(handler, requests))
+                messages = handler.stream_stream(all_of_them, call)
+            else:
+                messages = handler.unary_stream(request, call)
             with contextlib.closing(messages):
                 ticket.leave()
                 # Tells the client, before the first output, that the stream is accepted.
@@ -387,9 +407,7 @@ class Gate(grpc.ServerInterceptor):
             name = self._authenticator.signed_for(_bearer_token(details.invocation_metadata))
             if name is not None:
                 return name
-        if auth.PERMISSIONS.get(details.method, frozenset()) is None:
-            return STRANGERS_LOGIN
-        return STRANGERS
+        return STRANGERS_LOGIN if details.method == _LOGIN else STRANGERS
 
     def _share(self, call: Call) -> contextlib.AbstractContextManager[None]:
         """Return the context in which the call does its work; for a login, the context limits it.
@@ -397,7 +415,7 @@ class Gate(grpc.ServerInterceptor):
         Raises `OverloadError` if the caller has too many unread answers.
         """
         call.ticket.check_unread()
-        if call.identity is None:
+        if call.method == _LOGIN:
             return self._calls.login(call.certificate)
         return _UNBOUNDED
 

@@ -53,6 +53,7 @@ try:
     from gate import Gate
     from hostaccounts import HostAccounts
     from service import add_services
+    from standardservices import StandardServices
     from tls import CertificateError, Certificates
 except ImportError as error:
     sys.exit(f"server: {error}; run `make setup`, then start it with ./server")
@@ -269,6 +270,10 @@ class Server:
                 ("grpc.server.max_pending_requests_hard_limit", calls.of_core),
             ),
         )
+        self._standard = StandardServices(
+            health=self._settings.health, reflection=self._settings.reflection
+        )
+        self._standard.add_to(server)
         self._quotas = add_services(
             server,
             self._worker,
@@ -374,6 +379,7 @@ class Server:
         """
         self._is_stopping = True
         self._admin.close()
+        self._standard.leave()
         # Streams go on as long as the jobs do. The later call shortens the time.
         self._server.stop(self.shutdown_grace_s + _STOP_GRACE_S)
         self._authenticator.close()

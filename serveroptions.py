@@ -158,6 +158,18 @@ OPTIONS: Final[Mapping[str, Option]] = {
         "(default: nowhere)",
         "ADDRESS",
     ),
+    "health": Option(
+        "health",
+        "serve grpc.health.v1 to everybody with a client certificate; auto: if its package is "
+        "installed",
+        choices=("auto", "on", "off"),
+    ),
+    "reflection": Option(
+        "reflection",
+        "serve gRPC's reflection to everybody with a client certificate; auto: if its package is "
+        "installed",
+        choices=("auto", "on", "off"),
+    ),
     "log_format": Option(
         "log_format",
         "what a line of the server's own log on stderr is",

@@ -456,6 +456,9 @@ class Settings:
     """Whether the server refuses a call that it cannot record."""
     metrics: str | None = None
     """HOST:PORT of this host, or unix:PATH, on which metrics are served; None for nowhere."""
+    health: str = "auto"
+    reflection: str = "auto"
+    """Whether gRPC's own services are there: see standardservices.py."""
     log_format: str = "text"
     log_level: str = "info"
     """How the program writes its own log: see serverlog.py."""

@@ -95,6 +95,8 @@ _MODULES = {
         "lists": "auth gate jobmessages worker workerservice_pb2; quotas untaken",
         "service": "auth durations finding gate inputcalls jobmessages lists metrics quotas starts "
         f"untaken worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
+        "standardservices": "gate grpc_health grpc_reflection settings authservice_pb2 "
+        "workerservice_pb2; grpc",
         "settings": "ending environment limits units worker",
         "serveroptions": "serverlog settings trustedfiles",
         "serverfiles": "errors privileges settings tls trustedfiles units users",
@@ -113,7 +115,7 @@ _MODULES = {
         "useradmin": "accounts settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors fileopener gate grpc "
         "hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
-        "serveroptions serverstatus service settings tls trustedfiles units worker; "
+        "serveroptions serverstatus service settings standardservices tls trustedfiles units worker; "
         "localserver users",
     },
     "client": {

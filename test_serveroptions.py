@@ -35,6 +35,8 @@ _VALUES: dict[str, tuple[str, list[str], Any]] = {
     "audit_log": ('"a.log"', ["{here}/a.log"], "{here}/a.log"),
     "audit_required": ("true", [], True),
     "metrics": ('"unix:/run/m"', ["unix:/run/m"], "unix:/run/m"),
+    "health": ('"on"', ["on"], "on"),
+    "reflection": ('"off"', ["off"], "off"),
     "log_format": ('"json"', ["json"], "json"),
     "log_level": ('"debug"', ["debug"], "debug"),
 }
