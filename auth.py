@@ -208,6 +208,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role] | None]] = {
     "/jobworker.v1.WorkerService/RemoveJob": _EVERYONE,
     # What gRPC defines for every server; see standardservices.py.
     "/grpc.health.v1.Health/Check": None,
+    "/grpc.health.v1.Health/List": None,
     "/grpc.health.v1.Health/Watch": None,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": None,
 }

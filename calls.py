@@ -85,7 +85,7 @@ _UNREAD_IN_ALL = 64 * 1024 * 1024
 # whose ceiling is reached.
 _STREAMS_SPARE_OF_ONE = 16
 _STREAMS_SPARE = 32
-# Streams of all callers without a token: health and reflection. Others wait for no thread of theirs.
+# Streams of all callers without a token together: health and reflection.
 _STREAMS_OF_STRANGERS = 32
 # Logins of one client certificate that run at the same time. All logins share one queue.
 _LOGINS_OF_ONE = 8

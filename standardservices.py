@@ -109,6 +109,13 @@ class _Health:
         _check_name(request.service)
         return self._servicer.Check(request, call.context)
 
+    def List(self, _: Any, call: Call) -> Any:  # noqa: N802
+        every = {
+            name: self._servicer.Check(health_pb2.HealthCheckRequest(service=name), call.context)
+            for name in ("", *_OURS)
+        }
+        return health_pb2.HealthListResponse(statuses=every)
+
     def Watch(self, request: Any, call: Call) -> Iterator[bytes]:  # noqa: N802
         """Return a generator of serialized messages, which lasts until the client or we end it."""
         _check_name(request.service)  # the servicer would keep any name for ever

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import jwt
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -1183,20 +1185,27 @@ def test_no_password_hash_key_or_token_shows(caplog: pytest.LogCaptureFixture) -
 
 def test_permission_table_names_exactly_the_methods_of_the_services() -> None:
     """The table has every RPC, streams included, and no other."""
-    services = [
-        *authservice_pb2.DESCRIPTOR.services_by_name.values(),
-        *workerservice_pb2.DESCRIPTOR.services_by_name.values(),
-    ]
+    files = (
+        *(authservice_pb2.DESCRIPTOR, workerservice_pb2.DESCRIPTOR),
+        *(health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR),
+    )
     methods = {
-        f"/{service.full_name}/{method.name}" for service in services for method in service.methods
+        f"/{service.full_name}/{method.name}"
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
     }
     assert set(PERMISSIONS) == methods
 
 
-def test_only_login_needs_no_token() -> None:
-    """Every method but `Login` has its roles in the table."""
+def test_only_login_health_and_reflection_need_no_token() -> None:
+    """Every other method has its roles in the table."""
     assert [method for method, roles in PERMISSIONS.items() if roles is None] == [
-        "/jobworker.v1.AuthService/Login"
+        "/jobworker.v1.AuthService/Login",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/List",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     ]
 
 

@@ -115,8 +115,8 @@ _MODULES = {
         "useradmin": "accounts settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors fileopener gate grpc "
         "hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
-        "serveroptions serverstatus service settings standardservices tls trustedfiles units worker; "
-        "localserver users",
+        "serveroptions serverstatus service settings standardservices tls trustedfiles units "
+        "worker; localserver users",
     },
     "client": {
         "sending": "",
