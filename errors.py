@@ -24,6 +24,7 @@ __all__ = [
     "StartTimeoutError",
     "StopTimeoutError",
     "StoreError",
+    "TakeoverError",
     "UnknownJobError",
     "WorkerClosedError",
     "WorkerError",
@@ -155,6 +156,16 @@ class StoreError(WorkerError, OSError):
     def __str__(self) -> str:
         # Without errno's number, which means nothing to the person who has to act.
         return str(self.strerror)
+
+
+class TakeoverError(WorkerError):
+    """The jobs of a former main process go on, and this process cannot take them over."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"jobs of the former main process go on, and cannot be taken over: {problem}; start "
+            "with the former settings, or end these jobs first"
+        )
 
 
 class WorkerClosedError(WorkerError):

@@ -17,7 +17,8 @@ runs jobs only as users of the range `uids`, finds a job's cgroup by the job's n
 only the files named at its start.
 
 When the main process dies or closes its socket, the fork server kills every job and every other
-descendant, and exits. So nothing outlives the main process, not even after SIGKILL.
+descendant, and exits. So nothing outlives the main process, not even after SIGKILL. With a restart
+window it first waits for another main process: `takeover.py`, `estate.py`.
 
 Thread safety: the program has one thread. A signal only wakes its poll.
 """
@@ -35,12 +36,13 @@ import signal
 import socket
 import stat
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import inherited
-import processes
 from cgroupfs import dismantle, signal_tree, terminate_tree
-from children import children, ended_child, group_is_gone, kill_group, kill_leader
+from children import children, ended_child
+from estate import Estate
 from leader import (
     Grants,
     become,
@@ -52,6 +54,7 @@ from leader import (
     popen,
     wait_and_execute,
 )
+from leaders import Leaders
 from leftovers import clear, clear_directory
 from messages import AttachError, close_all, failure, receive, send, wait_ready
 from privileges import (
@@ -65,14 +68,16 @@ from privileges import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
+    as_user,
     keep_capabilities,
     prctl,
 )
+from takeover import PROTOCOL, execute_anew, is_trusted, write_ends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["JOB_RLIMITS", "set_signals"]
+__all__ = ["JOB_RLIMITS"]
 
 JOB_RLIMITS = (
     (resource.RLIMIT_NPROC, 8192, 8192),
@@ -86,26 +91,39 @@ The number of processes counts all jobs of one user together. It matters where t
 pids controller.
 """
 
-_REAPED_AT_ONCE = 32  # then requests are served, however many children keep ending
 _UMASK = 0o077
-_ROUNDS = 20  # how often to look for more processes of a job that is being killed
+_DAY_S = 24 * 3600  # the longest wait, because the timeout of poll(2) is an int
+_SUCCESSOR_S = 5.0  # how long a successor may take to say what it wants
+_CAPABILITIES = (
+    *(CAP_SETUID, CAP_SETGID, CAP_KILL, CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE),
+)
 
 
-class _Leader(NamedTuple):
-    """A leader that has not been reaped."""
-
-    job: str
-    exit_fd: int
+# The duties that stay as they are when another main process takes over, and what they are.
+_LASTING = {
+    "uids": "jobs run as users of the uids",
+    "homes": "homes are in",
+    "tmp": "TMPDIRs are in",
+    "host_accounts": "accounts of the host are used:",
+}
 
 
 class _ForkServer:
     """Serves the requests of the main process, and reaps.
 
-    `sock`: where the requests come. `main_fd`: a pidfd of the main process.
+    `sock`: where the requests come. `main_fd`: a pidfd of the main process. `state`: of `_save`, if
+    this process has executed this program in the place of another one.
     """
 
-    def __init__(self, sock: socket.socket, main_fd: int, duties: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        main_fd: int,
+        duties: dict[str, Any],
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self._pid = os.getpid()
+        self._duties = duties
         self._socket = sock
         self._main_fd = main_fd
         self._jobs_cgroup: str | None = duties["jobs_cgroup"]
@@ -116,50 +134,105 @@ class _ForkServer:
         self._dismantling: list[Any] | None = duties["dismantle"]
         self._dismantles_at_end = False
         self._fork_child = clone if clone_works() else popen
-        self._leaders: dict[int, _Leader] = {}  # by pid
-        self._pids: dict[str, int] = {}  # the pids of _leaders, by job
-        self._exit_fds: dict[int, int] = {}  # by process group whose leader has been reaped
-        # Without cgroups, by leader: the other processes of the job when it last got a signal;
-        # what was killed and may not be gone yet.
-        self._signalled: dict[int, list[processes.Entry]] = {}
-        self._killed: dict[int, set[processes.Entry]] = {}
-        # Without cgroups: the leaders that have ended and are not reaped, because others of their
-        # jobs may go on. As long as a leader is a zombie, no stranger can have its number.
-        self._zombies: set[int] = set()
-        # By pid of a process that removes what jobs have left: the TMPDIR that it empties, if any.
-        self._clearing: dict[int, str | None] = {}
+        self._unadopted: set[str] = set()  # jobs of a former main process, not taken over yet
+        self._is_over = False  # the main process has ended as it should, or nobody is awaited
+        self._restart: dict[str, Any] | None = duties["restart"]  # None: without a window
+        self._estate = Estate(state and state["estate"]) if self._restart else None
+        self._leaders = Leaders(self._estate, has_cgroups=self._jobs_cgroup is not None)
+        self._listener: socket.socket | None = None
+        if self._restart:
+            self._listener = socket.socket(fileno=self._restart["listener_fd"])
+            self._listener.listen()
+        if state is not None:
+            self._load(state)
 
     def run(self) -> None:
         """Serve until the main process is gone; then kill everything."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        set_signals()
+        inherited.set_signals()
         # Orphans of a job become children of this process instead of init's. So it can tell
         # when a process group is gone.
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._limit_ourselves_and_jobs()
+        try:
+            self._serve_main(wake_read)
+            while self._await_successor(wake_read):
+                self._serve_main(wake_read)
+        finally:
+            # Also after a message that makes no sense: the main process never sends one.
+            self._kill_everything()
+            if self._restart and self._estate:
+                write_ends(self._restart["directory"], self._estate.ends())
+            if self._dismantles_at_end and self._dismantling:
+                dismantle(*self._dismantling)
+
+    def _serve_main(self, wake_read: int) -> None:
+        """Serve until the main process is gone, or has said that this is over."""
         poll = select.poll()
         for fd in (self._socket.fileno(), self._main_fd, wake_read):
             poll.register(fd, select.POLLIN)
-        more_to_reap = False
-        try:
-            while True:
+        more_to_reap = True  # there may be some from before this program was executed
+        with contextlib.suppress(EOFError, ConnectionError):
+            while not self._is_over:
                 ready = dict(poll.poll(0 if more_to_reap else None))
                 if self._main_fd in ready:
                     break  # even if somebody else holds the other end of the socket
                 if wake_read in ready:
                     os.read(wake_read, 4096)
                 if wake_read in ready or more_to_reap:
-                    more_to_reap = self._reap_some()
+                    more_to_reap = self._leaders.reap_some()
                 if self._socket.fileno() in ready:
                     self._serve()
-        except (EOFError, ConnectionError):
-            pass
-        finally:
-            # Also after a message that makes no sense: the main process never sends one.
-            self._kill_everything()
-            if self._dismantles_at_end and self._dismantling:
-                dismantle(*self._dismantling)
+
+    def _await_successor(self, wake_read: int) -> bool:
+        """Wait for the next main process, for as long as the restart window; False if none came.
+
+        Does not wait if there is nothing to take over, or if the main process said so.
+        """
+        self._socket.close()
+        os.close(self._main_fd)
+        self._main_fd = -1
+        if self._restart is None or self._listener is None or self._estate is None:
+            return False
+        until_s = time.monotonic() + self._restart["window_s"]
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(wake_read, select.POLLIN)
+        more_to_reap = True
+        while self._estate.jobs and not self._is_over:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            ready = dict(poll.poll(0 if more_to_reap else min(left_s, _DAY_S) * 1000))
+            if wake_read in ready:
+                os.read(wake_read, 4096)
+            if wake_read in ready or more_to_reap:
+                more_to_reap = self._leaders.reap_some()
+            if self._listener.fileno() in ready and self._receive_successor(self._listener):
+                return True
+        return False
+
+    def _receive_successor(self, listener: socket.socket) -> bool:
+        """Let a process take over, if it may; return whether it has."""
+        connection, _ = listener.accept()
+        connection.settimeout(_SUCCESSOR_S)
+        # What the other process sends may make no sense, or never come.
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
+            if not is_trusted(connection):
+                connection.close()
+                return False
+            request, fds = receive(connection)
+            if request["op"] == "end":
+                self._is_over = True
+                send(connection, {})
+            elif problem := self._why_not(request):
+                send(connection, {"refused": problem})
+            else:
+                (main_fd,) = fds
+                self._execute_anew(connection, main_fd, request)
+        connection.close()
+        return False
 
     def _limit_ourselves_and_jobs(self) -> None:
         """Give up what neither this process nor a job needs; forks and execs inherit this."""
@@ -174,9 +247,7 @@ class _ForkServer:
         if self._uids is not None:
             # Nobody may trace this process, or a fork of it that has not executed a program.
             prctl(PR_SET_DUMPABLE, 0)
-            keep_capabilities(
-                *(CAP_SETUID, CAP_SETGID, CAP_KILL, CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE)
-            )
+            keep_capabilities(*_CAPABILITIES)
 
     def _serve(self) -> None:
         """Receive one request and answer on the socket that came with it."""
@@ -200,10 +271,7 @@ class _ForkServer:
                     answer["pid"] = pid
                     passed.append(pidfd)
                 case "kill":
-                    self._reap_some()
-                    if request["job"] in self._pids:
-                        self._kill_or_reap(self._pids[request["job"]])
-                        self._close_exit_pipes()
+                    self._leaders.kill(request["job"])
                 case "signal":
                     self._signal(request)
                 case "terminate":
@@ -212,10 +280,11 @@ class _ForkServer:
                     pid, pidfd = self._fork_clearing(request["uid"], request["job"], reply)
                     answer["pid"] = pid
                     passed.append(pidfd)
-                case "dismantle_at_end":
-                    self._dismantles_at_end = True
-                case _:
-                    raise ValueError("unknown request")  # noqa: TRY301 -- answered like others
+                case "adopt":
+                    answer["pid"], kept_fds = self._adopt(request["job"], *fds)
+                    passed += map(os.dup, kept_fds)
+                case other:
+                    self._note(other, request.get("job"))
         except (OSError, ValueError, TypeError) as error:
             answer = failure(error)
         try:
@@ -225,13 +294,24 @@ class _ForkServer:
             close_all(passed)
 
     def _fork(
-        self, job: str, reply: socket.socket, stdout_fd: int, exit_fd: int
+        self,
+        job: str,
+        reply: socket.socket,
+        stdout_fd: int,
+        exit_fd: int,
+        output_fd: int | None = None,
     ) -> tuple[int, int]:
-        """Fork a process that waits for its program; return its pid and a pidfd of it."""
-        if job in self._pids or not _is_name(job):
+        """Fork a process that waits for its program; return its pid and a pidfd of it.
+
+        `output_fd`: the read end of the pipe of `stdout_fd`, which is kept for a successor.
+        """
+        if (output_fd is None) != (self._estate is None):
+            raise TypeError("a number of descriptors")
+        if job in self._leaders.jobs or not _is_name(job):
             raise PermissionError(errno.EPERM, "not a job's name, or taken")
         tmp = self._tmp and f"{self._tmp}/{job}"
-        grants = Grants(self._uids, self._homes, tmp, self._host_accounts)
+        failures_fd = self._estate.failures_fd if self._estate else -1
+        grants = Grants(self._uids, self._homes, tmp, self._host_accounts, failures_fd)
         child = functools.partial(wait_and_execute, reply, stdout_fd, grants, self._pid)
         kept_fd = os.dup(exit_fd)
         try:
@@ -240,9 +320,104 @@ class _ForkServer:
         except BaseException:
             os.close(kept_fd)
             raise
-        self._leaders[pid] = _Leader(job, kept_fd)
-        self._pids[job] = pid
+        self._leaders.add(job, pid, kept_fd)
+        if self._estate is not None and output_fd is not None:
+            self._estate.add(job, pid, output_fd, pidfd)
         return pid, pidfd
+
+    def _note(self, what: str, job: str | None) -> None:
+        """Do what needs no answer. Raises ValueError for an unknown request."""
+        match what:
+            case "dismantle_at_end":
+                self._dismantles_at_end = True
+            case "end":
+                self._is_over = True
+            case "forget":
+                self._forget(job or "")
+            case "forget others":
+                self._forget_unadopted()
+            case _:
+                raise ValueError("unknown request")
+
+    def _adopt(self, job: str, exit_fd: int) -> tuple[int, list[int]]:
+        """Hand a job over to a main process: return the leader's pid and what is kept of the job.
+
+        `exit_fd`: where the job's end is reported from now on.
+        """
+        if self._estate is None or job not in self._estate.jobs:
+            raise ProcessLookupError(errno.ESRCH, "no such job is kept")
+        kept = self._estate.jobs[job]
+        self._unadopted.discard(job)
+        self._leaders.adopt(job, kept, exit_fd)
+        return kept.pid, kept.fds
+
+    def _forget(self, job: str) -> None:
+        """Keep nothing of a job whose end the main process has recorded."""
+        if self._estate is not None:
+            self._estate.forget(job)
+
+    def _forget_unadopted(self) -> None:
+        """Kill what the main process did not take over: it knows nothing of these."""
+        for job in self._unadopted:
+            self._leaders.kill(job)
+            self._forget(job)
+        self._unadopted = set()
+
+    def _why_not(self, request: dict[str, Any]) -> str:
+        """Return why the process that sent this may not take over; "" if it may."""
+        if request["protocol"] != PROTOCOL:
+            return f"its version of the takeover is {PROTOCOL}, and not {request['protocol']}"
+        differing = [
+            f"{what} {self._duties[name]}, and not {request['duties'][name]}"
+            for name, what in _LASTING.items()
+            if self._duties[name] != request["duties"][name]
+        ]
+        base = os.path.dirname(self._dismantling[0]) if self._dismantling else None
+        if base not in request["bases"]:
+            differing.append(f"cgroups below {base}, and not below {request['bases'][0]}")
+        return "; ".join(differing)
+
+    def _execute_anew(
+        self, connection: socket.socket, main_fd: int, request: dict[str, Any]
+    ) -> None:
+        """Execute the successor's fork server in the place of this one, with all that is kept.
+
+        So the program is always that of the main process. Returns only if that fails.
+        """
+        assert self._restart is not None  # noqa: S101
+        assert self._estate is not None  # noqa: S101
+        restart = self._restart | {"window_s": request["window_s"]}
+        duties = self._duties | {"restart": restart}
+        state = {
+            "estate": self._estate.save(),
+            "leaders": self._leaders.save(),
+        }
+        fds = [connection.fileno(), main_fd, *self._lasting_fds()]
+        arguments = [*request["program"], str(connection.fileno()), str(main_fd)]
+        execute_anew([*arguments, json.dumps(duties)], state, fds)
+
+    def _lasting_fds(self) -> list[int]:
+        """All that is open for longer than a main process lives."""
+        assert self._restart is not None  # noqa: S101
+        assert self._estate is not None  # noqa: S101
+        lock_fd = self._restart["lock_fd"]
+        locks = [] if lock_fd is None else [lock_fd]
+        return [self._restart["listener_fd"], *locks, *self._leaders.fds, *self._estate.fds]
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take over from the program that was here before, and tell the main process so."""
+        assert self._restart is not None  # noqa: S101
+        assert self._estate is not None  # noqa: S101
+        self._leaders.load(state["leaders"])
+        self._unadopted = set(self._estate.jobs)
+        for fd in self._lasting_fds():
+            os.set_inheritable(fd, False)
+        lock_fd = self._restart["lock_fd"]
+        self._socket.setblocking(True)
+        pidfd = os.pidfd_open(self._pid)
+        answer = {"pid": self._pid, "dismantle": self._dismantling}
+        send(self._socket, answer, [pidfd, *([] if lock_fd is None else [lock_fd])])
+        os.close(pidfd)
 
     def _fork_clearing(
         self, uid: int | None, job: str | None, reply: socket.socket
@@ -260,7 +435,7 @@ class _ForkServer:
         groups = groups_of(uid) if self._host_accounts and uid is not None else ()
         child = functools.partial(_clear, reply, uid, groups, tmp, self._pid)
         pid, pidfd = self._fork_child(None, child)
-        self._clearing[pid] = tmp
+        self._leaders.clearing[pid] = tmp
         return pid, pidfd
 
     def _check_uid(self, uid: int | None) -> None:
@@ -283,153 +458,15 @@ class _ForkServer:
         finally:
             os.close(fd)
 
-    def _reap_some(self) -> bool:
-        """Reap up to 32 children; return whether there may be more.
-
-        Reports the end of leaders, and closes the exit pipe of each process group that is gone.
-        """
-        reaped = 0
-        while reaped < _REAPED_AT_ONCE and (pid := ended_child(self._zombies)) is not None:
-            self._reap(pid)
-            reaped += 1
-        if self._zombies:
-            orphans = self._other_children()
-            for pid in [each for each in self._zombies if not self._has_others(each, orphans)]:
-                self._reap(pid, is_final=True)
-        self._close_exit_pipes()
-        return reaped == _REAPED_AT_ONCE
-
-    def _close_exit_pipes(self) -> None:
-        """Close the exit pipe of each process group that is gone."""
-        for group in list(self._exit_fds):  # few: groups do not outlive their leader for long
-            if group_is_gone(group) and not self._has_killed_that_live(group):
-                os.close(self._exit_fds.pop(group))
-                self._killed.pop(group, None)
-
-    def _reap(self, pid: int, *, is_final: bool = False) -> None:
-        """Reap a child that has ended, and report a leader's end.
-
-        Without cgroups, what is left of the leader's job is killed first if `is_final`. If not,
-        and something is left, the end is reported, and the leader remains a zombie.
-        """
-        leader = self._leaders.get(pid)
-        if leader is None:
-            os.waitpid(pid, 0)  # an orphan of some job
-            if tmp := self._clearing.pop(pid, None):
-                with contextlib.suppress(OSError):  # something is left in it
-                    os.rmdir(tmp)
-            return
-        end: dict[str, float | bool] = {}
-        if self._jobs_cgroup is None:
-            is_final = is_final or pid in self._killed
-            if not is_final and self._has_others(pid, self._other_children()):
-                self._zombies.add(pid)
-                info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-                assert info is not None  # noqa: S101 -- without WNOHANG there is one
-                name = "exit_code" if info.si_code == os.CLD_EXITED else "signal"
-                _report(leader, {name: info.si_status, "is_final": False})
-                return
-            killed, may_have_escaped = self._kill_orphans(pid)
-            end = {"killed": killed, "may_have_escaped": may_have_escaped}
-            # Before the leader is reaped, no other process group can have its number.
-            kill_group(pid)
-        _, status, usage = os.wait4(pid, 0)
-        del self._leaders[pid], self._pids[leader.job]
-        self._zombies.discard(pid)
-        self._signalled.pop(pid, None)
-        self._exit_fds[pid] = leader.exit_fd
-        code = os.waitstatus_to_exitcode(status)
-        end |= {"exit_code": code} if code >= 0 else {"signal": -code}
-        end |= {
-            "cpu_user_s": usage.ru_utime,
-            "cpu_system_s": usage.ru_stime,
-            "max_rss_bytes": usage.ru_maxrss * 1024,
-        }
-        _report(leader, end)
-
-    def _kill_or_reap(self, pid: int) -> None:
-        """Kill a leader and its group; reap it if it has ended, whatever else has."""
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            self._reap(pid, is_final=True)
-        else:
-            if self._jobs_cgroup is None:
-                self._kill_members(pid)
-            kill_leader(pid)
-
-    def _kill_members(self, leader: int) -> int:
-        """Kill the leader and all that belongs to its job, without a cgroup.
-
-        Returns how many other processes were killed: 0 for those that were about to end.
-        """
-        killed = self._killed.setdefault(leader, set())
-        count = 0
-        # First stop them: a process that forked while its parent is killed would show no parent.
-        with contextlib.suppress(PermissionError):
-            os.kill(leader, signal.SIGSTOP)  # it has not been reaped
-        for _ in range(_ROUNDS):
-            known = {*killed, *self._signalled.get(leader, ())}
-            found = [
-                each
-                for each in processes.members(processes.table(), leader, known)
-                if not processes.contains(killed, each)
-            ]
-            for each in found:
-                processes.send_signal(each, signal.SIGSTOP)
-            killed.update(found)
-            count += sum(not each.is_ending for each in found)
-            if not found:
-                break
-        kill_leader(leader)
-        for each in killed:
-            processes.send_signal(each, signal.SIGKILL)
-        return count
-
-    def _kill_orphans(self, leader: int) -> tuple[int, bool]:
-        """Kill what a leader that has ended left behind.
-
-        Returns how many processes were killed, and whether more may be alive. A process that has
-        left the session and lost its parents could be of any job that started before it, unless
-        it was found before.
-        """
-        if not self._other_children():
-            return 0, False
-        count = self._kill_members(leader)
-        killed = set[processes.Entry]().union(*self._killed.values())
-        left = [each for each in self._other_children() if not processes.contains(killed, each)]
-        return count, self._has_others(leader, left)
-
-    def _has_others(self, leader: int, orphans: list[processes.Entry]) -> bool:
-        """Whether one of these may be of the job whose leader has ended and is not reaped."""
-        began = processes.look(leader)
-        return any(
-            each.session == leader
-            or (each.session not in self._leaders and (began is None or each.start >= began.start))
-            for each in orphans
-        )
-
-    def _other_children(self) -> list[processes.Entry]:
-        """Return the living children that are neither leaders nor ours: orphans of jobs."""
-        found = (processes.look(pid) for pid in children())
-        ours = self._leaders.keys() | self._clearing.keys()
-        return [each for each in found if each and each.lives and each.pid not in ours]
-
-    def _has_killed_that_live(self, leader: int) -> bool:
-        """Whether a process that was killed with this leader is not gone yet."""
-        return any(
-            now is not None and now.lives and now.start == each.start
-            for each in self._killed.get(leader, ())
-            for now in [processes.look(each.pid)]
-        )
-
     def _signal(self, request: dict[str, Any]) -> None:
         """Send a signal to the leader of a job, or to every process of the job."""
         job, number, uid = request["job"], request["signal"], request["uid"]
         if number not in signal.valid_signals():
             raise ValueError("not a signal")
         self._check_uid(uid)
-        send = functools.partial(_as_user, uid)
+        send = functools.partial(as_user, uid)
         if not request["everything"]:
-            pid = self._pid_of(job)
+            pid = self._leaders.pid_of(job)
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 raise ProcessLookupError(errno.ESRCH, "the leader has ended")
             send(os.kill, pid, number)
@@ -438,34 +475,18 @@ class _ForkServer:
                 self._cgroup_of(job), number, functools.partial(send, signal.pidfd_send_signal)
             )
         else:
-            self._signal_members(self._pid_of(job), (number,), send)
+            self._leaders.others.signal(self._leaders.pid_of(job), (number,), send)
 
     def _terminate(self, job: str, uid: int | None) -> None:
         """Send SIGTERM and SIGCONT to every process of a job."""
         self._check_uid(uid)
-        send = functools.partial(_as_user, uid)
+        send = functools.partial(as_user, uid)
         if self._jobs_cgroup is not None:
             terminate_tree(self._cgroup_of(job), functools.partial(send, signal.pidfd_send_signal))
         else:
-            self._signal_members(self._pid_of(job), (signal.SIGTERM, signal.SIGCONT), send)
-
-    def _signal_members(
-        self, leader: int, numbers: Sequence[int], send: Callable[..., object]
-    ) -> None:
-        known = self._signalled.get(leader, ())
-        others = processes.members(processes.table(), leader, known)
-        # A signal may end the very parents that show whose these are.
-        self._signalled[leader] = others
-        for number in numbers:
-            send(os.kill, leader, number)
-            for each in others:
-                send(processes.send_signal, each, number)
-
-    def _pid_of(self, job: str) -> int:
-        """Return a leader's number, which nobody else has until this process reaps the leader."""
-        if job not in self._pids:
-            raise ProcessLookupError(errno.ESRCH, "the leader has ended")
-        return self._pids[job]
+            self._leaders.others.signal(
+                self._leaders.pid_of(job), (signal.SIGTERM, signal.SIGCONT), send
+            )
 
     def _cgroup_of(self, job: str) -> str:
         if not _is_name(job):
@@ -479,8 +500,7 @@ class _ForkServer:
                 kill_fd = os.open(f"{self._jobs_cgroup}/cgroup.kill", os.O_WRONLY)
                 os.write(kill_fd, b"1")
                 os.close(kill_fd)
-        for pid in self._leaders:
-            kill_leader(pid)
+        self._leaders.kill_all()
         # A process that left its group and has no cgroup becomes a child of this process, the
         # subreaper, when its ancestors die.
         while found := children():
@@ -530,61 +550,23 @@ def _clear(
         os._exit(0)
 
 
-# --- signals -----------------------------------------------------------------
-
-
-def set_signals() -> None:
-    """Unblock every signal, and give each its default disposition, for this process and jobs.
-
-    A few signals get a handler that does nothing, because a service manager sends SIGTERM to
-    every process at once while only the main process's death may end this one. An exec resets
-    a handler to the default; it would not reset an ignored signal. Two signals below SIGRTMIN
-    stay as they are: they are the C library's own, and it lets nobody set them.
-    """
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    handled = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, _wake if number in handled else signal.SIG_DFL)
-
-
-def _wake(signum: int, frame: object) -> None:
-    """Do nothing: the interpreter has written a byte to the wake-up descriptor."""
-
-
-def _as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, n: int) -> None:
-    """Send a signal with the rights of the user `uid`, who has the right to signal their own jobs.
-
-    This process may have no CAP_KILL. Its real and saved uid stay what they are, so the user
-    gets no right over this process.
-    """
-    if uid is None:
-        send(process, n)
-        return
-    own = os.geteuid()
-    os.seteuid(uid)
-    try:
-        send(process, n)
-    finally:
-        os.seteuid(own)
-        prctl(PR_SET_DUMPABLE, 0)  # a change of the uid resets it
-
-
-def _report(leader: _Leader, end: dict[str, float | bool]) -> None:
-    """Tell the main process how a leader ended."""
-    with contextlib.suppress(BrokenPipeError):  # the main process no longer waits for it
-        os.write(leader.exit_fd, json.dumps(end).encode() + b"\n")
-
-
 def _main(argv: Sequence[str]) -> NoReturn:
     # Everything is imported. From now on no module is looked for on the disk, where somebody might
     # have put another one meanwhile. Forked processes inherit this.
     sys.meta_path.clear()
-    _, fd, main_fd, duties = argv
+    if argv[1:] == ["--check"]:
+        sys.stdout.write(f"{PROTOCOL}\n")
+        sys.exit(0)
+    _, fd, main_fd, duties, *saved = argv
     with socket.socket(fileno=int(fd)) as sock:
         for inherited in (sock.fileno(), int(main_fd)):
             os.set_inheritable(inherited, False)
         try:
-            _ForkServer(sock, int(main_fd), json.loads(duties)).run()
+            state = None
+            if saved:
+                with open(int(saved[0]), encoding="utf-8") as file:
+                    state = json.load(file)
+            _ForkServer(sock, int(main_fd), json.loads(duties), state).run()
         except Exception as error:  # noqa: BLE001 -- a traceback would be read from the disk
             sys.stderr.write(f"the fork server ends: {error!r}\n")
             sys.exit(1)

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import signal
 
 from privileges import CAP_SYS_RESOURCE, has_capabilities, prctl
 
@@ -130,3 +131,22 @@ def _write(path: str, data: bytes) -> None:
         os.write(fd, data)
     finally:
         os.close(fd)
+
+
+def set_signals() -> None:
+    """Unblock every signal, and give each its default disposition, for this process and jobs.
+
+    A few signals get a handler that does nothing, because a service manager sends SIGTERM to
+    every process at once while only the main process's death may end this one. An exec resets
+    a handler to the default; it would not reset an ignored signal. Two signals below SIGRTMIN
+    stay as they are: they are the C library's own, and it lets nobody set them.
+    """
+    handled = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, _wake if number in handled else signal.SIG_DFL)
+    # Last, because a signal that waits must find its handler.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _wake(signum: int, frame: object) -> None:
+    """Do nothing: the interpreter has written a byte to the wake-up descriptor."""

@@ -28,6 +28,7 @@ import subprocess
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import inherited
+from estate import note_failure
 from messages import AttachError, EnterError, close_all, failure, receive, send, wait_ready
 from privileges import PR_SET_PDEATHSIG, prctl
 
@@ -156,6 +157,7 @@ class Grants(NamedTuple):
     homes: str | None = None  # a directory of ours, in which homes of these users are made
     tmp: str | None = None  # the job's TMPDIR, which becomes the user's
     host_accounts: bool = False  # whether jobs have the groups of the host's accounts
+    failures_fd: int = -1  # for `estate.note_failure`; -1 if nobody wants to know
 
 
 class Program(NamedTuple):
@@ -180,7 +182,8 @@ def wait_and_execute(
     """
     try:
         try:
-            detach(stdout_fd, [sock.fileno(), *([] if procs_fd is None else [procs_fd])])
+            kept_fds = [sock.fileno(), grants.failures_fd, -1 if procs_fd is None else procs_fd]
+            detach(stdout_fd, [fd for fd in kept_fds if fd >= 0])
             if procs_fd is not None:
                 _attach(procs_fd)
             inherited.separate(is_alone=grants.uids is not None)
@@ -196,6 +199,7 @@ def wait_and_execute(
                 _furnish(program, grants, tmp_fd)
                 execute(program)
         except BaseException as error:  # noqa: BLE001 -- nothing may return to the fork server's loop
+            note_failure(grants.failures_fd)
             send(sock, failure(error))
     finally:
         os._exit(127)

@@ -12,6 +12,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "CAP_CHOWN",
@@ -24,12 +28,14 @@ __all__ = [
     "PR_SET_DUMPABLE",
     "PR_SET_NO_NEW_PRIVS",
     "PR_SET_PDEATHSIG",
+    "as_user",
     "can_change_user",
     "can_kill_any",
     "check_can_run_as_others",
     "drop_privileges",
     "has_capabilities",
     "keep_capabilities",
+    "pass_on_capabilities",
     "prctl",
     "set_process_name",
 ]
@@ -41,7 +47,7 @@ _PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_NAME = 15
-_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 # linux/capability.h
 _CAPABILITY_VERSION_3 = 0x20080522
 CAP_CHOWN = 0
@@ -109,6 +115,42 @@ def keep_capabilities(*capabilities: int) -> None:
     if _libc.capset(header, data):
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")
+
+
+def as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, n: int) -> None:
+    """Send a signal with the rights of the user `uid`, who has the right to signal their own jobs.
+
+    This process may have no CAP_KILL. Its real and saved uid stay what they are, so the user
+    gets no right over this process.
+    """
+    if uid is None:
+        send(process, n)
+        return
+    own = os.geteuid()
+    os.seteuid(uid)
+    try:
+        send(process, n)
+    finally:
+        os.seteuid(own)
+        prctl(PR_SET_DUMPABLE, 0)  # a change of the uid resets it
+
+
+def pass_on_capabilities() -> None:
+    """Let the program that this process executes next have the capabilities of this process.
+
+    For a process that has given up the bounding set, where root gets none by an exec. Raises
+    OSError.
+    """
+    kept = _effective_capabilities()
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    low, high = kept & 0xFFFF_FFFF, kept >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, low, high, high, high)
+    if _libc.capset(header, data):
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
+    for capability in range(_CAPABILITIES):
+        if kept >> capability & 1:
+            prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability)
 
 
 def prctl(option: int, value: int, *more: int) -> None:

@@ -34,33 +34,46 @@ import functools
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
-import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import takeover
 from descriptors import with_reserve
 from messages import AttachError, EnterError, close_all, error_of, receive, send, wait_ready
+from successor import PROGRAM, open_own_pidfd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from successor import Heritage
 
 __all__ = [
     "AttachError",
     "EnterError",
     "Exit",
     "Process",
+    "Restart",
     "Spawner",
     "SpawnerDiedError",
+    "duties_of",
     "read_exit",
 ]
 
-_FORK_SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py")
-_PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h, since Linux 6.9
 _ANSWER_S = 10.0  # how long the fork server may take to receive a request, and to answer it
 _CLOSE_S = 5.0
+_ADOPTED_FDS = 2
+
+
+class Restart(NamedTuple):
+    """How jobs outlive this process."""
+
+    directory: Path  # where the fork server waits for a successor: `takeover.py`
+    window_s: float  # for how long; above 0
+    lock_fd: int | None  # what it keeps locked meanwhile: `cgroups.Subtree`
 
 
 class SpawnerDiedError(RuntimeError):
@@ -89,6 +102,11 @@ class Exit(NamedTuple):
     # False if other processes of the job go on, without cgroups. Another `Exit` follows when they
     # have ended, or were killed with `Spawner.kill`. It has all fields.
     is_final: bool = True
+    # With a restart window only: when the fork server noticed the end, by `time.monotonic`; whether
+    # the leader has executed its command; whether it was killed because no successor came in time.
+    ended_s: float = 0.0
+    was_executed: bool = True
+    was_killed: bool = False
 
 
 class Spawner:
@@ -101,7 +119,10 @@ class Spawner:
     which a missing home of one of the `uids` is made. `tmp`: the directory with the TMPDIRs of the
     jobs, each of which has its job's name and exists before `fork`; it becomes the job's user's.
     `host_accounts`: a job has the groups of the host's account of its uid, not only the group of
-    the same number.
+    the same number. `restart`: how jobs outlive this process; None: they do not. `heritage`: a
+    fork server whose main process this one has become, and which keeps its duties.
+
+    Attributes: `pid`, the fork server's; `restart_window_s`, 0 without.
     """
 
     def __init__(  # noqa: PLR0913 -- all are optional
@@ -113,50 +134,63 @@ class Spawner:
         homes: Path | None = None,
         tmp: Path | None = None,
         host_accounts: bool = False,
+        restart: Restart | None = None,
+        heritage: Heritage | None = None,
     ) -> None:
         # Guards the socket against being closed while it is used. Held while a request is sent,
         # never while its answer is awaited.
         self._lock = threading.Lock()
+        self.restart_window_s = restart.window_s if restart else 0.0
+        self._process: subprocess.Popen[bytes] | None = None  # None: not a child of ours
+        if heritage is not None:
+            self._socket, self.pid, self._pidfd = heritage.sock, heritage.pid, heritage.pidfd
+            return
+        duties = duties_of(uids=uids, homes=homes, tmp=tmp, host_accounts=host_accounts)
+        duties |= {"jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None, "dismantle": dismantle}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as given, theirs:
             undo.callback(self._socket.close)
             self._socket.settimeout(_ANSWER_S)
-            main_fd = _open_own_pidfd()
+            main_fd = open_own_pidfd()
             given.callback(os.close, main_fd)
-            duties = {
-                "jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None,
-                "uids": [uids.start, uids.stop] if uids else None,
-                "dismantle": dismantle,
-                "homes": str(homes) if homes else None,
-                "tmp": str(tmp) if tmp else None,
-                "host_accounts": host_accounts,
-            }
-            # It imports no site-packages, obeys no PYTHON* variables, and, in a session of its
-            # own, gets no signals from a terminal. Without a preexec_fn Popen uses vfork, which
-            # is safe although this process has threads.
-            command = [sys.executable, "-E", "-s", "-S", _FORK_SERVER]
+            fds = [theirs.fileno(), main_fd]
+            duties["restart"] = restart and self._prepare_restart(restart, fds, given)
+            # In a session of its own it gets no signals from a terminal. Without a preexec_fn Popen
+            # uses vfork, which is safe although this process has threads.
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(main_fd), json.dumps(duties)],
+                [*PROGRAM, str(theirs.fileno()), str(main_fd), json.dumps(duties)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), main_fd],
+                pass_fds=fds,
                 start_new_session=True,
                 cwd="/",
             )
+            self.pid = self._process.pid
+            self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
 
-    @property
-    def pid(self) -> int:
-        """The fork server's."""
-        return self._process.pid
+    def _prepare_restart(
+        self, restart: Restart, fds: list[int], given: contextlib.ExitStack
+    ) -> dict[str, Any]:
+        """Return what the fork server must know to wait for a successor; add to `fds`."""
+        listener = given.enter_context(takeover.bind(restart.directory))
+        fds.append(listener.fileno())
+        if restart.lock_fd is not None:
+            fds.append(restart.lock_fd)
+        return {
+            "directory": os.fspath(restart.directory),
+            "window_s": restart.window_s,
+            "listener_fd": listener.fileno(),
+            "lock_fd": restart.lock_fd,
+        }
 
     @property
     def has_died(self) -> bool:
         """Whether the fork server has ended; False once `close` was called."""
         with self._lock:
-            return self._socket.fileno() >= 0 and self._process.poll() is not None
+            return self._socket.fileno() >= 0 and wait_ready(self._pidfd, select.POLLIN, 0)
 
-    def fork(self, job: str, *, stdout_fd: int, exit_fd: int) -> Process:
+    def fork(self, job: str, *, stdout_fd: int, exit_fd: int, output_fd: int = -1) -> Process:
         """Have a process forked that waits to be told what to execute.
 
         It leads a session, and its stdout and stderr are `stdout_fd`. Its stdin is /dev/null, its
@@ -164,12 +198,16 @@ class Spawner:
         umask is 077, nothing it executes gains privileges (no_new_privs), and it dumps no core.
         With `jobs_cgroup` it is in the job's cgroup from its first instruction on. `exit_fd` is
         the write end of the exit pipe (see `read_exit`). The caller keeps both descriptors, and
-        should close `exit_fd`.
+        should close `exit_fd`. `output_fd`: with a restart window, the read end of the pipe of
+        `stdout_fd`, which the fork server keeps for a successor until `forget`.
 
         Does not wait; `Process.execute` raises what fails. Raises OSError when this process has
         no free descriptor, `SpawnerDiedError`.
         """
-        return Process(self, job, self._ask({"op": "fork", "job": job}, [stdout_fd, exit_fd]))
+        fds = [stdout_fd, exit_fd]
+        if self.restart_window_s:
+            fds.append(output_fd)
+        return Process(self, job, self._ask({"op": "fork", "job": job}, fds))
 
     def kill(self, job: str) -> None:
         """SIGKILL the process group of `job`, unless its leader has been reaped.
@@ -227,6 +265,37 @@ class Spawner:
         Raises `SpawnerDiedError`.
         """
         self._request({"op": "dismantle_at_end"})
+
+    def adopt(self, job: str, exit_fd: int) -> tuple[int, int, int]:
+        """Take over a job of a former main process.
+
+        `exit_fd`: the write end of an exit pipe; an end that has been reported comes again. Returns
+        the leader's pid, the read end of the job's output pipe and a pidfd of the leader. Raises
+        ProcessLookupError if the fork server has no such job; OSError, `SpawnerDiedError`.
+        """
+        ours = self._ask({"op": "adopt", "job": job}, [exit_fd])
+        answer, received = self._collect(ours, _ANSWER_S)
+        if "errno" in answer or len(received) < _ADOPTED_FDS:
+            close_all(received)
+            raise error_of({"errno": errno.EMFILE} | answer)
+        output_fd, pidfd = received
+        return answer["pid"], output_fd, pidfd
+
+    def forget(self, job: str) -> None:
+        """Have nothing kept of a job any more: its end is recorded, or it did not start.
+
+        Does nothing without a restart window. Never raises.
+        """
+        if self.restart_window_s:
+            with contextlib.suppress(SpawnerDiedError, OSError):
+                self._request({"op": "forget", "job": job})
+
+    def forget_others(self) -> None:
+        """End those jobs of a former main process that were not adopted.
+
+        Raises `SpawnerDiedError`.
+        """
+        self._request({"op": "forget others"})
 
     def _request(self, request: dict[str, Any]) -> None:
         """Ask for something other than a process; wait until it is done."""
@@ -294,17 +363,33 @@ class Spawner:
 
         Blocks until the fork server has ended. After 5 s it is killed, if we have the right.
         """
+        if self.restart_window_s and self._socket.fileno() >= 0:
+            with contextlib.suppress(SpawnerDiedError, OSError):
+                self._request({"op": "end"})
+        if not self.leave():
+            return
+        if not wait_ready(self._pidfd, select.POLLIN, _CLOSE_S):
+            with contextlib.suppress(OSError):  # EPERM: we have given up our rights
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                wait_ready(self._pidfd, select.POLLIN)
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0)
+        os.close(self._pidfd)
+
+    def leave(self) -> bool:
+        """Leave the fork server and its jobs to a successor; False if it was left before.
+
+        Without a restart window it ends, with all jobs. Does not wait.
+        """
         with self._lock:
+            if self._socket.fileno() < 0:
+                return False
             # A process that the caller has forked may hold the socket, too.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
-        try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(PermissionError):  # we have given up our rights
-                self._process.kill()
-                self._process.wait()
+            return True
 
     def __enter__(self) -> Self:
         return self
@@ -400,6 +485,18 @@ class Process:
         self.close()
 
 
+def duties_of(
+    *, uids: range | None, homes: Path | None, tmp: Path | None, host_accounts: bool
+) -> dict[str, Any]:
+    """Return what a fork server is told, and must be the same for a successor."""
+    return {
+        "uids": [uids.start, uids.stop] if uids else None,
+        "homes": str(homes) if homes else None,
+        "tmp": str(tmp) if tmp else None,
+        "host_accounts": host_accounts,
+    }
+
+
 def read_exit(fd: int) -> Exit | None:
     """Read the next message of an exit pipe, whose read end is `fd`; the last one of several.
 
@@ -409,20 +506,6 @@ def read_exit(fd: int) -> Exit | None:
     # The fork server writes each line at once, because a line is shorter than PIPE_BUF.
     lines = os.read(fd, 4096).splitlines()
     return Exit(**json.loads(lines[-1])) if lines else None
-
-
-def _open_own_pidfd() -> int:
-    """Open a pidfd that is readable as soon as this process begins to die.
-
-    A dying process can be held up by a thread that the kernel cannot end. So the end of its
-    first thread counts. Before Linux 6.9 only the end of the whole process can be watched.
-    """
-    try:
-        return os.pidfd_open(os.getpid(), _PIDFD_THREAD)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.pidfd_open(os.getpid())
 
 
 def _no_answer() -> SpawnerDiedError:

@@ -30,6 +30,7 @@ import forkserver
 import leader
 import privileges
 import spawner as spawner_module
+import successor
 from cgroups import Subtree
 from limits import NO_LIMITS
 from privileges import can_change_user, can_kill_any
@@ -921,6 +922,7 @@ def test_child_of_the_main_process_does_not_hold_up_close(
         os._exit(0)
     try:
         spawner.close()
+        assert spawner._process is not None
         assert spawner._process.returncode == 0
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # the child still holds the socket
         assert job.read() == b""
@@ -1096,6 +1098,7 @@ class _Attacker:
         """Only the honest job runs after an error. Without an answer, everything has ended."""
         if answer is None:
             assert self.honest.has_no_process()
+            assert self.spawner._process is not None
             self.spawner._process.wait(GUARD_S)
             return
         assert answer["errno"] > 0
@@ -1347,7 +1350,7 @@ def test_kill_reaches_only_jobs(attacker: _Attacker, job: object) -> None:
     """A kill accepts only the name of a running job, no pid and no path."""
     attacker.ask({"op": "kill", "job": job})
     assert not select.select([attacker.honest.pidfd], [], [], 0)[0]
-    assert attacker.spawner._process.poll() is None
+    assert not attacker.spawner.has_died
     attacker.spawner.kill("honest")
     assert attacker.honest.exit() == Exit(signal=signal.SIGKILL)
 
@@ -1387,7 +1390,7 @@ def test_fork_server_cannot_be_looked_into(attacker: _Attacker) -> None:
 
     for uid in (_UIDS[0], _SERVER_UID):
         _in_child(functools.partial(as_user, uid))
-    assert attacker.spawner._process.poll() is None
+    assert not attacker.spawner.has_died
 
 
 def test_main_process_without_rights_stops_jobs_only_through_the_fork_server(
@@ -1563,7 +1566,8 @@ def test_fork_server_loads_no_code_after_its_start(
     loaded.touch()
     here = str(Path(__file__).parent)
     program.write_text(_WATCHED_FORK_SERVER.format(here=here, loaded=str(loaded)))
-    monkeypatch.setattr(spawner_module, "_FORK_SERVER", str(program))
+    command = (*successor.PROGRAM[:-1], str(program))
+    monkeypatch.setattr(spawner_module, "PROGRAM", command)
     with Spawner() as spawner:
         for argv in (["true"], ["no-such-command"], ["sh", "-c", "sleep infinity & echo"]):
             with contextlib.suppress(OSError), contextlib.closing(_Job(spawner, argv, "a")) as job:
@@ -1583,5 +1587,6 @@ def test_fork_server_loads_no_code_after_its_start(
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with ours, theirs:
                 socket.send_fds(spawner._socket, [way_to_end], [theirs.fileno()])
+                assert spawner._process is not None
                 spawner._process.wait(GUARD_S)
     assert [line for line in loaded.read_text().splitlines() if not line.startswith("import")] == []

@@ -1,0 +1,104 @@
+"""What the fork server keeps of each job, so that the next main process can take the job over.
+
+    estate = Estate()
+    estate.add("a", pid, output_fd, pidfd)
+    estate.note_end("a", {"exit_code": 0})
+    kept = estate.jobs["a"]
+    estate.forget("a")
+
+It is the read end of the output pipe, a pidfd of the leader and, later, how the leader ended. As
+long as somebody has the read end open, a job that writes waits when its pipe is full, and loses
+nothing.
+
+A leader that executes nothing, because its main process died or the exec failed, writes its pid
+into `failures_fd`. Nothing is kept of it: it never was a job.
+
+Thread safety: for the fork server, which has one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from typing import Any
+
+__all__ = ["Estate", "Kept", "note_failure"]
+
+_PID = struct.Struct("i")
+_READ_BYTES = 64 * 1024
+
+
+class Kept:
+    """What is kept of one job. `end`: the last line for its exit pipe; None as long as it runs."""
+
+    __slots__ = ("end", "fds", "pid")
+
+    def __init__(self, pid: int, fds: list[int], end: dict[str, Any] | None = None) -> None:
+        self.pid = pid
+        self.fds = fds  # of the output pipe, the leader's pidfd, and its input, if it has one
+        self.end = end
+
+
+class Estate:
+    """Attributes: `jobs`, what is kept of each; `failures_fd`, for leaders. `state`: of `save`."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.jobs: dict[str, Kept] = {}
+        self._failed: set[int] = set()
+        if state is None:
+            self._read_fd, self.failures_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        else:
+            self._read_fd, self.failures_fd = state["failures"]
+            self._failed = set(state["failed"])
+            self.jobs = {job: Kept(*parts) for job, parts in state["jobs"].items()}
+
+    def save(self) -> dict[str, Any]:
+        """Return all of it for another program that this process is about to execute."""
+        jobs = {job: [kept.pid, kept.fds, kept.end] for job, kept in self.jobs.items()}
+        failures = [self._read_fd, self.failures_fd]
+        return {"failures": failures, "failed": list(self._failed), "jobs": jobs}
+
+    @property
+    def fds(self) -> list[int]:
+        """All descriptors."""
+        kept = [fd for each in self.jobs.values() for fd in each.fds]
+        return [self._read_fd, self.failures_fd, *kept]
+
+    def add(self, job: str, pid: int, output_fd: int, pidfd: int) -> None:
+        """Keep these of a job from now on; the caller keeps the descriptors, too."""
+        self._failed.discard(pid)
+        self.jobs[job] = Kept(pid, [os.dup(output_fd), os.dup(pidfd)])
+
+    def was_executed(self, pid: int) -> bool:
+        """Whether a leader that has ended, and is not reaped yet, had executed its command."""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._read_fd, _READ_BYTES)
+            self._failed.update(pid for (pid,) in _PID.iter_unpack(data))
+        was_executed = pid not in self._failed
+        self._failed.discard(pid)
+        return was_executed
+
+    def note_end(self, job: str, end: dict[str, Any]) -> None:
+        """Keep how the leader ended; or forget the job, if it never began."""
+        if not end["was_executed"]:
+            self.forget(job)
+        elif job in self.jobs:
+            self.jobs[job].end = end
+
+    def forget(self, job: str) -> None:
+        """Keep nothing of the job any more; idempotent."""
+        kept = self.jobs.pop(job, None)
+        for fd in kept.fds if kept else ():
+            os.close(fd)
+
+    def ends(self) -> dict[str, dict[str, Any]]:
+        """Return how each job ended, after all that still ran were killed."""
+        killed = {"was_killed": True}
+        return {job: killed if kept.end is None else kept.end for job, kept in self.jobs.items()}
+
+
+def note_failure(failures_fd: int) -> None:
+    """Tell the fork server that this process, a leader, executes nothing."""
+    with contextlib.suppress(OSError):  # there is nothing to tell: -1
+        os.write(failures_fd, _PID.pack(os.getpid()))

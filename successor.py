@@ -1,0 +1,147 @@
+"""Takes jobs over from a main process that has gone: the side of the next main process.
+
+    heritage = take_over("/var/lib/jobs", duties, bases=[None], window_s=300)
+    if heritage is not None:
+        spawner = Spawner(..., heritage=heritage)
+
+`takeover.py` has the socket. The fork server that waits there executes this process's own
+`forkserver.py` in its place, so a new version of the program can take over the jobs of an old one.
+A fork server with another `takeover.PROTOCOL`, or with other users, directories or cgroups,
+refuses, and nothing is lost.
+
+Thread safety: these functions have no state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import takeover
+from errors import TakeoverError
+from messages import receive, send
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["PROGRAM", "Heritage", "end_jobs", "open_own_pidfd", "take_over"]
+
+# It imports no site-packages and obeys no PYTHON* variables.
+PROGRAM = (
+    *(sys.executable, "-E", "-s", "-S"),
+    os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py"),
+)
+"""The command of the fork server, without its arguments."""
+
+_ANSWER_S = 10.0
+_PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h, since Linux 6.9
+
+
+class Heritage(NamedTuple):
+    """A fork server that has accepted this process as its main process."""
+
+    sock: socket.socket
+    pid: int
+    pidfd: int
+    lock_fd: int | None  # of the cgroups: `cgroups.Subtree`
+    dismantling: Sequence[Any] | None  # `Subtree.dismantling`; None without cgroups
+
+    def close(self) -> None:
+        """Leave it to another successor."""
+        self.sock.close()
+        os.close(self.pidfd)
+        if self.lock_fd is not None:
+            os.close(self.lock_fd)
+
+
+def take_over(
+    directory: str | os.PathLike[str],
+    duties: Mapping[str, Any],
+    *,
+    bases: Sequence[str | None],
+    window_s: float,
+) -> Heritage | None:
+    """Become the main process of a fork server that waits in the directory; None if there is none.
+
+    `duties`: of `Spawner`. `bases`: the cgroups in which the jobs' cgroups may be; None for jobs
+    without. `window_s`: the restart window from now on. Raises `TakeoverError`, OSError.
+    """
+    try:
+        sock = takeover.connect(directory)
+    except PermissionError as error:
+        raise TakeoverError(str(error)) from error
+    if sock is None:
+        return None
+    with contextlib.ExitStack() as undo:
+        undo.callback(sock.close)
+        sock.settimeout(_ANSWER_S)
+        _check_program()
+        main_fd = open_own_pidfd()
+        undo.callback(os.close, main_fd)
+        request = {
+            "op": "take over",
+            "protocol": takeover.PROTOCOL,
+            "duties": dict(duties),
+            "bases": list(bases),
+            "window_s": window_s,
+            "program": PROGRAM,
+        }
+        try:
+            send(sock, request, [main_fd])
+            answer, fds = receive(sock)
+        except (OSError, EOFError) as error:
+            reason = str(error) or "it has ended"
+            raise TakeoverError(
+                f"the fork server of {directory} does not answer: {reason}"
+            ) from error
+        if "refused" in answer:
+            raise TakeoverError(answer["refused"])
+        undo.pop_all()
+        os.close(main_fd)
+        pidfd, *lock_fds = fds
+        lock_fd = lock_fds[0] if lock_fds else None
+        return Heritage(sock, answer["pid"], pidfd, lock_fd, answer["dismantle"])
+    raise AssertionError("unreachable")
+
+
+def end_jobs(directory: str | os.PathLike[str]) -> bool:
+    """End the jobs that a fork server keeps for a successor; return whether there was one.
+
+    Blocks until it has ended. Raises OSError.
+    """
+    sock = takeover.connect(directory)
+    if sock is None:
+        return False
+    with sock, contextlib.suppress(EOFError, ConnectionError):
+        send(sock, {"op": "end"})
+        while True:
+            receive(sock)
+    return True
+
+
+def _check_program() -> None:
+    """Raise `TakeoverError` unless the fork server of this program can be executed."""
+    found = subprocess.run(
+        [*PROGRAM, "--check"], check=False, capture_output=True, text=True, cwd="/"
+    )
+    if found.stdout.strip() != str(takeover.PROTOCOL):
+        raise TakeoverError(f"{PROGRAM[-1]} cannot be executed: {found.stderr.strip()[-200:]}")
+
+
+def open_own_pidfd() -> int:
+    """Open a pidfd that is readable as soon as this process begins to die.
+
+    A dying process can be held up by a thread that the kernel cannot end. So the end of its
+    first thread counts. Before Linux 6.9 only the end of the whole process can be watched.
+    """
+    try:
+        return os.pidfd_open(os.getpid(), _PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.pidfd_open(os.getpid())
