@@ -37,16 +37,26 @@ import errno
 import logging
 import os
 import threading
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
+from pipes import bytes_in
+from typing import TYPE_CHECKING
 
 from holes import can_punch, punch
+from lastinggap import LastingGap
 from outputdisk import DISK_FULL
+from outputerrors import (
+    CeilingError,
+    Gap,
+    NoSpliceError,
+    OffsetError,
+    OutputIncompleteError,
+    OutputRemovedError,
+)
 from outputtimes import TimeIndex
-from tails import find_tail, line_begin
+from subscription import Subscription
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from datetime import datetime
 
     from budget import Budget
     from outputdisk import OutputDisk
@@ -62,69 +72,16 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The largest chunk that a subscriber gets by default. Measured when each chunk is sent as one
-# message over a network with TLS: 64 KiB 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
-_CHUNK_BYTES = 256 * 1024
-
 # A tail that is not small is given up in steps: of this size, or a quarter of the tail. So the disk
 # has fewer holes to make, and a live subscriber time to read the rest.
 _GIVEN_UP_BYTES = 1024 * 1024
 _SMALL_TAIL_BYTES = 64 * 1024
 
+# splice(2): not for this file system, not permitted, not in this kernel.
+_NO_SPLICE = (errno.EINVAL, errno.EPERM, errno.ENOSYS)
+
 _NOBODY: frozenset[Subscription] = frozenset()
 _NO_GAP = (0, 0)
-_NS = 1_000_000_000
-
-
-class OffsetError(ValueError):
-    """The offset is past the end of an output that will not grow any more.
-
-    Attributes: `offset`, `size` (both in bytes).
-    """
-
-    def __init__(self, offset: int, size: int) -> None:
-        super().__init__(f"offset {offset} is past the end of the output, which has {size} bytes")
-        self.offset = offset
-        self.size = size
-
-
-class OutputRemovedError(ValueError):
-    """The output was deleted, so nobody can begin to read it."""
-
-    def __init__(self) -> None:
-        super().__init__("the output was removed")
-
-
-class OutputIncompleteError(OSError):
-    """This subscriber missed output that was not kept. Raised at the end of the output.
-
-    `errno` is EDQUOT when a budget was used up, else that of the write that failed (ENOSPC for
-    a full disk). Attribute: `lost_bytes`, how many bytes this subscriber missed.
-    """
-
-    def __init__(self, cause: OSError, lost_bytes: int) -> None:
-        message = f"{lost_bytes} bytes of output were not kept: {cause.strerror}"
-        super().__init__(cause.errno, message)
-        self.lost_bytes = lost_bytes
-
-    def __str__(self) -> str:
-        # Without errno's number, which means nothing to the person who ran the job.
-        return str(self.strerror)
-
-
-class _CeilingError(OSError):
-    """A budget has no byte left."""
-
-
-class _TornError(Exception):
-    """What was read has come to be in the gap meanwhile."""
-
-
-class Gap(NamedTuple):
-    """Consecutive bytes of an output that were not kept."""
-
-    offset: int
-    length: int
 
 
 class OutputLog:
@@ -132,7 +89,8 @@ class OutputLog:
 
     `dir_fd`: the descriptor of a directory in which `path` is a bare name, for a process that
     may use the directory but not walk the path to it. The caller keeps it open until the log is
-    removed. Raises OSError when the file cannot be created.
+    removed. `lasting`: another process can continue the log after this one was killed; it does so
+    with `resumed`. Raises OSError when the file cannot be created.
 
     Attributes, to be set before the first byte; each may be None:
     `budget`, out of which every kept byte is taken.
@@ -149,6 +107,8 @@ class OutputLog:
         *,
         dir_fd: int | None = None,
         budget: Budget | None = None,
+        lasting: bool = False,
+        resumed: bool = False,
     ) -> None:
         self._path = os.fspath(path)
         self._dir_fd = dir_fd
@@ -156,12 +116,13 @@ class OutputLog:
         self.make_room: Callable[[int], tuple[int, Budget | None]] | None = None
         self.disk: OutputDisk | None = None
         self.free_disk: Callable[[], bool] | None = None
-        self._times = TimeIndex(f"{self._path}.times", dir_fd)
+        self._times = TimeIndex(f"{self._path}.times", dir_fd, lasting=lasting)
+        self._lasting_gap = LastingGap(f"{self._path}.gap", dir_fd) if lasting else None
         # Guards every attribute below. Never held while reading or writing the file.
         # Reentrant, because the garbage collector may close an abandoned subscription.
         self._lock = threading.RLock()
         # Open while the log can grow or has subscribers, who all share it (pread).
-        self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        self._fd = self._open(os.O_RDWR if resumed else os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._end = 0  # the offset of the next byte that is appended
         # Where the bytes that are not kept begin and end. Replaced, never changed: it may be read
         # without the lock.
@@ -170,11 +131,27 @@ class OutputLog:
         self._room = 0  # how much of that the gap has made free again
         self._can_punch: bool | None = None  # None if not tried yet
         self._complete = False
+        self._left = False  # it is complete for this process only
         self._removed = False  # nobody can begin to read it
         self._unlinked = False
         self._failure: OSError | None = None  # why not all is kept
         # Replaced, never changed: most logs have none, and those share the empty one.
         self._subscriptions: frozenset[Subscription] = _NOBODY
+        if resumed:
+            self._resume()
+
+    def _resume(self) -> None:
+        """Continue where another process has ended: the file's size is the truth."""
+        status = os.fstat(self._fd)
+        self._end = status.st_size
+        self._times.resume(status.st_mtime_ns)
+        if self._lasting_gap is not None:
+            self._gap, self._failure = self._lasting_gap.read()
+
+    def charge(self, budget: Budget) -> None:
+        """Take what is stored out of a budget, for a log that was resumed."""
+        self.budget = budget
+        self._taken, _ = budget.take(self.size)
 
     @property
     def size(self) -> int:
@@ -215,38 +192,82 @@ class OutputLog:
         middle of a file, it keeps what it has, and drops `data`. Raises ValueError when the log
         is complete.
         """
+        rest = memoryview(data)
+
+        def write(size: int) -> int:
+            nonlocal rest
+            stored = os.pwrite(self._fd, rest[:size], self._end)
+            rest = rest[stored:]
+            return stored
+
+        def skip(size: int) -> None:
+            nonlocal rest
+            rest = rest[size:]
+
+        self._keep(len(data), write, skip)
+
+    def move(self, pipe_fd: int, most: int) -> int:
+        """Store up to `most` bytes that are in a pipe now; return how many there were.
+
+        The kernel takes from the pipe what it has written to the file, so a writer that is killed
+        loses nothing. Of bytes for which there is no room, those may be missing in `gap` that the
+        writer had taken from the pipe when it was killed. The pipe must not block. Raises
+        `NoSpliceError`, ValueError as `append` does.
+        """
+        size = min(most, bytes_in(pipe_fd))
+
+        def write(size: int) -> int:
+            try:
+                return os.splice(pipe_fd, self._fd, size, offset_dst=self._end)
+            except OSError as error:
+                if error.errno in _NO_SPLICE:
+                    raise NoSpliceError from error
+                raise
+
+        self._keep(size, write, lambda size: os.read(pipe_fd, size))
+        return size
+
+    def _keep(self, left: int, write: Callable[[int], int], skip: Callable[[int], object]) -> None:
+        """Store `left` bytes with `write`, which stores up to so many at the end of the file.
+
+        `skip`: drops some of them instead.
+        """
         if self._complete:
             raise ValueError("the output log is complete")
-        left = len(data)
         if left:
             self._times.note(self._end)
         while left:
-            rest = data if left == len(data) else memoryview(data)[-left:]
             try:
-                left -= self._store(rest)
+                stored = self._store(left, write)
+            except BlockingIOError:
+                return  # somebody else has read from the pipe
             except OSError as error:
-                left -= self._make_own_room(left, error)
+                stored = self._make_own_room(left, error)
+                if stored:
+                    skip(stored)
+            else:
+                if not stored:
+                    return  # likewise
+            left -= stored
 
-    def _store(self, data: bytes | memoryview) -> int:
-        """Store some of `data`; return how many bytes. Raises OSError."""
+    def _store(self, size: int, write: Callable[[int], int]) -> int:
+        """Store some of `size` bytes; return how many. Raises OSError."""
         if self._room:
             # In the place of what was given up: nothing is taken from the budget or the reserve.
-            stored = os.pwrite(self._fd, memoryview(data)[: self._room], self._end)
+            stored = write(min(size, self._room))
             self._grow(stored, 0, -stored)
             return stored
-        granted, refuser = len(data), None
+        granted, refuser = size, None
         if self.budget is not None:
             granted, refuser = self.budget.take(granted)
             if refuser is not None and self.make_room is not None:
-                more, refuser = self.make_room(len(data) - granted)
+                more, refuser = self.make_room(size - granted)
                 granted += more
         stored = 0
         try:
-            if refuser is not None:
-                if granted == 0:
-                    raise _CeilingError(errno.EDQUOT, f"{refuser.what} is reached")
-                data = memoryview(data)[:granted]
-            stored = self._write(data)
+            if refuser is not None and granted == 0:
+                raise CeilingError(errno.EDQUOT, f"{refuser.what} is reached")
+            stored = self._write(granted, write)
         finally:
             if stored < granted and self.budget is not None:
                 self.budget.give_back(granted - stored)
@@ -255,13 +276,13 @@ class OutputLog:
             self.disk.accepted(self._fd)
         return stored
 
-    def _write(self, data: bytes | memoryview) -> int:
-        """Write some of `data` to the file; return how much. Raises OSError."""
+    def _write(self, size: int, write: Callable[[int], int]) -> int:
+        """Write some of `size` bytes to the file; return how many. Raises OSError."""
         while True:
             try:
                 if self.disk is not None:
-                    self.disk.check(self._fd, len(data))
-                return os.pwrite(self._fd, data, self._end)
+                    self.disk.check(self._fd, size)
+                return write(size)
             except OSError as error:
                 if error.errno not in DISK_FULL or self.free_disk is None or not self.free_disk():
                     raise
@@ -298,13 +319,18 @@ class OutputLog:
         else:
             given_up = min(tail // 2, max(size, min(tail // 4, _GIVEN_UP_BYTES)))
         self._widen_gap(begin, given_up, skipped)
-        if self.disk is not None and not isinstance(cause, _CeilingError):
+        if self.disk is not None and not isinstance(cause, CeilingError):
             self.disk.refused(cause, given_up + skipped)
         return skipped
 
     def _widen_gap(self, begin: int, given_up: int, skipped: int) -> None:
         """Add to the gap: bytes of the tail, and then, if these are all, bytes not yet stored."""
         old_end = max(begin, self._gap[1])
+        if self._lasting_gap is not None:
+            self._lasting_gap.write((begin, old_end + given_up + skipped), self._failure)
+            if skipped:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, self._end + skipped)  # takes no room
         with self._lock:
             self._end += skipped
             # Before the hole is made: a subscriber that reads zeros finds out here.
@@ -335,6 +361,15 @@ class OutputLog:
             self._notify_locked()
             self.make_room = self.free_disk = self.disk = None
 
+    def leave(self) -> None:
+        """Leave the log to another process; idempotent. The writer must have finished.
+
+        Those who read get what is there, and then `OutputLeftError`.
+        """
+        with self._lock:
+            self._left = not self._complete
+        self.complete()
+
     def remove(self) -> None:
         """Complete the log and delete its file; idempotent. The writer must have finished.
 
@@ -350,6 +385,8 @@ class OutputLog:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path, dir_fd=self._dir_fd)
         self._times.remove()
+        if self._lasting_gap is not None:
+            self._lasting_gap.remove()
         with self._lock:
             self._unlinked = True
             self._let_go_locked()
@@ -408,6 +445,11 @@ class OutputLog:
         for subscription in self._subscriptions:
             subscription._changed.notify()
 
+    def _release_locked(self, subscription: Subscription) -> None:
+        """Forget a subscription that is closed."""
+        self._subscriptions = self._subscriptions - {subscription} or _NOBODY
+        self._let_go_locked()
+
     def _let_go_locked(self) -> None:
         """Close the file if nobody needs it. If it is deleted, too, give its bytes back."""
         if self._complete and not self._subscriptions and self._fd >= 0:
@@ -416,181 +458,3 @@ class OutputLog:
         if self.budget and self._unlinked and self._fd < 0:
             self.budget.give_back(self._taken)
             self._taken = 0
-
-
-class Subscription:
-    """One subscriber's reading of an `OutputLog`: an iterator of chunks and a context manager.
-
-    Made by `OutputLog.subscribe`. One thread iterates; any thread may `close`.
-
-    Attributes: `subscriber`, the name given. `offset`, of the next byte to be read. `gap`, the
-    bytes that are missing right before the last chunk, or before the end; None if none are.
-    `written_at`, when the last chunk was written, if times were asked for and are known; they are
-    exact to 100 ms at best. `follows`, whether it waits for more output. `chunk_bytes`, a function
-    that the iterating thread calls for each chunk: how large the chunk may be, at least 1; 256 KiB
-    unless replaced.
-    """
-
-    def __init__(self, log: OutputLog, subscriber: str, offset: int) -> None:
-        self.subscriber = subscriber
-        self.offset = offset
-        self.gap: Gap | None = None
-        self.written_at: datetime | None = None
-        self.chunk_bytes: Callable[[], int] = lambda: _CHUNK_BYTES
-        self._log = log
-        # Of this subscription alone, so that closing one wakes no other. Notified when bytes
-        # were appended, when the log is complete and by `close`.
-        self._changed = threading.Condition(log._lock)
-        # Both guarded by the log's lock.
-        self._closed = False
-        self._reading = False
-        self._missed_bytes = 0
-        self._select(0, None, None, follow=True, timed=False)
-
-    def _select(
-        self, end: int, lines: int | None, since: datetime | None, *, follow: bool, timed: bool
-    ) -> None:
-        """Take what `subscribe` got; `end`: where the output ends now. Before the first read."""
-        self._end = end
-        self._tail_lines = lines
-        self._since = since
-        self.follows = follow
-        self._timed = timed
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        """Return the next bytes (1 to `chunk_bytes()`), as soon as there are any.
-
-        Blocks, without using the CPU, until bytes are appended, the log is complete or
-        `close` is called. Raises StopIteration at the end of the complete output or once closed,
-        `OffsetError` when the output ended before the offset asked for, `OutputIncompleteError`
-        at the end when there was a gap.
-        """
-        if self._tail_lines is not None or self._since is not None:
-            self._find_begin()
-        while (chunk := self._read()) is None:
-            pass
-        return chunk
-
-    def _read(self) -> bytes | None:
-        """Return the next bytes; None if they came to be in the gap meanwhile."""
-        log = self._log
-        with log._lock:
-            self._changed.wait_for(self._need_not_wait_locked)
-            if self._closed:
-                raise StopIteration
-            begin, end = self._range_locked()
-            if begin >= end:
-                self._skip(min(begin, end))
-                self._end_locked()
-            # Until this is False again, close() leaves the descriptor open.
-            self._reading = True
-            fd = log._fd
-        try:
-            size = min(end - begin, self.chunk_bytes())
-            chunk = os.pread(fd, self._date(begin, size) if self._timed else size, begin)
-        finally:
-            self._done_reading()
-        if not chunk:
-            raise OSError(f"the output file was truncated by someone else at byte {begin}")
-        if log._is_gap(begin, begin + len(chunk)):
-            return None
-        self._skip(begin)
-        self.offset += len(chunk)
-        return chunk
-
-    def _need_not_wait_locked(self) -> bool:
-        begin, end = self._range_locked()
-        return begin < end or self._closed or self._log._complete or not self.follows
-
-    def _range_locked(self) -> tuple[int, int]:
-        """Return where the next bytes to be read begin and end; see `_stored_locked`."""
-        begin, end = self._log._stored_locked(self.offset)
-        return begin, end if self.follows else min(end, self._end)
-
-    def _find_begin(self) -> None:
-        """Go to the first byte that was asked for by lines or time."""
-        log, lines, since = self._log, self._tail_lines, self._since
-        self._tail_lines = self._since = None
-        with log._lock:
-            if self._closed:
-                raise StopIteration
-            fd = log._fd
-            self._reading = True
-            hole, tail = log._gap
-        parts = [(min(tail, self._end), self._end), (0, hole)]
-
-        def read(offset: int, size: int) -> bytes:
-            if self._closed:  # a search in a large output takes long
-                raise StopIteration
-            data = os.pread(fd, size, offset)
-            if log._is_gap(offset, offset + size):
-                raise _TornError
-            return data
-
-        try:
-            if lines is not None:
-                self.offset = max(self.offset, find_tail(read, parts, lines))
-            if since is not None:
-                offset = log._times.first_since(int(since.timestamp() * _NS))
-                if offset is None:
-                    offset = self._end
-                elif offset > tail or offset <= hole:
-                    offset = line_begin(read, tail if offset > tail else 0, offset)
-                self.offset = max(self.offset, offset)
-        except _TornError:
-            self.offset = max(self.offset, log._gap[1])
-        finally:
-            self._done_reading()
-
-    def _date(self, begin: int, size: int) -> int:
-        """Set `written_at` for the byte at `begin`; return how many bytes it holds for."""
-        span = self._log._times.span(begin)
-        self.written_at = span and datetime.fromtimestamp(span[0] / _NS, UTC)
-        return size if span is None or span[1] is None else min(size, span[1] - begin)
-
-    def _skip(self, offset: int) -> None:
-        """Note that the bytes before `offset` are missing, if there are any left to read."""
-        missing = offset - self.offset
-        self.gap = Gap(self.offset, missing) if missing > 0 else None
-        if missing > 0:
-            self.offset = offset
-            self._missed_bytes += missing
-
-    def close(self) -> None:
-        """Stop reading; idempotent. Wakes a thread that waits in `next`."""
-        log = self._log
-        with log._lock:
-            self._closed = True
-            if not self._reading:
-                self._release_locked()
-            self._changed.notify()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _done_reading(self) -> None:
-        with self._log._lock:
-            self._reading = False
-            if self._closed:  # while we read
-                self._release_locked()
-
-    def _end_locked(self) -> NoReturn:
-        """Close, and raise what the end of this complete log means for the subscriber."""
-        log = self._log
-        self._closed = True
-        self._release_locked()
-        if self._missed_bytes and log._failure is not None:
-            raise OutputIncompleteError(log._failure, self._missed_bytes)
-        if self.offset > log._end and log._complete:
-            raise OffsetError(self.offset, log._end)
-        raise StopIteration
-
-    def _release_locked(self) -> None:
-        self._log._subscriptions = self._log._subscriptions - {self} or _NOBODY
-        self._log._let_go_locked()

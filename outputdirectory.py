@@ -15,15 +15,21 @@ import os
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from broadcaster import OutputLog
 from outputdisk import OutputDisk
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 __all__ = ["OutputDirectory"]
 
 _OUTPUT_SUFFIX = ".out"
-_SUFFIXES = {_OUTPUT_SUFFIX, f"{_OUTPUT_SUFFIX}.times"}
+_RECORD_SUFFIX = ".job"
+_SUFFIXES = {
+    *(_OUTPUT_SUFFIX, f"{_OUTPUT_SUFFIX}.times", f"{_OUTPUT_SUFFIX}.gap", _RECORD_SUFFIX),
+}
 
 # The reserve of a disk unless one is given: the smaller of the two.
 _RESERVE_SHARE = 0.05
@@ -34,14 +40,20 @@ class OutputDirectory:
     """A private directory for output logs, ours alone (flock) until closed. A context manager.
 
     `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
-    a former owner left there is deleted. `reserve_bytes`: how much of its disk output leaves
+    a former owner left there is deleted. `lasting`: it stays until `sweep`, and another process can
+    continue the output of this one. `reserve_bytes`: how much of its disk output leaves
     free; None for 5 % of the disk or 1 GiB, whichever is less. Raises BlockingIOError if another
     worker has it, PermissionError if other users own or can enter it, OSError. Attribute: `path`.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, *, reserve_bytes: int | None = None
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        reserve_bytes: int | None = None,
+        lasting: bool = False,
     ) -> None:
+        self._lasting = lasting
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,21 +87,59 @@ class OutputDirectory:
             share = int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE)
             reserve_bytes = min(share, _RESERVE_BYTES)
         self._disk = OutputDisk(self.path, reserve_bytes)
-        self._delete_output()
+        if not lasting:
+            self.sweep()
 
     def make_log(self, job_id: str) -> OutputLog:
         """Make the output log of a job, whose ID is a UUID. Raises OSError."""
-        log = OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd)
+        log = OutputLog(f"{job_id}{_OUTPUT_SUFFIX}", dir_fd=self._fd, lasting=self._lasting)
         log.disk = self._disk
         return log
+
+    def resume_log(self, job_id: str) -> OutputLog:
+        """Continue the output log of a job of another process. Raises OSError."""
+        name = f"{job_id}{_OUTPUT_SUFFIX}"
+        log = OutputLog(name, dir_fd=self._fd, lasting=True, resumed=True)
+        log.disk = self._disk
+        return log
+
+    def write_record(self, job_id: str, text: str) -> None:
+        """Write what another process must know of a running job. Raises OSError."""
+        new = f"{job_id}{_RECORD_SUFFIX}.new"
+        fd = os.open(
+            new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._fd
+        )
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(new, f"{job_id}{_RECORD_SUFFIX}", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def read_records(self) -> dict[str, str]:
+        """Return the records by job. Raises OSError."""
+        found = {}
+        for name in os.listdir(self._fd):
+            job_id, suffix = os.path.splitext(name)
+            if suffix == _RECORD_SUFFIX and _is_uuid(job_id):
+                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+                with open(fd, encoding="utf-8") as file:
+                    found[job_id] = file.read()
+        return found
+
+    def remove_record(self, job_id: str) -> None:
+        """Remove the record of a job that has ended; idempotent. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{job_id}{_RECORD_SUFFIX}", dir_fd=self._fd)
 
     def give_to(self, uid: int) -> None:
         """Let the user `uid` keep output here. Raises OSError."""
         os.fchown(self._fd, uid, uid)
 
+    def leave(self) -> None:
+        """Leave the output to another process."""
+        os.close(self._fd)
+
     def close(self) -> None:
         """Delete the output, and the directory if it is temporary."""
-        self._delete_output()
+        self.sweep()
         if self._temporary:
             with contextlib.suppress(OSError):  # somebody else put something in it
                 self.path.rmdir()
@@ -101,10 +151,12 @@ class OutputDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _delete_output(self) -> None:
+    def sweep(self, kept: Collection[str] = ()) -> None:
+        """Delete all output but that of the jobs `kept`. Raises OSError."""
         for name in os.listdir(self._fd):
             job_id, _, suffix = name.partition(".")
-            if f".{suffix}" in _SUFFIXES and _is_uuid(job_id):
+            suffix = suffix.removesuffix(".new")
+            if f".{suffix}" in _SUFFIXES and _is_uuid(job_id) and job_id not in kept:
                 os.unlink(name, dir_fd=self._fd)
 
 

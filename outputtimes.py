@@ -46,16 +46,20 @@ class _Entry(NamedTuple):
 
 
 class TimeIndex:
-    """The times of one output. `path`, `dir_fd`: of the file, which is made when it is needed."""
+    """The times of one output. `path`, `dir_fd`: of the file, which is made when it is needed.
+
+    `lasting`: every entry is in the file, for `resume` in another process.
+    """
 
     __slots__ = (
-        *("_base_ns", "_dir_fd", "_filed", "_first_ns", "_last_ns", "_lock", "_next_ns"),
-        *("_offset", "_path", "_recent"),
+        *("_base_ns", "_dir_fd", "_filed", "_first_ns", "_last_ns", "_lasting", "_lock"),
+        *("_next_ns", "_offset", "_path", "_recent"),
     )
 
-    def __init__(self, path: str, dir_fd: int | None = None) -> None:
+    def __init__(self, path: str, dir_fd: int | None = None, *, lasting: bool = False) -> None:
         self._path = path
         self._dir_fd = dir_fd
+        self._lasting = lasting
         # What is added to `time.monotonic_ns`, so that no step of the clock counts.
         self._base_ns = 0
         # The present entry, with times of `time.monotonic_ns`: `_last_ns` grows, up to before
@@ -80,10 +84,12 @@ class TimeIndex:
                 self._base_ns = time.time_ns() - now
             else:
                 self._recent += self._present_locked()
-                if len(self._recent) > _ENTRIES_IN_MEMORY:
+                if len(self._recent) > _ENTRIES_IN_MEMORY and not self._lasting:
                     self._file_locked()
             self._offset, self._first_ns, self._last_ns = offset, now, now
             self._next_ns = now + _ENTRY_NS
+            if self._lasting:
+                self._file_locked()
 
     def span(self, offset: int) -> tuple[int, int | None] | None:
         """Return when the byte at `offset` was written, and the first byte for which it differs.
@@ -107,11 +113,37 @@ class TimeIndex:
             at = bisect_left(entries, moment_ns, key=lambda entry: entry.last_ns)
             return entries[at].offset if at < len(entries) else None
 
+    def resume(self, last_ns: int) -> None:
+        """Continue the index of a process that has ended; `last_ns`: when it wrote its last byte.
+
+        A file that the other process was about to change has its entries up to there.
+        """
+        with self._lock:
+            try:
+                fd = self._open(os.O_RDWR)
+            except FileNotFoundError:
+                return
+            try:
+                data = os.pread(fd, os.fstat(fd).st_size, 0)
+                found = _ENTRY.iter_unpack(data[: len(data) // _ENTRY.size * _ENTRY.size])
+                entries: list[_Entry] = []
+                for entry in map(_Entry._make, found):
+                    if entries and entry.offset <= entries[-1].offset:
+                        break
+                    entries.append(entry)
+                if entries:  # the time of its last byte was in memory only
+                    entries[-1] = entries[-1]._replace(last_ns=max(entries[-1].last_ns, last_ns))
+                    _write(fd, len(entries) - 1, entries[-1:])
+                self._filed = len(entries)
+                os.ftruncate(fd, self._filed * _ENTRY.size)
+            finally:
+                os.close(fd)
+
     def remove(self) -> None:
         """Delete the file, if there is one. Raises OSError."""
         with self._lock:
             filed, self._filed = self._filed, 0
-        if filed:
+        if filed or self._lasting:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path, dir_fd=self._dir_fd)
 
@@ -138,7 +170,9 @@ class TimeIndex:
             try:
                 if self._filed >= _ENTRIES_IN_FILE:
                     self._thin_out_locked(fd)
-                _write(fd, self._filed, self._recent)
+                # The present one is not complete: the next time it is written again.
+                present = self._present_locked() if self._lasting else ()
+                _write(fd, self._filed, (*self._recent, *present))
             finally:
                 os.close(fd)
         except OSError:
@@ -157,6 +191,7 @@ class TimeIndex:
         # middle, some are there twice.
         _write(fd, 0, (*older, *newer))
         self._filed = len(older) + len(newer)
+        os.ftruncate(fd, self._filed * _ENTRY.size)
 
     def _open(self, flags: int) -> int:
         return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)

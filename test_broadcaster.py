@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from broadcaster import (
 )
 from budget import Budget
 from outputdirectory import OutputDirectory
+from outputerrors import OutputLeftError
 from testkit import GUARD_S, NOBODY, file_size_limit
 
 if TYPE_CHECKING:
@@ -1088,3 +1090,96 @@ def test_any_output_within_any_budget_is_kept_up_to_it(parts: list[bytes], limit
         assert (log.lost_bytes, budget.used) == (lost, len(whole) - lost)
         log.remove()
         assert budget.used == 0
+
+
+# --- another process continues the log --------------------------------------------------------
+
+
+def _fill(pipe: tuple[int, int], data: bytes) -> None:
+    os.set_blocking(pipe[0], False)
+    os.write(pipe[1], data)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe as that of a job."""
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        os.close(fd)
+
+
+def test_what_is_in_the_pipe_is_moved_into_the_file(tmp_path: Path, pipe: tuple[int, int]) -> None:
+    """At most as much as asked for; the rest stays in the pipe; an empty pipe gives nothing."""
+    log = OutputLog(tmp_path / "log", lasting=True)
+    _fill(pipe, b"hello world")
+    assert (log.move(pipe[0], 5), log.move(pipe[0], 100), log.move(pipe[0], 100)) == (5, 6, 0)
+    assert (tmp_path / "log").read_bytes() == b"hello world"
+    log.complete()
+    assert b"".join(log.subscribe()) == b"hello world"
+
+
+def test_log_of_a_dead_process_continues_at_the_size_of_its_file(tmp_path: Path) -> None:
+    """Readers get all of it; the bytes count for the budget of the new process."""
+    former = OutputLog(tmp_path / "log", lasting=True)
+    former.append(b"before ")
+    with former.subscribe() as reader:
+        former.leave()
+        assert next(reader) == b"before "
+        with pytest.raises(OutputLeftError):
+            next(reader)
+    log = OutputLog(tmp_path / "log", lasting=True, resumed=True)
+    budget = Budget(100, "a ceiling")
+    log.charge(budget)
+    assert (log.size, budget.used) == (7, 7)
+    log.append(b"after")
+    log.complete()
+    assert b"".join(log.subscribe()) == b"before after"
+    log.remove()
+    assert (budget.used, list(tmp_path.iterdir())) == (0, [])
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_gap_of_a_dead_process_is_continued(
+    tmp_path: Path, pipe: tuple[int, int], moves: bool
+) -> None:
+    """Head, gap and tail are those of one process that wrote everything."""
+    text = bytes(random.Random(1).randbytes(300_000))
+
+    def write(log: OutputLog, data: bytes) -> None:
+        for begin in range(0, len(data), 50_000):
+            part = data[begin : begin + 50_000]
+            if moves:
+                _fill(pipe, part)
+                log.move(pipe[0], len(part))
+            else:
+                log.append(part)
+
+    def read(log: OutputLog) -> tuple[list[tuple[int, bytes]], str]:
+        log.complete()
+        found, at = [], log.subscribe()
+        try:
+            for chunk in at:
+                found.append((at.offset, chunk))  # noqa: PERF401 -- keeps what came before an error
+        except OutputIncompleteError as error:
+            return found, str(error)
+        pytest.fail("nothing is missing")
+
+    def make(name: str, *, resumed: bool = False) -> OutputLog:
+        return OutputLog(tmp_path / name, lasting=True, resumed=resumed)
+
+    whole, first = make("whole"), make("parts")
+    for log in (whole, first):
+        log.budget = Budget(100_000, "this ceiling")
+        write(log, text[:200_000])
+    first.leave()
+    second = make("parts", resumed=True)
+    second.charge(Budget(100_000, "this ceiling"))
+    assert (second.gap, second.size) == (first.gap, first.size)
+    for log in (whole, second):
+        write(log, text[200_000:])
+    assert second.gap is not None
+    assert second.gap.length >= 190_000
+    assert read(second) == read(whole)
+    second.remove()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole", "whole.gap", "whole.times"]

@@ -25,7 +25,12 @@ _WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
 _MODULES = {
     "library": {
         "argv": "errors",
-        "broadcaster": "holes outputdisk outputtimes tails; budget",
+        "broadcaster": "holes lastinggap outputdisk outputerrors outputtimes pipes subscription; "
+        "budget",
+        "subscription": "outputerrors tails; broadcaster",
+        "lastinggap": "",
+        "outputerrors": "",
+        "pipes": "",
         "outputtimes": "",
         "tails": "",
         "holes": "",
@@ -169,6 +174,10 @@ _TESTED_WITH = {
     "connection": "client",
     "clienterrors": "client",
     "streaming": "following",
+    "lastinggap": "broadcaster",
+    "subscription": "broadcaster",
+    "outputerrors": "broadcaster",
+    "pipes": "broadcaster",
     "others": "spawner",
     "leaders": "spawner",
     "estate": "spawner",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import struct
 import threading
 import time
 import tracemalloc
@@ -340,3 +341,36 @@ def test_descriptors_are_not_kept(tmp_path: Path, clock: _Clock) -> None:
     index.span(3)
     assert len(os.listdir("/proc/self/fd")) == before
     index.remove()
+
+
+def test_index_of_a_dead_process_is_continued(tmp_path: Path) -> None:
+    """The time of the last entry ends with the last change of the output."""
+    path = str(tmp_path / "times")
+    first = TimeIndex(path, lasting=True)
+    before = time.time_ns()
+    first.note(0)
+    second = TimeIndex(path, lasting=True)
+    written_ns = time.time_ns() + 10**9
+    second.resume(written_ns)
+    assert second.first_since(written_ns) == 0
+    assert second.first_since(written_ns + 1) is None
+    second.note(100)
+    found = second.span(0)
+    assert found is not None
+    assert (found[0] >= before, found[1]) == (True, 100)
+    assert second.span(100) is not None
+    second.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_index_that_was_being_thinned_out_is_used_up_to_the_first_entry_that_does_not_fit(
+    tmp_path: Path,
+) -> None:
+    """An entry that the other process was about to overwrite is not taken for a later one."""
+    entries = [(0, 1, 2), (10, 3, 4), (20, 5, 6), (10, 3, 4)]
+    (tmp_path / "times").write_bytes(b"".join(struct.pack("<QQQ", *each) for each in entries))
+    index = TimeIndex(str(tmp_path / "times"), lasting=True)
+    index.resume(9)
+    assert index.first_since(7) == 20
+    assert index.span(15) == (3, 20)
+    assert (tmp_path / "times").stat().st_size == 72

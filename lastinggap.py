@@ -1,0 +1,70 @@
+"""The gap of an output in a file beside it, so that another process can continue the output.
+
+    file = LastingGap("/private/dir/job.out.gap")
+    file.write((4096, 8192), OSError(errno.ENOSPC, "No space left on device"))
+    gap, cause = file.read()
+
+The file is made when the output gets a gap. If it cannot be written, the log has a line, and after
+the death of this process the bytes of the gap read as zeros.
+
+Thread safety: for the one writer of an output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+
+__all__ = ["LastingGap"]
+
+logger = logging.getLogger(__name__)
+
+_BYTES = 512  # the text is padded to so many, so that a shorter one replaces a longer one whole
+
+
+class LastingGap:
+    """`path`, `dir_fd`: of the file."""
+
+    def __init__(self, path: str, dir_fd: int | None) -> None:
+        self._path = path
+        self._dir_fd = dir_fd
+        self._exists = False
+        self._has_failed = False
+
+    def write(self, gap: tuple[int, int], cause: OSError | None) -> None:
+        """Note where the gap begins and ends, and why there is one. Never raises."""
+        fields = [*gap, cause.errno if cause else 0, str(cause.strerror)[:80] if cause else ""]
+        try:
+            fd = os.open(
+                self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd
+            )
+            self._exists = True
+            try:
+                os.pwrite(fd, json.dumps(fields).encode().ljust(_BYTES), 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning("%s: %s", self._path, error.strerror)
+            self._has_failed = True
+
+    def read(self) -> tuple[tuple[int, int], OSError | None]:
+        """Return where the gap begins and ends, and its cause; (0, 0) and None if there is none."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
+        except FileNotFoundError:
+            return (0, 0), None
+        self._exists = True
+        try:
+            begin, end, number, reason = json.loads(os.pread(fd, _BYTES, 0))
+        finally:
+            os.close(fd)
+        return (begin, end), OSError(number, reason)
+
+    def remove(self) -> None:
+        """Delete the file, if there is one. Raises OSError."""
+        if self._exists:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path, dir_fd=self._dir_fd)
