@@ -1,7 +1,7 @@
 """The gap of an output in a file beside it, so that another process can continue the output.
 
-    file = LastingGap("/private/dir/job.out.gap")
-    file.write((4096, 8192), OSError(errno.ENOSPC, "No space left on device"))
+    file = LastingGap("/private/dir/job.out.gap", None, lasting=True)
+    file.write((4096, 8192), OSError(errno.ENOSPC, "No space left on device"), fd, 8192)
     gap, cause = file.read()
 
 The file is made when the output gets a gap. If it cannot be written, the log has a line, and after
@@ -25,16 +25,25 @@ _BYTES = 512  # the text is padded to so many, so that a shorter one replaces a 
 
 
 class LastingGap:
-    """`path`, `dir_fd`: of the file."""
+    """`path`, `dir_fd`: of the file. `lasting`: whether there is one at all."""
 
-    def __init__(self, path: str, dir_fd: int | None) -> None:
+    def __init__(self, path: str, dir_fd: int | None, *, lasting: bool) -> None:
         self._path = path
         self._dir_fd = dir_fd
+        self._lasting = lasting
         self._exists = False
         self._has_failed = False
 
-    def write(self, gap: tuple[int, int], cause: OSError | None) -> None:
-        """Note where the gap begins and ends, and why there is one. Never raises."""
+    def write(
+        self, gap: tuple[int, int], cause: OSError | None, output_fd: int, output_end: int
+    ) -> None:
+        """Note where the gap begins and ends, and why there is one. Never raises.
+
+        `output_end`: where the output will end; the file of the output gets that size, which takes
+        no room.
+        """
+        if not self._lasting:
+            return
         fields = [*gap, cause.errno if cause else 0, str(cause.strerror)[:80] if cause else ""]
         try:
             fd = os.open(
@@ -43,6 +52,8 @@ class LastingGap:
             self._exists = True
             try:
                 os.pwrite(fd, json.dumps(fields).encode().ljust(_BYTES), 0)
+                if output_end > os.fstat(output_fd).st_size:
+                    os.ftruncate(output_fd, output_end)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -25,12 +25,10 @@ _WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
 _MODULES = {
     "library": {
         "argv": "errors",
-        "broadcaster": "holes lastinggap outputdisk outputerrors outputtimes pipes subscription; "
-        "budget",
-        "subscription": "outputerrors tails; broadcaster",
+        "broadcaster": "holes lastinggap outputdisk outputerrors outputtimes sources tails; budget",
         "lastinggap": "",
         "outputerrors": "",
-        "pipes": "",
+        "sources": "outputerrors",
         "outputtimes": "",
         "tails": "",
         "holes": "",
@@ -175,9 +173,8 @@ _TESTED_WITH = {
     "clienterrors": "client",
     "streaming": "following",
     "lastinggap": "broadcaster",
-    "subscription": "broadcaster",
     "outputerrors": "broadcaster",
-    "pipes": "broadcaster",
+    "sources": "broadcaster",
     "others": "spawner",
     "leaders": "spawner",
     "estate": "spawner",
