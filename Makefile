@@ -14,7 +14,9 @@ lock = .venv/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --str
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
 requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p$(1), sep="\n")
 
-.PHONY: help setup demo serve test check tools static bench bench-long certs library proto lock extras
+PREFIX ?= /opt/job-worker
+
+.PHONY: install uninstall help setup demo serve test check tools static bench bench-long certs library proto lock extras
 
 help: ## list the targets (what `make` alone does)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -93,6 +95,12 @@ bench-long: setup ## run 50,000 jobs in 15 minutes; fails if anything has piled 
 library: ## copy the library, which needs no package: make library DEST=directory
 	@: $${DEST:?is missing: make library DEST=directory}
 	@mkdir -p '$(DEST)' && cp $(library:=.py) '$(DEST)'
+
+install: ## as root: install the server, or upgrade it (PREFIX=/opt/job-worker, HOSTS=name: see docs/deploy.md)
+	@PYTHON='$(PYTHON)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' HOSTS='$(HOSTS)' scripts/install.sh install
+
+uninstall: ## as root: remove what install has installed; settings and state stay
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' scripts/install.sh uninstall
 
 proto: .venv/dev ## generate the code that belongs to the protos
 	$(call protoc,.)

@@ -144,7 +144,7 @@ examples:
 """,
     "import": """\
 examples:
-  client import alice.tar                the profile `default`, used without --profile
+  client import alice.tar                the profile used without --profile
   client import --as work alice.tar      the profile `work`
   client import --replace alice.tar      a new certificate for it
 """,

@@ -152,18 +152,18 @@ def test_unit_refuses_what_jobs_could_hold_up_others_with(
 # --- the unit against the program ---------------------------------------------------------------
 
 
-def _settings(options: list[str]) -> Settings:
-    arguments = parse_arguments(options)
-    assert arguments.command is None
-    return settings_in_force(arguments)[0]
+def _settings(unit: dict[str, list[str]]) -> Settings:
+    """The settings of the server that the unit starts, with the file of this clone."""
+    (command,) = unit["ExecStart"]
+    program, *options = shlex.split(command)
+    assert program == f"/{_INSTALLED}/server"
+    assert options == ["--config", "/etc/job-worker/server.toml"]
+    return settings_in_force(parse_arguments(["--config", str(_HERE / "deploy/server.toml")]))[0]
 
 
 def test_server_understands_what_the_unit_starts(unit: dict[str, list[str]]) -> None:
     """The server has every option of the unit. Users, isolation, limits and audit are required."""
-    (command,) = unit["ExecStart"]
-    program, *options = shlex.split(command)
-    assert program == f"/{_INSTALLED}/server"
-    settings = _settings(options)
+    settings = _settings(unit)
     assert settings.enforcement == "require"
     assert settings.isolation == "require"
     assert settings.audit_required
@@ -185,13 +185,11 @@ def test_homes_and_tmpdirs_are_on_disk(unit: dict[str, list[str]]) -> None:
 
 def test_security_md_and_the_unit_agree(unit: dict[str, list[str]]) -> None:
     """The paths and uids in the instructions are those of the unit."""
-    (command,) = unit["ExecStart"]
-    program, *options = shlex.split(command)
-    settings = _settings(options)
+    settings = _settings(unit)
     text = (_HERE / "docs" / "security.md").read_text(encoding="utf-8")
     for path in (settings.certs, settings.users, settings.state_dir / "audit.log"):
         assert str(path) in text
-    assert str(Path(program).parent) in text
+    assert f"/{_INSTALLED}" in text
     jobs = parse_uids(settings.uids)[1:]
     assert f"skuid {jobs.start}-{jobs.stop - 1} " in text
 
