@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from datetime import datetime
 
-    from job import Status
+    from jobstate import Status
 
 __all__ = ["EVERY_JOB", "Findable", "JobFilter", "check_name", "checked_labels"]
 

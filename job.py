@@ -1,4 +1,4 @@
-"""One job: what is known of it (`Job`), and the object that looks after it (`RunningJob`).
+"""One job that runs: the object that looks after it. `jobstate.py` has what is known of a job.
 
 Each running job has a thread of its own. The thread moves the output from the job's pipe to
 its output log until the leader has ended. If the leader ended by itself, the thread lets other
@@ -27,136 +27,34 @@ import sys
 import termios
 import threading
 import time
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
-from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from buffers import LARGE_PIPE_BYTES, rest_ms
 from cgroups import CgroupError
 from ending import await_others
 from errors import InputError, SignalError
-from limits import NO_LIMITS, Limits, Usage
+from jobstate import STOPS, EndReason, Job, Status, UsageSource
+from limits import NO_LIMITS, Usage
 from spawner import Exit, SpawnerDiedError, read_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
+    from datetime import datetime
 
-    from broadcaster import Gap
-    from budget import Budget
     from buffers import Buffers
     from cgroups import Cgroup
-    from ending import Ending
     from jobinput import InputWriter, JobInput
+    from jobstate import Work
     from spares import Spare
     from spawner import Spawner
 
-__all__ = [
-    "EndReason",
-    "Job",
-    "RunningJob",
-    "Status",
-    "UsageSource",
-    "Work",
-]
+__all__ = ["RunningJob"]
 
 logger = logging.getLogger(__name__)
 
 _DAY_S = 24 * 3600
-
-
-class Status(Enum):
-    """RUNNING becomes STOPPED or FINISHED, once, when the output is complete."""
-
-    QUEUED = "queued"  # on a cluster: it waits for a node; becomes any of the others
-    RUNNING = "running"
-    STOPPED = "stopped"  # `Worker.stop`, `Worker.close` or the job's timeout ended it
-    FINISHED = "finished"  # it ended in any other way
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it never changes again."""
-        return self in {Status.STOPPED, Status.FINISHED}
-
-
-class EndReason(Enum):
-    """Why a job is no longer running."""
-
-    EXITED = "exited"
-    SIGNALLED = "signalled"  # by a signal that neither `stop` nor `close` sent
-    STOPPED = "stopped"  # by `Worker.stop`; `Job.stop_reason` says what its caller gave as reason
-    OUT_OF_MEMORY = "out of memory"  # by the kernel: it reached its own memory limit
-    # By the kernel, which needed memory: all jobs together reached their bound, or the host its.
-    HOST_OUT_OF_MEMORY = "host out of memory"
-    CLOSED = "closed"  # by `Worker.close`
-    TIMED_OUT = "timed out"  # it ran for longer than the timeout that it was started with
-    LOST = "lost"  # the fork server died, so nobody knows how the leader ended
-    NODE_FAILED = "node failed"  # on a cluster
-    CANCELLED = "cancelled"  # by the administrator of the cluster
-
-
-_STOPS = EndReason.STOPPED, EndReason.CLOSED, EndReason.TIMED_OUT
-
-
-class UsageSource(Enum):
-    """Where a job's usage comes from."""
-
-    CGROUP = "cgroup"  # all of the job's processes
-    RUSAGE = "rusage"  # the leader and the children it waited for; known when the leader has ended
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is known of a job at one moment."""
-
-    job_id: str
-    owner: str
-    command: str
-    args: tuple[str, ...]
-    status: Status
-    end_reason: EndReason | None  # None while it runs
-    stop_reason: str  # as given to `Worker.stop`; "" unless that ended the job
-    exit_code: int | None  # None unless the leader exited
-    signal: int | None  # None unless a signal killed the leader
-    started_at: datetime  # aware, UTC
-    ended_at: datetime | None  # when the leader's end was noticed
-    output_bytes: int  # that can be read
-    output_lost_bytes: int  # written, and not kept: those of `output_gap`
-    subscribers: tuple[str, ...]  # the names of those reading now, each once
-    limits: Limits  # those in force; None where not
-    usage: Usage | None  # None where nothing is known (yet)
-    usage_source: UsageSource | None  # None when `usage` is
-    # The job has ended, but a process of it may live: there was no cgroup, and it left the session.
-    may_have_escaped: bool = False
-    working_directory: str = "/"  # the one asked for, or else the home; absolute
-    tmp_directory: str = ""  # the job's TMPDIR if it is kept as long as the job
-    name: str = ""  # as given to `Worker.start`, as are the labels
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
-    input_bytes: int | None = None  # that its stdin has taken; None if its stdin is /dev/null
-    input_ended: bool = False  # whether it gets no more of them
-    output_gap: Gap | None = None  # where output is not kept; None if all is
-    # How many processes were killed because they went on after the leader had ended by itself.
-    killed_after_exit: int = 0
-    timeout: float | None = None  # in seconds, as given to `Worker.start`
-    node: str = ""  # of the cluster on which it runs or ran
-    reason: str = ""  # the cluster's words: why the job is QUEUED, or what ended it
-
-
-class Work(NamedTuple):
-    """What a job is to be: the arguments of `Worker.start`, checked."""
-
-    argv: list[str]
-    owner: str
-    uid: int | None
-    limits: Limits
-    budget: Budget | None
-    on_end: Callable[[], None] | None
-    directory: str
-    name: str
-    labels: Mapping[str, str]
-    ending: Ending
-    stdin: bool = False
-    keep_tmp: bool = False
 
 
 class RunningJob:
@@ -523,7 +421,7 @@ class RunningJob:
             if self._status is not Status.RUNNING:
                 raise RuntimeError(f"job {self.job_id} has ended already")
             self._end_reason = self._find_end_reason_locked(leader_exit)
-            is_stopped = self._end_reason in _STOPS
+            is_stopped = self._end_reason in STOPS
             self._status = Status.STOPPED if is_stopped else Status.FINISHED
             self._exit = leader_exit or Exit(may_have_escaped=self._cgroup is None)
             self._ended_at = ended_at

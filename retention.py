@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from broadcaster import OutputLog
     from budget import Budget
     from finding import JobFilter
-    from job import EndReason, Job
+    from jobstate import EndReason, Job
 
 __all__ = ["Counts", "FinishedJob", "FinishedJobs", "Registry", "Retention"]
 

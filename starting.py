@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from cgroups import Subtree
     from environment import Surroundings
-    from job import Work
+    from jobstate import Work
     from leftovers import Leftovers
     from retention import Registry
     from scratch import Scratch

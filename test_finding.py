@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finding import EVERY_JOB, JobFilter, check_name, checked_labels
-from job import Status
+from jobstate import Status
 from testkit import ABSENT
 from worker import Worker
 

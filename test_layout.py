@@ -62,15 +62,16 @@ _MODULES = {
         "scratch": "leftovers messages privileges",
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory scratch",
         "jobinput": "errors",
-        "job": "buffers cgroups ending errors limits spawner; broadcaster budget jobinput spares",
-        "finding": "; job",
-        "watching": "errors finding job",
-        "retention": "errors job watching; broadcaster budget finding",
-        "starting": "budget buffers cgroups errors job jobinput spawner; environment leftovers "
-        "retention scratch spares",
-        "worker": "argv broadcaster cgroups ending environment errors finding inherited job "
-        "jobinput leftovers limits outputdirectory privileges retention scratch spares spawner "
-        "starting watching; budget",
+        "jobstate": "; broadcaster budget ending limits",
+        "job": "buffers cgroups ending errors jobstate limits spawner; jobinput spares",
+        "finding": "; jobstate",
+        "watching": "errors finding jobstate",
+        "retention": "errors job watching; broadcaster budget finding jobstate",
+        "starting": "budget buffers cgroups errors job jobinput spawner; environment jobstate "
+        "leftovers retention scratch spares",
+        "worker": "argv broadcaster cgroups ending environment errors finding inherited jobinput "
+        "jobstate leftovers limits outputdirectory privileges retention scratch spares spawner "
+        "starting watching; budget job",
     },
     "shared": {  # by the service and the client
         "units": "",
@@ -197,6 +198,7 @@ _TESTED_WITH = {
     "version": "client",
     "helptexts": "client",
     "job": "worker",
+    "jobstate": "worker",
     "ending": "worker",
     "buffers": "worker",
     "children": "spawner",

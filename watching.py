@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from errors import WorkerClosedError
 from finding import Findable
-from job import Job, Status
+from jobstate import Job, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -68,8 +68,8 @@ from errors import (
     WorkerError,
 )
 from finding import EVERY_JOB, JobFilter, check_name, checked_labels
-from job import EndReason, Job, RunningJob, Status, UsageSource, Work
 from jobinput import InputWriter
+from jobstate import EndReason, Job, Status, UsageSource, Work
 from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
 from outputdirectory import OutputDirectory
@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from budget import Budget
+    from job import RunningJob
 
 __all__ = [
     "Account",
