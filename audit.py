@@ -1,4 +1,4 @@
-"""The audit log: one line of JSON for every decision, in a file that only grows.
+"""The audit log: one line of JSON for every decision, in a file that only grows, or in a stream.
 
     log = AuditLog(lambda: os.open("audit.log", AUDIT_FLAGS, 0o600))
     log.record(peer="ipv4:192.0.2.7:40112", user="alice", rpc="StartJob", argv=["ls", "/"])
@@ -13,13 +13,17 @@ When `record` returns, the kernel has the record: it survives the end of this pr
 not that of the machine. If the disk is full in the middle of a record, its beginning stays in
 the file, in a line of its own that is not JSON. Such a record counts as lost.
 
+A stream (`Stream`) is this process's stdout, or its connection to systemd's journal. Nobody tells
+the log whether what reads a stream has kept a line.
+
 To rotate the log, rename the file, then call `reopen`. Records go to the renamed file until
 then.
 
 Thread safety: any thread may call anything. The lines are in the order of their times,
 unless somebody sets the clock back.
 
-Sources: write(2) (O_APPEND, short writes), RFC 8259 (JSON), RFC 3339 (the time).
+Sources: write(2) (O_APPEND, short writes), RFC 8259 (JSON), RFC 3339 (the time); systemd.exec(5)
+(JOURNAL_STREAM), sd-daemon(3) (priorities).
 """
 
 from __future__ import annotations
@@ -31,13 +35,14 @@ import logging
 import os
 import stat
 import threading
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["AUDIT_FLAGS", "AuditError", "AuditLog"]
+__all__ = ["AUDIT_FLAGS", "JOURNAL", "STDOUT", "AuditError", "AuditLog", "Stream", "stream_named"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +63,41 @@ _CLOSED_FD = -1
 _NOT_REGULAR = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
+_MAKE_ROOM = "Make room on its disk, or move it to another disk and send SIGHUP"
+STDOUT: Final = "stdout"
+JOURNAL: Final = "journal"
+# The priority "notice", which no line of the server's own log has.
+_JOURNAL_PREFIX = b"<5>"
+
+
 class AuditError(OSError):
     """The audit log cannot be opened or written; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream in place of a file. `fd`: stays open; `prefix`: what each line begins with."""
+
+    fd: int
+    prefix: bytes = b""
+
+
+def stream_named(name: str) -> Stream:
+    """Return the stream `STDOUT` or `JOURNAL`.
+
+    The journal is the one that systemd has connected to stdout or stderr of this process. Raises
+    `AuditError` if there is none.
+    """
+    if name == STDOUT:
+        return Stream(1)
+    for fd in (1, 2):
+        status = os.fstat(fd)
+        if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
+            return Stream(fd, _JOURNAL_PREFIX)
+    raise AuditError(
+        "the audit log cannot be in the journal: neither stdout nor stderr of the server is it; "
+        "start the server as a unit of systemd, or name a file or `stdout`"
+    )
 
 
 class AuditLog:
@@ -71,13 +109,21 @@ class AuditLog:
     process becomes another user later. Nobody else may read or write it.
 
     `required`: whether a record that cannot be written is an error. Otherwise it is lost, and
-    a line in the program's own log says so.
+    a line in the program's own log says so. `stream`: where lines go in place of a file.
 
     Raises `AuditError` if the file cannot be opened or is not such a file.
     """
 
-    def __init__(self, open_file: Callable[[], int], *, required: bool = False) -> None:
+    def __init__(
+        self,
+        open_file: Callable[[], int],
+        *,
+        required: bool = False,
+        stream: Stream | None = None,
+    ) -> None:
         self._open_file = open_file
+        self._stream = stream
+        self._prefix = stream.prefix if stream else b""
         self._required = required
         self._owner = os.geteuid()
         # Guards the attributes below, and keeps each record whole and in one file. Never
@@ -105,7 +151,7 @@ class AuditLog:
         """
         with self._lock:
             time = datetime.now(UTC).isoformat(timespec="microseconds")
-            line = json.dumps({"time": time, **fields}).encode("ascii") + b"\n"
+            line = self._prefix + json.dumps({"time": time, **fields}).encode("ascii") + b"\n"
             problem = self._write_locked(line)
             if problem:
                 self._lost += 1
@@ -114,10 +160,10 @@ class AuditLog:
                 lost, self._lost = self._lost, 0
         if problem and lost == 1:
             logger.error(
-                "the audit log cannot be written: %s; %s until it can be. Make room on its disk, "
-                "or move it to another disk and send SIGHUP",
+                "the audit log cannot be written: %s; %s until it can be. %s",
                 problem,
                 "calls are refused" if self._required else "records are lost",
+                "See what reads it" if self._stream else _MAKE_ROOM,
             )
         if not problem and lost:
             logger.info("the audit log can be written again; %d records were lost", lost)
@@ -146,8 +192,10 @@ class AuditLog:
         """Continue in the file that has the name now; no record is lost. Returns "".
 
         If it cannot be opened, the old file stays in use, and an error is logged and returned.
-        Never raises.
+        Never raises. A stream stays as it is.
         """
+        if self._stream is not None:
+            return ""
         try:
             fd = self._open()
         except Exception as error:  # noqa: BLE001 -- an unforeseen error of the opener must not end the log
@@ -183,6 +231,8 @@ class AuditLog:
 
     def _open(self) -> int:
         """Open and check the file; return the descriptor."""
+        if self._stream is not None:
+            return os.dup(self._stream.fd)
         try:
             fd = self._open_file()
         except OSError as error:
@@ -219,6 +269,7 @@ class AuditLog:
 
 
 def _is_torn(fd: int) -> bool:
-    """Whether the last line of the file is incomplete."""
-    size = os.fstat(fd).st_size
+    """Whether the last line of the file is incomplete. Nobody knows that of a stream."""
+    status = os.fstat(fd)
+    size = status.st_size if stat.S_ISREG(status.st_mode) else 0
     return size > 0 and os.pread(fd, 1, size - 1) != b"\n"

@@ -48,7 +48,7 @@ try:
         parse_uids,
         reserved,
     )
-    from audit import AUDIT_FLAGS, AuditLog
+    from audit import AUDIT_FLAGS, JOURNAL, STDOUT, AuditLog, stream_named
     from calls import Calls
     from gate import Gate
     from hostaccounts import HostAccounts
@@ -148,9 +148,12 @@ class Server:
         own_uid, uids = choose_uids(
             settings.isolation, settings.uids, of_host=settings.accounts == "host"
         )
-        self._audit_path = settings.audit_log or settings.state_dir / "audit.log"
+        where = settings.audit_log or settings.state_dir / "audit.log"
+        is_stream = str(where) in (STDOUT, JOURNAL)
+        self._audit_stream = stream_named(str(where)) if is_stream else None
+        self._audit_path = where
         check_own_code(is_isolated=uids is not None)
-        files = read_again(settings) | {self._audit_path: AUDIT_FLAGS}
+        files = read_again(settings) | ({} if is_stream else {where: AUDIT_FLAGS})
         self._files = TrustedFiles(files, private=uids is not None)
         users = self._load_users()
         self._certificates = Certificates(self._files.read, settings.certs)
@@ -236,7 +239,9 @@ class Server:
         )
         self._audit = undo.enter_context(
             AuditLog(
-                lambda: self._files.open(self._audit_path), required=self._settings.audit_required
+                lambda: self._files.open(self._audit_path),
+                required=self._settings.audit_required,
+                stream=self._audit_stream,
             )
         )
 
@@ -287,7 +292,8 @@ class Server:
     def _make_for_operator(self, undo: contextlib.ExitStack) -> list[AdminSocket | LocalServer]:
         """Return what answers the operator, bound to its addresses and not started yet."""
         state = self._settings.state_dir
-        self._disks = undo.enter_context(serverstatus.Disks((state, self._audit_path.parent)))
+        paths = (state,) if self._audit_stream else (state, self._audit_path.parent)
+        self._disks = undo.enter_context(serverstatus.Disks(paths))
         commands: dict[str, Command] = {  # what `server COMMAND` asks for
             "status": lambda _: self.status(),
             "reload": lambda _: {"problems": self.reload()},

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import serverlog
+from audit import JOURNAL, STDOUT
 from settings import SERVER, STREAMS_IN_ALL, ConfigFile, Key, Settings
 from trustedfiles import check
 
@@ -51,6 +52,8 @@ class Option:
     kind: type[str | Path | bool] | Key = str
     """What a value is. A `Key` converts and checks numbers, sizes and times."""
     choices: Sequence[str] = ()
+    words: Sequence[str] = ()
+    """What stands for itself and is no path, though the kind is Path."""
     flag_value: Any = True
     """What an option of the kind bool, which has no value on the command line, sets its field to"""
 
@@ -75,6 +78,8 @@ class Option:
             raise ValueError("must not be empty")
         if self.choices and written not in self.choices:
             raise ValueError(f"cannot be {written!r}; write one of {', '.join(self.choices)}")
+        if self.kind is Path and written in self.words:
+            return Path(written)
         if self.kind is Path:
             return directory / written if directory else Path(written)
         return written
@@ -147,9 +152,11 @@ OPTIONS: Final[Mapping[str, Option]] = {
     ),
     "audit_log": Option(
         "audit_log",
-        "the file for a line of JSON about every call (default: audit.log in the state directory)",
-        "FILE",
+        "where a line of JSON about every call goes: FILE, stdout, or journal, if systemd has "
+        "connected the server to it (default: audit.log in the state directory)",
+        "FILE|stdout|journal",
         Path,
+        words=(STDOUT, JOURNAL),
     ),
     "audit_required": Option("audit_required", "refuse calls that cannot be recorded", kind=bool),
     "metrics": Option(

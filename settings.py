@@ -451,7 +451,7 @@ class Settings:
     accounts: Literal["range", "host"] = "range"
     """What jobs run as: uids of `uids`, or accounts of the host."""
     audit_log: Path | None = None
-    """None for audit.log in `state_dir`."""
+    """None for audit.log in `state_dir`; "stdout" and "journal" stand for themselves."""
     audit_required: bool = False
     """Whether the server refuses a call that it cannot record."""
     metrics: str | None = None

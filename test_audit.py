@@ -20,8 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adminsocket import ask
 from audit import AUDIT_FLAGS, AuditError, AuditLog
-from testkit import GUARD_S, descriptors_of, file_size_limit
+from client import Client, ClientError
+from testkit import GUARD_S, clean_environment, descriptors_of, file_size_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -537,3 +539,81 @@ def test_log_is_reopened_after_the_process_has_given_up_its_rights(path: Path) -
     assert server.returncode == 0
     assert [record["n"] for record in _records(Path(f"{path}.1"))] == [1]
     assert [record["n"] for record in _records(path)] == [2]
+
+
+# --- streams ----------------------------------------------------------------------------
+
+
+def _server_with_streams(
+    certs: Path, state: Path, *options: str, journal: str = ""
+) -> subprocess.Popen[str]:
+    """Start a server whose stdout and stderr are pipes; `journal`: which of them is the journal."""
+    code = """
+import os, sys
+if sys.argv[1]:
+    status = os.fstat(int(sys.argv[1]))
+    os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", code, journal, str(_HERE / "server.py")),
+            *("--listen", "127.0.0.1:0", "--limits", "off", "--certs", str(certs)),
+            *("--state-dir", str(state), *options),
+        ],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("journal", ["", "1", "2"])
+def test_records_go_to_stdout_or_to_the_journal(certs: Path, tmp_path: Path, journal: str) -> None:
+    """In the journal with a priority that no other line has; a reload changes nothing."""
+    where = "journal" if journal else "stdout"
+    with _server_with_streams(
+        certs, tmp_path / "state", "--audit-log", where, journal=journal
+    ) as process:
+        assert process.stdout
+        address = process.stdout.readline().removeprefix("listening on ").strip()
+        with Client(address, certs=certs) as client:
+            client.login("user", "user")
+            assert ask(tmp_path / "state", "reload") == {"problems": []}
+            client.logout()
+        process.terminate()
+        stdout, stderr = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 0, stderr
+    lines = (stderr if journal == "2" else stdout).splitlines()
+    prefix = "<5>" if journal else ""
+    records = [
+        json.loads(line.removeprefix(prefix)) for line in lines if line.startswith(f"{prefix}{{")
+    ]
+    assert [record["rpc"].rpartition("/")[2] for record in records] == ["Login", "Logout"]
+    assert not (tmp_path / "state" / "audit.log").exists()
+
+
+def test_without_a_journal_the_error_says_what_to_do(certs: Path, tmp_path: Path) -> None:
+    with _server_with_streams(certs, tmp_path / "state", "--audit-log", "journal") as process:
+        _, stderr = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 1
+    assert "cannot be in the journal: neither stdout nor stderr" in stderr
+
+
+def test_required_record_that_a_stream_does_not_take_refuses_the_call(
+    certs: Path, tmp_path: Path
+) -> None:
+    """Whoever read the stream has gone."""
+    options = ("--audit-log", "stdout", "--audit-required")
+    with _server_with_streams(certs, tmp_path / "state", *options) as process:
+        assert process.stdout
+        address = process.stdout.readline().removeprefix("listening on ").strip()
+        process.stdout.close()
+        with (
+            Client(address, certs=certs) as client,
+            pytest.raises(ClientError, match="the audit log cannot be written"),
+        ):
+            client.login("user", "user")
+        process.terminate()
+        assert process.stderr
+        assert "Broken pipe; calls are refused until it can be. See what" in process.stderr.read()

@@ -108,7 +108,7 @@ _MODULES = {
         "standardservices": "gate grpc_health grpc_reflection settings authservice_pb2 "
         "workerservice_pb2; grpc",
         "settings": "ending environment limits units worker",
-        "serveroptions": "serverlog settings trustedfiles",
+        "serveroptions": "audit serverlog settings trustedfiles",
         "serverfiles": "errors privileges settings tls trustedfiles units users",
         "invite": "bundle certcheck settings units useradmin users",
         "configreport": "serveroptions settings",

@@ -243,3 +243,10 @@ def test_check_takes_the_file_after_its_name(tmp_path: Path) -> None:
     path.write_text("[server]\nuids = '5-6'")
     arguments = parse_arguments(["check", "--config", str(path)])
     assert settings_in_force(arguments)[0].uids == "5-6"
+
+
+def test_word_that_stands_for_itself_is_no_path(read: Read) -> None:
+    """Neither in the file, whose paths begin in its directory, nor on the command line."""
+    for text, words in ('[server]\naudit_log = "stdout"', []), ("", ["--audit-log", "stdout"]):
+        settings, _ = read(text, *words)
+        assert settings.audit_log == Path("stdout")
