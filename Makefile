@@ -97,7 +97,7 @@ library: ## copy the library, which needs no package: make library DEST=director
 	@mkdir -p '$(DEST)' && cp $(library:=.py) '$(DEST)'
 
 install: ## as root: install the server, or upgrade it (PREFIX=/opt/job-worker, HOSTS=name: see docs/deploy.md)
-	@PYTHON='$(PYTHON)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' HOSTS='$(HOSTS)' scripts/install.sh install
+	@PYTHON='$(PYTHON)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' HOSTS='$(HOSTS)' EXTRAS='$(EXTRAS)' scripts/install.sh install
 
 uninstall: ## as root: remove what install has installed; settings and state stay
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' scripts/install.sh uninstall

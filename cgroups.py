@@ -87,6 +87,12 @@ _UNIFIED = (
     "this host mounts cgroup v1 or a hybrid of both; boot it with "
     "systemd.unified_cgroup_hierarchy=1 (cgroup_no_v1=all without systemd)"
 )
+_USER_MANAGER = (
+    "the manager of this user does not get it from systemd; as root: mkdir -p "
+    "/etc/systemd/system/user@.service.d && printf '[Service]\\nDelegate=cpu cpuset io memory "
+    "pids\\n' >/etc/systemd/system/user@.service.d/delegate.conf && systemctl daemon-reload, and "
+    "log in anew"
+)
 _READ_ONLY = (
     "the cgroup filesystem is mounted read-only, as in most containers; start the container "
     "with a writable one of its own (--privileged --cgroupns=private)"
@@ -240,7 +246,7 @@ class Subtree:
             raise CgroupError(
                 f"{base} does not have the {controller} controller",
                 path=base / "cgroup.controllers",
-                remedy=_UNIFIED if _v1_controllers() else DELEGATE,
+                remedy=_remedy_without_controller(base),
             )
         if controller not in read(base / "cgroup.subtree_control").split():
             write(
@@ -487,6 +493,14 @@ def _own_cgroup(mounts: list[_Mount]) -> Path | None:
                 if not relative.startswith(".."):
                     return Path(os.path.normpath(mount.point / relative))
     return None
+
+
+def _remedy_without_controller(base: Path) -> str:
+    """What to do if the cgroup has not got a controller from those above it."""
+    if _v1_controllers():
+        return _UNIFIED
+    # Below here systemd's manager of one user makes the cgroups. Debian gives it no io.
+    return _USER_MANAGER if re.search(r"/user@\d+\.service/", f"{base}/") else DELEGATE
 
 
 def _find_base(root: str | os.PathLike[str] | None) -> Path:

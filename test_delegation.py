@@ -128,6 +128,24 @@ def test_missing_controller_is_reported_by_check_and_by_require(
     assert status == 1
 
 
+def test_check_names_the_drop_in_that_gives_a_user_manager_the_io_controller(base: Path) -> None:
+    """As in `systemd-run --user --scope` on a stock Debian. docs/deploy.md has the same drop-in."""
+    (base / "cgroup.subtree_control").write_text("+cpu +memory +pids")
+    manager = base / "user@1000.service"
+    scope = manager / "x.scope"
+    scope.mkdir(parents=True)
+    (manager / "cgroup.subtree_control").write_text("+cpu +memory +pids")
+    status, lines = _check("--cgroup-root", scope)
+    scope.rmdir()
+    manager.rmdir()
+    (failed,) = [line for line in lines if not line.startswith("ok ")]
+    assert status == 1
+    assert "does not have the io controller; the manager of this user does not get it" in failed
+    guide = " ".join((_HERE / "docs/deploy.md").read_text().replace("\\\n", " ").split())
+    for command in failed.partition("as root: ")[2].partition(", and log in anew")[0].split(" && "):
+        assert command in guide
+
+
 def test_read_only_hierarchy_is_reported_by_check_and_by_require(
     base: Path, certs: Path, tmp_path: Path
 ) -> None:

@@ -432,7 +432,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
     "path",
     [
         *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml"),
-        *("docs/design.md", "docs/security.md", "docs/benchmarks.md"),
+        *("docs/deploy.md", "docs/design.md", "docs/security.md", "docs/benchmarks.md"),
         *("workerservice.proto", "authservice.proto"),
         *("bench/__main__.py", "bench/long.py", "deploy/job-worker.service"),
     ],
@@ -444,7 +444,16 @@ def test_file_is_where_it_is_looked_for(path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["client", "server", "scripts/demo.sh", "scripts/kernel-run", "certs/generate.sh", ".ci/run"],
+    [
+        "client",
+        "server",
+        "scripts/demo.sh",
+        "scripts/kernel-run",
+        "certs/generate.sh",
+        ".ci/run",
+        "scripts/install.sh",
+        "scripts/systemd-guest",
+    ],
 )
 def test_program_can_be_executed(path: str) -> None:
     """By whoever has a clone."""

@@ -5,7 +5,8 @@
 #     install.sh install|uninstall
 #
 # Variables: PREFIX, where the program goes; DESTDIR, a directory that stands for / (then systemd is
-# left alone); HOSTS, for which to make certificates if there are none; PYTHON.
+# left alone); HOSTS, for which to make certificates if there are none; EXTRAS=1 for
+# the packages of health and reflection; PYTHON.
 set -eu
 umask 022 # everybody may read the program; root alone may change it
 cd "$(dirname -- "$0")/.."
@@ -21,6 +22,12 @@ logrotate=${DESTDIR-}/etc/logrotate.d/job-worker
 # Does systemd run this host, and is this not the image of another one?
 has_systemd() { [ -z "${DESTDIR-}" ] && [ -d /run/systemd/system ]; }
 
+get() {
+    "$new/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --require-hashes --only-binary :all: -r "$1"
+}
+has_extras() { "$1/.venv/bin/python" -c 'import grpc_health' 2>/dev/null; }
+
 # Puts the new program beside the old one.
 make_new() {
     rm -rf "$new"
@@ -28,10 +35,10 @@ make_new() {
     for module in *.py; do
         case $module in test*.py | conftest.py | *_plugin.py) ;; *) install -m 644 "$module" "$new" ;; esac
     done
-    install -m 644 README.md CHANGELOG.md "$new"
+    install -m 644 README.md CHANGELOG.md *.proto "$new"
     install -m 644 docs/*.md "$new/docs"
-    install -m 644 requirements/runtime.txt "$new/requirements"
-    install -m 644 deploy/job-worker.* deploy/server.toml "$new/deploy"
+    install -m 644 requirements/runtime.txt requirements/extras.txt "$new/requirements"
+    install -m 644 deploy/* "$new/deploy"
     install -m 755 server client "$new"
     install -m 755 certs/generate.sh "$new/certs"
     # Where the packages are the same as before, an upgrade needs no network.
@@ -42,9 +49,10 @@ make_new() {
         "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             die "job-worker needs Python 3.11 or newer; try: make install PYTHON=python3.12"
         "${PYTHON:-python3}" -m venv "$new/.venv"
-        "$new/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --require-hashes --only-binary :all: -r requirements/runtime.txt
+        get requirements/runtime.txt
+        ! has_extras "$program" || get requirements/extras.txt
     fi
+    [ -z "${EXTRAS-}" ] || has_extras "$new" || get requirements/extras.txt
 }
 
 # Makes what only the first installation makes. The operator's own files stay as they are.
