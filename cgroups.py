@@ -41,7 +41,7 @@ import select
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from cgroupfs import (
     DELEGATE,
@@ -66,12 +66,13 @@ from cgroupfs import (
 from limits import NO_LIMITS, Bounds, Enforcement, Limits, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
 __all__ = [
     "Cgroup",
     "CgroupError",
     "Subtree",
+    "bases",
     "kill_tree",
 ]
 
@@ -206,6 +207,57 @@ class Subtree:
                 _describe(probe.limits) or "none",
                 "; ".join(dict.fromkeys(texts)),  # each once
             )
+
+    @classmethod
+    def adopt(
+        cls,
+        dismantling: Sequence[Any],
+        lock_fd: int,
+        enforcement: Enforcement,
+        *,
+        bounds: Bounds | None = None,
+    ) -> Subtree:
+        """Take over the subtree of a main process that has gone, with the jobs in it.
+
+        `dismantling`: that of the other process's `Subtree`. `lock_fd`: of its directory, locked; a
+        fork server has kept it. Raises `CgroupError`.
+        """
+        path, moved_from, enabled = Path(dismantling[0]), dismantling[1], list(dismantling[2])
+        subtree = cls(path, lock_fd, enforcement)
+        try:
+            if path.parent == _own_cgroup(_cgroup2_mounts()):
+                write(path / "main/cgroup.procs", "0", remedy=DELEGATE)
+            subtree._moved_from = Path(moved_from) if moved_from else None
+            subtree._enabled_in_base = enabled
+            available = read(subtree.jobs / "cgroup.subtree_control").split()
+            subtree.controllers = frozenset(available) & _CONTROLLERS.keys()
+            subtree._bound(path.parent, bounds or Bounds())
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        _open_subtrees.append(subtree)
+        return subtree
+
+    def find(self, name: str, limits: Limits) -> Cgroup:
+        """Return the cgroup of a job that runs, with the limits in force."""
+        return Cgroup(self.jobs / name, limits)
+
+    def sweep(self, kept: Collection[str]) -> None:
+        """Kill and remove the cgroups of all jobs but those `kept`. Raises `CgroupError`."""
+        for each in self.jobs.iterdir():
+            if each.is_dir() and each.name not in kept:
+                kill_and_remove(each)
+
+    def leave(self) -> None:
+        """Leave the subtree with its jobs to another process: `adopt`."""
+        self._closing = True
+        _open_subtrees.remove(self)
+        os.close(self._lock_fd)
+
+    @property
+    def lock_fd(self) -> int:
+        """The directory, locked, for a fork server that keeps it for another process."""
+        return self._lock_fd
 
     def _bound(self, base: Path, bounds: Bounds) -> None:
         """Write what all jobs together may have. Raises `CgroupError`."""
@@ -501,6 +553,21 @@ def _remedy_without_controller(base: Path) -> str:
         return _UNIFIED
     # Below here systemd's manager of one user makes the cgroups. Debian gives it no io.
     return _USER_MANAGER if re.search(r"/user@\d+\.service/", f"{base}/") else DELEGATE
+
+
+def bases(enforcement: Enforcement, root: str | os.PathLike[str] | None) -> list[str | None]:
+    """Return where `Subtree.open` would make a subtree; None stands for nowhere.
+
+    Raises `CgroupError`.
+    """
+    if enforcement == "off":
+        return [None]
+    try:
+        return [str(_find_base(root)), *([None] if enforcement == "auto" else [])]
+    except CgroupError:
+        if enforcement == "require":
+            raise
+        return [None]
 
 
 def _find_base(root: str | os.PathLike[str] | None) -> Path:

@@ -55,18 +55,21 @@ def await_others(  # noqa: PLR0913 -- what a job consists of
     *,
     move: Callable[[], object],
     holders_only: bool = True,
+    leave_fd: int | None = None,
 ) -> None:
     """Move output until the other processes of a job have ended, or until `deadline_s`.
 
     `output_fd`, `exit_fd`: the read ends of the job's output pipe and exit pipe. `cgroup`: the
     job's; None without. `deadline_s`: by `time.monotonic`. `move`: stores what is in the output
     pipe. `holders_only`: those that do not hold the output open are not waited for. They only get
-    50 ms, because many programs close their output right before they end.
+    50 ms, because many programs close their output right before they end. `leave_fd`: ends the wait
+    when it is readable.
     """
     # FileNotFoundError: somebody else has removed the cgroup.
     with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
         poll = select.poll()
-        poll.register(output_fd, select.POLLIN)
+        for fd in (output_fd, *(() if leave_fd is None else (leave_fd,))):
+            poll.register(fd, select.POLLIN)
         # Without cgroups the fork server writes there when the others have ended or were killed.
         # With cgroups there comes only end-of-file, when the leader's process group is gone.
         poll.register(exit_fd, select.POLLIN)
@@ -76,9 +79,9 @@ def await_others(  # noqa: PLR0913 -- what a job consists of
             poll.register(events, select.POLLPRI)
         while events is None or events.is_populated():
             left_ms = (deadline_s - time.monotonic()) * 1000
-            if left_ms <= 0:
+            ready = dict(poll.poll(left_ms)) if left_ms > 0 else {}
+            if left_ms <= 0 or leave_fd in ready:
                 return
-            ready = dict(poll.poll(left_ms))
             output = ready.get(output_fd, 0)
             if output & select.POLLIN:
                 move()

@@ -30,12 +30,23 @@ _READ_BYTES = 64 * 1024
 
 
 class Kept:
-    """What is kept of one job. `end`: the last line for its exit pipe; None as long as it runs."""
+    """What is kept of one job.
 
-    __slots__ = ("end", "fds", "pid")
+    `end`: the last line for its exit pipe; None as long as it runs. `notes`: what the main process
+    has noted about the job for its successor.
+    """
 
-    def __init__(self, pid: int, fds: list[int], end: dict[str, Any] | None = None) -> None:
+    __slots__ = ("end", "fds", "notes", "pid")
+
+    def __init__(
+        self,
+        pid: int,
+        fds: list[int],
+        end: dict[str, Any] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
         self.pid = pid
+        self.notes: dict[str, Any] = notes or {}
         self.fds = fds  # of the output pipe, the leader's pidfd, and its input, if it has one
         self.end = end
 
@@ -55,7 +66,7 @@ class Estate:
 
     def save(self) -> dict[str, Any]:
         """Return all of it for another program that this process is about to execute."""
-        jobs = {job: [kept.pid, kept.fds, kept.end] for job, kept in self.jobs.items()}
+        jobs = {job: [kept.pid, kept.fds, kept.end, kept.notes] for job, kept in self.jobs.items()}
         failures = [self._read_fd, self.failures_fd]
         return {"failures": failures, "failed": list(self._failed), "jobs": jobs}
 

@@ -77,6 +77,8 @@ from takeover import PROTOCOL, execute_anew, is_trusted, write_ends
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from estate import Kept
+
 __all__ = ["JOB_RLIMITS"]
 
 JOB_RLIMITS = (
@@ -281,10 +283,11 @@ class _ForkServer:
                     answer["pid"] = pid
                     passed.append(pidfd)
                 case "adopt":
-                    answer["pid"], kept_fds = self._adopt(request["job"], *fds)
-                    passed += map(os.dup, kept_fds)
+                    kept = self._adopt(request["job"], *fds)
+                    answer = {"pid": kept.pid, "notes": kept.notes}
+                    passed += map(os.dup, kept.fds)
                 case other:
-                    self._note(other, request.get("job"))
+                    self._do(other, request)
         except (OSError, ValueError, TypeError) as error:
             answer = failure(error)
         try:
@@ -325,22 +328,25 @@ class _ForkServer:
             self._estate.add(job, pid, output_fd, pidfd)
         return pid, pidfd
 
-    def _note(self, what: str, job: str | None) -> None:
+    def _do(self, what: str, request: dict[str, Any]) -> None:
         """Do what needs no answer. Raises ValueError for an unknown request."""
         match what:
             case "dismantle_at_end":
                 self._dismantles_at_end = True
             case "end":
                 self._is_over = True
+            case "note":
+                if self._estate is not None and request["job"] in self._estate.jobs:
+                    self._estate.jobs[request["job"]].notes = request["notes"]
             case "forget":
-                self._forget(job or "")
+                self._forget(request["job"])
             case "forget others":
                 self._forget_unadopted()
             case _:
                 raise ValueError("unknown request")
 
-    def _adopt(self, job: str, exit_fd: int) -> tuple[int, list[int]]:
-        """Hand a job over to a main process: return the leader's pid and what is kept of the job.
+    def _adopt(self, job: str, exit_fd: int) -> Kept:
+        """Hand a job over to a main process.
 
         `exit_fd`: where the job's end is reported from now on.
         """
@@ -349,7 +355,7 @@ class _ForkServer:
         kept = self._estate.jobs[job]
         self._unadopted.discard(job)
         self._leaders.adopt(job, kept, exit_fd)
-        return kept.pid, kept.fds
+        return kept
 
     def _forget(self, job: str) -> None:
         """Keep nothing of a job whose end the main process has recorded."""

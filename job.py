@@ -23,31 +23,33 @@ import logging
 import os
 import select
 import signal
-import sys
-import termios
 import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from buffers import LARGE_PIPE_BYTES, rest_ms
 from cgroups import CgroupError
 from ending import await_others
-from errors import InputError, SignalError
+from errors import InputError, SignalError, WorkerClosedError
 from jobstate import STOPS, EndReason, Job, Status, UsageSource
+from keeping import LeftError
 from limits import NO_LIMITS, Usage
+from outputerrors import NoSpliceError
+from sources import bytes_in
 from spawner import Exit, SpawnerDiedError, read_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
     from datetime import datetime
 
     from buffers import Buffers
     from cgroups import Cgroup
     from jobinput import InputWriter, JobInput
     from jobstate import Work
-    from spares import Spare
+    from keeping import Keeper
+    from spares import Body
     from spawner import Spawner
 
 __all__ = ["RunningJob"]
@@ -55,6 +57,19 @@ __all__ = ["RunningJob"]
 logger = logging.getLogger(__name__)
 
 _DAY_S = 24 * 3600
+
+
+class Registrar(Protocol):
+    """Who is told of a job's end: the registry. Called by the job's thread."""
+
+    def finish(self, job: RunningJob, final: Job) -> None:
+        """Keep `final` from now on: the moment of the transition, under the job's lock."""
+
+    def discard(self, job: RunningJob) -> None:
+        """Forget the job instead, whose command never began."""
+
+    def trim(self) -> None:
+        """Do what may take long after an end: the last thing that the thread does."""
 
 
 class RunningJob:
@@ -65,15 +80,14 @@ class RunningJob:
 
     `cgroup`: the spare's, with the job's limits. `pid`, `pidfd`: of the leader. `started_at`,
     `started_s`: the same moment, by the clock and by `time.monotonic`. `kept_tmp`: the path of the
-    TMPDIR if it is kept, or "". `finish`: is given the
-    final state in the moment of the transition, under the job's lock. `trim`: is called by the
-    job's thread as the last thing.
+    TMPDIR if it is kept, or "". `keeper`: keeps the job for another process. `notes`: of a stop
+    that a former process has begun.
     """
 
     def __init__(  # noqa: PLR0913 -- what a start has prepared
         self,
         work: Work,
-        spare: Spare,
+        body: Body,
         cgroup: Cgroup | None,
         *,
         spawner: Spawner,
@@ -83,22 +97,20 @@ class RunningJob:
         started_s: float,
         buffers: Buffers,
         kept_tmp: str,
-        finish: Callable[[RunningJob, Job], None],
-        trim: Callable[[], None],
+        registry: Registrar,
         job_input: JobInput | None = None,
+        keeper: Keeper | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.job_id = spare.job_id
-        self.owner = work.owner
-        self.name = work.name
-        self.labels = work.labels
+        self.job_id = body.job_id
+        self.owner, self.name, self.labels = work.owner, work.name, work.labels
         self.started_at = started_at
-        self.output = spare.output
-        self.thread = spare.thread
+        self.output = body.output
+        self.thread = body.thread
         self.position = 0
         self._input = job_input  # None: its stdin is /dev/null
         self._argv = tuple(work.argv)
-        self._uid = work.uid
-        self._on_end = work.on_end
+        self._uid, self._on_end = work.uid, work.on_end
         self._directory = work.directory
         self._kept_tmp = kept_tmp
         self._ending = work.ending
@@ -108,13 +120,14 @@ class RunningJob:
         self._pid = pid
         # Only the job's thread uses the first two, and closes all three when the job has ended:
         # the last one under the lock, because `kill` uses it.
-        self._output_fd = spare.output_fd
-        self._exit_fd = spare.exit_fd
+        self._output_fd = body.output_fd
+        self._exit_fd = body.exit_fd
         self._pidfd = pidfd
         self._started_s = started_s
         self._buffers = buffers
-        self._finish = finish
-        self._trim = trim
+        self._registry = registry
+        self._keeper = keeper
+        self._splices = keeper is not None  # until it turns out that the kernel cannot
         # Guards all below. Notified when the job has ended. Never held during I/O.
         self._ended = threading.Condition()
         # Set by the first `kill` that found the leader alive.
@@ -127,6 +140,17 @@ class RunningJob:
         self._ended_at: datetime | None = None
         self._usage: Usage | None = None  # the final one
         self._killed_after_exit = 0
+        self._is_left = False
+        self._was_being_stopped = bool(notes)
+        if notes:
+            self._continue_stop(**notes)
+
+    def _continue_stop(
+        self, kill_reason: str, stop_reason: str, grace_until_s: float | None
+    ) -> None:
+        """Take over a stop that a former main process has begun; see `_note_stop`."""
+        self._kill_reason, self._stop_reason = EndReason(kill_reason), stop_reason
+        self._grace_until_s = grace_until_s
 
     def snapshot(self, *, live_usage: bool = True) -> Job:
         """Return what is known now; `live_usage`: read the usage of a job that still runs."""
@@ -172,9 +196,17 @@ class RunningJob:
             return self._status is not Status.RUNNING
 
     def wait(self, timeout: float | None) -> bool:
-        """Block until the job has ended; False after `timeout` seconds."""
+        """Block until the job has ended; False after `timeout` seconds.
+
+        Raises `WorkerClosedError` if the job is left to another process.
+        """
         with self._ended:
-            return self._ended.wait_for(lambda: self._status is not Status.RUNNING, timeout)
+            self._ended.wait_for(
+                lambda: self._status is not Status.RUNNING or self._is_left, timeout
+            )
+            if self._is_left:
+                raise WorkerClosedError
+            return self._status is not Status.RUNNING
 
     def kill(self, reason: EndReason, stop_reason: str = "") -> None:
         """SIGKILL every process of the job. Does not wait."""
@@ -185,6 +217,7 @@ class RunningJob:
             # other processes of the job.
             if self._kill_reason is None and not _is_readable(self._pidfd):
                 self._kill_reason, self._stop_reason = reason, stop_reason
+        self._note_stop()
         self._kill_processes()
 
     def terminate(self, reason: EndReason, stop_reason: str, grace_s: float) -> bool:
@@ -198,6 +231,7 @@ class RunningJob:
             if self._kill_reason is None and not _is_readable(self._pidfd):
                 self._kill_reason, self._stop_reason = reason, stop_reason
                 self._grace_until_s = time.monotonic() + grace_s
+        self._note_stop()
         with contextlib.suppress(OSError, SpawnerDiedError):  # `kill` is what is left to do
             if self._cgroup is not None:
                 with contextlib.suppress(PermissionError):
@@ -236,6 +270,20 @@ class RunningJob:
             raise InputError(self.job_id, "it was started without an input")
         return self._input.open(offset)
 
+    def _note_stop(self) -> None:
+        """Have a successor know of a stop before it begins."""
+        if self._keeper is None:
+            return
+        with self._ended:
+            if self._kill_reason is None:
+                return
+            notes = {
+                "kill_reason": self._kill_reason.value,
+                "stop_reason": self._stop_reason,
+                "grace_until_s": self._grace_until_s,
+            }
+        self._keeper.note(self.job_id, notes)
+
     def _kill_processes(self) -> None:
         if self._cgroup is not None:
             self._cgroup.kill()
@@ -250,7 +298,7 @@ class RunningJob:
         leader_exit = None
         try:
             leader_exit = self._await_leader()
-            ended_at = self._now()
+            ended_at = self._time_of(leader_exit)
             self._await_others(leader_exit)
             leader_exit = self._finish_processes(leader_exit)
             usage = self._final_usage(leader_exit)
@@ -263,18 +311,27 @@ class RunningJob:
             if self._cgroup is not None:
                 self._remove_cgroup(self._cgroup)
             self._end(leader_exit, ended_at)
+        except LeftError:
+            self._leave()
+            return
         except Exception:
             # Not expected. But those who wait for this job must not wait for ever. The job is not
             # lost if its leader's end is known.
             logger.exception("job %s: could not be ended as it should", self.job_id)
             with contextlib.suppress(Exception):
                 self._kill_processes()
-            self._end(leader_exit, self._now())
-        self._trim()
+            self._end(leader_exit, self._time_of(None))
+        if self._keeper is not None:
+            self._keeper.forget(self.job_id)
+        self._registry.trim()
 
-    def _now(self) -> datetime:
-        """Return the time: that of the start and a duration, so no step of the clock counts."""
-        return self.started_at + timedelta(seconds=time.monotonic() - self._started_s)
+    def _time_of(self, leader_exit: Exit | None) -> datetime:
+        """Return the time of an end, or the present one if the end does not say.
+
+        That is the time of the start and a duration, so no step of the clock counts.
+        """
+        end_s = (leader_exit and leader_exit.ended_s) or time.monotonic()
+        return self.started_at + timedelta(seconds=end_s - self._started_s)
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None if the fork server died."""
@@ -285,12 +342,15 @@ class RunningJob:
         either = select.poll()
         either.register(leader, select.POLLIN)
         either.register(output, select.POLLIN)
+        leave = self._keeper.leave_fd if self._keeper else leader
+        either.register(leave, select.POLLIN)
         moved_at, moved = time.monotonic(), 0
-        timeout = self._ending.timeout
-        alarm_s = None if timeout is None else self._started_s + timeout
+        alarm_s = self._first_alarm()
         while True:
             events = dict(either.poll(None if alarm_s is None else _milliseconds_to(alarm_s)))
             now = time.monotonic()
+            if leave in events and leave != leader:
+                raise LeftError
             if alarm_s is not None and now >= alarm_s:
                 alarm_s = self._time_out()
             is_readable = events.get(output, 0) & select.POLLIN
@@ -310,6 +370,13 @@ class RunningJob:
             elif output in events:
                 either.unregister(output)  # the job closed its output, and runs on
 
+    def _first_alarm(self) -> float | None:
+        """Return when `_time_out` is to be called, by `time.monotonic`; None for never."""
+        if self._was_being_stopped:  # by a caller that is gone
+            return self._grace_until_s or time.monotonic()
+        timeout = self._ending.timeout
+        return None if timeout is None else self._started_s + timeout
+
     def _time_out(self) -> float | None:
         """Stop the job, which has run for too long, unless somebody else stops it.
 
@@ -317,7 +384,8 @@ class RunningJob:
         """
         with self._ended:
             is_first = self._kill_reason is None
-            is_mine = is_first or self._kill_reason is EndReason.TIMED_OUT
+            is_mine = is_first or self._was_being_stopped
+            is_mine = is_mine or self._kill_reason is EndReason.TIMED_OUT
         grace = self._ending.grace
         if is_first and grace and self.terminate(EndReason.TIMED_OUT, "", grace):
             return time.monotonic() + grace
@@ -334,7 +402,7 @@ class RunningJob:
         if not is_stopped:
             if not self._ending.linger:
                 return
-            until_s = time.monotonic() + self._ending.linger
+            until_s = (leader_exit.ended_s or time.monotonic()) + self._ending.linger
         if until_s is not None:
             await_others(
                 self._output_fd,
@@ -343,13 +411,26 @@ class RunningJob:
                 until_s,
                 move=self._move_output,
                 holders_only=not is_stopped,
+                leave_fd=self._keeper.leave_fd if self._keeper else None,
             )
+        if self._keeper is not None and self._keeper.is_left:
+            raise LeftError
 
     def _move_output(self, most: int | None = None) -> int:
         """Store what is in the job's pipe, at most a buffer of it or `most` bytes.
 
         Returns how many bytes were stored; 0 if the pipe is empty or at its end.
         """
+        if self._splices:
+            try:
+                return self.output.move(self._output_fd, most or LARGE_PIPE_BYTES)
+            except NoSpliceError as error:
+                self._splices = False
+                logger.warning(
+                    "job %s: the kernel does not splice its output (%s): if this process is "
+                    "killed, up to 1 MiB of output is lost",
+                    *(self.job_id, error.__cause__),
+                )
         with self._buffers.lent() as buffer, contextlib.suppress(BlockingIOError):
             size = os.readv(self._output_fd, [buffer[:most]])
             if size:
@@ -359,8 +440,7 @@ class RunningJob:
 
     def _move_rest(self) -> None:
         """Store what is in the job's pipe now; no process of the job can write more."""
-        answer = fcntl.ioctl(self._output_fd, termios.FIONREAD, bytes(4))
-        left = int.from_bytes(answer, sys.byteorder)
+        left = bytes_in(self._output_fd)
         while left and (size := self._move_output(left)):
             left -= size
 
@@ -429,8 +509,25 @@ class RunningJob:
             os.close(self._pidfd)
             # Under the lock, so that nobody sees one without the other: a job that has ended
             # has all its output, and where the output ends the job has ended.
-            self._finish(self, self.snapshot(live_usage=False))
+            if leader_exit is not None and not leader_exit.was_executed:
+                self._registry.discard(
+                    self
+                )  # the former main process died in the middle of the start
+            else:
+                self._registry.finish(self, self.snapshot(live_usage=False))
             self.output.complete()
+            self._ended.notify_all()
+
+    def _leave(self) -> None:
+        """Leave the job to another process."""
+        self._close_output()
+        self.output.leave()
+        if self._input is not None:
+            self._input.finish()
+        with self._ended:
+            self._is_left = True
+            os.close(self._exit_fd)
+            os.close(self._pidfd)
             self._ended.notify_all()
 
     def _close_output(self) -> None:
@@ -442,6 +539,8 @@ class RunningJob:
     def _find_end_reason_locked(self, leader_exit: Exit | None) -> EndReason:
         if leader_exit is None:
             return EndReason.LOST
+        if leader_exit.was_killed:
+            return EndReason.CLOSED
         if self._grace_until_s is not None and self._kill_reason is not None:
             return self._kill_reason  # whatever the leader made of SIGTERM
         if leader_exit.signal is None:

@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["OutputDirectory"]
 
 _OUTPUT_SUFFIX = ".out"
-_RECORD_SUFFIX = ".job"
-_SUFFIXES = {
-    *(_OUTPUT_SUFFIX, f"{_OUTPUT_SUFFIX}.times", f"{_OUTPUT_SUFFIX}.gap", _RECORD_SUFFIX),
-}
+_SUFFIXES = {_OUTPUT_SUFFIX, f"{_OUTPUT_SUFFIX}.times", f"{_OUTPUT_SUFFIX}.gap"}
 
 # The reserve of a disk unless one is given: the smaller of the two.
 _RESERVE_SHARE = 0.05
@@ -103,32 +100,6 @@ class OutputDirectory:
         log.disk = self._disk
         return log
 
-    def write_record(self, job_id: str, text: str) -> None:
-        """Write what another process must know of a running job. Raises OSError."""
-        new = f"{job_id}{_RECORD_SUFFIX}.new"
-        fd = os.open(
-            new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._fd
-        )
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.rename(new, f"{job_id}{_RECORD_SUFFIX}", src_dir_fd=self._fd, dst_dir_fd=self._fd)
-
-    def read_records(self) -> dict[str, str]:
-        """Return the records by job. Raises OSError."""
-        found = {}
-        for name in os.listdir(self._fd):
-            job_id, suffix = os.path.splitext(name)
-            if suffix == _RECORD_SUFFIX and _is_uuid(job_id):
-                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
-                with open(fd, encoding="utf-8") as file:
-                    found[job_id] = file.read()
-        return found
-
-    def remove_record(self, job_id: str) -> None:
-        """Remove the record of a job that has ended; idempotent. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{job_id}{_RECORD_SUFFIX}", dir_fd=self._fd)
-
     def give_to(self, uid: int) -> None:
         """Let the user `uid` keep output here. Raises OSError."""
         os.fchown(self._fd, uid, uid)
@@ -155,7 +126,6 @@ class OutputDirectory:
         """Delete all output but that of the jobs `kept`. Raises OSError."""
         for name in os.listdir(self._fd):
             job_id, _, suffix = name.partition(".")
-            suffix = suffix.removesuffix(".new")
             if f".{suffix}" in _SUFFIXES and _is_uuid(job_id) and job_id not in kept:
                 os.unlink(name, dir_fd=self._fd)
 

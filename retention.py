@@ -367,6 +367,12 @@ class Registry:
                 self._leaving.popleft()
             self._leaving.append(job.thread)
 
+    def discard(self, job: RunningJob) -> None:
+        """Forget a job whose command never began. Its thread calls this in place of `finish`."""
+        with self._lock:
+            del self._jobs[job.job_id]
+            self._leaving.append(job.thread)
+
     def remove(self, job_id: str) -> None:
         """Forget a finished job and delete its output.
 

@@ -37,7 +37,7 @@ from privileges import CAP_CHOWN, has_capabilities
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 __all__ = ["Scratch", "make_homes"]
 
@@ -106,13 +106,17 @@ class Scratch:
         """Have no end of a job wait for a removal from now on: a worker that ends has no time."""
         self._is_hurried = True
 
-    def sweep(self, clear: Callable[[int | None, str], tuple[socket.socket, int]]) -> None:
+    def sweep(
+        self,
+        clear: Callable[[int | None, str], tuple[socket.socket, int]],
+        kept: Collection[str] = (),
+    ) -> None:
         """Remove what a former worker has left here. Blocks for at most 10 s.
 
-        `clear`: `Spawner.clear`; `remove` uses it, too.
+        `clear`: `Spawner.clear`; `remove` uses it, too. `kept`: jobs that keep their directories.
         """
         self._clear = clear
-        left = self._remove_all(_SWEEP_S)
+        left = self._remove_all(_SWEEP_S, kept)
         if left:
             logger.warning("%d directories of former jobs are still in %s", left, self.path)
 
@@ -136,11 +140,16 @@ class Scratch:
                 self.path.rmdir()
         os.close(self._fd)
 
-    def _remove_all(self, timeout_s: float) -> int:
+    def leave(self) -> None:
+        """Leave the directories to another process."""
+        if self.path is not None:
+            os.close(self._fd)
+
+    def _remove_all(self, timeout_s: float, kept: Collection[str] = ()) -> int:
         """Return how many are left."""
         deadline = time.monotonic() + timeout_s
         names = os.listdir(self._fd) if self.path else []
-        names = [name for name in names if _is_uuid(name)]
+        names = [name for name in names if _is_uuid(name) and name not in kept]
         return sum(not self._remove(name, deadline) for name in names)
 
     def _remove(self, name: str, deadline: float) -> bool:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from scratch import Scratch
     from spawner import Process, Spawner
 
-__all__ = ["JobThread", "Spare", "Spares"]
+__all__ = ["Body", "JobThread", "Spare", "Spares"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,16 @@ logger = logging.getLogger(__name__)
 # the start that took it. A start takes 1 to 2 ms, and telling its caller some more.
 _HEAD_START_S = 0.003
 _DISCARD_S = 10.0  # how long killed processes may take to be gone
+
+
+class Body(NamedTuple):
+    """What a job consists of, but for its processes. `RunningJob` closes the descriptors."""
+
+    job_id: str
+    output: OutputLog
+    output_fd: int  # read end of the pipe that is the job's stdout and stderr
+    exit_fd: int  # read end of the pipe on which the fork server tells the end
+    thread: JobThread
 
 
 class Spare(NamedTuple):
@@ -60,6 +70,11 @@ class Spare(NamedTuple):
     exit_fd: int  # read end of the pipe on which the fork server tells the end
     thread: JobThread
     discard: Callable[[], None]
+
+    @property
+    def body(self) -> Body:
+        """The parts of which the job consists."""
+        return Body(self.job_id, self.output, self.output_fd, self.exit_fd, self.thread)
 
 
 class Spares:
@@ -184,9 +199,12 @@ class Spares:
                 exit_fd, their_exit_fd = _pipe(undo, theirs)
                 # For a job that opens /dev/stdout. Only the job's user gets at the pipe there.
                 os.fchmod(stdout_fd, 0o622)
-                process = self._spawner.fork(job_id, stdout_fd=stdout_fd, exit_fd=their_exit_fd)
+                process = self._spawner.fork(
+                    job_id, stdout_fd=stdout_fd, exit_fd=their_exit_fd, output_fd=output_fd
+                )
             except OSError as error:
                 raise ResourceError(f"no room for the files of a new job: {error}") from error
+            undo.callback(self._spawner.forget, job_id)
             undo.callback(process.close)
             thread = JobThread()
             undo.callback(thread.discard)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from successor import Heritage
 
 __all__ = [
+    "Adopted",
     "AttachError",
     "EnterError",
     "Exit",
@@ -74,6 +75,15 @@ class Restart(NamedTuple):
     directory: Path  # where the fork server waits for a successor: `takeover.py`
     window_s: float  # for how long; above 0
     lock_fd: int | None  # what it keeps locked meanwhile: `cgroups.Subtree`
+
+
+class Adopted(NamedTuple):
+    """A job of a former main process. The receiver closes the descriptors."""
+
+    pid: int
+    output_fd: int  # read end of the job's output pipe
+    pidfd: int  # of the leader
+    notes: Mapping[str, Any]  # those of `Spawner.note`
 
 
 class SpawnerDiedError(RuntimeError):
@@ -122,7 +132,7 @@ class Spawner:
     the same number. `restart`: how jobs outlive this process; None: they do not. `heritage`: a
     fork server whose main process this one has become, and which keeps its duties.
 
-    Attributes: `pid`, the fork server's; `restart_window_s`, 0 without.
+    Attributes: `pid`, the fork server's; `keeps_jobs`, whether it keeps jobs for a successor.
     """
 
     def __init__(  # noqa: PLR0913 -- all are optional
@@ -140,7 +150,7 @@ class Spawner:
         # Guards the socket against being closed while it is used. Held while a request is sent,
         # never while its answer is awaited.
         self._lock = threading.Lock()
-        self.restart_window_s = restart.window_s if restart else 0.0
+        self.keeps_jobs = restart is not None or heritage is not None
         self._process: subprocess.Popen[bytes] | None = None  # None: not a child of ours
         if heritage is not None:
             self._socket, self.pid, self._pidfd = heritage.sock, heritage.pid, heritage.pidfd
@@ -205,7 +215,7 @@ class Spawner:
         no free descriptor, `SpawnerDiedError`.
         """
         fds = [stdout_fd, exit_fd]
-        if self.restart_window_s:
+        if self.keeps_jobs:
             fds.append(output_fd)
         return Process(self, job, self._ask({"op": "fork", "job": job}, fds))
 
@@ -266,11 +276,10 @@ class Spawner:
         """
         self._request({"op": "dismantle_at_end"})
 
-    def adopt(self, job: str, exit_fd: int) -> tuple[int, int, int]:
+    def adopt(self, job: str, exit_fd: int) -> Adopted:
         """Take over a job of a former main process.
 
-        `exit_fd`: the write end of an exit pipe; an end that has been reported comes again. Returns
-        the leader's pid, the read end of the job's output pipe and a pidfd of the leader. Raises
+        `exit_fd`: the write end of an exit pipe; an end that has been reported comes again. Raises
         ProcessLookupError if the fork server has no such job; OSError, `SpawnerDiedError`.
         """
         ours = self._ask({"op": "adopt", "job": job}, [exit_fd])
@@ -279,14 +288,23 @@ class Spawner:
             close_all(received)
             raise error_of({"errno": errno.EMFILE} | answer)
         output_fd, pidfd = received
-        return answer["pid"], output_fd, pidfd
+        return Adopted(answer["pid"], output_fd, pidfd, answer["notes"])
+
+    def note(self, job: str, notes: Mapping[str, Any]) -> None:
+        """Have a successor told this about a job, in place of former notes.
+
+        Does nothing if jobs are not kept. Never raises.
+        """
+        if self.keeps_jobs:
+            with contextlib.suppress(SpawnerDiedError, OSError):
+                self._request({"op": "note", "job": job, "notes": dict(notes)})
 
     def forget(self, job: str) -> None:
         """Have nothing kept of a job any more: its end is recorded, or it did not start.
 
-        Does nothing without a restart window. Never raises.
+        Does nothing if jobs are not kept. Never raises.
         """
-        if self.restart_window_s:
+        if self.keeps_jobs:
             with contextlib.suppress(SpawnerDiedError, OSError):
                 self._request({"op": "forget", "job": job})
 
@@ -363,7 +381,7 @@ class Spawner:
 
         Blocks until the fork server has ended. After 5 s it is killed, if we have the right.
         """
-        if self.restart_window_s and self._socket.fileno() >= 0:
+        if self.keeps_jobs and self._socket.fileno() >= 0:
             with contextlib.suppress(SpawnerDiedError, OSError):
                 self._request({"op": "end"})
         if not self.leave():

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cgroups import Subtree
     from environment import Surroundings
     from jobstate import Work
+    from keeping import Keeper
     from leftovers import Leftovers
     from retention import Registry
     from scratch import Scratch
@@ -63,6 +64,7 @@ class Starter:
         scratch: Scratch,
         *,
         environment: Mapping[str, str],
+        keeper: Keeper | None = None,
     ) -> None:
         self._spares = spares
         self._spawner = spawner
@@ -71,6 +73,7 @@ class Starter:
         self._leftovers = leftovers
         self._scratch = scratch
         self._environment = environment
+        self._keeper = keeper
         self._buffers = Buffers()
         # Guards the three below. Notified when _busy falls. Never held during I/O.
         self._idle = threading.Condition()
@@ -134,7 +137,7 @@ class Starter:
             pid, pidfd = self._execute(work, around, spare, job_input, undo)
             job = RunningJob(
                 work._replace(on_end=functools.partial(self._gone, work, spare.job_id)),
-                spare,
+                spare.body,
                 cgroup,
                 spawner=self._spawner,
                 pid=pid,
@@ -143,9 +146,9 @@ class Starter:
                 started_s=started_s,
                 buffers=self._buffers,
                 kept_tmp=self._scratch.path_of(spare.job_id) if work.keep_tmp else "",
-                finish=self._registry.finish,
-                trim=self._registry.trim,
+                registry=self._registry,
                 job_input=job_input,
+                keeper=self._keeper,
             )
             undo.pop_all()
             # Before its thread runs, which may finish the job at once.

@@ -63,12 +63,14 @@ _MODULES = {
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory scratch",
         "jobinput": "errors",
         "jobstate": "; broadcaster budget ending limits",
-        "job": "buffers cgroups ending errors jobstate limits spawner; jobinput spares",
+        "keeping": "messages; spawner",
+        "job": "buffers cgroups ending errors jobstate keeping limits outputerrors sources "
+        "spawner; jobinput spares",
         "finding": "; jobstate",
         "watching": "errors finding jobstate",
         "retention": "errors job watching; broadcaster budget finding jobstate",
         "starting": "budget buffers cgroups errors job jobinput spawner; environment jobstate "
-        "leftovers retention scratch spares",
+        "keeping leftovers retention scratch spares",
         "worker": "argv broadcaster cgroups ending environment errors finding inherited jobinput "
         "jobstate leftovers limits outputdirectory privileges retention scratch spares spawner "
         "starting watching; budget job",
@@ -199,6 +201,7 @@ _TESTED_WITH = {
     "helptexts": "client",
     "job": "worker",
     "jobstate": "worker",
+    "keeping": "worker",
     "ending": "worker",
     "buffers": "worker",
     "children": "spawner",

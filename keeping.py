@@ -1,0 +1,61 @@
+"""What makes running jobs outlive their worker, on the worker's side.
+
+    keeper = Keeper(spawner)
+    keeper.note(job_id, {"kill_reason": "stopped"})   # before the job is killed
+    keeper.forget(job_id)                             # after its end was recorded
+    keeper.leave()                                    # wakes the threads of all jobs
+
+Thread safety: every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import TYPE_CHECKING
+
+from messages import wait_ready
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from spawner import Spawner
+
+__all__ = ["Keeper", "LeftError"]
+
+
+class LeftError(Exception):
+    """The worker was left while its jobs go on."""
+
+
+class Keeper:
+    """Keeps the jobs of a worker for its successor.
+
+    Attribute: `leave_fd`, which is readable after `leave`.
+    """
+
+    def __init__(self, spawner: Spawner) -> None:
+        self._spawner = spawner
+        self.leave_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def note(self, job_id: str, notes: Mapping[str, Any]) -> None:
+        """Have the successor told about a job: how it is about to be stopped."""
+        self._spawner.note(job_id, notes)
+
+    def forget(self, job_id: str) -> None:
+        """Keep a job no longer: its end is recorded."""
+        self._spawner.forget(job_id)
+
+    def leave(self) -> None:
+        """Have the thread of each job leave it."""
+        os.eventfd_write(self.leave_fd, 1)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether `leave` was called."""
+        return wait_ready(self.leave_fd, select.POLLIN, 0)
+
+    def close(self) -> None:
+        """Close the descriptor: no thread of a job is left."""
+        os.close(self.leave_fd)
