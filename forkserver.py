@@ -227,8 +227,9 @@ class _ForkServer:
             request, fds = receive(connection)
             if request["op"] == "end":
                 self._is_over = True
-                send(connection, {})
-            elif problem := self._why_not(request):
+                self._socket = connection  # closed when this process ends, which the other awaits
+                return False
+            if problem := self._why_not(request):
                 send(connection, {"refused": problem})
             else:
                 (main_fd,) = fds

@@ -384,7 +384,7 @@ class Spawner:
         if self.keeps_jobs and self._socket.fileno() >= 0:
             with contextlib.suppress(SpawnerDiedError, OSError):
                 self._request({"op": "end"})
-        if not self.leave():
+        if not self._hang_up():
             return
         if not wait_ready(self._pidfd, select.POLLIN, _CLOSE_S):
             with contextlib.suppress(OSError):  # EPERM: we have given up our rights
@@ -395,11 +395,19 @@ class Spawner:
                 self._process.wait(0)
         os.close(self._pidfd)
 
-    def leave(self) -> bool:
-        """Leave the fork server and its jobs to a successor; False if it was left before.
+    def leave(self) -> None:
+        """Leave the fork server and its jobs to a successor; idempotent. Does not wait.
 
-        Without a restart window it ends, with all jobs. Does not wait.
+        If nobody keeps the jobs, they end. A fork server that is our child remains a zombie when it
+        has ended, until this process ends.
         """
+        if self._hang_up():
+            os.close(self._pidfd)
+            if self._process is not None:
+                self._process.returncode = 0  # so that Popen does not wait for it
+
+    def _hang_up(self) -> bool:
+        """Close the socket; return False if it is closed."""
         with self._lock:
             if self._socket.fileno() < 0:
                 return False
