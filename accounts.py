@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from environment import Account, account_of
+from errors import in_words
 from privileges import can_change_user
 from store import reading
 from trustedfiles import PROGRAM_OWNER
@@ -228,7 +229,7 @@ def let_jobs_through(directory: Path) -> bool:
                 )
                 return False
     except OSError as error:
-        logger.warning("jobs have no homes: %s", error)
+        logger.warning("jobs have no homes: %s", in_words(error))
         return False
     return True
 

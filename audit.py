@@ -39,6 +39,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Self
 
+from errors import in_words
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -61,6 +63,8 @@ _MODE = 0o600
 _CLOSED_FD = -1
 # The errors of open(2) with these flags for a link, a directory and a socket.
 _NOT_REGULAR = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+_WRONG_PLACE = (*_NOT_REGULAR, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS)
+_OTHER_PLACE = "; name a file in a directory that exists and belongs to the server"
 
 
 _MAKE_ROOM = "Make room on its disk, or move it to another disk and send SIGHUP"
@@ -199,7 +203,7 @@ class AuditLog:
         try:
             fd = self._open()
         except Exception as error:  # noqa: BLE001 -- an unforeseen error of the opener must not end the log
-            problem = f"the audit log stays in the old file: {error}"
+            problem = f"the audit log stays in the old file: {in_words(error)}"
             logger.error("%s", problem)
             return problem
         with self._lock:
@@ -240,7 +244,8 @@ class AuditLog:
             if error.errno in _NOT_REGULAR:
                 reason = "it is not a regular file"
             where = f" {error.filename}" if error.filename else ""
-            raise AuditError(f"the audit log{where} cannot be opened: {reason}") from error
+            remedy = _OTHER_PLACE if error.errno in _WRONG_PLACE else ""
+            raise AuditError(f"the audit log{where} cannot be opened: {reason}{remedy}") from error
         try:
             self._check(fd)
         except BaseException:

@@ -76,7 +76,8 @@ def unpack(data: bytes) -> dict[str, bytes]:
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         if isinstance(error, BundleError):
             raise
-        raise BundleError(f"not a tar file of `server invite`: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"not a tar file of `server invite`: {reason}") from None
     missing = [name for name in NAMES if name not in files]
     if missing:
         raise BundleError(f"{', '.join(missing)} is missing in it")

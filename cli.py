@@ -490,7 +490,12 @@ LIMIT_OPTIONS: dict[str, tuple[str, Callable[[str], float], str, str]] = {
     "--cpus": ("cpu_cores", _cores, "N", "CPU cores, 0.5 for half of one"),
     "--memory": ("memory_bytes", _size, "SIZE", "memory, like 256M"),
     "--io-read": ("io_read_bps", _size, "SIZE", "bytes per second read from each disk"),
-    "--io-write": ("io_write_bps", _size, "SIZE", "bytes per second written to each disk"),
+    "--io-write": (
+        "io_write_bps",
+        _size,
+        "SIZE",
+        "bytes per second written to each disk; not to stdout",
+    ),
     "--io-read-ops": ("io_read_iops", _count, "N", "reads per second from each disk"),
     "--io-write-ops": ("io_write_iops", _count, "N", "writes per second to each disk"),
     "--pids": ("pids", _count, "N", "processes and threads"),

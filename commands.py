@@ -9,12 +9,13 @@ Thread safety: only the main thread of the program uses this module.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 
 import stdin
-from cli import LIMIT_FIELDS, TIME_FIELDS, printable
+from cli import LIMIT_FIELDS, LIMIT_OPTIONS, TIME_FIELDS, printable
 from connection import ClientError
 from credentials import login, logout, whoami
 from display import describe, print_json, state_of, to_dict
@@ -56,7 +57,7 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
     options["keep_tmp"] = arguments.keep_tmp
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
-        return client.start(arguments.command, arguments.args, request_id=request_id, **options)
+        job_id = client.start(arguments.command, arguments.args, request_id=request_id, **options)
     except ClientError as error:
         if not error.is_open:
             raise
@@ -65,6 +66,28 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
             f"{request_id}",
             error.code,
         ) from error
+    _warn_of_limits(client, arguments, job_id)
+    return job_id
+
+
+def _warn_of_limits(client: Client, arguments: argparse.Namespace, job_id: str) -> None:
+    """Say which of the limits that were asked for are not in force on the job."""
+    asked = [field for field in LIMIT_FIELDS if getattr(arguments, field) is not None]
+    if not asked:
+        return
+    with contextlib.suppress(ClientError):  # it has been removed already
+        limits = client.status(job_id).limits
+        missing = [
+            option
+            for option, (field, *_) in LIMIT_OPTIONS.items()
+            if field in asked and not limits.HasField(field)
+        ]
+        if missing:
+            print(
+                f"client: {' and '.join(missing)}: not in force, because the server's host cannot "
+                "enforce it; the server's operator can: ./server check says what is missing",
+                file=sys.stderr,
+            )
 
 
 def _run(client: Client, arguments: argparse.Namespace) -> int:

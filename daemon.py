@@ -27,6 +27,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from errors import in_words
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -109,7 +111,9 @@ class ServiceManager:
                 sock.settimeout(_TELL_S)
                 sock.sendto("\n".join(assignments).encode(), self._address)
         except OSError as error:
-            logger.warning("the service manager cannot be told %s: %s", assignments[0], error)
+            logger.warning(
+                "the service manager cannot be told %s: %s", assignments[0], in_words(error)
+            )
 
 
 def block_signals() -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "WorkerClosedError",
     "WorkerError",
     "exec_error",
+    "in_words",
     "shorten",
 ]
 
@@ -178,6 +179,14 @@ class WorkerClosedError(WorkerError):
 def shorten(text: str, length: int = 200) -> str:
     """Return the text, or its first characters if it is longer than `length`."""
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def in_words(error: BaseException) -> str:
+    """Return the message of an error; that of the system as `PATH: reason`, without its number."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    return f"{path}: {error.strerror}" if path else error.strerror
 
 
 def exec_error(command: str, error: OSError, search_path: str, directory: str) -> WorkerError:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cgroups import CgroupError, Subtree
+from errors import in_words
 from limits import NO_LIMITS, Limits
 from worker import EndReason, Job, Status, Worker, WorkerError
 
@@ -96,7 +97,7 @@ def _prove(what: str, claim: str, test: Callable[[Worker], str], worker: Worker)
     try:
         seen = test(worker)
     except (WorkerError, OSError) as error:
-        seen = str(error)
+        seen = in_words(error)
     if not seen:
         return Finding(what, works=True, detail=claim)
     return Finding(

@@ -31,7 +31,7 @@ import select
 import threading
 from typing import TYPE_CHECKING, Self
 
-from errors import InputError, InputOffsetError, InputTakenError, ResourceError
+from errors import InputError, InputOffsetError, InputTakenError, ResourceError, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ class JobInput:
                 os.close(self._wake_fd)
                 raise
         except OSError as error:
-            raise ResourceError(f"no room for the input of a new job: {error}") from error
+            raise ResourceError(f"no room for the input of a new job: {in_words(error)}") from error
         os.set_blocking(self._fd, False)
         # For a job that opens /dev/stdin. Only the job's user gets at the pipe there.
         os.fchmod(self.read_fd, 0o444)

@@ -32,6 +32,7 @@ import time
 from typing import TYPE_CHECKING
 
 from descriptors import with_reserve
+from errors import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,7 +102,9 @@ class LocalServer:
                 connection, _ = with_reserve(self._socket.accept)
             except OSError as error:
                 if not self._closed.is_set():
-                    logger.warning("%s: cannot accept a connection: %s", self._thread.name, error)
+                    logger.warning(
+                        "%s: cannot accept a connection: %s", self._thread.name, in_words(error)
+                    )
                 self._closed.wait(_PAUSE_S)
                 continue
             with contextlib.suppress(OSError), connection:  # the other side has gone

@@ -35,6 +35,7 @@ from errors import (
     SignalError,
     UnknownJobError,
     WorkerClosedError,
+    in_words,
 )
 from job import RunningJob
 from watching import JobEventKind, Watch
@@ -494,4 +495,6 @@ def _delete(job: FinishedJob) -> None:
     try:
         job.output.remove()
     except OSError as error:
-        logger.error("job %s: its output stays until the worker is closed: %s", job.job_id, error)
+        logger.error(
+            "job %s: its output stays until the worker is closed: %s", job.job_id, in_words(error)
+        )

@@ -18,6 +18,7 @@ the threads of `calls.py` handle them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -66,6 +67,7 @@ import serverstatus
 import worker
 from adminsocket import AdminError, AdminSocket, Command
 from descriptors import keep_reserve
+from errors import in_words
 from fileopener import FileOpener
 from oldfiles import open_store
 from servercommands import Call, parse_arguments
@@ -307,7 +309,9 @@ class Server:
             listener = metrics.listen(where)
         except (ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise SettingsError(f"--metrics {where}: {reason}") from error
+            raise SettingsError(
+                f"--metrics {where}: {reason}; name a free address of this host, or unix:PATH"
+            ) from error
         server = metrics.http_server(
             listener, lambda: metrics.text_of(self._metrics, self.status())
         )
@@ -372,7 +376,7 @@ class Server:
             ValueError,
             OSError,
         ) as error:
-            problem = f"the users stay as they were: {error}"
+            problem = f"the users stay as they were: {in_words(error)}"
             logger.error("%s", problem)
             return problem
         logger.info("%d users are in force", len(users))
@@ -465,7 +469,7 @@ def _serve(settings: Settings) -> int:
     try:
         server = _start(settings)
     except Exception as error:
-        manager.tell(f"STATUS=not started: {error}".replace("\n", "; "))
+        manager.tell(f"STATUS=not started: {in_words(error)}".replace("\n", "; "))
         raise
     daemon.end_if_grpc_ends(server)
     print(f"listening on {server.address}", flush=True)
@@ -516,14 +520,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception, options: Mapping[str, object]) -> str:
     """Return the message; for a file that the system refuses, name the option and the reason."""
-    if not isinstance(error, OSError) or not error.filename:
-        return str(error)
+    if not isinstance(error, OSError) or not isinstance(error.filename, (str, bytes)):
+        return in_words(error)
     path = os.fsdecode(error.filename)
     names = [
         f"--{name.replace('_', '-')} " for name, value in options.items() if str(value) == path
     ]
-    remedy = "check the path, and whether the server's user may use it"
-    return f"{''.join(names[:1])}{path}: {error.strerror}; {remedy}"
+    reason, remedy = error.strerror, "check the path, and whether the server's user may use it"
+    if reason == os.strerror(errno.EEXIST):  # of mkdir
+        reason, remedy = "it is not a directory", "name another path"
+    return f"{''.join(names[:1])}{path}: {reason}; {remedy}"
 
 
 if __name__ == "__main__":

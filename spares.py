@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from cgroups import CgroupError
-from errors import ResourceError, WorkerError
+from errors import ResourceError, WorkerError, in_words
 from limits import NO_LIMITS
 from spawner import SpawnerDiedError
 
@@ -203,7 +203,9 @@ class Spares:
                     job_id, stdout_fd=stdout_fd, exit_fd=their_exit_fd, output_fd=output_fd
                 )
             except OSError as error:
-                raise ResourceError(f"no room for the files of a new job: {error}") from error
+                raise ResourceError(
+                    f"no room for the files of a new job: {in_words(error)}"
+                ) from error
             undo.callback(self._spawner.forget, job_id)
             undo.callback(process.close)
             thread = JobThread()
@@ -259,6 +261,7 @@ def _discard_cgroup(cgroup: Cgroup) -> None:
     try:
         cgroup.wait_empty(_DISCARD_S)
     except TimeoutError as error:
-        logger.error("a job that did not start: its cgroup stays until the next worker: %s", error)
+        reason = in_words(error)
+        logger.error("a job that did not start: its cgroup stays until the next worker: %s", reason)
     else:
         cgroup.remove()

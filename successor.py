@@ -22,7 +22,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import takeover
-from errors import TakeoverError
+from errors import TakeoverError, in_words
 from messages import receive, send
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def take_over(
     try:
         sock = takeover.connect(directory)
     except PermissionError as error:
-        raise TakeoverError(str(error)) from error
+        raise TakeoverError(in_words(error)) from error
     if sock is None:
         return None
     with contextlib.ExitStack() as undo:
@@ -95,7 +95,7 @@ def take_over(
             send(sock, request, [main_fd])
             answer, fds = receive(sock)
         except (OSError, EOFError) as error:
-            reason = str(error) or "it has ended"
+            reason = in_words(error) or "it has ended"
             raise TakeoverError(
                 f"the fork server of {directory} does not answer: {reason}"
             ) from error

@@ -617,3 +617,14 @@ def test_required_record_that_a_stream_does_not_take_refuses_the_call(
         process.terminate()
         assert process.stderr
         assert "Broken pipe; calls are refused until it can be. See what" in process.stderr.read()
+
+
+@pytest.mark.parametrize("name", ["absent/audit.log", "file/audit.log", "directory"])
+def test_path_that_cannot_be_the_log_names_the_remedy(tmp_path: Path, name: str) -> None:
+    """Nothing of the system's own form appears, like `[Errno 2]`."""
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(AuditError) as caught:
+        AuditLog(lambda: _open(tmp_path / name))
+    assert "; name a file in a directory that exists and belongs" in str(caught.value)
+    assert "Errno" not in str(caught.value)

@@ -2164,3 +2164,25 @@ def test_close_ends_open_streams_and_may_be_repeated(connect: Connect) -> None:
             rest.result(GUARD_S)
     assert caught.value.code == "CANCELLED"
     owner.stop(job_id)
+
+
+# --- limits that are not in force -------------------------------------------------------
+
+
+def test_limit_that_is_not_in_force_is_told_at_the_start(cli: _Program) -> None:
+    """With --limits auto, as here; only of a limit that was asked for."""
+    status, stdout, stderr = cli.run("start", "--memory", "100M", "--pids", "50", "--", "true")
+    assert status == 0
+    limits = json.loads(cli.read("status", "--json", stdout.decode().strip())).get("limits", {})
+    options = {"--memory": "memory_bytes", "--pids": "pids"}
+    missing = [option for option, field in options.items() if field not in limits]
+    if missing:
+        assert stderr.startswith(f"client: {' and '.join(missing)}: not in force, because the ser")
+    else:
+        assert stderr == ""
+    assert cli.run("start", "--", "true")[2] == ""
+
+
+def test_help_says_that_io_limits_are_of_disks(cli: _Program) -> None:
+    """Output on stdout goes through a pipe, whose rate nothing limits."""
+    assert "written to each disk; not to stdout" in " ".join(cli.read("start", "--help").split())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import os
 import re
 import sys
@@ -89,10 +90,10 @@ _MODULES = {
         "oldfiles": "errors store trustedfiles",
         "memory": "",
         "auth": "jwt memory revocations throttle trustedfiles users; store",
-        "accounts": "environment privileges store trustedfiles",
+        "accounts": "environment errors privileges store trustedfiles",
         "hostaccounts": "accounts environment trustedfiles",
-        "audit": "",
-        "tls": "certcheck grpc",
+        "audit": "errors",
+        "tls": "certcheck errors grpc",
     },
     "service": {
         "calls": "; grpc",
@@ -117,16 +118,16 @@ _MODULES = {
         "servercommands": "adminsocket configreport hostcheck invite serverfiles serveroptions "
         "serverstatus settings useradmin users version",
         "fileopener": "privileges",
-        "hostcheck": "cgroups limits worker",
+        "hostcheck": "cgroups errors limits worker",
         "serverlog": "",
-        "daemon": "",
-        "localserver": "descriptors",
+        "daemon": "errors",
+        "localserver": "descriptors errors",
         "adminsocket": "localserver",
         "metrics": "localserver units",
         "serverstatus": "units version worker; quotas",
         "useradmin": "accounts settings trustedfiles users",
-        "server": "accounts adminsocket audit auth calls daemon descriptors fileopener gate grpc "
-        "hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
+        "server": "accounts adminsocket audit auth calls daemon descriptors errors fileopener gate "
+        "grpc hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
         "serveroptions serverstatus service settings standardservices tls trustedfiles units "
         "worker; localserver users",
     },
@@ -425,6 +426,54 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
     )
     assert sorted(set(public)) == sorted(public)
     assert [name for name in public if not described.get(name)] == []
+
+
+# --- messages ---------------------------------------------------------------------------
+
+_SYSTEM_ERRORS = {
+    name
+    for name, each in vars(builtins).items()
+    if isinstance(each, type) and issubclass(each, OSError)
+}
+# The first is a program that sends its stderr to a log; the second logs what the gate has caught.
+_RAW_ON_PURPOSE = {"forkserver": 1, "gate": 1}
+
+
+def _raw_errors(tree: ast.AST) -> list[int]:
+    """The lines in which the text of a caught OSError goes into a message as it is."""
+    found = []
+    for handler in ast.walk(tree):
+        if not isinstance(handler, ast.ExceptHandler) or not handler.name or not handler.type:
+            continue
+        caught = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)}
+        if not caught & (_SYSTEM_ERRORS | {"Exception"}):
+            continue
+        for node in ast.walk(handler):
+            texts: list[ast.expr] = []
+            if isinstance(node, ast.FormattedValue):
+                texts = [node.value]
+            elif isinstance(node, ast.Call) and re.match(r"str$|logger\.", ast.unparse(node.func)):
+                texts = node.args
+            found += [
+                text.lineno
+                for text in texts
+                if isinstance(text, ast.Name) and text.id == handler.name
+            ]
+    return found
+
+
+@pytest.mark.parametrize("module", _GROUPS)
+def test_message_of_the_system_does_not_appear_raw(module: str) -> None:
+    """As `[Errno 2] ...`: `errors.in_words` has the reason alone, and the path before it."""
+    raw = _raw_errors(_parse(module))
+    assert len(raw) == _RAW_ON_PURPOSE.get(module, 0), raw
+
+
+def test_raw_messages_are_found() -> None:
+    """So that the test above can fail."""
+    for line in ('print(f"{e}")', "str(e)", 'logger.error("%s", e)'):
+        assert _raw_errors(ast.parse(f"try: f()\nexcept OSError as e: {line}"))
+        assert not _raw_errors(ast.parse(f"try: f()\nexcept KeyError as e: {line}"))
 
 
 # --- files ------------------------------------------------------------------------------

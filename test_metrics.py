@@ -243,7 +243,9 @@ def test_address_that_others_can_reach_is_refused(
 def test_address_that_is_taken_is_named(certs: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert f"--metrics {address}: Address already in use" in _refused(certs, tmp_path, address)
+        assert f"--metrics {address}: Address already in use; name a free" in _refused(
+            certs, tmp_path, address
+        )
     (tmp_path / "file").touch()
     assert "is not a socket" in _refused(certs, tmp_path, f"unix:{tmp_path}/file")
     assert "is not HOST:PORT" in _refused(certs, tmp_path, "nonsense")

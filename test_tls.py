@@ -474,7 +474,7 @@ _DAMAGES: dict[str, tuple[_Damage, str]] = {
     ),
     "file missing": (
         lambda d, _: (d / "server-key.pem").unlink(),
-        "server-key.pem missing; make them with `make certs`",
+        "server-key.pem missing; copy them from the machine with the CAs",
     ),
     "file that is a directory": (
         lambda d, _: os.mkdir((d / "server.pem").rename(d / "x").with_name("server.pem")),
@@ -923,3 +923,13 @@ def test_server_warns_every_day_before_a_certificate_expires(
         program.send_signal(signal.SIGTERM)
         program.communicate(timeout=GUARD_S)
     assert program.returncode == 0
+
+
+def test_one_missing_file_does_not_suggest_another_ca(certs: Path, tmp_path: Path) -> None:
+    """`make certs` would make one, which no client knows. Where nothing is, it is right."""
+    for name in ("server.pem", "server-key.pem"):
+        shutil.copy(certs / name, tmp_path)
+    with pytest.raises(CertificateError, match=r"client-ca\.pem missing; copy them from the mach"):
+        Certificates(Path.read_bytes, tmp_path)
+    with pytest.raises(CertificateError, match="missing; make them with `make certs`"):
+        Certificates(Path.read_bytes, tmp_path / "absent")

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from certcheck import UnusableError, check_ca, check_pair
+from errors import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _KEY, _CHAIN, _CLIENT_CA = "server-key.pem", "server.pem", "client-ca.pem"
 _REMEDY = "make new ones with certs/generate.sh"
+_MAKE = "make them with `make certs`"
 _DAY_S = 24 * 60 * 60
 _WARN_DAYS = 30  # so many days before a certificate expires, the server begins to warn
 _CONNECT_S = 10.0  # for a connection to this server, and for each answer on it
@@ -111,7 +113,7 @@ class Certificates:
                 return ""
             self._replace(new, address)
         except Exception as error:  # noqa: BLE001 -- an unforeseen error must not end the server
-            problem = f"the certificates stay as they were: {error}"
+            problem = f"the certificates stay as they were: {in_words(error)}"
             logger.error("%s", problem)
             return problem
         logger.info("new certificates are in force")
@@ -170,12 +172,15 @@ class Certificates:
                 missing.append(str(path))
             except OSError as error:
                 raise CertificateError(
-                    f"the certificates in {self._where} cannot be read: {error}"
+                    f"the certificates in {self._where} cannot be read: {in_words(error)}; "
+                    "check who may read them"
                 ) from error
         if missing:
+            # `make certs` would make new CAs where there are none, which no client would know.
+            how = "copy them from the machine with the CAs" if contents else _MAKE
             raise CertificateError(
-                f"no certificates: {', '.join(missing)} missing; make them with `make certs`, "
-                "or name their directory with --certs"
+                f"no certificates: {', '.join(missing)} missing; {how}, or name their directory "
+                "with --certs"
             )
         key, chain, client_ca = contents
         try:
