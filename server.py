@@ -308,7 +308,8 @@ class Server:
         try:
             listener = metrics.listen(where)
         except (ValueError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
+            # Python adds the address to the reason.
+            reason = in_words(error).partition(" (while attempting")[0]
             raise SettingsError(
                 f"--metrics {where}: {reason}; name a free address of this host, or unix:PATH"
             ) from error

@@ -2173,9 +2173,9 @@ def test_limit_that_is_not_in_force_is_told_at_the_start(cli: _Program) -> None:
     """With --limits auto, as here; only of a limit that was asked for."""
     status, stdout, stderr = cli.run("start", "--memory", "100M", "--pids", "50", "--", "true")
     assert status == 0
-    limits = json.loads(cli.read("status", "--json", stdout.decode().strip())).get("limits", {})
+    limits = json.loads(cli.read("status", "--json", stdout.decode().strip()))["limits"] or {}
     options = {"--memory": "memory_bytes", "--pids": "pids"}
-    missing = [option for option, field in options.items() if field not in limits]
+    missing = [option for option, field in options.items() if limits.get(field) is None]
     if missing:
         assert stderr.startswith(f"client: {' and '.join(missing)}: not in force, because the ser")
     else:
