@@ -19,8 +19,6 @@ between them are the gap: the log gives them back to the disk (`holes.py`), and 
 other bytes stay as they are. A subscriber that is never farther behind than the tail is long gets
 every byte. Every other one is told where bytes are missing, and how many.
 
-A complete log that nobody reads has no descriptor open and costs some 800 bytes.
-
 Thread safety: every method may be called from any thread, but a log has one writer: two calls of
 `append` must not overlap. One lock per log guards all its state. It is held for a few
 instructions at a time, never while the file is read or written or a caller's code runs. So
@@ -50,6 +48,7 @@ from outputerrors import (
     OutputRemovedError,
     TornError,
 )
+from outputstate import OutputState
 from outputtimes import TimeIndex
 from sources import Bytes, Pipe
 from tails import find_tail, line_begin
@@ -72,8 +71,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The largest chunk that a subscriber gets by default. Measured when each chunk is sent as one
-# message over a network with TLS: 64 KiB 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
+# The largest chunk by default. Over TLS: 64 KiB 230-370 MB/s, 256 KiB 420-565, 1 MiB 384.
 _CHUNK_BYTES = 256 * 1024
 
 # A tail that is not small is given up in steps: of this size, or a quarter of the tail. So the disk
@@ -149,6 +147,13 @@ class OutputLog:
         self._end = max(status.st_size, self._gap[1])
         self._times.resume(status.st_mtime_ns)
 
+    def state(self) -> OutputState:
+        """Return what a `FinishedLog` needs. The writer must have finished."""
+        times, cause = self._times, self._failure
+        failure = (cause.errno or 0, str(cause.strerror)) if cause else None
+        taken = self._taken - (self._room if self.budget else 0)
+        return OutputState(self.size, self.gap, failure, taken, times.unfiled(), times.filed)
+
     def charge(self, budget: Budget) -> None:
         """Take what is stored out of a budget, for a log that was resumed."""
         self.budget = budget
@@ -163,8 +168,7 @@ class OutputLog:
     @property
     def lost_bytes(self) -> int:
         """How many bytes were appended but are not kept: those of the gap."""
-        begin, end = self._gap
-        return end - begin
+        return self._gap[1] - self._gap[0]
 
     @property
     def gap(self) -> Gap | None:
@@ -175,14 +179,12 @@ class OutputLog:
     @property
     def subscribers(self) -> tuple[str, ...]:
         """The names of those who are reading now, sorted, each once."""
-        with self._lock:
-            return tuple(sorted({s.subscriber for s in self._subscriptions if s.subscriber}))
+        return tuple(sorted({s.subscriber for s in self._subscriptions if s.subscriber}))
 
     @property
     def subscriptions(self) -> int:
         """How many there are now."""
-        with self._lock:
-            return len(self._subscriptions)
+        return len(self._subscriptions)
 
     def append(self, data: bytes | memoryview) -> None:
         """Store `data` and wake the subscribers. Blocks for file I/O only.
@@ -260,8 +262,7 @@ class OutputLog:
             self._end += stored
             self._taken += taken
             self._room += room
-            for subscription in self._subscriptions:
-                subscription._changed.notify()
+            self._notify_locked()
 
     def _make_own_room(self, size: int, cause: OSError) -> int:
         """Give up the oldest bytes of the tail, because `cause` refused `size` new ones.
@@ -321,7 +322,7 @@ class OutputLog:
             if self._room and self.budget:
                 self.budget.give_back(self._room)
                 self._taken -= self._room
-            self._room = 0
+            self._room, self.budget = 0, self.budget and self.budget.heir
             self._let_go_locked()
             self._notify_locked()
             self.make_room = self.free_disk = self.disk = None
@@ -402,8 +403,7 @@ class OutputLog:
 
     def _is_gap(self, begin: int, end: int) -> bool:
         """Whether some of the bytes from `begin` to before `end` are not kept."""
-        gap_begin, gap_end = self._gap
-        return begin < gap_end and end > gap_begin
+        return begin < self._gap[1] and end > self._gap[0]
 
     def _notify_locked(self) -> None:
         for subscription in self._subscriptions:

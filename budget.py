@@ -20,12 +20,21 @@ class Budget:
 
     `limit`: in bytes, at least 0; None for any number. `what`: names the limit in messages,
     like "this job's ceiling of 1 GiB". `parent`: every byte is taken out of this budget, too.
+    `of_one_job`: only one log ever uses it, and when that is complete, its parent goes on counting.
     Attributes: `limit`, `what`.
     """
 
-    __slots__ = ("_lock", "_parent", "_used", "limit", "what")
+    __slots__ = ("__weakref__", "_lock", "_of_one_job", "_parent", "_used", "limit", "what")
 
-    def __init__(self, limit: int | None, what: str, parent: Budget | None = None) -> None:
+    def __init__(
+        self,
+        limit: int | None,
+        what: str,
+        parent: Budget | None = None,
+        *,
+        of_one_job: bool = False,
+    ) -> None:
+        self._of_one_job = of_one_job
         self.limit = limit
         self.what = what
         self._parent = parent
@@ -45,6 +54,11 @@ class Budget:
     def is_used_up(self) -> bool:
         """Whether not one byte is left in this budget, whatever is left in its parent."""
         return self.limit is not None and self.used >= self.limit
+
+    @property
+    def heir(self) -> Budget:
+        """The budget that goes on counting the bytes of a log of this one that is complete."""
+        return self._parent if self._of_one_job and self._parent is not None else self
 
     def branch_of(self, ancestor: Budget) -> Budget | None:
         """Return the child of `ancestor` through which this budget takes from it.
@@ -74,13 +88,20 @@ class Budget:
         with self._lock:
             room = size
             if self.limit is not None and self._used + size > self.limit:
-                room = self.limit - self._used
+                room = max(0, self.limit - self._used)
             refuser = self if room < size else None
             if self._parent is not None:
                 room, parents = self._parent.take(room)
                 refuser = parents or refuser
             self._used += room
             return room, refuser
+
+    def count(self, size: int) -> None:
+        """Count bytes that are there already, also beyond the limit."""
+        with self._lock:
+            self._used += size
+            if self._parent is not None:
+                self._parent.count(size)
 
     def give_back(self, size: int) -> None:
         """Let others take `size` bytes that were taken. Raises ValueError if they were not."""

@@ -132,6 +132,8 @@ class _NoRequestError(Exception):
         super().__init__("the client has gone, was too slow, or sent too large a request")
 
 
+_STORE_FAILS = "the server cannot record jobs now; tell the operator, whose log says why"
+
 # The first line that matches an error gives the status code and the message. With None, the error's
 # own message is sent. An error that matches no line is INTERNAL.
 _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
@@ -159,6 +161,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (auth.TooManyLoginsError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (worker.ResourceError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    (worker.StoreError, grpc.StatusCode.RESOURCE_EXHAUSTED, _STORE_FAILS),
     (auth.LoginMemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (auth.LoginsClosedError, grpc.StatusCode.UNAVAILABLE, None),
     (worker.StartTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
@@ -178,6 +181,7 @@ _OPERATOR_ERRORS = (
     worker.CgroupError,
     worker.SpawnerDiedError,
     worker.ResourceError,
+    worker.StoreError,
     auth.LoginMemoryError,
     auth.RevocationError,
 )

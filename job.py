@@ -62,6 +62,9 @@ _DAY_S = 24 * 3600
 class Registrar(Protocol):
     """Who is told of a job's end: the registry. Called by the job's thread."""
 
+    def record(self, job: RunningJob, final: Job) -> None:
+        """Write the end to the store, before anybody can learn of it. May block."""
+
     def finish(self, job: RunningJob, final: Job) -> None:
         """Keep `final` from now on: the moment of the transition, under the job's lock."""
 
@@ -497,26 +500,45 @@ class RunningJob:
         self._close_output()
         if self._input is not None:
             self._input.finish()
+        # The former main process may have died in the middle of the start.
+        was_job = leader_exit is None or leader_exit.was_executed
+        final = self._final(leader_exit, ended_at)
+        if was_job:
+            self._registry.record(self, final)
         with self._ended:
-            if self._status is not Status.RUNNING:
-                raise RuntimeError(f"job {self.job_id} has ended already")
-            self._end_reason = self._find_end_reason_locked(leader_exit)
-            is_stopped = self._end_reason in STOPS
-            self._status = Status.STOPPED if is_stopped else Status.FINISHED
+            self._end_reason, self._status = final.end_reason, final.status
             self._exit = leader_exit or Exit(may_have_escaped=self._cgroup is None)
             self._ended_at = ended_at
             os.close(self._exit_fd)
             os.close(self._pidfd)
             # Under the lock, so that nobody sees one without the other: a job that has ended
             # has all its output, and where the output ends the job has ended.
-            if leader_exit is not None and not leader_exit.was_executed:
-                self._registry.discard(
-                    self
-                )  # the former main process died in the middle of the start
+            if was_job:
+                self._registry.finish(self, final)
             else:
-                self._registry.finish(self, self.snapshot(live_usage=False))
+                self._registry.discard(self)
             self.output.complete()
             self._ended.notify_all()
+
+    def _final(self, leader_exit: Exit | None, ended_at: datetime) -> Job:
+        """Return the final state. It does not change any more, because the leader has ended."""
+        with self._ended:
+            if self._status is not Status.RUNNING:
+                raise RuntimeError(f"job {self.job_id} has ended already")
+            reason = self._find_end_reason_locked(leader_exit)
+            stop_reason = self._stop_reason if reason is EndReason.STOPPED else ""
+        ended = leader_exit or Exit(may_have_escaped=self._cgroup is None)
+        return replace(
+            self.snapshot(live_usage=False),
+            status=Status.STOPPED if reason in STOPS else Status.FINISHED,
+            end_reason=reason,
+            stop_reason=stop_reason,
+            exit_code=ended.exit_code,
+            signal=ended.signal,
+            may_have_escaped=ended.may_have_escaped,
+            ended_at=ended_at,
+            subscribers=(),
+        )
 
     def _leave(self) -> None:
         """Leave the job to another process."""

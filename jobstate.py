@@ -116,3 +116,5 @@ class Work(NamedTuple):
     ending: Ending
     stdin: bool = False
     keep_tmp: bool = False
+    request_id: str = ""
+    digest: bytes = b""

@@ -25,13 +25,16 @@ _BYTES = 512  # the text is padded to so many, so that a shorter one replaces a 
 
 
 class LastingGap:
-    """`path`, `dir_fd`: of the file. `lasting`: whether there is one at all."""
+    """`path`, `dir_fd`: of the file. `lasting`: whether there is one at all.
+
+    Attribute: `exists`, whether the file is there.
+    """
 
     def __init__(self, path: str, dir_fd: int | None, *, lasting: bool) -> None:
         self._path = path
         self._dir_fd = dir_fd
         self._lasting = lasting
-        self._exists = False
+        self.exists = False
         self._has_failed = False
 
     def write(
@@ -49,7 +52,7 @@ class LastingGap:
             fd = os.open(
                 self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd
             )
-            self._exists = True
+            self.exists = True
             try:
                 os.pwrite(fd, json.dumps(fields).encode().ljust(_BYTES), 0)
                 if output_end > os.fstat(output_fd).st_size:
@@ -67,7 +70,7 @@ class LastingGap:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
         except FileNotFoundError:
             return (0, 0), None
-        self._exists = True
+        self.exists = True
         try:
             begin, end, number, reason = json.loads(os.pread(fd, _BYTES, 0))
         finally:
@@ -76,6 +79,6 @@ class LastingGap:
 
     def remove(self) -> None:
         """Delete the file, if there is one. Raises OSError."""
-        if self._exists:
+        if self.exists:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path, dir_fd=self._dir_fd)

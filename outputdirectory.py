@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from broadcaster import OutputLog
+from finishedlog import FinishedLog
 from outputdisk import OutputDisk
+from outputstate import OutputState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
+
+    from budget import Budget
 
 __all__ = ["OutputDirectory"]
 
@@ -37,8 +41,9 @@ class OutputDirectory:
     """A private directory for output logs, ours alone (flock) until closed. A context manager.
 
     `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
-    a former owner left there is deleted. `lasting`: it stays until `sweep`, and another process can
-    continue the output of this one. `reserve_bytes`: how much of its disk output leaves
+    a former owner left there is deleted, but for that of jobs that are kept: `keeps` says of an ID
+    whether its job is; None means that no job is. `lasting`: it stays until `sweep`, and another
+    process can continue the output of this one. `reserve_bytes`: how much of its disk output leaves
     free; None for 5 % of the disk or 1 GiB, whichever is less. Raises BlockingIOError if another
     worker has it, PermissionError if other users own or can enter it, OSError. Attribute: `path`.
     """
@@ -49,8 +54,10 @@ class OutputDirectory:
         *,
         reserve_bytes: int | None = None,
         lasting: bool = False,
+        keeps: Callable[[str], bool] | None = None,
     ) -> None:
         self._lasting = lasting
+        self._keeps = keeps or (lambda _: False)
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -93,6 +100,20 @@ class OutputDirectory:
         log.disk = self._disk
         return log
 
+    def open_log(self, job_id: str, state: OutputState, budget: Budget) -> OutputLog:
+        """Return the output log of a job that has ended."""
+        name = f"{job_id}{_OUTPUT_SUFFIX}"
+        return FinishedLog(name, state, dir_fd=self._fd, budget=budget)
+
+    def left_by(self, job_id: str) -> OutputState:
+        """Return what is there of an output that another process has not completed."""
+        try:
+            log = self.resume_log(job_id)
+        except FileNotFoundError:
+            return OutputState(0)
+        log.complete()
+        return log.state()._replace(taken=log.size)
+
     def resume_log(self, job_id: str) -> OutputLog:
         """Continue the output log of a job of another process. Raises OSError."""
         name = f"{job_id}{_OUTPUT_SUFFIX}"
@@ -101,15 +122,17 @@ class OutputDirectory:
         return log
 
     def give_to(self, uid: int) -> None:
-        """Let the user `uid` keep output here. Raises OSError."""
+        """Let the user `uid` keep output here, and read what is here. Raises OSError."""
         os.fchown(self._fd, uid, uid)
+        for name in os.listdir(self._fd):
+            os.chown(name, uid, uid, dir_fd=self._fd, follow_symlinks=False)
 
     def leave(self) -> None:
         """Leave the output to another process."""
         os.close(self._fd)
 
     def close(self) -> None:
-        """Delete the output, and the directory if it is temporary."""
+        """Delete the output of jobs that are not kept, and the directory if it is temporary."""
         self.sweep()
         if self._temporary:
             with contextlib.suppress(OSError):  # somebody else put something in it
@@ -123,10 +146,12 @@ class OutputDirectory:
         self.close()
 
     def sweep(self, kept: Collection[str] = ()) -> None:
-        """Delete all output but that of the jobs `kept`. Raises OSError."""
+        """Delete all output but that of the jobs `kept`, and of those that are. Raises OSError."""
         for name in os.listdir(self._fd):
             job_id, _, suffix = name.partition(".")
-            if f".{suffix}" in _SUFFIXES and _is_uuid(job_id) and job_id not in kept:
+            if f".{suffix}" not in _SUFFIXES or not _is_uuid(job_id):
+                continue
+            if job_id not in kept and not self._keeps(job_id):
                 os.unlink(name, dir_fd=self._fd)
 
 

@@ -73,6 +73,21 @@ class TimeIndex:
         self._recent: tuple[_Entry, ...] = ()  # the entries before the present one
         self._filed = 0  # how many earlier ones are in the file
 
+    def load(self, unfiled: bytes, filed: int) -> None:
+        """Take over the entries of an output to which nothing more is appended."""
+        self._recent = tuple(_Entry._make(each) for each in _ENTRY.iter_unpack(unfiled))
+        self._filed = filed
+
+    @property
+    def filed(self) -> int:
+        """How many entries are in the file."""
+        return self._filed
+
+    def unfiled(self) -> bytes:
+        """Return the entries that are not in the file, for `load`."""
+        with self._lock:
+            return b"".join(_ENTRY.pack(*each) for each in self._recent + self._present_locked())
+
     def note(self, offset: int) -> None:
         """Note that the bytes from `offset` on are written now."""
         now = time.monotonic_ns()

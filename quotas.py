@@ -182,7 +182,7 @@ class Quotas:
         """Return a budget for the output of one job of the user."""
         with self._lock:
             mine = self._account_locked(user)
-        return Budget(self._job_output_bytes, self._job_ceiling, mine.output)
+        return Budget(self._job_output_bytes, self._job_ceiling, mine.output, of_one_job=True)
 
     def check_output(self, user: str) -> None:
         """Make room for one more byte of the user's output; raise `QuotaError` if there is none.

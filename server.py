@@ -169,9 +169,8 @@ class Server:
             with told_if_full(settings.state_dir):
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 check(settings.state_dir)
-                places = self._places(is_isolated=uids is not None)
                 self._store = undo.enter_context(open_store(settings.state_dir))
-                self._worker = undo.enter_context(self._make_worker(config, uids, *places))
+                self._worker = undo.enter_context(self._make_worker(config, uids))
                 self._open_state(users, uids, undo)
                 for_operator = self._make_for_operator(undo)
             connections = _raise_fd_limit(config.in_all.streams or 0)
@@ -199,9 +198,8 @@ class Server:
             return None, None
         return None if self._settings.accounts == "host" else state / "homes", state / "tmp"
 
-    def _make_worker(
-        self, config: Config, uids: range | None, homes: Path | None, tmp: Path | None
-    ) -> worker.Worker:
+    def _make_worker(self, config: Config, uids: range | None) -> worker.Worker:
+        homes, tmp = self._places(is_isolated=uids is not None)
         return worker.Worker(
             limits=config.limits({}),
             bounds=config.all_jobs,
@@ -215,6 +213,7 @@ class Server:
             homes=homes,
             tmp_dir=tmp,
             host_accounts=self._settings.accounts == "host",
+            store=self._store,
         )
 
     def _open_state(

@@ -117,7 +117,8 @@ class _WorkerServicer:
         self.quotas = Quotas(
             config.per_user, config.in_all, config.job_output_bytes, make_room=jobs.make_room
         )
-        self._starts = Starts(self._is_kept)
+        self._starts = Starts(jobs.started_by)
+        jobs.charge(self.quotas.output)
         self._untaken = Untaken()
         self._lists = Lists(jobs, authenticator, self.quotas, self._untaken)
 
@@ -132,11 +133,14 @@ class _WorkerServicer:
         request_id = request.request_id and _uuid(request.request_id, "a request ID")
         asked = {field.name: value for field, value in request.limits.ListFields()}
         ending = ending_of(request, self._config.ending)
-        start = functools.partial(self._start, request, user, self._config.limits(asked), ending)
+        digest = _digest(request) if request_id else b""
+        start = functools.partial(
+            self._start, request, user, self._config.limits(asked), ending, request_id, digest
+        )
         call.check_caller()
         is_new = True
         if request_id:
-            job_id, is_new = self._starts.once(user, request_id, _digest(request), start)
+            job_id, is_new = self._starts.once(user, request_id, digest, start)
         else:
             job_id = start()
             call.undo_if_gone = True
@@ -151,15 +155,14 @@ class _WorkerServicer:
         self._worker.stop(job_id, reason=BY_OWNER)
         self._worker.remove(job_id)
 
-    def _is_kept(self, job_id: str) -> bool:
-        try:
-            self._worker.owner(job_id)
-        except worker.UnknownJobError:
-            return False
-        return True
-
-    def _start(
-        self, request: worker_pb.StartJobRequest, user: str, limits: Limits, ending: Ending
+    def _start(  # noqa: PLR0913 -- what is checked by now
+        self,
+        request: worker_pb.StartJobRequest,
+        user: str,
+        limits: Limits,
+        ending: Ending,
+        request_id: str,
+        digest: bytes,
     ) -> str:
         self.quotas.check_output(user)
         names = (request.name, *request.labels, *request.labels.values())
@@ -183,6 +186,8 @@ class _WorkerServicer:
                 name=request.name,
                 labels=request.labels,
                 ending=ending,
+                request_id=request_id,
+                digest=digest,
             )
         except BaseException:
             release()
@@ -284,6 +289,7 @@ class _WorkerServicer:
         ending: contextlib.ExitStack,
         call: Call,
     ) -> Iterator[bytes]:
+        is_over = job().status.is_over  # perhaps at the end of a former server
         with ending:
             # If the client disconnects, gRPC does not wake a generator that waits for output. This
             # callback does.
@@ -300,7 +306,7 @@ class _WorkerServicer:
             # A job that runs: the client has gone, or wanted the output so far.
             if state.status.is_over or not chunks.follows:
                 call.context.set_trailing_metadata(end_metadata(state, chunks.offset))
-            if state.end_reason is EndReason.CLOSED:
+            if state.end_reason is EndReason.CLOSED and not is_over:
                 raise worker.WorkerClosedError
 
     def _messages(self, chunks: worker.Subscription, call: Call) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
 """Starts jobs: takes a spare, sets the limits, has the command executed.
 
-    starter = Starter(spares, spawner, subtree, registry, leftovers, scratch, environment={})
+    starter = Starter(spares, spawner, subtree, registry, table, leftovers, scratch, environment={})
     job_id = starter.start(work, around)
     ...
     starter.close()
@@ -22,12 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from budget import Budget
 from buffers import Buffers
 from cgroups import CgroupError
 from errors import DirectoryError, StartTimeoutError, WorkerClosedError, exec_error
 from job import RunningJob
 from jobinput import JobInput
+from limits import NO_LIMITS
 from spawner import AttachError, EnterError, SpawnerDiedError
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from cgroups import Subtree
     from environment import Surroundings
     from jobstate import Work
+    from jobtable import JobTable
     from keeping import Keeper
     from leftovers import Leftovers
-    from retention import Registry
+    from registry import Registry
     from scratch import Scratch
     from spares import Spare, Spares
     from spawner import Spawner
@@ -60,6 +61,7 @@ class Starter:
         spawner: Spawner,
         subtree: Subtree | None,
         registry: Registry,
+        table: JobTable,
         leftovers: Leftovers | None,
         scratch: Scratch,
         *,
@@ -70,6 +72,7 @@ class Starter:
         self._spawner = spawner
         self._subtree = subtree
         self._registry = registry
+        self._table = table
         self._leftovers = leftovers
         self._scratch = scratch
         self._environment = environment
@@ -119,11 +122,12 @@ class Starter:
     def _launch(self, work: Work, around: Surroundings) -> str:
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
+            undo.callback(self._table.delete, spare.job_id)  # last: when nothing of it runs
             # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
             # between that and the answer.
             undo.callback(self._spawner.kill, spare.job_id)
             undo.callback(spare.discard)
-            budget = Budget(None, "no ceiling") if work.budget is None else work.budget
+            budget = work.budget or self._registry.budget_for(work.owner)
             spare.output.budget = budget
             spare.output.make_room = functools.partial(self._registry.take, work.owner, budget)
             spare.output.free_disk = functools.partial(self._registry.give_way, work.owner, budget)
@@ -131,6 +135,16 @@ class Starter:
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
                 cgroup = self._subtree.limit(spare.cgroup, work.limits)
+            kept_tmp = self._scratch.path_of(spare.job_id) if work.keep_tmp else ""
+            # Before the command can run: whatever happens, no job runs that is not in the store.
+            position = self._table.begin(
+                spare.job_id,
+                work,
+                limits=cgroup.limits if cgroup else NO_LIMITS,
+                started_at=started_at,
+                kept_tmp=kept_tmp,
+                has_cgroup=cgroup is not None,
+            )
             job_input = JobInput(spare.job_id) if work.stdin else None
             if job_input is not None:
                 undo.callback(job_input.finish)
@@ -145,13 +159,14 @@ class Starter:
                 started_at=started_at,
                 started_s=started_s,
                 buffers=self._buffers,
-                kept_tmp=self._scratch.path_of(spare.job_id) if work.keep_tmp else "",
+                kept_tmp=kept_tmp,
                 registry=self._registry,
                 job_input=job_input,
                 keeper=self._keeper,
             )
             undo.pop_all()
             # Before its thread runs, which may finish the job at once.
+            job.position = position
             self._registry.add(job)
             spare.thread.give(job.job_id, job.run)
             return job.job_id

@@ -3,8 +3,11 @@
 A caller who does not receive the answer to a start does not know whether there is a job. The caller
 may repeat the start if both have the same request ID, a UUID of the caller's choice.
 
-    starts = Starts(is_kept)
+    starts = Starts(worker.started_by)
     job_id, is_new = starts.once("alice", request_id, digest, start)
+
+The store has the request ID with the job, so it is known as long as the job, also after a restart.
+This module knows the starts that are under way.
 
 Thread safety: everything may be called from any thread.
 """
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OtherStartError", "Starts"]
 
-_FEW = 256  # so many starts are not searched for jobs that are no longer kept
-
 
 class OtherStartError(Exception):
     """The request ID belongs to a start of something else. Attribute: `job_id`."""
@@ -35,7 +36,7 @@ class OtherStartError(Exception):
 
 
 class _Start:
-    """One start. Attributes: `digest`, of the request; `job_id`, set when the job was started."""
+    """One start that is under way. Attributes: `digest`, of the request; `job_id`, its result."""
 
     __slots__ = ("digest", "job_id")
 
@@ -45,17 +46,17 @@ class _Start:
 
 
 class Starts:
-    """The starts of the jobs that are kept, by their users and request IDs.
+    """The starts with request IDs.
 
-    `is_kept`: whether there still is a job of this ID. It must not block.
+    `find`: returns the job that a user's request has started, with the digest; None if no such job
+    is kept. It must know a job when its start has returned.
     """
 
-    def __init__(self, is_kept: Callable[[str], bool]) -> None:
-        self._is_kept = is_kept
-        # Guards the two below. Held while `is_kept` is called, never while a job is started.
+    def __init__(self, find: Callable[[str, str], tuple[str, bytes] | None]) -> None:
+        self._find = find
+        # Guards `_starts`. Held while `find` is called, never while a job is started.
         self._lock = threading.Lock()
         self._starts: dict[tuple[str, str], _Start] = {}
-        self._too_many = _FEW
 
     def once(
         self, user: str, request_id: str, digest: bytes, start: Callable[[], str]
@@ -67,40 +68,29 @@ class Starts:
         is to be started. Raises `OtherStartError` if the request ID came with another digest.
         """
         key = (user, request_id)
+        mine = _Start(digest)
         with self._lock:
-            known = self._starts.get(key)
-            if known is not None and self._is_over_locked(known):
-                known = None
-            if known is None:
-                self._sweep_locked()
-                mine = self._starts[key] = _Start(digest)
+            under_way = self._starts.get(key)
+            known = None if under_way else self._find(user, request_id)
+            if under_way is None and known is None:
+                self._starts[key] = mine
+        if under_way is not None:
+            known = under_way.job_id.result(), under_way.digest
         if known is None:
             return self._start(key, mine, start), True
-        job_id = known.job_id.result()
-        if known.digest != digest:
-            raise OtherStartError(job_id)
-        return job_id, False
+        if known[1] != digest:
+            raise OtherStartError(known[0])
+        return known[0], False
 
     def _start(self, key: tuple[str, str], mine: _Start, start: Callable[[], str]) -> str:
         try:
             job_id = start()
         except BaseException as error:
-            with self._lock:
-                del self._starts[key]
             mine.job_id.set_exception(error)
             raise
-        mine.job_id.set_result(job_id)
-        return job_id
-
-    def _is_over_locked(self, start: _Start) -> bool:
-        """Whether the start's job is no longer kept."""
-        return start.job_id.done() and not self._is_kept(start.job_id.result())
-
-    def _sweep_locked(self) -> None:
-        """Forget the starts whose jobs are gone, each time their number has doubled."""
-        if len(self._starts) < self._too_many:
-            return
-        self._starts = {
-            key: start for key, start in self._starts.items() if not self._is_over_locked(start)
-        }
-        self._too_many = max(_FEW, 2 * len(self._starts))
+        else:
+            mine.job_id.set_result(job_id)
+            return job_id
+        finally:
+            with self._lock:
+                del self._starts[key]

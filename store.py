@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING, Any, Self
 from errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    Values = Sequence[Any]
+    Values = Sequence[Any] | Mapping[str, Any]
 
 __all__ = ["NAME", "Store", "reading"]
 

@@ -26,7 +26,10 @@ _WORKER_PB = "workerservice_pb2 workerservice_pb2_grpc"
 _MODULES = {
     "library": {
         "argv": "errors",
-        "broadcaster": "holes lastinggap outputdisk outputerrors outputtimes sources tails; budget",
+        "broadcaster": "holes lastinggap outputdisk outputerrors outputstate outputtimes sources "
+        "tails; budget",
+        "finishedlog": "broadcaster lastinggap outputtimes; budget outputstate",
+        "outputstate": "; outputerrors",
         "lastinggap": "",
         "outputerrors": "",
         "sources": "outputerrors",
@@ -35,7 +38,7 @@ _MODULES = {
         "holes": "",
         "outputdisk": "",
         "budget": "",
-        "outputdirectory": "broadcaster outputdisk",
+        "outputdirectory": "broadcaster finishedlog outputdisk outputstate; budget",
         "privileges": "",
         "limits": "",
         "errors": "",
@@ -69,12 +72,15 @@ _MODULES = {
         "spawner; jobinput spares",
         "finding": "; jobstate",
         "watching": "errors finding jobstate",
-        "retention": "errors job watching; broadcaster budget finding jobstate",
-        "starting": "budget buffers cgroups errors job jobinput spawner; environment jobstate "
-        "keeping leftovers retention scratch spares",
+        "retention": "budget; jobtable",
+        "registry": "errors finding outputerrors retention watching; broadcaster budget job "
+        "jobstate jobtable outputstate",
+        "jobtable": "errors finding jobstate limits outputerrors outputstate; store",
+        "starting": "buffers cgroups errors job jobinput limits spawner; environment jobstate "
+        "jobtable keeping leftovers registry scratch spares",
         "worker": "argv broadcaster cgroups ending environment errors finding inherited jobinput "
-        "jobstate leftovers limits outputdirectory privileges retention scratch spares spawner "
-        "starting watching; budget job",
+        "jobstate jobtable leftovers limits outputdirectory privileges registry retention scratch "
+        "spares spawner starting store watching; budget job",
     },
     "shared": {  # by the service and the client
         "units": "",
@@ -207,6 +213,9 @@ _TESTED_WITH = {
     "children": "spawner",
     "budget": "broadcaster",
     "outputdirectory": "broadcaster",
+    "outputstate": "broadcaster",
+    "finishedlog": "jobtable",
+    "registry": "retention",
     "outputdisk": "holes",
     "tails": "outputtimes",
     "spares": "worker",

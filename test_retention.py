@@ -25,13 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broadcaster import OutputLog
 from budget import Budget
 from client import ClientError, main
+from ending import Ending
 from job import RunningJob
+from jobstate import Work
+from jobtable import JobTable, Row
 from limits import NO_LIMITS
-from retention import FinishedJob, FinishedJobs
+from outputstate import OutputState
+from retention import FinishedJobs
 from spares import JobThread
+from store import Store
 from testkit import (
     ABSENT,
     FOREVER,
@@ -45,8 +49,6 @@ from testkit import (
     small_file_system,
 )
 from worker import (
-    EndReason,
-    Job,
     JobRunningError,
     OutputIncompleteError,
     Retention,
@@ -662,21 +664,21 @@ class _Model:
 
     def __init__(self, rule: Retention) -> None:
         self.bounds = (rule.jobs, rule.output_bytes, rule.argv_bytes)
-        self.jobs: list[FinishedJob] = []
+        self.jobs: list[Row] = []
 
     @staticmethod
-    def counts(job: FinishedJob) -> tuple[int, int, int]:
-        return 1, job.output_bytes, job.argv_bytes
+    def counts(row: Row) -> tuple[int, int, int]:
+        return 1, row.output.size, row.argv_bytes
 
-    def excess(self) -> list[FinishedJob]:
+    def excess(self) -> list[Row]:
         left, gone = list(self.jobs), []
         for i, bound in enumerate(self.bounds):
-            while bound is not None and sum(self.counts(job)[i] for job in left) > bound:
-                owners = {job.owner: 0 for job in left}  # in the order of their oldest jobs
-                for job in left:
-                    owners[job.owner] += self.counts(job)[i]
+            while bound is not None and sum(self.counts(row)[i] for row in left) > bound:
+                owners = {row.job.owner: 0 for row in left}  # in the order of their oldest jobs
+                for row in left:
+                    owners[row.job.owner] += self.counts(row)[i]
                 most = max(owners, key=lambda owner: owners[owner])
-                oldest = next(job for job in left if job.owner == most)
+                oldest = next(row for row in left if row.job.owner == most)
                 if oldest is left[-1]:
                     break
                 left.remove(oldest)
@@ -684,32 +686,18 @@ class _Model:
         return gone
 
 
-def _record(number: int, owner: str, size: int, args: tuple[str, ...], log: OutputLog) -> Any:
-    now = datetime.now(UTC)
-    job = Job(
-        job_id=str(uuid.uuid4()),
-        owner=owner,
-        command="true",
-        args=args,
-        status=Status.FINISHED,
-        end_reason=EndReason.EXITED,
-        stop_reason="",
-        exit_code=0,
-        signal=None,
-        started_at=now,
-        ended_at=now,
-        output_bytes=size,
-        output_lost_bytes=0,
-        subscribers=(),
-        limits=NO_LIMITS,
-        usage=None,
-        usage_source=None,
-    )
-    return FinishedJob(job, log, number, number)
+def _record(table: JobTable, owner: str, size: int, args: tuple[str, ...]) -> Row:
+    job_id, now = str(uuid.uuid4()), datetime.now(UTC)
+    work = Work(["true", *args], owner, None, NO_LIMITS, None, None, "/", "", {}, Ending())
+    table.begin(job_id, work, limits=NO_LIMITS, started_at=now)
+    table.end_lost(lambda _: OutputState(size))
+    row = table.get(job_id)
+    assert row is not None
+    return row
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_rule_removes_what_the_model_removes(seed: int, tmp_path: Path) -> None:
+def test_rule_removes_what_the_model_removes(seed: int) -> None:
     """300 jobs of some owners end and are removed at random; rule and model agree each time."""
     dice = random.Random(seed)
     rule = Retention(
@@ -717,25 +705,29 @@ def test_rule_removes_what_the_model_removes(seed: int, tmp_path: Path) -> None:
         output_bytes=dice.choice([None, 0, 50]),
         argv_bytes=dice.choice([None, 0, 2000]),
     )
-    model, jobs, log = _Model(rule), FinishedJobs(rule), OutputLog(tmp_path / "log")
+    table = JobTable(Store())
+    model, jobs, budget = _Model(rule), FinishedJobs(rule, table), Budget(None, "none")
     owners = "abcdefgh"[: dice.randint(1, 8)]
-    for number in range(300):
+
+    def discard(row: Row) -> None:
+        assert table.delete(row.job.job_id)
+        jobs.discard(row)
+        model.jobs.remove(row)
+
+    for _ in range(300):
         args = ("x" * dice.randint(1, 200),) * dice.randint(0, 2)
-        job = _record(number, dice.choice(owners), dice.choice([0, 1, 10, 60]), args, log)
-        jobs.add(job)
-        model.jobs.append(job)
+        row = _record(table, dice.choice(owners), dice.choice([0, 1, 10, 60]), args)
+        jobs.add(row, budget)
+        model.jobs.append(row)
         expected = model.excess()
         for gone in jobs.excess():
-            assert gone is expected.pop(0)
-            jobs.discard(gone)
-            model.jobs.remove(gone)
+            assert gone == expected.pop(0)
+            discard(gone)
         assert expected == []
         while model.jobs and dice.random() < 0.3:
-            by_hand = dice.choice(model.jobs)
-            jobs.discard(by_hand)
-            model.jobs.remove(by_hand)
-        assert list(jobs._jobs.values()) == model.jobs
-    log.remove()
+            discard(dice.choice(model.jobs))
+        assert table.page(most=1000) == model.jobs
+        assert jobs.count == len(model.jobs)
 
 
 # --- room for others ----------------------------------------------------------------------------
@@ -1012,21 +1004,31 @@ def test_kept_output_of_running_jobs_blocks_starts_until_it_is_removed(
     _run(client)
 
 
-def test_restart_begins_with_nothing(
-    serve: Serve, connect: Connect, make_state: Callable[[], Path]
+def test_restart_keeps_what_the_rule_keeps(
+    serve: Serve, connect: Connect, make_state: Callable[[], Path], tmp_path: Path
 ) -> None:
-    """A restarted server has no jobs, and deletes the output of its predecessor."""
-    state = make_state()
-    server = serve(state_dir=state)
-    job_id = _run(connect("user", server.address), "echo", "x")
-    before = {path.name for path in (state / "output").iterdir()}
-    assert f"{job_id}.out" in before
-    server.stop()
+    """Finished jobs and their output; what a later rule or a user removes is gone for good."""
+    state, config = make_state(), tmp_path / "config.toml"
     server = serve(state_dir=state)
     client = connect("user", server.address)
-    assert list(client.list()) == []
-    assert _refusal(client.remove, job_id)[0] == "NOT_FOUND"
-    assert before.isdisjoint(path.name for path in (state / "output").iterdir())
+    first, second, third = (_run(client, "echo", str(number)) for number in range(3))
+    before = client.status(third)
+    server.stop()
+    (state / "output" / f"{ABSENT}.out").write_text("of no job")
+    config.write_text("[retention]\njobs = 2\n")
+    config.chmod(0o600)
+    server = serve(state_dir=state, config=config)
+    client = connect("user", server.address)
+    assert [job.job_id for job in client.list()] == [second, third]
+    assert client.status(third) == before
+    assert b"".join(client.stream(third)) == b"2\n"
+    assert _refusal(client.status, first)[0] == "NOT_FOUND"
+    client.remove(second)
+    server.stop()
+    kept = {path.name for path in (state / "output").iterdir()}
+    assert kept == {f"{third}.out"}
+    server = serve(state_dir=state)
+    assert [job.job_id for job in connect("user", server.address).list()] == [third]
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import workerservice_pb2 as worker_pb
 from client import Client, ClientError
 from daemon import BROKEN_STATUS
 from server import Server
@@ -861,20 +863,45 @@ def test_logout_survives_every_end_of_the_server(
         assert connect("user", program.address).list() == []
 
 
-def test_token_survives_a_restart_and_jobs_do_not(
+def test_tokens_and_finished_jobs_survive_a_restart(
     start_server: StartServer, connect: Connect, make_state: Callable[[], Path]
 ) -> None:
-    """The server keeps the key and deletes the output."""
+    """The server keeps the key, the jobs and their output, however it has ended."""
     state = make_state()
+    job_ids: list[str] = []
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
         program = start_server(state=state)
         client = connect("user", program.address)
-        assert client.list() == []
-        job_id = run_job(client, "echo")
-        kept = {path.stem for path in (state / "output").iterdir()}
-        assert len(kept - {job_id}) == len(kept) - 1 == 1  # and that of the next job
+        assert [job.job_id for job in client.list()] == job_ids
+        assert [b"".join(client.stream(job_id)) for job_id in job_ids] == [b"hi\n"] * len(job_ids)
+        job_ids.append(run_job(client, "echo", ["hi"]))
         program.end(number)
-    assert list((state / "output").iterdir()) == []
+    assert {path.stem for path in (state / "output").iterdir()} == set(job_ids)
+
+
+def test_job_that_ran_when_the_server_was_killed_is_lost_and_is_not_run_again(
+    start_server: StartServer, connect: Connect, make_state: Callable[[], Path]
+) -> None:
+    """Its output is there. Its request ID still means it. A job of a clean end is not LOST."""
+    state = make_state()
+    ends = {signal.SIGKILL: worker_pb.END_REASON_LOST}
+    ends[signal.SIGTERM] = worker_pb.END_REASON_SERVER_SHUTDOWN
+    for number, reason in ends.items():
+        program = start_server(state=state)
+        client = connect("user", program.address)
+        argv, request_id = ("sh", ["-c", "echo hi; exec sleep infinity"]), str(uuid.uuid4())
+        job_id = client.start(*argv, request_id=request_id)
+        assert next(iter(client.stream(job_id))) == b"hi\n"
+        program.end(number)
+        program = start_server(state=state)
+        client = connect("user", program.address)
+        job = client.status(job_id)
+        assert (job.status == worker_pb.JOB_STATUS_RUNNING, job.end_reason) == (False, reason)
+        assert b"".join(client.stream(job_id)) == b"hi\n"
+        assert client.start(*argv, request_id=request_id) == job_id
+        with pytest.raises(ClientError, match="request ID"):
+            client.start("true", request_id=request_id)
+        program.end(signal.SIGTERM)
 
 
 # --- secrets ----------------------------------------------------------------------------

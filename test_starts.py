@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -31,49 +32,47 @@ def _request_id() -> str:
 
 
 class _Jobs:
-    """Makes numbered jobs. Attribute: `kept`."""
+    """Makes numbered jobs. Attribute: `kept`, by user and request."""
 
     def __init__(self) -> None:
-        self.kept: set[str] = set()
+        self.kept: dict[tuple[str, str], tuple[str, bytes]] = {}
         self._made = 0
 
-    def start(self) -> str:
+    def start(self, request_id: str) -> str:
         self._made += 1
-        job_id = str(self._made)
-        self.kept.add(job_id)
-        return job_id
+        self.kept["u", request_id] = str(self._made), b""
+        return str(self._made)
 
-    def is_kept(self, job_id: str) -> bool:
-        return job_id in self.kept
+    def find(self, user: str, request_id: str) -> tuple[str, bytes] | None:
+        return self.kept.get((user, request_id))
 
 
-def test_starts_of_jobs_that_are_gone_take_no_memory() -> None:
-    """However many there were. Those of jobs that are kept are known."""
+def test_starts_that_are_over_take_no_memory() -> None:
+    """Those of jobs that are kept are known, because their jobs are."""
     jobs = _Jobs()
-    starts = Starts(jobs.is_kept)
-    kept = [starts.once("u", f"kept {i}", b"", jobs.start)[0] for i in range(300)]
-    for i in range(5000):
-        job_id, is_new = starts.once("u", f"gone {i}", b"", jobs.start)
-        assert is_new
-        jobs.kept.remove(job_id)
-    assert len(starts._starts) <= 600
-    again = [starts.once("u", f"kept {i}", b"", jobs.start) for i in range(300)]
-    assert again == [(job_id, False) for job_id in kept]
+    starts = Starts(jobs.find)
+    first = starts.once("u", "kept", b"", functools.partial(jobs.start, "kept"))
+    assert first == ("1", True)
+    assert starts.once("u", "kept", b"", functools.partial(jobs.start, "kept")) == ("1", False)
+    with pytest.raises(OtherStartError):
+        starts.once("u", "kept", b"other", functools.partial(jobs.start, "kept"))
+    jobs.kept.clear()
+    assert starts.once("u", "kept", b"", functools.partial(jobs.start, "kept")) == ("2", True)
+    assert starts._starts == {}
 
 
 def test_start_that_is_repeated_while_it_runs_waits_for_it() -> None:
     """All get the same job, or the same error. After an error the next one starts anew."""
     jobs = _Jobs()
-    starts = Starts(jobs.is_kept)
+    starts = Starts(jobs.find)
     began, go_on = threading.Semaphore(0), threading.Event()
 
     def start() -> str:
         began.release()
         assert go_on.wait(GUARD_S)
-        return jobs.start()
+        return jobs.start("1")
 
     def fail() -> str:
-        start()
         raise OSError("no")
 
     with ThreadPoolExecutor(8) as pool:
@@ -83,9 +82,10 @@ def test_start_that_is_repeated_while_it_runs_waits_for_it() -> None:
         assert sorted(call.result(GUARD_S) for call in calls) == [("1", False)] * 7 + [("1", True)]
         with pytest.raises(OSError, match="no"):
             starts.once("u", "2", b"", fail)
-        assert starts.once("u", "2", b"", jobs.start) == ("3", True)
-    with pytest.raises(OtherStartError, match="start of job 3, which has another command"):
-        starts.once("u", "2", b"other", jobs.start)
+        second = functools.partial(jobs.start, "2")
+        assert starts.once("u", "2", b"", second) == ("2", True)
+    with pytest.raises(OtherStartError, match="start of job 2, which has another command"):
+        starts.once("u", "2", b"other", second)
     assert not began.acquire(blocking=False) or not began.acquire(blocking=False)
 
 

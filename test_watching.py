@@ -140,9 +140,9 @@ def test_changes_before_the_first_reading_are_told_as_the_present(worker: Worker
         worker.stop(running)
         events += [next(watch)]
     assert [(event.kind, event.job.job_id, event.job.status) for event in events] == [
-        (_REMOVED, gone, Status.FINISHED),
         (_EXISTS, ended, Status.STOPPED),
         (_EXISTS, running, Status.RUNNING),
+        (_REMOVED, gone, Status.FINISHED),
         (_ENDED, running, Status.STOPPED),
     ]
 

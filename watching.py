@@ -28,7 +28,7 @@ from finding import Findable
 from jobstate import Job, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from finding import JobFilter
 
@@ -69,7 +69,7 @@ class Watch:
     itself. After `close` it ends; after the worker was closed it raises `WorkerClosedError`.
     """
 
-    def __init__(self, matching: JobFilter, jobs: Sequence[_Kept]) -> None:
+    def __init__(self, matching: JobFilter, jobs: Iterable[_Kept]) -> None:
         self._matching = matching
         self._events = self._all_events(jobs)
         # Guards all below. Notified when an event is noted, by `close` and `end`. Reentrant:
@@ -134,7 +134,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _all_events(self, jobs: Sequence[_Kept]) -> Iterator[JobEvent]:
+    def _all_events(self, jobs: Iterable[_Kept]) -> Iterator[JobEvent]:
         for job in jobs:
             if self._closed:
                 return

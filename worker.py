@@ -41,6 +41,7 @@ import logging
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 import inherited
@@ -63,6 +64,7 @@ from errors import (
     SignalError,
     StartTimeoutError,
     StopTimeoutError,
+    StoreError,
     UnknownJobError,
     WorkerClosedError,
     WorkerError,
@@ -70,14 +72,17 @@ from errors import (
 from finding import EVERY_JOB, JobFilter, check_name, checked_labels
 from jobinput import InputWriter
 from jobstate import EndReason, Job, Status, UsageSource, Work
+from jobtable import JobTable
 from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
 from outputdirectory import OutputDirectory
-from retention import Counts, FinishedJob, Registry, Retention
+from registry import Counts, FinishedJob, Registry
+from retention import Retention
 from scratch import Scratch, make_homes
 from spares import Spares
 from spawner import Spawner, SpawnerDiedError
 from starting import Starter
+from store import Store
 from watching import JobEvent, JobEventKind, Watch
 
 if TYPE_CHECKING:
@@ -119,6 +124,7 @@ __all__ = [
     "StartTimeoutError",
     "Status",
     "StopTimeoutError",
+    "StoreError",
     "Subscription",
     "UnknownJobError",
     "Usage",
@@ -164,6 +170,9 @@ class Worker:
     a former worker left there is removed. Other users must be able to pass through both. With
     `uids`, both need CAP_CHOWN; without it the attribute `homes` is None, and TMPDIR is /tmp.
     `ending`: the timeout, grace and linger of jobs that are started without their own.
+    `store`: where jobs are recorded, so that those that have ended, and their output, survive this
+    process; it is not closed here. Default: in memory, and `close` deletes the output. A job that
+    ran when a former worker of the store ended, and that nobody has gone on with, is LOST.
 
     Raises ValueError for an `environment` that no job can have; `CgroupError`; OSError when
     `output_dir` cannot be used; PermissionError when `uids` cannot be.
@@ -185,6 +194,7 @@ class Worker:
         tmp_dir: str | os.PathLike[str] | None = None,
         ending: Ending | None = None,
         host_accounts: bool = False,
+        store: Store | None = None,
     ) -> None:
         environment = dict(environment or {})
         if problem := problem_of(environment):
@@ -194,8 +204,11 @@ class Worker:
         self._uids = uids
         self._host_accounts = host_accounts
         with contextlib.ExitStack() as undo:
-            self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes)
+            self._table = JobTable(store or Store())
+            keeps = self._table.has if self._table.is_kept else None
+            self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes, keeps=keeps)
             undo.callback(self._output_dir.close)
+            self._table.end_lost(self._output_dir.left_by)
             # Before the fork server, which must be born in our leaf.
             self._subtree = Subtree.open(
                 enforcement, root=cgroup_root, limits=self._limits, bounds=bounds
@@ -209,24 +222,34 @@ class Worker:
             undo.callback(self._spawner.close)
             self._scratch.sweep(self._spawner.clear)
             undo.callback(self._scratch.empty)
-            self._registry = Registry(retention or Retention(), self._scratch.remove)
+            rule, open_log = retention or Retention(), self._output_dir.open_log
+            self._registry = Registry(rule, self._table, open_log, self._scratch.remove)
             self._leftovers = Leftovers(self._spawner.clear)
             undo.callback(self._leftovers.close)
             self._spares = Spares(self._subtree, self._output_dir, self._scratch, self._spawner)
             undo.callback(self._spares.close)
-            self._starter = Starter(
-                self._spares,
-                self._spawner,
-                self._subtree,
-                self._registry,
-                None if host_accounts else self._leftovers,
-                self._scratch,
-                environment=environment,
-            )
+            self._starter = self._make_starter(environment)
             self._undo = undo.pop_all()
         if uids is None:
             # With `uids`, `drop_privileges` does this: it needs a process without threads.
-            self._spares.fill()
+            self._begin()
+
+    def _begin(self) -> None:
+        """Start the threads."""
+        self._spares.fill()
+        self._registry.trim()
+
+    def _make_starter(self, environment: Mapping[str, str]) -> Starter:
+        return Starter(
+            self._spares,
+            self._spawner,
+            self._subtree,
+            self._registry,
+            self._table,
+            None if self._host_accounts else self._leftovers,
+            self._scratch,
+            environment=environment,
+        )
 
     def _make_spawner(self) -> Spawner:
         if self._uids is not None:
@@ -268,7 +291,7 @@ class Worker:
                 self._subtree.delegate(uid)
                 self._spawner.dismantle_at_end()
         privileges.drop_privileges(uid)
-        self._spares.fill()  # not before, because the spare's cgroup must belong to `uid`
+        self._begin()  # not before, because the spare's cgroup must belong to `uid`
 
     def start(  # noqa: PLR0913 -- all but the first are optional
         self,
@@ -288,6 +311,8 @@ class Worker:
         labels: Mapping[str, str] | None = None,
         stdin: bool = False,
         ending: Ending | None = None,
+        request_id: str = "",
+        digest: bytes = b"",
     ) -> str:
         """Execute `command` with `args` as a new job and return its ID, a random UUID4.
 
@@ -303,33 +328,35 @@ class Worker:
         TMPDIR and JOB_ID. They replace all of these but JOB_ID, and the worker's `environment`.
         `cwd`: the directory that the job begins in. It is entered as the job's user. A relative
         path begins at the home. "" means the home, or / if the user may not enter that.
-        `keep_tmp`: keep TMPDIR after the end, as long as the job; `Job.tmp_directory` names it.
-        `ending`: its timeout, grace and linger.
+        `keep_tmp`: keep TMPDIR (`Job.tmp_directory`) as long as the job. `ending`: its times.
         `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
         jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's processes are gone,
         right before anybody can learn that it has ended. It must not block. It is not called if
         the start fails. `name`, `labels`: what the job can be found by; `finding.py` has the rules.
         `stdin`: the job's stdin is a pipe, which `open_input` writes to, and not /dev/null.
+        `request_id`, `digest`: what `started_by` finds the job by, and returns of it.
 
         Blocks until the command is executing. That takes as long as the kernel waits for the
         command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
         specific `CommandNotFoundError`, `CommandNotExecutableError`, `DirectoryError`; also for
         an `env` or `cwd` that no process can have), `CgroupError`, `ResourceError`,
-        `SpawnerDiedError`, `WorkerClosedError`, ValueError for a wrong `uid`, name or label.
-        Nothing of the job is left then.
+        `SpawnerDiedError`, `StoreError`, `WorkerClosedError`, ValueError for a wrong `uid`, name or
+        label. Nothing of the job is left then.
         """
         argv = checked_argv(command, args)
         check_name(name)
         labels = checked_labels(labels) if labels else {}
-        if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
-            raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
-        if account is None:
-            account = account_of(os.geteuid() if uid is None else uid, owner)
+        self._check_uid(uid)
+        account = account or account_of(os.geteuid() if uid is None else uid, owner)
         around = Surroundings(command, account, env or {}, cwd)
         limits, times, begin = limits or self._limits, ending or self._ending, around.directory
         work = Work(argv, owner, uid, limits, budget, on_end, begin, name, labels, times, stdin)
-        work = work._replace(keep_tmp=keep_tmp)
+        work = work._replace(keep_tmp=keep_tmp, request_id=request_id, digest=digest)
         return self._starter.start(work, around)
+
+    def _check_uid(self, uid: int | None) -> None:
+        if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
+            raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
 
     def stop(self, job_id: str, *, reason: str = "", grace: float = 0) -> Job:
         """SIGKILL every process of the job; return its state once they are gone.
@@ -390,6 +417,18 @@ class Worker:
             budget.give_back(taken)
             return refuser
 
+    def started_by(self, owner: str, request_id: str) -> tuple[str, bytes] | None:
+        """Return the ID of the job of a request, and the request's digest; None if none is kept."""
+        return self._table.of_request(owner, request_id)
+
+    def charge(self, budget_for: Callable[[str], Budget]) -> None:
+        """Have budgets count the output that former workers of the store have kept.
+
+        `budget_for`: returns a budget like those that the owner's jobs are started with. Call it
+        before the first start.
+        """
+        self._registry.charge(budget_for)
+
     def owner(self, job_id: str) -> str:
         """Return whose job it is. Raises `UnknownJobError`."""
         return self._job(job_id).owner
@@ -430,11 +469,13 @@ class Worker:
         its position when others are removed. A job is looked at when it is yielded.
         `newest_first`: in the opposite order.
         """
-        for job in self._registry.all(position, newest_first=newest_first):
-            if (owner is None or job.owner == owner) and matching.concerns(job):
-                state = job.snapshot(live_usage=live_usage)
-                if matching.accepts(state.status):
-                    yield job.position, state
+        if owner is not None and matching.owner not in (None, owner):
+            return
+        wanted = replace(matching, owner=owner) if owner is not None else matching
+        for job in self._registry.all(wanted, position, newest_first=newest_first):
+            state = job.snapshot(live_usage=live_usage)
+            if matching.accepts(state.status):
+                yield job.position, state
 
     def counts(self) -> Counts:
         """Return how many jobs there are, and how many have ended and why."""
@@ -525,7 +566,7 @@ class Worker:
         return job.snapshot()
 
     def close(self, *, grace: float = 0) -> None:
-        """Start no more jobs, stop those that run, delete all output; idempotent.
+        """Start no more jobs, stop those that run, delete output that is not kept; idempotent.
 
         The end reason of those jobs is CLOSED. `grace`: for how many seconds they may go on after
         SIGTERM; 0 kills them at once. A `close` in another thread meanwhile ends the grace, and
@@ -536,7 +577,7 @@ class Worker:
         is_first = self._starter.close()
         if is_first:
             self._registry.terminate(EndReason.CLOSED, grace)
-        for job in self._registry.all():
+        for job in self._registry.running():
             job.kill(EndReason.CLOSED)
         if is_first:
             self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)

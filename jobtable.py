@@ -1,0 +1,483 @@
+"""The table of jobs in the store: a row for each job that runs or is kept.
+
+    table = JobTable(store)
+    table.begin(job_id, work, limits=limits, started_at=now)      # before the command executes
+    table.end(final, output_state)                                # before anybody knows of the end
+    row = table.get(job_id)
+    for row in table.page(JobFilter(owner="alice")): ...
+    table.delete(job_id)
+
+A row has all that `Job` has, and what a later process needs to go on with a job that runs
+(`Row.going_on`). `running` returns the rows of jobs that have not ended: at the start of a process,
+those that ran when the former one ended.
+
+The start of a job is refused if its row cannot be written. An end and a removal must not fail: if
+the store cannot be written, they stay in memory, a line is logged, and each later write tries
+again. Until then every method answers as if they had been written. If the process ends before, the
+next one takes such a job for one that ran, or for one that was not removed.
+
+Thread safety: any thread may call anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from errors import StoreError
+from finding import EVERY_JOB
+from jobstate import EndReason, Job, Status, UsageSource
+from limits import Limits, Usage
+from outputerrors import Gap
+from outputstate import OutputState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from finding import JobFilter
+    from jobstate import Work
+    from store import Store
+
+__all__ = ["GoingOn", "JobTable", "Row"]
+
+logger = logging.getLogger(__name__)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_COLUMNS = (
+    "position, job_id, owner, name, labels, status, started_us, ended_us, end_number, "
+    "output_bytes, argv_bytes, start, finish"
+)
+_SELECT = f"SELECT {_COLUMNS} FROM jobs"  # noqa: S608 -- our own names
+_LIMITS = [field.name for field in fields(Limits)]
+_USAGE = [field.name for field in fields(Usage)]
+
+_FIND = {
+    # The range of IDs that begin with a text: "g" comes after every digit of an ID.
+    "job_ids": "position IN (SELECT found.position FROM json_each(:job_ids) AS part JOIN jobs "
+    "AS found ON found.job_id >= part.value AND found.job_id < part.value || 'g')",
+    "labels": "NOT EXISTS (SELECT 1 FROM json_each(:labels) AS wanted WHERE NOT EXISTS (SELECT 1 "
+    "FROM json_each(jobs.labels) AS it WHERE it.key = wanted.key AND it.value = wanted.value))",
+    "owner": "owner = :owner",
+    "name": "name = :name",
+    "since": "started_us >= :since",
+    "statuses": "status IN (SELECT value FROM json_each(:statuses))",
+}
+
+
+class GoingOn(NamedTuple):
+    """What a process needs beside `Job` to go on with a job that runs."""
+
+    uid: int | None
+    grace: float
+    linger: float
+    has_cgroup: bool
+    has_input: bool
+
+
+class Row(NamedTuple):
+    """A job as the table has it."""
+
+    position: int
+    """In the order of all starts."""
+    job: Job
+    """Without subscribers. Of a job that runs: without output and usage."""
+    number: int | None
+    """In the order of all ends; None for a job that runs."""
+    argv_bytes: int
+    """The memory that its argv, name and labels take."""
+    output: OutputState
+    """Without the times: `JobTable.times`."""
+    going_on: GoingOn
+
+
+class JobTable:
+    """The table `jobs` of a store, which the creator of this object closes. Raises `StoreError`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # Guards all below. Held while the store is written. No lock but the store's is taken then.
+        self._lock = threading.Lock()
+        self._last_position: int
+        self._last_number: int
+        ((self._last_position, self._last_number),) = store.query(
+            "SELECT coalesce(max(position), 0), coalesce(max(end_number), 0) FROM jobs"
+        )
+        # What could not be written, by job: the values of its end, or None for its removal.
+        self._unwritten: dict[str, dict[str, Any] | None] = {}
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the jobs survive this process."""
+        return self._store.is_kept
+
+    @property
+    def last_position(self) -> int:
+        """The position of the latest start."""
+        return self._last_position
+
+    @property
+    def last_number(self) -> int:
+        """The number of the latest end."""
+        return self._last_number
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def begin(  # noqa: PLR0913 -- what a start knows
+        self,
+        job_id: str,
+        work: Work,
+        *,
+        limits: Limits,
+        started_at: datetime,
+        kept_tmp: str = "",
+        has_cgroup: bool = False,
+    ) -> int:
+        """Record a job that is about to execute; return its position. Raises `StoreError`."""
+        names = (work.name, *work.labels, *work.labels.values()) if work.name or work.labels else ()
+        args = tuple(work.argv[1:])
+        times = work.ending
+        start = {
+            "argv": work.argv,
+            "directory": work.directory,
+            "tmp": kept_tmp,
+            "limits": _values(limits, _LIMITS),
+            "timeout": times.timeout,
+            "going_on": (work.uid, times.grace, times.linger, has_cgroup, work.stdin),
+        }
+        values = {
+            "job_id": job_id,
+            "owner": work.owner,
+            "name": work.name,
+            "labels": json.dumps(dict(work.labels)) if work.labels else "{}",
+            "status": Status.RUNNING.value,
+            "started_us": _microseconds(started_at),
+            "argv_bytes": sum(map(sys.getsizeof, (work.argv[0], args, *args, *names))),
+            "request_id": work.request_id or None,
+            "digest": work.digest or None,
+            "start": json.dumps(start),
+        }
+        with self._lock:
+            self._catch_up_locked()
+            # The time and not a number, so that a user to whom it is shown does not learn how many
+            # jobs the others have started.
+            self._last_position = max(self._last_position + 1, time.time_ns())
+            position = self._last_position
+            self._store.execute(_INSERT, values | {"position": position})
+            return position
+
+    def end(self, job: Job, output: OutputState) -> int:
+        """Record the end of a job; return its number in the order of all ends. Never raises."""
+        usage = job.usage
+        finish = {
+            "reason": (job.end_reason or EndReason.LOST).value,
+            "stop_reason": job.stop_reason,
+            "exit": (job.exit_code, job.signal, job.may_have_escaped, job.killed_after_exit),
+            "usage": _values(usage, _USAGE) if usage else None,
+            "source": job.usage_source.value if job.usage_source else None,
+            "input": (job.input_bytes, job.input_ended),
+            "gap": output.gap,
+            "failure": output.failure,
+            "taken": output.taken,
+            "filed": output.filed,
+        }
+        values = {
+            "job_id": job.job_id,
+            "status": job.status.value,
+            "ended_us": _microseconds(job.ended_at or _EPOCH),
+            "output_bytes": output.size,
+            "finish": json.dumps(finish),
+            "times": output.times,
+        }
+        with self._lock:
+            self._last_number += 1
+            values["end_number"] = self._last_number
+            self._write_locked(job.job_id, values)
+            return self._last_number
+
+    def end_lost(self, left_by: Callable[[str], OutputState]) -> None:
+        """Record that the jobs which ran when a former process ended are LOST.
+
+        `left_by`: returns what is there of the output of a job.
+        """
+        now = datetime.now(UTC)
+        for row in self.running():
+            output = left_by(row.job.job_id)
+            final = replace(
+                row.job,
+                status=Status.FINISHED,
+                end_reason=EndReason.LOST,
+                ended_at=now,
+                output_bytes=output.size,
+                may_have_escaped=not row.going_on.has_cgroup,
+            )
+            self.end(final, output)
+
+    def delete(self, job_id: str) -> bool:
+        """Forget a job; return whether there was one. Never raises."""
+        with self._lock:
+            if job_id in self._unwritten and self._unwritten[job_id] is None:
+                return False
+            try:
+                self._catch_up_locked()
+                return self._store.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)) > 0
+            except StoreError as error:
+                self._keep_locked(job_id, None, error)
+                return True
+
+    def catch_up(self) -> None:
+        """Write what could not be written before, if anything. Never raises."""
+        with self._lock:
+            self._try_locked()
+
+    def _write_locked(self, job_id: str, end: dict[str, Any]) -> None:
+        try:
+            self._catch_up_locked()
+            self._store.execute(_END, end)
+        except StoreError as error:
+            self._keep_locked(job_id, end, error)
+
+    def _keep_locked(self, job_id: str, end: dict[str, Any] | None, error: StoreError) -> None:
+        self._unwritten[job_id] = end
+        logger.critical(
+            "the %s of job %s is NOT IN THE STORE: %s. A restart would not know of it; the next "
+            "write tries again",
+            *("removal" if end is None else "end", job_id, error),
+        )
+
+    def _try_locked(self) -> None:
+        try:
+            self._catch_up_locked()
+        except StoreError as error:
+            logger.error("%d ends of jobs are not in the store: %s", len(self._unwritten), error)
+
+    def _catch_up_locked(self) -> None:
+        """Write what could not be written before. Raises `StoreError`."""
+        if not self._unwritten:
+            return
+        ends = [values for values in self._unwritten.values() if values is not None]
+        gone = [(job_id,) for job_id, values in self._unwritten.items() if values is None]
+        self._store.write([("DELETE FROM jobs WHERE job_id = ?", gone), (_END, ends)])
+        self._unwritten = {}
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def has(self, job_id: str) -> bool:
+        """Whether there is a row of this job. Raises `StoreError`."""
+        return bool(self._store.query("SELECT 1 FROM jobs WHERE job_id = ?", (job_id,)))
+
+    def get(self, job_id: str) -> Row | None:
+        """Return the row of a job; None if there is none. Raises `StoreError`."""
+        return self._first("job_id = ?", (job_id,))
+
+    def page(
+        self,
+        matching: JobFilter = EVERY_JOB,
+        *,
+        after: int = 0,
+        up_to: int | None = None,
+        newest_first: bool = False,
+        most: int = 100,
+    ) -> list[Row]:
+        """Return up to `most` rows that a filter picks, in the order of the starts.
+
+        Those whose position is above `after`, and not above `up_to`. `newest_first`: in the
+        opposite order, those below `after`; 0 means all. The status may have changed since.
+        """
+        wanted: dict[str, Any] = {"most": most, "after": after, "up_to": up_to}
+        wanted["owner"], wanted["name"] = matching.owner, matching.name
+        wanted["since"] = None if matching.since is None else _microseconds(matching.since)
+        wanted["labels"] = json.dumps(dict(matching.labels)) if matching.labels else None
+        wanted["job_ids"] = json.dumps(sorted(matching.job_ids)) if matching.job_ids else None
+        statuses = [status.value for status in matching.statuses]
+        wanted["statuses"] = json.dumps(statuses) if statuses and not self._unwritten else None
+        conditions = [sql for name, sql in _FIND.items() if wanted[name] is not None]
+        if newest_first:
+            conditions += ["position < :after"] if after else []
+        else:
+            conditions.append("position > :after")
+        conditions += ["position <= :up_to"] if up_to is not None else []
+        order = "DESC" if newest_first else "ASC"
+        where = " AND ".join(conditions) or "TRUE"
+        sql = f"{_SELECT} WHERE {where} ORDER BY position {order} LIMIT :most"
+        names = {name: value for name, value in wanted.items() if value is not None}
+        return list(self._rows(self._store.query(sql, names)))
+
+    def running(self) -> list[Row]:
+        """Return the rows of all jobs that have not ended."""
+        sql = f"{_SELECT} WHERE end_number IS NULL ORDER BY position"
+        return [row for row in self._rows(self._store.query(sql)) if row.number is None]
+
+    def oldest(self, owner: str | None = None) -> Row | None:
+        """Return the job that ended first, of all or of an owner's."""
+        if owner is None:
+            return self._first("end_number IS NOT NULL ORDER BY end_number LIMIT 1")
+        of_owner = "owner = ? AND end_number IS NOT NULL ORDER BY end_number LIMIT 1"
+        return self._first(of_owner, (owner,))
+
+    def with_output(self, owner: str, but: Sequence[str]) -> Row | None:
+        """Return the owner's job that ended first of those with output; none of the IDs `but`."""
+        return self._first(
+            "owner = ? AND end_number IS NOT NULL AND output_bytes > 0 AND job_id NOT IN "
+            "(SELECT value FROM json_each(?)) ORDER BY end_number LIMIT 1",
+            (owner, json.dumps(list(but))),
+        )
+
+    def amounts(self) -> list[tuple[str, int, int, int, int]]:
+        """Return of each owner: how many finished jobs, their output, argv, and what they take."""
+        return self._store.query(
+            "SELECT owner, count(*), sum(output_bytes), sum(argv_bytes), "
+            "sum(json_extract(finish, '$.taken')) FROM jobs WHERE end_number IS NOT NULL "
+            "GROUP BY owner"
+        )
+
+    def times(self, job_id: str) -> bytes | None:
+        """Return the times of the output of a job that has ended; None if there is no such job."""
+        unwritten = self._unwritten.get(job_id, {})
+        rows = self._store.query("SELECT times FROM jobs WHERE job_id = ?", (job_id,))
+        if unwritten is None or not rows:
+            return None
+        times: bytes = unwritten.get("times") or rows[0][0] or b""
+        return times
+
+    def of_request(self, owner: str, request_id: str) -> tuple[str, bytes] | None:
+        """Return the job that was started with this request ID, and the digest of the request."""
+        rows = self._store.query(
+            "SELECT job_id, digest FROM jobs WHERE owner = ? AND request_id = ?",
+            (owner, request_id),
+        )
+        gone = [job_id for job_id, end in tuple(self._unwritten.items()) if end is None]
+        return next(((job_id, digest) for job_id, digest in rows if job_id not in gone), None)
+
+    def _first(self, where: str, values: tuple[Any, ...] = ()) -> Row | None:
+        found = self._store.query(f"{_SELECT} WHERE {where}", values)
+        return next(self._rows(found), None)
+
+    def _rows(self, found: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for columns in found:
+            if columns[1] not in self._unwritten:
+                yield _row(columns)
+            elif (end := self._unwritten[columns[1]]) is not None:
+                fixed = dict(zip(_COLUMNS.split(", "), columns, strict=True)) | end
+                yield _row(tuple(fixed[name] for name in _COLUMNS.split(", ")))
+
+
+_INSERT = (
+    "INSERT INTO jobs (position, job_id, owner, name, labels, status, started_us, argv_bytes, "
+    "request_id, digest, start) VALUES (:position, :job_id, :owner, :name, :labels, :status, "
+    ":started_us, :argv_bytes, :request_id, :digest, :start)"
+)
+_END = (
+    "UPDATE jobs SET status = :status, ended_us = :ended_us, end_number = :end_number, "
+    "output_bytes = :output_bytes, finish = :finish, times = :times WHERE job_id = :job_id"
+)
+
+
+def _values(figures: object, names: Sequence[str]) -> list[Any]:
+    return [getattr(figures, name) for name in names]
+
+
+def _microseconds(moment: datetime) -> int:
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def _time(microseconds: int) -> datetime:
+    return _EPOCH + microseconds * _MICROSECOND
+
+
+def _row(columns: tuple[Any, ...]) -> Row:
+    """Raises `StoreError` for a row that this program has not written."""
+    try:
+        return _decode(*columns)
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(
+            f"the store has a damaged row of job {columns[1]!r}: {error}; restore the store from a "
+            "backup, or remove the job"
+        ) from error
+
+
+def _decode(  # noqa: PLR0913, PLR0917 -- the columns of the table
+    position: int,
+    job_id: str,
+    owner: str,
+    name: str,
+    labels: str,
+    status: str,
+    started_us: int,
+    ended_us: int | None,
+    number: int | None,
+    output_bytes: int,
+    argv_bytes: int,
+    start_json: str,
+    finish_json: str | None,
+) -> Row:
+    start = json.loads(start_json)
+    going_on = GoingOn(*start["going_on"])
+    command, *args = start["argv"]
+    job = Job(
+        job_id=job_id,
+        owner=owner,
+        command=command,
+        args=tuple(args),
+        status=Status(status),
+        end_reason=None,
+        stop_reason="",
+        exit_code=None,
+        signal=None,
+        started_at=_time(started_us),
+        ended_at=None,
+        output_bytes=output_bytes,
+        output_lost_bytes=0,
+        subscribers=(),
+        limits=Limits(*start["limits"]),
+        usage=None,
+        usage_source=None,
+        working_directory=start["directory"],
+        tmp_directory=start["tmp"],
+        name=name,
+        labels=json.loads(labels) if labels != "{}" else {},
+        input_bytes=0 if going_on.has_input else None,
+        timeout=start["timeout"],
+    )
+    if finish_json is None or ended_us is None:
+        return Row(position, job, None, argv_bytes, OutputState(output_bytes), going_on)
+    job, output = _ended(job, _time(ended_us), json.loads(finish_json))
+    return Row(position, job, number, argv_bytes, output, going_on)
+
+
+def _ended(job: Job, ended_at: datetime, finish: dict[str, Any]) -> tuple[Job, OutputState]:
+    """Return a job with its end, and the state of its output."""
+    gap = Gap(*finish["gap"]) if finish["gap"] else None
+    failure = finish["failure"]
+    output = OutputState(
+        job.output_bytes,
+        gap,
+        (failure[0], failure[1]) if failure else None,
+        finish["taken"],
+        filed=finish["filed"],
+    )
+    exit_code, signal, may_have_escaped, killed_after_exit = finish["exit"]
+    input_bytes, input_ended = finish["input"]
+    job = replace(
+        job,
+        end_reason=EndReason(finish["reason"]),
+        stop_reason=finish["stop_reason"],
+        exit_code=exit_code,
+        signal=signal,
+        ended_at=ended_at,
+        output_lost_bytes=gap.length if gap else 0,
+        output_gap=gap,
+        usage=Usage(*finish["usage"]) if finish["usage"] else None,
+        usage_source=UsageSource(finish["source"]) if finish["source"] else None,
+        may_have_escaped=may_have_escaped,
+        killed_after_exit=killed_after_exit,
+        input_bytes=input_bytes,
+        input_ended=input_ended,
+    )
+    return job, output
