@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import time
 from typing import Any
 
 __all__ = ["Estate", "Kept", "note_failure"]
@@ -104,9 +105,16 @@ class Estate:
             os.close(fd)
 
     def ends(self) -> dict[str, dict[str, Any]]:
-        """Return how each job ended, after all that still ran were killed."""
-        killed = {"was_killed": True}
-        return {job: killed if kept.end is None else kept.end for job, kept in self.jobs.items()}
+        """Return how each job ended, after all that still ran were killed.
+
+        `ended_at`: when that was, by the clock.
+        """
+        ends = {}
+        for job, kept in self.jobs.items():
+            end = kept.end or {"was_killed": True, "signal": 9, "ended_s": time.monotonic()}
+            ended_at = time.time() - (time.monotonic() - end["ended_s"])
+            ends[job] = end | {"ended_at": ended_at}
+        return ends
 
 
 def note_failure(failures_fd: int) -> None:

@@ -23,7 +23,7 @@ from outputdisk import OutputDisk
 from outputstate import OutputState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from budget import Budget
 
@@ -42,10 +42,10 @@ class OutputDirectory:
 
     `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
     a former owner left there is deleted, but for that of jobs that are kept: `keeps` says of an ID
-    whether its job is; None means that no job is. `lasting`: it stays until `sweep`, and another
-    process can continue the output of this one. `reserve_bytes`: how much of its disk output leaves
-    free; None for 5 % of the disk or 1 GiB, whichever is less. Raises BlockingIOError if another
-    worker has it, PermissionError if other users own or can enter it, OSError. Attribute: `path`.
+    whether its job is; None means that no job is. `lasting`: another process can continue the
+    output of this one. `reserve_bytes`: how much of its disk output leaves free; None for 5 % of
+    the disk or 1 GiB, whichever is less. Raises BlockingIOError if another worker has it,
+    PermissionError if other users own or can enter it, OSError. Attribute: `path`.
     """
 
     def __init__(
@@ -91,8 +91,7 @@ class OutputDirectory:
             share = int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE)
             reserve_bytes = min(share, _RESERVE_BYTES)
         self._disk = OutputDisk(self.path, reserve_bytes)
-        if not lasting:
-            self.sweep()
+        self.sweep()
 
     def make_log(self, job_id: str) -> OutputLog:
         """Make the output log of a job, whose ID is a UUID. Raises OSError."""
@@ -145,13 +144,11 @@ class OutputDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def sweep(self, kept: Collection[str] = ()) -> None:
-        """Delete all output but that of the jobs `kept`, and of those that are. Raises OSError."""
+    def sweep(self) -> None:
+        """Delete all output but that of jobs that are kept. Raises OSError."""
         for name in os.listdir(self._fd):
             job_id, _, suffix = name.partition(".")
-            if f".{suffix}" not in _SUFFIXES or not _is_uuid(job_id):
-                continue
-            if job_id not in kept and not self._keeps(job_id):
+            if f".{suffix}" in _SUFFIXES and _is_uuid(job_id) and not self._keeps(job_id):
                 os.unlink(name, dir_fd=self._fd)
 
 

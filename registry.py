@@ -414,7 +414,8 @@ class Registry:
         for thread in threads:
             thread.join()
         for job in self.running():
-            logger.error("job %s: its processes cannot be killed; left behind", job.job_id)
+            if job.thread.is_alive():  # otherwise it was left to another process
+                logger.error("job %s: its processes cannot be killed; left behind", job.job_id)
         self._table.catch_up()
         for watch in self._watches:
             watch.end()

@@ -24,25 +24,28 @@ from typing import TYPE_CHECKING
 
 from buffers import Buffers
 from cgroups import CgroupError
+from ending import Ending
 from errors import DirectoryError, StartTimeoutError, WorkerClosedError, exec_error
 from job import RunningJob
 from jobinput import JobInput
+from jobstate import Work
 from limits import NO_LIMITS
 from spawner import AttachError, EnterError, SpawnerDiedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    from broadcaster import OutputLog
+    from budget import Budget
     from cgroups import Subtree
     from environment import Surroundings
-    from jobstate import Work
-    from jobtable import JobTable
+    from jobtable import JobTable, Row
     from keeping import Keeper
     from leftovers import Leftovers
     from registry import Registry
     from scratch import Scratch
-    from spares import Spare, Spares
-    from spawner import Spawner
+    from spares import Body, Spare, Spares
+    from spawner import Adopted, Spawner
 
 __all__ = ["Starter"]
 
@@ -128,9 +131,7 @@ class Starter:
             undo.callback(self._spawner.kill, spare.job_id)
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
-            spare.output.budget = budget
-            spare.output.make_room = functools.partial(self._registry.take, work.owner, budget)
-            spare.output.free_disk = functools.partial(self._registry.give_way, work.owner, budget)
+            self._prepare_output(spare.output, work.owner, budget)
             started_at, started_s = datetime.now(UTC), time.monotonic()
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
@@ -170,6 +171,66 @@ class Starter:
             self._registry.add(job)
             spare.thread.give(job.job_id, job.run)
             return job.job_id
+
+    def resume(
+        self,
+        row: Row,
+        body: Body,
+        process: Adopted,
+        budget: Budget | None,
+        on_end: Callable[[], None] | None,
+    ) -> None:
+        """Go on with a job that a former worker has started.
+
+        `process`: the leader; its pid is 0 if it has ended, and the fork server knows nothing.
+        """
+        former, going_on = row.job, row.going_on
+        budget = budget or self._registry.budget_for(former.owner)
+        work = Work(
+            argv=[former.command, *former.args],
+            owner=former.owner,
+            uid=going_on.uid,
+            limits=former.limits,
+            budget=budget,
+            on_end=on_end,
+            directory=former.working_directory,
+            name=former.name,
+            labels=former.labels,
+            ending=Ending(former.timeout, going_on.grace, going_on.linger),
+            keep_tmp=bool(former.tmp_directory),
+        )
+        self._prepare_output(body.output, work.owner, budget)
+        body.output.charge(budget)
+        if work.uid is not None and self._leftovers is not None:
+            self._leftovers.begin(work.uid)
+        cgroup = None
+        if self._subtree is not None and going_on.has_cgroup:
+            cgroup = self._subtree.find(body.job_id, former.limits)
+        # By the clock, because another boot may have begun since.
+        age = datetime.now(UTC) - former.started_at
+        job = RunningJob(
+            work._replace(on_end=functools.partial(self._gone, work, body.job_id)),
+            body,
+            cgroup,
+            spawner=self._spawner,
+            pid=process.pid,
+            pidfd=process.pidfd,
+            started_at=former.started_at,
+            started_s=time.monotonic() - age.total_seconds(),
+            buffers=self._buffers,
+            kept_tmp=former.tmp_directory,
+            registry=self._registry,
+            keeper=self._keeper,
+            notes=process.notes,
+        )
+        job.position = row.position
+        self._registry.add(job)
+        body.thread.give(job.job_id, job.run)
+
+    def _prepare_output(self, output: OutputLog, owner: str, budget: Budget) -> None:
+        output.budget = budget
+        output.make_room = functools.partial(self._registry.take, owner, budget)
+        output.free_disk = functools.partial(self._registry.give_way, owner, budget)
 
     def _execute(
         self,

@@ -22,12 +22,15 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import takeover
+from cgroups import Subtree
 from errors import TakeoverError, in_words
 from messages import receive, send
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping, Sequence
+
+    from limits import Bounds, Enforcement
 
 __all__ = ["PROGRAM", "Heritage", "end_jobs", "open_own_pidfd", "take_over"]
 
@@ -50,6 +53,12 @@ class Heritage(NamedTuple):
     pidfd: int
     lock_fd: int | None  # of the cgroups: `cgroups.Subtree`
     dismantling: Sequence[Any] | None  # `Subtree.dismantling`; None without cgroups
+
+    def adopt_cgroups(self, enforcement: Enforcement, bounds: Bounds | None) -> Subtree | None:
+        """Take over the cgroups of the jobs; None if they have none. Raises `CgroupError`."""
+        if self.dismantling is None or self.lock_fd is None:
+            return None
+        return Subtree.adopt(self.dismantling, self.lock_fd, enforcement, bounds=bounds)
 
     def close(self) -> None:
         """Leave it to another successor."""

@@ -43,7 +43,6 @@ __all__ = [
     "execute_anew",
     "is_trusted",
     "read_ends",
-    "remove_ends",
     "write_ends",
 ]
 
@@ -124,12 +123,6 @@ def read_ends(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     except (FileNotFoundError, ValueError):
         return {}
     return found
-
-
-def remove_ends(directory: str | os.PathLike[str]) -> None:
-    """Remove what a fork server has left: it has been read."""
-    with contextlib.suppress(OSError):
-        os.unlink(f"{os.fspath(directory)}/{_ENDS}")
 
 
 def execute_anew(command: list[str], state: dict[str, Any], fds: Sequence[int]) -> None:

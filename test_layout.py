@@ -60,7 +60,7 @@ _MODULES = {
         "takeover": "privileges",
         "forkserver": "cgroupfs children estate inherited leader leaders leftovers messages "
         "privileges takeover",
-        "successor": "errors messages takeover",
+        "successor": "cgroups errors messages takeover; limits",
         "spawner": "descriptors messages successor takeover",
         "cgroups": "cgroupfs limits",
         "scratch": "leftovers messages privileges",
@@ -76,11 +76,15 @@ _MODULES = {
         "registry": "errors finding outputerrors retention watching; broadcaster budget job "
         "jobstate jobtable outputstate",
         "jobtable": "errors finding jobstate limits outputerrors outputstate; store",
-        "starting": "buffers cgroups errors job jobinput limits spawner; environment jobstate "
-        "jobtable keeping leftovers registry scratch spares",
-        "worker": "argv broadcaster cgroups ending environment errors finding inherited jobinput "
-        "jobstate jobtable leftovers limits outputdirectory privileges registry retention scratch "
-        "spares spawner starting store watching; budget job",
+        "starting": "buffers cgroups ending errors job jobinput jobstate limits spawner; "
+        "broadcaster budget environment jobtable keeping leftovers registry scratch spares",
+        "resuming": "spares spawner successor takeover; budget jobstate jobtable outputdirectory "
+        "starting",
+        "parts": "cgroups inherited jobtable keeping leftovers outputdirectory privileges registry "
+        "resuming scratch spares spawner starting store; limits retention successor",
+        "worker": "argv broadcaster cgroups ending environment errors finding jobinput "
+        "jobstate limits outputerrors parts privileges registry resuming retention "
+        "spawner watching; budget job store",
     },
     "shared": {  # by the service and the client
         "units": "",
@@ -208,6 +212,8 @@ _TESTED_WITH = {
     "job": "worker",
     "jobstate": "worker",
     "keeping": "worker",
+    "parts": "worker",
+    "resuming": "restart",
     "ending": "worker",
     "buffers": "worker",
     "children": "spawner",

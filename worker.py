@@ -36,7 +36,6 @@ time, except in this order: a job's, the registry's, an output log's or a watch'
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -44,7 +43,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-import inherited
 import privileges
 from argv import checked_argv
 from broadcaster import Gap, OffsetError, OutputIncompleteError, OutputRemovedError, Subscription
@@ -65,6 +63,7 @@ from errors import (
     StartTimeoutError,
     StopTimeoutError,
     StoreError,
+    TakeoverError,
     UnknownJobError,
     WorkerClosedError,
     WorkerError,
@@ -72,17 +71,13 @@ from errors import (
 from finding import EVERY_JOB, JobFilter, check_name, checked_labels
 from jobinput import InputWriter
 from jobstate import EndReason, Job, Status, UsageSource, Work
-from jobtable import JobTable
-from leftovers import Leftovers
 from limits import Bounds, Enforcement, Limits, Usage
-from outputdirectory import OutputDirectory
-from registry import Counts, FinishedJob, Registry
+from outputerrors import OutputLeftError
+from parts import Parts
+from registry import Counts
+from resuming import no_terms
 from retention import Retention
-from scratch import Scratch, make_homes
-from spares import Spares
-from spawner import Spawner, SpawnerDiedError
-from starting import Starter
-from store import Store
+from spawner import SpawnerDiedError
 from watching import JobEvent, JobEventKind, Watch
 
 if TYPE_CHECKING:
@@ -91,6 +86,9 @@ if TYPE_CHECKING:
 
     from budget import Budget
     from job import RunningJob
+    from registry import FinishedJob
+    from resuming import Terms
+    from store import Store
 
 __all__ = [
     "Account",
@@ -117,6 +115,7 @@ __all__ = [
     "Limits",
     "OffsetError",
     "OutputIncompleteError",
+    "OutputLeftError",
     "ResourceError",
     "Retention",
     "SignalError",
@@ -126,6 +125,7 @@ __all__ = [
     "StopTimeoutError",
     "StoreError",
     "Subscription",
+    "TakeoverError",
     "UnknownJobError",
     "Usage",
     "UsageSource",
@@ -174,6 +174,12 @@ class Worker:
     process; it is not closed here. Default: in memory, and `close` deletes the output. A job that
     ran when a former worker of the store ended, and that nobody has gone on with, is LOST.
 
+    `restart_dir`: a directory of ours alone. With it and a `store` on disk, jobs that run are left
+    to the next worker: for `restart_window` seconds after this process has ended, even by SIGKILL,
+    the fork server keeps them. Then it kills them. The next worker goes on with them in `resume`.
+    It needs the same `uids`, `homes`, `tmp_dir` and cgroups; otherwise `TakeoverError` is raised,
+    and nothing is lost. `close` ends all jobs, `leave` does not.
+
     Raises ValueError for an `environment` that no job can have; `CgroupError`; OSError when
     `output_dir` cannot be used; PermissionError when `uids` cannot be.
     """
@@ -195,6 +201,8 @@ class Worker:
         ending: Ending | None = None,
         host_accounts: bool = False,
         store: Store | None = None,
+        restart_dir: str | os.PathLike[str] | None = None,
+        restart_window: float = 0,
     ) -> None:
         environment = dict(environment or {})
         if problem := problem_of(environment):
@@ -202,68 +210,32 @@ class Worker:
         self._limits = limits or Limits()
         self._ending = ending or Ending()
         self._uids = uids
-        self._host_accounts = host_accounts
-        with contextlib.ExitStack() as undo:
-            self._table = JobTable(store or Store())
-            keeps = self._table.has if self._table.is_kept else None
-            self._output_dir = OutputDirectory(output_dir, reserve_bytes=reserve_bytes, keeps=keeps)
-            undo.callback(self._output_dir.close)
-            self._table.end_lost(self._output_dir.left_by)
-            # Before the fork server, which must be born in our leaf.
-            self._subtree = Subtree.open(
-                enforcement, root=cgroup_root, limits=self._limits, bounds=bounds
-            )
-            if self._subtree is not None:
-                undo.callback(self._subtree.close)
-            self._scratch = Scratch(tmp_dir, uids=uids)
-            undo.callback(self._scratch.close)
-            self.homes = make_homes(homes) if self._scratch.path else None
-            self._spawner = self._make_spawner()
-            undo.callback(self._spawner.close)
-            self._scratch.sweep(self._spawner.clear)
-            undo.callback(self._scratch.empty)
-            rule, open_log = retention or Retention(), self._output_dir.open_log
-            self._registry = Registry(rule, self._table, open_log, self._scratch.remove)
-            self._leftovers = Leftovers(self._spawner.clear)
-            undo.callback(self._leftovers.close)
-            self._spares = Spares(self._subtree, self._output_dir, self._scratch, self._spawner)
-            undo.callback(self._spares.close)
-            self._starter = self._make_starter(environment)
-            self._undo = undo.pop_all()
+        parts = self._parts = Parts(
+            limits=self._limits,
+            bounds=bounds,
+            enforcement=enforcement,
+            cgroup_root=cgroup_root,
+            output_dir=output_dir,
+            reserve_bytes=reserve_bytes,
+            uids=uids,
+            retention=retention or Retention(),
+            environment=environment,
+            homes=homes,
+            tmp_dir=tmp_dir,
+            host_accounts=host_accounts,
+            store=store,
+            restart_dir=restart_dir,
+            restart_window=restart_window,
+        )
+        self._output_dir, self._scratch, self._table = parts.output_dir, parts.scratch, parts.table
+        self._subtree, self._spawner, self._leftovers = (
+            *(parts.subtree, parts.spawner, parts.leftovers),
+        )
+        self._registry, self._spares, self._starter = parts.registry, parts.spares, parts.starter
+        self.homes = parts.homes
         if uids is None:
             # With `uids`, `drop_privileges` does this: it needs a process without threads.
-            self._begin()
-
-    def _begin(self) -> None:
-        """Start the threads."""
-        self._spares.fill()
-        self._registry.trim()
-
-    def _make_starter(self, environment: Mapping[str, str]) -> Starter:
-        return Starter(
-            self._spares,
-            self._spawner,
-            self._subtree,
-            self._registry,
-            self._table,
-            None if self._host_accounts else self._leftovers,
-            self._scratch,
-            environment=environment,
-        )
-
-    def _make_spawner(self) -> Spawner:
-        if self._uids is not None:
-            privileges.check_can_run_as_others(has_cgroups=self._subtree is not None)
-        if problem := inherited.oom_exemption():
-            logger.warning("%s; start it with another, or with that capability", problem)
-        return Spawner(
-            jobs_cgroup=self._subtree.jobs if self._subtree else None,
-            uids=self._uids,
-            dismantle=self._subtree.dismantling if self._subtree else None,
-            homes=self.homes,
-            tmp=self._scratch.path,
-            host_accounts=self._host_accounts,
-        )
+            parts.begin()
 
     @property
     def subtree(self) -> Subtree | None:
@@ -285,13 +257,19 @@ class Worker:
         if self._uids is None or uid in self._uids:
             raise ValueError("jobs must run as users of their own, and not as this one")
         if os.geteuid() != uid:
-            self._output_dir.give_to(uid)
-            self._scratch.give_to(uid)
-            if self._subtree is not None:
-                self._subtree.delegate(uid)
-                self._spawner.dismantle_at_end()
+            self._parts.give_to(uid)
         privileges.drop_privileges(uid)
-        self._begin()  # not before, because the spare's cgroup must belong to `uid`
+        self._parts.begin()  # not before, because the spare's cgroup must belong to `uid`
+
+    def resume(self, terms: Terms = no_terms) -> None:
+        """Go on with the jobs that a former worker of the store and of `restart_dir` has left.
+
+        A job that has ended meanwhile gets its true end. `terms`: is given each job as it was
+        started, and returns what `start` got as `budget` and `on_end`; default: neither. Call it
+        once, when this process has given up its rights, and before the first start. Raises OSError,
+        `ResourceError`, `SpawnerDiedError`.
+        """
+        self._parts.resume(terms)
 
     def start(  # noqa: PLR0913 -- all but the first are optional
         self,
@@ -565,6 +543,16 @@ class Worker:
             raise TimeoutError(f"job {job_id} is still running after {timeout:g} s")
         return job.snapshot()
 
+    def leave(self) -> None:
+        """End this worker, and leave the jobs that run to the next one; idempotent.
+
+        For a worker with a `restart_window`. Those who read, wait or stop meanwhile get an error:
+        `OutputLeftError`, `WorkerClosedError`.
+        """
+        self._scratch.hurry()
+        if self._starter.close():
+            self._parts.leave()
+
     def close(self, *, grace: float = 0) -> None:
         """Start no more jobs, stop those that run, delete output that is not kept; idempotent.
 
@@ -581,7 +569,7 @@ class Worker:
             job.kill(EndReason.CLOSED)
         if is_first:
             self._registry.close(time.monotonic() + _STOP_TIMEOUT_S)
-            self._undo.close()
+            self._parts.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,212 @@
+"""What a `Worker` consists of, made and ended in the right order.
+
+    parts = Parts(enforcement="auto", ...)
+    parts.begin()
+    ...
+    parts.close()          # or: parts.leave()
+
+Thread safety: one thread makes it and ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import inherited
+import privileges
+from cgroups import Subtree, bases
+from jobtable import JobTable
+from keeping import Keeper
+from leftovers import Leftovers
+from outputdirectory import OutputDirectory
+from registry import Registry
+from resuming import Restarts
+from scratch import Scratch, make_homes
+from spares import Spares
+from spawner import Spawner, duties_of
+from starting import Starter
+from store import Store
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from limits import Bounds, Enforcement, Limits
+    from resuming import Terms
+    from retention import Retention
+    from successor import Heritage
+
+__all__ = ["Parts"]
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_S = 10.0  # how long the threads of jobs may take to leave them
+
+
+class Parts:
+    """The parameters are those of `Worker`. Raises as `Worker` does.
+
+    Attributes: the parts; `homes`, None without.
+    """
+
+    def __init__(  # noqa: PLR0913 -- those of a worker
+        self,
+        *,
+        limits: Limits,
+        bounds: Bounds | None,
+        enforcement: Enforcement,
+        cgroup_root: str | os.PathLike[str] | None,
+        output_dir: str | os.PathLike[str] | None,
+        reserve_bytes: int | None,
+        uids: range | None,
+        retention: Retention,
+        environment: Mapping[str, str],
+        homes: str | os.PathLike[str] | None,
+        tmp_dir: str | os.PathLike[str] | None,
+        host_accounts: bool,
+        store: Store | None,
+        restart_dir: str | os.PathLike[str] | None,
+        restart_window: float,
+    ) -> None:
+        self._uids, self._host_accounts = uids, host_accounts
+        with contextlib.ExitStack() as undo:
+            self.table = JobTable(store or Store())
+            keeps = self.table.has if self.table.is_kept else None
+            self.output_dir = OutputDirectory(
+                output_dir, reserve_bytes=reserve_bytes, keeps=keeps, lasting=restart_window > 0
+            )
+            undo.callback(self.output_dir.close)
+            self.scratch = Scratch(tmp_dir, uids=uids)
+            undo.callback(self.scratch.close)
+            self.homes = make_homes(homes) if self.scratch.path else None
+            self._restarts = None
+            if restart_dir is not None and self.table.is_kept:
+                self._restarts = Restarts(restart_dir, restart_window)
+            heritage = self._take_over(enforcement, cgroup_root)
+            # Before the fork server, which must be born in our leaf.
+            if heritage is None:
+                self.subtree = Subtree.open(
+                    enforcement, root=cgroup_root, limits=limits, bounds=bounds
+                )
+            else:
+                self.subtree = heritage.adopt_cgroups(enforcement, bounds)
+            if self.subtree is not None:
+                undo.callback(self.subtree.close)
+            self.spawner = self._make_spawner(heritage)
+            undo.callback(self.spawner.close)
+            self.keeper = Keeper(self.spawner) if self.spawner.keeps_jobs else None
+            if self.keeper is not None:
+                undo.callback(self.keeper.close)
+            self._sweep()
+            undo.callback(self.scratch.empty)
+            self.registry = Registry(
+                retention, self.table, self.output_dir.open_log, self.scratch.remove
+            )
+            self.leftovers = Leftovers(self.spawner.clear)
+            undo.callback(self.leftovers.close)
+            self.spares = Spares(self.subtree, self.output_dir, self.scratch, self.spawner)
+            undo.callback(self.spares.close)
+            self.starter = self._make_starter(environment)
+            self._undo = undo.pop_all()
+
+    def _take_over(
+        self, enforcement: Enforcement, cgroup_root: str | os.PathLike[str] | None
+    ) -> Heritage | None:
+        if self._restarts is None:
+            return None
+        duties = duties_of(
+            uids=self._uids,
+            homes=self.homes,
+            tmp=self.scratch.path,
+            host_accounts=self._host_accounts,
+        )
+        return self._restarts.take_over(duties, bases(enforcement, cgroup_root))
+
+    def _make_spawner(self, heritage: Heritage | None) -> Spawner:
+        if heritage is not None:
+            return Spawner(heritage=heritage)
+        if self._uids is not None:
+            privileges.check_can_run_as_others(has_cgroups=self.subtree is not None)
+        if problem := inherited.oom_exemption():
+            logger.warning("%s; start it with another, or with that capability", problem)
+        lock_fd = self.subtree.lock_fd if self.subtree else None
+        return Spawner(
+            jobs_cgroup=self.subtree.jobs if self.subtree else None,
+            uids=self._uids,
+            dismantle=self.subtree.dismantling if self.subtree else None,
+            homes=self.homes,
+            tmp=self.scratch.path,
+            host_accounts=self._host_accounts,
+            restart=self._restarts.for_spawner(lock_fd) if self._restarts else None,
+        )
+
+    def _sweep(self) -> None:
+        """Remove what a former worker has left, but not of jobs that are to be gone on with."""
+        self._former = self.table.running() if self._restarts else []
+        if not self._restarts:
+            self.table.end_lost(self.output_dir.left_by)
+        former = {row.job.job_id for row in self._former}
+        self.scratch.sweep(self.spawner.clear, former)
+        if self.subtree is not None:
+            self.subtree.sweep(former)
+
+    def _make_starter(self, environment: Mapping[str, str]) -> Starter:
+        return Starter(
+            self.spares,
+            self.spawner,
+            self.subtree,
+            self.registry,
+            self.table,
+            None if self._host_accounts else self.leftovers,
+            self.scratch,
+            environment=environment,
+            keeper=self.keeper,
+        )
+
+    def give_to(self, uid: int) -> None:
+        """Let this process go on as the user `uid`. Raises as `Worker.drop_privileges`."""
+        self.output_dir.give_to(uid)
+        self.scratch.give_to(uid)
+        if self.subtree is not None:
+            self.subtree.delegate(uid)
+            self.spawner.dismantle_at_end()
+
+    def begin(self) -> None:
+        """Start the threads."""
+        self.spares.fill()
+        self.registry.trim()
+
+    def resume(self, terms: Terms) -> None:
+        """Go on with the jobs of a former worker. Raises as `Worker.resume`."""
+        former, self._former = self._former, []
+        if self._restarts is None:
+            return
+        self._restarts.resume(former, self.starter, self.spawner, self.output_dir, terms)
+        if self.spawner.keeps_jobs:
+            self.spawner.forget_others()
+
+    def leave(self) -> None:
+        """Leave the running jobs to another process. Blocks until the threads have ended.
+
+        Nobody may start jobs any more.
+        """
+        if self.keeper is None:
+            raise ValueError("this worker has no restart window")
+        self.keeper.leave()
+        self.registry.close(time.monotonic() + _LEAVE_S)
+        self.spares.close()
+        self.leftovers.close()
+        self.spawner.leave()
+        self.scratch.leave()
+        if self.subtree is not None:
+            self.subtree.leave()
+        self.output_dir.leave()
+        self.keeper.close()
+        self._undo.pop_all()
+
+    def close(self) -> None:
+        """End all parts, in the opposite order; idempotent."""
+        self._undo.close()

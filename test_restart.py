@@ -1,0 +1,379 @@
+"""Tests of jobs that outlive their worker: whole workers, with and without cgroups.
+
+`test_takeover.py` has the tests of the fork server alone, `test_crashes.py` those of servers that
+are killed at random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from errors import TakeoverError, WorkerClosedError
+from store import Store
+from testkit import GUARD_S, await_output, descriptors_of
+from worker import (
+    Ending,
+    EndReason,
+    Job,
+    OutputLeftError,
+    Retention,
+    Status,
+    Worker,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from budget import Budget
+    from limits import Enforcement
+
+_HERE = Path(__file__).resolve().parent
+_FOREVER_S = 1e6
+
+
+class _House:
+    """Workers of one store, one after the other."""
+
+    def __init__(self, directory: Path, enforcement: Enforcement) -> None:
+        self.directory = directory
+        self.enforcement = enforcement
+        self.store: Store | None = None
+        self.worker: Worker | None = None
+        self.fork_servers: set[int] = set()
+
+    def open(self, window_s: float = _FOREVER_S, *, resumes: bool = True) -> Worker:
+        """Make the next worker."""
+        self.store = Store(self.directory / "store")
+        try:
+            self.worker = Worker(
+                enforcement=self.enforcement,
+                store=self.store,
+                output_dir=self.directory / "output",
+                tmp_dir=self.directory / "tmp",
+                restart_dir=self.directory / "restart",
+                restart_window=window_s,
+                retention=Retention(),
+            )
+        except BaseException:
+            self.store.close()
+            raise
+        self.fork_servers.add(self.worker._spawner.pid)
+        if resumes:
+            self.worker.resume()
+        return self.worker
+
+    def leave(self) -> None:
+        assert self.worker is not None
+        assert self.store is not None
+        self.worker.leave()
+        self.store.close()
+
+    def again(self, window_s: float = _FOREVER_S) -> Worker:
+        """Leave the worker, and make the next one."""
+        self.leave()
+        return self.open(window_s)
+
+    def close(self) -> None:
+        if self.worker is not None and self.store is not None:
+            self.worker.close()
+            self.store.close()
+        for pid in self.fork_servers:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+@pytest.fixture(params=["auto", "off"])
+def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_House]:
+    """Workers with cgroups, if the host has them, and without."""
+    descriptors, threads = descriptors_of(), threading.active_count()
+    made = _House(tmp_path, request.param)
+    yield made
+    made.close()
+    assert set(descriptors_of()) <= set(descriptors)
+    assert threading.active_count() == threads
+
+
+def _wait_on(fifo: Path) -> str:
+    os.mkfifo(fifo)
+    return f"read x <{fifo}"
+
+
+def test_job_output_and_end_are_those_of_a_job_that_was_never_left(
+    house: _House, tmp_path: Path
+) -> None:
+    """It writes before, meanwhile and afterwards; it ends by itself."""
+    worker = house.open()
+    waits = _wait_on(tmp_path / "fifo")
+    script = f"echo before; {waits}; echo after; exit 4"
+    job_id = worker.start("sh", ["-c", script], owner="alice", name="n", labels={"a": "b"})
+    await_output(worker, job_id, b"before\n")
+    before = worker.status(job_id)
+    worker = house.again()
+    now = worker.status(job_id)
+    assert (now.status, now.owner, now.name, now.labels) == (
+        Status.RUNNING,
+        "alice",
+        "n",
+        {"a": "b"},
+    )
+    assert (now.args, now.started_at, now.output_bytes) == (before.args, before.started_at, 7)
+    (tmp_path / "fifo").write_text("\n")
+    job = worker.wait(job_id, GUARD_S)
+    assert (job.status, job.end_reason, job.exit_code) == (Status.FINISHED, EndReason.EXITED, 4)
+    assert not job.may_have_escaped
+    assert b"".join(worker.stream(job_id)) == b"before\nafter\n"
+    assert [each.job_id for each in worker.list()] == [job_id]
+
+
+def test_job_that_ended_without_a_worker_has_its_true_end(house: _House, tmp_path: Path) -> None:
+    """Exit code and signal; the time is that of the end, not that of the next start."""
+    worker = house.open()
+    waits = _wait_on(tmp_path / "fifo")
+    exits = worker.start("sh", ["-c", f"{waits}; echo out; exit 4"])
+    dies = worker.start("sh", ["-c", f"{waits}; kill -TERM $$"])
+    house.leave()
+    for _ in range(2):
+        (tmp_path / "fifo").write_text("\n")
+    fork_server = house.fork_servers.copy().pop()
+    while any(_lives(fork_server)):  # each pass waits for an event
+        pass
+    ended_by = time.time()
+    worker = house.open()
+    job = worker.wait(exits, GUARD_S)
+    assert (job.exit_code, job.ended_at is not None) == (4, True)
+    assert job.ended_at is not None
+    assert job.ended_at.timestamp() <= ended_by
+    assert b"".join(worker.stream(exits)) == b"out\n"
+    assert worker.wait(dies, GUARD_S).signal == signal.SIGTERM
+
+
+def _lives(parent: int) -> Iterator[bool]:
+    """Yield once for each child that lives, when it has ended."""
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(int(pid))) as pidfd:
+            import select
+
+            select.select([pidfd], [], [], GUARD_S)
+            yield True
+
+
+def test_jobs_survive_many_workers(house: _House) -> None:
+    """The bytes of a job that writes all the time are all there, in order."""
+    worker = house.open()
+    script = "i=0; while [ $i -lt 20000 ]; do echo $i; i=$((i+1)); done"
+    job_id = worker.start("sh", ["-c", script])
+    for _ in range(5):
+        worker = house.again()
+    assert worker.wait(job_id, GUARD_S).exit_code == 0
+    expected = "".join(f"{i}\n" for i in range(20000)).encode()
+    assert b"".join(worker.stream(job_id)) == expected
+
+
+def test_reader_and_waiter_are_told_that_the_worker_is_left(house: _House) -> None:
+    """The reader has got all bytes by then, so it can continue with the next worker."""
+    worker = house.open()
+    job_id = worker.start("sh", ["-c", "echo hello; exec sleep infinity"])
+    stream = worker.stream(job_id)
+    assert next(stream) == b"hello\n"
+    raised: list[BaseException] = []
+
+    def expect(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except (OutputLeftError, WorkerClosedError) as error:
+            raised.append(error)
+
+    waits = [threading.Thread(target=expect, args=(lambda: next(stream),))]
+    waits.append(threading.Thread(target=expect, args=(lambda: worker.wait(job_id),)))
+    for thread in waits:
+        thread.start()
+    house.leave()
+    for thread in waits:
+        thread.join(GUARD_S)
+    assert {type(error) for error in raised} == {OutputLeftError, WorkerClosedError}
+    worker = house.open()
+    with worker.stream(job_id, offset=6) as rest:
+        worker.stop(job_id)
+        assert b"".join(rest) == b""
+    assert worker.status(job_id).end_reason is EndReason.STOPPED
+
+
+def test_timeout_goes_on_from_the_start_of_the_job(house: _House) -> None:
+    """Although no worker was there when it was over."""
+    worker = house.open()
+    job_id = worker.start("sleep", ["infinity"], ending=Ending(timeout=0.2, grace=0))
+    house.leave()
+    worker = house.open()
+    job = worker.wait(job_id, GUARD_S)
+    assert (job.status, job.end_reason) == (Status.STOPPED, EndReason.TIMED_OUT)
+
+
+def test_grace_of_a_stop_goes_on(house: _House) -> None:
+    """A job that ignores SIGTERM is killed, and was stopped for the reason that was given."""
+    worker = house.open()
+    script = "trap 'echo; echo term' TERM; echo ready; while :; do sleep 0.1; done"
+    job_id = worker.start("sh", ["-c", script])
+    await_output(worker, job_id, b"ready\n")
+
+    def stop() -> None:
+        with contextlib.suppress(WorkerClosedError):
+            worker.stop(job_id, reason="r", grace=0.5)
+
+    stops = threading.Thread(target=stop)
+    stops.start()
+    await_output(worker, job_id, b"\nterm\n")
+    house.leave()
+    stops.join(GUARD_S)
+    worker = house.open()
+    ended = worker.wait(job_id, GUARD_S)
+    assert (ended.end_reason, ended.stop_reason) == (EndReason.STOPPED, "r")
+
+
+def test_when_the_window_is_over_the_next_worker_knows_how_each_job_ended(
+    house: _House, tmp_path: Path
+) -> None:
+    """Killed jobs are CLOSED; one that had ended before has its own end."""
+    worker = house.open(window_s=0.01)
+    waits = _wait_on(tmp_path / "fifo")
+    killed = worker.start("sh", ["-c", f"echo out; {waits}"])
+    await_output(worker, killed, b"out\n")
+    house.leave()
+    for pid in house.fork_servers:
+        os.waitpid(pid, 0)
+    house.fork_servers.clear()
+    worker = house.open()
+    job = worker.wait(killed, GUARD_S)
+    assert (job.status, job.end_reason) == (Status.STOPPED, EndReason.CLOSED)
+    assert b"".join(worker.stream(killed)) == b"out\n"
+
+
+def test_fork_server_that_was_killed_too_leaves_lost_jobs(house: _House) -> None:
+    """Nobody knows how they ended. Their output is there."""
+    worker = house.open()
+    job_id = worker.start("sh", ["-c", "echo out; exec sleep infinity"])
+    await_output(worker, job_id, b"out\n")
+    house.leave()
+    for pid in house.fork_servers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    house.fork_servers.clear()
+    worker = house.open()
+    job = worker.wait(job_id, GUARD_S)
+    assert (job.status, job.end_reason) == (Status.FINISHED, EndReason.LOST)
+    assert b"".join(worker.stream(job_id)) == b"out\n"
+
+
+def test_budget_and_end_of_a_job_are_those_that_the_next_worker_gives(house: _House) -> None:
+    """What is stored counts; the function is called once, before the end is known."""
+    from budget import Budget
+
+    worker = house.open()
+    job_id = worker.start("sh", ["-c", "echo out; exec sleep infinity"], owner="alice")
+    await_output(worker, job_id, b"out\n")
+    house.leave()
+    worker = house.open(resumes=False)
+    budget, ended, seen = Budget(100, "a ceiling"), [], []
+
+    def terms(job: Job) -> tuple[Budget, Callable[[], None]]:
+        seen.append((job.job_id, job.owner))
+        return budget, lambda: ended.append(worker.status(job_id).status)
+
+    worker.resume(terms)
+    assert (seen, budget.used, ended) == ([(job_id, "alice")], 4, [])
+    worker.stop(job_id)
+    assert ended == [Status.RUNNING]
+
+
+def test_worker_without_a_window_takes_over_too_and_ends_the_jobs_with_itself(
+    house: _House,
+) -> None:
+    """So an operator can give up the window without losing a job at that moment."""
+    worker = house.open()
+    job_id = worker.start("sleep", ["infinity"])
+    worker = house.again(window_s=0)
+    assert worker.status(job_id).status is Status.RUNNING
+    worker.close()
+    assert house.store is not None
+    house.store.close()
+    worker = house.open()
+    assert worker.status(job_id).end_reason is EndReason.CLOSED
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(house: _House, tmp_path: Path) -> None:
+    """The error says what to do; the former settings can take over afterwards."""
+    worker = house.open()
+    job_id = worker.start("sleep", ["infinity"])
+    house.leave()
+    error = pytest.raises(TakeoverError, match="start with the former settings, or end these jobs")
+    with Store(tmp_path / "store") as store, error:
+        Worker(
+            enforcement=house.enforcement,
+            store=store,
+            output_dir=tmp_path / "output",
+            tmp_dir=tmp_path / "elsewhere",
+            restart_dir=tmp_path / "restart",
+        )
+    worker = house.open()
+    assert worker.status(job_id).status is Status.RUNNING
+
+
+def test_tmpdir_of_a_job_stays_until_the_job_has_ended(house: _House, tmp_path: Path) -> None:
+    """The next worker removes those of jobs that it does not know."""
+    worker = house.open()
+    waits = _wait_on(tmp_path / "fifo")
+    script = f"echo x >$TMPDIR/file; echo ready; {waits}; cat $TMPDIR/file"
+    job_id = worker.start("sh", ["-c", script])
+    await_output(worker, job_id, b"ready\n")
+    worker = house.again()
+    (tmp_path / "fifo").write_text("\n")
+    worker.wait(job_id, GUARD_S)
+    assert b"".join(worker.stream(job_id)) == b"ready\nx\n"
+    assert not (tmp_path / "tmp" / job_id).exists()
+
+
+_KILLED = """
+import os, sys, time
+from store import Store
+from worker import Worker
+d, enforcement = sys.argv[1:]
+worker = Worker(
+    enforcement=enforcement, store=Store(d + "/store"), output_dir=d + "/output",
+    tmp_dir=d + "/tmp", restart_dir=d + "/restart", restart_window=1e6,
+)
+worker.resume()
+script = "i=0; while [ $i -lt 30000 ]; do echo $i; i=$((i+1)); done; exit 9"
+print(worker.start("sh", ["-c", script]), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed_after", [0, 1000, 60_000])
+def test_killed_process_loses_no_byte_and_no_end(
+    house: _House, tmp_path: Path, killed_after: int
+) -> None:
+    """SIGKILL at any moment: the next worker has every byte once."""
+    command = [sys.executable, "-c", _KILLED, str(tmp_path), house.enforcement]
+    with subprocess.Popen(
+        command, cwd=_HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        job_id = process.stdout.readline().strip()
+        output = tmp_path / "output" / f"{job_id}.out"
+        while output.stat().st_size < killed_after:
+            pass
+        process.kill()
+    worker = house.open()
+    job = worker.wait(job_id, GUARD_S)
+    assert (job.end_reason, job.exit_code) == (EndReason.EXITED, 9)
+    expected = "".join(f"{i}\n" for i in range(30000)).encode()
+    assert b"".join(worker.stream(job_id)) == expected
