@@ -27,6 +27,7 @@ from invite import Invitation, invite
 from serverfiles import check_files, config_in_force
 from serveroptions import add_options
 from settings import Settings, SettingsError
+from store import back_up
 from useradmin import UsersFile, add_user, ask, new_password
 from users import Role
 from version import VERSION
@@ -269,6 +270,19 @@ def _run_reload(call: Call) -> int:
     return 0
 
 
+# --- backup -----------------------------------------------------------------------------------
+
+
+def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="is replaced if it exists")
+
+
+def _run_backup(call: Call) -> int:
+    back_up(call.settings.state_dir / "store", call.arguments.file)
+    print(f"{call.arguments.file} has the store; docs/security.md says what else to keep")
+    return 0
+
+
 _COMMANDS: Final = {
     "config": _Command(
         "print every setting in force, and where its value comes from",
@@ -296,6 +310,16 @@ _COMMANDS: Final = {
         "Example: server --state-dir /var/lib/job-worker reload",
         _add_nothing,
         _run_reload,
+    ),
+    "backup": _Command(
+        "copy the store (jobs, uids, revoked tokens) to a file, also while the server runs",
+        "Write the store of --state-dir to FILE, as it is at one moment. The output of jobs, the\n"
+        "token key and the users are files of their own. To restore it, stop the server and put\n"
+        "FILE in the place of STATE/store/store.db: docs/security.md, Backup.\n"
+        "\n"
+        "  server --state-dir /var/lib/job-worker backup /var/backups/job-worker.db",
+        _add_backup_arguments,
+        _run_backup,
     ),
     "invite": _Command(
         "make a user, a client certificate, and a bundle of all that the user needs",

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Values = Sequence[Any] | Mapping[str, Any]
 
-__all__ = ["NAME", "Store", "reading"]
+__all__ = ["NAME", "Store", "back_up", "reading"]
 
 NAME = "store.db"
 """The name of the database in the store's directory."""
@@ -146,7 +146,7 @@ class Store:
             connection.execute("INSERT INTO facts VALUES ('instance_id', ?)", (str(uuid.uuid4()),))
         new.rename(path)
         path.with_name(_MADE).touch(0o600)
-        _sync_directory(path.parent)
+        _sync(path.parent)
 
     def _open(self, path: Path) -> sqlite3.Connection:
         """Open, check and migrate a database that exists."""
@@ -283,6 +283,27 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[sqlite3.Connection]:
             yield connection
 
 
+def back_up(directory: str | os.PathLike[str], target: Path) -> None:
+    """Copy the database to the file `target`, also while another process has the store.
+
+    The copy is the database of one moment, with mode 0600. `target` is replaced when the copy is
+    whole and on the disk. Not for the process that has the `Store`. Raises `StoreError`.
+    """
+    new = target.with_name(f".{target.name}.new")
+    with reading(directory) as source, _explained(target):
+        new.unlink(missing_ok=True)
+        os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            with contextlib.closing(sqlite3.connect(new)) as copy:
+                source.backup(copy)
+            _sync(new)
+            new.replace(target)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        _sync(target.absolute().parent)
+
+
 def _connect(path: str) -> sqlite3.Connection:
     # No implicit transactions. Our lock takes the place of the check for the thread.
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -368,9 +389,9 @@ def _lock_directory(path: Path) -> int:
     return fd
 
 
-def _sync_directory(path: Path) -> None:
-    """Make the name of a new file survive a power loss."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -126,7 +126,7 @@ _MODULES = {
         "invite": "bundle certcheck settings units useradmin users",
         "configreport": "serveroptions settings",
         "servercommands": "adminsocket configreport hostcheck invite serverfiles serveroptions "
-        "serverstatus settings useradmin users version",
+        "serverstatus settings store useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups errors limits worker",
         "serverlog": "",

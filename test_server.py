@@ -904,6 +904,37 @@ def test_job_that_ran_when_the_server_was_killed_is_lost_and_is_not_run_again(
         program.end(signal.SIGTERM)
 
 
+def test_backup_of_a_running_server_is_restored_elsewhere(
+    start_server: StartServer, connect: Connect, make_state: Callable[[], Path], tmp_path: Path
+) -> None:
+    """As docs/security.md says: jobs are back, with the output if that was copied, too."""
+    state = make_state()
+    program = start_server(state=state)
+    client = connect("user", program.address)
+    first, second = (run_job(client, "echo", [word]) for word in ("first", "second"))
+    backup = tmp_path / "job-worker.db"
+    run = _run_server("--state-dir", state, "backup", backup)
+    assert (run.returncode, run.stderr) == (0, "")
+    client.remove(run_job(client, "true"))  # after the backup
+    program.end(signal.SIGTERM)
+    restored = make_state()
+    (restored / "store").mkdir(0o700)
+    shutil.copy(backup, restored / "store" / "store.db")
+    (restored / "output").mkdir(0o700)
+    shutil.copy(state / "output" / f"{first}.out", restored / "output")
+    program = start_server(state=restored)
+    client = connect("user", program.address)
+    assert [job.job_id for job in client.list()] == [first, second]
+    assert b"".join(client.stream(first)) == b"first\n"
+    with pytest.raises(ClientError, match="7 bytes of output were not kept: the file of the outp"):
+        list(client.stream(second))
+    client.remove(second)
+    _assert_one_line(
+        _run_server("--state-dir", tmp_path / "none", "backup", backup),
+        "none/store/store.db is missing; was the right state directory named?",
+    )
+
+
 # --- secrets ----------------------------------------------------------------------------
 
 

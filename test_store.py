@@ -17,7 +17,7 @@ import pytest
 
 import store as store_module
 from errors import StoreError
-from store import NAME, Store, reading
+from store import NAME, Store, back_up, reading
 from testkit import GUARD_S, NOBODY, descriptors_of, small_file_system
 
 _HERE = Path(__file__).resolve().parent
@@ -243,6 +243,61 @@ def test_store_can_be_read_while_it_is_written(directory: Path) -> None:
             assert connection.execute("SELECT count(*) FROM uids").fetchone() == (1,)
     with pytest.raises(StoreError, match="is missing; was the right state directory"):
         reading(directory / "none").__enter__()
+
+
+def test_backup_of_a_store_that_is_written_is_one_moment_of_it(
+    directory: Path, tmp_path: Path
+) -> None:
+    """It is private, replaces an older one at once, and can be opened where it is restored."""
+    target = tmp_path / "backup.db"
+    target.write_text("an older one")
+    done = threading.Event()
+    with Store(directory) as store:
+        _add(store, "first", 1_000_000)
+
+        def write() -> None:
+            for i in range(0, 1_000_000, 2):
+                pair = [(f"user{i}", i), (f"user{i + 1}", i + 1)]
+                store.write([("INSERT INTO uids VALUES (?, ?)", pair)])
+                if done.is_set():
+                    return
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        # In another process, as closing the file in this one would release the store's locks.
+        program = (
+            "import sys, pathlib, store; store.back_up(sys.argv[1], pathlib.Path(sys.argv[2]))"
+        )
+        run = [sys.executable, "-c", program, str(directory), str(target)]
+        for number in range(3):
+            subprocess.run(run, cwd=_HERE, check=True, timeout=GUARD_S)
+            restored = tmp_path / f"restored{number}"
+            restored.mkdir(0o700)
+            shutil.copy(target, restored / NAME)
+            with Store(restored) as copy:
+                names = _names(copy)
+                assert copy.instance_id == store.instance_id
+            assert "first" in names
+            assert len(names) % 2 == 1
+        done.set()
+        writer.join(GUARD_S)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".new"] == []
+
+
+def test_backup_that_fails_leaves_the_older_one(directory: Path, tmp_path: Path) -> None:
+    """The error names the file."""
+    with Store(directory) as store:
+        store.write([("INSERT INTO uids VALUES (?, ?)", [(f"{i}", i) for i in range(10_000)])])
+    with small_file_system("64k") as disk:
+        (disk / "backup.db").write_text("an older one")
+        with pytest.raises(StoreError, match=r"backup.db cannot grow: the disk is full"):
+            back_up(directory, disk / "backup.db")
+        assert [(path.name, path.read_text()) for path in disk.iterdir()] == [
+            ("backup.db", "an older one")
+        ]
+    with pytest.raises(StoreError, match=r"none/backup.db: No such file or directory"):
+        back_up(directory, tmp_path / "none" / "backup.db")
 
 
 # --- damage -----------------------------------------------------------------------------------
