@@ -143,13 +143,14 @@ def serve(server: Servable, manager: ServiceManager) -> int:
         number = _next_signal(min(left_s, manager.interval_s or left_s))
         if number in _ENDS:
             break
+        if manager.interval_s is not None:
+            # Also after a signal: each begins the interval anew. `in_use` takes locks of the
+            # server. If one of them is never released, this thread hangs, and the manager
+            # restarts the server.
+            manager.tell("WATCHDOG=1", f"STATUS={server.in_use()}")
         if number == signal.SIGHUP:
             logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
             reloader.request()
-        elif number is None and manager.interval_s is not None:
-            # `in_use` takes locks of the server. If one of them is never released, this thread
-            # hangs, and the manager restarts the server.
-            manager.tell("WATCHDOG=1", f"STATUS={server.in_use()}")
     if is_broken:
         logger.critical(
             "the fork server has died: its jobs end as lost and none can start; ending with status "

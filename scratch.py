@@ -24,6 +24,7 @@ import fcntl
 import logging
 import os
 import select
+import stat
 import tempfile
 import threading
 import time
@@ -206,7 +207,10 @@ def _open_directory(path: Path, mode: int) -> int:
     path.mkdir(mode=mode, parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fchmod(fd, mode)
+        # After a first run the directory may belong to another user, the one that the process has
+        # become. Its mode is right then, and to change it would need CAP_FOWNER.
+        if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+            os.fchmod(fd, mode)
     except BaseException:
         os.close(fd)
         raise

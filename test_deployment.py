@@ -240,10 +240,11 @@ def _rights(unit: dict[str, list[str]], cgroup: Path, *, without: str = "") -> t
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
-    """A state directory like one that systemd makes."""
-    path = tmp_path / "state"
-    path.mkdir(0o700)
+def state(public: Path, unit: dict[str, list[str]]) -> Path:
+    """A state directory like the one that systemd makes: jobs can get to their homes in it."""
+    path = public / "state"
+    path.mkdir()
+    path.chmod(int(unit["StateDirectoryMode"][0], 8))
     return path
 
 
