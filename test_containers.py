@@ -118,8 +118,10 @@ def settings(certs: Path, public: Path) -> Path:
     for name in ("server.pem", "server-key.pem", "client-ca.pem"):
         (public / "certs" / name).write_bytes((certs / name).read_bytes())
         (public / "certs" / name).chmod(0o600)
-    command = [sys.executable, _HERE / "server.py", "--users", public / "users", "user", "add", "a"]
-    subprocess.run(command, input=b"secret\n", check=True, capture_output=True)
+    command = [sys.executable, str(_HERE / "server.py"), "--users", str(public / "users")]
+    subprocess.run(
+        [*command, "user", "add", "a"], input=b"secret\n", check=True, capture_output=True
+    )
     return public
 
 
