@@ -263,7 +263,8 @@ def _add_stream(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-retry",
         action="store_true",
-        help="end when the connection is lost; default: connect again and continue at that byte",
+        help="end when the connection is lost, as --retry-for 0; default: connect again and "
+        "continue at that byte",
     )
 
 
@@ -289,6 +290,14 @@ def _add_connection(parser: Parser, *, with_token: bool) -> None:
         metavar="DIR",
         help="the directory of client.pem, client-key.pem and server-ca.pem (default: "
         f"JOBWORKER_CERTS, that of the profile, or {DEFAULT_CERTS})".replace("%", "%%"),
+    )
+    add(
+        "--retry-for",
+        type=_time,
+        metavar="TIME",
+        help="how long to try a server that cannot be reached, like 10m; 0: not at all (default: "
+        "5m for output, input and waiting, 30s for other calls; 15s if it was not reached before, "
+        "but list, login and logout fail at once then)",
     )
     add("--cert", metavar="FILE", help="another client certificate")
     add("--key", metavar="FILE", help="another client key")

@@ -18,6 +18,7 @@ import sys
 
 from cli import EXIT_UNKNOWN, hide_secrets, parse, printable
 from connection import Client, ClientError, check_address
+from retrying import CONNECT_S
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ __all__ = ["Client", "ClientError", "main"]
 _EXIT_ERROR = 1
 _EXIT_SIGINT = 128 + 2  # like a shell
 _EXIT_SIGPIPE = 128 + 13
+
+# These subcommands stand in scripts. So they wait for a server that is just being restarted, even
+# if they have not reached it before. Others are typed by people, who want to know at once.
+_PATIENT = {"run", "start", "stop", "signal", "status", "stream", "wait", "remove", "send"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,10 +90,12 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
 
         return import_command(arguments)
     from commands import COMMANDS  # here because --help needs neither
-    from credentials import find_token, warnings_before_expiry
+    from credentials import find_token, keep_newer, warnings_before_expiry
 
     check_address(arguments.server)
     token = "" if arguments.subcommand == "login" else find_token(arguments)
+    retry_for = 0.0 if getattr(arguments, "no_retry", False) else arguments.retry_for
+    connect_for = CONNECT_S if arguments.subcommand in _PATIENT else 0.0
     with Client(
         arguments.server,
         certs=arguments.certs,
@@ -96,6 +103,10 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
         key=arguments.key,
         ca=arguments.ca,
         token=token,
+        retry_for=retry_for,
+        connect_for=connect_for if retry_for is None else retry_for,
+        on_wait=_tell_wait,
+        on_new_token=keep_newer(arguments),
     ) as client:
         if own_process:
             gc.freeze()
@@ -108,6 +119,12 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
             from hints import explain
 
             raise ClientError(explain(error, client, arguments), error.code) from error
+
+
+def _tell_wait(error: ClientError) -> None:
+    """Tell somebody at a terminal why nothing happens. A script gets the error at the end."""
+    if sys.stderr.isatty():
+        print(f"client: {printable(str(error))}; trying again, Ctrl-C ends this", file=sys.stderr)
 
 
 def _prepare_streams() -> None:

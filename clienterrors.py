@@ -24,7 +24,8 @@ class ClientError(Exception):
 
     Attributes: `code`, the name of the gRPC status ("NOT_FOUND"), "" if no call was made;
     `retry_after_s`, the seconds after which the server asks to try again, or None;
-    `is_open`, whether the server may have done what it was asked for, although no answer came.
+    `is_open`, whether the server may have done what it was asked for, although no answer came;
+    `may_pass`, whether the server was not reached, or is going down, and may be back soon.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class ClientError(Exception):
         retry_after_s: int | None = None,
         *,
         is_open: bool = False,
+        may_pass: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after_s = retry_after_s
         self.is_open = is_open
+        self.may_pass = may_pass
 
 
 _CLOSED = (
@@ -50,6 +53,10 @@ _SILENT = (
     "{server} does not answer any more: the network is interrupted, or the server hangs; try "
     "again later"
 )
+_REFUSED = "no server listens on {server}; start the server, or see --server"
+_UNREACHED = "cannot connect to {server}; check that the server runs and can be reached from here"
+_GOING_DOWN = "{server} is shutting down"
+_IS_GOING_DOWN = "the server is shutting down"  # in its own words
 _CERTIFICATE = "the certificate of the server at {server} "
 _UNTRUSTED = (
     f"{_CERTIFICATE}was not signed by your server CA, or is not for servers; name the CA of that "
@@ -59,12 +66,14 @@ _OTHER_HOST = (
     f"{_CERTIFICATE}is not for that host name; see --server, and certs/generate.sh --hosts"
 )
 _UNRESOLVED = "the host name in {server} cannot be resolved; see --server"
-# Parts of gRPC's texts for a call that did not reach the server.
-_NEVER_CONNECTED = ("failed to connect", "resol")
+# What may be over soon: a server that restarts, or a network that is interrupted.
+_PASSING = {_CLOSED, _SILENT, _REFUSED, _UNREACHED, _UNRESOLVED, _GOING_DOWN, _IS_GOING_DOWN}
+# Parts of the texts for a call that did not reach the server, or that the server has not served.
+_NOT_SERVED = ("failed to connect", "resol", _IS_GOING_DOWN)
 # A part of gRPC's text for a failed connection, and its meaning. A server that rejects the client's
 # certificate just closes the connection.
 _CONNECTION_FAILURES = (
-    ("Connection refused", "no server listens on {server}; start the server, or see --server"),
+    ("Connection refused", _REFUSED),
     (
         "certificate is not yet valid",
         f"{_CERTIFICATE}is not valid yet; check the clock of this machine, and that of the server",
@@ -79,7 +88,8 @@ _CONNECTION_FAILURES = (
     ("errors resolving", _UNRESOLVED),
     ("DNS resolution failed", _UNRESOLVED),
     ("ame resolution", _UNRESOLVED),
-    ("Cancelling all calls", "{server} is shutting down"),
+    ("Cancelling all calls", _GOING_DOWN),
+    (_IS_GOING_DOWN, _IS_GOING_DOWN),
     ("ping timeout", _SILENT),
     ("keepalive", _SILENT),
     ("timed out", _SILENT),
@@ -88,10 +98,7 @@ _CONNECTION_FAILURES = (
     ("ocket closed", _CLOSED),
     ("Connection reset", _CLOSED),
     ("roken pipe", _CLOSED),
-    (
-        "failed to connect to all addresses",
-        "cannot connect to {server}; check that the server runs and can be reached from here",
-    ),
+    ("failed to connect to all addresses", _UNREACHED),
     ("Stream removed", _CLOSED),
     ("GOAWAY", _CLOSED),
     ("recvmsg", _CLOSED),
@@ -104,13 +111,18 @@ def explain(server: str, error: grpc.RpcError) -> ClientError:
     """Translate gRPC's error for the user."""
     code, details = error.code().name, " ".join((error.details() or "").split())
     if code in {"UNAVAILABLE", "CANCELLED"}:
-        is_open = not any(sign in details for sign in _NEVER_CONNECTED)
+        is_open = not any(sign in details for sign in _NOT_SERVED)
         for sign, meaning in _CONNECTION_FAILURES:
             if sign in details:
-                return ClientError(meaning.format(server=server), code, is_open=is_open)
+                return ClientError(
+                    meaning.format(server=server),
+                    code,
+                    is_open=is_open,
+                    may_pass=meaning in _PASSING,
+                )
     if code == "CANCELLED" and details in {"", code}:
         message = f"{server} ended the call without an answer, perhaps to shut down; try it again"
-        return ClientError(message, code, is_open=True)
+        return ClientError(message, code, is_open=True, may_pass=True)
     if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
         message = f"{server} did not answer within {CALL_TIMEOUT_S:g} s; try it again"
         return ClientError(message, code, is_open=True)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
+# What happens to the connection is no part of a job's output; a restart of the server takes less.
+_TELL_LOSS_AFTER_S = 5.0
 _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 
@@ -102,7 +104,7 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
             stdin.send_meanwhile(client, job_id, _warn)
         elif stdin.has_data():
             _warn("stdin is not sent to the job; use run -i to send it")
-        chunks = client.stream(job_id, on_lost=tell_loss)
+        chunks = client.stream(job_id, on_lost=tell_loss, on_lost_after=_TELL_LOSS_AFTER_S)
         try:
             write_all(chunks)
         except ClientError as error:

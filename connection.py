@@ -12,21 +12,22 @@ reads no JOBWORKER_ variable; the command line does both.
 `import grpc` takes 60 ms. The constructor imports it, after it has read the certificates,
 so the command line reports its own mistakes without that delay.
 
-Thread safety: several threads may use one `Client` at once. `login` and `logout` change
-the token for all of them.
+Thread safety: several threads may use one `Client` at once. `login`, `refresh` and `logout` change
+the token for all of them. A thread renews the token while streams are open, see `tokenrenewal.py`.
 
 Source: RFC 6750 (Bearer).
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-import time
 
-from clienterrors import CALL_TIMEOUT_S, ClientError, explain
+from clienterrors import ClientError
 from following import JobEnd, OutputStream
+from link import Link, is_token, token_metadata
+from reopening import Resumption
+from tokenrenewal import Renewal
 from units import parse_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -36,11 +37,10 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from google.protobuf.duration_pb2 import Duration
-    from google.protobuf.message import Message
 
     import workerservice_pb2 as worker_pb
     from certcheck import Certificate
-    from sending import Sending
+    from jobevents import JobEvents
 
 __all__ = [
     "DEFAULT_CERTS",
@@ -48,24 +48,19 @@ __all__ = [
     "Client",
     "ClientError",
     "JobEnd",
-    "JobEvents",
     "OutputStream",
     "check_address",
 ]
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_CERTS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "certs")
-# A token has some 500 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
-_MAX_TOKEN_CHARS = 7_500
 _PAGE_JOBS = 100  # the most that the server sends at once
 _SHOWN_JOBS = 5  # of those that a text can mean
+_FILTER_IDS = 1000  # the most that a filter takes
+_EXCHANGE_TIMEOUT_S = 10.0
 _LEAST_OF_ID = 4  # characters; the server gives no job a name that could be so many of an ID
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 _ID_PART = re.compile(r"[0-9a-f-]{1,36}", re.ASCII | re.IGNORECASE)
-_REPEAT_AFTER_S = (0.1, 1.0)  # the pauses before a start is repeated
-# Before lost input is continued: the first pause, the longest one, and how long to try.
-_FIRST_PAUSE_S, _LAST_PAUSE_S, _GIVE_UP_S = 0.1, 10.0, 300.0
-
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # nobody reaches a job server through a web proxy
     # A job can be silent for hours, so a stream pings the server to notice its death: after 15 s
@@ -81,47 +76,27 @@ _OPTIONS = (
 )
 
 
-class JobEvents:
-    """What happens to jobs: an iterator of the messages `JobEvent`, as it happens.
-
-    First come the jobs that are there, then every change. Each step blocks while nothing happens,
-    and may raise `ClientError`. It ends only with an error, and by `close`.
-
-    One thread iterates; any thread may `close`.
-    """
-
-    def __init__(
-        self, call: Any, rpc_error: type[Exception], explain: Callable[[Any], ClientError]
-    ) -> None:
-        self._call = call
-        self._rpc_error = rpc_error
-        self._explain = explain
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> worker_pb.JobEvent:
-        try:
-            event: worker_pb.JobEvent = next(self._call)
-        except self._rpc_error as error:
-            raise self._explain(error) from error
-        return event
-
-    def close(self) -> None:
-        """End it; idempotent. A thread that waits for an event gets a `ClientError`."""
-        self._call.cancel()
-
-
 class Client:
     """A connection to one server: a context manager, which calls `close`.
 
     `server`: HOST:PORT, or [HOST]:PORT for an IPv6 address. `certs`: the directory of
     `client.pem`, `client-key.pem` and `server-ca.pem`; `cert`, `key` and `ca` name other
     files in their place. `token`: the result of an earlier `login`. `login` also sets the
-    attribute `token`, and `logout` clears it.
+    attribute `token`, and `logout` clears it. A token with less than half of its life left is
+    exchanged for a newer one, as long as its session lasts; `on_new_token` is told the old and the
+    new one.
 
     The first call connects. Every method blocks until the server answers, at most 30 s;
-    `stream` blocks as long as the job runs. All of them raise `ClientError`. The constructor
+    `stream` blocks as long as the job runs. All of them raise `ClientError`.
+
+    A server that does not answer any more may be restarting. So a call that did not reach the
+    server is made again for up to 30 s, and a stream, a watch or an input for up to 5 minutes. A
+    call that broke off is repeated only if that does nothing twice. `retry_for` replaces both
+    times, in seconds; 0 makes each lost connection an error. A server that was never reached is
+    tried for `connect_for` seconds. `on_wait` is called with the error once a call has been tried
+    for 2 s.
+
+    The constructor
     raises it for a wrong address and for files that are missing or unusable. It sets the attribute
     `certificate`: the client certificate, or None where it could not be examined.
 
@@ -138,6 +113,10 @@ class Client:
         key: str | os.PathLike[str] | None = None,
         ca: str | os.PathLike[str] | None = None,
         token: str = "",
+        retry_for: float | None = None,
+        connect_for: float = 0.0,
+        on_wait: Callable[[ClientError], object] | None = None,
+        on_new_token: Callable[[str, str], object] | None = None,
     ) -> None:
         check_address(server)
         paths = (
@@ -161,52 +140,84 @@ class Client:
             raise ClientError(
                 f"{error}; run `make setup`, then ./client, or your program with .venv/bin/python"
             ) from error
-        self._rpc_error = grpc.RpcError
+        import threading  # gRPC has imported it
+
         self._auth_pb = authservice_pb2
         self._worker_pb = workerservice_pb2
         self._server = server
-        self._explain = functools.partial(explain, server)
-        self.token = token
+        self._link = Link(
+            server,
+            grpc.RpcError,
+            Renewal(token, self._exchange, on_new_token),
+            threading.Event(),
+            retry_for=retry_for,
+            connect_for=connect_for,
+            on_wait=on_wait,
+        )
         self._channel = grpc.secure_channel(
             server, grpc.ssl_channel_credentials(*credentials), options=_OPTIONS
         )
         self._auth: Any = authservice_pb2_grpc.AuthServiceStub(self._channel)
         self._worker: Any = workerservice_pb2_grpc.WorkerServiceStub(self._channel)
 
+    @property
+    def token(self) -> str:
+        """The token that the next call uses."""
+        return self._link.renewal.token
+
+    @token.setter
+    def token(self, token: str) -> None:
+        self._link.renewal.token = token
+
     def login(self, username: str, password: str) -> tuple[str, datetime]:
         """Exchange a password for a token; return it and when it expires (UTC)."""
 
         request = self._auth_pb.LoginRequest(username=username, password=password)
-        return self._new_token(self._call(self._auth.Login, request, with_token=False))
+        answer = self._link.call(self._auth.Login, request, with_token=False)
+        self.token, expires_at = self._checked_token(answer, "login")
+        return self.token, expires_at
 
     def refresh(self) -> tuple[str, datetime]:
         """Exchange the token for a new one of the same session; return it and its expiry (UTC).
 
         The new token is used from now on. The old one stays valid until its own expiry.
         """
-        return self._new_token(self._call(self._auth.Refresh, self._auth_pb.RefreshRequest()))
+        answer = self._link.call(self._auth.Refresh, self._auth_pb.RefreshRequest())
+        self.token, expires_at = self._checked_token(answer)
+        return self.token, expires_at
 
-    def _new_token(self, response: Any) -> tuple[str, datetime]:
+    def _exchange(self, token: str) -> str:
+        """Return a newer token of the same session; asks the server once."""
+        request = self._auth_pb.RefreshRequest()
+        try:
+            answer = self._auth.Refresh(
+                request, timeout=_EXCHANGE_TIMEOUT_S, metadata=token_metadata(token)
+            )
+        except self._link.rpc_error as error:
+            raise self._link.explain(error) from error
+        return self._checked_token(answer)[0]
+
+    def _checked_token(self, response: Any, call: str = "refresh") -> tuple[str, datetime]:
         from datetime import UTC
 
         try:
             expires_at = response.expires_at.ToDatetime(UTC)
         except (ValueError, OverflowError):
             expires_at = None
-        if expires_at is None or not _is_token(response.access_token):
+        if expires_at is None or not is_token(response.access_token):
             raise ClientError(
-                f"{self._server} answered with something that is not a token, or does not expire "
-                "on a date; is it a job-worker server?"
+                f"{self._server} answered the {call} with something that is not a token, or does "
+                "not expire on a date; is it a job-worker server?"
             )
-        self.token = response.access_token
-        return self.token, expires_at
+        return response.access_token, expires_at
 
     def logout(self) -> None:
         """End the session of the token: the server refuses all its tokens and ends their streams.
 
         A session begins with a login, and goes on with `refresh`.
         """
-        self._call(self._auth.Logout, self._auth_pb.LogoutRequest())
+        request = self._auth_pb.LogoutRequest()
+        self._link.call(self._auth.Logout, request, done_code="UNAUTHENTICATED")
         self.token = ""
 
     def start(  # noqa: PLR0913 -- all but the first are optional
@@ -238,7 +249,7 @@ class Client:
         `limits`: fields of the message Limits, like `memory_bytes=1 << 30`. The server's
         default applies to a field that is absent or None. `request_id`: a UUID; default: a new
         one. A second start with the same UUID starts nothing and returns the first one's job. So
-        if the connection breaks before the answer, this method repeats the start. `stdin`: the
+        if the connection breaks before the answer, the start is repeated. `stdin`: the
         job's stdin is a pipe and not /dev/null; see `write_input`.
         """
         import uuid
@@ -258,17 +269,7 @@ class Client:
         for field, value in (("timeout", timeout), ("grace", grace), ("linger", linger)):
             if value is not None:
                 _set(getattr(request, field), value)
-        for pause_s in _REPEAT_AFTER_S:
-            try:
-                return self._start(request)
-            except ClientError as error:
-                if not error.is_open or error.code != "UNAVAILABLE":
-                    raise
-            time.sleep(pause_s)
-        return self._start(request)
-
-    def _start(self, request: worker_pb.StartJobRequest) -> str:
-        job_id: str = self._call(self._worker.StartJob, request).job_id
+        job_id: str = self._link.call(self._worker.StartJob, request).job_id
         return job_id
 
     def stop(self, job_id: str, *, grace: float = 0) -> worker_pb.Job:
@@ -279,24 +280,25 @@ class Client:
         request = self._worker_pb.StopJobRequest(job_id=job_id)
         if grace:
             _set(request.grace, grace)
-        job: worker_pb.Job = self._call(self._worker.StopJob, request, more_s=grace).job
+        job: worker_pb.Job = self._link.call(self._worker.StopJob, request, more_s=grace).job
         return job
 
     def signal(self, job_id: str, signal: str | int, *, everything: bool = False) -> None:
         """Send a signal, like "HUP", "SIGHUP" or 1, to the job's leader, or to every process."""
         text = signal if isinstance(signal, str) else str(int(signal))  # a Signals is an int
         request = self._worker_pb.SignalJobRequest(job_id=job_id, signal=text, all=everything)
-        self._call(self._worker.SignalJob, request)
+        self._link.call(self._worker.SignalJob, request, is_repeatable=False)
 
     def status(self, job_id: str) -> worker_pb.Job:
         """Return the current state of the job."""
         request = self._worker_pb.GetJobStatusRequest(job_id=job_id)
-        job: worker_pb.Job = self._call(self._worker.GetJobStatus, request).job
+        job: worker_pb.Job = self._link.call(self._worker.GetJobStatus, request).job
         return job
 
     def remove(self, job_id: str) -> None:
         """Forget a finished job and delete its output; open streams still receive all of it."""
-        self._call(self._worker.RemoveJob, self._worker_pb.RemoveJobRequest(job_id=job_id))
+        request = self._worker_pb.RemoveJobRequest(job_id=job_id)
+        self._link.call(self._worker.RemoveJob, request, done_code="NOT_FOUND")
 
     def list(
         self,
@@ -319,7 +321,7 @@ class Client:
         )
         while limit is None or len(jobs) < limit:
             request.page_size = 0 if limit is None else min(limit - len(jobs), _PAGE_JOBS)
-            page = self._call(self._worker.ListJobs, request)
+            page = self._link.call(self._worker.ListJobs, request)
             jobs += page.jobs
             if not page.next_page_token:
                 break
@@ -332,9 +334,19 @@ class Client:
         After `timeout_s` it ends with a `ClientError` of the code DEADLINE_EXCEEDED. The server
         tells that a whole ID of `job_ids` belongs to no job: an event REMOVED with nothing else.
         """
+        from jobevents import JobEvents
+
         request = self._worker_pb.WatchJobsRequest(filter=self._filter(**conditions))
-        call = self._worker.WatchJobs(request, metadata=self._metadata(), timeout=timeout_s)
-        return JobEvents(call, self._rpc_error, self._explain)
+
+        def open_call(metadata: Any, left_s: float | None) -> Any:
+            return self._worker.WatchJobs(request, metadata=metadata, timeout=left_s)
+
+        return JobEvents(self._link, open_call, self._kept, timeout_s)
+
+    def _kept(self, job_ids: Sequence[str]) -> Iterable[worker_pb.Job]:
+        """Return those of the jobs that the server has."""
+        for i in range(0, len(job_ids), _FILTER_IDS):
+            yield from self.list(job_ids=job_ids[i : i + _FILTER_IDS])
 
     def find(self, text: str) -> str:
         """Return the ID of the job that is meant: `text` is an ID, the beginning of one, or a name.
@@ -397,17 +409,18 @@ class Client:
         follow: bool = True,
         timestamps: bool = False,
         on_lost: Callable[[ClientError, int | None], object] | None = None,
+        on_lost_after: float = 0.0,
     ) -> OutputStream:
         """Begin to read the job's output from byte `offset` on; see `OutputStream`.
 
         `tail_lines`: begin no earlier than with so many last lines of the output so far.
         `since_s`: begin no earlier than with what was written so many seconds ago. `follow`: False
         ends with the output so far. `timestamps`: sets `OutputStream.written_at`. `on_lost`: is
-        told of a lost connection, with the error and the offset of the next byte; then the stream
-        continues there. Without `on_lost` a lost connection is an error.
+        told of a lost connection, with the error and the offset of the next byte, where the stream
+        continues, once the connection has been lost for `on_lost_after` seconds.
         """
 
-        def open_call(next_offset: int | None) -> Any:
+        def open_call(metadata: Any, next_offset: int | None) -> Any:
             request = self._worker_pb.StreamOutputRequest(
                 job_id=job_id,
                 offset=offset if next_offset is None else next_offset,
@@ -419,9 +432,9 @@ class Client:
                     request.tail_lines = tail_lines
                 if since_s is not None:
                     _set(request.since, since_s)
-            return self._worker.StreamOutput(request, metadata=self._metadata())
+            return self._worker.StreamOutput(request, metadata=metadata)
 
-        return OutputStream(open_call, self._rpc_error, self._explain, on_lost)
+        return OutputStream(self._link, open_call, on_lost, on_lost_after)
 
     def write_input(self, job_id: str, data: bytes | Iterable[bytes], offset: int = 0) -> None:
         """Send all of `data` to the stdin of a job that was started with `stdin`, and end it.
@@ -433,44 +446,32 @@ class Client:
         """
         from sending import Sending
 
-        sending = Sending(data, offset)
-        lost_s, pause_s, has_broken_off = 0.0, _FIRST_PAUSE_S, False
+        sending, resumption = Sending(data, offset), Resumption(self._link)
+        has_broken_off = False
         while not sending.is_done:
+            messages = sending.messages(self._worker_pb.WriteInputRequest, job_id)
             try:
-                stdin = self._send(job_id, sending)
-            except ClientError as error:
-                is_lost = error.code == "UNAVAILABLE" or error.retry_after_s is not None
+                stdin = self._worker.WriteInput(messages, metadata=resumption.metadata()).stdin
+            except self._link.rpc_error as rpc_error:
+                error = self._link.explain(rpc_error)
                 # The server may have written some more of a call after the connection was lost.
-                is_behind = error.code == "OUT_OF_RANGE" and has_broken_off
-                has_broken_off, lost_s = True, lost_s or time.monotonic()
-                if not (is_lost or is_behind) or time.monotonic() - lost_s > _GIVE_UP_S:
-                    raise
-                time.sleep(error.retry_after_s or pause_s)
-                pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+                error.may_pass |= error.code == "OUT_OF_RANGE" and has_broken_off
+                resumption.recover(error, rpc_error)
+                has_broken_off = True
                 try:
                     stdin = self.status(job_id).stdin
                 except ClientError:
                     continue  # the next call finds out, too
-            lost_s = 0.0
             try:
                 if sending.acknowledge(stdin.bytes, ended=stdin.ended):
-                    pause_s = _FIRST_PAUSE_S
+                    resumption.succeeded()
             except ValueError as error:
                 raise ClientError(f"the input of job {job_id} is not whole: {error}") from error
 
-    def _send(self, job_id: str, sending: Sending) -> worker_pb.Input:
-        """Make one call of WriteInput; return how far the input has come."""
-        messages = sending.messages(self._worker_pb.WriteInputRequest, job_id)
-        try:
-            stdin: worker_pb.Input = self._worker.WriteInput(
-                messages, metadata=self._metadata()
-            ).stdin
-        except self._rpc_error as error:
-            raise self._explain(error) from error
-        return stdin
-
     def close(self) -> None:
         """Disconnect and end the open streams. Idempotent."""
+        self._link.closed.set()
+        self._link.renewal.close()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -480,18 +481,7 @@ class Client:
         self.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        if not _is_token(self.token):  # gRPC would refuse it with an obscure message
-            raise ClientError("this is not a token; log in again, or check -t and JOBWORKER_TOKEN")
-        return (("authorization", f"Bearer {self.token}"),)
-
-    def _call(
-        self, method: Any, request: Message, *, with_token: bool = True, more_s: float = 0
-    ) -> Any:
-        metadata = self._metadata() if with_token else ()
-        try:
-            return method(request, timeout=CALL_TIMEOUT_S + more_s, metadata=metadata)
-        except self._rpc_error as error:
-            raise self._explain(error) from error
+        return self._link.metadata()
 
 
 # Not "make certs": where there is no CA it makes one, which the server does not accept.
@@ -513,10 +503,6 @@ def _set(duration: Duration, seconds: float) -> None:
     # A Duration has no more than some 10,000 years.
     duration.seconds, duration.nanos = int(min(seconds, 1e11)), int(seconds % 1 * 1e9)
     duration.SetInParent()  # or a field of 0 s would be absent
-
-
-def _is_token(text: str) -> bool:
-    return len(text) <= _MAX_TOKEN_CHARS and text.isascii() and text.isprintable()
 
 
 def _read_all(paths: Sequence[str]) -> list[bytes]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -25,10 +24,12 @@ from urllib.parse import quote
 
 from cli import printable
 from connection import ClientError
+from tokentimes import TokenTimes, payload, session_of
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from connection import Client
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "explain_refusal",
     "find_token",
+    "keep_newer",
     "login",
     "login_command",
     "logout",
@@ -47,8 +49,6 @@ __all__ = [
 _DAY_S = 24 * 60 * 60
 _WARN_S = 14 * _DAY_S
 _RFC_3339 = "%Y-%m-%dT%H:%M:%SZ"
-# The time at which a token expires, as the server writes it. `json` takes 3 ms to import.
-_EXPIRY = re.compile(rb'"exp":\s*(\d{1,12})\s*[,}]')
 
 
 # --- the kept token ---------------------------------------------------------------------
@@ -71,12 +71,30 @@ def token_path(arguments: argparse.Namespace) -> Path:
     return Path(state) / "job-worker" / name
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold back other processes that change kept tokens. Raises OSError."""
+    import fcntl
+
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def _keep_token(arguments: argparse.Namespace, token: str) -> None:
     """Write the token to its file. Raises OSError."""
-    import tempfile
-
     path = token_path(arguments)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(path):
+        _write_token(path, token)
+
+
+def _write_token(path: Path, token: str) -> None:
+    import tempfile
+
     # mkstemp creates the file with mode 0600. The rename makes the whole token appear at once.
     fd, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(fd, "w") as file:
@@ -84,12 +102,33 @@ def _keep_token(arguments: argparse.Namespace, token: str) -> None:
     os.replace(temporary, path)
 
 
+def keep_newer(arguments: argparse.Namespace) -> Callable[[str, str], None] | None:
+    """Return what keeps a token that was refreshed; None if the token in use is not the kept one.
+
+    A login or logout by another process counts more: the newer token replaces only one of the same
+    session.
+    """
+    if _given_token(arguments):
+        return None
+
+    def keep(old: str, new: str) -> None:
+        path = token_path(arguments)
+        # The old token works on without the file.
+        with contextlib.suppress(OSError), _locked(path):
+            if session_of(_read_token(arguments)) == session_of(old):
+                _write_token(path, new)
+
+    return keep
+
+
 def _forget_token(arguments: argparse.Namespace, token: str) -> None:
-    """Delete the kept token if it is `token`."""
+    """Delete the kept token if it is `token`, or one of the same session."""
     # An unreadable file keeps no token, and a token that stays is invalid by now.
-    with contextlib.suppress(OSError):
-        if _read_token(arguments) == token:
-            token_path(arguments).unlink()
+    path = token_path(arguments)
+    with contextlib.suppress(OSError), _locked(path):
+        kept = _read_token(arguments)
+        if kept == token or (session_of(kept) or b"-") == session_of(token):
+            path.unlink()
 
 
 def _read_token(arguments: argparse.Namespace) -> str:
@@ -97,9 +136,15 @@ def _read_token(arguments: argparse.Namespace) -> str:
     return token_path(arguments).read_text(encoding="ascii", errors="replace")
 
 
+def _given_token(arguments: argparse.Namespace) -> str:
+    """Return the token of the command line or of the environment; empty if there is none."""
+    given = getattr(arguments, "token", None) or os.environ.get("JOBWORKER_TOKEN", "")
+    return str(given)
+
+
 def find_token(arguments: argparse.Namespace) -> str:
     """Return the token given, or that of JOBWORKER_TOKEN, or the kept one. Raises ClientError."""
-    token: str = arguments.token or os.environ.get("JOBWORKER_TOKEN", "")
+    token = _given_token(arguments)
     if not token:
         try:
             token = _read_token(arguments)
@@ -124,42 +169,35 @@ def _read_claims(token: str) -> dict[str, Any]:
     import json
 
     try:
-        claims = json.loads(_payload(token))
+        claims = json.loads(payload(token))
     except ValueError:
         return {}
     return claims if isinstance(claims, dict) else {}
 
 
-def _payload(token: str) -> bytes:
-    """Return the JSON in the middle of the token. Raises ValueError."""
-    import binascii
-
-    text = token.split(".")[1] if token.count(".") == 2 else ""  # noqa: PLR2004
-    text = text.replace("-", "+").replace("_", "/")
-    return binascii.a2b_base64(text + "=" * (-len(text) % 4))
-
-
-def _expiry(token: str) -> int | None:
-    """Return when the token expires, in seconds since 1970; None if it does not say."""
-    try:
-        match = _EXPIRY.search(_payload(token))
-    except ValueError:
-        return None
-    return int(match[1]) if match else None
-
-
 def warnings_before_expiry(client: Client, arguments: argparse.Namespace) -> list[str]:
-    """Return a line for the token and one for the certificate if they expire within 14 days."""
-    renew = "ask the server's operator for a new one"
-    certificate_end = client.certificate.expires_at if client.certificate else None
-    return [
-        f"your {what} expires {_describe(end)}; {remedy}"
-        for what, end, remedy in (
-            ("token", _expiry(client.token), f"run: {login_command(arguments)}"),
-            ("client certificate", certificate_end, renew),
+    """Return a line for the token and one for the certificate if they expire within 14 days.
+
+    For a token that is refreshed by itself, the end of its session counts; of a session shorter
+    than that, the second half.
+    """
+    lines = []
+    times = TokenTimes.read(client.token)
+    if times is not None:
+        what = "session ends" if times.can_be_refreshed else "token expires"
+        life_s = times.session_expires_at - times.session_began_at
+        if 0 < times.session_expires_at - time.time() <= min(_WARN_S, life_s / 2):
+            lines.append(
+                f"your {what} {_describe(times.session_expires_at)}; run: "
+                f"{login_command(arguments)}"
+            )
+    end = client.certificate.expires_at if client.certificate else None
+    if end is not None and 0 < end - time.time() <= _WARN_S:
+        lines.append(
+            f"your client certificate expires {_describe(end)}; ask the server's operator for a "
+            "new one"
         )
-        if end is not None and 0 < end - time.time() <= _WARN_S
-    ]
+    return lines
 
 
 def _describe(expires_at: int) -> str:
@@ -171,10 +209,11 @@ def _describe(expires_at: int) -> str:
 
 def explain_refusal(client: Client, arguments: argparse.Namespace) -> str:
     """Say why the server may have refused the token, as far as the token tells, and what to do."""
-    expires_at, certificate = _expiry(client.token), client.certificate
+    times, certificate = TokenTimes.read(client.token), client.certificate
     reason = ""
-    if expires_at is not None and expires_at <= time.time():
-        reason = f"your token expired {time.strftime('%Y-%m-%d', time.gmtime(expires_at))}; "
+    if times is not None and times.expires_at <= time.time():
+        moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(times.expires_at))
+        reason = f"your token expired {moment}; "
     elif certificate and _is_for_another(client.token, certificate.der):
         reason = "your token belongs to another client certificate than the one in use; "
     return f"{reason}run: {login_command(arguments)}"
@@ -255,23 +294,27 @@ def whoami(client: Client, arguments: argparse.Namespace) -> None:
     claims = _read_claims(client.token)
     if not claims.get("sub"):
         raise ClientError(f"this is not a token of job-worker; run: {login_command(arguments)}")
-    certificate = client.certificate
+    certificate, times = client.certificate, TokenTimes.read(client.token)
     facts: dict[str, Any] = {
         "user": claims["sub"],
         "role": claims.get("role"),
         "server": arguments.server,
         "profile": arguments.profile,
-        "token_expires_at": _expiry(client.token),
+        "token_expires_at": times and times.expires_at,
+        "session_expires_at": times and times.session_expires_at,
         "certificate": arguments.cert or os.path.join(arguments.certs, "client.pem"),
         "certificate_expires_at": certificate and certificate.expires_at,
     }
     if arguments.json:
         from display import print_json
 
-        for name in ("token_expires_at", "certificate_expires_at"):
+        for name in ("token_expires_at", "session_expires_at", "certificate_expires_at"):
             facts[name] = facts[name] and time.strftime(_RFC_3339, time.gmtime(facts[name]))
         print_json(facts)
         return
+    session_end = facts.pop("session_expires_at")
+    if session_end is not None:
+        facts["session"] = f"ends {_describe(session_end)}; until then the token is renewed"
     for name in ("token", "certificate"):
         end = facts.pop(f"{name}_expires_at")
         text = "does not say when it expires" if end is None else f"expires {_describe(end)}"

@@ -1,7 +1,6 @@
 """A job's output as a client reads it, over a connection that may break.
 
-    with_retry = OutputStream(open_call, grpc.RpcError, explain, on_lost=print)
-    for data in with_retry:
+    for data in OutputStream(link, open_call, on_lost=print):
         sys.stdout.buffer.write(data)
 
 `Client.stream` makes it.
@@ -11,9 +10,8 @@ Thread safety: one thread iterates; any thread may `close`.
 
 from __future__ import annotations
 
-import time
-
 from clienterrors import ClientError, whole_number
+from reopening import Resumption
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -22,11 +20,9 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     import workerservice_pb2 as worker_pb
+    from link import Link
 
 __all__ = ["JobEnd", "OutputStream"]
-
-# Before a lost stream is continued: the first pause, the longest one, and how long to try.
-_FIRST_PAUSE_S, _LAST_PAUSE_S, _GIVE_UP_S = 0.1, 10.0, 300.0
 
 
 class JobEnd:
@@ -57,35 +53,31 @@ class OutputStream:
     before the end; None if it kept them. `written_at`: when the last data was written; None if
     this was not asked for, or is not known.
 
-    `open_call`: makes the call, from the beginning (None) or to continue at an offset. `on_lost`:
-    is called with the error and the offset when the connection is lost after the server had
-    accepted the call. Then the call is made again, after longer and longer pauses, for up to five
-    minutes. Without `on_lost` a lost connection is an error like others.
+    After a lost connection the call is made again, after longer and longer pauses, and continues at
+    the next byte.
+
+    `open_call`: makes the call with this metadata, from the beginning (None) or to continue at an
+    offset. `on_lost`: is called with the error and the offset when the connection has been lost
+    for `on_lost_after` seconds.
     """
 
     def __init__(
         self,
-        open_call: Callable[[int | None], Any],
-        rpc_error: type[Exception],
-        explain: Callable[[Any], ClientError],
+        link: Link,
+        open_call: Callable[[Any, int | None], Any],
         on_lost: Callable[[ClientError, int | None], object] | None = None,
+        on_lost_after: float = 0.0,
     ) -> None:
-        import threading  # gRPC has imported it
-
+        self._link = link
         self._open_call = open_call
-        self._rpc_error = rpc_error
-        self._explain = explain
-        self._on_lost = on_lost
-        self._closed = threading.Event()
-        self._was_accepted = False
-        self._lost_s: float | None = None  # since when there is no connection
-        self._pause_s = _FIRST_PAUSE_S
+        tell = None if on_lost is None else lambda error: on_lost(error, self.offset)
+        self._resumption = Resumption(link, tell, on_lost_after)
         self._missing = 0
         self.end: JobEnd | None = None
         self.offset: int | None = None
         self.gap: tuple[int, int] | None = None
         self.written_at: datetime | None = None
-        self._call = open_call(None)
+        self._call = open_call(self._resumption.metadata(), None)
 
     def __iter__(self) -> Self:
         return self
@@ -103,13 +95,12 @@ class OutputStream:
                         f"{self._missing} bytes of output were not kept", "DATA_LOSS"
                     ) from None
                 raise
-            except self._rpc_error as error:
+            except self._link.rpc_error as error:
                 self.gap = gap
                 self._find_end()
-                self._recover(self._explain(error))
+                self._recover(self._link.explain(error))
                 continue
-            self._lost_s = None
-            self._pause_s = _FIRST_PAUSE_S
+            self._resumption.succeeded()
             if message.HasField("gap"):
                 gap = message.gap.offset, message.gap.length
                 self.offset = sum(gap)
@@ -128,40 +119,21 @@ class OutputStream:
 
     def _recover(self, error: ClientError) -> None:
         """Make the call again if its connection was lost; else raise the error."""
-        self._was_accepted = self._was_accepted or any(
-            item.key == "accepted" for item in self._call.initial_metadata() or ()
-        )
-        is_again = self._lost_s is not None
-        if error.code == "NOT_FOUND" and is_again:
+        if error.code == "NOT_FOUND" and self._resumption.is_tried:
             raise ClientError(
                 f"{error}: it was removed, or the server was started anew and has forgotten it",
                 error.code,
             ) from error
-        is_lost = error.code in {"UNAVAILABLE", "CANCELLED"}
-        may_pass = error.retry_after_s is not None and is_again
-        if (
-            self._on_lost is None
-            or self.end is not None
-            or not self._was_accepted
-            or not (is_lost or may_pass)
-            or self._closed.is_set()
-        ):
+        if self.end is not None:
             raise error
-        if self._lost_s is None:
-            self._lost_s = time.monotonic()
-            self._on_lost(error, self.offset)
-        if time.monotonic() - self._lost_s > _GIVE_UP_S:
-            raise error
-        if self._closed.wait(error.retry_after_s or self._pause_s):
-            raise error
-        self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
-        self._call = self._open_call(self.offset)
-        if self._closed.is_set():
+        self._resumption.recover(error, self._call)
+        self._call = self._open_call(self._resumption.metadata(), self.offset)
+        if self._resumption.closed.is_set():
             self._call.cancel()
 
     def close(self) -> None:
         """End the stream; idempotent. A thread that waits for output gets a `ClientError`."""
-        self._closed.set()
+        self._resumption.closed.set()
         self._call.cancel()
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     import workerservice_pb2 as worker_pb
-    from connection import Client, JobEvents
+    from connection import Client
+    from jobevents import JobEvents
 
 __all__ = ["list_jobs"]
 
@@ -290,7 +291,13 @@ class _Screen:
         running = self._conditions | {"statuses": ["RUNNING"]}
         now = time.monotonic()
         before, self._cpu_s = self._cpu_s, {}
-        for job in self._client.list(limit=self._limit, live_usage=True, **running):
+        try:
+            jobs = self._client.list(limit=self._limit, live_usage=True, **running)
+        except ClientError as error:
+            if not error.may_pass:
+                raise
+            return  # the watch tries for longer
+        for job in jobs:
             if job.job_id not in self._jobs:
                 continue  # its event will come
             self._jobs[job.job_id] = job

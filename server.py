@@ -27,6 +27,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, cast
 
 # gRPC has no option for the TLS version (grpc#37305). This suite needs a pre-shared key, which
@@ -237,6 +238,8 @@ class Server:
             revocations=self._revocations,
             running=running,
             store=self._store,
+            token_lifetime=timedelta(seconds=self._settings.token_lifetime),
+            session_lifetime=timedelta(seconds=self._settings.session_lifetime),
         )
         self._audit = undo.enter_context(
             AuditLog(

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import serverlog
 from audit import JOURNAL, STDOUT
-from settings import SERVER, STREAMS_IN_ALL, ConfigFile, Key, Settings
+from settings import LIFETIME, SERVER, STREAMS_IN_ALL, TIME, ConfigFile, Key, Settings
 from trustedfiles import check
+from units import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -159,6 +160,18 @@ OPTIONS: Final[Mapping[str, Option]] = {
         words=(STDOUT, JOURNAL),
     ),
     "audit_required": Option("audit_required", "refuse calls that cannot be recorded", kind=bool),
+    "token_lifetime": Option(
+        "token_lifetime",
+        "how long a token is valid, like 15m; the client refreshes it",
+        "TIME",
+        LIFETIME,
+    ),
+    "session_lifetime": Option(
+        "session_lifetime",
+        "how long after a login its token can be refreshed, like 12h; no token lasts longer",
+        "TIME",
+        LIFETIME,
+    ),
     "metrics": Option(
         "metrics",
         "serve metrics for Prometheus there: HOST:PORT, a loopback address, or unix:PATH "
@@ -194,7 +207,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default = getattr(PROGRAM_DEFAULTS, option.field)
         shown = default is not None and option.kind is not bool
         keywords: dict[str, Any] = {
-            "help": option.help + (f" (default: {default})" if shown else ""),
+            "help": option.help + (f" (default: {_shown(option, default)})" if shown else ""),
             "default": argparse.SUPPRESS,
         }
         if option.kind is bool:
@@ -211,6 +224,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a TOML file with the jobs' limits, the users' quotas and the retention; its table "
         "[server] has the other options of this list, like state_dir for --state-dir",
     )
+
+
+def _shown(option: Option, default: object) -> object:
+    """Return the default as people write it."""
+    is_time = isinstance(option.kind, Key) and option.kind.form == TIME
+    return format_duration(float(str(default))) if is_time else default
 
 
 def settings_in_force(arguments: argparse.Namespace) -> tuple[Settings, dict[str, str]]:

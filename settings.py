@@ -213,6 +213,8 @@ TABLES: Final = {
 
 
 ENVIRONMENT: Final = "environment"  # the table whose keys the operator chooses
+# A token's times are whole seconds, and dates.
+LIFETIME: Final = Key("", TIME, minimum=1, maximum=10 * 365 * 24 * 3600, may_be_unlimited=False)
 SERVER: Final = "server"  # the table of options, which serveroptions.py reads
 
 
@@ -454,6 +456,10 @@ class Settings:
     """None for audit.log in `state_dir`; "stdout" and "journal" stand for themselves."""
     audit_required: bool = False
     """Whether the server refuses a call that it cannot record."""
+    token_lifetime: float = 30 * 24 * 3600
+    """For how many seconds a token is valid; a refreshed one, too."""
+    session_lifetime: float = 30 * 24 * 3600
+    """For how many seconds after the login tokens can be refreshed. No token lasts longer."""
     metrics: str | None = None
     """HOST:PORT of this host, or unix:PATH, on which metrics are served; None for nowhere."""
     health: str = "auto"

@@ -47,10 +47,10 @@ def test_whoami_in_json_has_the_same(cli: ClientProgram, program: ServerProgram)
     facts = json.loads(cli.read("whoami", "--json"))
     assert list(facts) == [
         *("user", "role", "server", "profile"),
-        *("token_expires_at", "certificate", "certificate_expires_at"),
+        *("token_expires_at", "session_expires_at", "certificate", "certificate_expires_at"),
     ]
     assert facts["server"] == program.address
-    for name in ("token_expires_at", "certificate_expires_at"):
+    for name in ("token_expires_at", "session_expires_at", "certificate_expires_at"):
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", facts[name])
 
 
@@ -91,7 +91,8 @@ def test_refused_token_that_has_expired_is_explained(cli: ClientProgram) -> None
     """With the day, and the command that gets a new one."""
     cli.environment["JOBWORKER_TOKEN"] = _token(-_DAY_S)
     assert re.search(
-        r"; your token expired \d{4}-\d\d-\d\d; run: client login -u USER\n$", cli.fail("list")
+        r"; your token expired \d{4}-\d\d-\d\d \d\d:\d\d UTC; run: client login -u USER\n$",
+        cli.fail("list"),
     )
 
 

@@ -121,7 +121,7 @@ _MODULES = {
         "standardservices": "gate grpc_health grpc_reflection settings authservice_pb2 "
         "workerservice_pb2; grpc",
         "settings": "ending environment limits units worker",
-        "serveroptions": "audit serverlog settings trustedfiles",
+        "serveroptions": "audit serverlog settings trustedfiles units",
         "serverfiles": "errors privileges settings tls trustedfiles units users",
         "invite": "bundle certcheck settings units useradmin users",
         "configreport": "serveroptions settings",
@@ -144,18 +144,24 @@ _MODULES = {
     "client": {
         "sending": "",
         "clienterrors": "; grpc",
-        "following": "clienterrors; workerservice_pb2",
+        "tokentimes": "",
+        "tokenrenewal": "clienterrors tokentimes",
+        "retrying": "; clienterrors",
+        "link": "clienterrors retrying; google tokenrenewal",
+        "reopening": "; clienterrors link",
+        "following": "clienterrors reopening; link workerservice_pb2",
+        "jobevents": "reopening workerservice_pb2; clienterrors link",
         "streaming": "cli connection display",
-        "connection": f"certcheck clienterrors following grpc sending units {_AUTH_PB} "
-        f"{_WORKER_PB}; google",
+        "connection": f"certcheck clienterrors following grpc jobevents link reopening "
+        f"sending tokenrenewal units {_AUTH_PB} {_WORKER_PB}; google",
         "profiles": "connection units",
         "importing": "bundle certcheck connection profiles units",
         "selecting": "units; connection",
         "helptexts": "",
         "cli": "connection helptexts profiles selecting units version",
         "waiting": "cli connection display; workerservice_pb2",
-        "listing": "connection display selecting; workerservice_pb2",
-        "credentials": "cli connection display",
+        "listing": "connection display selecting; jobevents workerservice_pb2",
+        "credentials": "cli connection display tokentimes",
         "stdin": "connection",
         "commands": "cli connection credentials display listing selecting stdin streaming "
         "variables waiting; workerservice_pb2",
@@ -163,7 +169,7 @@ _MODULES = {
         "display": "cli units; google workerservice_pb2",
         "completion": "cli connection credentials profiles; workerservice_pb2",
         "hints": "cli credentials units; connection",
-        "client": "cli commands completion connection credentials hints importing",
+        "client": "cli commands completion connection credentials hints importing retrying",
     },
 }
 # Each group, and the groups whose modules it may import beside its own.
@@ -185,6 +191,10 @@ _MAX_FUNCTION_LINES = 60
 _TESTED_WITH = {
     "connection": "client",
     "clienterrors": "client",
+    "link": "reopening",
+    "retrying": "reopening",
+    "jobevents": "reopening",
+    "tokentimes": "tokenrenewal",
     "streaming": "following",
     "lastinggap": "broadcaster",
     "outputerrors": "broadcaster",

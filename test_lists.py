@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from client import Client
-    from connection import JobEvents
+    from jobevents import JobEvents
     from server import Server
 
     Connect = Callable[..., Client]
@@ -136,7 +136,7 @@ def test_list_of_the_newest_jobs_comes_in_pages_too(user: Client) -> None:
     request = worker_pb.ListJobsRequest(newest_first=True, page_size=4)
     pages: list[list[str]] = []
     while True:
-        page = user._call(user._worker.ListJobs, request)
+        page = user._link.call(user._worker.ListJobs, request)
         pages.append([job.job_id for job in page.jobs])
         if not page.next_page_token:
             break
@@ -191,7 +191,7 @@ def test_filter_that_makes_no_sense_is_refused(user: Client, matching: worker_pb
         ),
     )
     for call in calls:
-        with pytest.raises(user._rpc_error) as caught:
+        with pytest.raises(user._link.rpc_error) as caught:
             call()
         error: Any = caught.value
         assert error.code().name == "INVALID_ARGUMENT"

@@ -34,6 +34,8 @@ _VALUES: dict[str, tuple[str, list[str], Any]] = {
     "require_isolation": ("true", [], "require"),
     "audit_log": ('"a.log"', ["{here}/a.log"], "{here}/a.log"),
     "audit_required": ("true", [], True),
+    "token_lifetime": ('"15m"', ["15m"], 900.0),
+    "session_lifetime": ("43200", ["12h"], 43_200),
     "metrics": ('"unix:/run/m"', ["unix:/run/m"], "unix:/run/m"),
     "health": ('"on"', ["on"], "on"),
     "reflection": ('"off"', ["off"], "off"),

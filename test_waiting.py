@@ -131,7 +131,9 @@ def test_wait_that_loses_its_server_exits_with_125(
     program = start_server()
     job_id = connect("user", program.address).start(*_SLEEP)
     done = connect("user", program.address).start("true")
-    with cli.start("wait", "--server", program.address, done, job_id) as process:
+    with cli.start(
+        "wait", "--server", program.address, "--retry-for", "0", done, job_id
+    ) as process:
         assert process.stdout
         process.stdout.readline()
         program.end(signal.SIGKILL)

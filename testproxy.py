@@ -12,10 +12,10 @@ from testkit import GUARD_S
 class Proxy:
     """Passes bytes on between clients and a server. `cut` breaks off all connections."""
 
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = host, int(port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, target: str, port: int = 0) -> None:
+        host, _, target_port = target.rpartition(":")
+        self._target = host, int(target_port)
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         # Guards the two below. Notified when bytes were passed on.
         self._changed = threading.Condition()
