@@ -429,6 +429,11 @@ def _add_keep_tmp(parser: argparse.ArgumentParser) -> None:
         help="keep the job's TMPDIR until the job is removed; status names it, and other jobs of "
         "yours can read it (default: it is removed when the job ends)",
     )
+    parser.add_argument(
+        "--no-queue",
+        action="store_true",
+        help="on a cluster: fail if no node is free for 10 s (default: the job waits, QUEUED)",
+    )
 
 
 def _add_grace(parser: argparse.ArgumentParser) -> None:

@@ -57,6 +57,7 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
     options |= {"env": read_variables(arguments.env_files, arguments.env), "cwd": arguments.cwd}
     options |= {"stdin": arguments.stdin, "name": arguments.name, "labels": labels_of(arguments)}
     options["keep_tmp"] = arguments.keep_tmp
+    options["no_queue"] = arguments.no_queue
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
         job_id = client.start(arguments.command, arguments.args, request_id=request_id, **options)

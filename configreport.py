@@ -11,11 +11,12 @@ Thread safety: only the main thread of the program uses this module.
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serveroptions import COMMAND_LINE, DEFAULT, OPTIONS, PROGRAM_DEFAULTS
-from settings import ENVIRONMENT, SERVER, SIZE, TABLES, TIME, UNLIMITED, ConfigFile
+from settings import ENVIRONMENT, SERVER, SIZE, SLURM, TABLES, TIME, UNLIMITED, ConfigFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,6 +50,16 @@ def report(settings: Settings, sources: Mapping[str, str], config: Config) -> st
         _line(json.dumps(name), _text(value), _place(file, ENVIRONMENT, name))
         for name, value in config.environment.items()
     ]
+    if config.slurm is not None:
+        lines += ["", f"[{SLURM}]"]
+        lines += [
+            _line(
+                field.name,
+                _text(getattr(config.slurm, field.name)),
+                _place(file, SLURM, field.name),
+            )
+            for field in fields(config.slurm)
+        ]
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from client import Client
     from server import Server
 
-pytest_plugins = ["kernel_plugin", "time_limit_plugin"]
+pytest_plugins = ["cluster_plugin", "kernel_plugin", "time_limit_plugin"]
 _HERE = Path(__file__).resolve().parent
 
 # A shell has what it runs in the background ignore Ctrl-C, and so would all programs of the tests.

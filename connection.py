@@ -232,6 +232,7 @@ class Client:
         name: str = "",
         labels: Mapping[str, str] | None = None,
         keep_tmp: bool = False,
+        no_queue: bool = False,
         timeout: float | None = None,
         grace: float | None = None,
         linger: float | None = None,
@@ -243,6 +244,7 @@ class Client:
         `env`: environment variables beside those that every job has. `cwd`: the directory in which
         the job begins, on the server; a relative path begins at the user's home; "" is the home.
         `keep_tmp`: keep the job's TMPDIR as long as the job; its status names the directory.
+        `no_queue`: fail after 10 s if no node of the cluster is free.
         `timeout`, `grace`, `linger`: in seconds; the server's default applies to None. See
         StartJobRequest in the .proto.
 
@@ -265,6 +267,7 @@ class Client:
             name=name,
             labels=labels,
             keep_tmp=keep_tmp,
+            no_queue=no_queue,
         )
         for field, value in (("timeout", timeout), ("grace", grace), ("linger", linger)):
             if value is not None:

@@ -133,6 +133,7 @@ class _ForkServer:
         self._homes: str | None = duties["homes"]
         self._tmp: str | None = duties["tmp"]
         self._host_accounts: bool = duties["host_accounts"]
+        self._has_farewell: bool = duties.get("farewell", False)
         self._dismantling: list[Any] | None = duties["dismantle"]
         self._dismantles_at_end = False
         self._fork_child = clone if clone_works() else popen
@@ -501,6 +502,8 @@ class _ForkServer:
         return f"{self._jobs_cgroup}/{job}"
 
     def _kill_everything(self) -> None:
+        if self._has_farewell:
+            self._leaders.say_farewell()
         if self._jobs_cgroup is not None:
             # This kills processes that are being forked, too. Absent before Linux 5.14.
             with contextlib.suppress(OSError):

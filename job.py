@@ -196,7 +196,7 @@ class RunningJob:
     def ended(self) -> bool:
         """Whether the job is no longer RUNNING."""
         with self._ended:
-            return self._status is not Status.RUNNING
+            return self._status.is_over
 
     def wait(self, timeout: float | None) -> bool:
         """Block until the job has ended; False after `timeout` seconds.
@@ -204,17 +204,15 @@ class RunningJob:
         Raises `WorkerClosedError` if the job is left to another process.
         """
         with self._ended:
-            self._ended.wait_for(
-                lambda: self._status is not Status.RUNNING or self._is_left, timeout
-            )
+            self._ended.wait_for(lambda: self._status.is_over or self._is_left, timeout)
             if self._is_left:
                 raise WorkerClosedError
-            return self._status is not Status.RUNNING
+            return self._status.is_over
 
     def kill(self, reason: EndReason, stop_reason: str = "") -> None:
         """SIGKILL every process of the job. Does not wait."""
         with self._ended:
-            if self._status is not Status.RUNNING:
+            if self._status.is_over:
                 return
             # If the leader has ended before, the job ended by itself, even if this kill ends
             # other processes of the job.
@@ -229,7 +227,7 @@ class RunningJob:
         Whoever calls this must call `kill` after the grace. Returns False if no signal was sent.
         """
         with self._ended:
-            if self._status is not Status.RUNNING:
+            if self._status.is_over:
                 return False
             if self._kill_reason is None and not _is_readable(self._pidfd):
                 self._kill_reason, self._stop_reason = reason, stop_reason
@@ -247,7 +245,7 @@ class RunningJob:
     def signal(self, number: int, *, everything: bool) -> None:
         """Send a signal to the leader, or to every process. Raises as `Worker.signal` does."""
         with self._ended:
-            if self._status is not Status.RUNNING:
+            if self._status.is_over:
                 raise SignalError(self.job_id, "it has ended")
             if not everything and _is_readable(self._pidfd):
                 raise SignalError(self.job_id, "its command has ended")
@@ -523,7 +521,7 @@ class RunningJob:
     def _final(self, leader_exit: Exit | None, ended_at: datetime) -> Job:
         """Return the final state. It does not change any more, because the leader has ended."""
         with self._ended:
-            if self._status is not Status.RUNNING:
+            if self._status.is_over:
                 raise RuntimeError(f"job {self.job_id} has ended already")
             reason = self._find_end_reason_locked(leader_exit)
             stop_reason = self._stop_reason if reason is EndReason.STOPPED else ""

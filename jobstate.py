@@ -118,3 +118,4 @@ class Work(NamedTuple):
     keep_tmp: bool = False
     request_id: str = ""
     digest: bytes = b""
+    no_queue: bool = False

@@ -175,7 +175,7 @@ class JobTable:
     def end(self, job: Job, output: OutputState) -> int:
         """Record the end of a job; return its number in the order of all ends. Never raises."""
         usage = job.usage
-        finish = {
+        finish: dict[str, Any] = {
             "reason": (job.end_reason or EndReason.LOST).value,
             "stop_reason": job.stop_reason,
             "exit": (job.exit_code, job.signal, job.may_have_escaped, job.killed_after_exit),
@@ -187,6 +187,9 @@ class JobTable:
             "taken": output.taken,
             "filed": output.filed,
         }
+        if job.node or job.reason:
+            limits = _values(job.limits, _LIMITS)
+            finish["cluster"] = job.node, job.reason, _microseconds(job.started_at), limits
         values = {
             "job_id": job.job_id,
             "status": job.status.value,
@@ -296,6 +299,8 @@ class JobTable:
         wanted["labels"] = json.dumps(dict(matching.labels)) if matching.labels else None
         wanted["job_ids"] = json.dumps(sorted(matching.job_ids)) if matching.job_ids else None
         statuses = [status.value for status in matching.statuses]
+        if Status.QUEUED in matching.statuses:
+            statuses.append(Status.RUNNING.value)  # the row of a job that waits has this one
         wanted["statuses"] = json.dumps(statuses) if statuses and not self._unwritten else None
         conditions = [sql for name, sql in _FIND.items() if wanted[name] is not None]
         if newest_first:
@@ -462,6 +467,10 @@ def _ended(job: Job, ended_at: datetime, finish: dict[str, Any]) -> tuple[Job, O
         finish["taken"],
         filed=finish["filed"],
     )
+    if "cluster" in finish:
+        node, reason, started_us, limits = finish["cluster"]
+        job = replace(job, node=node, reason=reason, limits=Limits(*limits))
+        job = replace(job, started_at=_time(started_us))
     exit_code, signal, may_have_escaped, killed_after_exit = finish["exit"]
     input_bytes, input_ended = finish["input"]
     job = replace(

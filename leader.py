@@ -292,16 +292,15 @@ def _make_home(home: str, new: str, uid: int) -> None:
 
 
 def _receive_program(sock: socket.socket, uids: range | None) -> Program:
-    """Wait for the program, and for the job's stdin if it is not to be /dev/null.
+    """Wait for the program, for the job's stdin if it is not to be /dev/null, and for its stderr.
 
     Raises EOFError if no program comes, or as `_parse_program` does.
     """
     _, fds = receive(sock)
     try:
-        fd, *stdin = fds
-        if stdin:
-            (stdin_fd,) = stdin
-            os.dup2(stdin_fd, 0)
+        fd, *others = fds  # stdin, or stdin and stderr
+        for number, other_fd in zip((0, 2)[: len(others)], others, strict=True):
+            os.dup2(other_fd, number)
         size = os.fstat(fd).st_size
         if size > _MAX_PROGRAM_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))

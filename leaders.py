@@ -18,10 +18,11 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from children import ended_child, group_is_gone, kill_group, kill_leader
+from children import children, ended_child, group_is_gone, kill_group, kill_leader
 from others import Others
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Leaders"]
 
 _REAPED_AT_ONCE = 32  # then requests are served, however many children keep ending
+_FAREWELL_S = 5.0
 
 
 class _Leader(NamedTuple):
@@ -82,6 +84,20 @@ class Leaders:
         if job in self._pids:
             self._kill_or_reap(self._pids[job])
             self._close_exit_pipes()
+
+    def say_farewell(self) -> None:
+        """SIGTERM the leaders, and wait until all children have ended, for up to 5 s."""
+        for pid in self._leaders:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+        until_s = time.monotonic() + _FAREWELL_S
+        while children() and (left_s := until_s - time.monotonic()) > 0:
+            if (ended := ended_child()) is None:
+                signal.sigtimedwait((signal.SIGCHLD,), left_s)
+            else:
+                os.waitpid(ended, 0)
+        self._leaders.clear()
 
     def kill_all(self) -> None:
         """Kill every leader and its group."""

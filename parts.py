@@ -49,8 +49,10 @@ _LEAVE_S = 10.0  # how long the threads of jobs may take to leave them
 class Parts:
     """The parameters are those of `Worker`. Raises as `Worker` does.
 
-    Attributes: the parts; `homes`, None without.
+    Attributes: the parts; `homes`, None without; `has_farewell`, see `Spawner`.
     """
+
+    has_farewell = False
 
     def __init__(  # noqa: PLR0913 -- those of a worker
         self,
@@ -141,6 +143,7 @@ class Parts:
             tmp=self.scratch.path,
             host_accounts=self._host_accounts,
             restart=self._restarts.for_spawner(lock_fd) if self._restarts else None,
+            farewell=self.has_farewell,
         )
 
     def _sweep(self) -> None:

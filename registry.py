@@ -180,6 +180,13 @@ class Registry:
         with self._lock:
             self._finished.charge(budget_for)
 
+    def tell_started(self, job: RunningJob) -> None:
+        """Tell the watches that a job which was queued is running now."""
+        if watches := self._watches:
+            state = job.snapshot(live_usage=False)
+            for watch in watches:
+                watch.tell(JobEventKind.STARTED, state)
+
     def watch(self, matching: JobFilter) -> Watch:
         """Return a watch of the jobs that are there and will be. Raises `WorkerClosedError`."""
         with self._lock:

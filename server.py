@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import logging
 import os
@@ -65,6 +66,7 @@ import hostcheck
 import metrics
 import serverlog
 import serverstatus
+import slurmworker
 import worker
 from adminsocket import AdminError, AdminSocket, Command
 from descriptors import keep_reserve
@@ -83,7 +85,7 @@ for _module in pkgutil.iter_modules(grpc.__path__, "grpc."):
     importlib.import_module(_module.name)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
@@ -201,11 +203,19 @@ class Server:
 
     def _make_worker(self, config: Config, uids: range | None) -> worker.Worker:
         homes, tmp = self._places(is_isolated=uids is not None)
-        return worker.Worker(
+        make: Callable[..., worker.Worker] = functools.partial(
+            worker.Worker, bounds=config.all_jobs, cgroup_root=self._settings.cgroup_root
+        )
+        if config.slurm is not None:
+            make = slurmworker.maker(config.slurm, self._settings.state_dir)
+            if uids is not None and self._settings.accounts != "host":
+                raise SettingsError(
+                    "on a cluster, the jobs of a server that was started as root run as accounts "
+                    "of the cluster: add --accounts host"
+                )
+        return make(
             limits=config.limits({}),
-            bounds=config.all_jobs,
             enforcement=self._settings.enforcement,
-            cgroup_root=self._settings.cgroup_root,
             output_dir=self._settings.state_dir / "output",
             reserve_bytes=config.disk_reserve_bytes,
             uids=uids,

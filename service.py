@@ -178,6 +178,7 @@ class _WorkerServicer:
                 uid=uid,
                 account=account,
                 keep_tmp=request.keep_tmp,
+                no_queue=request.no_queue,
                 env=request.environment,
                 cwd=request.working_directory,
                 budget=self.quotas.output(user),

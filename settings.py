@@ -41,6 +41,9 @@ The file sets limits, ceilings, quotas and retention:
     [retention]                 # how long finished jobs are kept
     age = "12h"
 
+    [slurm]                     # jobs run on a cluster: see slurm.py
+    options = ["--partition=main"]
+
     [server]                    # options of the command line: see serveroptions.py
     listen = "0.0.0.0:50051"
 
@@ -63,6 +66,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from ending import MAX_GRACE_S, Ending
 from environment import problem_of
 from limits import Bounds, Limits
+from slurm import SlurmSettings
 from units import parse_duration, parse_size
 from worker import Retention
 
@@ -76,6 +80,7 @@ __all__ = [
     "ENVIRONMENT",
     "SERVER",
     "SIZE",
+    "SLURM",
     "STREAMS_IN_ALL",
     "TABLES",
     "TIME",
@@ -216,6 +221,7 @@ ENVIRONMENT: Final = "environment"  # the table whose keys the operator chooses
 # A token's times are whole seconds, and dates.
 LIFETIME: Final = Key("", TIME, minimum=1, maximum=10 * 365 * 24 * 3600, may_be_unlimited=False)
 SERVER: Final = "server"  # the table of options, which serveroptions.py reads
+SLURM: Final = "slurm"  # the table that has jobs run on a cluster
 
 
 class ConfigError(ValueError):
@@ -304,6 +310,9 @@ class Config:
     shutdown_grace_s: float = 3.0
     """How long jobs may go on after SIGTERM when the server shuts down."""
 
+    slurm: SlurmSettings | None = None
+    """The cluster on which jobs run; None: they run on this machine."""
+
     def limits(self, asked: Mapping[str, Any]) -> Limits:
         """Return the limits of a job that asks for `asked`, by the names of fields of `Limits`.
 
@@ -336,8 +345,11 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         if name == ENVIRONMENT and isinstance(table, dict):
             config = replace(config, environment=_variables(source, table))
             continue
+        if name == SLURM and isinstance(table, dict):
+            config = replace(config, slurm=_slurm(source, table))
+            continue
         if name not in TABLES or not isinstance(table, dict):
-            known = [f"[{table}]" for table in (*TABLES, ENVIRONMENT, SERVER)]
+            known = [f"[{table}]" for table in (*TABLES, ENVIRONMENT, SLURM, SERVER)]
             problem = f"unknown; the tables are {', '.join(known[:-1])} and {known[-1]}"
             raise source.error(name, "", problem)
         values = getattr(config, name, config)
@@ -362,6 +374,24 @@ def _variables(source: ConfigFile, table: Mapping[str, Any]) -> Mapping[str, str
     if problem := problem_of(table):
         raise source.error(ENVIRONMENT, "", problem)
     return MappingProxyType(dict(table))
+
+
+def _slurm(source: ConfigFile, table: Mapping[str, Any]) -> SlurmSettings:
+    settings = SlurmSettings()
+    for key, value in table.items():
+        if key not in (names := [field.name for field in fields(SlurmSettings)]):
+            raise source.error(SLURM, key, f"unknown; the keys are {', '.join(names)}")
+        is_list = key == "options"
+        of_text = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if not (of_text if is_list else isinstance(value, str)):
+            form = '["--partition=main"]' if is_list else 'a path like "/etc/slurm/slurm.conf"'
+            raise source.error(SLURM, key, f"cannot be {value!r}; write {form}")
+        try:
+            changed: dict[str, Any] = {key: tuple(value) if is_list else value}
+            settings = replace(settings, **changed)
+        except ValueError as error:
+            raise source.error(SLURM, key, str(error)) from None
+    return settings
 
 
 def _set(source: ConfigFile, table: str, key: str, written: Any, values: Any) -> Any:

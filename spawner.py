@@ -129,8 +129,9 @@ class Spawner:
     which a missing home of one of the `uids` is made. `tmp`: the directory with the TMPDIRs of the
     jobs, each of which has its job's name and exists before `fork`; it becomes the job's user's.
     `host_accounts`: a job has the groups of the host's account of its uid, not only the group of
-    the same number. `restart`: how jobs outlive this process; None: they do not. `heritage`: a
-    fork server whose main process this one has become, and which keeps its duties.
+    the same number. `farewell`: at the end each leader gets SIGTERM and has some seconds, because
+    it has to end processes elsewhere. `restart`: how jobs outlive this process; None: they do not.
+    `heritage`: a fork server whose main process this one has become, and which keeps its duties.
 
     Attributes: `pid`, the fork server's; `keeps_jobs`, whether it keeps jobs for a successor.
     """
@@ -146,6 +147,7 @@ class Spawner:
         host_accounts: bool = False,
         restart: Restart | None = None,
         heritage: Heritage | None = None,
+        farewell: bool = False,
     ) -> None:
         # Guards the socket against being closed while it is used. Held while a request is sent,
         # never while its answer is awaited.
@@ -156,6 +158,7 @@ class Spawner:
             self._socket, self.pid, self._pidfd = heritage.sock, heritage.pid, heritage.pidfd
             return
         duties = duties_of(uids=uids, homes=homes, tmp=tmp, host_accounts=host_accounts)
+        duties |= {"farewell": farewell}
         duties |= {"jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None, "dismantle": dismantle}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as given, theirs:
@@ -451,6 +454,7 @@ class Process:
         home: str | None = None,
         directory: str | None = None,
         stdin_fd: int | None = None,
+        stderr_fd: int | None = None,
         timeout_s: float | None = None,
         kill: Callable[[], object] = lambda: None,
     ) -> tuple[int, int]:
@@ -459,7 +463,8 @@ class Process:
         `uid`: the user, and the only group, that it runs as: one of the spawner's `uids`; None if
         the spawner has none. `home`: the directory in which the process begins, if that user may
         enter it; otherwise, and for None, that is /. `directory`: the one that it enters then.
-        `stdin_fd`: its stdin in place of /dev/null; the caller keeps it.
+        `stdin_fd`: its stdin in place of /dev/null; the caller keeps it. `stderr_fd`: its stderr,
+        in place of its stdout; only together with `stdin_fd`.
 
         Blocks until the command is executing. If the process has been killed meanwhile, this
         returns as if it were: the exit pipe tells the end. Otherwise nothing of the process is
@@ -476,8 +481,8 @@ class Process:
             program.write(json.dumps(work).encode())
             # If nobody is there to receive it, the answer says why.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                stdin = [] if stdin_fd is None else [stdin_fd]
-                send(self._socket, {}, [program.fileno(), *stdin])
+                others = [each for each in (stdin_fd, stderr_fd) if each is not None]
+                send(self._socket, {}, [program.fileno(), *others])
             is_late = not wait_ready(self._socket.fileno(), select.POLLHUP, timeout_s)
             if is_late:
                 kill()

@@ -236,7 +236,7 @@ def test_every_way_to_write_toml_is_the_same(load: Load, text: str) -> None:
 _KEYS = "unknown; the keys are cpu_cores, memory, swap, io_read, io_write, io_read_iops"
 _TABLES = (
     "unknown; the tables are [defaults], [ceilings], [per_user], [in_all], [per_job], [requests], "
-    "[all_jobs], [disk], [ending], [shutdown], [retention], [environment] and [server]"
+    "[all_jobs], [disk], [ending], [shutdown], [retention], [environment], [slurm] and [server]"
 )
 _QUOTA_KEYS = (
     "unknown; the keys are running_jobs, running_argv, streams, starts_per_second, start_burst, "

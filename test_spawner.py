@@ -1303,7 +1303,7 @@ def test_no_process_with_another_number_of_descriptors(attacker: _Attacker, coun
         assert descriptors_of(attacker.spawner.pid) == before
 
 
-@pytest.mark.parametrize("count", [0, 3, 5, 20])  # the second one is the stdin of the job
+@pytest.mark.parametrize("count", [0, 4, 5, 20])  # the others are the stdin and the stderr
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_process_that_receives_a_malformed_message_ends(
     attacker: _Attacker, count: int, *, is_whole: bool

@@ -41,7 +41,7 @@ import os
 import signal
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import privileges
 from argv import checked_argv
@@ -210,7 +210,7 @@ class Worker:
         self._limits = limits or Limits()
         self._ending = ending or Ending()
         self._uids = uids
-        parts = self._parts = Parts(
+        parts = self._parts = self._make_parts(
             limits=self._limits,
             bounds=bounds,
             enforcement=enforcement,
@@ -236,6 +236,9 @@ class Worker:
         if uids is None:
             # With `uids`, `drop_privileges` does this: it needs a process without threads.
             parts.begin()
+
+    def _make_parts(self, **options: Any) -> Parts:
+        return Parts(**options)
 
     @property
     def subtree(self) -> Subtree | None:
@@ -291,13 +294,14 @@ class Worker:
         ending: Ending | None = None,
         request_id: str = "",
         digest: bytes = b"",
+        no_queue: bool = False,
     ) -> str:
         """Execute `command` with `args` as a new job and return its ID, a random UUID4.
 
         argv is passed on as it is, never through a shell; a command without a slash is
         looked up in the job's PATH. The leader runs in a session of its own, with stdin /dev/null,
-        stdout and stderr on one pipe, umask 077 and no core dumps. Nothing it executes gains
-        privileges. It is in its cgroup, under every limit, before its first instruction.
+        stdout and stderr on one pipe, umask 077 and no core dumps. It gains no rights by an exec.
+        It is in its cgroup, under every limit, before its first instruction.
 
         `uid`: the user that the job runs as, one of the worker's `uids`; None if it has none.
         `account`: that user's name, home and shell, as the job is told; default: those of the
@@ -309,17 +313,16 @@ class Worker:
         `keep_tmp`: keep TMPDIR (`Job.tmp_directory`) as long as the job. `ending`: its times.
         `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
         jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's processes are gone,
-        right before anybody can learn that it has ended. It must not block. It is not called if
-        the start fails. `name`, `labels`: what the job can be found by; `finding.py` has the rules.
-        `stdin`: the job's stdin is a pipe, which `open_input` writes to, and not /dev/null.
-        `request_id`, `digest`: what `started_by` finds the job by, and returns of it.
+        right before anybody can learn that it has ended, unless the start fails. It must not block.
+        `name`, `labels`: what the job can be found by; `finding.py` has the rules. `stdin`: its
+        stdin is a pipe, which `open_input` writes to, and not /dev/null.
+        `request_id`, `digest`: of `started_by`. `no_queue`: of `SlurmWorker`; here no job waits.
 
         Blocks until the command is executing. That takes as long as the kernel waits for the
         command's file. Raises `StartTimeoutError` if it takes 10 s; `CommandError` (or the more
         specific `CommandNotFoundError`, `CommandNotExecutableError`, `DirectoryError`; also for
         an `env` or `cwd` that no process can have), `CgroupError`, `ResourceError`,
-        `SpawnerDiedError`, `StoreError`, `WorkerClosedError`, ValueError for a wrong `uid`, name or
-        label. Nothing of the job is left then.
+        `SpawnerDiedError`, `StoreError`, `WorkerClosedError`, ValueError. Nothing is left then.
         """
         argv = checked_argv(command, args)
         check_name(name)
@@ -330,7 +333,7 @@ class Worker:
         limits, times, begin = limits or self._limits, ending or self._ending, around.directory
         work = Work(argv, owner, uid, limits, budget, on_end, begin, name, labels, times, stdin)
         work = work._replace(keep_tmp=keep_tmp, request_id=request_id, digest=digest)
-        return self._starter.start(work, around)
+        return self._starter.start(work._replace(no_queue=no_queue), around)
 
     def _check_uid(self, uid: int | None) -> None:
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):

@@ -1,0 +1,73 @@
+"""A pytest plugin: a Slurm cluster on this machine, for the tests that need one.
+
+The fixture `cluster` brings it up once. With `--slurm` the servers of the other tests run their
+jobs on it, unless a test gives them a configuration of its own; so
+
+    pytest --slurm test_service.py
+
+runs the tests of the service over a cluster. Without root or without Slurm's programs the tests are
+skipped; with JOBWORKER_REQUIRE_SLURM=1 they fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from testcluster import PROGRAMS, Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CONFIG = "JOBWORKER_TEST_CONFIG"  # the configuration of servers that get none
+
+
+def missing() -> str:
+    """Return why there can be no cluster here; "" if there can."""
+    if os.geteuid():
+        return "a cluster needs root"
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    packages = "apt-get install slurmctld slurmd slurm-client munge"
+    return f"no {', '.join(absent)}; run: {packages}" if absent else ""
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="cluster-") as name, Cluster(Path(name)) as cluster:
+        config = Path(name) / "server.toml"
+        config.write_text(f'[slurm]\nconf = "{cluster.conf}"\n')
+        yield cluster
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option."""
+    parser.addoption("--slurm", action="store_true", help="the tests' servers use a Slurm cluster")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A controller and two nodes with 64 cores each, as they say."""
+    if problem := missing():
+        if os.environ.get("JOBWORKER_REQUIRE_SLURM"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with _running() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_use_a_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have the servers of the tests run their jobs on the cluster, if `--slurm` says so."""
+    if not request.config.getoption("--slurm"):
+        yield
+        return
+    cluster: Cluster = request.getfixturevalue("cluster")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_CONFIG, str(cluster.directory / "server.toml"))
+        yield

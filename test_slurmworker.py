@@ -1,0 +1,499 @@
+"""Tests of jobs on a real Slurm cluster: a controller and two nodes on this machine.
+
+Each trap of Slurm that shaped the design has a test here: its exit codes, its signals, and what is
+left when a part of it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from finding import JobFilter
+from slurm import SlurmSettings
+from slurmworker import SlurmWorker
+from testkit import GUARD_S, NOBODY
+from worker import (
+    CommandNotExecutableError,
+    CommandNotFoundError,
+    DirectoryError,
+    Ending,
+    EndReason,
+    Job,
+    JobEventKind,
+    Limits,
+    ResourceError,
+    SignalError,
+    Status,
+    Worker,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from testcluster import Cluster
+
+_HERE = Path(__file__).resolve().parent
+_SMALL = Limits(cpu_cores=1, memory_bytes=64 << 20)
+_WHOLE_NODE = Limits(cpu_cores=64, memory_bytes=64 << 20)
+
+
+@pytest.fixture
+def make(cluster: Cluster) -> Iterator[Callable[..., SlurmWorker]]:
+    """Make workers of the cluster; at the end nothing of theirs is left on it."""
+    with contextlib.ExitStack() as workers:
+        made: list[SlurmWorker] = []
+
+        def make(instance: str = "test", **options: Any) -> SlurmWorker:
+            settings = SlurmSettings(conf=str(cluster.conf))
+            options = {"limits": _SMALL} | options
+            made.append(workers.enter_context(SlurmWorker(settings, instance, **options)))
+            return made[-1]
+
+        yield make
+    for each in made:
+        _await_no_jobs(cluster, each.cluster.name)
+
+
+def _await_no_jobs(cluster: Cluster, name: str) -> None:
+    # Slurm tells nobody when a job has left the queue.
+    script = (
+        'for i in $(seq 600); do [ -z "$(squeue -h --name=$0)" ] && exit; sleep 0.1; done; exit 1'
+    )
+    subprocess.run(["sh", "-c", script, name], env=os.environ | cluster.environment, check=True)
+
+
+@pytest.fixture
+def worker(make: Callable[..., SlurmWorker]) -> SlurmWorker:
+    """A worker of the cluster."""
+    return make()
+
+
+def _end(worker: Worker, job_id: str) -> Job:
+    return worker.wait(job_id, GUARD_S)
+
+
+def _run(worker: Worker, *argv: str, **options: Any) -> tuple[Job, bytes]:
+    job_id = worker.start(argv[0], argv[1:], **options)
+    with worker.stream(job_id) as chunks:
+        output = b"".join(chunks)
+    return _end(worker, job_id), output
+
+
+def _begun(worker: Worker, *argv: str, **options: Any) -> str:
+    """Start a job and return its ID when it has written its first output."""
+    job_id = worker.start(argv[0], argv[1:], **options)
+    with worker.stream(job_id) as chunks:
+        next(chunks)
+    return job_id
+
+
+def _sruns(job_id: str) -> list[int]:
+    """Return the processes of a job's srun, the first one first."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if words[0] == b"srun" and f"--comment={job_id}".encode() in words:
+                found.append(int(path.name))
+    return sorted(found)
+
+
+def _number(worker: SlurmWorker, job_id: str) -> str:
+    (number,) = [job.number for job in worker.cluster.jobs() if job.job_id == job_id]
+    return number
+
+
+# --- what a job is --------------------------------------------------------------------------
+
+
+def test_job_runs_on_a_node(worker: SlurmWorker) -> None:
+    """Its output, exit code, node, usage and limits are known."""
+    job, output = _run(worker, "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert output == b"out\nerr\n"
+    assert (job.status, job.end_reason, job.exit_code) == (Status.FINISHED, EndReason.EXITED, 7)
+    assert job.node in {"node1", "node2"}
+    assert job.limits.memory_bytes == 64 << 20
+    assert job.usage is not None
+    assert job.usage.cpu_user_s is not None
+    assert job.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "error"),
+    [
+        ("no-such-command", {}, CommandNotFoundError),
+        ("/etc/passwd", {}, CommandNotExecutableError),
+        ("true", {"cwd": "/no/such/directory"}, DirectoryError),
+        ("true", {"keep_tmp": True}, ResourceError),
+    ],
+)
+def test_start_that_fails_leaves_nothing(
+    worker: SlurmWorker, command: str, options: dict[str, Any], error: type[Exception]
+) -> None:
+    """It raises what a worker of one machine raises."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(error):
+        worker.start(command, **options)
+    assert worker.list() == ()
+    _run(worker, "true")
+    assert len(os.listdir("/proc/self/fd")) <= before + 10  # the next job's spare
+
+
+@pytest.mark.parametrize(
+    "script", ["exit 143", "exit 137", "exit 1", "exit 0", "kill -TERM $$", "kill -KILL $$"]
+)
+def test_end_is_that_of_the_command(worker: SlurmWorker, script: str) -> None:
+    """srun's exit code is the same for several of these."""
+    job, _ = _run(worker, "sh", "-c", script)
+    what, number = script.split()[:2]
+    if what == "exit":
+        assert (job.end_reason, job.exit_code, job.signal) == (EndReason.EXITED, int(number), None)
+    else:
+        name = getattr(signal, f"SIG{number[1:]}")
+        assert (job.end_reason, job.exit_code, job.signal) == (EndReason.SIGNALLED, None, name)
+
+
+def test_argv_of_100000_bytes_and_secret_variables(worker: SlurmWorker) -> None:
+    """They arrive, and no command line has them."""
+    long = "x" * 65_000
+    job_id = _begun(
+        worker,
+        *("sh", "-c", 'echo "$A$1$2" | md5sum; exec sleep 1000', "sh", long, "y" * 35_000),
+        env={"A": "geheim"},
+    )
+    with worker.stream(job_id, follow=False) as chunks:
+        output = b"".join(chunks)
+    text = f"geheim{long}{'y' * 35_000}\n".encode()
+    assert output.split()[0].decode() == hashlib.md5(text, usedforsecurity=False).hexdigest()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert b"geheim" not in path.read_bytes()
+
+
+def test_50_megabytes_are_exact_through_ten_followers(worker: SlurmWorker, tmp_path: Path) -> None:
+    """Each gets every byte."""
+    data = os.urandom(50_000_000)
+    (tmp_path / "data").write_bytes(data)
+    job_id = worker.start("cat", [str(tmp_path / "data")])
+
+    def digest(_: int) -> bytes:
+        found = hashlib.sha256()
+        with worker.stream(job_id) as chunks:
+            for chunk in chunks:
+                found.update(chunk)
+        return found.digest()
+
+    with ThreadPoolExecutor(10) as pool:
+        assert set(pool.map(digest, range(10))) == {hashlib.sha256(data).digest()}
+    assert _end(worker, job_id).end_reason is EndReason.EXITED
+
+
+def test_output_is_live(worker: SlurmWorker) -> None:
+    """A follower gets it while the job runs."""
+    job_id = worker.start("sh", ["-c", "echo first; exec sleep 1000"])
+    with worker.stream(job_id) as chunks:
+        assert next(chunks) == b"first\n"
+        assert worker.status(job_id).status is Status.RUNNING
+
+
+def test_input_reaches_the_job(worker: SlurmWorker) -> None:
+    """More than may be on its way at once, to its end."""
+    data = os.urandom(300_000)
+    job_id = worker.start("sha256sum", stdin=True)
+    assert worker.write_input(job_id, data, end=True) == len(data)
+    with worker.stream(job_id) as chunks:
+        assert b"".join(chunks).split()[0].decode() == hashlib.sha256(data).hexdigest()
+
+
+# --- how it ends ----------------------------------------------------------------------------
+
+
+def test_stop_ends_what_left_the_session(worker: SlurmWorker, tmp_path: Path) -> None:
+    """All of it is gone when the stop returns."""
+    pids = tmp_path / "pids"
+    script = (
+        f"setsid sh -c 'setsid sleep 1000 & echo $! >{pids}; echo; exec sleep 1000' & sleep 1000"
+    )
+    job_id = _begun(worker, "sh", "-c", script)
+    job = worker.stop(job_id, reason="why")
+    assert (job.status, job.end_reason, job.stop_reason) == (
+        *(Status.STOPPED, EndReason.STOPPED),
+        "why",
+    )
+    assert not Path(f"/proc/{pids.read_text().strip()}").exists()
+
+
+def test_stop_with_grace(worker: SlurmWorker) -> None:
+    """The job ends as it likes, and is stopped."""
+    job_id = _begun(worker, "sh", "-c", "trap 'exit 3' TERM; echo; while :; do sleep 0.1; done")
+    job = worker.stop(job_id, grace=GUARD_S)
+    assert (job.end_reason, job.exit_code) == (EndReason.STOPPED, 3)
+
+
+def test_signal_and_timeout(worker: SlurmWorker) -> None:
+    """A signal ends a job without stopping it; the timeout stops it."""
+    job_id = worker.start("sleep", ["1000"])
+    worker.signal(job_id, signal.SIGHUP)
+    job = _end(worker, job_id)
+    assert (job.end_reason, job.signal) == (EndReason.SIGNALLED, signal.SIGHUP)
+    late, _ = _run(worker, "sleep", "1000", ending=Ending(timeout=0.1, grace=0))
+    assert (late.status, late.end_reason) == (Status.STOPPED, EndReason.TIMED_OUT)
+
+
+def test_out_of_memory_is_told_by_the_node(worker: SlurmWorker) -> None:
+    """And a leader that lives on keeps its own exit code, of which srun makes 1."""
+    eater = "x = bytearray(300 << 20)"
+    job, _ = _run(worker, "/usr/bin/python3", "-c", eater)
+    assert job.end_reason is EndReason.OUT_OF_MEMORY
+    survivor, _ = _run(worker, "sh", "-c", f"/usr/bin/python3 -c '{eater}'; exit 5")
+    assert (survivor.end_reason, survivor.exit_code) == (EndReason.EXITED, 5)
+    assert survivor.usage is not None
+    assert survivor.usage.oom_kills
+
+
+@pytest.mark.parametrize("script", ["exec sleep 1000", "trap '' TERM; while :; do sleep 1; done"])
+def test_cancelled_by_the_administrator(worker: SlurmWorker, script: str) -> None:
+    """Also if the command ignores SIGTERM, and its wrapper is killed with it."""
+    job_id = _begun(worker, "sh", "-c", f"echo; {script}")
+    subprocess.run(["scancel", _number(worker, job_id)], env=worker.cluster.environment, check=True)
+    job = _end(worker, job_id)
+    assert (job.status, job.end_reason) == (Status.FINISHED, EndReason.CANCELLED)
+    assert "CANCELLED" in job.reason
+
+
+def test_job_whose_srun_is_killed_is_lost(worker: SlurmWorker) -> None:
+    """Whether the first of its two processes is killed or both; the sweep ends what runs on."""
+    job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
+    for pid in _sruns(job_id):
+        os.kill(pid, signal.SIGKILL)
+    assert _end(worker, job_id).end_reason is EndReason.LOST
+    assert worker.sweep() == [job_id]
+    second = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
+    os.kill(_sruns(second)[0], signal.SIGKILL)
+    assert _end(worker, second).end_reason is EndReason.LOST
+
+
+def test_what_a_killed_program_left_is_ended(cluster: Cluster, tmp_path: Path) -> None:
+    """Its fork server ends each srun, and that its job."""
+    code = (
+        "import sys, os; sys.path.insert(0, sys.argv[1])\n"
+        "from slurmworker import *\n"
+        "w = SlurmWorker(SlurmSettings(conf=sys.argv[2]), 'killed', output_dir=sys.argv[3])\n"
+        "w.start('sleep', ['1000']); w.start('sleep', ['1000'])\n"
+        "print(len(w.cluster.jobs()), flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", code, str(_HERE), str(cluster.conf), str(tmp_path / "o")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=GUARD_S)
+    assert (done.stdout, done.returncode) == (b"2\n", -signal.SIGKILL)
+    _await_no_jobs(cluster, "jw-killed")
+
+
+def test_left_over_jobs_are_ended_at_the_start(
+    make: Callable[..., SlurmWorker], cluster: Cluster
+) -> None:
+    """By name: those of other workers are not touched."""
+    command = ["srun", "--mpi=none", "--comment=x", "--mem=64", "sleep", "1000"]
+    processes = [
+        subprocess.Popen(
+            [*command[:1], f"--job-name=jw-{name}", *command[1:]],
+            env=os.environ | cluster.environment,
+            stderr=subprocess.DEVNULL,
+        )
+        for name in ("left", "other")
+    ]
+    other = make("other-worker")
+    script = 'for i in $(seq 200); do [ "$(squeue -h -t R --name=jw-left,jw-other | wc -l)" = 2 ]'
+    subprocess.run(
+        ["sh", "-c", f"{script} && exit; sleep 0.1; done; exit 1"],
+        env=os.environ | cluster.environment,
+        check=True,
+    )
+    make("left")
+    assert processes[0].wait(GUARD_S) != 0
+    assert processes[1].poll() is None
+    assert other.sweep() == []
+    processes[1].terminate()
+    processes[1].wait(GUARD_S)
+
+
+def test_fork_server_that_dies_takes_the_jobs_with_it(
+    make: Callable[..., SlurmWorker], cluster: Cluster
+) -> None:
+    """They are lost, and nothing of them runs on."""
+    worker = make("orphans")
+    job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
+    os.kill(worker._spawner.pid, signal.SIGKILL)
+    assert _end(worker, job_id).end_reason is EndReason.LOST
+    _await_no_jobs(cluster, "jw-orphans")
+
+
+# --- the queue --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(worker: SlurmWorker) -> list[str]:
+    """The jobs that take up both nodes."""
+    return [_begun(worker, "sh", "-c", "echo; exec sleep 1000", limits=_WHOLE_NODE) for _ in "12"]
+
+
+def test_job_waits_in_the_queue(worker: SlurmWorker, full: list[str]) -> None:
+    """It is listed with Slurm's reason and followed; its stream begins when it starts."""
+    with worker.watch() as watch:
+        job_id = worker.start("echo", ["hello"], limits=_WHOLE_NODE)
+        state = worker.status(job_id)
+        assert (state.status, state.node) == (Status.QUEUED, "")
+        assert state.reason in {"Resources", "Priority", "queued", "None"}
+        assert [
+            job.job_id for job in worker.list(matching=JobFilter(statuses={Status.QUEUED}))
+        ] == [job_id]
+        with pytest.raises(SignalError, match="queue"):
+            worker.signal(job_id, signal.SIGHUP)
+        with worker.stream(job_id) as chunks, ThreadPoolExecutor(1) as pool:
+            output = pool.submit(b"".join, chunks)
+            worker.stop(full[0])
+            assert output.result(GUARD_S) == b"hello\n"
+        assert _end(worker, job_id).end_reason is EndReason.EXITED
+        events = []
+        for event in watch:
+            if event.job.job_id == job_id:
+                events.append((event.kind, event.job.status))
+                if event.kind is JobEventKind.ENDED:
+                    break
+    assert events == [
+        (JobEventKind.STARTED, Status.QUEUED),
+        (JobEventKind.STARTED, Status.RUNNING),
+        (JobEventKind.ENDED, Status.FINISHED),
+    ]
+
+
+def test_queued_job_is_stopped(worker: SlurmWorker, full: list[str]) -> None:
+    """It never runs, and its stream ends."""
+    assert full
+    job_id = worker.start("echo", ["hello"], limits=_WHOLE_NODE)
+    job = worker.stop(job_id)
+    assert (job.status, job.end_reason, job.output_bytes) == (
+        *(Status.STOPPED, EndReason.STOPPED),
+        0,
+    )
+    with worker.stream(job_id) as chunks:
+        assert list(chunks) == []
+
+
+def test_start_without_queue_fails(worker: SlurmWorker, full: list[str]) -> None:
+    """With Slurm's words, and it leaves nothing."""
+    with pytest.raises(ResourceError, match="nodes are busy"):
+        worker.start("echo", ["hello"], limits=_WHOLE_NODE, no_queue=True)
+    assert len(worker.list()) == len(full)
+
+
+def test_close_ends_running_and_queued_jobs(make: Callable[..., SlurmWorker]) -> None:
+    """And a start that waits."""
+    worker = make("closing")
+    ids = [worker.start("sleep", ["1000"], limits=_WHOLE_NODE) for _ in "123"]
+    waiting = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(waiting.set).result()
+        last = pool.submit(worker.start, "true", limits=_WHOLE_NODE, no_queue=True)
+        worker.close()
+        with pytest.raises(Exception, match=r"shutting down|did not take"):
+            last.result(GUARD_S)
+    assert {worker.status(each).end_reason for each in ids} == {EndReason.CLOSED}
+
+
+# --- limits and users -----------------------------------------------------------------------
+
+
+def test_required_limit_that_no_node_enforces(make: Callable[..., SlurmWorker]) -> None:
+    """The job does not run; with memory alone it does."""
+    memory = Limits(None, 64 << 20, None, None, None, None)
+    worker = make("strict", enforcement="require", limits=memory)
+    assert _run(worker, "true")[0].end_reason is EndReason.EXITED
+    with pytest.raises(ResourceError, match="io_write_bps"):
+        worker.start("true", limits=Limits(None, 64 << 20, None, None, 1 << 20, None))
+
+
+def test_fraction_of_a_core_is_rounded_up(worker: SlurmWorker) -> None:
+    """Slurm gives whole cores."""
+    limits = Limits(cpu_cores=1.5, memory_bytes=64 << 20)
+    _, output = _run(
+        worker,
+        "sh",
+        "-c",
+        "scontrol show job $(squeue -h -o %i) | grep -o NumCPUs=.",
+        limits=limits,
+        env={"SLURM_CONF": worker.cluster.environment["SLURM_CONF"]},
+    )
+    assert b"NumCPUs=2" in output
+
+
+def test_job_runs_as_the_user_of_the_cluster(
+    make: Callable[..., SlurmWorker], public: Path
+) -> None:
+    """With that user's uid and gid, and the sweep ends its jobs, too."""
+    worker = make(
+        "users",
+        uids=range(NOBODY, NOBODY + 1),
+        host_accounts=True,
+        output_dir=public / "o",
+        tmp_dir=public / "t",
+    )
+    job, output = _run(worker, "sh", "-c", "id -u; id -g", uid=NOBODY)
+    assert (job.end_reason, output.split()) == (EndReason.EXITED, [b"65534", b"65534"])
+    job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000", uid=NOBODY)
+    for pid in _sruns(job_id):
+        os.kill(pid, signal.SIGKILL)
+    assert _end(worker, job_id).end_reason is EndReason.LOST
+    assert worker.sweep() == [job_id]
+
+
+# --- a part of the cluster dies -----------------------------------------------------------------
+
+
+def test_controller_that_is_gone_does_not_matter_to_running_jobs(
+    worker: SlurmWorker, cluster: Cluster
+) -> None:
+    """Their output, ends and stops are as ever; starts fail with Slurm's words."""
+    go_on = _begun(worker, "sh", "-c", "echo; read x; echo $x; exit 9", stdin=True)
+    stopped = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
+    cluster.kill_controller()
+    try:
+        worker.write_input(go_on, b"more\n", end=True)
+        job = _end(worker, go_on)
+        assert (job.end_reason, job.exit_code, job.output_bytes) == (EndReason.EXITED, 9, 6)
+        assert worker.stop(stopped).end_reason is EndReason.STOPPED
+        with pytest.raises(ResourceError, match=r"[Uu]nable to"):
+            worker.start("true", no_queue=True)
+    finally:
+        cluster.start_controller()
+        cluster.await_nodes()
+    worker.sweep()  # the controller has not saved those ends
+    assert _run(worker, "echo", "again")[1] == b"again\n"
+
+
+def test_node_that_dies(worker: SlurmWorker, cluster: Cluster) -> None:
+    """Its jobs end with NODE_FAILED, those of the other node go on, and it is used again."""
+    limits = Limits(cpu_cores=40, memory_bytes=64 << 20)
+    ids = [_begun(worker, "sh", "-c", "echo; exec sleep 1000", limits=limits) for _ in "12"]
+    nodes = {worker.status(each).node: each for each in ids}
+    cluster.kill_node("node1")
+    try:
+        job = _end(worker, nodes["node1"])
+        assert (job.status, job.end_reason) == (Status.FINISHED, EndReason.NODE_FAILED)
+        assert worker.status(nodes["node2"]).status is Status.RUNNING
+    finally:
+        cluster.start_node("node1")
+        cluster.await_nodes()
+    again = [_begun(worker, "sh", "-c", "echo; exec sleep 1000", limits=limits)]
+    assert worker.status(again[0]).node == "node1"
