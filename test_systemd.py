@@ -80,7 +80,11 @@ class Guest:
         assert self._process.stdin
         self._process.stdin.write(b"off\n")
         self._process.stdin.flush()
-        self._process.communicate()
+        # Not `communicate`, which closes stdin: the guest's console would hang up before it reads.
+        assert self._process.stdout
+        for _ in self._process.stdout:
+            pass
+        self._process.wait()
         self._boot()
 
     def end(self) -> None:
@@ -261,14 +265,19 @@ def test_reboot(guest: Guest) -> None:
 
 
 def test_backup(guest: Guest) -> None:
-    """What the backup has comes back: users, uids, the audit log."""
+    """What the backup has comes back: users, uids, jobs, homes. The server is not stopped for it."""
+    before = _pid(guest)
+    job = _client(guest, "start -- sh -c 'echo kept >kept'").strip()
+    _client(guest, f"wait {job}")
     _follow(guest, "Backup", 0)
-    guest.run(f"{_SERVER} user role alice admin")
+    assert _pid(guest) == before
+    guest.run(f"{_SERVER} user role alice admin; rm /var/lib/job-worker/homes/alice/kept")
     _client(guest, "login")
     _follow(guest, "Backup", 1)
     assert guest.run(f"{_SERVER} user list") == "alice\tuser\t-\n"
     _client(guest, "login")
-    assert _client(guest, "run -- whoami") == "alice\n"
+    assert _client(guest, "run -- sh -c 'whoami; cat kept'") == "alice\nkept\n"
+    assert job in _client(guest, "list --json")
 
 
 def test_upgrade(guest: Guest) -> None:
