@@ -265,7 +265,7 @@ def test_reboot(guest: Guest) -> None:
 
 
 def test_backup(guest: Guest) -> None:
-    """What the backup has comes back: users, uids, jobs, homes. The server is not stopped for it."""
+    """What the backup has comes back: users, uids, jobs, homes. The server is not stopped."""
     before = _pid(guest)
     job = _client(guest, "start -- sh -c 'echo kept >kept'").strip()
     _client(guest, f"wait {job}")
