@@ -21,6 +21,7 @@ Thread safety: any thread may call anything.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -425,68 +426,73 @@ def _decode(  # noqa: PLR0913, PLR0917 -- the columns of the table
     start = json.loads(start_json)
     going_on = GoingOn(*start["going_on"])
     command, *args = start["argv"]
-    job = Job(
-        job_id=job_id,
-        owner=owner,
-        command=command,
-        args=tuple(args),
-        status=Status(status),
-        end_reason=None,
-        stop_reason="",
-        exit_code=None,
-        signal=None,
-        started_at=_time(started_us),
-        ended_at=None,
-        output_bytes=output_bytes,
-        output_lost_bytes=0,
-        subscribers=(),
-        limits=Limits(*start["limits"]),
-        usage=None,
-        usage_source=None,
-        working_directory=start["directory"],
-        tmp_directory=start["tmp"],
-        name=name,
-        labels=json.loads(labels) if labels != "{}" else {},
-        input_bytes=0 if going_on.has_input else None,
-        timeout=start["timeout"],
-    )
-    if finish_json is None or ended_us is None:
-        return Row(position, job, None, argv_bytes, OutputState(output_bytes), going_on)
-    job, output = _ended(job, _time(ended_us), json.loads(finish_json))
+    known: dict[str, Any] = {
+        "job_id": job_id,
+        "owner": owner,
+        "command": command,
+        "args": tuple(args),
+        "status": Status(status),
+        "started_at": _time(started_us),
+        "output_bytes": output_bytes,
+        "limits": _limits(*start["limits"]),
+        "working_directory": start["directory"],
+        "tmp_directory": start["tmp"],
+        "name": name,
+        "labels": json.loads(labels) if labels != "{}" else {},
+        "input_bytes": 0 if going_on.has_input else None,
+        "timeout": start["timeout"],
+    }
+    output = OutputState(output_bytes)
+    if finish_json is not None and ended_us is not None:
+        finish = json.loads(finish_json)
+        output = _output_state(output_bytes, finish)
+        known |= _end_of(finish, output) | {"ended_at": _time(ended_us)}
+    job = Job(**(_NOT_ENDED | known))
     return Row(position, job, number, argv_bytes, output, going_on)
 
 
-def _ended(job: Job, ended_at: datetime, finish: dict[str, Any]) -> tuple[Job, OutputState]:
-    """Return a job with its end, and the state of its output."""
+_NOT_ENDED: dict[str, Any] = {
+    "end_reason": None,
+    "stop_reason": "",
+    "exit_code": None,
+    "signal": None,
+    "ended_at": None,
+    "output_lost_bytes": 0,
+    "subscribers": (),
+    "usage": None,
+    "usage_source": None,
+}
+
+# Most jobs have the same limits. Making them anew is half of the work of reading a row.
+_limits = functools.lru_cache(maxsize=256)(Limits)
+
+
+def _output_state(size: int, finish: dict[str, Any]) -> OutputState:
     gap = Gap(*finish["gap"]) if finish["gap"] else None
-    failure = finish["failure"]
-    output = OutputState(
-        job.output_bytes,
-        gap,
-        (failure[0], failure[1]) if failure else None,
-        finish["taken"],
-        filed=finish["filed"],
-    )
-    if "cluster" in finish:
-        node, reason, started_us, limits = finish["cluster"]
-        job = replace(job, node=node, reason=reason, limits=Limits(*limits))
-        job = replace(job, started_at=_time(started_us))
+    failure = (finish["failure"][0], finish["failure"][1]) if finish["failure"] else None
+    return OutputState(size, gap, failure, finish["taken"], filed=finish["filed"])
+
+
+def _end_of(finish: dict[str, Any], output: OutputState) -> dict[str, Any]:
+    """Return the fields of `Job` that tell of the end."""
     exit_code, signal, may_have_escaped, killed_after_exit = finish["exit"]
     input_bytes, input_ended = finish["input"]
-    job = replace(
-        job,
-        end_reason=EndReason(finish["reason"]),
-        stop_reason=finish["stop_reason"],
-        exit_code=exit_code,
-        signal=signal,
-        ended_at=ended_at,
-        output_lost_bytes=gap.length if gap else 0,
-        output_gap=gap,
-        usage=Usage(*finish["usage"]) if finish["usage"] else None,
-        usage_source=UsageSource(finish["source"]) if finish["source"] else None,
-        may_have_escaped=may_have_escaped,
-        killed_after_exit=killed_after_exit,
-        input_bytes=input_bytes,
-        input_ended=input_ended,
-    )
-    return job, output
+    cluster: dict[str, Any] = {}
+    if "cluster" in finish:
+        node, reason, started_us, limits = finish["cluster"]
+        cluster = {"node": node, "reason": reason, "limits": _limits(*limits)}
+        cluster["started_at"] = _time(started_us)
+    return cluster | {
+        "end_reason": EndReason(finish["reason"]),
+        "stop_reason": finish["stop_reason"],
+        "exit_code": exit_code,
+        "signal": signal,
+        "output_lost_bytes": output.gap.length if output.gap else 0,
+        "output_gap": output.gap,
+        "usage": Usage(*finish["usage"]) if finish["usage"] else None,
+        "usage_source": UsageSource(finish["source"]) if finish["source"] else None,
+        "may_have_escaped": may_have_escaped,
+        "killed_after_exit": killed_after_exit,
+        "input_bytes": input_bytes,
+        "input_ended": input_ended,
+    }

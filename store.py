@@ -85,7 +85,6 @@ _MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX jobs_of_owner ON jobs (owner, position);
     CREATE INDEX jobs_by_end ON jobs (end_number) WHERE end_number IS NOT NULL;
     CREATE INDEX jobs_of_owner_by_end ON jobs (owner, end_number) WHERE end_number IS NOT NULL;
-    CREATE INDEX jobs_running ON jobs (position) WHERE end_number IS NULL;
     CREATE UNIQUE INDEX jobs_of_request ON jobs (owner, request_id) WHERE request_id IS NOT NULL;
     """,
 )
