@@ -276,6 +276,11 @@ class JobTable:
         """Whether there is a row of this job. Raises `StoreError`."""
         return bool(self._store.query("SELECT 1 FROM jobs WHERE job_id = ?", (job_id,)))
 
+    def keeps_tmp(self, job_id: str) -> bool:
+        """Whether this job has ended, and its TMPDIR is kept with it. Raises `StoreError`."""
+        row = self.get(job_id)
+        return row is not None and row.number is not None and bool(row.job.tmp_directory)
+
     def get(self, job_id: str) -> Row | None:
         """Return the row of a job; None if there is none. Raises `StoreError`."""
         return self._first("job_id = ?", (job_id,))

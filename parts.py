@@ -76,12 +76,13 @@ class Parts:
         self._uids, self._host_accounts = uids, host_accounts
         with contextlib.ExitStack() as undo:
             self.table = JobTable(store or Store())
-            keeps = self.table.has if self.table.is_kept else None
+            keeps = self.table.has if self.table.is_kept and output_dir else None
             self.output_dir = OutputDirectory(
                 output_dir, reserve_bytes=reserve_bytes, keeps=keeps, lasting=restart_window > 0
             )
             undo.callback(self.output_dir.close)
-            self.scratch = Scratch(tmp_dir, uids=uids)
+            keeps = self.table.keeps_tmp if self.table.is_kept and tmp_dir else None
+            self.scratch = Scratch(tmp_dir, uids=uids, keeps=keeps)
             undo.callback(self.scratch.close)
             self.homes = make_homes(homes) if self.scratch.path else None
             self._restarts = None

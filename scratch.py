@@ -54,12 +54,20 @@ class Scratch:
 
     `path`: made if it does not exist; None for a temporary directory. `uids`: those that jobs run
     as; None if they run as the user of this process. With `uids` but without CAP_CHOWN there are no
-    directories, and every method does nothing. Raises BlockingIOError if another worker has the
-    directory, OSError. Attribute: `path`, absolute; None if there is none.
+    directories, and every method does nothing. `keeps`: says of the ID of a job whether its
+    directory outlives this process; None means that none does. Raises BlockingIOError if another
+    worker has the directory, OSError. Attribute: `path`, absolute; None if there is none.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, *, uids: range | None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        uids: range | None,
+        keeps: Callable[[str], bool] | None = None,
+    ) -> None:
         self._uids = uids
+        self._keeps = keeps or (lambda _: False)
         self._clear: Callable[[int | None, str], tuple[socket.socket, int]] | None = None
         # Guards _removals. Never held during I/O.
         self._lock = threading.Lock()
@@ -122,7 +130,7 @@ class Scratch:
             logger.warning("%d directories of former jobs are still in %s", left, self.path)
 
     def empty(self) -> None:
-        """Remove all that is here, and end the removals that take long.
+        """Remove all that is not kept, and end the removals that take long.
 
         Blocks for half a second.
         """
@@ -151,6 +159,7 @@ class Scratch:
         deadline = time.monotonic() + timeout_s
         names = os.listdir(self._fd) if self.path else []
         names = [name for name in names if _is_uuid(name) and name not in kept]
+        names = [name for name in names if not self._keeps(name)]
         return sum(not self._remove(name, deadline) for name in names)
 
     def _remove(self, name: str, deadline: float) -> bool:

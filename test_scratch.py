@@ -20,6 +20,7 @@ from leftovers import clear_directory
 from privileges import can_change_user, can_kill_any
 from scratch import make_homes
 from spawner import Spawner
+from store import Store
 from testkit import GUARD_S, await_output, settle_spares
 from worker import EndReason, JobRunningError, Retention, Worker
 
@@ -182,6 +183,25 @@ def test_directory_that_is_kept_goes_with_the_job(
     assert _output(worker, worker.start("cat", [f"{directory}/out"], uid=uid)) == "result\n"
     worker.remove(first)
     assert _left(worker, public / "tmp") == []
+
+
+def test_kept_directory_survives_the_worker_with_its_job(public: Path) -> None:
+    """With a store. What a job has not kept, or a removed job had, the next worker removes."""
+    places: dict[str, Any] = {"output_dir": public / "output", "tmp_dir": public / "tmp"}
+    with Store(public / "store") as store:
+        with Worker(enforcement="off", store=store, **places) as worker:
+            kept, running = (
+                worker.start("sh", ["-c", script], keep_tmp=True)
+                for script in ('echo result >"$TMPDIR/out"', "exec sleep infinity")
+            )
+            path = Path(worker.wait(kept, GUARD_S).tmp_directory)
+        (public / "tmp" / str(uuid.uuid4())).mkdir()
+        with Worker(enforcement="off", store=store, **places) as worker:
+            assert Path(worker.status(kept).tmp_directory, "out").read_text() == "result\n"
+            others = {entry.name for entry in (public / "tmp").iterdir()} - {kept, running}
+            assert len(others) <= 1  # the spare's
+            worker.remove(kept)
+            assert not path.exists()
 
 
 def test_directory_of_a_running_job_stays(worker: Worker, uid: int | None, public: Path) -> None:

@@ -170,8 +170,8 @@ class Worker:
     a former worker left there is removed. Other users must be able to pass through both. With
     `uids`, both need CAP_CHOWN; without it the attribute `homes` is None, and TMPDIR is /tmp.
     `ending`: the timeout, grace and linger of jobs that are started without their own.
-    `store`: where jobs are recorded, so that those that have ended, and their output, survive this
-    process; it is not closed here. Default: in memory, and `close` deletes the output. A job that
+    `store`: where jobs are recorded, so that those that have ended survive this process, and what
+    they have in `output_dir` and `tmp_dir`; it is not closed here. Default: in memory. A job that
     ran when a former worker of the store ended, and that nobody has gone on with, is LOST.
 
     `restart_dir`: a directory of ours alone. With it and a `store` on disk, jobs that run are left
