@@ -80,11 +80,11 @@ class Guest:
         assert self._process.stdin
         self._process.stdin.write(b"off\n")
         self._process.stdin.flush()
-        # Not `communicate`, which closes stdin: the guest's console would hang up before it reads.
-        assert self._process.stdout
-        for _ in self._process.stdout:
-            pass
-        self._process.wait()
+        # stdin stays open until the end: otherwise the guest's console would hang up.
+        with self._process as process:
+            assert process.stdout
+            for _ in process.stdout:
+                pass
         self._boot()
 
     def end(self) -> None:
