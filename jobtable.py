@@ -281,6 +281,12 @@ class JobTable:
         row = self.get(job_id)
         return row is not None and row.number is not None and bool(row.job.tmp_directory)
 
+    def owner(self, job_id: str) -> str | None:
+        """Return whose job it is; None if there is no row of it. Raises `StoreError`."""
+        rows = self._store.query("SELECT owner FROM jobs WHERE job_id = ?", (job_id,))
+        is_removed = job_id in self._unwritten and self._unwritten[job_id] is None
+        return rows[0][0] if rows and not is_removed else None
+
     def get(self, job_id: str) -> Row | None:
         """Return the row of a job; None if there is none. Raises `StoreError`."""
         return self._first("job_id = ?", (job_id,))

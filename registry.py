@@ -227,6 +227,16 @@ class Registry:
             raise UnknownJobError(job_id)
         return FinishedJob(row, self)
 
+    def owner(self, job_id: str) -> str:
+        """Return whose job it is. Raises `UnknownJobError`.
+
+        Takes the same time for a job that runs, one that has ended and one that never was.
+        """
+        owner = self._table.owner(job_id)
+        if owner is None:
+            raise UnknownJobError(job_id)
+        return owner
+
     def counts(self) -> Counts:
         """Return how many jobs there are and were."""
         with self._lock:

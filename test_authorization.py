@@ -1245,7 +1245,7 @@ def test_owner_of_a_job_is_the_tokens_subject_whatever_is_asked(house: _House, u
     # test_starts.py tries `request_id`. What a job's own variables say of USER is the job's affair.
     # `name` and `labels` name the job.
     known = {"command", "args", "limits", "request_id", "environment", "working_directory"}
-    known |= {"name", "labels", "timeout", "grace", "linger", "stdin", "keep_tmp"}
+    known |= {"name", "labels", "timeout", "grace", "linger", "stdin", "keep_tmp", "no_queue"}
     fields = worker_pb.StartJobRequest.DESCRIPTOR.fields_by_number
     for field in fields.values():
         assert field.name in known, "may it name an owner? try it here"

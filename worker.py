@@ -412,7 +412,7 @@ class Worker:
 
     def owner(self, job_id: str) -> str:
         """Return whose job it is. Raises `UnknownJobError`."""
-        return self._job(job_id).owner
+        return self._registry.owner(job_id)
 
     def status(self, job_id: str) -> Job:
         """Return what is known of the job. Raises `UnknownJobError`."""
