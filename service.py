@@ -262,6 +262,7 @@ class _WorkerServicer:
         """Subscribe and record the call; return a generator of serialized messages."""
         job_id, _ = self._reach(request.job_id, call)
         job = self._worker.observe(job_id)
+        was_over = job().status.is_over  # perhaps CLOSED, by a former server
         since = time_before(request, "since")
         with contextlib.ExitStack() as ending:
             ending.callback(self.quotas.stream(call.caller.name))
@@ -281,7 +282,7 @@ class _WorkerServicer:
                 call.context.set_trailing_metadata(end_metadata(job(), request.offset))
                 raise
             call.record()
-            return self._stream(chunks, job, ending.pop_all(), call)
+            return self._stream(chunks, job, ending.pop_all(), call, was_over=was_over)
 
     def _stream(
         self,
@@ -289,8 +290,9 @@ class _WorkerServicer:
         job: Callable[[], Job],
         ending: contextlib.ExitStack,
         call: Call,
+        *,
+        was_over: bool,
     ) -> Iterator[bytes]:
-        is_over = job().status.is_over  # perhaps at the end of a former server
         with ending:
             # If the client disconnects, gRPC does not wake a generator that waits for output. This
             # callback does.
@@ -307,7 +309,7 @@ class _WorkerServicer:
             # A job that runs: the client has gone, or wanted the output so far.
             if state.status.is_over or not chunks.follows:
                 call.context.set_trailing_metadata(end_metadata(state, chunks.offset))
-            if state.end_reason is EndReason.CLOSED and not is_over:
+            if state.end_reason is EndReason.CLOSED and not was_over:
                 raise worker.WorkerClosedError
 
     def _messages(self, chunks: worker.Subscription, call: Call) -> Iterator[bytes]:
