@@ -232,6 +232,7 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
     _add_signal(subparsers["signal"])
     _add_grace(subparsers["stop"])
     _add_stream(subparsers["stream"])
+    _add_send(subparsers["send"])
     return parser, subparsers
 
 
@@ -265,6 +266,21 @@ def _add_stream(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="end when the connection is lost, as --retry-for 0; default: connect again and "
         "continue at that byte",
+    )
+
+
+def _add_send(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="stdin is the whole input from its beginning: leave out what the job has got "
+        "(default: all of stdin comes after that)",
+    )
+    parser.add_argument(
+        "-k",
+        "--keep-open",
+        action="store_true",
+        help="leave the job's input open for another send (default: end it)",
     )
 
 

@@ -36,6 +36,7 @@ __all__ = ["COMMANDS"]
 
 # What happens to the connection is no part of a job's output; a restart of the server takes less.
 _TELL_LOSS_AFTER_S = 5.0
+_STOPS_AT_ONCE = 16
 _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 
@@ -195,7 +196,9 @@ def _stop(client: Client, arguments: argparse.Namespace) -> None:
         state = state_of(to_dict(client.stop(job_id, grace=arguments.grace)))
         print(state if len(arguments.job) == 1 else f"{printable(job_id)} {state}")
 
-    _for_each(client, jobs, stop, may_be_gone=arguments.all)
+    # With a grace each stop takes a while, so they do not wait for each other.
+    at_once = _STOPS_AT_ONCE if arguments.grace else 1
+    _for_each(client, jobs, stop, may_be_gone=arguments.all, at_once=at_once)
 
 
 def _signal(client: Client, arguments: argparse.Namespace) -> None:
@@ -225,27 +228,51 @@ def _for_each(
     do: Callable[[str], object],
     *,
     may_be_gone: bool = False,
+    at_once: int = 1,
 ) -> None:
     """Call `do` with the ID of every job, also after an error; then raise one ClientError for all.
 
-    `may_be_gone`: it is no error if a job has been removed.
+    `may_be_gone`: it is no error if a job has been removed. `at_once`: for how many jobs `do` is
+    called at the same time, in threads.
     """
-    errors: dict[str, ClientError] = {}
-    for job in jobs:
+
+    def try_one(job: str) -> ClientError | None:
         try:
             do(client.find(job))
         except ClientError as error:
-            if may_be_gone and error.code == "NOT_FOUND":
-                continue
-            if len(jobs) == 1:
-                raise
-            errors[job] = error
+            return None if may_be_gone and error.code == "NOT_FOUND" else error
+        return None
+
+    if at_once > 1 and len(jobs) > 1:
+        found = _in_threads(client, try_one, jobs, at_once)
+    else:
+        found = [try_one(job) for job in jobs]
+    errors = {job: error for job, error in zip(jobs, found, strict=True) if error is not None}
+    if errors and len(jobs) == 1:
+        raise errors[jobs[0]]
     if errors:
         text = "; ".join(
             f"{error}" if job in str(error) else f"job {job}: {error}"
             for job, error in errors.items()
         )
         raise ClientError(text, next(iter(errors.values())).code)
+
+
+def _in_threads(
+    client: Client,
+    do: Callable[[str], ClientError | None],
+    jobs: Sequence[str],
+    at_once: int,
+) -> list[ClientError | None]:
+    """Return what `do` returns for each job; up to `at_once` threads call it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(at_once, "stop") as pool:
+        try:
+            return list(pool.map(do, jobs))
+        except BaseException:  # Ctrl-C: the calls end with their channel
+            client.close()
+            raise
 
 
 def _remove(client: Client, arguments: argparse.Namespace) -> None:
@@ -271,6 +298,7 @@ COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int | None]] = {
     "signal": _signal,
     "status": _status,
     "stream": stream,
+    "send": stdin.send_more,
     "remove": _remove,
     "list": _list,
     "wait": wait,

@@ -439,17 +439,20 @@ class Client:
 
         return OutputStream(self._link, open_call, on_lost, on_lost_after)
 
-    def write_input(self, job_id: str, data: bytes | Iterable[bytes], offset: int = 0) -> None:
+    def write_input(
+        self, job_id: str, data: bytes | Iterable[bytes], offset: int = 0, *, end: bool = True
+    ) -> None:
         """Send all of `data` to the stdin of a job that was started with `stdin`, and end it.
 
-        `offset`: how many bytes of input the job has got before. Blocks while the job does not
+        `end`: False leaves the input open for more. `offset`: how many bytes of input the job has
+        got before. Blocks while the job does not
         read, or `data` yields nothing. After a lost connection this continues at the byte that the
         job has got, and gives up after five minutes without a connection. Raises what `data`
         raises, and leaves the input open then.
         """
         from sending import Sending
 
-        sending, resumption = Sending(data, offset), Resumption(self._link)
+        sending, resumption = Sending(data, offset, ends=end), Resumption(self._link)
         has_broken_off = False
         while not sending.is_done:
             messages = sending.messages(self._worker_pb.WriteInputRequest, job_id)

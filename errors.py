@@ -26,6 +26,7 @@ __all__ = [
     "StoreError",
     "TakeoverError",
     "UnknownJobError",
+    "WatchBehindError",
     "WorkerClosedError",
     "WorkerError",
     "exec_error",
@@ -167,6 +168,18 @@ class TakeoverError(WorkerError):
             f"jobs of the former main process go on, and cannot be taken over: {problem}; start "
             "with the former settings, or end these jobs first"
         )
+
+
+class WatchBehindError(WorkerError):
+    """The reader of a watch was too slow, and events were dropped.
+
+    Attribute: `retry_after_s`, when to begin a new watch.
+    """
+
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("this watch was read too slowly and has missed changes; watch anew")
 
 
 class WorkerClosedError(WorkerError):

@@ -166,6 +166,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (auth.LoginsClosedError, grpc.StatusCode.UNAVAILABLE, None),
     (worker.StartTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (worker.StopTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
+    (worker.WatchBehindError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (worker.WorkerClosedError, grpc.StatusCode.UNAVAILABLE, "the server is shutting down"),
     (
         worker.SpawnerDiedError,

@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "signal": "Send a signal to a job",
     "status": "Show the state of a job",
     "stream": "Write a job's output to stdout, from its start until the job ends",
+    "send": "Send stdin to a job that was started with --stdin, after what the job has got",
     "remove": "Forget a finished job and delete its output",
     "list": "List the jobs you may see, the newest last",
     "wait": "Wait until jobs have ended, and exit with the exit code of the last one named",
@@ -43,6 +44,7 @@ client start [OPTIONS] -c COMMAND [-args A1 A2 ...]
     "signal": "client signal [OPTIONS] JOB ...",
     "status": "client status [OPTIONS] JOB ...",
     "stream": "client stream [OPTIONS] JOB",
+    "send": "client send [OPTIONS] JOB",
     "remove": "client remove [OPTIONS] JOB ... | --finished",
     "list": "client list [OPTIONS]",
     "wait": "client wait [OPTIONS] JOB ...",
@@ -120,6 +122,12 @@ examples:
   client stream 3fa9b1c2 --offset 1000  all but the first 1000 bytes
   client stream nightly --tail 20       the last 20 lines, and what follows
   client stream nightly --since 10m --timestamps --no-follow
+""",
+    "send": """\
+examples:
+  client send JOB --again <input         continue an interrupted "start --stdin JOB... <input"
+  echo more | client send JOB -k         send a line, and leave the input open for more
+  client send JOB </dev/null             end the input
 """,
     "remove": """\
 examples:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["JobEvents"]
 
+_LIVE = {worker_pb.JOB_STATUS_QUEUED, worker_pb.JOB_STATUS_RUNNING}
+
 
 class JobEvents:
     """What happens to jobs: an iterator of the messages `JobEvent`, as it happens.
@@ -101,7 +103,7 @@ class JobEvents:
             if job is None:
                 kind, job = worker_pb.JOB_EVENT_KIND_REMOVED, self._known.pop(job_id)
             elif job.status != told.status:
-                kind = worker_pb.JOB_EVENT_KIND_ENDED
+                kind = _change(job)
                 self._known[job_id] = job
             else:
                 continue
@@ -114,17 +116,22 @@ class JobEvents:
         if event.kind == worker_pb.JOB_EVENT_KIND_REMOVED:
             self._known.pop(job.job_id, None)
             return told is not None or not self._is_anew
-        is_old = told is not None and (
-            told.status == job.status or told.status != worker_pb.JOB_STATUS_RUNNING
-        )
+        is_old = told is not None and (told.status == job.status or told.status not in _LIVE)
         if is_old and self._is_anew:
             return False
         self._known[job.job_id] = job
         if told is not None and self._is_anew:
-            event.kind = worker_pb.JOB_EVENT_KIND_ENDED
+            event.kind = _change(job)
         return True
 
     def close(self) -> None:
         """End it; idempotent. A thread that waits for an event gets a `ClientError`."""
         self._resumption.closed.set()
         self._call.cancel()
+
+
+def _change(job: worker_pb.Job) -> worker_pb.JobEventKind:
+    """Return how a job came to its present status."""
+    if job.status in _LIVE:
+        return worker_pb.JOB_EVENT_KIND_STARTED
+    return worker_pb.JOB_EVENT_KIND_ENDED

@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 _STATUSES = ("QUEUED", "RUNNING", "STOPPED", "FINISHED")
-_WITH_JOBS = {"stop", "signal", "status", "stream", "remove", "wait"}
+_WITH_JOBS = {"stop", "signal", "status", "stream", "send", "remove", "wait"}
+_ONE_JOB = {"stream", "send"}
 _EVERY = {"stop": "all", "remove": "finished"}  # the option that stands for many jobs
 _MAX_DIGITS = 9
 
@@ -41,7 +42,7 @@ _MAX_DIGITS = 9
 def add_options(subparsers: Mapping[str, argparse.ArgumentParser]) -> None:
     """Add what names or picks jobs to the subcommands that need it."""
     for name in _WITH_JOBS:
-        _add_jobs(subparsers[name], several=name != "stream")
+        _add_jobs(subparsers[name], several=name not in _ONE_JOB)
     for name, text in (
         ("stop", "stop all running jobs that you may see"),
         ("remove", "remove all jobs that you may see and that do not run any more"),
@@ -90,8 +91,8 @@ def check_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
         arguments.owner or arguments.name or arguments.labels or arguments.since is not None
     ):
         parser.error(f"--owner, --name, --label and --since need --{every}")
-    if name == "stream" and len(arguments.job) > 1:
-        parser.error("stream takes one job")
+    if name in _ONE_JOB and len(arguments.job) > 1:
+        parser.error(f"{name} takes one job")
 
 
 def _add_jobs(parser: argparse.ArgumentParser, *, several: bool) -> None:

@@ -33,10 +33,13 @@ class Sending:
     """One job's input on its way. Any thread may call anything.
 
     `data`: bytes, or an iterable of bytes, whose `next` may block. `offset`: the place of its first
-    byte in the job's input.
+    byte in the job's input. `ends`: whether the input ends with the data.
     """
 
-    def __init__(self, data: bytes | Iterable[bytes], offset: int = 0) -> None:
+    def __init__(
+        self, data: bytes | Iterable[bytes], offset: int = 0, *, ends: bool = True
+    ) -> None:
+        self._ends = ends
         self._chunks = _pieces(data) if isinstance(data, bytes) else iter(data)
         # Guards all below. Notified when data was read, and when a call has ended. Never held while
         # data is read.
@@ -81,7 +84,7 @@ class Sending:
                 if self._has_more_locked(sent) or self._is_read:
                     begin = sent - self._offset
                     data = bytes(self._kept[begin : begin + _MESSAGE_BYTES])
-                    if self._error is not None:
+                    if self._error is not None or not self._ends:
                         return (data, False) if data else None
                     return data, self._is_read and begin + len(data) == len(self._kept)
                 if len(self._kept) >= _WINDOW_BYTES:
@@ -123,7 +126,7 @@ class Sending:
             if self._is_read and not self._kept:
                 if self._error is not None:
                     raise self._error
-                self.is_done = ended
+                self.is_done = ended or not self._ends
             return more
 
 

@@ -1,4 +1,4 @@
-"""The client's own stdin, which `start --stdin` and `run -i` send to a job.
+"""The client's own stdin, which `start --stdin`, `run -i` and `send` send to a job.
 
     send(client, job_id)                      # blocks until the end of stdin
     send_meanwhile(client, job_id, warn)      # in a thread of its own
@@ -19,11 +19,12 @@ from connection import ClientError
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator
 
     from connection import Client
 
-__all__ = ["has_data", "send", "send_meanwhile"]
+__all__ = ["has_data", "send", "send_meanwhile", "send_more"]
 
 _STDIN = 0
 _READ_BYTES = 64 * 1024
@@ -43,6 +44,33 @@ def has_data() -> bool:
 def send(client: Client, job_id: str) -> None:
     """Send all of stdin to the job, and end its input. Raises ClientError, OSError."""
     client.write_input(job_id, _chunks())
+
+
+def send_more(client: Client, arguments: argparse.Namespace) -> None:
+    """Do the subcommand `send`: continue the input of a job where it is.
+
+    With `again`, stdin begins with what the job has got already, which is left out.
+    """
+    job_id = client.find(arguments.job[0])
+    offset = client.status(job_id).stdin.bytes
+    chunks = _chunks()
+    if arguments.again:
+        chunks = _without_beginning(chunks, offset)
+    client.write_input(job_id, chunks, offset, end=not arguments.keep_open)
+
+
+def _without_beginning(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Yield what follows the first `size` bytes. Raises `ClientError` if there are fewer."""
+    left = size
+    for chunk in chunks:
+        if len(chunk) > left:
+            yield chunk[left:]
+        left = max(0, left - len(chunk))
+    if left:
+        raise ClientError(
+            f"stdin has {size - left} bytes, but the job has got {size}; without --again all of "
+            "stdin is sent as what comes next"
+        )
 
 
 def send_meanwhile(client: Client, job_id: str, warn: Callable[[str], object]) -> None:

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).resolve().parent
 _SUBCOMMANDS = [
-    *("list", "login", "logout", "remove", "run", "signal", "start", "status", "stop", "stream"),
+    *("list", "login", "logout", "remove", "run", "send", "signal", "start"),
+    *("status", "stop", "stream"),
     *("wait", "whoami"),
 ]
 _WITHOUT_A_SERVER = ["completion", "import"]
@@ -1515,6 +1516,23 @@ def test_run_exits_as_its_job(
     assert (process.returncode, out) == (status, stdout), err
     assert re.match(stderr, err)
     assert err.count(b"\n") == bool(stderr)
+
+
+def test_stops_with_a_grace_do_not_wait_for_each_other(
+    run: Callable[..., str], connect: Connect, public: Path
+) -> None:
+    """The first job ends by itself only after the second one has got its SIGTERM, too."""
+    fifo, client = make_fifo(public / "terminated"), connect()
+    scripts = (f"trap 'read _ <{fifo}; exit 0' TERM", f"trap 'echo x >{fifo}; exit 0' TERM")
+    ids = [
+        client.start("sh", ["-c", f"{script}; echo ready; while :; do sleep 0.1; done"])
+        for script in scripts
+    ]
+    for job_id in ids:
+        assert next(client.stream(job_id)) == b"ready\n"
+    lines = run("stop", *ids, "--grace", "60s").splitlines()
+    assert {line.split()[0] for line in lines} == set(ids)
+    assert [client.status(job_id).exit_code for job_id in ids] == [0, 0]
 
 
 def test_run_detached_prints_the_id_of_a_running_job(cli: _Program, connect: Connect) -> None:

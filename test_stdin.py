@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from client import Client
     from testkit import ClientProgram
+
+    Connect = Callable[..., Client]
     from testproxy import Proxy
 
 _HERE = Path(__file__).resolve().parent
@@ -218,3 +220,39 @@ def test_every_recipe_works_as_documented(cli: ClientProgram, tmp_path: Path, pu
         )
         assert result.returncode == 0, (script, result.stderr)
         assert result.stdout == re.sub(r"^    ", "", expected, flags=re.MULTILINE), script
+
+
+# --- send -----------------------------------------------------------------------------------
+
+
+def test_send_continues_an_input_that_broke_off(cli: ClientProgram, connect: Connect) -> None:
+    """With --again stdin is the whole input, and what the job has got is left out."""
+    client = connect()
+    job_id = client.start("cat", stdin=True)
+    client.write_input(job_id, b"one\n", end=False)
+    assert cli.run("send", job_id, "--again", stdin=b"one\ntwo\n") == (0, b"", "")
+    assert b"".join(client.stream(job_id)) == b"one\ntwo\n"
+
+
+def test_send_adds_to_an_input_and_ends_it(cli: ClientProgram, connect: Connect) -> None:
+    """-k leaves it open; an empty stdin ends it. A job is named in any way."""
+    client = connect()
+    job_id = client.start("cat", stdin=True)
+    for data in (b"one\n", b"two\n"):
+        assert cli.run("send", "-k", "-j", job_id[:12], stdin=data) == (0, b"", "")
+    stdin = client.status(job_id).stdin
+    assert (stdin.bytes, stdin.ended) == (8, False)
+    assert cli.run("send", job_id, stdin=b"") == (0, b"", "")
+    assert b"".join(client.stream(job_id)) == b"one\ntwo\n"
+    assert cli.fail("send", job_id).startswith("client: ")
+
+
+def test_send_of_less_than_the_job_has_got_is_refused(cli: ClientProgram, connect: Connect) -> None:
+    """Stdin cannot be the input from its beginning. The input stays open."""
+    client = connect()
+    job_id = client.start("cat", stdin=True)
+    client.write_input(job_id, b"one\n", end=False)
+    status, _, stderr = cli.run("send", job_id, "--again", stdin=b"o")
+    assert (status, "stdin has 1 bytes, but the job has got 4" in stderr) == (1, True)
+    assert not client.status(job_id).stdin.ended
+    client.stop(job_id)

@@ -19,6 +19,7 @@ from worker import (
     Retention,
     Status,
     Watch,
+    WatchBehindError,
     Worker,
     WorkerClosedError,
 )
@@ -150,19 +151,19 @@ def test_changes_before_the_first_reading_are_told_as_the_present(worker: Worker
 def test_reader_that_is_behind_holds_up_nobody_and_takes_bounded_memory(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It misses jobs that were started and removed meanwhile, but no job that is kept."""
-    monkeypatch.setattr(watching, "_MANY_EVENTS", 5)
+    """Its watch ends with an error, and a new one tells how all jobs are."""
+    monkeypatch.setattr(watching, "_MOST_JOBS", 5)
     with worker.watch() as watch:
-        for _ in range(30):
-            worker.remove(_finish(worker))
-        kept = [_finish(worker) for _ in range(10)]
-        assert len(watch._pending) < 5 + len(kept)
-        told: list[str] = []
-        while kept[-1] not in told:
-            event = next(watch)
-            told += [event.job.job_id] if event.kind is _ENDED else []
-    assert [job_id for job_id in told if job_id in kept] == kept
-    assert len(told) < 5 + len(kept)
+        first = _finish(worker)
+        assert [next(watch).kind, next(watch).kind] == [_STARTED, _ENDED]
+        ids = [first, *(_finish(worker) for _ in range(5))]
+        assert len(watch._pending) == 5
+        ids += [_finish(worker) for _ in range(5)]
+        assert len(watch._pending) == 0
+        with pytest.raises(WatchBehindError, match="watch anew"):
+            next(watch)
+    with worker.watch() as watch:
+        assert [next(watch).job.job_id for _ in ids] == ids
 
 
 def test_close_wakes_the_reader_and_ends_the_iterator(

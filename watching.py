@@ -8,9 +8,9 @@ The thread that starts, ends or removes a job puts an event into each watch that
 and goes on: it never waits for the reader of a watch. A start, an end and a removal cost nothing
 while there is no watch.
 
-A watch has room for a few events of each job, so that its memory is bounded by the number of jobs
-that are kept, however slow its reader is. If the reader is behind, a job that was started and
-removed meanwhile is left out.
+A watch has room for the events of a number of jobs, so that its memory is bounded however slow its
+reader is. If changes of more jobs wait for the reader, the watch ends with `WatchBehindError`. The
+reader then begins a new watch, which tells first how all jobs are.
 
 Thread safety: one thread iterates over a watch; any thread may call the rest. The lock of a watch
 may be taken while a job's and the registry's are held; no lock is taken while that of a watch is.
@@ -23,7 +23,7 @@ from collections import OrderedDict
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from errors import WorkerClosedError
+from errors import WatchBehindError, WorkerClosedError
 from finding import Findable
 from jobstate import Job, Status
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["JobEvent", "JobEventKind", "Watch"]
 
-_MANY_EVENTS = 1000  # with so many jobs waiting for the reader, removed ones are left out
+_MOST_JOBS = 1000  # whose changes wait for the reader
 
 
 class JobEventKind(Enum):
@@ -66,7 +66,8 @@ class Watch:
     First come the jobs that are there (EXISTS), in the order of their starts, then the changes,
     those of one job in their order. A change is left out if the filter accepts neither the status
     before nor the one after it. The iterator blocks while nothing happens, and never ends by
-    itself. After `close` it ends; after the worker was closed it raises `WorkerClosedError`.
+    itself. After `close` it ends; after the worker was closed it raises `WorkerClosedError`,
+    and `WatchBehindError` if its reader is too slow.
     """
 
     def __init__(self, matching: JobFilter, jobs: Iterable[_Kept]) -> None:
@@ -78,6 +79,7 @@ class Watch:
         self._pending: OrderedDict[str, list[JobEvent]] = OrderedDict()  # by job, never empty
         self._closed = False
         self._is_over = False  # the worker was closed
+        self._is_behind = False  # events were dropped
 
     def __iter__(self) -> Self:
         return self
@@ -94,16 +96,11 @@ class Watch:
         with self._changed:
             if self._closed:
                 return
-            events = self._pending.setdefault(job.job_id, [])
-            if (
-                kind is JobEventKind.REMOVED
-                and events
-                and events[0].kind is JobEventKind.STARTED
-                and len(self._pending) >= _MANY_EVENTS
-            ):
-                del self._pending[job.job_id]
-                return
-            events.append(JobEvent(kind, job))
+            if len(self._pending) >= _MOST_JOBS and job.job_id not in self._pending:
+                self._is_behind = True
+                self._pending.clear()
+            if not self._is_behind:
+                self._pending.setdefault(job.job_id, []).append(JobEvent(kind, job))
             self._changed.notify()
 
     def end(self) -> None:
@@ -161,9 +158,13 @@ class Watch:
     def _next_events(self) -> list[JobEvent] | None:
         """Block until a job has changed; return its events, or None if this is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._closed or self._is_over)
+            self._changed.wait_for(
+                lambda: self._pending or self._closed or self._is_over or self._is_behind
+            )
             if self._closed:
                 return None
+            if self._is_behind:
+                raise WatchBehindError
             if not self._pending:
                 raise WorkerClosedError
             return self._pending.popitem(last=False)[1]

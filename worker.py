@@ -65,6 +65,7 @@ from errors import (
     StoreError,
     TakeoverError,
     UnknownJobError,
+    WatchBehindError,
     WorkerClosedError,
     WorkerError,
 )
@@ -130,6 +131,7 @@ __all__ = [
     "Usage",
     "UsageSource",
     "Watch",
+    "WatchBehindError",
     "Worker",
     "WorkerClosedError",
     "WorkerError",
