@@ -9,14 +9,14 @@ __all__ = ["EPILOG", "EXAMPLES", "SUBCOMMANDS", "USAGES"]
 SUBCOMMANDS = {
     "login": "Exchange a password for a token; print the token and keep it",
     "logout": "Make the token invalid for good, and delete the kept one",
-    "whoami": "Show user, role, server, and when the token and the certificate expire",
+    "whoami": "Show user, role, server, and when session, token, certificate end",
     "start": "Start a job and print its ID",
     "run": "Start a job, write its output to stdout, and exit with its exit code",
     "stop": "Kill every process of a job; returns when they are gone",
     "signal": "Send a signal to a job",
     "status": "Show the state of a job",
     "stream": "Write a job's output to stdout, from its start until the job ends",
-    "send": "Send stdin to a job that was started with --stdin, after what the job has got",
+    "send": "Send stdin to a job started with --stdin, after what it has got",
     "remove": "Forget a finished job and delete its output",
     "list": "List the jobs you may see, the newest last",
     "wait": "Wait until jobs have ended, and exit with the exit code of the last one named",
@@ -125,7 +125,7 @@ examples:
 """,
     "send": """\
 examples:
-  client send JOB --again <input         continue an interrupted "start --stdin JOB... <input"
+  client send JOB --again <input         continue an interrupted "start -i"
   echo more | client send JOB -k         send a line, and leave the input open for more
   client send JOB </dev/null             end the input
 """,
