@@ -126,7 +126,7 @@ examples:
     "send": """\
 examples:
   client send JOB --again <input         continue an interrupted "start -i"
-  echo more | client send JOB -k         send a line, and leave the input open for more
+  client send JOB -k <part               send a part, and leave the input open
   client send JOB </dev/null             end the input
 """,
     "remove": """\

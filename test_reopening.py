@@ -13,11 +13,13 @@ import pytest
 import workerservice_pb2 as worker_pb
 from client import ClientError
 from retrying import Patience
+from serveroptions import OPTIONS
 from testkit import GUARD_S
 from testproxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from client import Client
     from testkit import ClientProgram, ServerProgram
@@ -285,3 +287,43 @@ def test_input_goes_on_after_the_server_was_away(connect: Connect, line: _Line) 
 
     client.write_input(job_id, parts())
     assert b"".join(chunks) == b"two\nthree\n"
+
+
+# --- a server that restarts -------------------------------------------------------------------
+
+_RUNS = 50
+_RESTART_EVERY_S = 2.0
+
+
+@pytest.mark.skipif(
+    "restart_window" not in OPTIONS, reason="without a restart window a restart ends the jobs"
+)
+def test_script_does_not_notice_that_the_server_restarts(
+    cli: ClientProgram,
+    start_server: Callable[..., ServerProgram],
+    make_state: Callable[[], Path],
+) -> None:
+    """`run`, 50 times in a loop: the exact output, the exact exit status, and nothing on stderr."""
+    state, done = make_state(), threading.Event()
+    first = start_server("--restart-window", "60s", state=state)
+    cli.environment["JOBWORKER_SERVER"] = first.address
+
+    def restart() -> int:
+        server, restarts = first, 0
+        while not done.wait(_RESTART_EVERY_S):
+            server.end()
+            options = ("--listen", first.address, "--restart-window", "60s")
+            server = start_server(*options, state=state)
+            restarts += 1
+        return restarts
+
+    with ThreadPoolExecutor(1) as pool:
+        restarts = pool.submit(restart)
+        try:
+            for number in range(_RUNS):
+                script = f"echo begin {number}; sleep 0.3; echo end {number}; exit {number}"
+                expected = f"begin {number}\nend {number}\n".encode()
+                assert cli.run("run", "sh", "-c", script) == (number, expected, "")
+        finally:
+            done.set()
+        assert restarts.result(GUARD_S) > 1
