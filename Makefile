@@ -16,7 +16,7 @@ requirements = import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); p
 
 PREFIX ?= /opt/job-worker
 
-.PHONY: test-systemd install uninstall help setup demo serve test check tools static bench bench-long certs library proto lock extras
+.PHONY: test-slurm test-systemd install uninstall help setup demo serve test check tools static bench bench-long certs library proto lock extras
 
 help: ## list the targets (what `make` alone does)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -73,6 +73,9 @@ test: setup .venv/dev ## run all tests; those that need a real cgroup tree boot 
 
 test-systemd: setup .venv/dev ## as root: follow docs/deploy.md on a Debian with systemd in user-mode Linux, in minutes
 	JOBWORKER_SYSTEMD=1 $(python) -m pytest -v -o time_limit_s=900 -x test_systemd.py
+
+test-slurm: setup .venv/dev ## as root, with Slurm's packages: the tests of the service over a cluster on this machine
+	JOBWORKER_REQUIRE_SLURM=1 $(python) -m pytest --slurm test_service.py
 
 check: static test ## all that must pass before a change is pushed: static, then test
 

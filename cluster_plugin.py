@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from testcluster import PROGRAMS, Cluster
+from testkit import TEST_CONFIG
+from users import SEEDED_USERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_CONFIG = "JOBWORKER_TEST_CONFIG"  # the configuration of servers that get none
 
 
 def missing() -> str:
@@ -41,7 +41,19 @@ def missing() -> str:
 def _running() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="cluster-") as name, Cluster(Path(name)) as cluster:
         config = Path(name) / "server.toml"
-        config.write_text(f'[slurm]\nconf = "{cluster.conf}"\n')
+        users = Path(name) / "users"
+        users.touch(0o600)
+        # Jobs run as an account of the cluster; nobody is one everywhere.
+        users.write_text(
+            "".join(
+                f"{user.name}:{user.role.value}:{user.password_hash}:nobody\n"
+                for user in SEEDED_USERS
+            )
+        )
+        config.write_text(
+            f'[server]\naccounts = "host"\nusers = "{users}"\nuids = "71000-71999"\n'
+            f'[slurm]\nconf = "{cluster.conf}"\n'
+        )
         yield cluster
 
 
@@ -69,5 +81,5 @@ def servers_use_a_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     cluster: Cluster = request.getfixturevalue("cluster")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(_CONFIG, str(cluster.directory / "server.toml"))
+        patch.setenv(TEST_CONFIG, str(cluster.directory / "server.toml"))
         yield

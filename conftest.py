@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from testkit import (
+    TEST_CONFIG,
     ClientProgram,
     Clock,
     ServerProgram,
@@ -197,6 +198,10 @@ def serve(certs: Path, make_state: Callable[[], Path]) -> Iterator[Callable[...,
             defaults = Settings(
                 listen="127.0.0.1:0", certs=certs, state_dir=make_state(), enforcement="off"
             )
+            if config := os.environ.get(TEST_CONFIG):
+                defaults = replace(
+                    defaults, config=Path(config), users=Path(config).parent / "users"
+                )
             return servers.enter_context(Server(replace(defaults, **settings)))
 
         yield start

@@ -79,6 +79,8 @@ def describe(job: worker_pb.Job) -> str:
         **({"directory": job.working_directory} if job.working_directory else {}),
         **({"tmp": job.tmp_directory} if job.tmp_directory else {}),
         "status": state_of(fields),
+        **({"node": job.node} if job.node else {}),
+        **({"reason": job.reason} if job.reason else {}),
         "started": _moment(fields["started_at"]),
         "ended": _moment(fields["ended_at"]),
         **({"input": _input(job.stdin)} if job.HasField("stdin") else {}),

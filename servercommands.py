@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import adminsocket
 import hostcheck
 import serverstatus
+import slurmcheck
 from configreport import report
 from invite import Invitation, invite
 from serverfiles import check_files, config_in_force
@@ -225,8 +226,11 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_check(call: Call) -> int:
     settings = call.settings
     if call.arguments.check_config is None:
-        config_in_force(settings)
-        findings = hostcheck.check(call.arguments.check_root or settings.cgroup_root)
+        config = config_in_force(settings)
+        if config.slurm is not None:
+            findings = tuple(slurmcheck.check(config.slurm, config.limits({})))
+        else:
+            findings = hostcheck.check(call.arguments.check_root or settings.cgroup_root)
         print(*findings, sep="\n")
         return 0 if all(finding.works for finding in findings) else 1
     users = check_files(settings)

@@ -21,6 +21,7 @@ import pytest
 
 from finding import JobFilter
 from slurm import SlurmSettings
+from slurmcheck import check
 from slurmworker import SlurmWorker
 from testkit import GUARD_S, NOBODY
 from worker import (
@@ -422,6 +423,17 @@ def test_required_limit_that_no_node_enforces(make: Callable[..., SlurmWorker]) 
     assert _run(worker, "true")[0].end_reason is EndReason.EXITED
     with pytest.raises(ResourceError, match="io_write_bps"):
         worker.start("true", limits=Limits(None, 64 << 20, None, None, 1 << 20, None))
+
+
+def test_check_says_what_the_cluster_enforces(cluster: Cluster) -> None:
+    """Memory here, and nothing that Slurm leaves to a Prolog; and why no job runs, if none does."""
+    limits = Limits(None, 64 << 20, None, None, 1 << 20, None)
+    job, memory, io_write = check(SlurmSettings(conf=str(cluster.conf)), limits)
+    assert (job.works, memory.works, io_write.works) == (True, True, False)
+    assert "node" in job.detail
+    assert "Prolog" in io_write.remedy
+    (failed,) = check(SlurmSettings(options=("--partition=none",), conf=str(cluster.conf)), limits)
+    assert (failed.works, "nvalid partition" in failed.detail) == (False, True)
 
 
 def test_fraction_of_a_core_is_rounded_up(worker: SlurmWorker) -> None:

@@ -42,6 +42,8 @@ LIBRARY = next(
 )
 """The modules of the library, as the Makefile lists them."""
 GUARD_S = 60  # only a hang takes this long
+TEST_CONFIG = "JOBWORKER_TEST_CONFIG"
+"""The variable with the configuration of servers for which a test names none: cluster_plugin.py."""
 NOBODY = 65534  # the uid and gid of Debian's user `nobody`
 ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"  # the ID of no job
 
@@ -375,6 +377,8 @@ class ServerProgram:
         before: tuple[str, ...] = (),
     ) -> None:
         self.log = log
+        if (config := os.environ.get(TEST_CONFIG)) and "--config" not in options:
+            options = (*options, "--config", config)
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*before, sys.executable, str(_HERE / "server.py"), *options],
