@@ -32,8 +32,9 @@ import workerservice_pb2 as worker_pb
 from cgroupfs import wait_event
 from client import Client, ClientError
 from daemon import BROKEN_STATUS
+from jobtable import JobTable
 from privileges import can_change_user, can_kill_any
-from store import reading
+from store import Store, reading
 from testkit import (
     GUARD_S,
     JOB_VARIABLES,
@@ -947,14 +948,18 @@ def test_death_of_the_fork_server_leaves_no_job(
 def test_graceful_stop_leaves_nothing(
     certs: Path, public: Path, witness: _Witness, way_to_fork: tuple[str, ...]
 ) -> None:
-    """SIGTERM leaves no process, cgroup or output file. The exit status is 0."""
+    """SIGTERM leaves no process and no cgroup, and only the output of jobs that have ended."""
     with _busy(certs, public, witness, way_to_fork) as program:
         fork_server, subtree = fork_server_of(program.process.pid), _subtree_of(program.process.pid)
         assert program.end() == 0
         witness.await_end()
         assert not Path(f"/proc/{fork_server}").exists()
         assert subtree is None or not subtree.exists()
-        assert os.listdir(public / "state/output") == []
+        with Store(public / "state/store") as store:
+            table = JobTable(store)
+            assert table.running() == []
+            kept = {f"{row.job.job_id}.out" for row in table.page()}
+        assert set(os.listdir(public / "state/output")) == kept
 
 
 @pytest.mark.kernel
