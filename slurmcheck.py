@@ -14,6 +14,7 @@ import os
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from errors import in_words
 from hostcheck import Finding
 from slurmworker import SlurmWorker
 from worker import Limits, WorkerError
@@ -41,7 +42,7 @@ def check(settings: SlurmSettings, limits: Limits) -> Iterator[Finding]:
         with SlurmWorker(settings, f"check-{os.getpid()}", limits=limits) as worker:
             job = worker.wait(worker.start("true", no_queue=True), _PROBE_S)
     except (WorkerError, TimeoutError) as error:
-        yield Finding(probe, works=False, detail=str(error))
+        yield Finding(probe, works=False, detail=in_words(error))
         return
     works = job.exit_code == 0
     yield Finding(probe, works, f"{'ran' if works else 'failed'} on {job.node or 'no node'}")

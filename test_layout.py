@@ -135,7 +135,7 @@ _MODULES = {
         "serverstatus settings slurmcheck store useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups errors limits worker",
-        "slurmcheck": "hostcheck slurmworker worker; slurm",
+        "slurmcheck": "errors hostcheck slurmworker worker; slurm",
         "serverlog": "",
         "daemon": "errors",
         "localserver": "descriptors errors",
