@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
+import subprocess
+import sys
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,12 +23,12 @@ from limits import NO_LIMITS, Limits, Usage
 from outputerrors import Gap
 from outputstate import OutputState
 from store import Store
-from testkit import small_file_system
+from testkit import GUARD_S, small_file_system
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+_HERE = Path(__file__).resolve().parent
 _NOW = datetime(2026, 11, 28, 12, 0, 0, 123456, UTC)
 _WORK = Work(["echo", "hi"], "alice", None, NO_LIMITS, None, None, "/", "", {}, Ending())
 
@@ -226,3 +229,45 @@ def test_damaged_row_is_told(table: JobTable) -> None:
     table._store.execute("UPDATE jobs SET start = '{}'")
     with pytest.raises(StoreError, match=f"damaged row of job '{job.job_id}'.*restore the store"):
         table.get(job.job_id)
+
+
+_MANY = """
+import gc, sys, uuid
+from datetime import UTC, datetime
+from ending import Ending
+from jobstate import Work
+from jobtable import JobTable
+from limits import Limits
+from outputstate import OutputState
+from store import Store
+
+def memory():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+argv, labels = ["sh", "-c", "echo hello world"], {"team": "data"}
+work = Work(argv, "alice", None, Limits(), None, None, "/", "nightly", labels, Ending())
+
+def add(table, count):
+    for _ in range(count):
+        job_id = str(uuid.uuid4())
+        table.begin(job_id, work, limits=work.limits, started_at=datetime.now(UTC))
+    table.end_lost(lambda _: OutputState(5, taken=5))
+
+with Store(sys.argv[1]) as store:
+    table = JobTable(store)
+    add(table, 100)
+    before = memory()
+    for _ in range(100):
+        add(table, 100)
+    table.page(most=100)
+    print(table.amounts()[0][1], memory() - before)
+"""
+
+
+def test_finished_jobs_take_no_memory(tmp_path: Path) -> None:
+    """10,000 more of them take less than 5 MiB, which is what SQLite caches of its file."""
+    run = [sys.executable, "-S", "-c", _MANY, str(tmp_path / "store")]
+    count, size = subprocess.check_output(run, cwd=_HERE, text=True, timeout=GUARD_S).split()
+    assert int(count) == 10_100
+    assert int(size) < 5 * 1024 * 1024
