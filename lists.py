@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
     from auth import Authenticator, Identity
     from gate import Call
+    from jobrunner import JobRunner
     from quotas import Quotas
     from untaken import Untaken
-    from worker import Job, Watch, Worker
+    from worker import Job, Watch
 
 __all__ = ["Lists"]
 
@@ -58,7 +59,7 @@ class Lists:
     """Answers the calls about many jobs. A user sees their own jobs, an admin all."""
 
     def __init__(
-        self, jobs: Worker, authenticator: Authenticator, quotas: Quotas, untaken: Untaken
+        self, jobs: JobRunner, authenticator: Authenticator, quotas: Quotas, untaken: Untaken
     ) -> None:
         self._worker = jobs
         self._authenticator = authenticator

@@ -42,7 +42,7 @@ from metrics import Metrics
 from quotas import Quotas
 from starts import Starts
 from untaken import Untaken
-from worker import Ending, EndReason, Job, Limits, Worker
+from worker import Ending, EndReason, Job, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     import grpc
 
     from gate import Call
+    from jobrunner import JobRunner
     from settings import Config
 
 __all__ = ["add_services"]
@@ -103,7 +104,7 @@ class _AuthServicer:
 class _WorkerServicer:
     def __init__(
         self,
-        jobs: Worker,
+        jobs: JobRunner,
         authenticator: auth.Authenticator,
         config: Config,
         account_of: Callable[[str], tuple[int | None, worker.Account]],
@@ -446,7 +447,7 @@ def _serialized(data: bytes, offset: int, written_at: datetime | None) -> bytes:
 
 def add_services(  # noqa: PLR0913 -- the parts of a server
     server: grpc.Server,
-    jobs: Worker,
+    jobs: JobRunner,
     authenticator: auth.Authenticator,
     *,
     config: Config,

@@ -121,9 +121,9 @@ _MODULES = {
         "jobmessages": "durations google worker workerservice_pb2",
         "inputcalls": "gate worker; workerservice_pb2",
         "untaken": "",
-        "lists": "auth gate jobmessages worker workerservice_pb2; quotas untaken",
+        "lists": "auth gate jobmessages worker workerservice_pb2; jobrunner quotas untaken",
         "service": "auth durations finding gate inputcalls jobmessages lists metrics quotas starts "
-        f"untaken worker {_AUTH_PB} {_WORKER_PB}; grpc settings",
+        f"untaken worker {_AUTH_PB} {_WORKER_PB}; grpc jobrunner settings",
         "standardservices": "gate grpc_health grpc_reflection settings authservice_pb2 "
         "workerservice_pb2; grpc",
         "settings": "ending environment limits slurm units worker",
@@ -135,6 +135,7 @@ _MODULES = {
         "serverstatus settings slurmcheck store useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups errors limits worker",
+        "jobrunner": "; budget finding worker",
         "slurmcheck": "errors hostcheck slurmworker worker; slurm",
         "serverlog": "",
         "daemon": "errors",
@@ -208,6 +209,7 @@ _TESTED_WITH = {
     "sources": "broadcaster",
     "others": "spawner",
     "slurm": "slurmworker",
+    "jobrunner": "service",
     "slurmcheck": "slurmworker",
     "slurmchannel": "slurmworker",
     "slurmjob": "slurmworker",
