@@ -17,6 +17,7 @@ Thread safety: every method may be called from any thread.
 
 from __future__ import annotations
 
+import array  # noqa: F401 -- socket.send_fds imports it, when this process can import no more
 import contextlib
 import errno
 import json

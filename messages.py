@@ -11,6 +11,7 @@ Thread safety: these functions have no state. A message is sent and received who
 
 from __future__ import annotations
 
+import array  # noqa: F401 -- socket.send_fds imports it, when the fork server can import no more
 import errno
 import json
 import os
