@@ -5,13 +5,15 @@
     with Server(settings) as server:
         daemon.serve(server, manager)
 
-SIGTERM and SIGINT end the server, SIGHUP makes it reload. If the worker's fork server dies, no job
+SIGTERM and SIGINT end the server, SIGHUP makes it reload. With a restart window, SIGTERM leaves the
+jobs to the next server, and SIGINT ends them. If the worker's fork server dies, no job
 can start any more; the server then ends with status 70, so that its manager starts it again. The
 service manager (systemd) is told by
 the protocol of sd_notify(3), if it asks for that: Type=notify and WatchdogSec= of the unit.
 
-Threads: the main thread waits for signals, the thread `reload` does what SIGHUP asks for. While the
-main thread stops the server, the thread `hurry` waits for another SIGTERM or SIGINT.
+Threads: the main thread waits for signals, the thread `reload` does what SIGHUP asks for, and the
+thread `fork-server` waits for the end of the fork server. While the main thread stops the server,
+the thread `hurry` waits for another SIGTERM or SIGINT.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import select
 import signal
 import socket
 import threading
@@ -65,11 +68,19 @@ class Servable(Protocol):
     grpc_threads: frozenset[threading.Thread]
     shutdown_grace_s: float
 
+    @property
+    def fork_server_fd(self) -> int:
+        """A pidfd of the worker's fork server."""
+
+    @property
+    def leaves_jobs(self) -> bool:
+        """Whether jobs can go on without the server."""
+
     def reload(self) -> object:
         """Read again what may have changed."""
 
-    def stop(self) -> None:
-        """End the jobs, after their grace, and the streams."""
+    def stop(self, *, leaves_jobs: bool = False) -> None:
+        """End the jobs, after their grace, and the streams. `leaves_jobs`: the jobs go on."""
 
     def kill_jobs(self) -> None:
         """End the jobs alone, at once; also while `stop` waits for their grace."""
@@ -133,8 +144,32 @@ def serve(server: Servable, manager: ServiceManager) -> int:
     """
     manager.tell("READY=1", f"STATUS={server.in_use()}")
     reloader = _Reloader(server.reload, manager)
+    with _watched(server.fork_server_fd):
+        number = _await_end(server, manager, reloader)
+    leaves_jobs = number == signal.SIGTERM and server.leaves_jobs
+    if number is None:
+        logger.critical(
+            "the fork server has died: its jobs end as lost and none can start; ending with status "
+            "%d, so that the service manager starts the server again",
+            BROKEN_STATUS,
+        )
+    else:
+        left = "; the jobs go on, and wait for the next server" if leaves_jobs else ""
+        logger.info("%s: shutting down%s", signal.Signals(number).name, left)
+    manager.tell("STOPPING=1", f"STATUS={'leaving' if leaves_jobs else 'ending'} the jobs")
+    watchdog_s = max(WATCHDOG_S, server.shutdown_grace_s + _WATCHDOG_AFTER_GRACE_S)
+    faulthandler.dump_traceback_later(watchdog_s, exit=True)
+    with contextlib.nullcontext() if leaves_jobs else _hurried(server.kill_jobs):
+        server.stop(leaves_jobs=leaves_jobs)
+    reloader.close()
+    faulthandler.cancel_dump_traceback_later()
+    return BROKEN_STATUS if number is None else 0
+
+
+def _await_end(server: Servable, manager: ServiceManager, reloader: _Reloader) -> int | None:
+    """Block until a signal is to end the server, and return it; None if the server is broken."""
     warn_at = time.monotonic()
-    while not (is_broken := server.is_broken()):
+    while not server.is_broken():
         if time.monotonic() >= warn_at:
             warn_at = time.monotonic() + _DAY_S
             for warning in server.warnings():
@@ -142,7 +177,7 @@ def serve(server: Servable, manager: ServiceManager) -> int:
         left_s = max(0.0, warn_at - time.monotonic())
         number = _next_signal(min(left_s, manager.interval_s or left_s))
         if number in _ENDS:
-            break
+            return number
         if manager.interval_s is not None:
             # Also after a signal: each begins the interval anew. `in_use` takes locks of the
             # server. If one of them is never released, this thread hangs, and the manager
@@ -151,22 +186,32 @@ def serve(server: Servable, manager: ServiceManager) -> int:
         if number == signal.SIGHUP:
             logger.info("SIGHUP: reading certificates and users again, reopening the audit log")
             reloader.request()
-    if is_broken:
-        logger.critical(
-            "the fork server has died: its jobs end as lost and none can start; ending with status "
-            "%d, so that the service manager starts the server again",
-            BROKEN_STATUS,
-        )
-    else:
-        logger.info("%s: shutting down", signal.Signals(number or 0).name)
-    manager.tell("STOPPING=1", "STATUS=ending the jobs")
-    watchdog_s = max(WATCHDOG_S, server.shutdown_grace_s + _WATCHDOG_AFTER_GRACE_S)
-    faulthandler.dump_traceback_later(watchdog_s, exit=True)
-    with _hurried(server.kill_jobs):
-        server.stop()
-    reloader.close()
-    faulthandler.cancel_dump_traceback_later()
-    return BROKEN_STATUS if is_broken else 0
+    return None
+
+
+@contextlib.contextmanager
+def _watched(fork_server_fd: int) -> Iterator[None]:
+    """Within this context SIGCHLD comes when the fork server ends, even if it is no child of ours.
+
+    That is one whose main process this process has become.
+    """
+    end_fd = os.eventfd(0, os.EFD_CLOEXEC)
+    poll = select.poll()
+    poll.register(fork_server_fd, select.POLLIN)
+    poll.register(end_fd, select.POLLIN)
+
+    def watch() -> None:
+        if end_fd not in dict(poll.poll()):
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    thread = threading.Thread(target=watch, name="fork-server", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.eventfd_write(end_fd, 1)
+        thread.join()
+        os.close(end_fd)
 
 
 def _next_signal(timeout_s: float) -> int | None:

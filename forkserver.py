@@ -251,7 +251,8 @@ class _ForkServer:
         if self._uids is not None:
             # Nobody may trace this process, or a fork of it that has not executed a program.
             prctl(PR_SET_DUMPABLE, 0)
-            keep_capabilities(*_CAPABILITIES)
+            # With a restart window this process executes its program again.
+            keep_capabilities(*_CAPABILITIES, inheritable=self._restart is not None)
 
     def _serve(self) -> None:
         """Receive one request and answer on the socket that came with it."""

@@ -212,7 +212,7 @@ class RunningJob:
     def kill(self, reason: EndReason, stop_reason: str = "") -> None:
         """SIGKILL every process of the job. Does not wait."""
         with self._ended:
-            if self._status.is_over:
+            if self._status.is_over or self._is_left:
                 return
             # If the leader has ended before, the job ended by itself, even if this kill ends
             # other processes of the job.
@@ -227,7 +227,7 @@ class RunningJob:
         Whoever calls this must call `kill` after the grace. Returns False if no signal was sent.
         """
         with self._ended:
-            if self._status.is_over:
+            if self._status.is_over or self._is_left:
                 return False
             if self._kill_reason is None and not _is_readable(self._pidfd):
                 self._kill_reason, self._stop_reason = reason, stop_reason
@@ -245,6 +245,8 @@ class RunningJob:
     def signal(self, number: int, *, everything: bool) -> None:
         """Send a signal to the leader, or to every process. Raises as `Worker.signal` does."""
         with self._ended:
+            if self._is_left:
+                raise WorkerClosedError
             if self._status.is_over:
                 raise SignalError(self.job_id, "it has ended")
             if not everything and _is_readable(self._pidfd):

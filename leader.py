@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import inherited
 from estate import note_failure
 from messages import AttachError, EnterError, close_all, failure, receive, send, wait_ready
-from privileges import PR_SET_PDEATHSIG, prctl
+from privileges import PR_SET_PDEATHSIG, pass_on_nothing, prctl
 
 if TYPE_CHECKING:
     import socket
@@ -187,6 +187,8 @@ def wait_and_execute(
             if procs_fd is not None:
                 _attach(procs_fd)
             inherited.separate(is_alone=grants.uids is not None)
+            if grants.failures_fd >= 0:
+                pass_on_nothing()
             tmp_fd = _open_tmp(grants)
             if not wait_ready(sock.fileno(), select.POLLIN, 0):
                 _rehearse(grants, tmp_fd)

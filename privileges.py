@@ -36,6 +36,7 @@ __all__ = [
     "has_capabilities",
     "keep_capabilities",
     "pass_on_capabilities",
+    "pass_on_nothing",
     "prctl",
     "set_process_name",
 ]
@@ -101,17 +102,25 @@ def drop_privileges(uid: int) -> None:
     prctl(PR_SET_DUMPABLE, 0)
 
 
-def keep_capabilities(*capabilities: int) -> None:
+def keep_capabilities(*capabilities: int, inheritable: bool = False) -> None:
     """Give up every capability except these, and hand none on to executed programs.
 
-    One of `capabilities` that the process does not have is not gained. Raises OSError.
+    One of `capabilities` that the process does not have is not gained. `inheritable`: children of
+    this process, and it itself, can still hand them on: `pass_on_capabilities`. Raises OSError.
     """
+    kept = sum(1 << each for each in capabilities) & _effective_capabilities()
+    if inheritable:  # before the bounding set is cleared, because it bounds what can be added
+        _set_capabilities(_effective_capabilities(), inheritable=kept)
     _clear_bounding_set()
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    kept = sum(1 << each for each in capabilities) & _effective_capabilities()
+    _set_capabilities(kept, inheritable=kept if inheritable else 0)
+
+
+def _set_capabilities(effective: int, *, inheritable: int) -> None:
+    """Set the effective and permitted ones, and the inheritable ones."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    low, high = kept & 0xFFFF_FFFF, kept >> 32
-    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)  # effective, permitted, inheritable
+    words = [(each & 0xFFFF_FFFF, each >> 32) for each in (effective, effective, inheritable)]
+    data = (ctypes.c_uint32 * 6)(*(low for low, _ in words), *(high for _, high in words))
     if _libc.capset(header, data):
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")
@@ -138,19 +147,17 @@ def as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, n
 def pass_on_capabilities() -> None:
     """Let the program that this process executes next have the capabilities of this process.
 
-    For a process that has given up the bounding set, where root gets none by an exec. Raises
-    OSError.
+    For a process that has called `keep_capabilities` with `inheritable`. Raises OSError.
     """
     kept = _effective_capabilities()
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    low, high = kept & 0xFFFF_FFFF, kept >> 32
-    data = (ctypes.c_uint32 * 6)(low, low, low, high, high, high)
-    if _libc.capset(header, data):
-        number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
-    for capability in range(_CAPABILITIES):
+    for capability in range(_CAPABILITIES):  # root gets the inheritable ones without this
         if kept >> capability & 1:
             prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability)
+
+
+def pass_on_nothing() -> None:
+    """Have no program that this process executes get a capability. Raises OSError."""
+    _set_capabilities(_effective_capabilities(), inheritable=0)
 
 
 def prctl(option: int, value: int, *more: int) -> None:

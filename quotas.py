@@ -146,6 +146,17 @@ class Quotas:
                 {mine.jobs: 1, self._all.jobs: 1, mine.argv: argv_bytes, self._all.argv: argv_bytes}
             )
 
+    def resume(self, user: str, *, argv_bytes: int) -> Callable[[], None]:
+        """Count a running job that another process has started; returns as `start`.
+
+        Whatever the ceilings are now, the job runs.
+        """
+        with self._lock:
+            mine = self._account_locked(user)
+            return self._count_locked(
+                {mine.jobs: 1, self._all.jobs: 1, mine.argv: argv_bytes, self._all.argv: argv_bytes}
+            )
+
     def stream(self, user: str) -> Callable[[], None]:
         """Count one open output stream of the user; return a function that ends the count.
 

@@ -24,6 +24,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import signal
 import socket
 import sys
 import threading
@@ -225,6 +226,8 @@ class Server:
             tmp_dir=tmp,
             host_accounts=self._settings.accounts == "host",
             store=self._store,
+            restart_dir=self._settings.state_dir,
+            restart_window=self._settings.restart_window,
         )
 
     def _open_state(
@@ -311,6 +314,7 @@ class Server:
         commands: dict[str, Command] = {  # what `server COMMAND` asks for
             "status": lambda _: self.status(),
             "reload": lambda _: {"problems": self.reload()},
+            "stop": _stop,
         }
         self._admin = AdminSocket(state, commands)
         undo.callback(self._admin.close)
@@ -395,10 +399,21 @@ class Server:
         logger.info("%d users are in force", len(users))
         return ""
 
-    def stop(self) -> None:
+    @property
+    def fork_server_fd(self) -> int:
+        """A pidfd of the worker's fork server."""
+        return self._worker.fork_server_fd
+
+    @property
+    def leaves_jobs(self) -> bool:
+        """Whether the jobs can go on without this server, and wait for the next one."""
+        return self._settings.restart_window > 0
+
+    def stop(self, *, leaves_jobs: bool = False) -> None:
         """Refuse new calls, end the jobs, let the streams end; blocks until that is done.
 
-        The jobs get SIGTERM, and what is left after their grace is killed.
+        The jobs get SIGTERM, and what is left after their grace is killed. With `leaves_jobs` they
+        go on, and the streams end at once.
         """
         self._is_stopping = True
         self._admin.close()
@@ -408,7 +423,10 @@ class Server:
         self._authenticator.close()
         if self._opener is not None:
             self._opener.close()  # first, because the worker removes the cgroup that it is in
-        self._worker.close(grace=self.shutdown_grace_s)
+        if leaves_jobs:
+            self._worker.leave()
+        else:
+            self._worker.close(grace=self.shutdown_grace_s)
         self._server.stop(_STOP_GRACE_S).wait()
         # A reload uses what is closed now. It has had time to end, unless something hangs.
         with contextlib.ExitStack() as undo:
@@ -434,6 +452,13 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _stop(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Have this process end; the jobs, too, if that is asked for."""
+    number = signal.SIGINT if request.get("jobs") else signal.SIGTERM
+    os.kill(os.getpid(), number)
+    return {"pid": os.getpid()}
 
 
 def _accounts_of(users: Sequence[User]) -> dict[str, str]:

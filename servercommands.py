@@ -13,7 +13,10 @@ Thread safety: only the main thread of the program uses this module.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import select
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +28,12 @@ import serverstatus
 import slurmcheck
 from configreport import report
 from invite import Invitation, invite
+from messages import wait_ready
 from serverfiles import check_files, config_in_force
 from serveroptions import add_options
 from settings import Settings, SettingsError
 from store import back_up
+from successor import end_jobs
 from useradmin import UsersFile, add_user, ask, new_password
 from users import Role
 from version import VERSION
@@ -287,7 +292,38 @@ def _run_backup(call: Call) -> int:
     return 0
 
 
+# --- stop -------------------------------------------------------------------------------------
+
+
+def _add_stop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", action="store_true", help="end the jobs, too")
+
+
+def _run_stop(call: Call) -> int:
+    state_dir, ends_jobs = call.settings.state_dir, call.arguments.jobs
+    try:
+        pid = adminsocket.ask(state_dir, "stop", jobs=ends_jobs)["pid"]
+    except adminsocket.AdminError:
+        if not ends_jobs or not end_jobs(state_dir):
+            raise
+        print("no server was running; the jobs that waited for one have ended")
+        return 0
+    with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as process:
+        wait_ready(process.fileno(), select.POLLIN)
+    print("the server and its jobs have ended" if ends_jobs else "the server has ended")
+    return 0
+
+
 _COMMANDS: Final = {
+    "stop": _Command(
+        "end the running server; with --jobs also jobs that would wait for the next one",
+        "Do what SIGTERM does, and wait for the end of the server. With a --restart-window its\n"
+        "jobs go on and wait for the next server; --jobs ends them, also if no server runs.\n"
+        "Only root and the user that started the server may. Example:\n\n"
+        "    server --state-dir /var/lib/job-worker stop --jobs",
+        _add_stop_arguments,
+        _run_stop,
+    ),
     "config": _Command(
         "print every setting in force, and where its value comes from",
         "Print the settings that a server with the same options would have, each with the\n"

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import serverlog
 from audit import JOURNAL, STDOUT
-from settings import LIFETIME, SERVER, STREAMS_IN_ALL, TIME, ConfigFile, Key, Settings
+from settings import (
+    LIFETIME,
+    RESTART_WINDOW,
+    SERVER,
+    STREAMS_IN_ALL,
+    TIME,
+    ConfigFile,
+    Key,
+    Settings,
+)
 from trustedfiles import check
 from units import format_duration
 
@@ -171,6 +180,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
         "how long after a login its token can be refreshed, like 12h; no token lasts longer",
         "TIME",
         LIFETIME,
+    ),
+    "restart_window": Option(
+        "restart_window",
+        "how long jobs go on when the server has ended, and wait for the next one, like 5m; 0 ends "
+        "them with the server (default: 0)",
+        "TIME",
+        RESTART_WINDOW,
     ),
     "metrics": Option(
         "metrics",

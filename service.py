@@ -45,11 +45,12 @@ from untaken import Untaken
 from worker import Ending, EndReason, Job, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     import grpc
 
+    from budget import Budget
     from gate import Call
     from jobrunner import JobRunner
     from settings import Config
@@ -120,6 +121,7 @@ class _WorkerServicer:
         )
         self._starts = Starts(jobs.started_by)
         jobs.charge(self.quotas.output)
+        jobs.resume(self._terms)
         self._untaken = Untaken()
         self._lists = Lists(jobs, authenticator, self.quotas, self._untaken)
 
@@ -166,8 +168,7 @@ class _WorkerServicer:
         digest: bytes,
     ) -> str:
         self.quotas.check_output(user)
-        names = (request.name, *request.labels, *request.labels.values())
-        argv_bytes = sum(map(sys.getsizeof, (request.command, *request.args, *filter(None, names))))
+        argv_bytes = _memory_of([request.command, *request.args], request.name, request.labels)
         uid, account = self._account_of(user)
         release = self.quotas.start(user, argv_bytes=argv_bytes)
         try:
@@ -194,6 +195,12 @@ class _WorkerServicer:
         except BaseException:
             release()
             raise
+
+    def _terms(self, job: Job) -> tuple[Budget, Callable[[], None]]:
+        """Count a job of a former server; return its budget and what ends the count."""
+        argv_bytes = _memory_of([job.command, *job.args], job.name, job.labels)
+        release = self.quotas.resume(job.owner, argv_bytes=argv_bytes)
+        return self.quotas.output(job.owner), release
 
     def _check_argv(self, argv: list[str]) -> None:
         """Raise `BadRequestError` if there are too many arguments, or if one is too long."""
@@ -302,6 +309,8 @@ class _WorkerServicer:
             ending.callback(self._authenticator.watch(call.caller, chunks.close))
             try:
                 yield from self._messages(chunks, call)
+            except worker.OutputLeftError:
+                raise worker.WorkerClosedError from None
             except (worker.OutputIncompleteError, worker.OffsetError):
                 yield from _gap_messages(chunks)
                 call.context.set_trailing_metadata(end_metadata(job(), chunks.offset))
@@ -445,6 +454,12 @@ def _serialized(data: bytes, offset: int, written_at: datetime | None) -> bytes:
     return b"".join((_DATA_TAG, length, data, rest))
 
 
+def _memory_of(argv: Sequence[str], name: str, labels: Mapping[str, str]) -> int:
+    """Return how much memory the words of a job take."""
+    names = (name, *labels, *labels.values())
+    return sum(map(sys.getsizeof, (*argv, *filter(None, names))))
+
+
 def add_services(  # noqa: PLR0913 -- the parts of a server
     server: grpc.Server,
     jobs: JobRunner,
@@ -456,7 +471,8 @@ def add_services(  # noqa: PLR0913 -- the parts of a server
 ) -> Quotas:
     """Add both services to `server`. Its interceptor must be a `Gate` with this authenticator.
 
-    Returns what counts the running jobs and the open streams. `account_of`: returns the uid of a
+    Goes on with the jobs of a former server. Returns what counts the running jobs and the open
+    streams. `account_of`: returns the uid of a
     user's jobs, None for the server's own, and what the jobs are told of their user.
     `metrics`: where bytes of output are counted.
     """

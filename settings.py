@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENVIRONMENT",
+    "RESTART_WINDOW",
     "SERVER",
     "SIZE",
     "SLURM",
@@ -181,6 +182,7 @@ _QUOTA_KEYS: Final = {
     "kept_output": Key("output_bytes", SIZE),
 }
 # The maximum is finite because each stream has a thread.
+RESTART_WINDOW: Final = Key("restart_window", TIME, 0, 24 * 3600, may_be_unlimited=False)
 STREAMS_IN_ALL: Final = Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
 TABLES: Final = {
     "defaults": _KEYS,
@@ -490,6 +492,8 @@ class Settings:
     """For how many seconds a token is valid; a refreshed one, too."""
     session_lifetime: float = 30 * 24 * 3600
     """For how many seconds after the login tokens can be refreshed. No token lasts longer."""
+    restart_window: float = 0.0
+    """How many seconds the jobs wait for the next server when this one has ended; 0: not at all."""
     metrics: str | None = None
     """HOST:PORT of this host, or unix:PATH, on which metrics are served; None for nowhere."""
     health: str = "auto"

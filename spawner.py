@@ -133,7 +133,8 @@ class Spawner:
     it has to end processes elsewhere. `restart`: how jobs outlive this process; None: they do not.
     `heritage`: a fork server whose main process this one has become, and which keeps its duties.
 
-    Attributes: `pid`, the fork server's; `keeps_jobs`, whether it keeps jobs for a successor.
+    Attributes: `pid`, `pidfd`, the fork server's; `keeps_jobs`, whether it keeps jobs for a
+    successor.
     """
 
     def __init__(  # noqa: PLR0913 -- all are optional
@@ -155,7 +156,7 @@ class Spawner:
         self.keeps_jobs = restart is not None or heritage is not None
         self._process: subprocess.Popen[bytes] | None = None  # None: not a child of ours
         if heritage is not None:
-            self._socket, self.pid, self._pidfd = heritage.sock, heritage.pid, heritage.pidfd
+            self._socket, self.pid, self.pidfd = heritage.sock, heritage.pid, heritage.pidfd
             return
         duties = duties_of(uids=uids, homes=homes, tmp=tmp, host_accounts=host_accounts)
         duties |= {"farewell": farewell}
@@ -179,7 +180,7 @@ class Spawner:
                 cwd="/",
             )
             self.pid = self._process.pid
-            self._pidfd = os.pidfd_open(self.pid)
+            self.pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
 
     def _prepare_restart(
@@ -201,7 +202,7 @@ class Spawner:
     def has_died(self) -> bool:
         """Whether the fork server has ended; False once `close` was called."""
         with self._lock:
-            return self._socket.fileno() >= 0 and wait_ready(self._pidfd, select.POLLIN, 0)
+            return self._socket.fileno() >= 0 and wait_ready(self.pidfd, select.POLLIN, 0)
 
     def fork(self, job: str, *, stdout_fd: int, exit_fd: int, output_fd: int = -1) -> Process:
         """Have a process forked that waits to be told what to execute.
@@ -389,14 +390,14 @@ class Spawner:
                 self._request({"op": "end"})
         if not self._hang_up():
             return
-        if not wait_ready(self._pidfd, select.POLLIN, _CLOSE_S):
+        if not wait_ready(self.pidfd, select.POLLIN, _CLOSE_S):
             with contextlib.suppress(OSError):  # EPERM: we have given up our rights
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                wait_ready(self._pidfd, select.POLLIN)
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                wait_ready(self.pidfd, select.POLLIN)
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0)
-        os.close(self._pidfd)
+        os.close(self.pidfd)
 
     def leave(self) -> None:
         """Leave the fork server and its jobs to a successor; idempotent. Does not wait.
@@ -405,7 +406,7 @@ class Spawner:
         has ended, until this process ends.
         """
         if self._hang_up():
-            os.close(self._pidfd)
+            os.close(self.pidfd)
             if self._process is not None:
                 self._process.returncode = 0  # so that Popen does not wait for it
 

@@ -76,6 +76,7 @@ class _House:
         assert self.worker is not None
         assert self.store is not None
         self.worker.leave()
+        self.worker.close()  # as at the end of a `with`: it changes nothing any more
         self.store.close()
 
     def again(self, window_s: float = _FOREVER_S) -> Worker:

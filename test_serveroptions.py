@@ -36,6 +36,7 @@ _VALUES: dict[str, tuple[str, list[str], Any]] = {
     "audit_required": ("true", [], True),
     "token_lifetime": ('"15m"', ["15m"], 900.0),
     "session_lifetime": ("43200", ["12h"], 43_200),
+    "restart_window": ('"5m"', ["5m"], 300.0),
     "metrics": ('"unix:/run/m"', ["unix:/run/m"], "unix:/run/m"),
     "health": ('"on"', ["on"], "on"),
     "reflection": ('"off"', ["off"], "off"),

@@ -252,6 +252,11 @@ class Worker:
         """Whether no job can start any more, because the fork server has died."""
         return self._spawner.has_died
 
+    @property
+    def fork_server_fd(self) -> int:
+        """A pidfd of the fork server; valid until the worker is closed or left."""
+        return self._spawner.pidfd
+
     def drop_privileges(self, uid: int) -> None:
         """Make the main process the ordinary user `uid`, for good; jobs can still be started.
 

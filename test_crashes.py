@@ -1,0 +1,163 @@
+"""Tests of servers that end at bad moments, by SIGKILL or SIGTERM, while their jobs go on.
+
+`test_restart.py` has the tests of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from client import Client
+from daemon import BROKEN_STATUS
+from testkit import GUARD_S, ServerProgram, fork_server_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HERE = Path(__file__).resolve().parent
+_WINDOW = ("--restart-window", "5m")
+
+
+class _Place:
+    """A state directory, and the servers that use it one after the other."""
+
+    def __init__(self, directory: Path, certs: Path) -> None:
+        self.directory = directory
+        self.certs = certs
+        self.program: ServerProgram | None = None
+        self.port = "0"
+        self._logs = 0
+
+    def start(self, *options: str) -> ServerProgram:
+        self._logs += 1
+        self.program = ServerProgram(
+            self.directory / f"log{self._logs}",
+            *("--listen", f"127.0.0.1:{self.port}", "--limits", "auto", "--uids", "76000-76999"),
+            *("--certs", str(self.certs), "--state-dir", str(self.directory / "state"), *options),
+        )
+        self.port = self.program.address.rpartition(":")[2]
+        return self.program
+
+    def client(self) -> Client:
+        client = Client(f"127.0.0.1:{self.port}", certs=self.certs)
+        client.login("user", "user")
+        return client
+
+    def end(self) -> None:
+        """End the server and all jobs."""
+        if self.program is None:
+            return
+        fork_server = None
+        with contextlib.suppress(Exception):
+            fork_server = fork_server_of(self.program.process.pid)
+        self.program.end(signal.SIGINT)
+        if fork_server is not None:
+            with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(fork_server)) as fd:
+                assert select.select([fd], [], [], GUARD_S)[0]
+
+
+@pytest.fixture
+def place(public: Path, certs: Path) -> Iterator[_Place]:
+    made = _Place(public, certs)
+    yield made
+    if made.program is not None and made.program.process.poll() is None:
+        made.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_job_outlives_its_server(place: _Place, number: signal.Signals) -> None:
+    """Status, output and end are the same as if nothing had happened."""
+    program = place.start(*_WINDOW)
+    fork_server = fork_server_of(program.process.pid)
+    script = "echo one; sleep 1; echo two; exit 3"
+    with place.client() as client:
+        job_id = client.start("sh", ["-c", script])
+        assert next(client.stream(job_id)) == b"one\n"
+    assert program.end(number) == (0 if number == signal.SIGTERM else -number)
+    place.start(*_WINDOW)
+    assert Path(f"/proc/{fork_server}").exists()
+    with place.client() as client:
+        assert b"".join(client.stream(job_id)) == b"one\ntwo\n"
+        assert client.status(job_id).exit_code == 3
+        assert client.start("true")
+
+
+@pytest.mark.parametrize("ends", ["SIGINT", "stop --jobs", "no window"])
+def test_jobs_end_with_their_server_if_that_is_wanted(place: _Place, ends: str) -> None:
+    """Ctrl-C, a command, and a server without a restart window."""
+    program = place.start(*(() if ends == "no window" else _WINDOW))
+    fork_server = fork_server_of(program.process.pid)
+    with place.client() as client:
+        job_id = client.start("sleep", ["infinity"])
+    with open(os.pidfd_open(fork_server)) as pidfd:
+        if ends == "stop --jobs":
+            assert _run_server(place, "stop", "--jobs") == "the server and its jobs have ended\n"
+            program.process.communicate(timeout=GUARD_S)
+            assert program.process.returncode == 0
+        else:
+            program.end(signal.SIGINT if ends == "SIGINT" else signal.SIGTERM)
+        assert select.select([pidfd], [], [], GUARD_S)[0]
+    place.start(*_WINDOW)
+    with place.client() as client:
+        assert client.status(job_id).end_reason != 0
+
+
+def _run_server(place: _Place, *command: str) -> str:
+    result = subprocess.run(
+        [sys.executable, _HERE / "server.py", "--state-dir", place.directory / "state", *command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+def test_jobs_that_wait_for_a_server_can_be_ended_without_one(place: _Place) -> None:
+    """The next server says that they were ended by the shutdown."""
+    program = place.start(*_WINDOW)
+    with place.client() as client:
+        job_id = client.start("sleep", ["infinity"])
+    program.end(signal.SIGTERM)
+    assert "have ended" in _run_server(place, "stop", "--jobs")
+    place.start(*_WINDOW)
+    with place.client() as client:
+        job = client.status(job_id)
+        assert "SERVER_SHUTDOWN" in str(job)
+
+
+def test_server_with_other_uids_is_refused_and_the_jobs_go_on(place: _Place) -> None:
+    """The message says what to do."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    program = place.start(*_WINDOW)
+    with place.client() as client:
+        job_id = client.start("sleep", ["infinity"])
+    program.end(signal.SIGTERM)
+    with pytest.raises(pytest.fail.Exception, match="jobs run as users of the uids"):
+        place.start(*_WINDOW, "--uids", "76000-77999")
+    place.start(*_WINDOW)
+    with place.client() as client:
+        assert client.status(job_id).exit_code in (0, None)
+        assert not client.status(job_id).HasField("ended_at")
+
+
+def test_server_that_took_over_ends_when_its_fork_server_dies(place: _Place) -> None:
+    """Although that is not its child."""
+    program = place.start(*_WINDOW)
+    with place.client() as client:
+        client.start("sleep", ["infinity"])
+    fork_server = fork_server_of(program.process.pid)
+    program.end(signal.SIGKILL)
+    program = place.start(*_WINDOW)
+    os.kill(fork_server, signal.SIGKILL)
+    program.process.communicate(timeout=GUARD_S)
+    assert program.process.returncode == BROKEN_STATUS
