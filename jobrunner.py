@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from budget import Budget
     from finding import JobFilter
+    from resuming import Terms
     from worker import Account, Ending, InputWriter, Job, Limits, Subscription, Watch
 
 __all__ = ["JobRunner"]
@@ -47,6 +48,9 @@ class JobRunner(Protocol):
         no_queue: bool = False,
     ) -> str:
         """Start a job and return its ID."""
+
+    def resume(self, terms: Terms) -> None:
+        """Go on with the jobs that a former process has left."""
 
     def started_by(self, owner: str, request_id: str) -> tuple[str, bytes] | None:
         """Return the job that a request has started, and the digest of the request."""

@@ -147,9 +147,9 @@ def as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, n
 def pass_on_capabilities() -> None:
     """Let the program that this process executes next have the capabilities of this process.
 
-    For a process that has called `keep_capabilities` with `inheritable`. Raises OSError.
+    Those are the ones that `keep_capabilities` has kept as `inheritable`. Raises OSError.
     """
-    kept = _effective_capabilities()
+    kept = _effective_capabilities() & _capabilities("CapInh")
     for capability in range(_CAPABILITIES):  # root gets the inheritable ones without this
         if kept >> capability & 1:
             prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability)
@@ -180,8 +180,12 @@ def has_capabilities(*capabilities: int) -> bool:
 
 
 def _effective_capabilities() -> int:
+    return _capabilities("CapEff")
+
+
+def _capabilities(which: str) -> int:
     with open("/proc/thread-self/status", "rb") as status:
-        return int(status.read().partition(b"CapEff:")[2].split()[0], 16)
+        return int(status.read().partition(f"{which}:".encode())[2].split()[0], 16)
 
 
 def _clear_bounding_set() -> None:

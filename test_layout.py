@@ -123,7 +123,7 @@ _MODULES = {
         "untaken": "",
         "lists": "auth gate jobmessages worker workerservice_pb2; jobrunner quotas untaken",
         "service": "auth durations finding gate inputcalls jobmessages lists metrics quotas starts "
-        f"untaken worker {_AUTH_PB} {_WORKER_PB}; grpc jobrunner settings",
+        f"untaken worker {_AUTH_PB} {_WORKER_PB}; budget grpc jobrunner settings",
         "standardservices": "gate grpc_health grpc_reflection settings authservice_pb2 "
         "workerservice_pb2; grpc",
         "settings": "ending environment limits slurm units worker",
@@ -131,11 +131,11 @@ _MODULES = {
         "serverfiles": "errors privileges settings tls trustedfiles units users",
         "invite": "bundle certcheck settings units useradmin users",
         "configreport": "serveroptions settings",
-        "servercommands": "adminsocket configreport hostcheck invite serverfiles serveroptions "
-        "serverstatus settings slurmcheck store useradmin users version",
+        "servercommands": "adminsocket configreport hostcheck invite messages serverfiles "
+        "serveroptions serverstatus settings slurmcheck store successor useradmin users version",
         "fileopener": "privileges",
         "hostcheck": "cgroups errors limits worker",
-        "jobrunner": "; budget finding worker",
+        "jobrunner": "; budget finding resuming worker",
         "slurmcheck": "errors hostcheck slurmworker worker; slurm",
         "serverlog": "",
         "daemon": "errors",
