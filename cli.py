@@ -312,7 +312,7 @@ def _add_connection(parser: Parser, *, with_token: bool) -> None:
         type=_time,
         metavar="TIME",
         help="how long to try a server that cannot be reached, like 10m; 0: not at all (default: "
-        "5m for output, input and waiting, 30s for other calls; 15s if it was not reached before, "
+        "5m for output, input and waiting, 30s for other calls and if it was not reached before, "
         "but list, login and logout fail at once then)",
     )
     add("--cert", metavar="FILE", help="another client certificate")

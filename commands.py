@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS"]
 
 # What happens to the connection is no part of a job's output; a restart of the server takes less.
-_TELL_LOSS_AFTER_S = 5.0
+_TELL_LOSS_AFTER_S = 30.0
 _STOPS_AT_ONCE = 16
 _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 

@@ -30,8 +30,8 @@ __all__ = ["Link", "is_token", "token_metadata"]
 # A token has some 750 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
 _MAX_TOKEN_CHARS = 7_500
 _TELL_AFTER_S = 2.0
-# A server that was never reached and closes the connection again and again rejects the certificate.
-_CLOSING_S = 1.0
+# A server that was never reached and closes so many connections rejects the certificate.
+_CLOSED_CONNECTIONS = 4
 
 
 class Link:
@@ -84,7 +84,7 @@ class Link:
         """For how long a stream that broke off is tried again."""
         return STREAM_S if self._retry_for is None else self._retry_for
 
-    def retry_s(self, error: ClientError, *, is_stream: bool = False) -> float:
+    def retry_s(self, error: ClientError, patience: Patience, *, is_stream: bool = False) -> float:
         """Return for how long a call is to be made again after such errors; 0 if not at all."""
         if not error.may_pass:
             return 0.0
@@ -92,7 +92,8 @@ class Link:
             return self.stream_s
         if self.is_reached:
             return CALL_S if self._retry_for is None else self._retry_for
-        return min(self._connect_for, _CLOSING_S) if error.is_open else self._connect_for
+        is_rejected = error.is_open and patience.closed_connections >= _CLOSED_CONNECTIONS - 1
+        return 0.0 if is_rejected else self._connect_for
 
     def call(  # noqa: PLR0913 -- most are optional
         self,
@@ -119,7 +120,7 @@ class Link:
                 error = self.explain(rpc_error)
                 if was_open and error.code == done_code:
                     return None
-                retry_s = self.retry_s(error)
+                retry_s = self.retry_s(error, patience)
                 if not retry_s or (error.is_open and not is_repeatable):
                     raise error from rpc_error
                 patience.wait(error, for_s=retry_s)

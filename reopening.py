@@ -73,7 +73,7 @@ class Resumption:
             raise error
         if error.code == "UNAUTHENTICATED" and self._has_new_token():
             return
-        for_s = self._link.retry_s(error, is_stream=True)
+        for_s = self._link.retry_s(error, self._patience, is_stream=True)
         if error.retry_after_s is not None and self._was_accepted:
             # The server has ended what it had accepted, or has no room for all who come back.
             for_s = self._link.stream_s

@@ -33,15 +33,18 @@ CALL_S = 30.0
 """For how long a call with one answer tries a server that was reached before."""
 STREAM_S = 300.0
 """The same for a stream, a watch or an input. An upgrade takes some minutes."""
-CONNECT_S = 15.0
+CONNECT_S = 30.0
 """For how long the command line tries a server that it has not reached yet. That server may be
-restarting; but its address may also be mistyped, so the time is short."""
+restarting, which takes 20 s on a busy machine; but its address may also be mistyped."""
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 5.0
 
 
 class Patience:
     """The pauses between the attempts of one call or stream.
+
+    Attribute: `closed_connections`, how many attempts ended one after the other with a connection
+    that was made and then closed.
 
     `closed`: an event that ends a pause. `tell`: is called once in each outage with its first
     error, when the outage has lasted for `tell_after_s`.
@@ -59,6 +62,7 @@ class Patience:
         self._has_told = False
         self._pause_s = _FIRST_PAUSE_S
         self._lost_s: float | None = None
+        self.closed_connections = 0
 
     @property
     def is_tried(self) -> bool:
@@ -68,6 +72,7 @@ class Patience:
     def succeeded(self) -> None:
         """Forget the failed attempts: the server has answered."""
         self._lost_s, self._pause_s, self._has_told = None, _FIRST_PAUSE_S, False
+        self.closed_connections = 0
 
     def wait(self, error: ClientError, *, for_s: float, most_s: float = math.inf) -> None:
         """Block before the next attempt, no longer than `most_s`.
@@ -75,6 +80,7 @@ class Patience:
         Raises `error` if the attempts have failed for `for_s` seconds, or when `closed` is set.
         """
         now = time.monotonic()
+        self.closed_connections = self.closed_connections + 1 if error.is_open else 0
         if self._lost_s is None:
             self._lost_s = now
         left_s = self._lost_s + for_s - now

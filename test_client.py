@@ -782,7 +782,9 @@ def test_start_that_reaches_no_server_is_not_repeated(cli: _Program, foreign_cer
     pair = (foreign_certs / "client.pem", foreign_certs / "client-key.pem")
     options = ("--cert", str(pair[0]), "--key", str(pair[1]))
     assert "there may be a job" not in cli.fail("start", *options, "--", "true")
-    assert "there may be a job" not in cli.fail("start", "--server", "127.0.0.1:1", "--", "true")
+    assert "there may be a job" not in cli.fail(
+        "start", "--server", "127.0.0.1:1", "--retry-for", "1", "--", "true"
+    )
 
 
 def test_start_with_a_request_id_prints_the_same_job(run: Callable[..., str]) -> None:
@@ -1503,7 +1505,12 @@ def test_other_output_into_a_closed_pipe_ends_quietly(
         (["--pids", "1T", "true"], 125, b"", b"client run: "),
         (["--no-such-option", "true"], 125, b"", b"client run: unknown option"),
         (["-t", "no-token", "true"], 125, b"", b"client: no valid token"),
-        (["--server", "127.0.0.1:1", "true"], 125, b"", b"client: no server listens"),
+        (["--server=127.0.0.1:1", "--retry-for=0", "true"], 125, b"", b"client: no server listens"),
+            ["--server", "127.0.0.1:1", "--retry-for", "0", "true"],
+            125,
+            b"",
+            b"client: no server listens",
+        ),
         (["true", "\udcff"], 125, b"", b"client: an argument is not valid UTF-8"),
     ],
 )

@@ -184,7 +184,7 @@ def test_silent_stream_continues_and_says_so(
 def test_command_line_continues_behind_what_it_has_written(
     cli: ClientProgram, connect: Connect, proxy: Proxy, public: Path, subcommand: str
 ) -> None:
-    """`run` does it too, exits as the job does, and tells no loss that is over within 5 s."""
+    """`run` does it too, exits as the job does, and tells no loss that is over within 30 s."""
     fifo, client = make_fifo(public / "go"), connect()
     script = f"echo one; read _ <{fifo}; echo two; exit 3"
     arguments = ["run", "--", "sh", "-c", script]
