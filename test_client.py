@@ -1506,11 +1506,6 @@ def test_other_output_into_a_closed_pipe_ends_quietly(
         (["--no-such-option", "true"], 125, b"", b"client run: unknown option"),
         (["-t", "no-token", "true"], 125, b"", b"client: no valid token"),
         (["--server=127.0.0.1:1", "--retry-for=0", "true"], 125, b"", b"client: no server listens"),
-            ["--server", "127.0.0.1:1", "--retry-for", "0", "true"],
-            125,
-            b"",
-            b"client: no server listens",
-        ),
         (["true", "\udcff"], 125, b"", b"client: an argument is not valid UTF-8"),
     ],
 )
