@@ -42,6 +42,7 @@ PROGRAM = (
 """The command of the fork server, without its arguments."""
 
 _ANSWER_S = 10.0
+_ATTEMPTS = 3
 _PIDFD_THREAD = os.O_EXCL  # linux/pidfd.h, since Linux 6.9
 
 
@@ -80,38 +81,47 @@ def take_over(
     `duties`: of `Spawner`. `bases`: the cgroups in which the jobs' cgroups may be; None for jobs
     without. `window_s`: the restart window from now on. Raises `TakeoverError`, OSError.
     """
-    try:
-        sock = takeover.connect(directory)
-    except PermissionError as error:
-        raise TakeoverError(in_words(error)) from error
-    if sock is None:
-        return None
+    problem = ""
+    for _ in range(_ATTEMPTS):
+        try:
+            sock = takeover.connect(directory)
+        except PermissionError as error:
+            raise TakeoverError(str(error)) from error
+        if sock is None:
+            return None
+        try:
+            return _ask(sock, duties, bases, window_s)
+        except (OSError, EOFError) as error:
+            # A fork server that has nothing to keep may be about to end; then nobody listens soon.
+            problem = in_words(error) if isinstance(error, OSError) else "it hangs up"
+    raise TakeoverError(f"the fork server of {directory} does not answer: {problem}")
+
+
+def _ask(
+    sock: socket.socket, duties: Mapping[str, Any], bases: Sequence[str | None], window_s: float
+) -> Heritage:
+    """Ask on a connection to become the main process. Raises as `take_over`, and EOFError."""
     with contextlib.ExitStack() as undo:
         undo.callback(sock.close)
         sock.settimeout(_ANSWER_S)
         _check_program()
         main_fd = open_own_pidfd()
-        undo.callback(os.close, main_fd)
-        request = {
-            "op": "take over",
-            "protocol": takeover.PROTOCOL,
-            "duties": dict(duties),
-            "bases": list(bases),
-            "window_s": window_s,
-            "program": PROGRAM,
-        }
         try:
+            request = {
+                "op": "take over",
+                "protocol": takeover.PROTOCOL,
+                "duties": dict(duties),
+                "bases": list(bases),
+                "window_s": window_s,
+                "program": PROGRAM,
+            }
             send(sock, request, [main_fd])
             answer, fds = receive(sock)
-        except (OSError, EOFError) as error:
-            reason = in_words(error) or "it has ended"
-            raise TakeoverError(
-                f"the fork server of {directory} does not answer: {reason}"
-            ) from error
+        finally:
+            os.close(main_fd)
         if "refused" in answer:
             raise TakeoverError(answer["refused"])
         undo.pop_all()
-        os.close(main_fd)
         pidfd, *lock_fds = fds
         lock_fd = lock_fds[0] if lock_fds else None
         return Heritage(sock, answer["pid"], pidfd, lock_fd, answer["dismantle"])
