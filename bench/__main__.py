@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from bench.call import bench_call
 from bench.cli import bench_command_line
+from bench.cluster import bench_cluster
 from bench.fair import GREEDY_CONFIG, bench_fairness
 from bench.floor import Floor
 from bench.harness import NOISE_MAX, ROUNDS, UNHINDERED, Service, running, serving
@@ -85,16 +86,21 @@ _PARTS: dict[str, Callable[[], None]] = {
     "overload": lambda: _with_service(bench_overload),
     "fairness": _bench_fairness,
     "cli": lambda: _with_service(bench_command_line),
+    "cluster": bench_cluster,
 }
+_ONLY_IF_NAMED = {"cluster"}  # it needs Slurm
 
 
 def main() -> None:
     """Run the parts named on the command line, or all parts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(_PARTS)}; by default all"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"of {', '.join(_PARTS)}; by default all but cluster",
     )
-    parts = parser.parse_args().parts or list(_PARTS)
+    parts = parser.parse_args().parts or [part for part in _PARTS if part not in _ONLY_IF_NAMED]
     if unknown := set(parts) - set(_PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     logging.disable(logging.WARNING)  # warnings about limits that this host cannot enforce
