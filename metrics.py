@@ -180,8 +180,7 @@ def _status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     for key, what in ("size_bytes", "Size of a disk."), ("free_bytes", "Room left on a disk."):
         samples = (({"path": disk["path"]}, disk[key]) for disk in status["disks"])
         yield from _gauge(f"disk_{key}", what, *samples)
-    if status.get("store_bytes") is not None:
-        yield from _gauge("store_bytes", "Size of the store.", ({}, status["store_bytes"]))
+    yield from _gauge("store_bytes", "Size of the store.", ({}, status["store_bytes"]))
     yield from _gauge("problems", "How much does not work now.", ({}, len(status["problems"])))
 
 

@@ -97,6 +97,7 @@ __all__ = ["GRPC_OPTIONS", "Server", "main"]
 
 logger = logging.getLogger("server")
 
+_STORE_SIZE = "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()"
 _MESSAGE_FACTOR = 2  # what gRPC reads, of what a request may have: see `Gate`
 _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
@@ -343,7 +344,9 @@ class Server:
 
     def status(self) -> dict[str, Any]:
         """Return what `server status` shows."""
+        ((store_bytes,),) = self._store.query(_STORE_SIZE)
         return serverstatus.describe(
+            store_bytes=store_bytes,
             address=self.address,
             started_s=self._started_s,
             jobs=self._worker.counts(),

@@ -83,6 +83,7 @@ def describe(  # noqa: PLR0913 -- what a server consists of
     jobs: Counts,
     uses: Sequence[Use],
     users: int,
+    store_bytes: int,
     disks: Sequence[Disk],
     expiries: Mapping[str, int],
     warnings: Sequence[str],
@@ -111,6 +112,7 @@ def describe(  # noqa: PLR0913 -- what a server consists of
         "streams": {"open": streams.used, "ceiling": streams.ceiling},
         "users": users,
         "output_bytes": in_all["kept_output"].used,
+        "store_bytes": store_bytes,
         "disks": [
             {"path": disk.path, "size_bytes": disk.size_bytes, "free_bytes": disk.free_bytes}
             for disk in disks

@@ -213,6 +213,7 @@ def test_status_of_a_server(
     assert status["streams"] == {"open": 1, "ceiling": 2000}
     assert status["users"] == 2
     assert status["problems"] == []
+    assert status["store_bytes"] > 0
     (disk, *_) = status["disks"]
     assert 0 < disk["free_bytes"] < disk["size_bytes"]
     stream.close()
@@ -282,6 +283,7 @@ def _status(*uses: Use, **changes: Any) -> dict[str, Any]:
         "started_s": 0.0,
         "users": 1,
         "jobs": Counts(0, 0, {}),
+        "store_bytes": 0,
         "disks": (),
         "expiries": {},
         "warnings": (),
