@@ -86,7 +86,7 @@ def take_over(
         try:
             sock = takeover.connect(directory)
         except PermissionError as error:
-            raise TakeoverError(str(error)) from error
+            raise TakeoverError(in_words(error)) from error
         if sock is None:
             return None
         try:
