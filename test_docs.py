@@ -359,11 +359,27 @@ def _is_product(path: Path) -> bool:
 # --- the map of the modules --------------------------------------------------------------------
 
 
-def test_map_in_readme_has_every_module_once_in_its_group(readme: str) -> None:
+def test_map_in_readme_names_modules_of_each_group(readme: str) -> None:
+    """It has the same groups in the same order as the list of modules."""
+    section = readme[readme.index("## The modules") : readme.index("## The command line")]
+    shown: dict[str, set[str]] = {}
+    for line in section.splitlines():
+        if begin := re.match(r"\| \*\*(\w+)\*\* \|", line):
+            shown[begin[1]] = set()
+        if shown:
+            shown[[*shown][-1]].update(re.findall(r"`(\w+)\.py`", line))
+    assert [*shown] == [*test_layout._MODULES]
+    for group, modules in shown.items():
+        assert modules
+        assert modules <= set(test_layout._MODULES[group])
+
+
+def test_every_module_is_once_in_the_list_of_modules_in_its_group() -> None:
     """The groups are those of the layout test; there is no module without a group."""
+    listed = (_HERE / "docs/modules.md").read_text(encoding="utf-8")
     shown: dict[str, list[str]] = {}
     group = ""
-    for first in re.findall(r"^\| ((?:\*\*|`\w+\.py`)[^|]*) \|", readme, re.MULTILINE):
+    for first in re.findall(r"^\| ((?:\*\*|`\w+\.py`)[^|]*) \|", listed, re.MULTILINE):
         if first.startswith("**"):
             group = first.strip("*")
             shown[group] = []
