@@ -114,7 +114,10 @@ class OutputDirectory:
         return log.state()._replace(taken=log.size)
 
     def resume_log(self, job_id: str) -> OutputLog:
-        """Continue the output log of a job of another process. Raises OSError."""
+        """Continue the output log of a job of another process.
+
+        Raises FileNotFoundError if nothing of it is there; OSError.
+        """
         name = f"{job_id}{_OUTPUT_SUFFIX}"
         log = OutputLog(name, dir_fd=self._fd, lasting=True, resumed=True)
         log.disk = self._disk

@@ -274,6 +274,26 @@ def test_fork_server_that_was_killed_too_leaves_lost_jobs(house: _House) -> None
     assert b"".join(worker.stream(job_id)) == b"out\n"
 
 
+@pytest.mark.parametrize("window_s", [_FOREVER_S, 0])
+def test_store_that_was_restored_without_the_output_is_served(
+    house: _House, window_s: float
+) -> None:
+    """A job that ran when the store was copied is LOST, and nothing of its output is there."""
+    worker = house.open()
+    job_id = worker.start("sh", ["-c", "echo out; exec sleep infinity"])
+    await_output(worker, job_id, b"out\n")
+    house.leave()
+    for pid in house.fork_servers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    house.fork_servers.clear()
+    for file in (house.directory / "output").iterdir():
+        file.unlink()
+    worker = house.open(window_s)
+    assert worker.wait(job_id, GUARD_S).end_reason is EndReason.LOST
+    assert list(worker.stream(job_id)) == []
+
+
 def test_budget_and_end_of_a_job_are_those_that_the_next_worker_gives(house: _House) -> None:
     """What is stored counts; the function is called once, before the end is known."""
     from budget import Budget
