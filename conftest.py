@@ -217,8 +217,14 @@ def tokens(program: ServerProgram, certs: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def connect_options() -> dict[str, Any]:
+    """What `connect` gives to each client: a lost connection is an error at once."""
+    return {"retry_for": 0}
+
+
+@pytest.fixture
 def connect(
-    program: ServerProgram, certs: Path, tokens: dict[str, str]
+    program: ServerProgram, certs: Path, tokens: dict[str, str], connect_options: dict[str, Any]
 ) -> Iterator[Callable[..., Client]]:
     """Connect as a seeded user ("" for no token) to the shared server, or to `address`."""
     from client import Client
@@ -226,7 +232,8 @@ def connect(
     with contextlib.ExitStack() as clients:
 
         def connect(user: str = "user", address: str = "", **options: Any) -> Client:
-            settings: dict[str, Any] = {"token": tokens.get(user, ""), "certs": certs} | options
+            settings: dict[str, Any] = {"token": tokens.get(user, ""), "certs": certs}
+            settings |= connect_options | options
             return clients.enter_context(Client(address or program.address, **settings))
 
         yield connect

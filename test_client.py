@@ -682,7 +682,7 @@ def test_peer_that_is_silent_is_noticed_and_told(
     tenth = [(name, value // (10 if name in times else 1)) for name, value in connection._OPTIONS]
     monkeypatch.setattr(connection, "_OPTIONS", tenth)
     with contextlib.closing(_Cable(program.address)) as cable:
-        client = connect(address=cable.address, retry_for=0)
+        client = connect(address=cable.address)
         job_id = client.start(_SILENT[0], _SILENT[1:])
         stream = client.stream(job_id)
         assert next(stream) == b"ready\n"
@@ -748,7 +748,7 @@ def test_stream_that_does_not_end_in_time_at_shutdown_says_so(
 ) -> None:
     """The client has not read all of the output, so the server cannot send its own words."""
     program = start_server()
-    client = connect("user", program.address, retry_for=0)
+    client = connect("user", program.address)
     job_id = client.start("head", ["-c", "100M", "/dev/zero"])
     assert sum(map(len, client.stream(job_id))) == 100 << 20
     stream = client.stream(job_id)

@@ -7,7 +7,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from testkit import ClientProgram, ServerProgram
 
     Connect = Callable[..., Client]
+
+
+@pytest.fixture
+def connect_options() -> dict[str, Any]:
+    """The clients go on after a lost connection, as they do by default."""
+    return {}
 
 
 def _finished(client: Client, script: str) -> str:

@@ -326,7 +326,7 @@ def test_shutdown_ends_a_watch_after_the_ends_of_the_jobs(
 ) -> None:
     """The watcher learns how the jobs ended."""
     program = start_server()
-    client = connect("user", program.address, retry_for=0)
+    client = connect("user", program.address)
     job_id = client.start(*_SLEEP)
     events = watching(client)
     assert _next(events) == [("EXISTS", job_id, "RUNNING")]

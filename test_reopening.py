@@ -6,7 +6,7 @@ import itertools
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,6 +30,12 @@ _EXISTS, _STARTED = worker_pb.JOB_EVENT_KIND_EXISTS, worker_pb.JOB_EVENT_KIND_ST
 _ENDED, _REMOVED = worker_pb.JOB_EVENT_KIND_ENDED, worker_pb.JOB_EVENT_KIND_REMOVED
 
 _RUN_AND_END = [worker_pb.JOB_STATUS_RUNNING, worker_pb.JOB_STATUS_FINISHED]
+
+
+@pytest.fixture
+def connect_options() -> dict[str, Any]:
+    """The clients go on after a lost connection, as they do by default."""
+    return {}
 
 
 class _Line:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from testproxy import Proxy
+
+
+@pytest.fixture
+def connect_options() -> dict[str, Any]:
+    """The clients go on after a lost connection, as they do by default."""
+    return {}
 
 
 @pytest.fixture

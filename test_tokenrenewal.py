@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 _HOUR_S = 3600
 
 
+@pytest.fixture
+def connect_options() -> dict[str, Any]:
+    """The clients go on after a lost connection, as they do by default."""
+    return {}
+
+
 class _Service:
     """A server with short tokens. `mint` makes a token without a login."""
 
