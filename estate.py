@@ -78,9 +78,14 @@ class Estate:
         return [self._read_fd, self.failures_fd, *kept]
 
     def add(self, job: str, pid: int, output_fd: int, pidfd: int) -> None:
-        """Keep these of a job from now on; the caller keeps the descriptors, too."""
+        """Keep these of a job from now on; the caller keeps the descriptors, too. Raises OSError."""
         self._failed.discard(pid)
-        self.jobs[job] = Kept(pid, [os.dup(output_fd), os.dup(pidfd)])
+        kept_fd = os.dup(output_fd)
+        try:
+            self.jobs[job] = Kept(pid, [kept_fd, os.dup(pidfd)])
+        except BaseException:
+            os.close(kept_fd)
+            raise
 
     def was_executed(self, pid: int) -> bool:
         """Whether a leader that has ended, and is not reaped yet, had executed its command."""

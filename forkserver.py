@@ -146,19 +146,20 @@ class _ForkServer:
         if self._restart:
             self._listener = socket.socket(fileno=self._restart["listener_fd"])
             self._listener.listen()
-        if state is not None:
-            self._load(state)
+        self._state = state
 
     def run(self) -> None:
         """Serve until the main process is gone; then kill everything."""
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        inherited.set_signals()
-        # Orphans of a job become children of this process instead of init's. So it can tell
-        # when a process group is gone.
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
-        self._limit_ourselves_and_jobs()
         try:
+            wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+            inherited.set_signals()
+            # Orphans of a job become children of this process instead of init's. So it can tell
+            # when a process group is gone.
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+            self._limit_ourselves_and_jobs()
+            if self._state is not None:
+                self._load(self._state)
             self._serve_main(wake_read)
             while self._await_successor(wake_read):
                 self._serve_main(wake_read)
@@ -221,11 +222,15 @@ class _ForkServer:
         connection, _ = listener.accept()
         connection.settimeout(_SUCCESSOR_S)
         # What the other process sends may make no sense, or never come.
-        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
+        with (
+            contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError),
+            contextlib.ExitStack() as undo,
+        ):
             if not is_trusted(connection):
                 connection.close()
                 return False
             request, fds = receive(connection)
+            undo.callback(close_all, fds)
             if request["op"] == "end":
                 self._is_over = True
                 self._socket = connection  # closed when this process ends, which the other awaits
@@ -328,7 +333,12 @@ class _ForkServer:
             raise
         self._leaders.add(job, pid, kept_fd)
         if self._estate is not None and output_fd is not None:
-            self._estate.add(job, pid, output_fd, pidfd)
+            try:
+                self._estate.add(job, pid, output_fd, pidfd)
+            except BaseException:  # the process must not wait for a program, nor execute it
+                os.close(pidfd)
+                self._leaders.kill(job)
+                raise
         return pid, pidfd
 
     def _do(self, what: str, request: dict[str, Any]) -> None:
@@ -425,7 +435,9 @@ class _ForkServer:
         self._socket.setblocking(True)
         pidfd = os.pidfd_open(self._pid)
         answer = {"pid": self._pid, "dismantle": self._dismantling}
-        send(self._socket, answer, [pidfd, *([] if lock_fd is None else [lock_fd])])
+        # The successor may have died, or waits no longer. Then `_serve_main` finds its end closed.
+        with contextlib.suppress(OSError):
+            send(self._socket, answer, [pidfd, *([] if lock_fd is None else [lock_fd])])
         os.close(pidfd)
 
     def _fork_clearing(

@@ -32,7 +32,7 @@ from store import Store
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from limits import Bounds, Enforcement, Limits
     from resuming import Terms
@@ -49,7 +49,9 @@ _LEAVE_S = 10.0  # how long the threads of jobs may take to leave them
 class Parts:
     """The parameters are those of `Worker`. Raises as `Worker` does.
 
-    Attributes: the parts; `homes`, None without; `has_farewell`, see `Spawner`.
+    Attributes: the parts; `homes`, None without; `has_farewell`, see `Spawner`; `has_taken_over`,
+    whether the fork server comes from a former worker. If that is so and an error is raised, the
+    jobs of that worker are left to another one.
     """
 
     has_farewell = False
@@ -89,6 +91,7 @@ class Parts:
             if restart_dir is not None and self.table.is_kept:
                 self._restarts = Restarts(restart_dir, restart_window)
             heritage = self._take_over(enforcement, cgroup_root)
+            self.has_taken_over = heritage is not None
             # Before the fork server, which must be born in our leaf.
             if heritage is None:
                 self.subtree = Subtree.open(
@@ -97,14 +100,14 @@ class Parts:
             else:
                 self.subtree = heritage.adopt_cgroups(enforcement, bounds)
             if self.subtree is not None:
-                undo.callback(self.subtree.close)
+                self._at_end(undo, self.subtree.close, self.subtree.leave)
             self.spawner = self._make_spawner(heritage)
-            undo.callback(self.spawner.close)
+            self._at_end(undo, self.spawner.close, self.spawner.leave)
             self.keeper = Keeper(self.spawner) if self.spawner.keeps_jobs else None
             if self.keeper is not None:
                 undo.callback(self.keeper.close)
             self._sweep()
-            undo.callback(self.scratch.empty)
+            self._at_end(undo, self.scratch.empty, lambda: None)
             self.registry = Registry(
                 retention, self.table, self.output_dir.open_log, self.scratch.remove
             )
@@ -114,6 +117,16 @@ class Parts:
             undo.callback(self.spares.close)
             self.starter = self._make_starter(environment)
             self._undo = undo.pop_all()
+
+    def _at_end(
+        self, undo: contextlib.ExitStack, close: Callable[[], None], leave: Callable[[], None]
+    ) -> None:
+        """Have `undo` call `close`; or `leave` if there is an error and we have taken over."""
+
+        def end(error: type[BaseException] | None, *_: object) -> None:
+            (leave if error is not None and self.has_taken_over else close)()
+
+        undo.push(end)
 
     def _take_over(
         self, enforcement: Enforcement, cgroup_root: str | os.PathLike[str] | None

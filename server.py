@@ -175,7 +175,8 @@ class Server:
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 check(settings.state_dir)
                 self._store = undo.enter_context(open_store(settings.state_dir))
-                self._worker = undo.enter_context(self._make_worker(config, uids))
+                self._worker = self._make_worker(config, uids)
+                undo.push(self._end_worker)
                 self._open_state(users, uids, undo)
                 for_operator = self._make_for_operator(undo)
             connections = _raise_fd_limit(config.in_all.streams or 0)
@@ -436,6 +437,13 @@ class Server:
             if self._reloading.acquire(timeout=_STOP_GRACE_S):
                 undo.callback(self._reloading.release)
             self._undo.close()
+
+    def _end_worker(self, error: type[BaseException] | None, *_: object) -> None:
+        """End the worker; if the start fails, leave what it has taken over to the next server."""
+        if error is not None and self._worker.has_taken_over:
+            self._worker.leave()
+        else:
+            self._worker.close()
 
     def kill_jobs(self) -> None:
         """Kill every job and start no more; ends the grace of `stop`."""

@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,29 @@ def test_server_with_other_uids_is_refused_and_the_jobs_go_on(place: _Place) -> 
     with place.client() as client:
         assert client.status(job_id).exit_code in (0, None)
         assert not client.status(job_id).HasField("ended_at")
+
+
+@pytest.mark.parametrize("option", ["--listen", "--metrics", "token.key"])
+def test_server_that_cannot_start_leaves_the_jobs_to_the_next(place: _Place, option: str) -> None:
+    """Although it had taken them over when it found that out."""
+    program = place.start(*_WINDOW)
+    with place.client() as client:
+        job_id = client.start("sleep", ["infinity"])
+    program.end(signal.SIGTERM)
+    key = place.directory / "state/token.key"
+    right = key.read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options = (option, f"127.0.0.1:{taken.getsockname()[1]}")
+        if option == "token.key":
+            key.write_bytes(b"short")
+            options = ()
+        with pytest.raises(pytest.fail.Exception, match=option):
+            place.start(*_WINDOW, *options)
+    key.write_bytes(right)
+    place.start(*_WINDOW)
+    with place.client() as client:
+        assert not client.status(job_id).HasField("ended_at")
+        assert client.stop(job_id).HasField("ended_at")
 
 
 def test_server_that_took_over_ends_when_its_fork_server_dies(place: _Place) -> None:

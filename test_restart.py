@@ -7,6 +7,7 @@ are killed at random.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -346,6 +347,28 @@ def test_other_settings_are_refused_and_nothing_is_lost(house: _House, tmp_path:
         )
     worker = house.open()
     assert worker.status(job_id).status is Status.RUNNING
+
+
+def test_worker_that_cannot_be_made_leaves_the_jobs_to_the_next(
+    house: _House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error after the takeover costs neither a job nor its TMPDIR."""
+    script = "echo x >$TMPDIR/file; echo ready; exec sleep infinity"
+    worker = house.open()
+    job_id = worker.start("sh", ["-c", script])
+    await_output(worker, job_id, b"ready\n")
+    house.leave()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("parts.Spares", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            house.open()
+    worker = house.open()
+    assert worker.status(job_id).status is Status.RUNNING
+    assert (house.directory / "tmp" / job_id / "file").exists()
 
 
 def test_tmpdir_of_a_job_stays_until_the_job_has_ended(house: _House, tmp_path: Path) -> None:

@@ -257,6 +257,11 @@ class Worker:
         """A pidfd of the fork server; valid until the worker is closed or left."""
         return self._spawner.pidfd
 
+    @property
+    def has_taken_over(self) -> bool:
+        """Whether the fork server, and the jobs that run, come from a former worker."""
+        return self._parts.has_taken_over
+
     def drop_privileges(self, uid: int) -> None:
         """Make the main process the ordinary user `uid`, for good; jobs can still be started.
 
