@@ -121,7 +121,7 @@ class OutputStream:
         """Make the call again if its connection was lost; else raise the error."""
         if error.code == "NOT_FOUND" and self._resumption.is_tried:
             raise ClientError(
-                f"{error}: it was removed, or the server was started anew and has forgotten it",
+                f"{error}: it was removed, or a restarted server does not know it",
                 error.code,
             ) from error
         if self.end is not None:
