@@ -78,7 +78,7 @@ class Estate:
         return [self._read_fd, self.failures_fd, *kept]
 
     def add(self, job: str, pid: int, output_fd: int, pidfd: int) -> None:
-        """Keep these of a job from now on; the caller keeps the descriptors, too. Raises OSError."""
+        """Keep these of a job from now on; the caller keeps the descriptors. Raises OSError."""
         self._failed.discard(pid)
         kept_fd = os.dup(output_fd)
         try:

@@ -55,6 +55,7 @@ class Parts:
     """
 
     has_farewell = False
+    has_taken_over = False
 
     def __init__(  # noqa: PLR0913 -- those of a worker
         self,
@@ -91,7 +92,6 @@ class Parts:
             if restart_dir is not None and self.table.is_kept:
                 self._restarts = Restarts(restart_dir, restart_window)
             heritage = self._take_over(enforcement, cgroup_root)
-            self.has_taken_over = heritage is not None
             # Before the fork server, which must be born in our leaf.
             if heritage is None:
                 self.subtree = Subtree.open(
@@ -139,7 +139,9 @@ class Parts:
             tmp=self.scratch.path,
             host_accounts=self._host_accounts,
         )
-        return self._restarts.take_over(duties, bases(enforcement, cgroup_root))
+        heritage = self._restarts.take_over(duties, bases(enforcement, cgroup_root))
+        self.has_taken_over = heritage is not None
+        return heritage
 
     def _make_spawner(self, heritage: Heritage | None) -> Spawner:
         if heritage is not None:

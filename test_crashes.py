@@ -161,7 +161,7 @@ def test_server_that_cannot_start_leaves_the_jobs_to_the_next(place: _Place, opt
     key = place.directory / "state/token.key"
     right = key.read_bytes()
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        options = (option, f"127.0.0.1:{taken.getsockname()[1]}")
+        options: tuple[str, ...] = (option, f"127.0.0.1:{taken.getsockname()[1]}")
         if option == "token.key":
             key.write_bytes(b"short")
             options = ()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -312,6 +313,98 @@ def test_version_that_cannot_take_over_is_refused_and_nothing_is_lost(
         assert _Adopted(spawner, "a").finish()[0] == b""
     pipes.close()
     _await_end(former)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_successor_that_goes_away_during_the_takeover_costs_no_job(
+    tmp_path: Path, *, lives: bool
+) -> None:
+    """Nobody waits for the answer of the fork server, which then waits for the next successor."""
+    former = Spawner(restart=_restart(tmp_path))
+    pipes = _start(former, "a", "sleep", "infinity")
+    former.leave()
+    request = {
+        "op": "take over",
+        "protocol": takeover.PROTOCOL,
+        "duties": _duties(),
+        "bases": [None],
+        "window_s": _FOREVER_S,
+        "program": successor.PROGRAM,
+    }
+    with (
+        takeover.connect(tmp_path) or pytest.fail("nobody waits") as sock,
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process,
+        open(os.pidfd_open(process.pid)) as main_fd,
+    ):
+        if not lives:
+            process.kill()
+        send(sock, request, [main_fd.fileno()])
+        sock.close()
+        with Spawner(heritage=_succeed(tmp_path)) as spawner:
+            assert spawner.pid == former.pid
+            spawner.kill("a")
+            assert _Adopted(spawner, "a").finish()[0] == b""
+    pipes.close()
+    _await_end(former)
+
+
+def test_takeover_that_fails_leaves_no_descriptor_in_the_fork_server(tmp_path: Path) -> None:
+    """Whether it is refused, makes no sense, or asks for a program that cannot be executed."""
+    former = Spawner(restart=_restart(tmp_path))
+    pipes = _start(former, "a", "sleep", "infinity")
+    former.leave()
+    request = {"op": "take over", "protocol": takeover.PROTOCOL + 1}
+    known = {"duties": _duties(), "bases": [None], "window_s": 1, "program": ["/absent"]}
+    counts = []
+    for message in ({}, request, {}, request | known | {"protocol": takeover.PROTOCOL}):
+        with takeover.connect(tmp_path) or pytest.fail("nobody waits") as sock:
+            send(sock, message, [sock.fileno()])
+            with contextlib.suppress(EOFError, ConnectionError):
+                while True:
+                    receive(sock)
+        counts.append(len(os.listdir(f"/proc/{former.pid}/fd")))
+    assert len(set(counts)) == 1
+    with Spawner(heritage=_succeed(tmp_path)):
+        pass
+    pipes.close()
+    _await_end(former)
+
+
+def test_start_for_which_the_fork_server_has_too_few_descriptors_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """Wherever it fails: no process, which could execute the command, and no descriptor."""
+    with Spawner(restart=_restart(tmp_path)) as spawner:
+        fds = f"/proc/{spawner.pid}/fd"
+        first = _start(spawner, "first", "true")
+        _ends(first.exit_fd)
+        first.close()
+        spawner.forget("first")
+        before = len(os.listdir(fds))
+        _, most = resource.prlimit(spawner.pid, resource.RLIMIT_NOFILE)
+        for more in range(3, 100):
+            resource.prlimit(spawner.pid, resource.RLIMIT_NOFILE, (before + more, most))
+            pipes = _Pipes()
+            process = spawner.fork(
+                "a",
+                stdout_fd=pipes.stdout_fd,
+                exit_fd=pipes.their_exit_fd,
+                output_fd=pipes.output_fd,
+            )
+            pipes.close(pipes.stdout_fd, pipes.their_exit_fd)
+            try:
+                _, pidfd = process.execute(["sleep", "infinity"], _ENV)
+            except OSError:
+                assert _read_to_end(pipes.output_fd) == b""
+                _ends(pipes.exit_fd)
+                pipes.close()
+                spawner.kill("absent")  # once this is answered, what came before is over
+                assert len(os.listdir(fds)) == before
+            else:
+                break
+        assert more > 5
+        os.close(pidfd)
+    pipes.close()
 
 
 def test_another_copy_of_the_program_takes_over_in_the_same_process(
