@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import tempfile
 import uuid
@@ -20,14 +21,16 @@ from typing import TYPE_CHECKING, Self
 from broadcaster import OutputLog
 from finishedlog import FinishedLog
 from outputdisk import OutputDisk
-from outputstate import OutputState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from budget import Budget
+    from outputstate import OutputState
 
 __all__ = ["OutputDirectory"]
+
+logger = logging.getLogger(__name__)
 
 _OUTPUT_SUFFIX = ".out"
 _SUFFIXES = {_OUTPUT_SUFFIX, f"{_OUTPUT_SUFFIX}.times", f"{_OUTPUT_SUFFIX}.gap"}
@@ -106,20 +109,22 @@ class OutputDirectory:
 
     def left_by(self, job_id: str) -> OutputState:
         """Return what is there of an output that another process has not completed."""
-        try:
-            log = self.resume_log(job_id)
-        except FileNotFoundError:
-            return OutputState(0)
+        log = self.resume_log(job_id)
         log.complete()
         return log.state()._replace(taken=log.size)
 
     def resume_log(self, job_id: str) -> OutputLog:
-        """Continue the output log of a job of another process.
+        """Continue the output log of a job of another process; make one if its file is missing.
 
-        Raises FileNotFoundError if nothing of it is there; OSError.
+        Raises OSError.
         """
         name = f"{job_id}{_OUTPUT_SUFFIX}"
-        log = OutputLog(name, dir_fd=self._fd, lasting=True, resumed=True)
+        try:
+            log = OutputLog(name, dir_fd=self._fd, lasting=True, resumed=True)
+        except FileNotFoundError:
+            # Somebody has deleted it, or restored the store without the output.
+            logger.warning("job %s: the file of its output is missing", job_id)
+            return self.make_log(job_id)
         log.disk = self._disk
         return log
 

@@ -30,7 +30,6 @@ from successor import take_over
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from broadcaster import OutputLog
     from budget import Budget
     from jobstate import Job
     from jobtable import Row
@@ -102,7 +101,7 @@ class Restarts:
                     if adopted.pid:
                         alive.add(job_id)
                     os.set_blocking(adopted.output_fd, False)
-                    log = _log_of(job_id, directory)
+                    log = directory.resume_log(job_id)
                     body = Body(job_id, log, adopted.output_fd, exit_fd, JobThread())
                     undo.pop_all()
                     starter.resume(row, body, adopted, *terms(row.job))
@@ -124,13 +123,3 @@ class Restarts:
         os.close(stdout_fd)
         # In the place of a pidfd: readable, as that of a process that has ended.
         return Adopted(0, output_fd, os.eventfd(1, os.EFD_CLOEXEC), {})
-
-
-def _log_of(job_id: str, directory: OutputDirectory) -> OutputLog:
-    """Continue the output log of a job; begin a new one if the file is missing. Raises OSError."""
-    try:
-        return directory.resume_log(job_id)
-    except FileNotFoundError:
-        # Somebody has deleted it, or restored the store without the output.
-        logger.warning("job %s: the file of its output is missing", job_id)
-        return directory.make_log(job_id)

@@ -38,7 +38,7 @@ _MODULES = {
         "holes": "",
         "outputdisk": "",
         "budget": "",
-        "outputdirectory": "broadcaster finishedlog outputdisk outputstate; budget",
+        "outputdirectory": "broadcaster finishedlog outputdisk; budget outputstate",
         "privileges": "",
         "limits": "",
         "errors": "",
