@@ -454,6 +454,8 @@ class Client:
 
         sending, resumption = Sending(data, offset, ends=end), Resumption(self._link)
         has_broken_off = False
+        if not self._link.is_reached:
+            self.status(job_id)  # tells a server that is away from a connection that is lost later
         while not sending.is_done:
             messages = sending.messages(self._worker_pb.WriteInputRequest, job_id)
             try:

@@ -115,7 +115,7 @@ def test_ctrl_c_reaches_the_job_while_stdin_waits(cli: ClientProgram) -> None:
 def test_run_continues_input_and_output_after_lost_connections(
     cli: ClientProgram, proxy: Proxy
 ) -> None:
-    """Each byte once in both directions. stderr says that the connection was lost."""
+    """Each byte once in both directions. Losses that are over soon are not told."""
     data = os.urandom(6_000_000)
     cli.environment["JOBWORKER_SERVER"] = proxy.address
     with (
@@ -127,8 +127,7 @@ def test_run_continues_input_and_output_after_lost_connections(
             proxy.await_passed(1_000_000)
             proxy.cut()
         stdout, stderr = communicating.result()
-    assert (run.returncode, stdout == data) == (0, True), stderr
-    assert b"trying to continue" in stderr
+    assert (run.returncode, stdout == data, stderr) == (0, True, b"")
 
 
 def test_stdin_that_does_not_block_is_sent(cli: ClientProgram) -> None:
