@@ -513,12 +513,14 @@ class RunningJob:
             os.close(self._pidfd)
             # Under the lock, so that nobody sees one without the other: a job that has ended
             # has all its output, and where the output ends the job has ended.
-            if was_job:
-                self._registry.finish(self, final)
-            else:
-                self._registry.discard(self)
-            self.output.complete()
-            self._ended.notify_all()
+            try:
+                if was_job:
+                    self._registry.finish(self, final)
+                else:
+                    self._registry.discard(self)
+            finally:  # whatever fails, nobody waits for ever
+                self.output.complete()
+                self._ended.notify_all()
 
     def _final(self, leader_exit: Exit | None, ended_at: datetime) -> Job:
         """Return the final state. It does not change any more, because the leader has ended."""

@@ -32,6 +32,7 @@ from errors import (
     InputError,
     JobRunningError,
     SignalError,
+    StoreError,
     UnknownJobError,
     WorkerClosedError,
     in_words,
@@ -318,7 +319,11 @@ class Registry:
                 self._ended[final.end_reason] += 1
             del self._running[job.job_id]
             self._logs[job.job_id] = job.output
-            row = self._table.get(job.job_id)
+            row = None
+            try:
+                row = self._table.get(job.job_id)
+            except StoreError as error:
+                logger.error("job %s is not counted: %s", job.job_id, error)
             if row is not None:
                 self._finished.add(row, budget.heir if budget else self.budget_for(job.owner))
             if self._finished.count == 1:
@@ -376,6 +381,7 @@ class Registry:
             self._forget_locked(row)
         self._discard_tmp(row)
         _delete(row, log)
+        self._table.catch_up()  # the disk may have been full
         return True
 
     def trim(self) -> None:

@@ -49,6 +49,7 @@ from testkit import (
     small_file_system,
 )
 from worker import (
+    EndReason,
     JobRunningError,
     OutputIncompleteError,
     Retention,
@@ -728,6 +729,22 @@ def test_rule_removes_what_the_model_removes(seed: int) -> None:
             discard(dice.choice(model.jobs))
         assert table.page(most=1000) == model.jobs
         assert jobs.count == len(model.jobs)
+
+
+def test_job_whose_row_cannot_be_read_ends_for_all_who_wait(
+    pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its end is known, and its output ends. An error is logged."""
+    with Store() as store, Worker(store=store) as worker:
+        job_id = worker.start("sh", ["-c", "echo out; exec sleep infinity"])
+        chunks = worker.stream(job_id)
+        assert next(chunks) == b"out\n"
+        store.execute("UPDATE jobs SET start = '{}'")
+        rest, end = pool.submit(list, chunks), pool.submit(worker.wait, job_id, GUARD_S)
+        worker.stop(job_id)
+        assert rest.result(GUARD_S) == []
+        assert end.result(GUARD_S).end_reason is EndReason.STOPPED
+    assert f"job {job_id} is not counted: the store has a damaged row" in caplog.text
 
 
 # --- room for others ----------------------------------------------------------------------------
