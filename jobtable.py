@@ -39,7 +39,7 @@ from outputerrors import Gap
 from outputstate import OutputState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from finding import JobFilter
     from jobstate import Work
@@ -56,6 +56,7 @@ _COLUMNS = (
     "output_bytes, argv_bytes, start, finish"
 )
 _SELECT = f"SELECT {_COLUMNS} FROM jobs"  # noqa: S608 -- our own names
+_NOT_GONE = "job_id NOT IN (SELECT value FROM json_each(:gone))"
 _LIMITS = [field.name for field in fields(Limits)]
 _USAGE = [field.name for field in fields(Usage)]
 
@@ -110,7 +111,9 @@ class JobTable:
         ((self._last_position, self._last_number),) = store.query(
             "SELECT coalesce(max(position), 0), coalesce(max(end_number), 0) FROM jobs"
         )
-        # What could not be written, by job: the values of its end, or None for its removal.
+        # What could not be written, by job: the values of its end, or None for its removal. It is
+        # replaced as a whole. A reader takes it without the lock, before it queries the store: what
+        # is written in between is then found in both, and not in neither.
         self._unwritten: dict[str, dict[str, Any] | None] = {}
 
     @property
@@ -226,7 +229,7 @@ class JobTable:
     def delete(self, job_id: str) -> bool:
         """Forget a job; return whether there was one. Never raises."""
         with self._lock:
-            if job_id in self._unwritten and self._unwritten[job_id] is None:
+            if self._unwritten.get(job_id, {}) is None:
                 return False
             try:
                 self._catch_up_locked()
@@ -248,7 +251,7 @@ class JobTable:
             self._keep_locked(job_id, end, error)
 
     def _keep_locked(self, job_id: str, end: dict[str, Any] | None, error: StoreError) -> None:
-        self._unwritten[job_id] = end
+        self._unwritten = self._unwritten | {job_id: end}
         logger.critical(
             "the %s of job %s is NOT IN THE STORE: %s. A restart would not know of it; the next "
             "write tries again",
@@ -283,13 +286,13 @@ class JobTable:
 
     def owner(self, job_id: str) -> str | None:
         """Return whose job it is; None if there is no row of it. Raises `StoreError`."""
+        is_removed = self._unwritten.get(job_id, {}) is None
         rows = self._store.query("SELECT owner FROM jobs WHERE job_id = ?", (job_id,))
-        is_removed = job_id in self._unwritten and self._unwritten[job_id] is None
         return rows[0][0] if rows and not is_removed else None
 
     def get(self, job_id: str) -> Row | None:
         """Return the row of a job; None if there is none. Raises `StoreError`."""
-        return self._first("job_id = ?", (job_id,))
+        return self._first("job_id = :job_id", {"job_id": job_id})
 
     def page(
         self,
@@ -305,6 +308,7 @@ class JobTable:
         Those whose position is above `after`, and not above `up_to`. `newest_first`: in the
         opposite order, those below `after`; 0 means all. The status may have changed since.
         """
+        unwritten = self._unwritten
         wanted: dict[str, Any] = {"most": most, "after": after, "up_to": up_to}
         wanted["owner"], wanted["name"] = matching.owner, matching.name
         wanted["since"] = None if matching.since is None else _microseconds(matching.since)
@@ -313,7 +317,7 @@ class JobTable:
         statuses = [status.value for status in matching.statuses]
         if Status.QUEUED in matching.statuses:
             statuses.append(Status.RUNNING.value)  # the row of a job that waits has this one
-        wanted["statuses"] = json.dumps(statuses) if statuses and not self._unwritten else None
+        wanted["statuses"] = json.dumps(statuses) if statuses and not unwritten else None
         conditions = [sql for name, sql in _FIND.items() if wanted[name] is not None]
         if newest_first:
             conditions += ["position < :after"] if after else []
@@ -322,28 +326,28 @@ class JobTable:
         conditions += ["position <= :up_to"] if up_to is not None else []
         order = "DESC" if newest_first else "ASC"
         where = " AND ".join(conditions) or "TRUE"
-        sql = f"{_SELECT} WHERE {where} ORDER BY position {order} LIMIT :most"
+        where += f" ORDER BY position {order} LIMIT :most"
         names = {name: value for name, value in wanted.items() if value is not None}
-        return list(self._rows(self._store.query(sql, names)))
+        return self._rows(where, names, unwritten)
 
     def running(self) -> list[Row]:
         """Return the rows of all jobs that have not ended."""
-        sql = f"{_SELECT} WHERE end_number IS NULL ORDER BY position"
-        return [row for row in self._rows(self._store.query(sql)) if row.number is None]
+        rows = self._rows("end_number IS NULL ORDER BY position", {}, self._unwritten)
+        return [row for row in rows if row.number is None]
 
     def oldest(self, owner: str | None = None) -> Row | None:
         """Return the job that ended first, of all or of an owner's."""
         if owner is None:
             return self._first("end_number IS NOT NULL ORDER BY end_number LIMIT 1")
-        of_owner = "owner = ? AND end_number IS NOT NULL ORDER BY end_number LIMIT 1"
-        return self._first(of_owner, (owner,))
+        of_owner = "owner = :owner AND end_number IS NOT NULL ORDER BY end_number LIMIT 1"
+        return self._first(of_owner, {"owner": owner})
 
     def with_output(self, owner: str, but: Sequence[str]) -> Row | None:
         """Return the owner's job that ended first of those with output; none of the IDs `but`."""
         return self._first(
-            "owner = ? AND end_number IS NOT NULL AND output_bytes > 0 AND job_id NOT IN "
-            "(SELECT value FROM json_each(?)) ORDER BY end_number LIMIT 1",
-            (owner, json.dumps(list(but))),
+            "owner = :owner AND end_number IS NOT NULL AND output_bytes > 0 AND job_id NOT IN "
+            "(SELECT value FROM json_each(:but)) ORDER BY end_number LIMIT 1",
+            {"owner": owner, "but": json.dumps(list(but))},
         )
 
     def amounts(self) -> list[tuple[str, int, int, int, int]]:
@@ -365,24 +369,36 @@ class JobTable:
 
     def of_request(self, owner: str, request_id: str) -> tuple[str, bytes] | None:
         """Return the job that was started with this request ID, and the digest of the request."""
+        gone = [job_id for job_id, end in self._unwritten.items() if end is None]
         rows = self._store.query(
             "SELECT job_id, digest FROM jobs WHERE owner = ? AND request_id = ?",
             (owner, request_id),
         )
-        gone = [job_id for job_id, end in tuple(self._unwritten.items()) if end is None]
         return next(((job_id, digest) for job_id, digest in rows if job_id not in gone), None)
 
-    def _first(self, where: str, values: tuple[Any, ...] = ()) -> Row | None:
-        found = self._store.query(f"{_SELECT} WHERE {where}", values)
-        return next(self._rows(found), None)
+    def _first(self, where: str, values: dict[str, Any] | None = None) -> Row | None:
+        return next(iter(self._rows(where, values or {}, self._unwritten)), None)
 
-    def _rows(self, found: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
-        for columns in found:
-            if columns[1] not in self._unwritten:
-                yield _row(columns)
-            elif (end := self._unwritten[columns[1]]) is not None:
+    def _rows(
+        self, where: str, values: dict[str, Any], unwritten: dict[str, dict[str, Any] | None]
+    ) -> list[Row]:
+        """Return the rows that are found, as if `unwritten` had been written.
+
+        A removed row is left out by the query and not afterwards, so that it takes the place of no
+        other one in a LIMIT.
+        """
+        gone = [job_id for job_id, end in unwritten.items() if end is None]
+        if gone:
+            where = f"{_NOT_GONE} AND {where}"
+            values = values | {"gone": json.dumps(gone)}
+        rows = []
+        for columns in self._store.query(f"{_SELECT} WHERE {where}", values):
+            if end := unwritten.get(columns[1]):
                 fixed = dict(zip(_COLUMNS.split(", "), columns, strict=True)) | end
-                yield _row(tuple(fixed[name] for name in _COLUMNS.split(", ")))
+                rows.append(_row(tuple(fixed[name] for name in _COLUMNS.split(", "))))
+            else:
+                rows.append(_row(columns))
+        return rows
 
 
 _INSERT = (

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,7 +26,7 @@ from store import Store
 from testkit import GUARD_S, small_file_system
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _HERE = Path(__file__).resolve().parent
 _NOW = datetime(2026, 11, 28, 12, 0, 0, 123456, UTC)
@@ -221,6 +221,71 @@ def test_ends_and_removals_on_a_full_disk_are_written_later(
         with Store(disk / "store") as store:
             table = JobTable(store)
             assert answers() == before
+
+
+@contextlib.contextmanager
+def _read_only(table: JobTable) -> Iterator[None]:
+    """Within this context the store refuses every write."""
+    table._store.query("PRAGMA query_only=ON")
+    yield
+    table._store.query("PRAGMA query_only=OFF")
+
+
+def test_removal_that_is_not_written_shortens_no_page(table: JobTable) -> None:
+    """The next row is found in place of the removed one: a short page is the last one."""
+    first, second, third, fourth = (_end(table, _begin(table), 5) for _ in range(4))
+    with _read_only(table):
+        table.delete(first.job_id)
+        table.delete(second.job_id)
+        assert [row.job for row in table.page(most=2)] == [third, fourth]
+        newest = table.page(JobFilter(owner="alice"), newest_first=True, most=3)
+        assert [row.job for row in newest] == [fourth, third]
+        oldest = table.oldest(), table.oldest("alice"), table.with_output("alice", [])
+        assert [row and row.job for row in oldest] == [third] * 3
+
+
+class _Interrupted(Store):
+    """A store in which something happens right after a query, as another thread would do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.then: Callable[[], object] | None = None
+
+    def query(self, sql: str, values: Any = ()) -> list[Any]:
+        rows = super().query(sql, values)
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+        return rows
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda table, job: table.get(job.job_id),
+        lambda table, _: table.page(),
+        lambda table, _: table.running(),
+        lambda table, job: table.owner(job.job_id),
+        lambda table, job: table.times(job.job_id),
+        lambda table, _: table.of_request("alice", "r"),
+    ],
+)
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_reader_misses_nothing_that_is_written_meanwhile(
+    read: Callable[[JobTable, Job], object], is_removed: bool
+) -> None:
+    """An end or a removal that is written between a reader's query and its answer counts."""
+    with _Interrupted() as store:
+        table = JobTable(store)
+        job = _begin(table, _WORK._replace(request_id="r", digest=b"d"))
+        with _read_only(table):
+            _end(table, job)
+            if is_removed:
+                table.delete(job.job_id)
+        store.then = table.catch_up
+        answer = read(table, job)
+        assert table._unwritten == {}
+        assert answer == read(table, job)
 
 
 def test_damaged_row_is_told(table: JobTable) -> None:
