@@ -78,6 +78,10 @@ class RunningTime:
         except StoreError as error:
             logger.warning("the running time cannot be written: %s", error)
 
+    def row(self) -> list[tuple[str, int]]:
+        """Return the row of the store's table `facts` to write; none without a store."""
+        return [] if self._store is None else [(_RUNNING_TIME, self.now_s())]
+
     def close(self) -> None:
         """Save for the last time; idempotent."""
         self.save()
@@ -166,6 +170,9 @@ class Revocations:
                 [
                     ("DELETE FROM revoked WHERE ends_s <= ?", [(self._running.now_s(),)]),
                     ("INSERT OR IGNORE INTO revoked VALUES (?, ?)", self._unwritten.items()),
+                    # Otherwise a crash would set it back, and a token whose row is deleted here
+                    # would be valid again.
+                    ("INSERT OR REPLACE INTO facts VALUES (?, ?)", self._running.row()),
                 ],
                 durable=True,
             )

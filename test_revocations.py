@@ -141,6 +141,19 @@ def test_what_has_ended_is_dropped_from_the_store(path: Path, clock: Clock) -> N
     assert _rows(path) == _IDS[1:3]
 
 
+def test_time_by_which_a_row_is_dropped_survives_a_crash(store: Store, clock: Clock) -> None:
+    """Otherwise the dropped token would be valid again."""
+    revocations = Revocations(store, RunningTime(store, clock=clock))
+    revocations.add(_IDS[0], 1000)
+    with _full_disk(0):
+        revocations.add(_IDS[1], 5000)
+    clock.now += 2000
+    revocations.write()
+    after_crash = RunningTime(store, clock=clock)
+    assert store.query("SELECT token_id FROM revoked") == [(_IDS[1],)]
+    assert after_crash.now_s() == 2000
+
+
 def test_what_ends_meanwhile_is_dropped_from_memory(clock: Clock) -> None:
     """The next logout removes tokens that have ended by the running time from memory."""
     revocations = Revocations(None, RunningTime(clock=clock))
