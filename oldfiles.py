@@ -3,7 +3,8 @@
     store = open_store(Path("state"))
 
 These files were `uids`, `uids.highest`, `logged-out` and `running-time` in the state directory.
-They are kept under a name with `.old` at its end, and nobody reads them again.
+They are kept under a name with `.old` at its end, and nobody reads them again. If an earlier
+version has run in between, and has made such files anew, the server does not start.
 
 Thread safety: used once, before there are threads.
 """
@@ -58,12 +59,12 @@ def take_over(store: Store, state: Path) -> None:
     """
     if not are_there(state):
         return
-    # A process that was killed before it renamed the files has taken them over.
-    if not store.fact("old_files_taken_over"):
-        uids = [(name, int(uid)) for name, uid in _rows(state / "uids", _UID, "NAME UID")]
-        revoked = [
-            (token, int(s)) for token, s in _rows(state / "logged-out", _REVOKED, "ID ENDS_S")
-        ]
+    uids = [(name, int(uid)) for name, uid in _rows(state / "uids", _UID, "NAME UID")]
+    revoked = [(token, int(s)) for token, s in _rows(state / "logged-out", _REVOKED, "ID ENDS_S")]
+    if store.fact("old_files_taken_over"):
+        # By a process that was killed before it renamed them.
+        _refuse_others(store, state, dict(uids), dict(revoked))
+    else:
         running_s = [(int(s),) for (s,) in _rows(state / "running-time", _NUMBER, "12 digits")]
         highest = [int(uid) for (uid,) in _rows(state / "uids.highest", _NUMBER, "a number")]
         last = max((uid for _, uid in uids), default=0)
@@ -85,6 +86,22 @@ def take_over(store: Store, state: Path) -> None:
     for name in _NAMES:
         with contextlib.suppress(FileNotFoundError):
             (state / name).rename(state / f"{name}.old")
+
+
+def _refuse_others(
+    store: Store, state: Path, uids: dict[str, int], revoked: dict[str, int]
+) -> None:
+    """Raise `StoreError` if the store lacks anything of these files, which it has taken over."""
+    has_uids = uids.items() <= dict(store.query("SELECT name, uid FROM uids")).items()
+    has_revoked = revoked.keys() <= dict(store.query("SELECT token_id, ends_s FROM revoked")).keys()
+    if not has_uids or not has_revoked:
+        name, what = ("logged-out", "logouts") if has_uids else ("uids", "users")
+        raise StoreError(
+            f"{state / name}: it has {what} that the store does not have, because an earlier "
+            f"version has run here after the store was made. To go on with the store, move "
+            f"{' and '.join(_NAMES)} away, and what new users have in {state / 'homes'}; to go on "
+            f"with these files, move {state / 'store'} away"
+        )
 
 
 def _rows(path: Path, form: re.Pattern[str], words: str) -> Iterator[tuple[str, ...]]:

@@ -65,6 +65,28 @@ def test_process_that_was_killed_before_it_renamed_the_files_has_taken_them_over
 
 
 @pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"uids": "alice 70001\nbob 70004\ncarol 70005\n"}, "uids: it has users"),
+        ({"uids": "bob 70001\n"}, "uids: it has users"),
+        ({"logged-out": f"{ABSENT[:-1]}0 5000\n"}, "logged-out: it has logouts"),
+    ],
+)
+def test_files_that_an_earlier_version_has_made_since_are_refused(
+    tmp_path: Path, changes: dict[str, str], named: str
+) -> None:
+    """Otherwise somebody would get the uid of another's files, or a token would be valid again."""
+    with Store(tmp_path / "store") as store:
+        _write(tmp_path)
+        oldfiles.take_over(store, tmp_path)
+        _write(tmp_path, **{"uids.highest": "0\n"} | changes)
+        for _ in range(2):
+            with pytest.raises(StoreError, match=f"{named} that the store does not have.*move"):
+                oldfiles.take_over(store, tmp_path)
+        assert {name: (tmp_path / f"{name}.old").read_text() for name in _FILES} == _FILES
+
+
+@pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
         ("uids", "alice\n", "line 1 is not NAME UID"),
