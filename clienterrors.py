@@ -25,10 +25,11 @@ class ClientError(Exception):
     Attributes: `code`, the name of the gRPC status ("NOT_FOUND"), "" if no call was made;
     `retry_after_s`, the seconds after which the server asks to try again, or None;
     `is_open`, whether the server may have done what it was asked for, although no answer came;
-    `may_pass`, whether the server was not reached, or is going down, and may be back soon.
+    `may_pass`, whether the server was not reached, or is going down, and may be back soon;
+    `was_closed`, whether the server closed the connection, perhaps before any call was sent.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- only the message is needed
         self,
         message: str,
         code: str = "",
@@ -36,12 +37,14 @@ class ClientError(Exception):
         *,
         is_open: bool = False,
         may_pass: bool = False,
+        was_closed: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after_s = retry_after_s
         self.is_open = is_open
         self.may_pass = may_pass
+        self.was_closed = was_closed
 
 
 _CLOSED = (
@@ -119,6 +122,7 @@ def explain(server: str, error: grpc.RpcError) -> ClientError:
                     code,
                     is_open=is_open,
                     may_pass=meaning in _PASSING,
+                    was_closed=meaning == _CLOSED,
                 )
     if code == "CANCELLED" and details in {"", code}:
         message = f"{server} ended the call without an answer, perhaps to shut down; try it again"

@@ -92,7 +92,7 @@ class Link:
             return self.stream_s
         if self.is_reached:
             return CALL_S if self._retry_for is None else self._retry_for
-        is_rejected = error.is_open and patience.closed_connections >= _CLOSED_CONNECTIONS - 1
+        is_rejected = error.was_closed and patience.closed_connections >= _CLOSED_CONNECTIONS - 1
         return 0.0 if is_rejected else self._connect_for
 
     def call(  # noqa: PLR0913 -- most are optional

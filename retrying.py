@@ -80,7 +80,7 @@ class Patience:
         Raises `error` if the attempts have failed for `for_s` seconds, or when `closed` is set.
         """
         now = time.monotonic()
-        self.closed_connections = self.closed_connections + 1 if error.is_open else 0
+        self.closed_connections = self.closed_connections + 1 if error.was_closed else 0
         if self._lost_s is None:
             self._lost_s = now
         left_s = self._lost_s + for_s - now

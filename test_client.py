@@ -237,7 +237,7 @@ def test_token_of_one_server_is_not_sent_to_another(
     (directory / f"token-{program.address}").write_text(tokens["user"])
     other = serve().address
     assert stranger.fail("list", "--server", other) == (
-        f"client: not logged in to {other}; run: client login -u USER\n"
+        f"client: not logged in to {other}; run: client login --server {other} -u USER\n"
     )
     assert stranger.read("list")
 
@@ -1726,19 +1726,18 @@ def test_server_of_another_ca_is_told(cli: _Program, foreign_certs: Path) -> Non
     assert "--ca" in line
 
 
-def test_refused_client_certificate_is_told(cli: _Program, foreign_certs: Path) -> None:
-    """Under TLS 1.3 the server just closes the connection. The line explains that."""
-    directory = foreign_certs
-    line = cli.fail(
-        *(
-            "list",
-            "--cert",
-            str(directory / "client.pem"),
-            "--key",
-            str(directory / "client-key.pem"),
-        )
-    )
-    assert "does not accept your client certificate" in line
+@pytest.mark.parametrize("words", [["list"], ["status", "-j", ABSENT], ["stream", "-j", ABSENT]])
+def test_refused_client_certificate_is_told(
+    cli: _Program, foreign_certs: Path, words: list[str]
+) -> None:
+    """Under TLS 1.3 the server just closes the connection. The line explains that.
+
+    No command waits for such a server, however long it may wait for one that is away.
+    """
+    files = ("--cert", foreign_certs / "client.pem", "--key", foreign_certs / "client-key.pem")
+    status, _, stderr = cli.run(*words, *map(str, files), "--retry-for", "1h")
+    assert status == 1
+    assert "does not accept your client certificate" in stderr
 
 
 def test_not_logged_in_is_told(stranger: _Program, program: ServerProgram) -> None:
