@@ -154,7 +154,7 @@ examples:
 examples:
   client import alice.tar                the profile used without --profile
   client import --as work alice.tar      the profile `work`
-  client import --replace alice.tar      a new certificate for it
+  client import --replace alice.tar      a new certificate for `default`
 """,
     "completion": """\
 examples:

@@ -37,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def import_command(arguments: argparse.Namespace) -> int:
     """Run the subcommand; return the exit status. Raises ClientError."""
-    name = arguments.name or _free_name()
+    name = arguments.name or _DEFAULT
     user = import_bundle(arguments.bundle, name, replace=arguments.replace)
     option = "" if name == _DEFAULT else f" --profile {name}"
     print(f"profile {name} is ready; now log in as {user}: client login{option}")
@@ -82,12 +82,6 @@ def import_bundle(path: str, name: str, *, replace: bool) -> str:
             f"cannot write {error.filename or directory}: {error.strerror}"
         ) from error
     return profile["user"]
-
-
-def _free_name() -> str:
-    if _DEFAULT in (read_profiles() or {}):
-        raise ClientError("there is a default profile already; name this one with --as NAME")
-    return _DEFAULT
 
 
 def _unpack(path: str) -> tuple[dict[str, bytes], dict[str, str]]:

@@ -106,8 +106,9 @@ def test_invited_user_runs_a_job(certs: Path, public: Path, alice: ClientProgram
     tar.unlink()
     done = _invite(*options, "invite", "alice", "--address", server.address, "-o", tar)
     assert "password" not in done.stdout
-    assert "has a profile default already" in _refused(alice, "import", "--as", "default", tar)
-    alice.read("import", "--replace", "--as", "default", str(tar))
+    assert "replace its files with --replace" in _refused(alice, "import", tar)
+    assert "cannot read " in _refused(alice, "import", public / "nosuch.tar")
+    alice.read("import", "--replace", str(tar))
     alice.read("login", "-p", password)
     facts: dict[str, Any] = json.loads(alice.read("whoami", "--json"))
     assert (facts["user"], facts["profile"]) == ("alice", "default")
@@ -303,7 +304,7 @@ def test_profile_of_ones_own_is_not_replaced(
     place.mkdir(parents=True)
     (place / "config.toml").write_text("[default]\nserver = 'a:1'\n[work]\nserver = 'b:1'\n")
     before = _tree(place)
-    assert "name this one with --as NAME" in _refused(alice, "import", tar)
+    assert "has a profile default already" in _refused(alice, "import", tar)
     assert "has a profile work already" in _refused(alice, "import", "--as", "work", tar)
     told = _refused(alice, "import", "--as", "work", "--replace", tar)
     assert "is not the profile that this bundle would make" in told
