@@ -158,7 +158,8 @@ def find_token(arguments: argparse.Namespace) -> str:
 def login_command(arguments: argparse.Namespace) -> str:
     """Return the command with which the user gets a token for the same server and profile."""
     profile = f" --profile {arguments.profile}" if arguments.profile else ""
-    return f"client login{profile}" + ("" if arguments.user else " -u USER")
+    server = f" --server {arguments.login_server}" if arguments.login_server else ""
+    return f"client login{profile}{server}" + ("" if arguments.user else " -u USER")
 
 
 # --- what a token and a certificate say ---------------------------------------------------

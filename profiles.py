@@ -39,18 +39,26 @@ def apply_profile(arguments: argparse.Namespace) -> None:
     """Set the connection's options that are None: from the environment, the profile, the default.
 
     Afterwards `arguments.profile` is the name of the profile in use, or None; `arguments.user` is
-    the user to log in as, or None. Raises ClientError if the profile is missing or wrong.
+    the user to log in as, or None; `arguments.login_server` is the server if a login has to name
+    it, or None. Raises ClientError if the profile is missing or wrong.
     """
     given: str | None = arguments.profile or os.environ.get("JOBWORKER_PROFILE")
     profile = _read_profile(given)
     variables = {} if arguments.profile else os.environ
     arguments.profile = given or (_DEFAULT if profile else None)
+    given_server = arguments.server
     arguments.server = (
         arguments.server
         or variables.get("JOBWORKER_SERVER")
         or profile.get("server")
         or DEFAULT_SERVER
     )
+    # `--profile` makes the variable for the server count for nothing.
+    if arguments.profile:
+        names_it = arguments.server != profile.get("server", DEFAULT_SERVER)
+    else:
+        names_it = given_server is not None
+    arguments.login_server = arguments.server if names_it else None
     arguments.user = getattr(arguments, "user", None) or profile.get("user")
     certs = arguments.certs or variables.get("JOBWORKER_CERTS")
     if certs is None:

@@ -151,6 +151,26 @@ def test_file_that_cannot_be_read_is_told(stranger: ClientProgram, config: Path)
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "variable", "hint"),
+    [
+        (["--server", "b:2"], None, "--profile default --server b:2"),
+        ([], "b:2", "--profile default --server b:2"),
+        (["--server", "a:1"], None, "--profile default"),
+        ([], None, "--profile default"),
+    ],
+)
+def test_hint_to_log_in_names_a_server_that_is_not_the_profiles(
+    stranger: ClientProgram, config: Path, words: list[str], variable: str | None, hint: str
+) -> None:
+    """Else the user would log in to the profile's server, and get the same hint again."""
+    config.write_text('[default]\nserver = "a:1"\nuser = "alice"\n')
+    stranger.environment.pop("JOBWORKER_SERVER", None)
+    if variable:
+        stranger.environment["JOBWORKER_SERVER"] = variable
+    assert stranger.fail("list", *words).endswith(f"; run: client login {hint}\n")
+
+
 def test_login_without_a_user_is_wrong_usage(stranger: ClientProgram, config: Path) -> None:
     """Neither an option nor a profile names one."""
     config.write_text('[default]\nserver = "localhost:1"\n')
