@@ -43,6 +43,7 @@ def root(tmp_path: Path) -> Path:
     shutil.copy(_HERE / "requirements/runtime.txt", program / "requirements")
     (program / ".venv").symlink_to(Path(sys.prefix))
     (program / "gone.py").touch()
+    (program / "server.py").touch()
     return tmp_path / "root"
 
 
@@ -178,3 +179,19 @@ def test_uninstall_removes_no_directory_of_something_else(tmp_path: Path) -> Non
     (tmp_path / "srv/jobs/mine").touch()
     assert _make("uninstall", tmp_path).returncode == 0
     assert (tmp_path / "srv/jobs/mine").exists()
+
+
+@pytest.mark.parametrize("name", ["jobs", "jobs.new", "jobs.old"])
+def test_installation_replaces_no_directory_of_something_else(tmp_path: Path, name: str) -> None:
+    """Where there are files and no server.py. It says what to do; an empty directory it takes."""
+    other = tmp_path / "srv" / name
+    other.mkdir(parents=True)
+    (other / "mine").touch()
+    tree = _tree(tmp_path)
+    done = _make("install", tmp_path, PYTHON="/bin/false")
+    assert done.returncode != 0
+    assert f"{other} exists and has no server.py" in done.stderr
+    assert "choose a directory of its own, like PREFIX=/opt/job-worker" in done.stderr
+    assert _tree(tmp_path) == tree
+    (other / "mine").unlink()
+    assert "needs Python 3.11" in _make("install", tmp_path, PYTHON="/bin/false").stderr

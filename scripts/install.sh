@@ -69,8 +69,22 @@ make_etc() {
     fi
 }
 
+# An installation removes these directories: only what is of this project, or empty.
+may_remove() {
+    if [ -e "$1/server.py" ] || { [ ! -e "$1" ] && [ ! -L "$1" ]; }; then return; fi
+    if [ -d "$1" ]; then
+        found=$(ls -A -- "$1") # an error ends the script
+        [ -n "$found" ] || return 0
+    fi
+    die "$1 exists and has no server.py, so it is not of job-worker, and installing would remove it;" \
+        "choose a directory of its own, like PREFIX=/opt/job-worker, or move $1 away"
+}
+
 install_all() {
     new=$program.new
+    may_remove "$program"
+    may_remove "$new"
+    may_remove "$program.old"
     trap 'rm -rf "$new"' EXIT
     make_new
     make_etc
