@@ -66,17 +66,22 @@ def invite(settings: Settings, name: str, invitation: Invitation) -> str:
         raise SettingsError(str(error)) from None
     profile = f"server = {json.dumps(invitation.address)}\nuser = {json.dumps(name)}\n"
     files = _certificate(name, invitation.ca) | {bundle.PROFILE: profile.encode()}
-    is_new = False
-    if settings.users is not None:
-        users = UsersFile.of(settings)
-        is_new = name not in {each.name for each in users.users()}
-        if is_new and invitation.make_account:
-            create_account(settings, name)
-        if is_new:
-            users.add(user)
+    # First the bundle, which may fail: a user without it would have a password that nobody knows.
     fd = os.open(invitation.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
-    with open(fd, "wb") as file:
-        file.write(bundle.pack(files))
+    try:
+        with open(fd, "wb") as file:
+            file.write(bundle.pack(files))
+        is_new = False
+        if settings.users is not None:
+            users = UsersFile.of(settings)
+            is_new = name not in {each.name for each in users.users()}
+            if is_new and invitation.make_account:
+                create_account(settings, name)
+            if is_new:
+                users.add(user)
+    except BaseException:
+        invitation.output.unlink(missing_ok=True)
+        raise
     return password if is_new else ""
 
 

@@ -133,6 +133,7 @@ def test_without_a_users_file_only_the_bundle_is_made(made: bytes) -> None:
         (["invite", "alice", "--address", _ADDRESS, "-o", "{here}/old"], "old exists; remove it"),
         (["invite", "alice", "--address", _ADDRESS, "--ca", "{here}"], "client-ca.pem is missing"),
         (["invite", "server", "--address", _ADDRESS], "the name server is reserved"),
+        (["invite", "alice", "--address", _ADDRESS, "-o", "{here}/absent/new"], "absent/new"),
     ],
 )
 def test_mistake_of_the_operator_makes_nothing(
@@ -147,6 +148,15 @@ def test_mistake_of_the_operator_makes_nothing(
     assert (done.returncode, done.stdout) == (1, "")
     assert text in done.stderr
     assert os.listdir(tmp_path) == ["old"]
+
+
+def test_invitation_that_fails_leaves_no_bundle(certs: Path, tmp_path: Path) -> None:
+    """Here the users file cannot be made."""
+    options = ("--certs", certs, "--users", tmp_path / "absent/users")
+    done = _invite(*options, "invite", "alice", "--address", _ADDRESS, "-o", tmp_path / "new")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "absent" in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 # --- client import --------------------------------------------------------------------------
