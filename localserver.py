@@ -149,9 +149,12 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _short_name(path) as name:
-            # Nobody can connect before listen(2), so the mode is never wider than wanted.
-            sock.bind(name)
-            os.chmod(name, mode)
+            # No chmod: whoever owns the directory could have put a link there by then.
+            mask = os.umask(0o777 & ~mode)
+            try:
+                sock.bind(name)
+            finally:
+                os.umask(mask)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()

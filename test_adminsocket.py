@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,30 @@ def test_what_is_not_a_socket_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is not a socket"):
         bind_unix(path, 0o600)
     assert path.read_text() == "precious"
+
+
+def test_mode_is_never_given_by_name(tmp_path: Path) -> None:
+    """The owner of the directory could swap the socket for a link before a chmod, as is done here.
+
+    A process of its own, because an audit hook cannot be removed.
+    """
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from localserver import bind_unix\n"
+        "path, secret = Path(sys.argv[2], 'metrics.sock'), Path(sys.argv[2], 'secret')\n"
+        "secret.touch(0o600)\n"
+        "def swap(event, _):\n"
+        "    if event == 'os.chmod':\n"
+        "        path.unlink(); path.symlink_to(secret)\n"
+        "sys.addaudithook(swap)\n"
+        "before = os.umask(0o027)\n"
+        "bind_unix(path, 0o660)\n"
+        "print(oct(secret.stat().st_mode & 0o777), oct(path.lstat().st_mode & 0o777))\n"
+        "print(oct(os.umask(before)))\n"
+    )
+    command = [sys.executable, "-c", code, str(_HERE), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "0o600 0o660\n0o27\n"
 
 
 def test_path_may_be_longer_than_a_socket_address(tmp_path: Path) -> None:
