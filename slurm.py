@@ -5,7 +5,9 @@
     cluster.reasons()              # {"17": "Resources"}: the jobs that wait, by Slurm's number
 
 Every job of a worker has the name jw-INSTANCE in Slurm, and its own ID as comment. So the worker
-finds what a former run of it has left behind.
+finds what a former run of it has left behind. Any user of the cluster can give a job such a name,
+and a comment with newlines, which squeue prints as they are. So a line of squeue is only a claim:
+`confirms` asks again for the job alone.
 
 This module is part of the library, and calls Slurm's programs only. `jobstep.py` is what srun
 executes on the node.
@@ -43,6 +45,8 @@ _PART_CHARACTERS = 100_000  # of a variable; execve(2) takes 128 KiB
 _ANSWER_S = 10.0  # how long one of Slurm's programs may take
 _REASONS_S = 1.0  # how long the reasons of the queue stay true enough
 _MIB = 1024 * 1024
+_NUMBER = re.compile("[0-9]+")
+_JOB_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -127,16 +131,25 @@ class Cluster:
         return found[1] if found else ""
 
     def jobs(self) -> list[QueuedJob]:
-        """Return the jobs of this worker that Slurm knows, running or waiting."""
+        """Return what may be the jobs of this worker that Slurm knows, running or waiting."""
         lines = self._ask("squeue", "--noheader", "--format=%i|%U|%k")
         parts = [line.split("|", 2) for line in lines if line.count("|") >= 2]  # noqa: PLR2004
-        return [QueuedJob(number, job_id, int(uid)) for number, uid, job_id in parts]
+        return [
+            QueuedJob(number, job_id, int(uid))
+            for number, uid, job_id in parts
+            if _NUMBER.fullmatch(number) and _NUMBER.fullmatch(uid) and _JOB_ID.fullmatch(job_id)
+        ]
+
+    def confirms(self, job: QueuedJob) -> bool:
+        """Ask Slurm for this job alone: has it our name, this user, and this ID as comment?"""
+        lines = self._ask("squeue", "--noheader", f"--jobs={job.number}", "--format=%U|%k")
+        return lines == [f"{job.uid}|{job.job_id}"]
 
     def cancel_command(self, numbers: Sequence[str]) -> list[str]:
-        """Return a command that ends jobs, waiting and running."""
+        """Return a command that ends jobs of this worker, waiting and running."""
         # `scancel --signal=KILL` of a job is no SIGKILL; of a step it is.
-        script = 'for n; do scancel --signal=KILL "$n.0"; scancel "$n"; done'
-        return ["/bin/sh", "-c", script, "sh", *numbers]
+        script = 'for n; do scancel "$0" --signal=KILL "$n.0"; scancel "$0" "$n"; done'
+        return ["/bin/sh", "-c", script, f"--name={self.name}", *numbers]
 
     def _ask(self, program: str, *options: str) -> list[str]:
         return self._run([program, f"--name={self.name}", *options]).splitlines()

@@ -62,6 +62,10 @@ _CREDIT_BYTES = 32 * 1024  # of input that may be on its way to the command
 _TERM_AFTER_S = 2.0  # from SIGUSR1, which the step obeys, to SIGTERM, which srun obeys
 _KILL_AFTER_S = 5.0  # from there to SIGKILL
 _LAST_WORDS = 20
+# The job can write to the step's stderr, too. So what is taken for Slurm's words is limited.
+_MAX_LINE_BYTES = 64 * 1024  # without its end: then it is dropped
+_MAX_WORD_CHARACTERS = 1000
+_MAX_LOGGED_LINES = 100
 _QUEUED = re.compile(r"srun: job (\d+) queued and waiting for resources")
 _NO_NEWS = re.compile(
     r"queued and waiting|has been allocated resources|Force Terminated|has been revoked|"
@@ -125,6 +129,7 @@ class SlurmJob(RunningJob):
         # Only the job's thread uses these.
         self._text = b""  # an incomplete line of a report
         self._words: list[str] = []  # what Slurm said
+        self._logged_lines = 0  # of it
         self._end_event: dict[str, Any] | None = None
         self._ended_s: datetime | None = None  # when the step told the end
         self._sent = self._acknowledged = 0  # bytes of input
@@ -336,6 +341,8 @@ class SlurmJob(RunningJob):
         *lines, self._text = (self._text + data).split(b"\n")
         if not data and self._text:
             lines.append(self._text)
+        if len(self._text) > _MAX_LINE_BYTES:
+            self._text = b""
         for line in lines:
             self._take(line)
         return bool(data)
@@ -356,7 +363,10 @@ class SlurmJob(RunningJob):
                 if not self._no_queue:
                     self._begin_if_new(is_running=False)
             elif not _NO_NEWS.search(text):
-                logger.info("job %s: Slurm says: %s", self.job_id, text)
+                text = text[:_MAX_WORD_CHARACTERS]
+                self._logged_lines += 1
+                if self._logged_lines <= _MAX_LOGGED_LINES:
+                    logger.info("job %s: Slurm says: %s", self.job_id, text)
                 self._words = [*self._words[1 - _LAST_WORDS :], text.removeprefix("srun: ")]
 
     def _take_event(self, event: dict[str, Any]) -> None:

@@ -259,7 +259,8 @@ class SlurmWorker(Worker):
         super().__init__(enforcement="off", **options)
         self._sweeper = threading.Thread(target=self._sweep_often, name="slurm-sweep", daemon=True)
         # What is there now is of a former run. We may still be root here.
-        self.cluster.cancel([job.number for job in self.cluster.jobs()])
+        left = [job.number for job in self.cluster.jobs() if self.cluster.confirms(job)]
+        self.cluster.cancel(left)
         if self._uids is None:
             self._sweeper.start()
 
@@ -295,7 +296,7 @@ class SlurmWorker(Worker):
         found = self.cluster.jobs()  # before the others: a job is known here before Slurm has it
         known = self._slurm_starter.starting()
         known |= {job.job_id for _, job in self.list_after(0) if not job.status.is_over}
-        lost = [job for job in found if job.job_id not in known]
+        lost = [job for job in found if job.job_id not in known and self.cluster.confirms(job)]
         for uid in {job.uid for job in lost}:
             numbers = [job.number for job in lost if job.uid == uid]
             command = self.cluster.cancel_command(numbers)

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -305,7 +307,7 @@ def test_left_over_jobs_are_ended_at_the_start(
     make: Callable[..., SlurmWorker], cluster: Cluster
 ) -> None:
     """By name: those of other workers are not touched."""
-    command = ["srun", "--mpi=none", "--comment=x", "--mem=64", "sleep", "1000"]
+    command = ["srun", "--mpi=none", f"--comment={uuid.uuid4()}", "--mem=64", "sleep", "1000"]
     processes = [
         subprocess.Popen(
             [*command[:1], f"--job-name=jw-{name}", *command[1:]],
@@ -329,6 +331,40 @@ def test_left_over_jobs_are_ended_at_the_start(
     processes[1].wait(GUARD_S)
 
 
+def test_forged_comment_ends_no_job_of_others(
+    make: Callable[..., SlurmWorker], cluster: Cluster
+) -> None:
+    """Neither the start nor the sweep believes the lines of squeue that a user has made up."""
+
+    def begin(name: str, comment: str) -> tuple[subprocess.Popen[bytes], str]:
+        options = [f"--job-name={name}", f"--comment={comment}", "--mpi=none", "--mem=64"]
+        process = subprocess.Popen(
+            ["srun", *options, "sh", "-c", "echo $SLURM_JOB_ID; exec sleep 1000"],
+            env=os.environ | cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdout is not None
+        return process, process.stdout.readline().decode().strip()
+
+    victim, number = begin("other", "mine")
+    lines = [f"{each}|0|{uuid.uuid4()}" for each in (number, "--user=root")]
+    forger, _ = begin("jw-forged", "\n".join(["x", *lines, f"{number}|0|y", ""]))
+    try:
+        shown = cluster.run("squeue", "--noheader", "--name=jw-forged", "--format=%i|%U|%k")
+        assert set(lines) <= set(shown.splitlines())
+        worker = make("forged")
+        assert worker.sweep() == []
+        worker.cluster.cancel([number])  # even then: its name is another one
+        assert (victim.poll(), forger.poll()) == (None, None)
+        running = cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%T")
+        assert running == "RUNNING\n"
+    finally:
+        for process in victim, forger:
+            process.terminate()
+            process.communicate()
+
+
 def test_fork_server_that_dies_takes_the_jobs_with_it(
     make: Callable[..., SlurmWorker], cluster: Cluster
 ) -> None:
@@ -338,6 +374,29 @@ def test_fork_server_that_dies_takes_the_jobs_with_it(
     os.kill(worker._spawner.pid, signal.SIGKILL)
     assert _end(worker, job_id).end_reason is EndReason.LOST
     _await_no_jobs(cluster, "jw-orphans")
+
+
+def test_job_that_writes_to_the_stderr_of_its_step(
+    worker: SlurmWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if it were Slurm: a line without an end, and many lines, cost the server little."""
+    script = (
+        "exec 2>/proc/$PPID/fd/2; head -c 20000000 /dev/zero | tr '\\0' x >&2; echo >&2; "
+        "for i in $(seq 300); do echo says $i >&2; done; exit 3"
+    )
+    caplog.set_level("INFO", "slurmjob")
+    tracemalloc.start()
+    try:
+        job, _ = _run(worker, "sh", "-c", script)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (job.end_reason, job.exit_code) == (EndReason.EXITED, 3)
+    assert peak < 10_000_000
+    said = [text for text in caplog.messages if "Slurm says" in text]
+    assert any("says 1" in text for text in said)
+    assert len(said) <= 100
+    assert max(map(len, said)) < 2000
 
 
 # --- the queue --------------------------------------------------------------------------------
