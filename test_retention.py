@@ -857,6 +857,18 @@ def test_on_a_full_disk_finished_jobs_give_way(disk: Path, reserve_bytes: int) -
             assert _kept(worker) == [second, fourth]
 
 
+def test_on_a_full_disk_what_gave_way_is_recorded_as_gone(disk: Path) -> None:
+    """The store is on that disk: its row is removed when the output has made room."""
+    with Store(disk / "store") as store, Worker(output_dir=disk / "output", store=store) as worker:
+        budget = Budget(None, "alice's")
+        job_id = _write(worker, 3 * _MIB, "alice", budget)
+        with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        assert worker._registry.give_way("alice", budget)
+        assert store.query("SELECT 1 FROM jobs WHERE job_id = ?", (job_id,)) == []
+
+
 def test_on_a_full_disk_nobody_gives_way_to_who_has_more(disk: Path) -> None:
     """One owner's flood does not push out another's jobs, whether or not there are budgets."""
     everybody = Budget(None, "everybody's")
