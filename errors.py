@@ -166,7 +166,7 @@ class TakeoverError(WorkerError):
     def __init__(self, problem: str) -> None:
         super().__init__(
             f"jobs of the former main process go on, and cannot be taken over: {problem}; start "
-            "with the former settings, or end these jobs first"
+            "with the former settings, or end these jobs"
         )
 
 

@@ -72,7 +72,7 @@ from privileges import (
     keep_capabilities,
     prctl,
 )
-from takeover import PROTOCOL, execute_anew, is_trusted, write_ends
+from takeover import PROTOCOL, as_option, execute_anew, is_trusted, write_ends
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,10 +103,10 @@ _CAPABILITIES = (
 
 # The duties that stay as they are when another main process takes over, and what they are.
 _LASTING = {
-    "uids": "jobs run as users of the uids",
+    "uids": "--uids: jobs run as the users",
     "homes": "homes are in",
     "tmp": "TMPDIRs are in",
-    "host_accounts": "accounts of the host are used:",
+    "host_accounts": "--accounts is",
 }
 
 
@@ -387,7 +387,7 @@ class _ForkServer:
         if request["protocol"] != PROTOCOL:
             return f"its version of the takeover is {PROTOCOL}, and not {request['protocol']}"
         differing = [
-            f"{what} {self._duties[name]}, and not {request['duties'][name]}"
+            f"{what} {as_option(self._duties[name])}, and not {as_option(request['duties'][name])}"
             for name, what in _LASTING.items()
             if self._duties[name] != request["duties"][name]
         ]

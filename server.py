@@ -71,7 +71,7 @@ import slurmworker
 import worker
 from adminsocket import AdminError, AdminSocket, Command
 from descriptors import keep_reserve
-from errors import in_words
+from errors import TakeoverError, in_words
 from fileopener import FileOpener
 from oldfiles import open_store
 from servercommands import Call, parse_arguments
@@ -548,6 +548,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options |= {key: getattr(settings, option.field) for key, option in OPTIONS.items()}
         if arguments.run is not None:
             status = arguments.run(Call(settings, sources, arguments))
+            sys.stdout.flush()
         else:
             serverlog.configure(settings.log_format, settings.log_level)
             status = _serve(settings)
@@ -557,9 +558,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         UntrustedFileError,
         CertificateError,
         AccountsError,
+        TakeoverError,
         ValueError,
         OSError,
     ) as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            # Stdout still holds output. At exit Python would try to write it again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         print(f"server: {_explain(error, options)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -569,6 +575,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception, options: Mapping[str, object]) -> str:
     """Return the message; for a file that the system refuses, name the option and the reason."""
+    if isinstance(error, TakeoverError):
+        return f"{error}, with: server --state-dir {options['state_dir']} stop --jobs"
     if not isinstance(error, OSError) or not isinstance(error.filename, (str, bytes)):
         return in_words(error)
     path = os.fsdecode(error.filename)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROTOCOL",
+    "as_option",
     "bind",
     "connect",
     "execute_anew",
@@ -113,6 +114,16 @@ def write_ends(directory: str, ends: dict[str, dict[str, Any]]) -> None:
     with open(new, "w", encoding="utf-8", opener=_open_private) as file:
         json.dump(ends, file)
     os.rename(new, f"{directory}/{_ENDS}")
+
+
+def as_option(duty: Any) -> str:
+    """Return uids, a directory or a kind of accounts as the command line writes it."""
+    if isinstance(duty, bool):
+        return "host" if duty else "range"
+    if isinstance(duty, list):
+        first, end = duty
+        return f"{first}-{end - 1}"
+    return "none" if duty is None else str(duty)
 
 
 def read_ends(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

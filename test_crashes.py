@@ -143,8 +143,15 @@ def test_server_with_other_uids_is_refused_and_the_jobs_go_on(place: _Place) -> 
     with place.client() as client:
         job_id = client.start("sleep", ["infinity"])
     program.end(signal.SIGTERM)
-    with pytest.raises(pytest.fail.Exception, match="jobs run as users of the uids"):
+    directory = place.directory / "state"
+    with pytest.raises(pytest.fail.Exception) as caught:
         place.start(*_WINDOW, "--uids", "76000-77999")
+    assert "Traceback" not in str(caught.value)
+    assert (
+        "server: jobs of the former main process go on, and cannot be taken over: --uids: jobs "
+        "run as the users 76001-76999, and not 76001-77999; start with the former settings, or end "
+        f"these jobs, with: server --state-dir {directory} stop --jobs"
+    ) in str(caught.value)
     place.start(*_WINDOW)
     with place.client() as client:
         assert client.status(job_id).exit_code in (0, None)

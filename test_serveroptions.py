@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +16,7 @@ import pytest
 from servercommands import Call, parse_arguments
 from serveroptions import COMMAND_LINE, DEFAULT, OPTIONS, PROGRAM_DEFAULTS, settings_in_force
 from settings import TABLES, ConfigError, Settings, load_config
+from testkit import GUARD_S, clean_environment
 from trustedfiles import UntrustedFileError
 
 if TYPE_CHECKING:
@@ -191,6 +196,22 @@ def _report(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     settings, sources = settings_in_force(arguments)
     assert arguments.run(Call(settings, sources, arguments)) == 0
     return capsys.readouterr().out
+
+
+def test_config_into_a_pipe_that_closes_ends_quietly() -> None:
+    """Like with `| head -3`: stderr is empty, and the exit status is that of SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("server.py")), "config"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=GUARD_S,
+        env=clean_environment(),
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_config_says_where_each_value_comes_from(

@@ -266,8 +266,9 @@ def test_closed_spawner_leaves_nothing_to_a_successor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"uids": [1, 2]}, "jobs run as users of the uids None, and not"),
-        ({"tmp": "/elsewhere"}, "TMPDIRs are in None, and not /elsewhere"),
+        ({"uids": [70000, 70100]}, "--uids: jobs run as the users none, and not 70000-70099"),
+        ({"host_accounts": True}, "--accounts is range, and not host"),
+        ({"tmp": "/elsewhere"}, "TMPDIRs are in none, and not /elsewhere"),
     ],
 )
 def test_other_settings_are_refused_and_nothing_is_lost(
