@@ -57,6 +57,7 @@ __all__ = ["RunningJob"]
 logger = logging.getLogger(__name__)
 
 _DAY_S = 24 * 3600
+_NOTED_CHARACTERS = 256  # of the reason of a stop, in the note for a successor
 
 
 class Registrar(Protocol):
@@ -282,7 +283,8 @@ class RunningJob:
                 return
             notes = {
                 "kill_reason": self._kill_reason.value,
-                "stop_reason": self._stop_reason,
+                # A note is one message, and a character can have 12 bytes there.
+                "stop_reason": self._stop_reason[:_NOTED_CHARACTERS],
                 "grace_until_s": self._grace_until_s,
             }
         self._keeper.note(self.job_id, notes)

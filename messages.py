@@ -48,8 +48,12 @@ class EnterError(OSError):
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-    """Send one message. Raises OSError."""
-    socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
+    """Send one message. Raises OSError; with EMSGSIZE one that nobody could receive whole."""
+    data = json.dumps(message).encode()
+    if len(data) > _MAX_MESSAGE_BYTES:
+        problem = f"a message of {len(data)} bytes, and not of {_MAX_MESSAGE_BYTES} or fewer"
+        raise OSError(errno.EMSGSIZE, problem)
+    socket.send_fds(sock, [data], list(fds))
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:

@@ -90,7 +90,7 @@ class Parts:
             self.homes = make_homes(homes) if self.scratch.path else None
             self._restarts = None
             if restart_dir is not None and self.table.is_kept:
-                self._restarts = Restarts(restart_dir, restart_window)
+                self._restarts = Restarts(restart_dir, restart_window, others=uids is not None)
             heritage = self._take_over(enforcement, cgroup_root)
             # Before the fork server, which must be born in our leaf.
             if heritage is None:
@@ -223,7 +223,9 @@ class Parts:
         if self.subtree is not None:
             self.subtree.leave()
         self.output_dir.leave()
-        self.keeper.close()
+        # A thread that still hangs waits on the descriptor. Another file must not get its number.
+        if not any(job.thread.is_alive() for job in self.registry.running()):
+            self.keeper.close()
         self._undo.pop_all()
 
     def close(self) -> None:

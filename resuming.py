@@ -15,6 +15,7 @@ Thread safety: for the thread that makes a worker.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -53,10 +54,19 @@ def no_terms(_: Job) -> tuple[None, None]:
 class Restarts:
     """The restart directory of a worker; `window_s`: its restart window.
 
-    Reads what a fork server has left there about the ends of jobs.
+    `others`: jobs run as other users. Reads what a fork server has left there about the ends of
+    jobs. Raises OSError; PermissionError for a window with `others` unless root has started us.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], window_s: float) -> None:
+    def __init__(self, directory: str | os.PathLike[str], window_s: float, *, others: bool) -> None:
+        if window_s > 0 and others and os.getuid() != 0:
+            # A fork server trusts the user that it runs as, and executes that user's program. The
+            # main process, which must not have the capabilities any more, would be this user's.
+            raise PermissionError(
+                errno.EPERM,
+                "a restart window with jobs as other users needs root, and not only capabilities; "
+                "start as root, or without a window (--restart-window 0)",
+            )
         self._directory = Path(directory).absolute()
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._window_s = window_s

@@ -337,7 +337,7 @@ class Spawner:
             ours.close()
             if isinstance(error, TimeoutError):
                 raise _no_answer() from error
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.errno != errno.EMSGSIZE:
                 raise SpawnerDiedError from error
             raise
         return ours

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from errors import TakeoverError, WorkerClosedError
+from privileges import can_change_user
 from store import Store
 from testkit import GUARD_S, await_output, descriptors_of
 from worker import (
@@ -239,6 +240,76 @@ def test_grace_of_a_stop_goes_on(house: _House) -> None:
     worker = house.open()
     ended = worker.wait(job_id, GUARD_S)
     assert (ended.end_reason, ended.stop_reason) == (EndReason.STOPPED, "r")
+
+
+@pytest.mark.parametrize("character", ["x", "\U0001f40c"])
+def test_long_reason_of_a_stop_costs_no_other_job(house: _House, character: str) -> None:
+    """A successor is told its beginning; the worker that stops the job keeps all of it."""
+    worker = house.open()
+    other = worker.start("sleep", ["infinity"])
+    script = "trap 'echo; echo term' TERM; echo ready; while :; do sleep 0.1; done"
+    job_id = worker.start("sh", ["-c", script])
+    await_output(worker, job_id, b"ready\n")
+    reason = character * 5000
+
+    def stop() -> None:
+        with contextlib.suppress(WorkerClosedError):
+            worker.stop(job_id, reason=reason, grace=3600)
+
+    stops = threading.Thread(target=stop)
+    stops.start()
+    await_output(worker, job_id, b"\nterm\n")
+    house.leave()
+    stops.join(GUARD_S)
+    worker = house.open()
+    assert worker.stop(job_id).stop_reason == character * 256
+    assert worker.stop(other, reason=reason).stop_reason == reason
+
+
+def test_descriptor_that_a_hanging_thread_waits_on_stays_open(
+    house: _House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise another file of this process could get its number."""
+    monkeypatch.setattr("parts._LEAVE_S", 0)
+    worker = house.open()
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        goes_on.wait()
+
+    job_id = worker.start("true", on_end=hang)
+    assert hangs.wait(GUARD_S)
+    keeper = worker._parts.keeper
+    assert keeper is not None
+    worker.leave()
+    try:
+        os.fstat(keeper.leave_fd)
+    finally:
+        goes_on.set()
+        worker.wait(job_id, GUARD_S)
+    keeper.close()
+    house.again()  # ends the fork server, which has not heard that the job has ended
+
+
+def test_window_needs_root_for_jobs_as_other_users(tmp_path: Path) -> None:
+    """A main process without capabilities could have the fork server execute its own program."""
+    if os.getuid() or not can_change_user():
+        pytest.skip("needs root")
+    os.setresuid(65534, 0, 0)  # it keeps all capabilities
+    try:
+        with (
+            Store(tmp_path / "store") as store,
+            pytest.raises(PermissionError, match="start as root, or without a window"),
+        ):
+            Worker(
+                uids=range(76000, 76010),
+                store=store,
+                restart_dir=tmp_path / "restart",
+                restart_window=1,
+            )
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 def test_when_the_window_is_over_the_next_worker_knows_how_each_job_ended(
