@@ -46,7 +46,7 @@ __all__ = [
     "whoami",
 ]
 
-_DAY_S = 24 * 60 * 60
+_MINUTE_S, _HOUR_S, _DAY_S = 60, 60 * 60, 24 * 60 * 60
 _WARN_S = 14 * _DAY_S
 _RFC_3339 = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -203,9 +203,23 @@ def warnings_before_expiry(client: Client, arguments: argparse.Namespace) -> lis
 
 def _describe(expires_at: int) -> str:
     """Return the moment and how far it is away, like `2026-12-28 10:00:00 UTC (in 30 days)`."""
-    days = int((expires_at - time.time()) // _DAY_S)
-    away = "today" if days < 1 else f"in {days} day{'s'[: days > 1]}"
+    left_s = int(expires_at - time.time())
+    away = "today" if left_s < 0 or _HOUR_S <= left_s < _DAY_S else f"in {_in_units(left_s)}"
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(expires_at)) + f" ({away})"
+
+
+def _in_units(seconds: int) -> str:
+    for name, unit_s in (("day", _DAY_S), ("h", _HOUR_S), ("min", _MINUTE_S)):
+        if seconds >= unit_s:
+            number = seconds // unit_s
+            return f"{number} {name}{'s' if name == 'day' and number > 1 else ''}"
+    return f"{seconds} s"
+
+
+def _renewal(times: TokenTimes) -> str:
+    """Say how the token lasts as long as its session."""
+    life = _in_units(times.life_s)
+    return f"; the token is renewed while you use it, after {life} without a call log in again"
 
 
 def explain_refusal(client: Client, arguments: argparse.Namespace) -> str:
@@ -315,7 +329,9 @@ def whoami(client: Client, arguments: argparse.Namespace) -> None:
         return
     session_end = facts.pop("session_expires_at")
     if session_end is not None:
-        facts["session"] = f"ends {_describe(session_end)}; until then the token is renewed"
+        facts["session"] = f"ends {_describe(session_end)}"
+        if times and times.can_be_refreshed:
+            facts["session"] += _renewal(times)
     for name in ("token", "certificate"):
         end = facts.pop(f"{name}_expires_at")
         text = "does not say when it expires" if end is None else f"expires {_describe(end)}"

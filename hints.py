@@ -27,6 +27,11 @@ __all__ = ["explain"]
 _OPTIONS = {field: option for option, (field, *_) in LIMIT_OPTIONS.items()}
 _FIELD = re.compile(rf"(?<![\w-])({'|'.join(_OPTIONS)})\b")
 _ABOVE = re.compile(rf"\b({'|'.join(_OPTIONS)}) (\S+) is above this server's ceiling of ([\d.]+)")
+# The words of the server, and those for a user, who never sees metadata. The causes are told where
+# the token itself does not tell the cause.
+_NO_TOKEN = re.compile(r"no valid token in the metadata .*?; log in again")
+_INVALID = "your login is no longer valid"
+_CAUSES = ": it has expired, was ended by a logout, or your password or role has changed"
 
 
 def explain(error: ClientError, client: Client, arguments: argparse.Namespace) -> str:
@@ -35,6 +40,8 @@ def explain(error: ClientError, client: Client, arguments: argparse.Namespace) -
     if error.code == "INVALID_ARGUMENT":
         text = _FIELD.sub(lambda match: _OPTIONS[match[1]], _ABOVE.sub(_ceiling, text))
     hint = _hint(error, client, arguments)
+    if error.code == "UNAUTHENTICATED":
+        text = _NO_TOKEN.sub(_INVALID + (_CAUSES if hint.startswith("run: ") else ""), text)
     return f"{text}; {hint}" if hint else text
 
 

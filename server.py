@@ -562,7 +562,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError,
         OSError,
     ) as error:
-        if isinstance(error, BrokenPipeError) and error.filename is None:
+        if arguments.run and isinstance(error, BrokenPipeError) and error.filename is None:
             # Stdout still holds output. At exit Python would try to write it again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE

@@ -1348,7 +1348,9 @@ def test_stream_whose_token_ends_tells_where_to_go_on(cli: _Program, connect: Co
     connect().stop(job_id)
     assert process.returncode == 1
     assert re.fullmatch(
-        rb"client: no valid token [^\n]+ --offset 6; run: client login -u USER\n", stderr
+        rb"client: your login is no longer valid: it has expired, was ended by a logout, or your "
+        rb"password or role has changed; [^\n]+ --offset 6; run: client login -u USER\n",
+        stderr,
     )
 
 
@@ -1504,7 +1506,7 @@ def test_other_output_into_a_closed_pipe_ends_quietly(
         (["no-such-command"], 125, b"", b"client: cannot execute 'no-such-command': "),
         (["--pids", "1T", "true"], 125, b"", b"client run: "),
         (["--no-such-option", "true"], 125, b"", b"client run: unknown option"),
-        (["-t", "no-token", "true"], 125, b"", b"client: no valid token"),
+        (["-t", "no-token", "true"], 125, b"", b"client: your login is no longer valid: "),
         (["--server=127.0.0.1:1", "--retry-for=0", "true"], 125, b"", b"client: no server listens"),
         (["true", "\udcff"], 125, b"", b"client: an argument is not valid UTF-8"),
     ],

@@ -113,3 +113,19 @@ def test_whoami_with_what_is_no_token_is_told(cli: ClientProgram, token: str) ->
     assert cli.fail("whoami", "-t", token) == (
         "client: this is not a token of job-worker; run: client login -u USER\n"
     )
+
+
+def test_whoami_tells_of_a_short_token_how_long_it_lasts(cli: ClientProgram) -> None:
+    """In seconds or minutes, and that only a call in that time renews it."""
+    now = int(time.time())
+    session = {"iat": now, "auth_time": now, "session_exp": now + 30 * _DAY_S}
+    lines = cli.read("whoami", "-t", _token(600, **session))
+    assert re.search(r"^token .* UTC \(in (9|10) min\)$", lines, re.MULTILINE)
+    assert re.search(
+        r"^session .* days\); the token is renewed while you use it, after 10 min without a call "
+        r"log in again$",
+        lines,
+        re.MULTILINE,
+    )
+    alone = cli.read("whoami", "-t", _token(30 * _DAY_S))
+    assert "renewed" not in alone
