@@ -1,6 +1,6 @@
 """Goes on with the jobs of a former worker: those that run, and those that ended without a worker.
 
-    restarts = Restarts("/var/lib/jobs", window_s=300)
+    restarts = Restarts("/var/lib/jobs", window_s=300, others=False)
     heritage = restarts.take_over(duties, bases)        # None if no fork server waits
     ...
     restarts.resume(rows, starter, spawner, output_directory, terms)
