@@ -43,6 +43,7 @@ __all__ = ["Parts"]
 
 logger = logging.getLogger(__name__)
 
+_RESUME_S = 5.0  # how long what is left of a job that has ended may take to be removed
 _LEAVE_S = 10.0  # how long the threads of jobs may take to leave them
 
 
@@ -203,9 +204,12 @@ class Parts:
         former, self._former = self._former, []
         if self._restarts is None:
             return
-        self._restarts.resume(former, self.starter, self.spawner, self.output_dir, terms)
+        alive = self._restarts.resume(former, self.starter, self.spawner, self.output_dir, terms)
         if self.spawner.keeps_jobs:
             self.spawner.forget_others()
+        # Nobody is to see a job as running that has ended.
+        for job_id in {row.job.job_id for row in former} - alive:
+            self.registry.get(job_id).wait(_RESUME_S)
 
     def leave(self) -> None:
         """Leave the running jobs to another process. Blocks until the threads have ended.
