@@ -19,7 +19,7 @@ import pytest
 
 from client import Client
 from daemon import BROKEN_STATUS
-from testkit import GUARD_S, ServerProgram, fork_server_of
+from testkit import GUARD_S, ServerProgram, children_of, fork_server_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -189,6 +189,10 @@ def test_server_that_took_over_ends_when_its_fork_server_dies(place: _Place) -> 
     fork_server = fork_server_of(program.process.pid)
     program.end(signal.SIGKILL)
     program = place.start(*_WINDOW)
+    leaders = children_of(fork_server)
     os.kill(fork_server, signal.SIGKILL)
     program.process.communicate(timeout=GUARD_S)
     assert program.process.returncode == BROKEN_STATUS
+    for pid in leaders:  # without cgroups they are still there
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

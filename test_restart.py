@@ -22,7 +22,7 @@ import pytest
 from errors import TakeoverError, WorkerClosedError
 from privileges import can_change_user
 from store import Store
-from testkit import GUARD_S, await_output, descriptors_of
+from testkit import GUARD_S, await_output, descriptors_of, kill_with_children
 from worker import (
     Ending,
     EndReason,
@@ -337,8 +337,7 @@ def test_fork_server_that_was_killed_too_leaves_lost_jobs(house: _House) -> None
     await_output(worker, job_id, b"out\n")
     house.leave()
     for pid in house.fork_servers:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        kill_with_children(pid)
     house.fork_servers.clear()
     worker = house.open()
     job = worker.wait(job_id, GUARD_S)
@@ -356,8 +355,7 @@ def test_store_that_was_restored_without_the_output_is_served(
     await_output(worker, job_id, b"out\n")
     house.leave()
     for pid in house.fork_servers:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        kill_with_children(pid)
     house.fork_servers.clear()
     for file in (house.directory / "output").iterdir():
         file.unlink()

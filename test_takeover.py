@@ -24,7 +24,7 @@ from messages import receive, send
 from privileges import can_change_user
 from spawner import Exit, Restart, Spawner, SpawnerDiedError, duties_of, read_exit
 from successor import Heritage, end_jobs, take_over
-from testkit import children_of, descriptors_of
+from testkit import children_of, descriptors_of, kill_with_children
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -518,8 +518,7 @@ def test_death_of_a_fork_server_is_noticed_by_its_second_main_process(tmp_path: 
     pipes = _start(former, "a", "sleep", "infinity")
     former.leave()
     with Spawner(heritage=_succeed(tmp_path)) as spawner:
-        os.kill(spawner.pid, signal.SIGKILL)
-        _await_end(former)
+        kill_with_children(spawner.pid)
         assert spawner.has_died
         with pytest.raises(SpawnerDiedError):
             spawner.forget_others()

@@ -554,3 +554,13 @@ def follow(client: Client, job_id: str) -> OutputStream:
     if next(chunks) != b"ready\n":
         pytest.fail("the job is not ready")
     return chunks
+
+
+def kill_with_children(pid: int) -> None:
+    """Kill a fork server that is our child, and the leaders of its jobs: nobody else would."""
+    children = children_of(pid)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
