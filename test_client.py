@@ -1840,7 +1840,7 @@ _BAD_TOKENS += ["x" * length for length in (5_000, 7_500, 7_501, 12_000, 17_000,
 def test_bad_token_is_told(cli: _Program, token: str) -> None:
     """The line says what to do, also for a token that gRPC refuses to send."""
     line = cli.fail("list", "-t", token)
-    assert "client login" in line
+    assert "log in again" in line or "run: client login" in line
     assert token.strip() == "" or token not in line
 
 
