@@ -170,7 +170,7 @@ def test_running_server_reads_an_edit_at_once(certs: Path, public: Path) -> None
     with Client(server.address, certs=certs) as client:
         client.login("bob", "secret")
         assert _server(*options, "user", "remove", "bob").returncode == 0
-        with pytest.raises(ClientError, match="client login"):
+        with pytest.raises(ClientError, match="log in"):
             client.list()
     users.chmod(0o666)
     done = _server("--users", public / "others", "--state-dir", state, "user", "add", "eve")
