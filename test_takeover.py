@@ -403,7 +403,7 @@ def test_start_for_which_the_fork_server_has_too_few_descriptors_leaves_nothing(
                 assert len(os.listdir(fds)) == before
             else:
                 break
-        assert more > 5
+        assert more > 3  # at least one start has failed
         os.close(pidfd)
     pipes.close()
 
