@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -309,9 +310,11 @@ def test_script_does_not_notice_that_the_server_restarts(
     cli: ClientProgram,
     start_server: Callable[..., ServerProgram],
     make_state: Callable[[], Path],
+    public: Path,
 ) -> None:
     """`run` in a loop: the exact output, the exact exit status, and nothing on stderr."""
-    state, done = make_state(), threading.Event()
+    # Where jobs' users can pass, so that the TMPDIRs of all these servers are in one directory.
+    state, done = shutil.copytree(make_state(), public / "state"), threading.Event()
     first = start_server("--restart-window", "60s", state=state)
     cli.environment["JOBWORKER_SERVER"] = first.address
 
