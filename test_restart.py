@@ -141,12 +141,14 @@ def test_job_output_and_end_are_those_of_a_job_that_was_never_left(
 def test_job_that_ended_without_a_worker_has_its_true_end(house: _House, tmp_path: Path) -> None:
     """Exit code and signal; the time is that of the end, not that of the next start."""
     worker = house.open()
-    waits = _wait_on(tmp_path / "fifo")
+    # One each: a reader that finds the line taken by the other would go on without one.
+    fifos = tmp_path / "first", tmp_path / "second"
+    waits, also_waits = map(_wait_on, fifos)
     exits = worker.start("sh", ["-c", f"{waits}; echo out; exit 4"])
-    dies = worker.start("sh", ["-c", f"{waits}; kill -TERM $$"])
+    dies = worker.start("sh", ["-c", f"{also_waits}; kill -TERM $$"])
     house.leave()
-    for _ in range(2):
-        (tmp_path / "fifo").write_text("\n")
+    for fifo in fifos:
+        fifo.write_text("\n")
     fork_server = house.fork_servers.copy().pop()
     while any(_lives(fork_server)):  # each pass waits for an event
         pass
