@@ -24,14 +24,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from localserver import LocalServer, bind_unix, connect_unix
+import unixsockets
+from localserver import LocalServer, bind_unix
 
 if TYPE_CHECKING:
+    import socket
     from pathlib import Path
 
 __all__ = ["AdminError", "AdminSocket", "Command", "ask"]
@@ -43,7 +43,6 @@ Command = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 _NAME = "admin.sock"
 _MODE = 0o600
-_CREDENTIALS = struct.Struct("iII")  # pid, uid, gid
 _READ_BYTES = 64 * 1024
 
 
@@ -80,8 +79,7 @@ class AdminSocket:
         self._server.close()
 
     def _may_ask(self, connection: socket.socket) -> bool:
-        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(found)
+        pid, uid = unixsockets.peer(connection)
         if uid not in self._uids:
             logger.warning("admin.sock: process %d of uid %d may not ask", pid, uid)
         return uid in self._uids
@@ -116,7 +114,7 @@ def ask(state_dir: Path, command: str, **arguments: Any) -> dict[str, Any]:
     path = state_dir / _NAME
     data = b""
     try:
-        with connect_unix(path) as sock:
+        with unixsockets.connect(path) as sock:
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             while more := sock.recv(_READ_BYTES):
                 data += more

@@ -7,7 +7,7 @@
     ...
     server.close()
 
-    with connect_unix(path) as sock:
+    with unixsockets.connect(path) as sock:
         sock.sendall(b"ping\n")
 
 A connection carries one request and one answer. Whoever connects can hold up others who connect,
@@ -24,21 +24,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import socket
 import stat
 import threading
 import time
 from typing import TYPE_CHECKING
 
+import unixsockets
 from descriptors import with_reserve
 from errors import in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["LocalServer", "bind_unix", "connect_unix"]
+__all__ = ["LocalServer", "bind_unix"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,42 +143,16 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
     if path.exists() or path.is_symlink():
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise FileExistsError(errno.EEXIST, "is not a socket; choose another path", str(path))
-        with contextlib.suppress(ConnectionRefusedError, FileNotFoundError), connect_unix(path):
+        with (
+            contextlib.suppress(ConnectionRefusedError, FileNotFoundError),
+            unixsockets.connect(path),
+        ):
             raise FileExistsError(errno.EEXIST, "another server listens here", str(path))
         path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = unixsockets.bind(path, mode)
     try:
-        with _short_name(path) as name:
-            # No chmod: whoever owns the directory could have put a link there by then.
-            mask = os.umask(0o777 & ~mode)
-            try:
-                sock.bind(name)
-            finally:
-                os.umask(mask)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
         raise
     return sock
-
-
-def connect_unix(path: Path) -> socket.socket:
-    """Connect to the Unix socket at `path`. Raises OSError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with _short_name(path) as name:
-            sock.connect(name)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-@contextlib.contextmanager
-def _short_name(path: Path) -> Iterator[str]:
-    """Provide a name of any path that the 108 bytes of sockaddr_un have room for."""
-    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{path.name}"
-    finally:
-        os.close(fd)

@@ -28,13 +28,13 @@ import json
 import os
 import signal
 import socket
-import struct
 from typing import TYPE_CHECKING, Any
 
+import unixsockets
 from privileges import pass_on_capabilities
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 __all__ = [
     "PROTOCOL",
@@ -52,7 +52,6 @@ PROTOCOL = 1
 
 _SOCKET = "fork-server.sock"
 _ENDS = "ended-jobs"
-_CREDENTIALS = struct.Struct("iII")  # pid, uid, gid: struct ucred
 
 
 def bind(directory: str | os.PathLike[str]) -> socket.socket:
@@ -60,20 +59,10 @@ def bind(directory: str | os.PathLike[str]) -> socket.socket:
 
     The name of a fork server that has ended is replaced. Raises OSError.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with _reachable(directory) as path:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            mask = os.umask(0o177)
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(mask)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    path = os.path.join(directory, _SOCKET)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return unixsockets.bind(path, 0o600, socket.SOCK_SEQPACKET)
 
 
 def connect(directory: str | os.PathLike[str]) -> socket.socket | None:
@@ -81,27 +70,19 @@ def connect(directory: str | os.PathLike[str]) -> socket.socket | None:
 
     Raises OSError; PermissionError if it is not a fork server that root or this user has started.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        with _reachable(directory) as path:
-            sock.connect(path)
-        if not is_trusted(sock):
-            problem = f"another user's process listens on {directory}/{_SOCKET}"
-            raise PermissionError(problem)  # noqa: TRY301 -- closes the socket like other errors
+        sock = unixsockets.connect(os.path.join(directory, _SOCKET), socket.SOCK_SEQPACKET)
     except (FileNotFoundError, ConnectionRefusedError):
-        sock.close()
         return None
-    except BaseException:
+    if not is_trusted(sock):
         sock.close()
-        raise
+        raise PermissionError(f"another user's process listens on {directory}/{_SOCKET}")
     return sock
 
 
 def is_trusted(connection: socket.socket) -> bool:
     """Whether root or the user of this process is at the other end."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(found)
-    return uid in (0, os.getuid())
+    return unixsockets.peer(connection).uid in (0, os.getuid())
 
 
 def write_ends(directory: str, ends: dict[str, dict[str, Any]]) -> None:
@@ -160,16 +141,6 @@ def execute_anew(command: list[str], state: dict[str, Any], fds: Sequence[int]) 
         os.close(state_fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
-
-
-@contextlib.contextmanager
-def _reachable(directory: str | os.PathLike[str]) -> Iterator[str]:
-    """Give a path of the socket that is short enough: a name in sockaddr_un has 107 bytes."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{_SOCKET}"
-    finally:
-        os.close(fd)
 
 
 def _open_private(path: str, flags: int) -> int:

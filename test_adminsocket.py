@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import serverstatus
+import unixsockets
 from adminsocket import AdminError, AdminSocket, ask
-from localserver import bind_unix, connect_unix
+from localserver import bind_unix
 from quotas import Use
 from serverstatus import Disk, Disks
 from testkit import FOREVER, GUARD_S, NOBODY, follow
@@ -56,7 +57,7 @@ def make_admin(tmp_path: Path) -> Iterator[MakeAdmin]:
 
 def _raw(state: Path, request: bytes) -> dict[str, Any]:
     """Send bytes to the socket; return the answer."""
-    with connect_unix(state / "admin.sock") as sock:
+    with unixsockets.connect(state / "admin.sock") as sock:
         sock.settimeout(GUARD_S)
         sock.sendall(request)
         sock.shutdown(socket.SHUT_WR)
@@ -108,8 +109,8 @@ def test_failure_of_a_command_is_logged_and_not_told(
 def test_client_that_goes_away_holds_up_nobody(make_admin: MakeAdmin) -> None:
     """Without a request, or without taking its answer."""
     state = make_admin()
-    connect_unix(state / "admin.sock").close()
-    with connect_unix(state / "admin.sock") as sock:
+    unixsockets.connect(state / "admin.sock").close()
+    with unixsockets.connect(state / "admin.sock") as sock:
         sock.sendall(b'{"command": "echo"}\n')
     assert ask(state, "echo") == {"command": "echo"}
 
@@ -160,7 +161,7 @@ def test_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
     with bind_unix(path, 0o600):
         with pytest.raises(FileExistsError, match="another server listens here"):
             bind_unix(path, 0o600)
-        connect_unix(path).close()
+        unixsockets.connect(path).close()
 
 
 def test_what_is_not_a_socket_is_left_alone(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_path_may_be_longer_than_a_socket_address(tmp_path: Path) -> None:
     directory = tmp_path / ("d" * 200)
     directory.mkdir()
     with bind_unix(directory / "admin.sock", 0o600):
-        connect_unix(directory / "admin.sock").close()
+        unixsockets.connect(directory / "admin.sock").close()
 
 
 def test_close_ends_the_thread_and_removes_the_file(tmp_path: Path) -> None:

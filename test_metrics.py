@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import settings
+import unixsockets
 from client import Client, ClientError
-from localserver import connect_unix
 from metrics import Counter, Histogram, Metrics, http_server, listen
 from quotas import QuotaError
 from testkit import ABSENT, FOREVER, GUARD_S, call_rpc, clean_environment, follow, run_job
@@ -274,7 +274,7 @@ def test_unix_socket_is_for_its_owner_and_group(start_server: StartServer, publi
     path = public / "metrics.sock"
     program = start_server("--metrics", f"unix:{path}")
     assert path.stat().st_mode & 0o777 == 0o660
-    with connect_unix(path) as sock:
+    with unixsockets.connect(path) as sock:
         sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         head, _, text = sock.makefile("rb").read().decode().partition("\r\n\r\n")
     assert head.startswith("HTTP/1.1 200 OK\r\n")
