@@ -86,6 +86,10 @@ class _House:
         self.leave()
         return self.open(window_s)
 
+    def kill_fork_servers(self) -> None:
+        while self.fork_servers:
+            kill_with_children(self.fork_servers.pop())
+
     def close(self) -> None:
         if self.worker is not None and self.store is not None:
             self.worker.close()
@@ -338,9 +342,7 @@ def test_fork_server_that_was_killed_too_leaves_lost_jobs(house: _House) -> None
     job_id = worker.start("sh", ["-c", "echo out; exec sleep infinity"])
     await_output(worker, job_id, b"out\n")
     house.leave()
-    for pid in house.fork_servers:
-        kill_with_children(pid)
-    house.fork_servers.clear()
+    house.kill_fork_servers()
     worker = house.open()
     job = worker.wait(job_id, GUARD_S)
     assert (job.status, job.end_reason) == (Status.FINISHED, EndReason.LOST)
@@ -356,9 +358,7 @@ def test_store_that_was_restored_without_the_output_is_served(
     job_id = worker.start("sh", ["-c", "echo out; exec sleep infinity"])
     await_output(worker, job_id, b"out\n")
     house.leave()
-    for pid in house.fork_servers:
-        kill_with_children(pid)
-    house.fork_servers.clear()
+    house.kill_fork_servers()
     for file in (house.directory / "output").iterdir():
         file.unlink()
     worker = house.open(window_s)
