@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from cgroups import Cgroup
     from jobinput import InputWriter, JobInput
     from jobstate import Work
+    from jobtable import Row
     from keeping import Keeper
     from spares import Body
     from spawner import Spawner
@@ -63,11 +64,14 @@ _NOTED_CHARACTERS = 256  # of the reason of a stop, in the note for a successor
 class Registrar(Protocol):
     """Who is told of a job's end: the registry. Called by the job's thread."""
 
-    def record(self, job: RunningJob, final: Job) -> None:
-        """Write the end to the store, before anybody can learn of it. May block."""
+    def record(self, job: RunningJob, final: Job) -> Row | None:
+        """Write the end to the store, before anybody can learn of it. May block.
 
-    def finish(self, job: RunningJob, final: Job) -> None:
-        """Keep `final` from now on: the moment of the transition, under the job's lock."""
+        Returns the row; None if it cannot be read.
+        """
+
+    def finish(self, job: RunningJob, final: Job, row: Row | None) -> None:
+        """Keep `row` from now on: the moment of the transition, under the job's lock."""
 
     def discard(self, job: RunningJob) -> None:
         """Forget the job instead, whose command never began."""
@@ -195,7 +199,7 @@ class RunningJob:
             )
 
     def ended(self) -> bool:
-        """Whether the job is no longer RUNNING."""
+        """Whether the job is over: neither QUEUED nor RUNNING."""
         with self._ended:
             return self._status.is_over
 
@@ -505,8 +509,7 @@ class RunningJob:
         # The former main process may have died in the middle of the start.
         was_job = leader_exit is None or leader_exit.was_executed
         final = self._final(leader_exit, ended_at)
-        if was_job:
-            self._registry.record(self, final)
+        row = self._registry.record(self, final) if was_job else None
         with self._ended:
             self._end_reason, self._status = final.end_reason, final.status
             self._exit = leader_exit or Exit(may_have_escaped=self._cgroup is None)
@@ -517,7 +520,7 @@ class RunningJob:
             # has all its output, and where the output ends the job has ended.
             try:
                 if was_job:
-                    self._registry.finish(self, final)
+                    self._registry.finish(self, final, row)
                 else:
                     self._registry.discard(self)
             finally:  # whatever fails, nobody waits for ever

@@ -145,7 +145,6 @@ class Registry:
         self._table = table
         self._open_log = open_log
         self._remove_tmp = remove_tmp
-        self._has_age = rule.age_s is not None
         # Guards all below. Held while the store is read, and while a removal is written to it.
         self._lock = threading.RLock()
         # Notified when the first finished job is there, and by `close`.
@@ -307,11 +306,19 @@ class Registry:
             log = self._logs.get(job_id)
         return log.subscribers if log is not None else ()
 
-    def record(self, job: RunningJob, final: Job) -> None:
-        """Write the end of a job to the store. Its thread calls this, before `finish`."""
-        self._table.end(final, job.output.state())
+    def record(self, job: RunningJob, final: Job) -> Row | None:
+        """Write the end of a job to the store; return its row, or None if that cannot be read.
 
-    def finish(self, job: RunningJob, final: Job) -> None:
+        The job's thread calls this, before `finish`.
+        """
+        self._table.end(final, job.output.state())
+        try:
+            return self._table.get(job.job_id)
+        except StoreError as error:
+            logger.error("job %s is not counted: %s", job.job_id, error)
+            return None
+
+    def finish(self, job: RunningJob, final: Job, row: Row | None) -> None:
         """Keep the row of the store instead of the job, whose thread calls this."""
         budget = job.output.budget
         with self._lock:
@@ -319,11 +326,6 @@ class Registry:
                 self._ended[final.end_reason] += 1
             del self._running[job.job_id]
             self._logs[job.job_id] = job.output
-            row = None
-            try:
-                row = self._table.get(job.job_id)
-            except StoreError as error:
-                logger.error("job %s is not counted: %s", job.job_id, error)
             if row is not None:
                 self._finished.add(row, budget.heir if budget else self.budget_for(job.owner))
             if self._finished.count == 1:
@@ -395,7 +397,7 @@ class Registry:
                     break  # its end is in the table, and counted in a moment
                 excess.append((row, self.log_of(row)))
                 self._forget_locked(row)
-            if self._ager is None and self._has_age and self._finished.seconds_left() is not None:
+            if self._ager is None and self._finished.seconds_left() is not None:
                 self._start_ager_locked()
         for row, log in excess:
             self._discard_tmp(row)

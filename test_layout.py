@@ -70,9 +70,9 @@ _MODULES = {
         "jobstate": "; broadcaster budget ending limits",
         "keeping": "messages; spawner",
         "job": "buffers cgroups ending errors jobstate keeping limits outputerrors sources "
-        "spawner; jobinput spares",
+        "spawner; jobinput jobtable spares",
         "jobstep": "",
-        "slurm": "errors; jobstate limits",
+        "slurm": "environment errors; jobstate limits",
         "slurmchannel": "errors",
         "slurmjob": "errors job jobstate limits spawner; jobinput slurm slurmchannel spares",
         "slurmworker": "errors jobinput jobstate limits parts slurm slurmchannel slurmjob spawner "
@@ -144,7 +144,7 @@ _MODULES = {
         "adminsocket": "localserver unixsockets",
         "metrics": "localserver units",
         "serverstatus": "units version worker; quotas",
-        "useradmin": "accounts settings trustedfiles users",
+        "useradmin": "accounts environment settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors errors fileopener gate "
         "grpc hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
         "serveroptions serverstatus service settings slurmworker standardservices tls trustedfiles "
