@@ -70,7 +70,7 @@ class JobRunner(Protocol):
     def owner(self, job_id: str) -> str:
         """Return whose job it is."""
 
-    def status(self, job_id: str) -> Job:
+    def status(self, job_id: str, *, live_usage: bool = True) -> Job:
         """Return what is known of a job."""
 
     def observe(self, job_id: str) -> Callable[[], Job]:

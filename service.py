@@ -225,7 +225,7 @@ class _WorkerServicer:
         is_owner = owner == call.caller.name
         reason = BY_OWNER if is_owner else BY_ADMIN
         # A stop of a job that has ended changes nothing, and anybody may repeat it as they like.
-        call.record(alone=not self._worker.status(job_id).status.is_over)
+        call.record(alone=not self._has_ended(job_id))
         with contextlib.ExitStack() as ending:
             if grace:
                 # It may take minutes. The caller's other calls, and a stop without grace that ends
@@ -240,7 +240,7 @@ class _WorkerServicer:
     ) -> worker_pb.SignalJobResponse:
         job_id, _ = self._reach(request.job_id, call)
         number = _signal_number(request.signal)
-        if self._worker.status(job_id).status.is_over:
+        if self._has_ended(job_id):
             # Checked here, because the audit log must not record a signal that is not sent.
             raise worker.SignalError(job_id, "it has ended")
         call.record(reason=f"signal {number} to {'every process' if request.all else 'the leader'}")
@@ -251,7 +251,7 @@ class _WorkerServicer:
         self, request: worker_pb.RemoveJobRequest, call: Call
     ) -> worker_pb.RemoveJobResponse:
         job_id, _ = self._reach(request.job_id, call)
-        if not self._worker.status(job_id).status.is_over:
+        if not self._has_ended(job_id):
             # Checked here, because the audit log must not record a removal that the worker refuses.
             raise worker.JobRunningError(job_id)
         call.record(alone=True)
@@ -270,7 +270,7 @@ class _WorkerServicer:
         """Subscribe and record the call; return a generator of serialized messages."""
         job_id, _ = self._reach(request.job_id, call)
         job = self._worker.observe(job_id)
-        was_over = job().status.is_over  # perhaps CLOSED, by a former server
+        was_over = self._has_ended(job_id)  # perhaps CLOSED, by a former server
         since = time_before(request, "since")
         with contextlib.ExitStack() as ending:
             ending.callback(self.quotas.stream(call.caller.name))
@@ -372,6 +372,10 @@ class _WorkerServicer:
         self, request: worker_pb.WatchJobsRequest, call: Call
     ) -> Iterator[bytes]:
         return self._lists.watch(request, call)
+
+    def _has_ended(self, job_id: str) -> bool:
+        """Whether the job is over. Reads no usage for that."""
+        return self._worker.status(job_id, live_usage=False).status.is_over
 
     def _reach(self, text: str, call: Call) -> tuple[str, str]:
         """Return the job's ID and owner. Raises `UnknownJobError`.

@@ -140,7 +140,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -426,9 +425,12 @@ class Worker:
         """Return whose job it is. Raises `UnknownJobError`."""
         return self._registry.owner(job_id)
 
-    def status(self, job_id: str) -> Job:
-        """Return what is known of the job. Raises `UnknownJobError`."""
-        return self._job(job_id).snapshot()
+    def status(self, job_id: str, *, live_usage: bool = True) -> Job:
+        """Return what is known of the job. Raises `UnknownJobError`.
+
+        `live_usage`: as of `list`.
+        """
+        return self._job(job_id).snapshot(live_usage=live_usage)
 
     def observe(self, job_id: str) -> Callable[[], Job]:
         """Return a function that returns the job's state, also after the job was removed.
