@@ -48,7 +48,7 @@ class Kept:
     ) -> None:
         self.pid = pid
         self.notes: dict[str, Any] = notes or {}
-        self.fds = fds  # of the output pipe, the leader's pidfd, and its input, if it has one
+        self.fds = fds  # of the output pipe, and the leader's pidfd
         self.end = end
 
 

@@ -161,8 +161,7 @@ class _ForkServer:
             if self._state is not None:
                 self._load(self._state)
             self._serve_main(wake_read)
-            while self._await_successor(wake_read):
-                self._serve_main(wake_read)
+            self._await_successor(wake_read)
         finally:
             # Also after a message that makes no sense: the main process never sends one.
             self._kill_everything()
@@ -189,16 +188,17 @@ class _ForkServer:
                 if self._socket.fileno() in ready:
                     self._serve()
 
-    def _await_successor(self, wake_read: int) -> bool:
-        """Wait for the next main process, for as long as the restart window; False if none came.
+    def _await_successor(self, wake_read: int) -> None:
+        """Wait for the next main process, for as long as the restart window.
 
-        Does not wait if there is nothing to take over, or if the main process said so.
+        If one comes, this process executes its program. Does not wait if there is nothing to take
+        over, or if the main process said so.
         """
         self._socket.close()
         os.close(self._main_fd)
         self._main_fd = -1
         if self._restart is None or self._listener is None or self._estate is None:
-            return False
+            return
         until_s = time.monotonic() + self._restart["window_s"]
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -207,18 +207,17 @@ class _ForkServer:
         while self._estate.jobs and not self._is_over:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
-                return False
+                return
             ready = dict(poll.poll(0 if more_to_reap else min(left_s, _DAY_S) * 1000))
             if wake_read in ready:
                 os.read(wake_read, 4096)
             if wake_read in ready or more_to_reap:
                 more_to_reap = self._leaders.reap_some()
-            if self._listener.fileno() in ready and self._receive_successor(self._listener):
-                return True
-        return False
+            if self._listener.fileno() in ready:
+                self._receive_successor(self._listener)
 
-    def _receive_successor(self, listener: socket.socket) -> bool:
-        """Let a process take over, if it may; return whether it has."""
+    def _receive_successor(self, listener: socket.socket) -> None:
+        """Let a process take over, if it may. Returns only if none has."""
         connection, _ = listener.accept()
         connection.settimeout(_SUCCESSOR_S)
         # What the other process sends may make no sense, or never come.
@@ -228,20 +227,19 @@ class _ForkServer:
         ):
             if not is_trusted(connection):
                 connection.close()
-                return False
+                return
             request, fds = receive(connection)
             undo.callback(close_all, fds)
             if request["op"] == "end":
                 self._is_over = True
                 self._socket = connection  # closed when this process ends, which the other awaits
-                return False
+                return
             if problem := self._why_not(request):
                 send(connection, {"refused": problem})
             else:
                 (main_fd,) = fds
                 self._execute_anew(connection, main_fd, request)
         connection.close()
-        return False
 
     def _limit_ourselves_and_jobs(self) -> None:
         """Give up what neither this process nor a job needs; forks and execs inherit this."""

@@ -339,9 +339,6 @@ class Gate(grpc.ServerInterceptor):
         """Handle a unary call in the call's thread; return the serialized answer."""
         call = Call(method, context, self._records, ticket)
         try:
-            ticket.begin(context)
-            call.begun_s = time.monotonic()
-            self._metrics.queue_s.observe(call.begun_s - ticket.arrived_s)
             self._admit(call, handler)
             with self._share(call):
                 request = self._receive(handler, requests, call)
@@ -372,8 +369,6 @@ class Gate(grpc.ServerInterceptor):
         """Handle a stream in the call's thread; yield the serialized messages."""
         call = Call(method, context, self._records, ticket)
         try:
-            ticket.begin(context)
-            self._metrics.queue_s.observe(time.monotonic() - ticket.arrived_s)
             self._admit(call, handler)
             request = self._receive(handler, requests, call)
             if handler.request_streaming:
@@ -453,7 +448,10 @@ class Gate(grpc.ServerInterceptor):
         return call.fields(grpc.StatusCode.RESOURCE_EXHAUSTED.name, str(ticket.refusal))
 
     def _admit(self, call: Call, handler: Any) -> None:
-        """Raise unless the method exists and TLS, the token and the role allow the call."""
+        """Begin; raise unless the method exists and TLS, the token and the role allow the call."""
+        call.ticket.begin(call.context)
+        call.begun_s = time.monotonic()
+        self._metrics.queue_s.observe(call.begun_s - call.ticket.arrived_s)
         call.certificate = _certificate(call.context)
         if handler is None:
             raise _UnknownMethodError

@@ -7,7 +7,7 @@ and lost its parents is a child of the fork server, the subreaper, and could be 
     others = Others(leaders, helpers)
     others.signal(leader, (signal.SIGTERM,), send)
     count, may_have_escaped = others.kill_orphans(leader)    # the leader has ended
-    others.forget(leader)
+    others.forget_killed(leader)
 
 Thread safety: for the fork server, which has one thread.
 """

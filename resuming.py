@@ -70,7 +70,7 @@ class Restarts:
         self._directory = Path(directory).absolute()
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._window_s = window_s
-        self._ends = takeover.read_ends(self._directory)
+        self._ends: dict[str, dict[str, Any]] = {}  # `take_over` reads them
 
     def take_over(self, duties: Mapping[str, Any], bases: Sequence[str | None]) -> Heritage | None:
         """Become the main process of a fork server that waits; None if none does.

@@ -181,8 +181,8 @@ _QUOTA_KEYS: Final = {
     "start_burst": Key("start_burst", _WHOLE),
     "kept_output": Key("output_bytes", SIZE),
 }
-# The maximum is finite because each stream has a thread.
 RESTART_WINDOW: Final = Key("restart_window", TIME, 0, 24 * 3600, may_be_unlimited=False)
+# The maximum is finite because each stream has a thread.
 STREAMS_IN_ALL: Final = Key("streams", _WHOLE, maximum=100_000, may_be_unlimited=False)
 TABLES: Final = {
     "defaults": _KEYS,

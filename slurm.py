@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from environment import PATH
 from errors import ResourceError, in_words
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ _REASONS_S = 1.0  # how long the reasons of the queue stay true enough
 _MIB = 1024 * 1024
 _NUMBER = re.compile("[0-9]+")
 _JOB_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Cluster:
         self.settings = settings
         self.name = f"jw-{instance}"
         self.enforcement = enforcement
-        self.environment = {"PATH": _PATH, "LC_ALL": "C.UTF-8"}
+        self.environment = {"PATH": PATH, "LC_ALL": "C.UTF-8"}
         if settings.conf:
             self.environment["SLURM_CONF"] = settings.conf
         self._source = _STEP.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ never trusted.
 
     job = SlurmJob(work, spare, channel, cluster, ...)
     spare.thread.give(job.job_id, job.run)
-    job.await_begin(10)            # until the command runs, waits in the queue, or cannot run
+    job.await_begin()              # until the command runs, waits in the queue, or cannot run
 
 Thread safety: as of `RunningJob`.
 """

@@ -78,9 +78,7 @@ class SlurmStarter(Starter):
             undo.callback(self._table.delete, spare.job_id)  # last: when nothing of it runs
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
-            spare.output.budget = budget
-            spare.output.make_room = functools.partial(self._registry.take, work.owner, budget)
-            spare.output.free_disk = functools.partial(self._registry.give_way, work.owner, budget)
+            self._prepare_output(spare.output, work.owner, budget)
             with self._execution(spare):
                 job = self._begin(work, around, spare, undo)
                 undo.pop_all()
@@ -295,16 +293,15 @@ class SlurmWorker(Worker):
         """
         found = self.cluster.jobs()  # before the others: a job is known here before Slurm has it
         known = self._slurm_starter.starting()
-        known |= {job.job_id for _, job in self.list_after(0) if not job.status.is_over}
+        known |= {job.job_id for job in self._registry.running() if not job.ended()}
         lost = [job for job in found if job.job_id not in known and self.cluster.confirms(job)]
         for uid in {job.uid for job in lost}:
             numbers = [job.number for job in lost if job.uid == uid]
-            command = self.cluster.cancel_command(numbers)
             with self._starter.open():
                 if self._uids is None:
                     self.cluster.cancel(numbers)
                 elif uid in self._uids:
-                    self._slurm_starter.run_as(uid, command)
+                    self._slurm_starter.run_as(uid, self.cluster.cancel_command(numbers))
         return [job.job_id for job in lost]
 
     def close(self, *, grace: float = 0) -> None:

@@ -131,7 +131,7 @@ class Cluster:
         ]
         process = self._start("munged", _as("munge", ["munged", *options]))
         # It is ready when its socket answers; it tells nobody. munge(1) encodes a credential.
-        _retry(process, ["munge", "-n", "-S", f"{directory}/socket"], {})
+        _retry(process, ["munge", "-n", "-S", f"{directory}/socket"])
 
     def start_controller(self) -> None:
         """Start slurmctld, or start it again after `kill`; it recovers its state."""
@@ -280,11 +280,11 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _retry(process: subprocess.Popen[bytes], command: Sequence[str], env: dict[str, str]) -> None:
+def _retry(process: subprocess.Popen[bytes], command: Sequence[str]) -> None:
     """Run a program until it succeeds, as long as `process` lives."""
     pause = threading.Event()
     for _ in range(600):
-        done = subprocess.run(command, env=os.environ | env, check=False, capture_output=True)
+        done = subprocess.run(command, check=False, capture_output=True)
         if done.returncode == 0:
             return
         if process.poll() is not None:

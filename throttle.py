@@ -143,23 +143,21 @@ class LoginThrottle:
         self._lock = threading.Lock()
         self._under_way: set[bytes] = set()  # peers
         self._held: Counter[bytes] = Counter()  # attempts under way by certificate
-        self._by_pair = _Failures()
-        self._by_peer = _Failures()
-        self._by_held_pair = _Failures()
-        self._by_certificate = _Failures()
-        self._by_user = _Failures()
+        self._by_pair = _Failures("user and peer")
+        self._by_peer = _Failures("peer")
+        self._by_held_pair = _Failures("user and certificate")
+        self._by_certificate = _Failures("certificate")
+        self._by_user = _Failures("user")
         if store is not None:
             self._load(store)
 
     def _tables(self) -> dict[str, _Failures]:
         """Return the tables by the name that each has in the store."""
-        return {
-            "user and peer": self._by_pair,
-            "peer": self._by_peer,
-            "user and certificate": self._by_held_pair,
-            "certificate": self._by_certificate,
-            "user": self._by_user,
-        }
+        tables = (
+            *(self._by_pair, self._by_peer, self._by_held_pair, self._by_certificate),
+            self._by_user,
+        )
+        return {table.name: table for table in tables}
 
     def _load(self, store: Store) -> None:
         tables = self._tables()
@@ -173,8 +171,7 @@ class LoginThrottle:
         """Write the counts of these keys. A failure is logged; the counts in memory go on."""
         if self._store is None:
             return
-        names = {id(table): name for name, table in self._tables().items()}
-        counts = [(names[id(table)], key, table.get(key)) for table, key in keys]
+        counts = [(table.name, key, table.get(key)) for table, key in keys]
         kept = [(what, who, each.count, each.last_s) for what, who, each in counts if each.count]
         gone = [(what, who) for what, who, each in counts if not each.count]
         too_old = [(self._clock() - _FORGET_AFTER_S,)]
@@ -300,9 +297,13 @@ _NEVER = _Failed(0, -math.inf)
 
 
 class _Failures:
-    """A bounded table of failures. Guarded by the lock of `LoginThrottle`."""
+    """A bounded table of failures. Guarded by the lock of `LoginThrottle`.
 
-    def __init__(self) -> None:
+    Attribute: `name`, of the table in the store.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._failed: OrderedDict[bytes, _Failed] = (
             OrderedDict()
         )  # in the order of the last failures

@@ -32,6 +32,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accounts import parse_uids, uid_for
+from environment import PATH
 from settings import Settings, SettingsError
 from trustedfiles import check
 from users import Role, User, make_user, parse_users
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["UsersFile", "add_user", "ask", "create_account", "new_password"]
-
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_MODE = 0o600  # of a new file
 
 
 def ask(name: str, role: str) -> User:
@@ -209,7 +207,7 @@ def create_account(settings: Settings, name: str) -> None:
 
 
 def _run(name: str, *arguments: str) -> None:
-    program = shutil.which(name, path=_PATH)
+    program = shutil.which(name, path=PATH)
     if program is None:
         raise SettingsError(f"--make-account needs {name} (Debian: apt install passwd)")
     done = subprocess.run([program, *arguments], check=False, capture_output=True, text=True)
