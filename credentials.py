@@ -24,12 +24,13 @@ from urllib.parse import quote
 
 from cli import printable
 from connection import ClientError
+from replacing import locked, replace_file
 from tokentimes import TokenTimes, payload, session_of
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
     from connection import Client
@@ -71,35 +72,12 @@ def token_path(arguments: argparse.Namespace) -> Path:
     return Path(state) / "job-worker" / name
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold back other processes that change kept tokens. Raises OSError."""
-    import fcntl
-
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
 def _keep_token(arguments: argparse.Namespace, token: str) -> None:
     """Write the token to its file. Raises OSError."""
     path = token_path(arguments)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path):
-        _write_token(path, token)
-
-
-def _write_token(path: Path, token: str) -> None:
-    import tempfile
-
-    # mkstemp creates the file with mode 0600. The rename makes the whole token appear at once.
-    fd, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(fd, "w") as file:
-        file.write(token)
-    os.replace(temporary, path)
+    with locked(path.parent):
+        replace_file(path, token.encode())
 
 
 def keep_newer(arguments: argparse.Namespace) -> Callable[[str, str], None] | None:
@@ -114,9 +92,9 @@ def keep_newer(arguments: argparse.Namespace) -> Callable[[str, str], None] | No
     def keep(old: str, new: str) -> None:
         path = token_path(arguments)
         # The old token works on without the file.
-        with contextlib.suppress(OSError), _locked(path):
+        with contextlib.suppress(OSError), locked(path.parent):
             if session_of(_read_token(arguments)) == session_of(old):
-                _write_token(path, new)
+                replace_file(path, new.encode())
 
     return keep
 
@@ -125,7 +103,7 @@ def _forget_token(arguments: argparse.Namespace, token: str) -> None:
     """Delete the kept token if it is `token`, or one of the same session."""
     # An unreadable file keeps no token, and a token that stays is invalid by now.
     path = token_path(arguments)
-    with contextlib.suppress(OSError), _locked(path):
+    with contextlib.suppress(OSError), locked(path.parent):
         kept = _read_token(arguments)
         if kept == token or (session_of(kept) or b"-") == session_of(token):
             path.unlink()

@@ -11,17 +11,16 @@ Thread safety: only the main thread of the program uses this module.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import sys
-import tempfile
 
 import bundle
 from certcheck import UnusableError, check_ca, check_pair
 from connection import ClientError
 from profiles import config_path, read_profiles
+from replacing import replace_file
 from units import parse_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -74,7 +73,7 @@ def import_bundle(path: str, name: str, *, replace: bool) -> str:
         os.makedirs(os.path.dirname(config), mode=0o700, exist_ok=True)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         for each in (bundle.CA, bundle.CERTIFICATE, bundle.KEY):
-            _write(os.path.join(directory, each), files[each])
+            replace_file(os.path.join(directory, each), files[each])
         if present is None:
             _append(config, name, profile)
     except OSError as error:
@@ -124,19 +123,6 @@ def _profile(data: bytes) -> dict[str, str]:
     raise bundle.BundleError(f"{bundle.PROFILE} is wrong: {error}")
 
 
-def _write(path: str, data: bytes) -> None:
-    """Replace the file at once; only its owner may read it. A link is replaced, not followed."""
-    fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path))  # mode 0600
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
 def _append(config: str, name: str, profile: Mapping[str, str]) -> None:
     lines = [f"{key} = {json.dumps(value)}" for key, value in profile.items()]
     try:
@@ -146,4 +132,5 @@ def _append(config: str, name: str, profile: Mapping[str, str]) -> None:
         before = b""
     gap = b"" if not before else b"\n" if before.endswith(b"\n") else b"\n\n"
     # A file that is a link, into a repository for example, stays one.
-    _write(os.path.realpath(config), before + gap + "\n".join([f"[{name}]", *lines, ""]).encode())
+    table = "\n".join([f"[{name}]", *lines, ""]).encode()
+    replace_file(os.path.realpath(config), before + gap + table, keeps_rights=True)

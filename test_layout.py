@@ -98,6 +98,7 @@ _MODULES = {
         "version": "",
         "certcheck": "",
         "bundle": "",
+        "replacing": "",
     },
     "access": {
         "throttle": "errors; store",
@@ -144,7 +145,7 @@ _MODULES = {
         "adminsocket": "localserver unixsockets",
         "metrics": "localserver units",
         "serverstatus": "units version worker; quotas",
-        "useradmin": "accounts environment settings trustedfiles users",
+        "useradmin": "accounts environment replacing settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors errors fileopener gate "
         "grpc hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
         "serveroptions serverstatus service settings slurmworker standardservices tls trustedfiles "
@@ -164,13 +165,13 @@ _MODULES = {
         "connection": f"certcheck clienterrors following grpc jobevents link reopening "
         f"sending tokenrenewal units {_AUTH_PB} {_WORKER_PB}; google",
         "profiles": "connection units",
-        "importing": "bundle certcheck connection profiles units",
+        "importing": "bundle certcheck connection profiles replacing units",
         "selecting": "units; connection",
         "helptexts": "",
         "cli": "connection helptexts profiles selecting units version",
         "waiting": "cli connection display; workerservice_pb2",
         "listing": "connection display selecting; jobevents workerservice_pb2",
-        "credentials": "cli connection display tokentimes",
+        "credentials": "cli connection display replacing tokentimes",
         "stdin": "connection",
         "commands": "cli connection credentials display listing selecting stdin streaming "
         "variables waiting; workerservice_pb2",
@@ -230,6 +231,7 @@ _TESTED_WITH = {
     "argv": "worker",
     "certcheck": "tls",
     "bundle": "importing",
+    "replacing": "useradmin",
     "invite": "importing",
     "variables": "environment",
     "version": "client",

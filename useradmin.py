@@ -13,32 +13,29 @@ reload.
 
 Thread safety: only the main thread of the program uses this module.
 
-Source: useradd(8), flock(2), rename(2).
+Source: useradd(8).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
-import os
 import pwd
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accounts import parse_uids, uid_for
 from environment import PATH
+from replacing import locked, replace_file
 from settings import Settings, SettingsError
 from trustedfiles import check
 from users import Role, User, make_user, parse_users
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 __all__ = ["UsersFile", "add_user", "ask", "create_account", "new_password"]
@@ -103,37 +100,37 @@ class UsersFile:
                 f"{self.path} has an entry for {name}; see `server user passwd`, `role`, `remove`"
             )
 
-    def must_have(self, name: str) -> None:
-        """Raise `SettingsError` if the file has no user of this name."""
-        if name not in {user.name for user in self.users()}:
-            raise SettingsError(f"{self.path} has no entry for {name}; see `server user list`")
+    def user(self, name: str) -> User:
+        """Return the user of this name. Raises `SettingsError` if there is none."""
+        for user in self.users():
+            if user.name == name:
+                return user
+        raise SettingsError(f"{self.path} has no entry for {name}; see `server user list`")
 
     def add(self, user: User) -> None:
         """Add a user; makes the file if it is missing, for its owner alone."""
-        with self._locked():
+        with locked(self.path.parent):
             self.must_not_have(user.name)
             content = self._read()
             if content and not content.endswith(b"\n"):
                 content += b"\n"
-            self._replace_locked(content + f"{user}\n".encode())
+            replace_file(self.path, content + f"{user}\n".encode(), keeps_rights=True)
 
     def change(self, name: str, change: Callable[[User], User]) -> None:
         """Replace the user's entry by what `change` makes of it."""
-        with self._locked():
-            self.must_have(name)
-            (user,) = (user for user in self.users() if user.name == name)
-            self._replace_locked(self._with(name, f"{change(user)}\n"))
+        with locked(self.path.parent):
+            self._put(name, f"{change(self.user(name))}\n")
 
     def remove(self, name: str) -> None:
         """Remove the user's entry; the last user cannot be removed."""
-        with self._locked():
-            self.must_have(name)
+        with locked(self.path.parent):
+            self.user(name)
             if len(self.users()) == 1:
                 raise SettingsError(
                     f"{name} is the last user of {self.path}, and a server needs one; add another "
                     "user first"
                 )
-            self._replace_locked(self._with(name, ""))
+            self._put(name, "")
 
     def _read(self) -> bytes:
         if not self.path.exists():
@@ -141,45 +138,19 @@ class UsersFile:
         check(self.path)
         return self.path.read_bytes()
 
-    def _with(self, name: str, line: str) -> bytes:
-        """Return the content with another line in place of the user's."""
+    def _put(self, name: str, line: str) -> None:
+        """Put another line in the place of the user's."""
         text = self._read().decode(errors="surrogateescape")
         lines = text.splitlines(keepends=True)
         edited = [line if each.strip().partition(":")[0] == name else each for each in lines]
-        return "".join(edited).encode(errors="surrogateescape")
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock of the directory: no other edit has begun or will begin meanwhile."""
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
-
-    def _replace_locked(self, content: bytes) -> None:
-        fd, temporary = tempfile.mkstemp(dir=self.path.parent)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                with contextlib.suppress(FileNotFoundError):
-                    status = self.path.stat()
-                    os.fchown(fd, status.st_uid, status.st_gid)
-                    os.fchmod(fd, stat.S_IMODE(status.st_mode))
-                file.write(content)
-                file.flush()
-                os.fsync(fd)
-            os.replace(temporary, self.path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        content = "".join(edited).encode(errors="surrogateescape")
+        replace_file(self.path, content, keeps_rights=True)
 
 
 def new_password(settings: Settings, name: str) -> None:
     """Ask for a password and give it to a user of the file. Raises like `UsersFile`."""
     users = UsersFile.of(settings)
-    users.must_have(name)
+    users.user(name)
     asked = ask(name, Role.USER.value)
     users.change(name, lambda user: replace(user, password_hash=asked.password_hash))
 
