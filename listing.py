@@ -1,7 +1,8 @@
 """The subcommand `list`: a table of jobs, their IDs or JSON, once or with every change.
 
-The table fits the terminal: a name or owner that takes too much room is cut, and so is the
-command. With --watch it is drawn again in place. What is no terminal gets whole lines.
+The table fits the terminal: a name, owner or node that takes too much room is cut, and so is the
+command. If jobs have run on a cluster, there is a column for the node. With --watch the table is
+drawn again in place. What is no terminal gets whole lines.
 
 Threads: the main thread draws. With --watch on a terminal a thread waits for events and passes
 them on; it ends when the main thread closes the call.
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
 
 __all__ = ["list_jobs"]
 
-_HEADER = ("ID", "NAME", "OWNER", "STATUS", "EXIT", "AGE", "CPU", "MEMORY", "OUTPUT", "COMMAND")
-_NAME, _OWNER, _AGE, _COMMAND = (_HEADER.index(x) for x in ("NAME", "OWNER", "AGE", "COMMAND"))
+_HEADER = (
+    *("ID", "NAME", "OWNER", "NODE", "STATUS"),
+    *("EXIT", "AGE", "CPU", "MEMORY", "OUTPUT", "COMMAND"),
+)
+_CUT = _HEADER.index("NAME"), _HEADER.index("OWNER"), _HEADER.index("NODE")
+_NODE, _AGE, _COMMAND = _HEADER.index("NODE"), _HEADER.index("AGE"), _HEADER.index("COMMAND")
 _SHORT_ID = 8
-_LEAST_NAME = 8  # cells that a name or an owner keeps in a narrow terminal
-_LEAST_COMMAND = 20  # cells of the command for which names and owners are cut
+_LEAST_NAME = 8  # cells that a name, an owner or a node keeps in a narrow terminal
+_LEAST_COMMAND = 20  # cells of the command for which the others are cut
 _ONE_DIGIT = 10  # smaller numbers are shown with a digit after the point
 _ROUND = 1000  # larger sizes are shown in the next unit
 _REFRESH_S = 2.0  # how often --watch asks for the usage of running jobs
@@ -121,8 +126,10 @@ def _table(
     length = _length_of_ids(jobs)
     rows = [_HEADER, *(_row(to_dict(job), job, length, shares) for job in jobs)]
     widths = [max(width(row[i]) for row in rows) for i in range(_COMMAND)]
+    if not any(job.node for job in jobs):
+        widths[_NODE] = 0  # without a cluster, or before a job has run on it
     if columns is not None:
-        for i in (_NAME, _OWNER):
+        for i in _CUT:
             missing = sum(widths) + 2 * len(widths) + _LEAST_COMMAND - columns
             if missing > 0:
                 least = min(widths[i], _LEAST_NAME)
@@ -142,6 +149,8 @@ def _table(
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     cells = []
     for i, room in enumerate(widths):
+        if not room:
+            continue
         cell = cut(row[i], room)
         padding = " " * (room - width(cell))
         cells.append(padding + cell if i >= _AGE else cell + padding)
@@ -171,6 +180,7 @@ def _row(
         job.job_id[:length],
         job.name,
         job.owner,
+        job.node or "-",
         str(fields["status"] or "-"),
         _exit(fields),
         _duration(int(time.time()) - job.started_at.seconds),

@@ -190,6 +190,18 @@ def test_colours_are_only_for_terminals_that_want_them(
     assert "\x1b" not in cli.read("list")
 
 
+def test_node_is_shown_if_there_is_a_cluster() -> None:
+    """In a column of its own, which a table without nodes does not have."""
+    queued = worker_pb.Job(job_id="12345678", owner="user", command="true")
+    ran = worker_pb.Job(job_id="87654321", owner="user", command="true", node="node1")
+    heading, *rows = listing._table([queued, ran], None)
+    column = heading.index("NODE")
+    assert [row[column:].split()[0] for row in rows] == ["-", "node1"]
+    heading, _ = listing._table([queued], None)
+    assert heading.split()[:4] == ["ID", "NAME", "OWNER", "STATUS"]
+    assert "OWNER  STATUS" in heading
+
+
 def test_ids_are_as_long_as_it_takes_to_tell_them_apart() -> None:
     """Eight characters, or more."""
     ids = ["12345678-a", "12345678-b", "87654321-a"]
