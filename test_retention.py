@@ -152,7 +152,7 @@ def test_removed_job_is_unknown_and_its_output_is_gone(worker: Worker) -> None:
             method(job_id)
 
 
-@pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
+@pytest.mark.parametrize("job_id", ["", "nonsense", ABSENT])
 def test_removal_of_an_unknown_job_is_an_error(worker: Worker, job_id: str) -> None:
     """Removing a job that does not exist raises `UnknownJobError`."""
     with pytest.raises(UnknownJobError):

@@ -34,6 +34,7 @@ from buffers import _BUFFERS, rest_ms
 from job import RunningJob
 from limits import NO_LIMITS
 from testkit import (
+    ABSENT,
     GUARD_S,
     JOB_VARIABLES,
     LIBRARY,
@@ -1632,7 +1633,7 @@ def test_wait_returns_when_the_job_ends(worker: Worker, pool: ThreadPoolExecutor
     assert [future.result(GUARD_S) for future in waiting] == [job] * 5
 
 
-@pytest.mark.parametrize("job_id", ["", "nonsense", str(uuid.uuid4())])
+@pytest.mark.parametrize("job_id", ["", "nonsense", ABSENT])
 @_ONE_WAY_TO_FORK
 def test_unknown_job_is_an_error_everywhere(worker: Worker, job_id: str) -> None:
     """Every method raises `UnknownJobError`, which is a WorkerError and a LookupError."""
