@@ -18,7 +18,7 @@ from processes import table
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["children", "ended_child", "group_is_gone", "kill_group", "kill_leader"]
+__all__ = ["children", "end_children", "ended_child", "group_is_gone", "kill_group", "kill_leader"]
 
 
 def kill_group(group: int) -> None:
@@ -49,6 +49,21 @@ def ended_child(zombies: Collection[int] = ()) -> int | None:
     except ChildProcessError:
         return None
     return info.si_pid if info else None
+
+
+def end_children() -> None:
+    """SIGKILL and reap every child, until there is none.
+
+    A process that left its group and has no cgroup becomes a child of this process, if that is a
+    subreaper, when its ancestors die.
+    """
+    while found := children():
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        os.waitpid(-1, 0)
+        while ended_child() is not None:
+            os.waitpid(-1, 0)
 
 
 def group_is_gone(group: int) -> bool:

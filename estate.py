@@ -53,23 +53,26 @@ class Kept:
 
 
 class Estate:
-    """Attributes: `jobs`, what is kept of each; `failures_fd`, for leaders. `state`: of `save`."""
+    """Attributes: `jobs`, what is kept of each; `failures_fd`, for leaders."""
 
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
+    def __init__(self) -> None:
         self.jobs: dict[str, Kept] = {}
         self._failed: set[int] = set()
-        if state is None:
-            self._read_fd, self.failures_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        else:
-            self._read_fd, self.failures_fd = state["failures"]
-            self._failed = set(state["failed"])
-            self.jobs = {job: Kept(*parts) for job, parts in state["jobs"].items()}
+        self._read_fd, self.failures_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def save(self) -> dict[str, Any]:
         """Return all of it for another program that this process is about to execute."""
         jobs = {job: [kept.pid, kept.fds, kept.end, kept.notes] for job, kept in self.jobs.items()}
         failures = [self._read_fd, self.failures_fd]
         return {"failures": failures, "failed": list(self._failed), "jobs": jobs}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue with what `save` returned in another program."""
+        for fd in (self._read_fd, self.failures_fd):
+            os.close(fd)
+        self._read_fd, self.failures_fd = state["failures"]
+        self._failed = set(state["failed"])
+        self.jobs = {job: Kept(*parts) for job, parts in state["jobs"].items()}
 
     @property
     def fds(self) -> list[int]:

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import inherited
 from cgroupfs import dismantle, signal_tree, terminate_tree
-from children import children, ended_child
+from children import end_children
 from estate import Estate
 from leader import (
     Grants,
@@ -72,7 +72,7 @@ from privileges import (
     keep_capabilities,
     prctl,
 )
-from takeover import PROTOCOL, as_option, execute_anew, is_trusted, write_ends
+from takeover import PROTOCOL, execute_anew, is_trusted, refusal, write_ends
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,20 +101,11 @@ _CAPABILITIES = (
 )
 
 
-# The duties that stay as they are when another main process takes over, and what they are.
-_LASTING = {
-    "uids": "--uids: jobs run as the users",
-    "homes": "homes are in",
-    "tmp": "TMPDIRs are in",
-    "host_accounts": "--accounts is",
-}
-
-
 class _ForkServer:
     """Serves the requests of the main process, and reaps.
 
-    `sock`: where the requests come. `main_fd`: a pidfd of the main process. `state`: of `_save`, if
-    this process has executed this program in the place of another one.
+    `sock`: where the requests come. `main_fd`: a pidfd of the main process. `state`: what another
+    program has left that this process executed before (`_execute_anew`), as JSON; "" for none.
     """
 
     def __init__(
@@ -122,7 +113,7 @@ class _ForkServer:
         sock: socket.socket,
         main_fd: int,
         duties: dict[str, Any],
-        state: dict[str, Any] | None = None,
+        state: str,
     ) -> None:
         self._pid = os.getpid()
         self._duties = duties
@@ -140,10 +131,13 @@ class _ForkServer:
         self._unadopted: set[str] = set()  # jobs of a former main process, not taken over yet
         self._is_over = False  # the main process has ended as it should, or nobody is awaited
         self._restart: dict[str, Any] | None = duties["restart"]  # None: without a window
-        self._estate = Estate(state and state["estate"]) if self._restart else None
+        self._estate = Estate() if self._restart else None
         self._leaders = Leaders(self._estate, has_cgroups=self._jobs_cgroup is not None)
         self._listener: socket.socket | None = None
         if self._restart:
+            # How long to wait for a successor. That of this main process counts when the main
+            # process has taken everything over.
+            self._window_s: float = self._restart["window_s"]
             self._listener = socket.socket(fileno=self._restart["listener_fd"])
             self._listener.listen()
         self._state = state
@@ -158,8 +152,8 @@ class _ForkServer:
             # when a process group is gone.
             prctl(PR_SET_CHILD_SUBREAPER, 1)
             self._limit_ourselves_and_jobs()
-            if self._state is not None:
-                self._load(self._state)
+            if self._state:
+                self._load(json.loads(self._state))
             self._serve_main(wake_read)
             self._await_successor(wake_read)
         finally:
@@ -199,7 +193,7 @@ class _ForkServer:
         self._main_fd = -1
         if self._restart is None or self._listener is None or self._estate is None:
             return
-        until_s = time.monotonic() + self._restart["window_s"]
+        until_s = time.monotonic() + self._window_s
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
@@ -234,7 +228,7 @@ class _ForkServer:
                 self._is_over = True
                 self._socket = connection  # closed when this process ends, which the other awaits
                 return
-            if problem := self._why_not(request):
+            if problem := refusal(self._duties, self._dismantling, request):
                 send(connection, {"refused": problem})
             else:
                 (main_fd,) = fds
@@ -346,6 +340,9 @@ class _ForkServer:
                 self._dismantles_at_end = True
             case "end":
                 self._is_over = True
+            case "leave":
+                if self._restart is not None:  # its start failed, if it has no window itself
+                    self._window_s = self._window_s or self._restart["window_s"]
             case "note":
                 if self._estate is not None and request["job"] in self._estate.jobs:
                     self._estate.jobs[request["job"]].notes = request["notes"]
@@ -379,20 +376,8 @@ class _ForkServer:
             self._leaders.kill(job)
             self._forget(job)
         self._unadopted = set()
-
-    def _why_not(self, request: dict[str, Any]) -> str:
-        """Return why the process that sent this may not take over; "" if it may."""
-        if request["protocol"] != PROTOCOL:
-            return f"its version of the takeover is {PROTOCOL}, and not {request['protocol']}"
-        differing = [
-            f"{what} {as_option(self._duties[name])}, and not {as_option(request['duties'][name])}"
-            for name, what in _LASTING.items()
-            if self._duties[name] != request["duties"][name]
-        ]
-        base = os.path.dirname(self._dismantling[0]) if self._dismantling else None
-        if base not in request["bases"]:
-            differing.append(f"cgroups below {base}, and not below {request['bases'][0]}")
-        return "; ".join(differing)
+        if self._restart is not None:
+            self._window_s = self._restart["next_window_s"]
 
     def _execute_anew(
         self, connection: socket.socket, main_fd: int, request: dict[str, Any]
@@ -403,8 +388,8 @@ class _ForkServer:
         """
         assert self._restart is not None  # noqa: S101
         assert self._estate is not None  # noqa: S101
-        restart = self._restart | {"window_s": request["window_s"]}
-        duties = self._duties | {"restart": restart}
+        windows = {"window_s": self._window_s, "next_window_s": request["window_s"]}
+        duties = self._duties | {"restart": self._restart | windows}
         state = {
             "estate": self._estate.save(),
             "leaders": self._leaders.save(),
@@ -425,6 +410,7 @@ class _ForkServer:
         """Take over from the program that was here before, and tell the main process so."""
         assert self._restart is not None  # noqa: S101
         assert self._estate is not None  # noqa: S101
+        self._estate.load(state["estate"])
         self._leaders.load(state["leaders"])
         self._unadopted = set(self._estate.jobs)
         for fd in self._lasting_fds():
@@ -522,15 +508,7 @@ class _ForkServer:
                 os.write(kill_fd, b"1")
                 os.close(kill_fd)
         self._leaders.kill_all()
-        # A process that left its group and has no cgroup becomes a child of this process, the
-        # subreaper, when its ancestors die.
-        while found := children():
-            for pid in found:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
-            while ended_child() is not None:
-                os.waitpid(-1, 0)
+        end_children()
 
 
 def _is_name(job: str) -> bool:
@@ -583,13 +561,16 @@ def _main(argv: Sequence[str]) -> NoReturn:
         for inherited in (sock.fileno(), int(main_fd)):
             os.set_inheritable(inherited, False)
         try:
-            state = None
+            state = ""
             if saved:
                 with open(int(saved[0]), encoding="utf-8") as file:
-                    state = json.load(file)
+                    state = file.read()
             _ForkServer(sock, int(main_fd), json.loads(duties), state).run()
         except Exception as error:  # noqa: BLE001 -- a traceback would be read from the disk
             sys.stderr.write(f"the fork server ends: {error!r}\n")
+            # If the former program has left what makes no sense here, `run` was not reached. The
+            # jobs must not go on when nobody can have them, and end before the socket is closed.
+            end_children()
             sys.exit(1)
     sys.exit(0)
 

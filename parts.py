@@ -79,7 +79,8 @@ class Parts:
     ) -> None:
         self._uids, self._host_accounts = uids, host_accounts
         with contextlib.ExitStack() as undo:
-            self.table = JobTable(store or Store())
+            store = store or Store()
+            self.table = JobTable(store)
             keeps = self.table.has if self.table.is_kept and output_dir else None
             self.output_dir = OutputDirectory(
                 output_dir, reserve_bytes=reserve_bytes, keeps=keeps, lasting=restart_window > 0
@@ -91,7 +92,12 @@ class Parts:
             self.homes = make_homes(homes) if self.scratch.path else None
             self._restarts = None
             if restart_dir is not None and self.table.is_kept:
-                self._restarts = Restarts(restart_dir, restart_window, others=uids is not None)
+                self._restarts = Restarts(
+                    restart_dir,
+                    restart_window,
+                    store=store.instance_id,
+                    others=uids is not None,
+                )
             heritage = self._take_over(enforcement, cgroup_root)
             # Before the fork server, which must be born in our leaf.
             if heritage is None:

@@ -1,6 +1,6 @@
 """Goes on with the jobs of a former worker: those that run, and those that ended without a worker.
 
-    restarts = Restarts("/var/lib/jobs", window_s=300, others=False)
+    restarts = Restarts("/var/lib/jobs", window_s=300, store=store.instance_id, others=False)
     heritage = restarts.take_over(duties, bases)        # None if no fork server waits
     ...
     restarts.resume(rows, starter, spawner, output_directory, terms)
@@ -54,11 +54,13 @@ def no_terms(_: Job) -> tuple[None, None]:
 class Restarts:
     """The restart directory of a worker; `window_s`: its restart window.
 
-    `others`: jobs run as other users. Reads what a fork server has left there about the ends of
-    jobs. Raises OSError; PermissionError for a window with `others` unless root has started us.
+    `store`: the instance ID of the store that has the jobs. `others`: jobs run as other users.
+    Raises OSError; PermissionError for a window with `others` unless root has started us.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], window_s: float, *, others: bool) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], window_s: float, *, store: str, others: bool
+    ) -> None:
         if window_s > 0 and others and os.getuid() != 0:
             # A fork server trusts the user that it runs as, and executes that user's program. The
             # main process, which must not have the capabilities any more, would be this user's.
@@ -70,6 +72,7 @@ class Restarts:
         self._directory = Path(directory).absolute()
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._window_s = window_s
+        self._store = store
         self._ends: dict[str, dict[str, Any]] = {}  # `take_over` reads them
 
     def take_over(self, duties: Mapping[str, Any], bases: Sequence[str | None]) -> Heritage | None:
@@ -77,13 +80,16 @@ class Restarts:
 
         Raises as `successor.take_over`.
         """
+        duties = {**duties, "store": self._store}
         heritage = take_over(self._directory, duties, bases=bases, window_s=self._window_s)
         self._ends = takeover.read_ends(self._directory)
         return heritage
 
     def for_spawner(self, lock_fd: int | None) -> Restart | None:
         """Return how a new fork server is to keep jobs; None without a window."""
-        return Restart(self._directory, self._window_s, lock_fd) if self._window_s else None
+        if not self._window_s:
+            return None
+        return Restart(self._directory, self._window_s, lock_fd, self._store)
 
     def resume(
         self,

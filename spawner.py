@@ -75,6 +75,7 @@ class Restart(NamedTuple):
     directory: Path  # where the fork server waits for a successor: `takeover.py`
     window_s: float  # for how long; above 0
     lock_fd: int | None  # what it keeps locked meanwhile: `cgroups.Subtree`
+    store: str | None = None  # the instance ID of the store that has the jobs
 
 
 class Adopted(NamedTuple):
@@ -158,7 +159,13 @@ class Spawner:
         if heritage is not None:
             self._socket, self.pid, self.pidfd = heritage.sock, heritage.pid, heritage.pidfd
             return
-        duties = duties_of(uids=uids, homes=homes, tmp=tmp, host_accounts=host_accounts)
+        duties = duties_of(
+            uids=uids,
+            homes=homes,
+            tmp=tmp,
+            host_accounts=host_accounts,
+            store=restart.store if restart else None,
+        )
         duties |= {"farewell": farewell}
         duties |= {"jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None, "dismantle": dismantle}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -194,6 +201,7 @@ class Spawner:
         return {
             "directory": os.fspath(restart.directory),
             "window_s": restart.window_s,
+            "next_window_s": restart.window_s,
             "listener_fd": listener.fileno(),
             "lock_fd": restart.lock_fd,
         }
@@ -315,6 +323,7 @@ class Spawner:
     def forget_others(self) -> None:
         """End those jobs of a former main process that were not adopted.
 
+        From now on this process's own restart window counts.
         Raises `SpawnerDiedError`.
         """
         self._request({"op": "forget others"})
@@ -402,9 +411,13 @@ class Spawner:
     def leave(self) -> None:
         """Leave the fork server and its jobs to a successor; idempotent. Does not wait.
 
-        If nobody keeps the jobs, they end. A fork server that is our child remains a zombie when it
-        has ended, until this process ends.
+        If nobody keeps the jobs, they end. If they come from a former main process, and this one
+        has no restart window, they are kept for that of the former one. A fork server that is our
+        child remains a zombie when it has ended, until this process ends.
         """
+        if self.keeps_jobs and self._socket.fileno() >= 0:
+            with contextlib.suppress(SpawnerDiedError, OSError):
+                self._request({"op": "leave"})
         if self._hang_up():
             os.close(self.pidfd)
             if self._process is not None:
@@ -518,10 +531,19 @@ class Process:
 
 
 def duties_of(
-    *, uids: range | None, homes: Path | None, tmp: Path | None, host_accounts: bool
+    *,
+    uids: range | None,
+    homes: Path | None,
+    tmp: Path | None,
+    host_accounts: bool,
+    store: str | None = None,
 ) -> dict[str, Any]:
-    """Return what a fork server is told, and must be the same for a successor."""
+    """Return what a fork server is told, and must be the same for a successor.
+
+    `store`: the instance ID of the store that has the jobs.
+    """
     return {
+        "store": store,
         "uids": [uids.start, uids.stop] if uids else None,
         "homes": str(homes) if homes else None,
         "tmp": str(tmp) if tmp else None,

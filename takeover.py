@@ -11,7 +11,9 @@ the restart directory, and the next main process, the *successor*, takes over:
 
 Only root and the user that started the fork server may take over: the socket has mode 0600, and
 the kernel names the user at the other end of a connection (SO_PEERCRED). So a main process that has
-given up root, and that somebody else controls, gains nothing here.
+given up root, and that somebody else controls, gains nothing here. The successor also names the
+instance ID of its store. A main process with another store would not know the jobs, and would end
+them; it is refused (`refusal`), and so is one with other settings.
 
 If no successor comes in time, the fork server kills the jobs and writes how each one ended into a
 file of the restart directory (`write_ends`), for the next start (`read_ends`).
@@ -34,24 +36,33 @@ import unixsockets
 from privileges import pass_on_capabilities
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "PROTOCOL",
-    "as_option",
     "bind",
     "connect",
     "execute_anew",
     "is_trusted",
     "read_ends",
+    "refusal",
     "write_ends",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of what a fork server and a successor say to each other, and of its saved state."""
 
 _SOCKET = "fork-server.sock"
 _ENDS = "ended-jobs"
+
+# The duties of a fork server that are the same for a successor, and what they are.
+_LASTING = {
+    "store": "the store is",
+    "uids": "--uids: jobs run as the users",
+    "homes": "homes are in",
+    "tmp": "TMPDIRs are in",
+    "host_accounts": "--accounts is",
+}
 
 
 def bind(directory: str | os.PathLike[str]) -> socket.socket:
@@ -97,8 +108,28 @@ def write_ends(directory: str, ends: dict[str, dict[str, Any]]) -> None:
     os.rename(new, f"{directory}/{_ENDS}")
 
 
-def as_option(duty: Any) -> str:
-    """Return uids, a directory or a kind of accounts as the command line writes it."""
+def refusal(
+    duties: Mapping[str, Any], dismantling: Sequence[Any] | None, request: dict[str, Any]
+) -> str:
+    """Return why the process that sent a request may not take over; "" if it may.
+
+    `duties`, `dismantling`: of the fork server.
+    """
+    if request["protocol"] != PROTOCOL:
+        return f"its version of the takeover is {PROTOCOL}, and not {request['protocol']}"
+    differing = [
+        f"{what} {_as_option(duties[name])}, and not {_as_option(request['duties'][name])}"
+        for name, what in _LASTING.items()
+        if duties[name] != request["duties"][name]
+    ]
+    base = os.path.dirname(dismantling[0]) if dismantling else None
+    if base not in request["bases"]:
+        differing.append(f"cgroups below {base}, and not below {request['bases'][0]}")
+    return "; ".join(differing)
+
+
+def _as_option(duty: Any) -> str:
+    """Return a duty as the command line writes it."""
     if isinstance(duty, bool):
         return "host" if duty else "range"
     if isinstance(duty, list):

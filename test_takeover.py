@@ -114,10 +114,14 @@ class _Adopted:
         finally:
             os.close(theirs)
 
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return self.exit_fd, self.job.output_fd, self.job.pidfd
+
     def finish(self) -> tuple[bytes, Exit | None]:
         """Return the rest of the output, and how the leader ended."""
         found = _read_to_end(self.job.output_fd), _ends(self.exit_fd)
-        for fd in (self.exit_fd, self.job.output_fd, self.job.pidfd):
+        for fd in self.fds:
             os.close(fd)
         return found
 
@@ -266,6 +270,7 @@ def test_closed_spawner_leaves_nothing_to_a_successor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"store": "another"}, "the store is none, and not another"),
         ({"uids": [70000, 70100]}, "--uids: jobs run as the users none, and not 70000-70099"),
         ({"host_accounts": True}, "--accounts is range, and not host"),
         ({"tmp": "/elsewhere"}, "TMPDIRs are in none, and not /elsewhere"),
@@ -304,7 +309,7 @@ def test_version_that_cannot_take_over_is_refused_and_nothing_is_lost(
         send(sock, {"op": "take over", "protocol": takeover.PROTOCOL + 1})
         answer, _ = receive(sock)
         assert f"is {takeover.PROTOCOL}, and not {takeover.PROTOCOL + 1}" in answer["refused"]
-    for nonsense in (b"{", b'{"op": "take over", "protocol": 1}', b"[]"):
+    for nonsense in (b"{", b'{"op": "take over"}', b"[]"):
         with takeover.connect(tmp_path) or pytest.fail("nobody waits") as sock:
             sock.send(nonsense)
             with contextlib.suppress(ConnectionError):
@@ -429,6 +434,85 @@ def test_another_copy_of_the_program_takes_over_in_the_same_process(
         assert end.signal == signal.SIGKILL
     pipes.close()
     _await_end(former)
+
+
+_TAMPERS = """
+import json, os, sys
+*before, state_fd = sys.argv[2:]
+if before:
+    with open(int(state_fd), "r+", closefd=False) as file:
+        state = json.load(file)
+        file.seek(0)
+        file.truncate()
+        {change}
+        file.seek(0)
+    os.lseek(int(state_fd), 0, 0)
+os.execv(sys.executable, [sys.executable, "-ESs", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        'file.write("{")',
+        'del state["leaders"]; json.dump(state, file)',
+        'state["estate"]["jobs"]["a"] = []; json.dump(state, file)',
+        'sys.argv[-2] = "{}"; json.dump(state, file)',
+    ],
+)
+def test_state_that_makes_no_sense_to_the_next_program_ends_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Nobody could have them any more, so they must not go on unseen."""
+    former = Spawner(restart=_restart(tmp_path))
+    # A process that has left the leader's session ends, too.
+    pipes = _start(former, "a", "sh", "-c", "setsid sleep infinity & exec sleep infinity")
+    former.leave()
+    script = _TAMPERS.replace("{change}", change)
+    program = (sys.executable, "-c", script, str(_HERE / "forkserver.py"))
+    monkeypatch.setattr(successor, "PROGRAM", program)
+    assert take_over(tmp_path, _duties(), bases=[None], window_s=1) is None
+    assert _read_to_end(pipes.output_fd) == b""  # no process of the job is left
+    assert _await_end(former) == 1
+    pipes.close()
+
+
+@pytest.mark.parametrize("takes_all", [False, True])
+def test_successor_without_a_window_that_gives_up_leaves_the_jobs(
+    tmp_path: Path, *, takes_all: bool
+) -> None:
+    """They wait for another one, for the window of the main process that had started them."""
+    former = Spawner(restart=_restart(tmp_path))
+    pipes = _start(former, "a", "sleep", "infinity")
+    former.leave()
+    heritage = take_over(tmp_path, _duties(), bases=[None], window_s=0)
+    spawner = Spawner(heritage=heritage)
+    if takes_all:
+        for fd in _Adopted(spawner, "a").fds:
+            os.close(fd)
+        spawner.forget_others()
+    spawner.leave()
+    with Spawner(heritage=_succeed(tmp_path)) as spawner:
+        spawner.kill("a")
+        _Adopted(spawner, "a").finish()
+    pipes.close()
+    _await_end(former)
+
+
+def test_successor_without_a_window_ends_its_jobs_with_itself(tmp_path: Path) -> None:
+    """However it ends, once it has taken everything over."""
+    former = Spawner(restart=_restart(tmp_path))
+    pipes = _start(former, "a", "sleep", "infinity")
+    former.leave()
+    heritage = take_over(tmp_path, _duties(), bases=[None], window_s=0)
+    assert heritage is not None
+    spawner = Spawner(heritage=heritage)
+    adopted = _Adopted(spawner, "a")
+    spawner.forget_others()
+    heritage.close()  # as the kernel does when a process is killed
+    assert adopted.finish()[0] == b""
+    pipes.close()
+    assert _await_end(former) == 0
 
 
 def test_jobs_can_be_ended_without_a_main_process(tmp_path: Path) -> None:
