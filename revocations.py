@@ -155,7 +155,6 @@ class Revocations:
             if self._store is not None:
                 self._unwritten[token_id] = ends_s
                 self._write_locked()
-        self._running.save()
 
     def write(self) -> None:
         """Write what could not be written before, if anything; an error is logged again."""
