@@ -5,8 +5,9 @@ jobs on it, unless a test gives them a configuration of its own; so
 
     pytest --slurm test_service.py
 
-runs the tests of the service over a cluster. Without root or without Slurm's programs the tests are
-skipped; with JOBWORKER_REQUIRE_SLURM=1 they fail.
+runs the tests of the service over a cluster, except those that `_NOT_OVER_A_CLUSTER` names. Without
+root or without Slurm's programs the tests are skipped; with JOBWORKER_REQUIRE_SLURM=1 they fail, as
+does with `--slurm` every other test that is skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,22 @@ from testkit import TEST_CONFIG
 from users import SEEDED_USERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
+
+    _Report = Generator[None, pytest.TestReport, pytest.TestReport]
+
+_NOT_OVER_A_CLUSTER = {
+    "test_status_tells_every_field_of_a_running_and_of_a_finished_job": (
+        "without limits and without a node; test_job_runs_on_a_node has the fields of a cluster"
+    ),
+    "test_page_of_a_list_has_at_most_100_jobs_and_as_many_as_asked_for": (
+        "needs 120 jobs, which take a minute; other tests read pages of jobs of a cluster"
+    ),
+    "test_every_client_can_receive_a_page_of_a_list": (
+        "needs 40 jobs; test_slurmworker.py has a job with as many arguments"
+    ),
+}
+"""The tests of the service that cannot hold over a cluster, each with the reason."""
 
 
 def missing() -> str:
@@ -35,6 +51,10 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     packages = "apt-get install slurmctld slurmd slurm-client munge"
     return f"no {', '.join(absent)}; run: {packages}" if absent else ""
+
+
+def _is_required() -> bool:
+    return os.environ.get("JOBWORKER_REQUIRE_SLURM") == "1"
 
 
 @contextlib.contextmanager
@@ -62,11 +82,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slurm", action="store_true", help="the tests' servers use a Slurm cluster")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--slurm`, leave out what cannot hold over a cluster."""
+    if config.getoption("--slurm"):
+        left_out = [item for item in items if item.name.split("[")[0] in _NOT_OVER_A_CLUSTER]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> _Report:
+    """With `--slurm` and JOBWORKER_REQUIRE_SLURM=1, a test that is skipped has failed."""
+    report = yield
+    if report.skipped and item.config.getoption("--slurm") and _is_required():
+        report.outcome = "failed"
+        report.longrepr = f"JOBWORKER_REQUIRE_SLURM=1, but this test was skipped: {report.longrepr}"
+    return report
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A controller and two nodes with 64 cores each, as they say."""
     if problem := missing():
-        if os.environ.get("JOBWORKER_REQUIRE_SLURM"):
+        if _is_required():
             pytest.fail(problem)
         pytest.skip(problem)
     with _running() as cluster:

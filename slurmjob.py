@@ -119,6 +119,7 @@ class SlurmJob(RunningJob):
         self._search_path = search_path
         self._publish = publish
         self._changed = changed
+        # Guarded by the lock of the base class from the thread's start on; -1: closed.
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._input_fd = -1  # the read end of the job's input
         job_input: JobInput | None = self._input
@@ -202,8 +203,9 @@ class SlurmJob(RunningJob):
             else:
                 # The job may live on, and the next sweep ends it.
                 self._spawner.kill(self.job_id)
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake_fd, 1)
+        with self._ended:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def terminate(self, reason: EndReason, stop_reason: str, grace_s: float) -> bool:
         """SIGTERM every process of the job. Returns False if it has none, or has ended."""
@@ -256,10 +258,11 @@ class SlurmJob(RunningJob):
     def close_channel(self) -> None:
         """Close what a `RunningJob` has not; once, when the job has ended or cannot run."""
         self._channel.close()
-        for fd in (self._wake_fd, self._input_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._wake_fd = self._input_fd = -1
+        self._close_input()
+        with self._ended:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def _attend(self) -> Exit | None:
         """Serve the job until srun has gone. Returns None if the fork server died."""

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import tracemalloc
 import uuid
@@ -25,6 +26,7 @@ from finding import JobFilter
 from slurm import SlurmSettings
 from slurmcheck import check
 from slurmworker import SlurmWorker
+from testcluster import Cluster
 from testkit import GUARD_S, NOBODY
 from worker import (
     CommandNotExecutableError,
@@ -43,8 +45,6 @@ from worker import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from testcluster import Cluster
 
 _HERE = Path(__file__).resolve().parent
 _SMALL = Limits(cpu_cores=1, memory_bytes=64 << 20)
@@ -110,6 +110,13 @@ def _sruns(job_id: str) -> list[int]:
             if words[0] == b"srun" and f"--comment={job_id}".encode() in words:
                 found.append(int(path.name))
     return sorted(found)
+
+
+def _kill_both_sruns(job_id: str) -> None:
+    """Neither notices the end of the other one, and would end the job."""
+    for number in signal.SIGSTOP, signal.SIGKILL:
+        for pid in _sruns(job_id):
+            os.kill(pid, number)
 
 
 def _number(worker: SlurmWorker, job_id: str) -> str:
@@ -278,8 +285,7 @@ def test_cancelled_by_the_administrator(worker: SlurmWorker, script: str) -> Non
 def test_job_whose_srun_is_killed_is_lost(worker: SlurmWorker) -> None:
     """Whether the first of its two processes is killed or both; the sweep ends what runs on."""
     job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
-    for pid in _sruns(job_id):
-        os.kill(pid, signal.SIGKILL)
+    _kill_both_sruns(job_id)
     assert _end(worker, job_id).end_reason is EndReason.LOST
     assert worker.sweep() == [job_id]
     second = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
@@ -472,6 +478,16 @@ def test_close_ends_running_and_queued_jobs(make: Callable[..., SlurmWorker]) ->
     assert {worker.status(each).end_reason for each in ids} == {EndReason.CLOSED}
 
 
+def test_close_while_jobs_end(make: Callable[..., SlurmWorker]) -> None:
+    """A job that ends by itself at that moment does not make it fail."""
+    worker = make("ending")
+    ids = [worker.start("true") for _ in range(20)]
+    worker.close()
+    assert {worker.status(each).end_reason for each in ids} <= {
+        *(EndReason.EXITED, EndReason.CLOSED)
+    }
+
+
 # --- limits and users -----------------------------------------------------------------------
 
 
@@ -523,8 +539,7 @@ def test_job_runs_as_the_user_of_the_cluster(
     job, output = _run(worker, "sh", "-c", "id -u; id -g", uid=NOBODY)
     assert (job.end_reason, output.split()) == (EndReason.EXITED, [b"65534", b"65534"])
     job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000", uid=NOBODY)
-    for pid in _sruns(job_id):
-        os.kill(pid, signal.SIGKILL)
+    _kill_both_sruns(job_id)
     assert _end(worker, job_id).end_reason is EndReason.LOST
     assert worker.sweep() == [job_id]
 
@@ -532,10 +547,24 @@ def test_job_runs_as_the_user_of_the_cluster(
 # --- a part of the cluster dies -----------------------------------------------------------------
 
 
-def test_controller_that_is_gone_does_not_matter_to_running_jobs(
-    worker: SlurmWorker, cluster: Cluster
-) -> None:
+@pytest.fixture
+def own_cluster(cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster that the test may break: one node."""
+    assert cluster  # or the test is skipped, like the others
+    with (
+        tempfile.TemporaryDirectory(prefix="cluster-") as name,
+        Cluster(Path(name), nodes=1) as own,
+    ):
+        yield own
+
+
+def test_controller_that_is_gone_does_not_matter_to_running_jobs(own_cluster: Cluster) -> None:
     """Their output, ends and stops are as ever; starts fail with Slurm's words."""
+    with SlurmWorker(SlurmSettings(conf=str(own_cluster.conf)), "x", limits=_SMALL) as worker:
+        _lose_the_controller(worker, own_cluster)
+
+
+def _lose_the_controller(worker: SlurmWorker, cluster: Cluster) -> None:
     go_on = _begun(worker, "sh", "-c", "echo; read x; echo $x; exit 9", stdin=True)
     stopped = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
     cluster.kill_controller()

@@ -65,9 +65,10 @@ SlurmdParameters=config_overrides
 {nodes}
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
 """
+# More memory than there is: the limits of all jobs together are larger than what they use.
 _NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
-    "RealMemory=12000"
+    "RealMemory=96000"
 )
 
 
