@@ -511,6 +511,18 @@ def test_check_says_what_the_cluster_enforces(cluster: Cluster) -> None:
     assert (failed.works, "nvalid partition" in failed.detail) == (False, True)
 
 
+def test_user_without_an_account_on_the_cluster(
+    make: Callable[..., SlurmWorker], public: Path
+) -> None:
+    """The start fails with Slurm's words, and leaves nothing."""
+    uid = 4_000_000
+    uids = range(uid, uid + 1)
+    worker = make("strangers", uids=uids, output_dir=public / "o", tmp_dir=public / "t")
+    with pytest.raises(ResourceError, match=r"job credential|[Ii]nvalid"):
+        worker.start("true", uid=uid)
+    assert worker.list() == ()
+
+
 def test_fraction_of_a_core_is_rounded_up(worker: SlurmWorker) -> None:
     """Slurm gives whole cores."""
     limits = Limits(cpu_cores=1.5, memory_bytes=64 << 20)
@@ -549,11 +561,11 @@ def test_job_runs_as_the_user_of_the_cluster(
 
 @pytest.fixture
 def own_cluster(cluster: Cluster) -> Iterator[Cluster]:
-    """A cluster that the test may break: one node."""
+    """A cluster that the test may break. Its srun calls wait for the scheduler."""
     assert cluster  # or the test is skipped, like the others
     with (
         tempfile.TemporaryDirectory(prefix="cluster-") as name,
-        Cluster(Path(name), nodes=1) as own,
+        Cluster(Path(name), more="SchedulerParameters=defer_batch") as own,
     ):
         yield own
 
@@ -565,6 +577,7 @@ def test_controller_that_is_gone_does_not_matter_to_running_jobs(own_cluster: Cl
 
 
 def _lose_the_controller(worker: SlurmWorker, cluster: Cluster) -> None:
+    assert _run(worker, "echo", "now", no_queue=True)[1] == b"now\n"  # although srun waits
     go_on = _begun(worker, "sh", "-c", "echo; read x; echo $x; exit 9", stdin=True)
     stopped = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
     cluster.kill_controller()

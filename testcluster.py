@@ -63,6 +63,7 @@ SwitchType=switch/none
 PropagateResourceLimits=NONE
 SlurmdParameters=config_overrides
 {nodes}
+{more}
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
 """
 # More memory than there is: the limits of all jobs together are larger than what they use.
@@ -74,9 +75,12 @@ _NODE = (
 
 class Cluster:
     """A controller and nodes. A context manager. Attributes: `conf`, the path of slurm.conf;
-    `environment`, which Slurm's programs need; `nodes`, the names."""
+    `environment`, which Slurm's programs need; `nodes`, the names.
 
-    def __init__(self, directory: Path, *, nodes: int = 2, cpus: int = 64) -> None:
+    `more`: more lines of slurm.conf.
+    """
+
+    def __init__(self, directory: Path, *, nodes: int = 2, cpus: int = 64, more: str = "") -> None:
         self.directory = directory
         self.conf = directory / "slurm.conf"
         self.environment = {"SLURM_CONF": str(self.conf)}
@@ -110,6 +114,7 @@ class Cluster:
                 directory=directory,
                 nodes="\n".join(lines),
                 names=",".join(self.nodes),
+                more=more,
             )
         )
         (directory / "cgroup.conf").write_text(_cgroup_conf())
