@@ -8,7 +8,8 @@
 
 It is the read end of the output pipe, a pidfd of the leader and, later, how the leader ended. As
 long as somebody has the read end open, a job that writes waits when its pipe is full, and loses
-nothing.
+nothing. Of a job with an input it is also the write end of that pipe, so that the job does not
+read end-of-file, and a descriptor whose offset tells how much that pipe has taken (`inputpipe.py`).
 
 A leader that executes nothing, because its main process died or the exec failed, writes its pid
 into `failures_fd`. Nothing is kept of it: it never was a job.
@@ -25,6 +26,9 @@ import time
 from typing import Any
 
 __all__ = ["Estate", "Kept", "note_failure"]
+
+# The place in `Kept.fds` of what closes when the input is ended.
+_INPUT = 3
 
 _PID = struct.Struct("i")
 _READ_BYTES = 64 * 1024
@@ -48,7 +52,7 @@ class Kept:
     ) -> None:
         self.pid = pid
         self.notes: dict[str, Any] = notes or {}
-        self.fds = fds  # of the output pipe, and the leader's pidfd
+        self.fds = fds  # of the output pipe, the leader's pidfd; those of the input, if any
         self.end = end
 
 
@@ -89,6 +93,35 @@ class Estate:
         except BaseException:
             os.close(kept_fd)
             raise
+
+    def serve(self, what: str, request: dict[str, Any], fds: list[int]) -> None:
+        """Do what a main process asks for. Raises OSError, LookupError, TypeError, ValueError."""
+        job = request["job"]
+        match what:
+            case "note":
+                if job in self.jobs:
+                    self.jobs[job].notes = request["notes"]
+            case "keep input":
+                self.keep_input(job, *fds)
+            case "end input":
+                self.end_input(job)
+            case "forget":
+                self.forget(job)
+            case _:
+                raise ValueError("unknown request")
+
+    def keep_input(self, job: str, counter_fd: int, input_fd: int) -> None:
+        """Keep these of a job, too; the caller keeps the descriptors. Raises OSError."""
+        kept = self.jobs[job]
+        for fd in (counter_fd, input_fd):
+            kept.fds.append(os.dup(fd))
+
+    def end_input(self, job: str) -> None:
+        """Close the write end of the input of a job; idempotent."""
+        if job in self.jobs:
+            for fd in self.jobs[job].fds[_INPUT:]:
+                os.close(fd)
+            del self.jobs[job].fds[_INPUT:]
 
     def was_executed(self, pid: int) -> bool:
         """Whether a leader that has ended, and is not reaped yet, had executed its command."""

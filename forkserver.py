@@ -284,11 +284,11 @@ class _ForkServer:
                     passed.append(pidfd)
                 case "adopt":
                     kept = self._adopt(request["job"], *fds)
-                    answer = {"pid": kept.pid, "notes": kept.notes}
+                    answer = {"pid": kept.pid, "notes": kept.notes, "fds": len(kept.fds)}
                     passed += map(os.dup, kept.fds)
                 case other:
-                    self._do(other, request)
-        except (OSError, ValueError, TypeError) as error:
+                    self._do(other, request, fds)
+        except (OSError, ValueError, TypeError, LookupError) as error:
             answer = failure(error)
         try:
             with contextlib.suppress(OSError):  # whoever asked no longer waits
@@ -333,8 +333,8 @@ class _ForkServer:
                 raise
         return pid, pidfd
 
-    def _do(self, what: str, request: dict[str, Any]) -> None:
-        """Do what needs no answer. Raises ValueError for an unknown request."""
+    def _do(self, what: str, request: dict[str, Any], fds: list[int]) -> None:
+        """Do what needs no answer. Raises ValueError for an unknown request, KeyError."""
         match what:
             case "dismantle_at_end":
                 self._dismantles_at_end = True
@@ -343,15 +343,12 @@ class _ForkServer:
             case "leave":
                 if self._restart is not None:  # its start failed, if it has no window itself
                     self._window_s = self._window_s or self._restart["window_s"]
-            case "note":
-                if self._estate is not None and request["job"] in self._estate.jobs:
-                    self._estate.jobs[request["job"]].notes = request["notes"]
-            case "forget":
-                self._forget(request["job"])
             case "forget others":
                 self._forget_unadopted()
             case _:
-                raise ValueError("unknown request")
+                if self._estate is None:
+                    raise ValueError("unknown request")
+                self._estate.serve(what, request, fds)
 
     def _adopt(self, job: str, exit_fd: int) -> Kept:
         """Hand a job over to a main process.
@@ -365,16 +362,12 @@ class _ForkServer:
         self._leaders.adopt(job, kept, exit_fd)
         return kept
 
-    def _forget(self, job: str) -> None:
-        """Keep nothing of a job whose end the main process has recorded."""
-        if self._estate is not None:
-            self._estate.forget(job)
-
     def _forget_unadopted(self) -> None:
         """Kill what the main process did not take over: it knows nothing of these."""
         for job in self._unadopted:
             self._leaders.kill(job)
-            self._forget(job)
+            if self._estate is not None:
+                self._estate.forget(job)
         self._unadopted = set()
         if self._restart is not None:
             self._window_s = self._restart["next_window_s"]

@@ -552,7 +552,7 @@ class RunningJob:
         self._close_output()
         self.output.leave()
         if self._input is not None:
-            self._input.finish()
+            self._input.leave()
         with self._ended:
             self._is_left = True
             os.close(self._exit_fd)

@@ -20,6 +20,9 @@ Thread safety: every method may be called from any thread; one thread at a time 
 the pipe can keep the kernel's own lock of it (splice(2) to a full socket does). A `write` then
 blocks until that process is gone, whatever wakes it otherwise.
 
+If the job may outlive this process, others have copies of the pipe's descriptors for the next main
+process (`kept_fds`, `inputpipe.py`). The job reads end-of-file when all of these are closed.
+
 Sources: pipe(7), poll(2), eventfd(2).
 """
 
@@ -31,50 +34,78 @@ import select
 import threading
 from typing import TYPE_CHECKING, Self
 
-from errors import InputError, InputOffsetError, InputTakenError, ResourceError, in_words
+from errors import (
+    InputError,
+    InputOffsetError,
+    InputTakenError,
+    ResourceError,
+    WorkerClosedError,
+    in_words,
+)
+from inputpipe import InputPipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["InputWriter", "JobInput"]
 
 _TAKE_OVER_S = 5.0  # the thread of the former writer only has to wake up
 _NOBODY_READS = "it has closed its stdin, or has ended"
+_ENDED = "its input was ended"
 
 
 class JobInput:
-    """The input of one job. Attribute: `read_fd`, the read end until `begin` closes it.
+    """The input of one job.
 
-    Raises `ResourceError` when there is no descriptor left.
+    `pipe`: that of a former main process. `is_kept`: the job may outlive this process. `on_end`:
+    called when the input is about to be ended, unless the job has ended; others may then close
+    their copies of `kept_fds`. Raises `ResourceError` when there is no descriptor left.
     """
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        pipe: InputPipe | None = None,
+        *,
+        is_kept: bool = False,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> None:
         self._job_id = job_id
+        self._on_end = on_end
         try:
             self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             try:
-                self.read_fd, self._fd = os.pipe()
+                self._pipe = pipe or InputPipe.make(is_kept=is_kept)
             except OSError:
                 os.close(self._wake_fd)
                 raise
         except OSError as error:
             raise ResourceError(f"no room for the input of a new job: {in_words(error)}") from error
-        os.set_blocking(self._fd, False)
-        # For a job that opens /dev/stdin. Only the job's user gets at the pipe there.
-        os.fchmod(self.read_fd, 0o444)
         # Guards all below, and the wake-up descriptor. Notified when a thread has left the pipe and
         # when a writer takes over. Never held while the pipe is used.
         self._changed = threading.Condition()
-        self._size = 0
         self._over: str | None = None  # why nobody can write any more
+        self._is_left = False  # to another process
         self._writer: InputWriter | None = None  # the one that may write
         self._users = 0  # threads that use the pipe or wait for it: nobody closes it meanwhile
         self._closed = False  # the descriptors are closed, or about to be
+        if self._pipe.fd < 0:
+            self._end(_ENDED)
+
+    @property
+    def read_fd(self) -> int:
+        """The read end of the pipe, until `begin` closes it."""
+        return self._pipe.read_fd
+
+    @property
+    def kept_fds(self) -> list[int]:
+        """What another process needs to go on with this input."""
+        return self._pipe.kept_fds
 
     @property
     def size(self) -> int:
         """How many bytes the job's pipe has taken."""
-        return self._size
+        return self._pipe.size
 
     @property
     def is_over(self) -> bool:
@@ -83,14 +114,22 @@ class JobInput:
 
     def begin(self) -> None:
         """Close our copy of the read end: the leader has its own; idempotent."""
-        fd, self.read_fd = self.read_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._pipe.begin()
 
     def finish(self) -> None:
         """End the input, because the job has ended or did not start; idempotent."""
         self.begin()
         self._end("it has ended")
+
+    def leave(self) -> None:
+        """Leave the input to another process. Writers then get `WorkerClosedError`.
+
+        Nothing is written any more when this returns, unless the kernel holds a writer up.
+        """
+        self._is_left = True
+        self._end("its worker was left")
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users, _TAKE_OVER_S)
 
     def open(self, offset: int | None = None) -> InputWriter:
         """Return a writer whose first byte is byte `offset` of the input; None: the next one.
@@ -116,9 +155,9 @@ class JobInput:
             self._check_locked()
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)  # it woke the writer before
-            if offset is not None and offset != self._size:
+            if offset is not None and offset != self.size:
                 self._close_locked(writer)
-                raise InputOffsetError(self._job_id, offset, self._size)
+                raise InputOffsetError(self._job_id, offset, self.size)
         return writer
 
     # --- for the writers ---
@@ -132,21 +171,20 @@ class JobInput:
             if not is_open:
                 return None
             try:
-                size = os.write(self._fd, data)
+                return self._pipe.write(data)
             except BlockingIOError:
                 self._wait(select.POLLOUT)
                 return 0
             except BrokenPipeError:
-                raise self._error(self._end(_NOBODY_READS)) from None
-            with self._changed:
-                self._size += size
-            return size
+                self._end(_NOBODY_READS)
+                raise self._error() from None
 
     def wait(self, writer: InputWriter) -> None:
         """See `InputWriter.wait`."""
         with self._used(writer) as is_open:
             if is_open and self._wait(0):
-                raise self._error(self._end(_NOBODY_READS))
+                self._end(_NOBODY_READS)
+                raise self._error()
         with self._used(writer):
             pass  # raises if another writer took over, or the job has ended
 
@@ -154,7 +192,8 @@ class JobInput:
         """See `InputWriter.end`."""
         with self._used(writer) as is_open:
             if is_open:
-                self._end("its input was ended", writer)
+                self._on_end()
+                self._end(_ENDED, writer)
 
     def close(self, writer: InputWriter) -> None:
         """See `InputWriter.close`."""
@@ -174,9 +213,9 @@ class JobInput:
         Returns whether it has no reader.
         """
         poll = select.poll()
-        poll.register(self._fd, events)
+        poll.register(self._pipe.fd, events)
         poll.register(self._wake_fd, select.POLLIN)
-        return bool(dict(poll.poll()).get(self._fd, 0) & select.POLLERR)
+        return bool(dict(poll.poll()).get(self._pipe.fd, 0) & select.POLLERR)
 
     @contextlib.contextmanager
     def _used(self, writer: InputWriter) -> Iterator[bool]:
@@ -201,13 +240,15 @@ class JobInput:
 
     def _check_locked(self) -> None:
         if self._over is not None:
-            raise self._error(self._over)
+            raise self._error()
 
-    def _error(self, why: str) -> InputError:
-        return InputError(self._job_id, why)
+    def _error(self) -> InputError | WorkerClosedError:
+        if self._is_left:
+            return WorkerClosedError()
+        return InputError(self._job_id, self._over or "")
 
-    def _end(self, why: str, writer: InputWriter | None = None) -> str:
-        """Let nobody write any more; return the reason, which may be an earlier one.
+    def _end(self, why: str, writer: InputWriter | None = None) -> None:
+        """Let nobody write any more; `why` does not replace an earlier reason.
 
         `writer`: the one that ends the input itself, for which this is no error.
         """
@@ -217,9 +258,7 @@ class JobInput:
                 if writer is not None:
                     writer.is_closed = True
                 self._wake_locked()
-            over = self._over
         self._close_if_over()
-        return over
 
     def _close_if_over(self) -> None:
         """Close the descriptors once nobody can write any more and nobody uses them."""
@@ -227,7 +266,7 @@ class JobInput:
             if self._closed or self._over is None or self._users:
                 return
             self._closed = True
-        os.close(self._fd)
+        self._pipe.close()
         os.close(self._wake_fd)
 
     def _wake_locked(self) -> None:

@@ -122,6 +122,11 @@ class JobTable:
         return self._store.is_kept
 
     @property
+    def store_id(self) -> str:
+        """The instance ID of the store."""
+        return self._store.instance_id
+
+    @property
     def last_position(self) -> int:
         """The position of the latest start."""
         return self._last_position

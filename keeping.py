@@ -14,10 +14,11 @@ import os
 import select
 from typing import TYPE_CHECKING
 
+from errors import ResourceError, in_words
 from messages import wait_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from spawner import Spawner
@@ -42,6 +43,20 @@ class Keeper:
     def note(self, job_id: str, notes: Mapping[str, Any]) -> None:
         """Have the successor told about a job: how it is about to be stopped."""
         self._spawner.note(job_id, notes)
+
+    def keep_input(self, job_id: str, fds: Sequence[int]) -> None:
+        """Keep the input of a job that is about to execute: `JobInput.kept_fds`.
+
+        Raises `ResourceError`, `SpawnerDiedError`.
+        """
+        try:
+            self._spawner.keep_input(job_id, fds)
+        except OSError as error:
+            raise ResourceError(f"no room for the input of a new job: {in_words(error)}") from error
+
+    def end_input(self, job_id: str) -> None:
+        """Let a job read the end of its input, once the copy in this process is closed, too."""
+        self._spawner.end_input(job_id)
 
     def forget(self, job_id: str) -> None:
         """Keep a job no longer: its end is recorded."""

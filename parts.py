@@ -79,8 +79,7 @@ class Parts:
     ) -> None:
         self._uids, self._host_accounts = uids, host_accounts
         with contextlib.ExitStack() as undo:
-            store = store or Store()
-            self.table = JobTable(store)
+            self.table = JobTable(store or Store())
             keeps = self.table.has if self.table.is_kept and output_dir else None
             self.output_dir = OutputDirectory(
                 output_dir, reserve_bytes=reserve_bytes, keeps=keeps, lasting=restart_window > 0
@@ -90,14 +89,7 @@ class Parts:
             self.scratch = Scratch(tmp_dir, uids=uids, keeps=keeps)
             undo.callback(self.scratch.close)
             self.homes = make_homes(homes) if self.scratch.path else None
-            self._restarts = None
-            if restart_dir is not None and self.table.is_kept:
-                self._restarts = Restarts(
-                    restart_dir,
-                    restart_window,
-                    store=store.instance_id,
-                    others=uids is not None,
-                )
+            self._restarts = self._make_restarts(restart_dir, restart_window)
             heritage = self._take_over(enforcement, cgroup_root)
             # Before the fork server, which must be born in our leaf.
             if heritage is None:
@@ -134,6 +126,14 @@ class Parts:
             (leave if error is not None and self.has_taken_over else close)()
 
         undo.push(end)
+
+    def _make_restarts(
+        self, directory: str | os.PathLike[str] | None, window_s: float
+    ) -> Restarts | None:
+        if directory is None or not self.table.is_kept:
+            return None
+        others = self._uids is not None
+        return Restarts(directory, window_s, store=self.table.store_id, others=others)
 
     def _take_over(
         self, enforcement: Enforcement, cgroup_root: str | os.PathLike[str] | None

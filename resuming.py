@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import takeover
+from messages import close_all
 from spares import Body, JobThread
 from spawner import Adopted, Restart
 from successor import take_over
@@ -113,7 +114,7 @@ class Restarts:
                     undo.callback(os.close, exit_fd)
                     adopted = self._adopt(job_id, spawner, their_exit_fd)
                     undo.callback(os.close, adopted.output_fd)
-                    undo.callback(os.close, adopted.pidfd)
+                    undo.callback(close_all, (adopted.pidfd, *adopted.input_fds))
                     if adopted.pid:
                         alive.add(job_id)
                     os.set_blocking(adopted.output_fd, False)

@@ -66,7 +66,6 @@ __all__ = [
 
 _ANSWER_S = 10.0  # how long the fork server may take to receive a request, and to answer it
 _CLOSE_S = 5.0
-_ADOPTED_FDS = 2
 
 
 class Restart(NamedTuple):
@@ -85,6 +84,7 @@ class Adopted(NamedTuple):
     output_fd: int  # read end of the job's output pipe
     pidfd: int  # of the leader
     notes: Mapping[str, Any]  # those of `Spawner.note`
+    input_fds: Sequence[int] = ()  # of `Spawner.keep_input`, but the second only before the end
 
 
 class SpawnerDiedError(RuntimeError):
@@ -296,11 +296,11 @@ class Spawner:
         """
         ours = self._ask({"op": "adopt", "job": job}, [exit_fd])
         answer, received = self._collect(ours, _ANSWER_S)
-        if "errno" in answer or len(received) < _ADOPTED_FDS:
+        if "errno" in answer or len(received) < answer["fds"]:
             close_all(received)
             raise error_of({"errno": errno.EMFILE} | answer)
-        output_fd, pidfd = received
-        return Adopted(answer["pid"], output_fd, pidfd, answer["notes"])
+        output_fd, pidfd, *input_fds = received
+        return Adopted(answer["pid"], output_fd, pidfd, answer["notes"], input_fds)
 
     def note(self, job: str, notes: Mapping[str, Any]) -> None:
         """Have a successor told this about a job, in place of former notes.
@@ -310,6 +310,22 @@ class Spawner:
         if self.keeps_jobs:
             with contextlib.suppress(SpawnerDiedError, OSError):
                 self._request({"op": "note", "job": job, "notes": dict(notes)})
+
+    def keep_input(self, job: str, fds: Sequence[int]) -> None:
+        """Have these two kept of a job that was forked: `InputPipe.kept_fds`.
+
+        Raises OSError, `SpawnerDiedError`.
+        """
+        self._request({"op": "keep input", "job": job}, fds)
+
+    def end_input(self, job: str) -> None:
+        """Have the write end of the input of a job closed, for its copy here is to be, too.
+
+        Does nothing if jobs are not kept. Never raises.
+        """
+        if self.keeps_jobs:
+            with contextlib.suppress(SpawnerDiedError, OSError):
+                self._request({"op": "end input", "job": job})
 
     def forget(self, job: str) -> None:
         """Have nothing kept of a job any more: its end is recorded, or it did not start.
@@ -328,13 +344,13 @@ class Spawner:
         """
         self._request({"op": "forget others"})
 
-    def _request(self, request: dict[str, Any]) -> None:
+    def _request(self, request: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Ask for something other than a process; wait until it is done."""
-        answer, _ = self._collect(self._ask(request, []), _ANSWER_S)
+        answer, _ = self._collect(self._ask(request, fds), _ANSWER_S)
         if "errno" in answer:
             raise error_of(answer)
 
-    def _ask(self, request: dict[str, Any], fds: list[int]) -> socket.socket:
+    def _ask(self, request: dict[str, Any], fds: Sequence[int]) -> socket.socket:
         """Send a request; return the socket on which the answer will come."""
         pair = functools.partial(socket.socketpair, socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Without descriptors to send it is no start, but for example a kill, which must not fail.

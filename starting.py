@@ -26,6 +26,7 @@ from buffers import Buffers
 from cgroups import CgroupError
 from ending import Ending
 from errors import DirectoryError, StartTimeoutError, WorkerClosedError, exec_error
+from inputpipe import InputPipe
 from job import RunningJob
 from jobinput import JobInput
 from jobstate import Work
@@ -146,9 +147,7 @@ class Starter:
                 kept_tmp=kept_tmp,
                 has_cgroup=cgroup is not None,
             )
-            job_input = JobInput(spare.job_id) if work.stdin else None
-            if job_input is not None:
-                undo.callback(job_input.finish)
+            job_input = self._make_input(spare.job_id, undo) if work.stdin else None
             pid, pidfd = self._execute(work, around, spare, job_input, undo)
             job = RunningJob(
                 work._replace(on_end=functools.partial(self._gone, work, spare.job_id)),
@@ -171,6 +170,19 @@ class Starter:
             self._registry.add(job)
             spare.thread.give(job.job_id, job.run)
             return job.job_id
+
+    def _make_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
+        """Return the input of a new job, which `undo` ends. Raises as `start` does."""
+        keeper = self._keeper
+        if keeper is None:
+            job_input = JobInput(job_id)
+        else:
+            on_end = functools.partial(keeper.end_input, job_id)
+            job_input = JobInput(job_id, is_kept=True, on_end=on_end)
+        undo.callback(job_input.finish)
+        if keeper is not None:
+            keeper.keep_input(job_id, job_input.kept_fds)
+        return job_input
 
     def resume(
         self,
@@ -220,12 +232,19 @@ class Starter:
             buffers=self._buffers,
             kept_tmp=former.tmp_directory,
             registry=self._registry,
+            job_input=self._resume_input(body.job_id, process),
             keeper=self._keeper,
             notes=process.notes,
         )
         job.position = row.position
         self._registry.add(job)
         body.thread.give(job.job_id, job.run)
+
+    def _resume_input(self, job_id: str, process: Adopted) -> JobInput | None:
+        if not process.input_fds or self._keeper is None:
+            return None
+        pipe = InputPipe.adopt(process.input_fds)
+        return JobInput(job_id, pipe, on_end=functools.partial(self._keeper.end_input, job_id))
 
     def _prepare_output(self, output: OutputLog, owner: str, budget: Budget) -> None:
         output.budget = budget

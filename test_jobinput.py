@@ -130,7 +130,7 @@ def test_no_other_job_has_the_input(worker: Worker) -> None:
     job_id = _start(worker, f"echo up; {_FOREVER}")
     await_output(worker, job_id, b"up\n")
     other = worker.start("sh", ["-c", "ls -l /proc/self/fd"])
-    inode = f"pipe:[{os.fstat(_job_input(worker, job_id)._fd).st_ino}]".encode()
+    inode = f"pipe:[{os.fstat(_job_input(worker, job_id)._pipe.fd).st_ino}]".encode()
     assert inode not in _output(worker, other)
     # The main process has the writing end only: all that reads is the job.
     worker.stop(job_id)
@@ -181,7 +181,7 @@ def test_end_of_the_job_wakes_the_writer_although_a_stranger_has_the_pipe(
     """Then the pipe itself does not tell that the job has ended."""
     job_id = _start(worker, f"echo up; {_FOREVER}")
     await_output(worker, job_id, b"up\n")
-    stranger = os.open(f"/proc/self/fd/{_job_input(worker, job_id)._fd}", os.O_RDONLY)
+    stranger = os.open(f"/proc/self/fd/{_job_input(worker, job_id)._pipe.fd}", os.O_RDONLY)
     try:
         writer = worker.open_input(job_id)
         writing = pool.submit(writer.write, bytes(2 * _PIPE_BYTES))

@@ -66,9 +66,10 @@ _MODULES = {
         "cgroups": "cgroupfs limits",
         "scratch": "leftovers messages privileges",
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory scratch",
-        "jobinput": "errors",
+        "inputpipe": "",
+        "jobinput": "errors inputpipe",
         "jobstate": "; broadcaster budget ending limits",
-        "keeping": "messages; spawner",
+        "keeping": "errors messages; spawner",
         "job": "buffers cgroups ending errors jobstate keeping limits outputerrors sources "
         "spawner; jobinput jobtable spares",
         "jobstep": "",
@@ -83,10 +84,10 @@ _MODULES = {
         "registry": "errors finding outputerrors retention watching; broadcaster budget job "
         "jobstate jobtable outputstate",
         "jobtable": "errors finding jobstate limits outputerrors outputstate; store",
-        "starting": "buffers cgroups ending errors job jobinput jobstate limits spawner; "
+        "starting": "buffers cgroups ending errors inputpipe job jobinput jobstate limits spawner; "
         "broadcaster budget environment jobtable keeping leftovers registry scratch spares",
-        "resuming": "spares spawner successor takeover; budget jobstate jobtable outputdirectory "
-        "starting",
+        "resuming": "messages spares spawner successor takeover; budget jobstate jobtable "
+        "outputdirectory starting",
         "parts": "cgroups inherited jobtable keeping leftovers outputdirectory privileges registry "
         "resuming scratch spares spawner starting store; limits retention successor",
         "worker": "argv broadcaster cgroups ending environment errors finding jobinput "
@@ -243,6 +244,7 @@ _TESTED_WITH = {
     "resuming": "restart",
     "ending": "worker",
     "buffers": "worker",
+    "inputpipe": "jobinput",
     "children": "spawner",
     "budget": "broadcaster",
     "outputdirectory": "broadcaster",

@@ -26,6 +26,7 @@ from testkit import GUARD_S, await_output, descriptors_of, kill_with_children
 from worker import (
     Ending,
     EndReason,
+    InputError,
     Job,
     OutputLeftError,
     Retention,
@@ -186,6 +187,52 @@ def test_jobs_survive_many_workers(house: _House) -> None:
     assert worker.wait(job_id, GUARD_S).exit_code == 0
     expected = "".join(f"{i}\n" for i in range(20000)).encode()
     assert b"".join(worker.stream(job_id)) == expected
+
+
+def test_input_goes_on_at_the_byte_that_the_job_has_got(house: _House) -> None:
+    """The job reads end-of-file when the input is ended, and not when a worker ends."""
+    worker = house.open()
+    job_id = worker.start("cat", stdin=True)
+    assert worker.write_input(job_id, b"one ") == 4
+    with worker.open_input(job_id) as writer:
+        house.leave()
+        with pytest.raises(WorkerClosedError):
+            writer.write(b"lost")
+    worker = house.open()
+    assert worker.status(job_id).input_bytes == 4
+    assert worker.write_input(job_id, b"two ", offset=4) == 8
+    worker = house.again()
+    assert worker.write_input(job_id, b"three", offset=8, end=True) == 13
+    job = worker.wait(job_id, GUARD_S)
+    assert (job.exit_code, job.input_bytes, job.input_ended) == (0, 13, True)
+    assert b"".join(worker.stream(job_id)) == b"one two three"
+
+
+def test_ended_input_is_ended_for_the_next_worker(house: _House) -> None:
+    """It says how many bytes the job has got."""
+    worker = house.open()
+    job_id = worker.start("sh", ["-c", "cat; echo; exec sleep infinity"], stdin=True)
+    worker.write_input(job_id, b"all", end=True)
+    await_output(worker, job_id, b"all\n")
+    worker = house.again()
+    job = worker.status(job_id)
+    assert (job.input_bytes, job.input_ended) == (3, True)
+    with pytest.raises(InputError, match="its input was ended"):
+        worker.open_input(job_id)
+
+
+def test_input_whose_job_ended_meanwhile_is_over(house: _House, tmp_path: Path) -> None:
+    """Its status has the bytes that the job had got."""
+    worker = house.open()
+    waits = _wait_on(tmp_path / "fifo")
+    job_id = worker.start("sh", ["-c", f"{waits}; head -c 3"], stdin=True)
+    worker.write_input(job_id, b"enough")
+    house.leave()
+    (tmp_path / "fifo").write_text("\n")
+    worker = house.open()
+    job = worker.wait(job_id, GUARD_S)
+    assert (job.exit_code, job.input_bytes, job.input_ended) == (0, 6, True)
+    assert b"".join(worker.stream(job_id)) == b"eno"
 
 
 def test_reader_and_waiter_are_told_that_the_worker_is_left(house: _House) -> None:

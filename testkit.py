@@ -375,13 +375,14 @@ class ServerProgram:
         *options: str,
         env: dict[str, str] | None = None,
         before: tuple[str, ...] = (),
+        program: Path = _HERE / "server.py",
     ) -> None:
         self.log = log
         if (config := os.environ.get(TEST_CONFIG)) and "--config" not in options:
             options = (*options, "--config", config)
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*before, sys.executable, str(_HERE / "server.py"), *options],
+                [*before, sys.executable, str(program), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -1,0 +1,394 @@
+"""Servers under load are killed, ended and upgraded at random moments. Nothing may be lost.
+
+Several clients start jobs, read, stop and remove them all the time. What each client was told is
+compared with what the last server says. By default there are few moments; for a longer run:
+
+    JOBWORKER_MOMENTS=200 .venv/bin/python -m pytest -s -o time_limit_s=3600 test_survival.py
+
+prints what was counted. `test_crash.py` has such a test of a program that embeds a `Worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from client import Client, ClientError
+from testkit import GUARD_S, ServerProgram, children_of, fork_server_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import workerservice_pb2 as worker_pb
+
+_HERE = Path(__file__).resolve().parent
+_MOMENTS = int(os.environ.get("JOBWORKER_MOMENTS", "8"))
+_CLIENTS = 3
+_RETRY_S = 120.0
+_FDS_SPARE = 16  # what a spare job may take, which is there or not
+
+_KINDS = ("kill main", "kill fork server", "kill both", "SIGTERM", "upgrade")
+
+
+class _Job:
+    """A job, and all that a client was told of it."""
+
+    def __init__(self, tag: str, dice: random.Random) -> None:
+        self.tag = tag
+        self.lines = dice.choice((1, 3, 20, 20_000))
+        self.code = dice.randrange(100)
+        self.is_endless = dice.random() < 0.3  # until it is stopped
+        self.has_input = dice.random() < 0.3  # what it writes is its input
+        self.job_id = ""
+        self.delivered = b""
+        self.end: worker_pb.Job | None = None
+        self.was_stopped = False
+        self.is_removed = False
+        self.first_epoch = 0
+
+    def argv(self, marks: Path) -> list[str]:
+        if self.has_input:
+            rest = "exec sleep infinity" if self.is_endless else f"exit {self.code}"
+            return ["-c", f"echo {self.tag} >>{marks}/{self.tag}; cat; {rest}"]
+        pause = "" if self.lines > 100 else "sleep 0.05;"
+        rest = "exec sleep infinity" if self.is_endless else f"exit {self.code}"
+        return [
+            "-c",
+            (
+                f"echo {self.tag} >>{marks}/{self.tag}; i=0; while [ $i -lt {self.lines} ]; do "
+                f"echo $i {self.tag}; {pause} i=$((i+1)); done; {rest}"
+            ),
+        ]
+
+    @property
+    def output(self) -> bytes:
+        """All that it writes, if it may."""
+        return "".join(f"{i} {self.tag}\n" for i in range(self.lines)).encode()
+
+
+class _Load:
+    """Clients that use a server all the time. Attributes: `jobs`; `counts`, of all that was done.
+
+    `epoch`: how often a fork server was killed. It is increased before each kill.
+    """
+
+    def __init__(self, connect: Callable[[], Client], marks: Path, seed: int) -> None:
+        self._connect, self._marks = connect, marks
+        # Guards all below. Notified when something was done.
+        self._changed = threading.Condition()
+        self.jobs: list[_Job] = []
+        self.counts: Counter[str] = Counter()
+        self.errors: list[BaseException] = []
+        self.epoch = 0
+        self._is_over = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(n, random.Random(f"{seed}.{n}")))
+            for n in range(_CLIENTS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def await_more(self, count: int) -> None:
+        """Block until so much more was done."""
+        with self._changed:
+            until = self.counts.total() + count
+            assert self._changed.wait_for(
+                lambda: self.counts.total() >= until or self.errors, GUARD_S * 2
+            )
+            assert not self.errors, self.errors
+
+    def close(self) -> None:
+        """Let each client finish what it does."""
+        self._is_over = True
+        for thread in self._threads:
+            thread.join(GUARD_S * 2)
+            assert not thread.is_alive()
+        assert not self.errors, self.errors
+
+    def _note(self, what: str) -> None:
+        with self._changed:
+            self.counts[what] += 1
+            self._changed.notify_all()
+
+    def _run(self, number: int, dice: random.Random) -> None:
+        try:
+            with self._connect() as client:
+                i = 0
+                while not self._is_over:
+                    self._use(client, _Job(f"{number}.{i}", dice), dice)
+                    i += 1
+        except BaseException as error:  # noqa: BLE001 -- raised by the test's thread
+            with self._changed:
+                self.errors.append(error)
+                self._changed.notify_all()
+
+    def _use(self, client: Client, job: _Job, dice: random.Random) -> None:
+        """Start a job, read its output, perhaps in part, stop it or not, remove it or not."""
+        job.first_epoch = self.epoch
+        self.jobs.append(job)
+        command = job.argv(self._marks)
+        request_id = str(uuid.uuid4())
+        while not job.job_id:
+            try:
+                job.job_id = client.start(
+                    "sh", command, stdin=job.has_input, timeout=3600, request_id=request_id
+                )
+            except ClientError as error:
+                if "the process that starts jobs has died" not in str(error):
+                    raise
+                self._note("refused")  # the server is about to end, because its fork server has
+        self._note("started")
+        if job.has_input:
+            client.write_input(job.job_id, self._noted(job.output.splitlines(keepends=True)))
+        reads_all = dice.random() < 0.7 and not job.is_endless
+        some = dice.randrange(1, len(job.output) + 1)
+        with contextlib.closing(client.stream(job.job_id)) as stream:
+            for chunk in stream:
+                job.delivered += chunk
+                self._note("read")
+                if not reads_all and len(job.delivered) >= some:
+                    break
+        if job.is_endless or (not reads_all and dice.random() < 0.5):
+            job.was_stopped = True
+            job.end = client.stop(job.job_id)
+            self._note("stopped")
+        elif reads_all:
+            job.end = client.status(job.job_id)
+            self._note("ended")
+        if job.end is not None and dice.random() < 0.3:
+            job.is_removed = True
+            with contextlib.suppress(ClientError):  # NOT_FOUND, when it was repeated
+                client.remove(job.job_id)
+            self._note("removed")
+
+    def _noted(self, lines: list[bytes]) -> Iterator[bytes]:
+        """Yield all lines, in some pieces."""
+        pieces = min(len(lines), 20)
+        for i in range(pieces):
+            self._note("written")
+            yield b"".join(lines[len(lines) * i // pieces : len(lines) * (i + 1) // pieces])
+
+
+class _Place:
+    """A state directory, and the servers that use it one after the other."""
+
+    def __init__(self, directory: Path, certs: Path, state: Path | None = None) -> None:
+        self.directory, self.certs = directory, certs
+        self.state = state or directory / "state"
+        self.marks = directory / "marks"
+        self.marks.mkdir()
+        self.marks.chmod(0o1777)
+        self.port = "0"
+        self.program: ServerProgram | None = None
+        self.fork_server = 0
+        self._code = _HERE
+        self._starts = 0
+        self._token = ""
+
+    def start(self) -> None:
+        self._starts += 1
+        self.program = ServerProgram(
+            self.directory / f"log{self._starts}",
+            *("--listen", f"127.0.0.1:{self.port}", "--limits", "auto", "--uids", "78000-78999"),
+            *("--certs", str(self.certs), "--state-dir", str(self.state)),
+            *("--restart-window", "5m"),
+            program=self._code / "server.py",
+        )
+        self.port = self.program.address.rpartition(":")[2]
+        if not self.fork_server:
+            self.fork_server = fork_server_of(self.program.process.pid)
+
+    def connect(self) -> Client:
+        client = Client(
+            f"127.0.0.1:{self.port}",
+            certs=self.certs,
+            token=self._token,
+            retry_for=_RETRY_S,
+            connect_for=_RETRY_S,
+        )
+        if not self._token:
+            self._token, _ = client.login("user", "user")
+        return client
+
+    def kill_fork_server(self) -> None:
+        """Kill it, and the leaders of its jobs: without cgroups nothing else can."""
+        pid, self.fork_server = self.fork_server, 0
+        children = children_of(pid)
+        os.kill(pid, signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+    def await_main(self) -> None:
+        """Block until the server has ended."""
+        assert self.program is not None
+        self.program.process.communicate(timeout=GUARD_S)
+
+    def upgrade(self) -> None:
+        """Go on with a copy of the program, whose version has another number."""
+        self._code = self.directory / f"code{self._starts}"
+        self._code.mkdir()
+        for path in _HERE.glob("*.py"):
+            if not path.name.startswith("test_"):
+                shutil.copy(path, self._code)
+        version = self._code / "version.py"
+        version.write_text(re.sub('"[0-9.]+"', f'"9.{self._starts}"', version.read_text()))
+
+    def moment(self, kind: str, load: _Load) -> None:
+        """Let something happen to the server, and start the next one."""
+        assert self.program is not None
+        main = self.program.process.pid
+        if kind in {"kill fork server", "kill both"}:
+            load.epoch += 1
+        if kind == "kill fork server":
+            self.kill_fork_server()
+        elif kind == "kill both":
+            os.kill(main, signal.SIGKILL)
+            self.kill_fork_server()
+        elif kind == "kill main":
+            os.kill(main, signal.SIGKILL)
+        else:
+            os.kill(main, signal.SIGTERM)
+        if kind == "upgrade":
+            self.upgrade()
+        self.await_main()
+        if self.fork_server and self._has_ended():  # no job ran, so nobody was awaited
+            self.fork_server = 0
+        self.start()
+
+    def _has_ended(self) -> bool:
+        try:
+            return (
+                Path(f"/proc/{self.fork_server}/stat").read_text().rsplit(")")[-1].split()[0] == "Z"
+            )
+        except FileNotFoundError:
+            return True
+
+    def descriptors(self) -> int:
+        """How many both processes have open."""
+        assert self.program is not None
+        pids = self.program.process.pid, self.fork_server
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+    def end(self) -> None:
+        """End the server and all jobs."""
+        if self.program is None:
+            return
+        with contextlib.ExitStack() as undo:
+            pidfd = None
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = undo.enter_context(open(os.pidfd_open(self.fork_server or 0x3FFFFF)))
+            if self.program.process.poll() is None:
+                self.program.end(signal.SIGINT)
+            if pidfd is not None:
+                assert select.select([pidfd], [], [], GUARD_S)[0]
+        self.program = None
+
+
+@pytest.fixture
+def place(public: Path, certs: Path) -> Iterator[_Place]:
+    made = _Place(public, certs)
+    yield made
+    made.end()
+
+
+def _judge(place: _Place, load: _Load, found: Counter[str]) -> None:
+    """Compare what the clients were told with what the server says now; count in `found`."""
+    with place.connect() as client:
+        there = {job.job_id: job for job in client.list()}
+        for job in load.jobs:
+            state = there.pop(job.job_id, None)
+            if job.is_removed:
+                found["removed jobs that are back"] += state is not None
+                continue
+            if state is None:
+                found["jobs lost"] += 1
+                continue
+            with contextlib.closing(client.stream(job.job_id)) as stream:
+                output = b"".join(stream)
+            state = client.status(job.job_id)
+            found["delivered bytes missing"] += not output.startswith(job.delivered)
+            found["wrong output"] += not job.output.startswith(output)
+            found["wrong statuses"] += not _is_true(job, state, output, load.epoch)
+            found["jobs that ended otherwise than a client was told"] += (
+                job.end is not None and job.end.end_reason != state.end_reason
+            )
+        found["jobs that nobody has started"] += len(there)
+    marks = {path.name: len(path.read_text().split()) for path in place.marks.iterdir()}
+    found["jobs run twice"] += sum(times > 1 for times in marks.values())
+    ended = {job.tag for job in load.jobs if job.end is not None and job.delivered}
+    found["jobs that never ran"] += len(ended - marks.keys())
+
+
+def _is_true(job: _Job, state: worker_pb.Job, output: bytes, epoch: int) -> bool:
+    """Whether a job may have this end, and has the output that belongs to it."""
+    from workerservice_pb2 import EndReason
+
+    reason = EndReason.Name(state.end_reason).removeprefix("END_REASON_")
+    if reason == "EXITED":
+        return state.exit_code == job.code and not job.is_endless and output == job.output
+    if reason == "STOPPED_BY_OWNER":
+        return job.was_stopped
+    # A job that was killed with its fork server: its own process may still have noticed.
+    return reason in {"LOST", "SIGNALLED"} and epoch > job.first_epoch
+
+
+def _leftovers(place: _Place, found: Counter[str], kept: set[str]) -> list[Path]:
+    """Count what is left of jobs when all have ended; return the files. `kept`: finished jobs."""
+    text = str(place.marks).encode()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if pid != str(os.getpid()) and text in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found["processes left over"] += 1
+    left = list((place.state / "tmp").iterdir())
+    left += [path for path in (place.state / "output").iterdir() if path.name[:36] not in kept]
+    left += place.state.glob("**/*.new")
+    found["files left over"] += len(left)
+    return left
+
+
+def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
+    """Kills of the server, of its fork server and of both; ends and upgrades."""
+    seed = random.randrange(1 << 32)
+    dice = random.Random(seed)
+    place.start()
+    place.connect().close()  # logs in
+    idle = place.descriptors()
+    load = _Load(place.connect, place.marks, seed)
+    moments: Counter[str] = Counter()
+    begun = time.monotonic()
+    try:
+        for number in range(_MOMENTS):
+            kind = _KINDS[number % len(_KINDS)] if _MOMENTS < 50 else dice.choice(_KINDS)
+            load.await_more(dice.randrange(1, 30))
+            place.moment(kind, load)
+            moments[kind] += 1
+    finally:
+        load.close()
+    found: Counter[str] = Counter()
+    with place.connect() as client:  # the jobs that nobody waits for
+        for job in client.list():
+            client.stop(job.job_id)
+    _judge(place, load, found)
+    found["descriptors left over"] += max(0, place.descriptors() - idle - _FDS_SPARE)
+    with place.connect() as client:
+        kept = {job.job_id for job in client.list()}
+    place.end()
+    left = _leftovers(place, found, kept)
+    told = f"seed {seed}; {time.monotonic() - begun:.0f} s; {dict(moments)}; {dict(load.counts)}"
+    sys.stdout.write(f"\n{told}\n" + "".join(f"{what}: {n}\n" for what, n in found.items()))
+    assert not found.total(), (told, +found, left)
