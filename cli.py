@@ -23,6 +23,7 @@ from profiles import apply_profile
 from selecting import add_labels, add_options, check_jobs, take_jobs
 from units import parse_duration, parse_size
 from version import VERSION
+from wrongusage import describe_first_word, describe_unknown, describe_wrong_value
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ EXIT_UNKNOWN = 125
 """The exit status of `run` and `wait` if no exit code or signal of the job is known."""
 
 _LOCAL = {"completion", "import"}  # need no server
-_MAY_BE_EMPTY = {"args", "words", "secrets"}
-_REPEATED = {"env", "env_files", "job", "labels", "statuses"}  # of what `parse` returns
 
 
 def printable(text: str) -> str:
@@ -72,19 +71,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     main_parser, subparsers = make_parsers()
     name = argv[0] if argv else ""
     if name not in subparsers:
-        _explain_first_word(main_parser, name, list(subparsers))
+        error = describe_first_word(name, list(subparsers))
+        if error:
+            main_parser.error(error)
         main_parser.parse_args(argv[:1])  # only the first word: one of the others may be a secret
     parser = subparsers[name]
     arguments, unknown = parser.parse_known_args(argv[1:])
     arguments.subcommand = name
     unknown = take_jobs(arguments, unknown)
     if unknown:
-        parser.error(_describe_unknown(unknown, parser))
-    for option, value in vars(arguments).items():
-        # Python 3.11 reads `--opt=--` as an empty list, 3.13 as `--`.
-        values = value if option in _REPEATED else [value]
-        if any(each in ([], "--", ["--"]) for each in values) and option not in _MAY_BE_EMPTY:
-            parser.error(f"-- cannot be the value of an option ({option})")
+        known = [option for action in parser.added for option in action.option_strings]
+        parser.error(describe_unknown(unknown, known))
+    error = describe_wrong_value(parser.added, arguments)
+    if error:
+        parser.error(error)
     arguments.own_words = len(argv)
     if name in {"start", "run"}:
         _split_start(parser, arguments)
@@ -105,35 +105,6 @@ def parse_connection(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(words)[0]
 
 
-def _explain_first_word(parser: Parser, word: str, subcommands: Sequence[str]) -> None:
-    """Exit with an error if the first word of the command line is wrong."""
-    if not word:
-        parser.error("the subcommand is missing; begin with: client login -u USER")
-    if not word.startswith("-"):
-        near = _similar(word, subcommands)
-        parser.error(f"there is no subcommand {word!r}{near}")
-    if word.partition("=")[0] in {"--server", "--certs", "--cert", "--key", "--ca", "--profile"}:
-        parser.error("options stand after the subcommand, like: client list --server HOST:PORT")
-
-
-def _describe_unknown(words: Sequence[str], parser: Parser) -> str:
-    """Name the first unknown word, but not a value: a value may be a secret."""
-    word = words[0]
-    if word.startswith("--"):
-        name = word.partition("=")[0]
-        known = [option for action in parser.added for option in action.option_strings]
-        return f"unknown option {name}{_similar(name, known)}"
-    return f"unknown option {word[:2]}" if word.startswith("-") else "too many words"
-
-
-def _similar(word: str, known: Sequence[str]) -> str:
-    """Return a question about the known word that is most like this one, or nothing."""
-    import difflib
-
-    near = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _split_start(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Find the job's command and its arguments in either form of `start` and `run`."""
     words = arguments.words
@@ -141,14 +112,17 @@ def _split_start(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         # argparse ends -args at `--`, and leaves that and the following words to `words`.
         arguments.args = words = arguments.args + words
     elif words:
-        if arguments.command is not None:
-            parser.error(
-                f"two commands: {arguments.command!r} and {words[0]!r}; arguments follow -args"
-            )
         command = words[1:] if words[0] == "--" else words
-        arguments.command, arguments.args = (command[0], command[1:]) if command else (None, [])
+        if arguments.command is not None and command:
+            parser.error(
+                f"two commands: {arguments.command!r} and {command[0]!r}; arguments follow -args"
+            )
+        if command:
+            arguments.command, arguments.args = command[0], command[1:]
     if arguments.command is None:
         parser.error("the command is missing; give -c COMMAND, or -- COMMAND ARGUMENTS")
+    if arguments.keep_open and not arguments.stdin:
+        parser.error("--keep-open needs --stdin")
     arguments.args = arguments.args or []
     arguments.own_words -= len(words)
 
@@ -331,7 +305,9 @@ def _add_connection(parser: Parser, *, with_token: bool) -> None:
 
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=["bash", "zsh", "fish"], help="the shell of the script")
+    parser.add_argument(
+        "shell", choices=["bash", "zsh", "fish"], metavar="SHELL", help="bash, zsh or fish"
+    )
     parser.add_argument(
         "--candidates",
         action="store_true",
@@ -380,8 +356,13 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         help="send stdin to the job, to its end (default: the job's stdin is /dev/null)",
     )
     parser.add_argument(
+        "-k",
+        "--keep-open",
+        action="store_true",
+        help="with -i: leave the job's input open for `client send` (default: end it)",
+    )
+    parser.add_argument(
         "--name",
-        default="",
         metavar="NAME",
         help="a name that the job can be found by: letters, digits and _ . -, but nothing that "
         "could be the beginning of an ID",
@@ -413,7 +394,6 @@ def _add_surroundings(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what the job finds when it begins."""
     parser.add_argument(
         "--cwd",
-        default="",
         metavar="DIR",
         help="the directory on the server in which the job begins; a relative path begins at your "
         "home there (default: that home)",

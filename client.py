@@ -54,14 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _EXIT_SIGINT
     except UnicodeEncodeError as error:
-        print(f"client: an argument is not valid UTF-8: {error.object!r}", file=sys.stderr)
+        print(
+            f"client: an argument is not valid UTF-8: {error.object!r}; to send other bytes, "
+            "put the command into a script, and: client run -i -- sh -s <SCRIPT",
+            file=sys.stderr,
+        )
         return exit_error
     except OSError as error:
         # Stdout still holds output that it cannot write. At exit Python would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return _EXIT_SIGPIPE
-        print(f"client: cannot read or write: {error.strerror or error}", file=sys.stderr)
+        where = "write to stdout" if error.filename is None else f"use {error.filename}"
+        print(f"client: cannot {printable(where)}: {error.strerror or error}", file=sys.stderr)
         return exit_error
 
 

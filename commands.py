@@ -42,9 +42,13 @@ _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 def _start(client: Client, arguments: argparse.Namespace) -> None:
     job_id = _start_job(client, arguments)
-    print(printable(job_id), flush=True)
+    try:
+        print(printable(job_id), flush=True)
+    except OSError:
+        _warn(f"the job was started; its ID is {job_id}")
+        raise
     if arguments.stdin:
-        stdin.send(client, job_id)
+        stdin.send(client, job_id, end=not arguments.keep_open)
 
 
 def _start_job(client: Client, arguments: argparse.Namespace) -> str:
@@ -55,8 +59,15 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
 
     names = (*LIMIT_FIELDS, *TIME_FIELDS)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    options |= {"env": read_variables(arguments.env_files, arguments.env), "cwd": arguments.cwd}
-    options |= {"stdin": arguments.stdin, "name": arguments.name, "labels": labels_of(arguments)}
+    options |= {
+        "env": read_variables(arguments.env_files, arguments.env),
+        "cwd": arguments.cwd or "",
+    }
+    options |= {
+        "stdin": arguments.stdin,
+        "name": arguments.name or "",
+        "labels": labels_of(arguments),
+    }
     options["keep_tmp"] = arguments.keep_tmp
     options["no_queue"] = arguments.no_queue
     request_id = arguments.request_id or str(uuid.uuid4())
@@ -103,7 +114,7 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
         job_id = _start_job(client, arguments)
         interrupts.pass_on(client, job_id)
         if arguments.stdin:
-            stdin.send_meanwhile(client, job_id, _warn)
+            stdin.send_meanwhile(client, job_id, _warn, end=not arguments.keep_open)
         elif stdin.has_data():
             _warn("stdin is not sent to the job; use run -i to send it")
         chunks = client.stream(job_id, on_lost=tell_loss, on_lost_after=_TELL_LOSS_AFTER_S)
@@ -116,7 +127,7 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
                     error.code,
                 ) from error
             _warn(f"{error}")
-        except (KeyboardInterrupt, BrokenPipeError):
+        except (KeyboardInterrupt, OSError):
             _warn(f"the job goes on; see: client status -j {job_id}")
             raise
         finally:

@@ -374,7 +374,7 @@ class Client:
         if not found:
             raise ClientError(
                 f"no such job: {text or repr(text)}; a job is named by its ID, the beginning of "
-                "its ID, or the name that it was given; see: client list",
+                "its ID, or the name that it was given",
                 "NOT_FOUND",
             )
         some = ", ".join(job.job_id for job in found)

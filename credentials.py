@@ -180,9 +180,11 @@ def warnings_before_expiry(client: Client, arguments: argparse.Namespace) -> lis
 
 
 def _describe(expires_at: int) -> str:
-    """Return the moment and how far it is away, like `2026-12-28 10:00:00 UTC (in 30 days)`."""
+    """Return a moment and how far it is away, like `2026-12-28 10:00:00 UTC (in 30 days)`."""
     left_s = int(expires_at - time.time())
-    away = "today" if left_s < 0 or _HOUR_S <= left_s < _DAY_S else f"in {_in_units(left_s)}"
+    away = "today" if _HOUR_S <= left_s < _DAY_S else f"in {_in_units(left_s)}"
+    if left_s <= 0:
+        away = f"{_in_units(-left_s)} ago"
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(expires_at)) + f" ({away})"
 
 
@@ -209,7 +211,10 @@ def explain_refusal(client: Client, arguments: argparse.Namespace) -> str:
         reason = f"your token expired {moment}; "
     elif certificate and _is_for_another(client.token, certificate.der):
         reason = "your token belongs to another client certificate than the one in use; "
-    return f"{reason}run: {login_command(arguments)}"
+    use = ""
+    if _given_token(arguments) and not getattr(arguments, "token", None):
+        use = ", and set JOBWORKER_TOKEN to the new token, or unset it"
+    return f"{reason}run: {login_command(arguments)}{use}"
 
 
 def _is_for_another(token: str, certificate: bytes) -> bool:
@@ -228,7 +233,6 @@ def _is_for_another(token: str, certificate: bytes) -> bool:
 def login(client: Client, arguments: argparse.Namespace) -> None:
     """Exchange a password for a token; print and keep it."""
     token, _ = client.login(arguments.user, _password(arguments))
-    print(token)
     try:
         _keep_token(arguments, token)
     except OSError as error:
@@ -238,6 +242,7 @@ def login(client: Client, arguments: argparse.Namespace) -> None:
             ),
             file=sys.stderr,
         )
+    print(token)
 
 
 def _password(arguments: argparse.Namespace) -> str:
@@ -305,15 +310,18 @@ def whoami(client: Client, arguments: argparse.Namespace) -> None:
             facts[name] = facts[name] and time.strftime(_RFC_3339, time.gmtime(facts[name]))
         print_json(facts)
         return
-    session_end = facts.pop("session_expires_at")
+    session_end, now = facts.pop("session_expires_at"), time.time()
     if session_end is not None:
-        facts["session"] = f"ends {_describe(session_end)}"
-        if times and times.can_be_refreshed:
+        facts["session"] = f"{'ended' if session_end <= now else 'ends'} {_describe(session_end)}"
+        if times and times.can_be_refreshed and times.expires_at > now:
             facts["session"] += _renewal(times)
     for name in ("token", "certificate"):
         end = facts.pop(f"{name}_expires_at")
-        text = "does not say when it expires" if end is None else f"expires {_describe(end)}"
+        verb = "expired" if end is not None and end <= now else "expires"
+        text = "does not say when it expires" if end is None else f"{verb} {_describe(end)}"
         path = facts.pop(name, None)
         facts[name] = f"{path}, {text}" if path else text
+    if times is not None and times.expires_at <= now:
+        facts["token"] += f"; run: {login_command(arguments)}"
     for name, fact in facts.items():
         print(f"{name:<12}{printable(str(fact or '-'))}")

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _STATUSES = ("QUEUED", "RUNNING", "STOPPED", "FINISHED")
+_STATUS_WORDS = "queued, running, stopped or finished"
 _WITH_JOBS = {"stop", "signal", "status", "stream", "send", "remove", "wait"}
 _ONE_JOB = {"stream", "send"}
 _EVERY = {"stop": "all", "remove": "finished"}  # the option that stands for many jobs
@@ -74,6 +75,8 @@ def take_jobs(arguments: argparse.Namespace, unknown: list[str]) -> list[str]:
 def check_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Exit with an error unless the arguments name the jobs that the subcommand needs."""
     name = arguments.subcommand
+    if name == "list" and arguments.quiet and arguments.json:
+        parser.error("give --quiet or --json, but not both")
     if name not in _WITH_JOBS:
         return
     # A word after `--` may be an option in the wrong place, and its value a secret.
@@ -109,9 +112,9 @@ def _add_jobs(parser: argparse.ArgumentParser, *, several: bool) -> None:
 def _add_conditions(parser: argparse.ArgumentParser) -> None:
     """Add the options that pick jobs by what they are."""
     parser.add_argument(
-        "--owner", default="", metavar="USER", help="jobs of this user; only admins see others'"
+        "--owner", metavar="USER", help="jobs of this user; only admins see others'"
     )
-    parser.add_argument("--name", default="", metavar="NAME", help="jobs with this name")
+    parser.add_argument("--name", metavar="NAME", help="jobs with this name")
     add_labels(parser, "jobs with this label; if repeated, with all of them")
     parser.add_argument(
         "--since",
@@ -141,10 +144,10 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
         dest="statuses",
         action="append",
         default=[],
-        type=str.upper,
+        type=_status,
         choices=_STATUSES,
         metavar="STATUS",
-        help="jobs with this status: running, stopped or finished; if repeated, any of them",
+        help=f"jobs with this status: {_STATUS_WORDS}; if repeated, any of them",
     )
 
 
@@ -162,8 +165,8 @@ def conditions_of(arguments: argparse.Namespace) -> dict[str, Any]:
         now = datetime.now(UTC)
         since = now - timedelta(seconds=min(arguments.since, now.timestamp()))
     return {
-        "owner": arguments.owner,
-        "name": arguments.name,
+        "owner": arguments.owner or "",
+        "name": arguments.name or "",
         "labels": labels_of(arguments),
         "since": since,
     }
@@ -211,6 +214,12 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
+
+
+def _status(text: str) -> str:
+    if text.upper() not in _STATUSES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a status; write {_STATUS_WORDS}")
+    return text.upper()
 
 
 def _label(text: str) -> tuple[str, str]:

@@ -41,9 +41,9 @@ def has_data() -> bool:
     return stat.S_ISFIFO(status.st_mode)
 
 
-def send(client: Client, job_id: str) -> None:
-    """Send all of stdin to the job, and end its input. Raises ClientError, OSError."""
-    client.write_input(job_id, _chunks())
+def send(client: Client, job_id: str, *, end: bool = True) -> None:
+    """Send all of stdin to the job, and end its input or leave it open. Raises ClientError."""
+    client.write_input(job_id, _chunks(), end=end)
 
 
 def send_more(client: Client, arguments: argparse.Namespace) -> None:
@@ -73,18 +73,18 @@ def _without_beginning(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
         )
 
 
-def send_meanwhile(client: Client, job_id: str, warn: Callable[[str], object]) -> None:
+def send_meanwhile(
+    client: Client, job_id: str, warn: Callable[[str], object], *, end: bool = True
+) -> None:
     """Do what `send` does in a thread, which calls `warn` if the job does not get all of stdin."""
     import threading
 
     def run() -> None:
         try:
-            send(client, job_id)
+            send(client, job_id, end=end)
         except ClientError as error:
             if error.code not in _TOLD_OTHERWISE:
                 warn(f"the job does not get the rest of its input: {error}")
-        except OSError as error:
-            warn(f"stdin cannot be read: {error.strerror}; the job's input stays open")
 
     threading.Thread(target=run, name="stdin", daemon=True).start()
 
@@ -98,6 +98,11 @@ def _chunks() -> Iterator[bytes]:
         except BlockingIOError:  # whoever gave us this stdin has made it non-blocking
             poll.poll()
             continue
+        except OSError as error:
+            raise ClientError(
+                f"stdin cannot be read: {error.strerror}; the job's input stays open, client send "
+                "continues it"
+            ) from error
         if not data:
             return
         yield data

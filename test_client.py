@@ -1432,8 +1432,32 @@ def test_output_that_cannot_be_written_is_told(
         )
     assert (result.returncode, result.stderr) == (
         1,
-        "client: cannot read or write: No space left on device\n",
+        "client: cannot write to stdout: No space left on device\n",
     )
+
+
+@pytest.mark.parametrize("words", [["start"], ["run"]])
+def test_job_whose_client_cannot_write_is_named(
+    cli: _Program, connect: Connect, words: list[str]
+) -> None:
+    """On stderr, because the job goes on."""
+    with (
+        open("/dev/full", "wb") as full,
+        cli.start(*words, "echo", "x", stdout=full.fileno()) as process,
+    ):
+        _, stderr = process.communicate(timeout=GUARD_S)
+    [job_id] = re.findall(rb"client: the job .* ([0-9a-f-]{36})\n", stderr)
+    assert b"client: cannot write to stdout: No space left on device\n" in stderr
+    assert connect().status(job_id.decode()).command == "echo"
+
+
+def test_login_that_cannot_write_has_kept_the_token(stranger: _Program) -> None:
+    """The next commands use the kept one, whatever happens to the printed one."""
+    with open("/dev/full", "wb") as full:
+        words = ("login", "-u", "user", "-p", "user")
+        with stranger.start(*words, stdout=full.fileno()) as process:
+            assert process.wait(GUARD_S) == 1
+    assert "\nuser        user\n" in "\n" + stranger.read("whoami")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -1455,7 +1479,7 @@ def test_stream_that_fits_only_in_part_is_told(
     assert 0 < (tmp_path / "file").stat().st_size < 5000
     assert (result.returncode, result.stderr) == (
         1,
-        "client: cannot read or write: File too large\n",
+        "client: cannot write to stdout: File too large\n",
     )
 
 
@@ -1932,7 +1956,9 @@ def test_command_that_cannot_be_executed_is_told(cli: _Program, command: str, pr
 def test_argument_that_is_not_utf_8_is_told(cli: _Program) -> None:
     """The protocol cannot carry it."""
     line = cli.fail("start", "echo", os.fsdecode(b"\xff"))
-    assert "not valid UTF-8" in line
+    assert line.startswith(
+        r"client: an argument is not valid UTF-8: '\udcff'; to send other bytes,"
+    )
 
 
 # --- help -------------------------------------------------------------------------------

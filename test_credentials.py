@@ -87,11 +87,22 @@ def test_certificate_that_expires_within_14_days_is_told_in_advance(
     )
 
 
+def test_whoami_shows_since_when_a_token_has_expired(cli: ClientProgram) -> None:
+    """With the command that gets a new one, and where the new one belongs."""
+    cli.environment["JOBWORKER_TOKEN"] = _token(-2 * _DAY_S - 60)
+    assert re.search(
+        r"^token       expired \S+ \S+ UTC \(2 days ago\); run: client login -u USER$",
+        cli.read("whoami"),
+        re.MULTILINE,
+    )
+
+
 def test_refused_token_that_has_expired_is_explained(cli: ClientProgram) -> None:
     """With the day, and the command that gets a new one."""
     cli.environment["JOBWORKER_TOKEN"] = _token(-_DAY_S)
     assert re.search(
-        r"; your token expired \d{4}-\d\d-\d\d \d\d:\d\d UTC; run: client login -u USER\n$",
+        r"; your token expired \d{4}-\d\d-\d\d \d\d:\d\d UTC; run: client login -u USER, and set "
+        r"JOBWORKER_TOKEN to the new token, or unset it\n$",
         cli.fail("list"),
     )
 
@@ -101,7 +112,7 @@ def test_refused_token_of_another_certificate_is_explained(cli: ClientProgram, c
     options = ("--cert", str(certs / "other.pem"), "--key", str(certs / "other-key.pem"))
     assert cli.fail("list", *options).endswith(
         "; your token belongs to another client certificate than the one in use; run: client login "
-        "-u USER\n"
+        "-u USER, and set JOBWORKER_TOKEN to the new token, or unset it\n"
     )
 
 

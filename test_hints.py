@@ -103,6 +103,8 @@ def test_words_of_the_server_that_say_nothing_to_do_are_completed(
         ([], "the subcommand is missing; begin with: client login -u USER"),
         (["lst"], "there is no subcommand 'lst'; did you mean list?"),
         (["xyz"], "there is no subcommand 'xyz'"),
+        (["logs", "x"], "there is no subcommand 'logs'; did you mean stream?"),
+        (["-V"], "unknown option -V"),
         (
             ["--server", "h:1", "list"],
             "options stand after the subcommand, like: client list --server HOST:PORT",
@@ -114,6 +116,35 @@ def test_wrong_first_word_is_explained(
 ) -> None:
     """In one line, with exit status 2."""
     assert stranger.run(*arguments) == (2, b"", f"client: {message}; see client --help\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "stop --all --name=",
+            "the value of --name is empty; is it a shell variable that is not set?",
+        ),
+        ("list --token=", "the value of --token is empty; is it a shell variable that is not set?"),
+        ("start --env=-- true", "-- cannot be the value of --env"),
+        ("start -c true -- false", "two commands: 'true' and 'false'; arguments follow -args"),
+        ("start -k true", "--keep-open needs --stdin"),
+        ("list -q --json", "give --quiet or --json, but not both"),
+        ("list --bogus", "unknown option --bogus"),
+        (
+            "list --status done",
+            "argument --status: 'done' is not a status; write queued, running, stopped or finished",
+        ),
+        ("completion", "the following arguments are required: SHELL"),
+    ],
+)
+def test_wrong_usage_is_explained(stranger: ClientProgram, words: str, message: str) -> None:
+    """An empty value does not count as none: it would mean all jobs, or the kept token."""
+    name = words.partition(" ")[0]
+    assert stranger.run(*words.split()) == (
+        *(2, b""),
+        f"client {name}: {message}; see client {name} --help\n",
+    )
 
 
 def test_unknown_option_is_told_with_the_nearest_one(stranger: ClientProgram) -> None:

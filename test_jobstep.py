@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from testkit import GUARD_S
+from testkit import GUARD_S, make_fifo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -238,11 +238,14 @@ def test_input_is_passed_on_and_acknowledged(begin: Begin) -> None:
     assert end["exit_code"] == 0
 
 
-def test_closed_input_is_told(begin: Begin) -> None:
+def test_closed_input_is_told(begin: Begin, tmp_path: Path) -> None:
     """As soon as the command has closed its stdin."""
-    step = begin("sh", "-c", "exec <&-; sleep 1000", stdin=True)
+    fifo = make_fifo(tmp_path / "fifo")
+    step = begin("sh", "-c", f"exec <&-; read -r go <{fifo}", stdin=True)
     assert step.event()["event"] == "started"
     assert step.event()["event"] == "closed"
+    fifo.write_bytes(b"\n")
+    assert step.wait()[1]["exit_code"] == 0
 
 
 def test_limit_that_is_not_enforced_keeps_the_command_from_running(begin: Begin) -> None:

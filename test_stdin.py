@@ -234,15 +234,17 @@ def test_send_continues_an_input_that_broke_off(cli: ClientProgram, connect: Con
 
 
 def test_send_adds_to_an_input_and_ends_it(cli: ClientProgram, connect: Connect) -> None:
-    """-k leaves it open; an empty stdin ends it. A job is named in any way."""
+    """-k leaves it open, also at the start; an empty stdin ends it. A job is named in any way."""
     client = connect()
-    job_id = client.start("cat", stdin=True)
+    status, stdout, _ = cli.run("start", "-i", "-k", "--", "cat", stdin=b"zero\n")
+    assert status == 0
+    job_id = stdout.decode().strip()
     for data in (b"one\n", b"two\n"):
         assert cli.run("send", "-k", "-j", job_id[:12], stdin=data) == (0, b"", "")
     stdin = client.status(job_id).stdin
-    assert (stdin.bytes, stdin.ended) == (8, False)
+    assert (stdin.bytes, stdin.ended) == (13, False)
     assert cli.run("send", job_id, stdin=b"") == (0, b"", "")
-    assert b"".join(client.stream(job_id)) == b"one\ntwo\n"
+    assert b"".join(client.stream(job_id)) == b"zero\none\ntwo\n"
     assert cli.fail("send", job_id).startswith("client: ")
 
 
