@@ -104,8 +104,9 @@ _CAPABILITIES = (
 class _ForkServer:
     """Serves the requests of the main process, and reaps.
 
-    `sock`: where the requests come. `main_fd`: a pidfd of the main process. `state`: what another
-    program has left that this process executed before (`_execute_anew`), as JSON; "" for none.
+    `sock`: where the requests come. `main_fd`: readable when the main process ends: a pidfd, later
+    a `Lifeline`. `state`: what another program has left that this process executed before
+    (`_execute_anew`), as JSON; "" for none.
     """
 
     def __init__(
@@ -286,6 +287,8 @@ class _ForkServer:
                     kept = self._adopt(request["job"], *fds)
                     answer = {"pid": kept.pid, "notes": kept.notes, "fds": len(kept.fds)}
                     passed += map(os.dup, kept.fds)
+                case "lifeline":
+                    os.dup2(fds[0], self._main_fd, inheritable=False)
                 case other:
                     self._do(other, request, fds)
         except (OSError, ValueError, TypeError, LookupError) as error:

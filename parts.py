@@ -202,6 +202,7 @@ class Parts:
 
     def begin(self) -> None:
         """Start the threads."""
+        self.spawner.hold_lifeline()
         self.spares.fill()
         self.registry.trim()
 

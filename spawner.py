@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import takeover
 from descriptors import with_reserve
+from lifeline import Lifeline
 from messages import AttachError, EnterError, close_all, error_of, receive, send, wait_ready
 from successor import PROGRAM, open_own_pidfd
 
@@ -156,6 +157,7 @@ class Spawner:
         self._lock = threading.Lock()
         self.keeps_jobs = restart is not None or heritage is not None
         self._process: subprocess.Popen[bytes] | None = None  # None: not a child of ours
+        self._lifeline: Lifeline | None = None
         if heritage is not None:
             self._socket, self.pid, self.pidfd = heritage.sock, heritage.pid, heritage.pidfd
             return
@@ -189,6 +191,17 @@ class Spawner:
             self.pid = self._process.pid
             self.pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
+
+    def hold_lifeline(self) -> None:
+        """Have the fork server notice our end even if a thread of ours hangs in the kernel.
+
+        Call it when this process has given up its rights, and before there are jobs. Where the
+        kernel does not permit it, the fork server watches a pidfd (`open_own_pidfd`). Raises
+        `SpawnerDiedError`.
+        """
+        with contextlib.suppress(OSError):
+            self._lifeline = Lifeline()
+            self._collect(self._ask({"op": "lifeline"}, [self._lifeline.fileno()]), _ANSWER_S)
 
     def _prepare_restart(
         self, restart: Restart, fds: list[int], given: contextlib.ExitStack
@@ -448,7 +461,9 @@ class Spawner:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
-            return True
+        if self._lifeline is not None:
+            self._lifeline.close()
+        return True
 
     def __enter__(self) -> Self:
         return self

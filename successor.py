@@ -153,10 +153,10 @@ def _check_program() -> None:
 
 
 def open_own_pidfd() -> int:
-    """Open a pidfd that is readable as soon as this process begins to die.
+    """Open a pidfd that is readable when the first thread of this process has ended.
 
-    A dying process can be held up by a thread that the kernel cannot end. So the end of its
-    first thread counts. Before Linux 6.9 only the end of the whole process can be watched.
+    Another thread may hang in the kernel, so that the process does not end. Before Linux 6.9 only
+    the end of the whole process can be watched.
     """
     try:
         return os.pidfd_open(os.getpid(), _PIDFD_THREAD)

@@ -62,7 +62,8 @@ _MODULES = {
         "forkserver": "cgroupfs children estate inherited leader leaders leftovers messages "
         "privileges takeover",
         "successor": "cgroups errors messages takeover; limits",
-        "spawner": "descriptors messages successor takeover",
+        "lifeline": "",
+        "spawner": "descriptors lifeline messages successor takeover",
         "cgroups": "cgroupfs limits",
         "scratch": "leftovers messages privileges",
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory scratch",

@@ -114,29 +114,24 @@ def descriptors_of(pid: int | str = "self") -> list[str]:
     return sorted(os.listdir(f"/proc/{pid}/fd"))
 
 
-# A filter of system calls, seccomp(2): the call's number; if it is clone3's (435),
-# SECCOMP_RET_ERRNO, else SECCOMP_RET_ALLOW.
-_REFUSE_CLONE3 = (
-    (0x20, 0, 0, 0),
-    (0x15, 0, 1, 435),
-    (6, 0, 0, 0x5_0000 | errno.ENOSYS),
-    (6, 0, 0, 0x7FFF_0000),
-)
+def refuse_call(number: int, error: int) -> None:
+    """Have the kernel answer a system call with an errno to this thread, and to what it starts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    # A filter for seccomp(2): the call's number; if it is this one, SECCOMP_RET_ERRNO, else
+    # SECCOMP_RET_ALLOW.
+    refuse, allow = 0x5_0000 | error, 0x7FFF_0000
+    rules = ((0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, refuse), (6, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in rules))
+    program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert libc.prctl(22, 2, program) == 0, os.strerror(ctypes.get_errno())  # PR_SET_SECCOMP
+    assert libc.syscall(number, None, 0) == -1
+    assert ctypes.get_errno() == error
 
 
 def refuse_clone3() -> None:
-    """Have the kernel answer clone3 with ENOSYS to this thread, and to what it starts.
-
-    As Docker and systemd's RestrictNamespaces= have it.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = b"".join(struct.pack("HBBI", *each) for each in _REFUSE_CLONE3)
-    rules = ctypes.create_string_buffer(code)
-    program = struct.pack("HxxxxxxP", len(_REFUSE_CLONE3), ctypes.addressof(rules))
-    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-    assert libc.prctl(22, 2, program) == 0, os.strerror(ctypes.get_errno())  # PR_SET_SECCOMP
-    assert libc.syscall(435, None, 0) == -1
-    assert ctypes.get_errno() == errno.ENOSYS
+    """Have clone3 refused, as Docker and systemd's RestrictNamespaces= have it."""
+    refuse_call(435, errno.ENOSYS)
 
 
 def without_clone3(function: Callable[[], None]) -> None:
