@@ -38,8 +38,26 @@ if TYPE_CHECKING:
 pytest_plugins = ["cluster_plugin", "kernel_plugin", "time_limit_plugin"]
 _HERE = Path(__file__).resolve().parent
 
+
+def _interrupt(*_: object) -> None:
+    # pytest-xdist interrupts a worker twice: the second time its fixtures are ending their servers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 # A shell has what it runs in the background ignore Ctrl-C, and so would all programs of the tests.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(
+    signal.SIGINT,
+    _interrupt if "PYTEST_XDIST_WORKER" in os.environ else signal.default_int_handler,
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let workers of pytest-xdist end their servers before they are killed."""
+    if config.getoption("numprocesses", None):
+        from xdist.workermanage import NodeManager
+
+        NodeManager.EXIT_TIMEOUT = 60
 
 
 @pytest.fixture
