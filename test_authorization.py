@@ -645,6 +645,7 @@ def _z(differences: Sequence[float]) -> float:
     return (2 * sum(signs) - len(signs)) / math.sqrt(len(signs))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", _WITH_JOB)
 @pytest.mark.parametrize("state", ["running", "finished"])
 def test_foreign_and_absent_take_the_same_time(
