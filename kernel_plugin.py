@@ -3,10 +3,10 @@
 If the host has a cgroup v2 with all controllers, the tests run on the host like any other test.
 Otherwise the plugin replaces each test by a stand-in of the same name, and boots two kernels with
 one processor each (scripts/kernel-run), the guests. They run beside the tests of the host, which
-have precedence. In each guest another pytest runs half of the tests. That pytest loads this plugin
-too, and there the plugin prints the outcome of each test as a line of JSON. A thread of the host
-reads the lines of a guest. A stand-in waits for the line of its test, and then passes, fails or is
-skipped like the test.
+have precedence. In each guest another pytest runs half of the modules. That pytest loads this
+plugin too, and there the plugin prints the outcome of each test as a line of JSON. A thread of the
+host reads the lines of a guest. A stand-in waits for the line of its test, and then passes, fails
+or is skipped like the test.
 
 If the program that boots a kernel is missing, the tests are skipped. With
 JOBWORKER_REQUIRE_KERNEL=1 in the environment they fail instead.
@@ -14,6 +14,7 @@ JOBWORKER_REQUIRE_KERNEL=1 in the environment they fail instead.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -57,8 +58,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
     if missing:
         return
-    tests = [item.nodeid for item in marked]
-    config.stash[_GUESTS] = [_Guest(half) for half in (tests[::2], tests[1::2]) if half]
+    # A module is in one guest, which makes its fixtures once.
+    modules: dict[str, list[str]] = defaultdict(list)
+    for item in marked:
+        modules[item.nodeid.partition("::")[0]].append(item.nodeid)
+    each = list(modules.values())
+    halves = [list(itertools.chain(*half)) for half in (each[::2], each[1::2])]
+    config.stash[_GUESTS] = [_Guest(half) for half in halves if half]
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:
