@@ -188,6 +188,7 @@ def choose_uids(isolation: str, text: str, *, of_host: bool) -> tuple[int | None
     if isolation == "off":
         return None, None
     uid = os.geteuid()
+    _range_of(text)  # a mistake is told also where it has no effect
     if not can_change_user():
         warning = _SHARED_UID.format(uid=uid)
         if isolation == "require" or of_host:
@@ -240,14 +241,7 @@ def parse_uids(text: str) -> range:
     The range must have two uids or more, none of them below 1000, and the user namespace of
     this process must map them all.
     """
-    first, dash, last = text.partition("-")
-    if not dash or _number(first) < 0 or _number(last) < 0:
-        raise AccountsError(f"--uids {text!r} is not FIRST-LAST, like 70000-79999")
-    uids = range(_number(first), _number(last) + 1)
-    if not (uids.start >= _UID_MIN and uids.stop - 1 <= _UID_MAX and len(uids) > 1):
-        raise AccountsError(
-            f"--uids {text} must be a range of two uids or more, from {_UID_MIN} up"
-        )
+    uids = _range_of(text)
     for name in ("uid_map", "gid_map"):
         mapped = [
             range(int(inside), int(inside) + int(count))
@@ -260,6 +254,18 @@ def parse_uids(text: str) -> range:
                 f"--uids {text} is not available in this user namespace; choose from "
                 + (", ".join(f"{each.start}-{each.stop - 1}" for each in mapped) or "none")
             )
+    return uids
+
+
+def _range_of(text: str) -> range:
+    first, dash, last = text.partition("-")
+    if not dash or _number(first) < 0 or _number(last) < 0:
+        raise AccountsError(f"--uids {text!r} is not FIRST-LAST, like 70000-79999")
+    uids = range(_number(first), _number(last) + 1)
+    if not (uids.start >= _UID_MIN and uids.stop - 1 <= _UID_MAX and len(uids) > 1):
+        raise AccountsError(
+            f"--uids {text} must be a range of two uids or more, from {_UID_MIN} up"
+        )
     return uids
 
 

@@ -100,6 +100,8 @@ def _written(value: Any, kind: Key) -> str | None:
     """Write a number in the form of its key; None if it is not set."""
     if value is None:
         return _text(UNLIMITED) if kind.may_be_unlimited else None
+    if kind.form == TIME and not value:
+        return '"0s"'
     units = {SIZE: _SIZES, TIME: _TIMES}.get(kind.form, ())
     for unit, factor in units:
         if value and value % factor == 0:

@@ -241,8 +241,7 @@ def listen(where: str) -> Listener:
     family, _, _, _, address = found[0]
     if not all(ip_address(str(each[4][0]).partition("%")[0]).is_loopback for each in found):
         raise ValueError(
-            f"{where} can be reached from elsewhere, without TLS or a password; name a loopback "
-            "address like 127.0.0.1:9464, or unix:PATH"
+            f"{where} can be reached from elsewhere, and metrics have no TLS and no password"
         )
     sock = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     bound = join_address(host, sock.getsockname()[1])

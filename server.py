@@ -329,7 +329,8 @@ class Server:
             # Python adds the address to the reason.
             reason = in_words(error).partition(" (while attempting")[0]
             raise SettingsError(
-                f"--metrics {where}: {reason}; name a free address of this host, or unix:PATH"
+                f"--metrics {where}: {reason}; name a free loopback address like 127.0.0.1:9464, "
+                "or unix:PATH"
             ) from error
         server = metrics.http_server(
             listener, lambda: metrics.text_of(self._metrics, self.status())

@@ -20,7 +20,7 @@ import select
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import adminsocket
 import hostcheck
@@ -65,12 +65,19 @@ class _Command:
     """Does what the command is for, and returns the exit status."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line, as every error is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the server's command line; exits for `--help` and wrong usage.
 
     `run` of the result runs the command; it is None if the server is to serve.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="server",
         description="Run commands for clients that log in over mutual TLS.",
         epilog="SIGTERM or Ctrl-C stops the server and every job. SIGHUP makes it read the "

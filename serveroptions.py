@@ -184,7 +184,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "restart_window": Option(
         "restart_window",
         "how long jobs go on when the server has ended, and wait for the next one, like 5m; 0 ends "
-        "them with the server (default: 0)",
+        "them with the server",
         "TIME",
         RESTART_WINDOW,
     ),

@@ -147,10 +147,13 @@ class Key:
         """Convert a value of the file; None for "unlimited". Raises ValueError."""
         if self.may_be_unlimited and written == UNLIMITED:
             return None
-        if self.form == SIZE and isinstance(written, str):
-            written = parse_size(written)
-        if self.form == TIME and isinstance(written, str):
-            written = parse_duration(written)
+        parse = {SIZE: parse_size, TIME: parse_duration}.get(self.form)
+        if parse and isinstance(written, str):
+            try:
+                written = parse(written)
+            except ValueError as error:
+                # Without the form that it proposes: the caller knows the one of the file.
+                raise ValueError(str(error).partition("; write")[0]) from None
         number = int | float if self.form in {_NUMBER, TIME} else int
         if not isinstance(written, number) or isinstance(written, bool):
             raise ValueError(f"cannot be {written!r}")  # noqa: TRY004 -- callers expect one error

@@ -145,16 +145,24 @@ def test_false_is_the_default_of_a_flag(read: Read) -> None:
         (["--max-streams", "x"], "--max-streams: cannot be 'x'; write a whole number"),
         (["--state-dir", ""], "--state-dir: must not be empty"),
         (["--stat=x"], "unrecognized arguments"),
+        (
+            ["--restart-window", "x"],
+            "--restart-window: 'x' is not a time; write a time like \"7d\";",
+        ),
+        (["bogus"], "argument COMMAND: invalid choice: 'bogus'"),
     ],
 )
 def test_mistake_on_the_command_line_is_told(
     words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """argparse exits with 2."""
+    """In one line, with exit status 2."""
     with pytest.raises(SystemExit) as end:
         parse_arguments(words)
     assert end.value.code == 2
-    assert problem in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert problem in told
+    assert told.endswith("; see server --help\n")
+    assert told.count("\n") == 1
 
 
 def test_file_that_others_could_change_is_not_read(public: Path) -> None:

@@ -64,14 +64,14 @@ def format_size(number: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return the time in its two largest units, like `3d 4h`."""
+    """Return the time in its two largest units, like `3d 4h`; without the second if it is 0."""
     parts: list[str] = []
     left = int(seconds)
     for unit in ("d", "h", "m", "s"):
         count, left = divmod(left, _SECONDS[unit])
         if count or parts:
             parts.append(f"{count}{unit}")
-    return " ".join(parts[:2]) or "0s"
+    return " ".join(part for part in parts[:2] if part[0] != "0") or "0s"
 
 
 def parse_address(text: str) -> tuple[str, int]:
