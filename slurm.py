@@ -1,13 +1,14 @@
 """Slurm as jobs need it: the operator's settings, srun's command line, the queue, leftovers.
 
-    cluster = Cluster(SlurmSettings(conf="/etc/slurm/slurm.conf"), instance="3f2a")
-    argv = cluster.srun(work, job_id, no_queue=False)
-    cluster.reasons()              # {"17": "Resources"}: the jobs that wait, by Slurm's number
+    cluster = Cluster(SlurmSettings(conf="/etc/slurm/slurm.conf"), "3f2a", "require")
+    argv = cluster.srun(work, job_id, variables=1)
+    cluster.reason("17")           # "Resources": why Slurm's job 17 waits
 
-Every job of a worker has the name jw-INSTANCE in Slurm, and its own ID as comment. So the worker
-finds what a former run of it has left behind. Any user of the cluster can give a job such a name,
-and a comment with newlines, which squeue prints as they are. So a line of squeue is only a claim:
-`confirms` asks again for the job alone.
+Every job of a worker has the name jw-INSTANCE in Slurm. Its comment begins with its own ID. So the
+worker finds what a former run of it has left behind. Any user of the cluster can give a job such a
+name, and a comment with newlines, which squeue prints as they are. So a line of squeue is only a
+claim: `confirms` asks again for the job alone. The comment also has the limits that Slurm does not
+set and `deploy/slurm-prolog` sets on the node.
 
 This module is part of the library, and calls Slurm's programs only. `jobstep.py` is what srun
 executes on the node.
@@ -47,7 +48,7 @@ _ANSWER_S = 10.0  # how long one of Slurm's programs may take
 _REASONS_S = 1.0  # how long the reasons of the queue stay true enough
 _MIB = 1024 * 1024
 _NUMBER = re.compile("[0-9]+")
-_JOB_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_JOB_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(?= |$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class QueuedJob(NamedTuple):
     """A job as squeue shows it."""
 
     number: str  # Slurm's
-    job_id: str  # ours: its comment
+    job_id: str  # ours: the first word of its comment
     uid: int
 
 
@@ -97,7 +98,8 @@ class Cluster:
         exported = ",".join(f"JW_{number}" for number in range(variables))
         options = [
             *("--unbuffered", "--ntasks=1", "--nodes=1", "--chdir=/", "--mpi=none"),
-            *("--cpu-bind=none", f"--job-name={self.name}", f"--comment={job_id}"),
+            *("--cpu-bind=none", f"--job-name={self.name}"),
+            f"--comment={' '.join([job_id, *_for_prolog(limits)])}",
             f"--export={exported}",
             # Slurm gives whole cores, so a fraction is rounded up.
             f"--cpus-per-task={math.ceil(limits.cpu_cores or 1)}",
@@ -135,15 +137,17 @@ class Cluster:
         lines = self._ask("squeue", "--noheader", "--format=%i|%U|%k")
         parts = [line.split("|", 2) for line in lines if line.count("|") >= 2]  # noqa: PLR2004
         return [
-            QueuedJob(number, job_id, int(uid))
-            for number, uid, job_id in parts
-            if _NUMBER.fullmatch(number) and _NUMBER.fullmatch(uid) and _JOB_ID.fullmatch(job_id)
+            QueuedJob(number, found[0], int(uid))
+            for number, uid, comment in parts
+            if _NUMBER.fullmatch(number)
+            and _NUMBER.fullmatch(uid)
+            and (found := _JOB_ID.match(comment))
         ]
 
     def confirms(self, job: QueuedJob) -> bool:
         """Ask Slurm for this job alone: has it our name, this user, and this ID as comment?"""
         lines = self._ask("squeue", "--noheader", f"--jobs={job.number}", "--format=%U|%k")
-        return lines == [f"{job.uid}|{job.job_id}"]
+        return len(lines) == 1 and lines[0].split(" ")[0] == f"{job.uid}|{job.job_id}"
 
     def cancel_command(self, numbers: Sequence[str]) -> list[str]:
         """Return a command that ends jobs of this worker, waiting and running."""
@@ -201,6 +205,21 @@ class Cluster:
             for name, value in asked.items()
             if value is not None
         }
+
+
+def _for_prolog(limits: Limits) -> list[str]:
+    """Return the limits that `deploy/slurm-prolog` sets, in the words of io.max.
+
+    Slurm itself sets `cpu_cores`, `memory_bytes` and, with cgroup v2, `swap_bytes`.
+    """
+    values = {
+        "pids": limits.pids,
+        "rbps": limits.io_read_bps,
+        "wbps": limits.io_write_bps,
+        "riops": limits.io_read_iops,
+        "wiops": limits.io_write_iops,
+    }
+    return [f"{name}={value}" for name, value in values.items() if value is not None]
 
 
 def step_order(work: Work, env: Mapping[str, str], **more: object) -> dict[str, str]:

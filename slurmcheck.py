@@ -32,7 +32,7 @@ _REMEDIES = {
     "memory_bytes": "ConstrainRAMSpace=yes in cgroup.conf",
     "swap_bytes": "ConstrainSwapSpace=yes in cgroup.conf, with cgroup v2",
 }
-_BY_PROLOG = "Slurm does not set it; a Prolog of yours can, or remove it from [defaults]"
+_BY_PROLOG = "deploy/slurm-prolog sets it with cgroup v2; or remove it from [defaults]"
 
 
 def check(settings: SlurmSettings, limits: Limits) -> Iterator[Finding]:

@@ -7,9 +7,11 @@ left when a part of it dies.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,11 +19,13 @@ import threading
 import tracemalloc
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster_plugin import missing
 from finding import JobFilter
 from slurm import SlurmSettings
 from slurmcheck import check
@@ -107,7 +111,7 @@ def _sruns(job_id: str) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (path / "cmdline").read_bytes().split(b"\0")
-            if words[0] == b"srun" and f"--comment={job_id}".encode() in words:
+            if words[0] == b"srun" and any(job_id.encode() in word for word in words):
                 found.append(int(path.name))
     return sorted(found)
 
@@ -500,13 +504,60 @@ def test_required_limit_that_no_node_enforces(make: Callable[..., SlurmWorker]) 
         worker.start("true", limits=Limits(None, 64 << 20, None, None, 1 << 20, None))
 
 
+@pytest.fixture
+def cluster_v2() -> Iterator[Cluster]:
+    """A node whose limits are those of cgroup v2, with our Prolog. Its kernel is a bootable one."""
+    if problem := missing():
+        pytest.skip(problem)
+    if "JOBWORKER_IN_KERNEL" in os.environ:  # its network is only the loopback
+        socket.sethostname("localhost")
+        subprocess.run(["ip", "addr", "add", "10.9.9.1/32", "dev", "lo"], check=True)
+    top = Path("/sys/fs/cgroup")
+    (top / "system.slice").mkdir(exist_ok=True)
+    for place in (top, top / "system.slice"):
+        (place / "cgroup.subtree_control").write_text("+cpu +io +memory +pids")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        Cluster(Path(name), nodes=1, more=f"Prolog={_HERE}/deploy/slurm-prolog") as cluster,
+    ):
+        yield cluster
+
+
+@pytest.mark.kernel
+def test_node_enforces_each_limit_with_our_prolog(cluster_v2: Cluster) -> None:
+    """So a job that requires them runs; one that requires what Slurm does not enforce does not."""
+    settings = SlurmSettings(conf=str(cluster_v2.conf))
+    limits = Limits(None, 256 << 20, None, 2 << 20, 1 << 20, 30, 300, 200)
+    with SlurmWorker(settings, "v2", enforcement="require", limits=limits) as worker:
+        code = (
+            "import os\n"
+            "try:\n"
+            "    for n in range(100):\n"
+            "        if os.fork() == 0:\n"
+            "            import signal; signal.pause()\n"
+            "except OSError as error: print(n, error.errno, flush=True)"
+        )
+        job, output = _run(worker, "/usr/bin/python3", "-c", code, ending=Ending(linger=0))
+        assert job.end_reason is EndReason.EXITED
+        assert job.limits == replace(limits, swap_bytes=job.limits.swap_bytes)
+        count, number = map(int, output.split())
+        assert (count < 30, number) == (True, errno.EAGAIN)
+        eater, _ = _run(worker, "/usr/bin/python3", "-c", "x = bytearray(500 << 20)")
+        assert eater.end_reason is EndReason.OUT_OF_MEMORY
+        # Slurm 22.05 limits swap to the memory limit, whatever cgroup.conf says.
+        with pytest.raises(ResourceError, match="does not enforce swap_bytes;"):
+            worker.start("true", limits=replace(limits, swap_bytes=0))
+        with pytest.raises(ResourceError, match="does not enforce pids;"):
+            worker.start("true", limits=replace(limits, pids=1))
+
+
 def test_check_says_what_the_cluster_enforces(cluster: Cluster) -> None:
     """Memory here, and nothing that Slurm leaves to a Prolog; and why no job runs, if none does."""
     limits = Limits(None, 64 << 20, None, None, 1 << 20, None)
     job, memory, io_write = check(SlurmSettings(conf=str(cluster.conf)), limits)
     assert (job.works, memory.works, io_write.works) == (True, True, False)
     assert "node" in job.detail
-    assert "Prolog" in io_write.remedy
+    assert "slurm-prolog" in io_write.remedy
     (failed,) = check(SlurmSettings(options=("--partition=none",), conf=str(cluster.conf)), limits)
     assert (failed.works, "nvalid partition" in failed.detail) == (False, True)
 
