@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import socket
     from pathlib import Path
 
-__all__ = ["AdminError", "AdminSocket", "Command", "ask"]
+__all__ = ["AdminError", "AdminSocket", "Command", "NoServerError", "ask"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,10 @@ _READ_BYTES = 64 * 1024
 
 class AdminError(Exception):
     """The server cannot be asked, or has refused; the message says why and what to do."""
+
+
+class NoServerError(AdminError):
+    """No server runs with the state directory."""
 
 
 class AdminSocket:
@@ -119,7 +123,7 @@ def ask(state_dir: Path, command: str, **arguments: Any) -> dict[str, Any]:
             while more := sock.recv(_READ_BYTES):
                 data += more
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        raise AdminError(
+        raise NoServerError(
             f"no server runs with the state directory {state_dir}; name that of the server with "
             "--state-dir, or start the server"
         ) from None

@@ -57,7 +57,13 @@ class Kept:
 
 
 class Estate:
-    """Attributes: `jobs`, what is kept of each; `failures_fd`, for leaders."""
+    """What is kept of all jobs.
+
+    Attributes: `jobs`, what is kept of each; `failures_fd`, for leaders; `is_farewell`, whether
+    leaders that end from now on have been told to.
+    """
+
+    is_farewell = False
 
     def __init__(self) -> None:
         self.jobs: dict[str, Kept] = {}
@@ -137,7 +143,11 @@ class Estate:
         if not end["was_executed"]:
             self.forget(job)
         elif job in self.jobs:
-            self.jobs[job].end = end
+            self.jobs[job].end = end | {"was_killed": self.is_farewell}
+
+    def count_running(self) -> int:
+        """Return how many of the jobs have not ended."""
+        return sum(kept.end is None for kept in self.jobs.values())
 
     def forget(self, job: str) -> None:
         """Keep nothing of the job any more; idempotent."""

@@ -130,6 +130,7 @@ class _ForkServer:
         self._dismantles_at_end = False
         self._fork_child = clone if clone_works() else popen
         self._unadopted: set[str] = set()  # jobs of a former main process, not taken over yet
+        self._until_s = 0.0  # how long it waits for a successor, by `time.monotonic`
         self._is_over = False  # the main process has ended as it should, or nobody is awaited
         self._restart: dict[str, Any] | None = duties["restart"]  # None: without a window
         self._estate = Estate() if self._restart else None
@@ -194,13 +195,13 @@ class _ForkServer:
         self._main_fd = -1
         if self._restart is None or self._listener is None or self._estate is None:
             return
-        until_s = time.monotonic() + self._window_s
+        self._until_s = time.monotonic() + self._window_s
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
         more_to_reap = True
         while self._estate.jobs and not self._is_over:
-            left_s = until_s - time.monotonic()
+            left_s = self._until_s - time.monotonic()
             if left_s <= 0:
                 return
             ready = dict(poll.poll(0 if more_to_reap else min(left_s, _DAY_S) * 1000))
@@ -228,8 +229,12 @@ class _ForkServer:
             if request["op"] == "end":
                 self._is_over = True
                 self._socket = connection  # closed when this process ends, which the other awaits
+                self._bid_farewell()
                 return
-            if problem := refusal(self._duties, self._dismantling, request):
+            if request["op"] == "status" and self._estate is not None:
+                left_s = self._until_s - time.monotonic()
+                send(connection, {"jobs": self._estate.count_running(), "left_s": left_s})
+            elif problem := refusal(self._duties, self._dismantling, request):
                 send(connection, {"refused": problem})
             else:
                 (main_fd,) = fds
@@ -488,6 +493,21 @@ class _ForkServer:
             self._leaders.others.signal(
                 self._leaders.pid_of(job), (signal.SIGTERM, signal.SIGCONT), send
             )
+
+    def _bid_farewell(self) -> None:
+        """Send SIGTERM to every process of every job, and give them some seconds."""
+        assert self._estate is not None  # noqa: S101
+        self._leaders.reap_some()
+        self._estate.is_farewell = True
+        for job in self._estate.jobs:
+            # ESRCH: the job has ended. EPERM: its leader has not begun, and has no user yet.
+            with contextlib.suppress(OSError):
+                self._terminate(job, self._user_of(job))
+        self._leaders.await_ends()
+
+    def _user_of(self, job: str) -> int | None:
+        """Return the user of a job, as the owner of its TMPDIR: only the main process knows it."""
+        return os.stat(f"{self._tmp}/{job}").st_uid if self._uids and self._tmp else None
 
     def _cgroup_of(self, job: str) -> str:
         if not _is_name(job):

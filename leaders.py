@@ -86,18 +86,22 @@ class Leaders:
             self._close_exit_pipes()
 
     def say_farewell(self) -> None:
-        """SIGTERM the leaders, and wait until all children have ended, for up to 5 s."""
+        """SIGTERM the leaders, and `await_ends`."""
         for pid in self._leaders:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGTERM)
+        self.await_ends()
+
+    def await_ends(self) -> None:
+        """Reap until all children have ended, for up to 5 s."""
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
         until_s = time.monotonic() + _FAREWELL_S
-        while children() and (left_s := until_s - time.monotonic()) > 0:
-            if (ended := ended_child()) is None:
+        while (more := self.reap_some()) or children():
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            if not more:
                 signal.sigtimedwait((signal.SIGCHLD,), left_s)
-            else:
-                os.waitpid(ended, 0)
-        self._leaders.clear()
 
     def kill_all(self) -> None:
         """Kill every leader and its group."""

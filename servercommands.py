@@ -33,7 +33,7 @@ from serverfiles import check_files, config_in_force
 from serveroptions import add_options
 from settings import Settings, SettingsError
 from store import back_up
-from successor import end_jobs
+from successor import end_jobs, find_waiting
 from useradmin import UsersFile, add_user, ask, new_password
 from users import Role
 from version import VERSION
@@ -270,7 +270,16 @@ def _add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_status(call: Call) -> int:
-    status = adminsocket.ask(call.settings.state_dir, "status")
+    state_dir = call.settings.state_dir
+    try:
+        status = adminsocket.ask(state_dir, "status")
+    except adminsocket.NoServerError as error:
+        if waiting := find_waiting(state_dir):
+            raise adminsocket.NoServerError(
+                f"no server runs with the state directory {state_dir}, and {waiting}; start the "
+                f"server, or end them: server --state-dir {state_dir} stop --jobs"
+            ) from error
+        raise
     if call.arguments.json:
         print(json.dumps(status, indent=2))
     else:
@@ -310,14 +319,18 @@ def _run_stop(call: Call) -> int:
     state_dir, ends_jobs = call.settings.state_dir, call.arguments.jobs
     try:
         pid = adminsocket.ask(state_dir, "stop", jobs=ends_jobs)["pid"]
-    except adminsocket.AdminError:
+    except adminsocket.NoServerError:
         if not ends_jobs or not end_jobs(state_dir):
             raise
         print("no server was running; the jobs that waited for one have ended")
         return 0
     with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as process:
         wait_ready(process.fileno(), select.POLLIN)
-    print("the server and its jobs have ended" if ends_jobs else "the server has ended")
+    if ends_jobs:
+        print("the server and its jobs have ended")
+    else:
+        waiting = find_waiting(state_dir)
+        print("the server has ended", *([waiting] if waiting else []), sep="; ")
     return 0
 
 

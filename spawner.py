@@ -115,7 +115,8 @@ class Exit(NamedTuple):
     # have ended, or were killed with `Spawner.kill`. It has all fields.
     is_final: bool = True
     # With a restart window only: when the fork server noticed the end, by `time.monotonic`; whether
-    # the leader has executed its command; whether it was killed because no successor came in time.
+    # the leader has executed its command; whether the fork server ended the job, because no
+    # successor came.
     ended_s: float = 0.0
     was_executed: bool = True
     was_killed: bool = False

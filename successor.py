@@ -19,6 +19,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import takeover
@@ -32,7 +33,15 @@ if TYPE_CHECKING:
 
     from limits import Bounds, Enforcement
 
-__all__ = ["PROGRAM", "Heritage", "end_jobs", "open_own_pidfd", "take_over"]
+__all__ = [
+    "PROGRAM",
+    "Heritage",
+    "Waiting",
+    "end_jobs",
+    "find_waiting",
+    "open_own_pidfd",
+    "take_over",
+]
 
 # It imports no site-packages and obeys no PYTHON* variables.
 PROGRAM = (
@@ -126,6 +135,34 @@ def _ask(
         lock_fd = lock_fds[0] if lock_fds else None
         return Heritage(sock, answer["pid"], pidfd, lock_fd, answer["dismantle"])
     raise AssertionError("unreachable")
+
+
+class Waiting(NamedTuple):
+    """What a fork server that waits for a successor says."""
+
+    jobs: int  # that run
+    until_s: float  # by `time.time`
+
+    def __str__(self) -> str:
+        until = time.strftime("%H:%M:%S UTC", time.gmtime(self.until_s))
+        jobs = "1 job goes" if self.jobs == 1 else f"{self.jobs} jobs go"
+        return f"{jobs} on without it until {until}"
+
+
+def find_waiting(directory: str | os.PathLike[str]) -> Waiting | None:
+    """Ask the fork server that waits in the directory; None if there is none.
+
+    Only if no main process runs. Raises OSError.
+    """
+    sock = takeover.connect(directory)
+    if sock is None:
+        return None
+    with sock, contextlib.suppress(EOFError, ConnectionError):  # it has just ended
+        sock.settimeout(_ANSWER_S)
+        send(sock, {"op": "status"})
+        answer, _ = receive(sock)
+        return Waiting(answer["jobs"], time.time() + answer["left_s"])
+    return None
 
 
 def end_jobs(directory: str | os.PathLike[str]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -112,22 +113,28 @@ def test_jobs_end_with_their_server_if_that_is_wanted(place: _Place, ends: str) 
         assert client.status(job_id).end_reason != 0
 
 
-def _run_server(place: _Place, *command: str) -> str:
+def _run_server(place: _Place, *command: str, status: int = 0) -> str:
     result = subprocess.run(
         [sys.executable, _HERE / "server.py", "--state-dir", place.directory / "state", *command],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    return result.stdout
+    assert result.returncode == status, result.stderr
+    return result.stderr if status else result.stdout
 
 
 def test_jobs_that_wait_for_a_server_can_be_ended_without_one(place: _Place) -> None:
-    """The next server says that they were ended by the shutdown."""
+    """Commands say how many wait and until when. The next server says that a shutdown ended them."""
     program = place.start(*_WINDOW)
     with place.client() as client:
         job_id = client.start("sleep", ["infinity"])
-    program.end(signal.SIGTERM)
+    waiting = r"1 job goes on without it until \d\d:\d\d:\d\d UTC"
+    assert re.fullmatch(f"the server has ended; {waiting}\n", _run_server(place, "stop"))
+    program.process.communicate(timeout=GUARD_S)
+    assert re.search(
+        f"no server runs .*, and {waiting}; start", _run_server(place, "status", status=1)
+    )
     assert "have ended" in _run_server(place, "stop", "--jobs")
     place.start(*_WINDOW)
     with place.client() as client:

@@ -517,11 +517,16 @@ def test_successor_without_a_window_ends_its_jobs_with_itself(tmp_path: Path) ->
 
 def test_jobs_can_be_ended_without_a_main_process(tmp_path: Path) -> None:
     """For an operator who does not want to start the next one."""
+    os.mkfifo(tmp_path / "fifo")
     former = Spawner(restart=_restart(tmp_path))
-    pipes = _start(former, "a", "sleep", "infinity")
+    script = "trap 'echo bye; exit 5' TERM; echo up; read -r _ <>$0"
+    pipes = _start(former, "a", "sh", "-c", script, str(tmp_path / "fifo"))
+    assert os.read(pipes.output_fd, 100) == b"up\n"
     former.leave()
     assert end_jobs(tmp_path)
-    assert _read_to_end(pipes.output_fd) == b""
+    assert _read_to_end(pipes.output_fd) == b"bye\n"  # after SIGTERM
+    end = takeover.read_ends(tmp_path)["a"]
+    assert (end["exit_code"], end["was_killed"]) == (5, True)
     assert not end_jobs(tmp_path)
     pipes.close()
     _await_end(former)
