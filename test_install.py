@@ -91,9 +91,13 @@ def test_installation_has_all_that_a_server_needs(root: Path) -> None:
         check=True,
     )
     assert "DNS:jobs.example.org" in subject.stdout
-    unit = (root / "etc/systemd/system/job-worker.service").read_text()
-    assert f"ExecStart={_PREFIX}/server --config /etc/job-worker/server.toml\n" in unit
-    assert "/opt/job-worker" not in unit
+    units = root / "etc/systemd/system"
+    unit, of_jobs = (
+        (units / f"{name}.service").read_text() for name in ("job-worker", "job-worker-jobs")
+    )
+    assert f"ExecStart={_PREFIX}/server --config /etc/job-worker/server.toml" in unit
+    assert f"ExecStop=-{_PREFIX}/server --config /etc/job-worker/server.toml" in of_jobs
+    assert "/opt/job-worker" not in unit + of_jobs
     assert (root / "etc/logrotate.d/job-worker").read_text() == (
         _HERE / "deploy/job-worker.logrotate"
     ).read_text()

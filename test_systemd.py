@@ -236,6 +236,57 @@ def test_renewal(guest: Guest) -> None:
     assert _client(guest, "run -- echo again") == "again\n"
 
 
+def _start_counter(guest: Guest) -> str:
+    """Start a job that prints numbers until the file `end` is in its home."""
+    script = "i=0; until [ -e end ]; do i=$((i + 1)); echo $i; sleep 0.2; done; exit 7"
+    return _client(guest, f"start -- sh -c '{script}'").strip()
+
+
+def _check_counter(guest: Guest, job: str) -> None:
+    """The job has run without a break; no byte of its output is lost or there twice."""
+    assert "RUNNING" in _client(guest, f"status {job}")
+    home = "/var/lib/job-worker/homes/alice"
+    guest.run(f"touch {home}/end")
+    _client(guest, f"wait {job}", status=7)
+    guest.run(f"rm {home}/end")
+    numbers = _client(guest, f"stream {job}").split()
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+
+
+def test_restart(guest: Guest) -> None:
+    """Jobs go on; a stop with a start later is the same to them. New jobs run, too."""
+    job = _start_counter(guest)
+    before = _pid(guest)
+    _follow(guest, "Restart")
+    assert _pid(guest) != before
+    guest.run("systemctl stop job-worker")
+    told = guest.run(f"{_SERVER} status", status=1)
+    assert "1 job" in told
+    guest.run("systemctl start job-worker")
+    assert _client(guest, "run -- echo new") == "new\n"
+    _check_counter(guest, job)
+    assert "does not splice" not in guest.run("journalctl --no-pager -u job-worker")
+
+
+def test_stop_of_the_jobs(guest: Guest) -> None:
+    """With the command while no server runs, or with their unit. Each has a grace."""
+    for command in (
+        f"systemctl stop job-worker; {_SERVER} stop --jobs",
+        "systemctl stop job-worker-jobs",
+    ):
+        polite = _client(
+            guest, "start -- sh -c 'trap \"exit 3\" TERM; while :; do :; done'"
+        ).strip()
+        deaf = _client(guest, "start -- sh -c 'trap \"\" TERM; while :; do :; done'").strip()
+        guest.run(command)
+        assert guest.run("pgrep -f 'trap|forkserver' || true") == ""
+        guest.run("systemctl start job-worker")
+        for job, how in {polite: '"exit_code": 3', deaf: '"signal": 9'}.items():
+            told = _client(guest, f"status --json {job}")
+            assert how in told
+            assert "SERVER_SHUTDOWN" in told
+
+
 def test_metrics_are_scraped(guest: Guest) -> None:
     """With a line in the settings and a restart."""
     line = 'metrics = "127.0.0.1:9464"'
@@ -246,7 +297,8 @@ def test_metrics_are_scraped(guest: Guest) -> None:
 
 
 def test_server_is_back_after_a_kill(guest: Guest) -> None:
-    """systemd starts it again. Tokens stay valid."""
+    """systemd starts it again. Tokens stay valid, and jobs have kept running."""
+    job = _start_counter(guest)
     before = _pid(guest)
     guest.run(f"kill -KILL {before}")
     guest.run(
@@ -255,13 +307,16 @@ def test_server_is_back_after_a_kill(guest: Guest) -> None:
     )
     assert _pid(guest) not in ("0", before)
     assert _client(guest, "run -- echo back") == "back\n"
+    _check_counter(guest, job)
 
 
 def test_reboot(guest: Guest) -> None:
-    """The service is up again by itself."""
+    """The service is up again by itself. It knows how the jobs have ended."""
+    job = _start_counter(guest)
     guest.reboot()
     guest.run("systemctl start job-worker")  # waits for a start that is under way
     assert _client(guest, "run -- echo rebooted") == "rebooted\n"
+    assert "shutdown" in _client(guest, f"status {job}")
 
 
 def test_backup(guest: Guest) -> None:
@@ -288,9 +343,10 @@ def test_upgrade(guest: Guest) -> None:
         "sed -i 's/^VERSION.*=.*/VERSION = \"9.9.9\"/' version.py; git commit -qam new\n"
         "git push -q origin HEAD"
     )
-    before = _pid(guest)
+    before, job = _pid(guest), _start_counter(guest)
     _follow(guest, "Upgrade")
     assert _pid(guest) != before
+    _check_counter(guest, job)
     assert guest.run(f"{_SERVER} --version") == "job-worker 9.9.9\n"
     assert "9.9.9" in guest.run(f"{_SERVER} status")
     assert _client(guest, "run -- echo upgraded") == "upgraded\n"

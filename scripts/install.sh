@@ -16,7 +16,7 @@ die() { echo "install: $*" >&2 && exit 1; }
 PREFIX=${PREFIX%/}
 case $PREFIX in /?*) ;; *) die "PREFIX must be an absolute path, like /opt/job-worker" ;; esac
 program=${DESTDIR-}$PREFIX etc=${DESTDIR-}/etc/job-worker
-unit=${DESTDIR-}/etc/systemd/system/job-worker.service
+units=${DESTDIR-}/etc/systemd/system
 logrotate=${DESTDIR-}/etc/logrotate.d/job-worker
 [ -n "${DESTDIR-}" ] || [ "$(id -u)" = 0 ] || die "run it as root: sudo make $1"
 # Does systemd run this host, and is this not the image of another one?
@@ -98,9 +98,11 @@ install_all() {
     mv "$new" "$program"
     rm -rf "$program.old"
     "$program/.venv/bin/python" -m compileall -q "$program"/*.py
-    mkdir -p "${unit%/*}" "${logrotate%/*}"
-    sed "s|/opt/job-worker|$PREFIX|g" deploy/job-worker.service >"$unit.new"
-    mv "$unit.new" "$unit"
+    mkdir -p "$units" "${logrotate%/*}"
+    for unit in job-worker-jobs job-worker; do
+        sed "s|/opt/job-worker|$PREFIX|g" "deploy/$unit.service" >"$units/$unit.service.new"
+        mv "$units/$unit.service.new" "$units/$unit.service"
+    done
     [ -e "$logrotate" ] || install -m 644 deploy/job-worker.logrotate "$logrotate"
     if has_systemd; then
         systemctl daemon-reload
@@ -112,8 +114,9 @@ install_all() {
 }
 
 uninstall_all() {
-    ! has_systemd || systemctl disable --now job-worker 2>/dev/null || true
-    rm -f "$unit" "$logrotate"
+    # The jobs end with their unit, and the server before them.
+    ! has_systemd || systemctl disable --now job-worker job-worker-jobs 2>/dev/null || true
+    rm -f "$units/job-worker.service" "$units/job-worker-jobs.service" "$logrotate"
     ! has_systemd || systemctl daemon-reload
     [ ! -e "$program/server.py" ] || rm -rf "$program"
     echo "removed $PREFIX. Kept: /etc/job-worker and /var/lib/job-worker, which you may remove"
