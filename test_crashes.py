@@ -125,7 +125,7 @@ def _run_server(place: _Place, *command: str, status: int = 0) -> str:
 
 
 def test_jobs_that_wait_for_a_server_can_be_ended_without_one(place: _Place) -> None:
-    """Commands say how many wait and until when. The next server says that a shutdown ended them."""
+    """Commands say how many wait, until when. The next server knows that a shutdown ended them."""
     program = place.start(*_WINDOW)
     with place.client() as client:
         job_id = client.start("sleep", ["infinity"])
