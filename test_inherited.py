@@ -6,8 +6,10 @@ All of them look at themselves with the same program.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -209,6 +211,17 @@ def _all_signals(process: dict[str, Any]) -> int:
     return found
 
 
+def _home() -> str:
+    """Return where a job begins: in the home of its user. The users of `_UIDS` have none."""
+    if can_change_user() and can_kill_any():
+        return "/"
+    with contextlib.suppress(KeyError):
+        home = pwd.getpwuid(os.geteuid()).pw_dir
+        if os.access(home, os.X_OK):
+            return home
+    return "/"
+
+
 _CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _NONE = "0" * 16
 # By the row of the table: what to look at, what a job has, and what the main process must have
@@ -220,7 +233,7 @@ _ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], Any, Any]] = {
         (True, True, "0"),
         None,
     ),
-    "working directory": (lambda p: p["cwd"], "/", None),
+    "working directory": (lambda p: p["cwd"], _home(), None),
     "umask": (_status("Umask"), ["0077"], ["0000"]),
     "environment": (
         lambda p: set(p["env"]) - {"LC_CTYPE"},
