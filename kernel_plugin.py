@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     marked = [item for item in items if item.get_closest_marker("kernel")]
     if not marked or _IN_GUEST:
         return
-    problem = why_not_here()
+    problem = _why_not_here()
     if not problem:
         problem = "needs a disk to write to, which only a guest has"
         marked = [item for item in marked if "disk" in getattr(item, "fixturenames", ())]
@@ -83,7 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_OutcomePrinter(config))
 
 
-def why_not_here() -> str:
+def _why_not_here() -> str:
     """Return why kernel tests cannot run on this host; "" if they can."""
     try:
         make_cgroup().rmdir()
