@@ -9,7 +9,8 @@ Both come from gRPC's own packages, which are optional: `make extras` installs t
 service is there if its package is; with "on" a missing package is an error.
 
 A caller needs a client certificate and no token: a load balancer has no password, and the protos
-that reflection shows are public. Like every call, these pass the gate.
+that reflection shows are public. Like every call, these pass the gate. A `Check` that succeeds is
+the only call without a line in the audit log.
 
 Thread safety: any thread may call anything. A call runs in the thread that `calls.py` gives it.
 
@@ -107,6 +108,9 @@ class _Health:
 
     def Check(self, request: Any, call: Call) -> Any:  # noqa: N802
         _check_name(request.service)
+        # A load balancer asks every few seconds. The answer tells and changes nothing, so an answer
+        # has no line in the audit log; a refusal has one.
+        call.recorded = True
         return self._servicer.Check(request, call.context)
 
     def List(self, _: Any, call: Call) -> Any:  # noqa: N802

@@ -307,8 +307,11 @@ def test_text_that_is_no_range_is_refused(text: str) -> None:
 )
 def test_range_that_cannot_be_used_is_refused(text: str) -> None:
     """System accounts, a single uid, and the number for "no user" are refused."""
-    with pytest.raises(AccountsError, match=f"{text} must be a range of two uids or more"):
+    wrong = pytest.raises(AccountsError, match=f"{text} must be a range of two uids or more")
+    with wrong:
         parse_uids(text)
+    with wrong:  # also of a server without root, which has no use for it
+        accounts.choose_uids("auto", text, of_host=False)
 
 
 @pytest.mark.parametrize("name", ["uid_map", "gid_map"])

@@ -96,6 +96,25 @@ def test_service_that_is_not_there_is_not_found(stub: Any) -> None:
     assert _code(stub.Watch, request) == "NOT_FOUND"
 
 
+def test_only_a_check_that_fails_has_a_line_in_the_audit_log(
+    start_server: StartServer, certs: Path, tmp_path: Path
+) -> None:
+    """A load balancer asks every few seconds."""
+    log = tmp_path / "audit.log"
+    program = start_server("--audit-log", str(log))
+    with _channel(program.address, certs) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        for service in _OURS:
+            request = health_pb2.HealthCheckRequest(service=service)
+            assert stub.Check(request, timeout=GUARD_S).status == _SERVING
+        request = health_pb2.HealthCheckRequest(service="other")
+        assert _code(lambda *a, **k: [stub.Check(*a, **k)], request) == "NOT_FOUND"
+    assert program.end() == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    calls = [(line["rpc"], line["outcome"]) for line in lines if "rpc" in line]
+    assert calls == [("/grpc.health.v1.Health/Check", "NOT_FOUND")]
+
+
 def test_without_a_certificate_there_is_no_health(program: ServerProgram, certs: Path) -> None:
     with _channel(program.address, certs, "") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
