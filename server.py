@@ -103,7 +103,7 @@ _FDS_PER_STREAM = 2
 _FDS_SPARE = 1024
 _CONNECTIONS_SPARE = 1024  # beside one for each stream
 
-_HANDSHAKE_S = 5  # some round trips; a TLS handshake that takes longer ends with its connection
+_HANDSHAKE_S = 5  # some round trips: for the TLS handshake, and then to acknowledge our settings
 _STOP_GRACE_S = 1.0  # for streams to send their last chunks
 
 # A client that vanishes is noticed after `keepalive_time` + `keepalive_timeout` or `ping_timeout`,
@@ -118,7 +118,8 @@ GRPC_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
     # A header can take one byte on the wire and 150 in memory. gRPC enforces these limits for
-    # clients that have acknowledged its settings.
+    # clients that have acknowledged its settings, and hangs up on those that have not.
+    ("grpc.http2.settings_timeout", _HANDSHAKE_S * 1000),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
     # What a call may send before its bytes are wanted: input for a job that does not read, say. By

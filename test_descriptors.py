@@ -16,7 +16,14 @@ import workerservice_pb2 as worker_pb
 from client import Client
 from descriptors import keep_reserve, with_reserve
 from server import _HANDSHAKE_S
-from testkit import FOREVER, GUARD_S, ServerProgram, descriptors_of
+from testkit import (
+    FOREVER,
+    GUARD_S,
+    HTTP2_GREETING,
+    ServerProgram,
+    descriptors_of,
+    tls_context,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,9 +82,19 @@ def server(certs: Path, make_state: Callable[[], Path], tmp_path: Path) -> Itera
 def test_connections_cannot_take_the_descriptors_of_jobs(
     server: ServerProgram, certs: Path
 ) -> None:
-    """Bare TCP connections: jobs end, are stopped and started, and then people can log in."""
+    """Bare TCP connections: jobs end, are stopped and started, and then people can log in.
+
+    The server also closes a connection that does not acknowledge its settings. gRPC enforces no
+    limit of headers for such a client.
+    """
     host, _, port = server.address.rpartition(":")
     with Client(server.address, certs=certs) as client, contextlib.ExitStack() as connections:
+        silent = connections.enter_context(
+            tls_context(certs, certs / "client.pem").wrap_socket(
+                socket.create_connection((host, int(port)), GUARD_S), server_hostname=host
+            )
+        )
+        silent.sendall(HTTP2_GREETING)
         client.login("admin", "admin")
         run = [client.start(*FOREVER) for _ in range(_JOBS)]
         end = [client.start(*_ENDS_AT_SIGNAL) for _ in range(_JOBS)]
@@ -103,6 +120,9 @@ def test_connections_cannot_take_the_descriptors_of_jobs(
             sock.settimeout(_HANDSHAKE_S + GUARD_S)
             with contextlib.suppress(ConnectionResetError):
                 assert sock.recv(1) == b""
+        silent.settimeout(8 * _HANDSHAKE_S)  # by itself gRPC closes it after a minute
+        while silent.recv(4096):
+            pass
         with Client(server.address, certs=certs) as other:
             other.login("user", "user")
             assert other.list() == []
