@@ -379,7 +379,7 @@ class Client:
             )
         some = ", ".join(job.job_id for job in found)
         more = ", ..." if len(found) == _SHOWN_JOBS else ""
-        raise ClientError(f"{text} can be several jobs: {some}{more}; give more of the ID")
+        raise ClientError(f"{text} can be several jobs: {some}{more}; give the ID of one")
 
     def _filter(  # noqa: PLR0913 -- each is optional
         self,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from jobstate import Status
 
-__all__ = ["EVERY_JOB", "Findable", "JobFilter", "check_name", "checked_labels"]
+__all__ = ["EVERY_JOB", "Findable", "JobFilter", "check_name", "check_owner", "checked_labels"]
 
 _MAX_LABELS = 32
 _MAX_LABEL_CHARACTERS = 255
@@ -35,6 +35,12 @@ _LIKE_AN_ID = re.compile(r"[0-9A-Fa-f-]{4,}", re.ASCII)
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}", re.ASCII)
 _ID_PART = re.compile(r"[0-9a-f-]{1,36}", re.ASCII)
 _ID_LENGTH = 36
+
+
+def check_owner(owner: str) -> None:
+    """Raise TypeError unless the owner is a string; "" is nobody."""
+    if not isinstance(owner, str):
+        raise TypeError(f"an owner must be a string, not {type(owner).__name__}")
 
 
 def check_name(name: str) -> None:

@@ -453,11 +453,13 @@ def test_start_that_the_kernel_holds_up_goes_on_later_and_holds_up_no_other(
 
 @_ONE_WAY_TO_FORK
 def test_wrong_types_are_refused(worker: Worker) -> None:
-    """A string instead of a list of arguments, or a number as an argument, is a TypeError."""
+    """One string in place of the arguments, a number among them, or an owner None: TypeError."""
     with pytest.raises(TypeError, match="not one string"):
         worker.start("echo", "hello")
     with pytest.raises(TypeError, match="not int"):
         worker.start("echo", cast("list[str]", [1]))
+    with pytest.raises(TypeError, match="an owner must be a string, not NoneType"):
+        worker.start("echo", owner=cast("str", None))
     assert worker.list() == ()
 
 

@@ -69,7 +69,7 @@ from errors import (
     WorkerClosedError,
     WorkerError,
 )
-from finding import EVERY_JOB, JobFilter, check_name, checked_labels
+from finding import EVERY_JOB, JobFilter, check_name, check_owner, checked_labels
 from jobinput import InputWriter
 from jobstate import EndReason, Job, Status, UsageSource, Work
 from limits import Bounds, Enforcement, Limits, Usage
@@ -337,6 +337,7 @@ class Worker:
         """
         argv = checked_argv(command, args)
         check_name(name)
+        check_owner(owner)
         labels = checked_labels(labels) if labels else {}
         self._check_uid(uid)
         account = account or account_of(os.geteuid() if uid is None else uid, owner)
