@@ -109,13 +109,14 @@ def test_manager_that_is_gone_does_no_harm(
     assert "the service manager cannot be told READY=1" in program.log.read_text()
 
 
-def test_reason_why_a_server_does_not_start_is_told(tmp_path: Path) -> None:
+def test_reason_why_a_server_does_not_start_is_told(
+    manager: _Manager, certs: Path, tmp_path: Path
+) -> None:
     """`systemctl status` shows it."""
-    manager = _Manager(str(tmp_path / "notify"))
     config = tmp_path / "config.toml"
     config.write_text("[nonsense]\n")
     run = subprocess.run(
-        [sys.executable, str(_HERE / "server.py"), "--config", str(config)],
+        [sys.executable, str(_HERE / "server.py"), "--certs", str(certs), "--config", str(config)],
         env=clean_environment() | {"NOTIFY_SOCKET": manager.address},
         cwd=tmp_path,
         capture_output=True,
@@ -127,4 +128,3 @@ def test_reason_why_a_server_does_not_start_is_told(tmp_path: Path) -> None:
     (told,) = manager.told().values()
     assert told.startswith(f"not started: {config}, line 1: nonsense: unknown")
     assert told.removeprefix("not started: ") in run.stderr
-    manager.close()
