@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from useradmin import UsersFile
 from users import Role, User, make_user, parse_users, password_matches
 
 _HERE = Path(__file__).resolve().parent
+_made_user = cache(make_user)  # a hash takes half a second
 # Runs the rest of its arguments where /etc is the directory "$1".
 _WITH_ETC = ("unshare", "--mount", "sh", "-c", 'mount --bind "$1" /etc; shift; exec "$@"', "sh")
 
@@ -81,7 +83,7 @@ def test_mistake_is_told_and_changes_nothing(
     """In one line."""
     users = tmp_path / "users"
     users.touch(0o600)
-    users.write_text(f"{make_user('alice', 'user', 'x')}\n")
+    users.write_text(f"{_made_user('alice', 'user', 'x')}\n")
     before = users.read_text()
     words = [str(users) if word == "FILE" else word for word in arguments]
     done = _server(*words, password=password)
@@ -99,7 +101,7 @@ def _users(path: Path) -> dict[str, User]:
 def users(tmp_path: Path) -> Path:
     """A users file with a comment, an account, a byte that is no UTF-8, and a mode of its own."""
     path = tmp_path / "users"
-    alice, bob = make_user("alice", "user", "x"), make_user("bob", "admin", "y")
+    alice, bob = _made_user("alice", "user", "x"), _made_user("bob", "admin", "y")
     path.write_bytes(f"# ours\n\n  {alice}:ann\n# alice: ".encode() + b"\xff\n" + f"{bob}".encode())
     path.chmod(0o640)
     return path
@@ -148,7 +150,7 @@ def test_users_are_listed_and_removed(users: Path) -> None:
 def test_edits_at_the_same_time_all_count(users: Path) -> None:
     """Each waits for the one that has begun."""
     names = [f"user{number}" for number in range(12)]
-    user = make_user("user", "user", "x")
+    user = _made_user("user", "user", "x")
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: UsersFile(users).add(replace(user, name=name)), names))
     assert set(_users(users)) == {"alice", "bob", *names}
@@ -158,7 +160,7 @@ def test_running_server_reads_an_edit_at_once(certs: Path, public: Path) -> None
     """Without a signal. What the server refuses is told, and the exit status is then 1."""
     users, state = public / "users", public / "state"
     users.touch(0o600)
-    users.write_text(f"{make_user('alice', 'user', 'x')}\n")
+    users.write_text(f"{_made_user('alice', 'user', 'x')}\n")
     options = ("--users", users, "--state-dir", state)
     server = ServerProgram(
         public / "log",

@@ -295,22 +295,22 @@ def test_without_cgroups_no_limit_is_claimed() -> None:
     assert job.limits == NO_LIMITS
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["two words", "", " ", "line\nbreak", "tab\t", ""],
-        ["'single'", '"double"', "back\\slash", "`id`", "$HOME", "$(id)", "*", "~", ";", "|", "&"],
-        ["ünï©ødé", "日本", "\N{PILE OF POO}", "not UTF-8: \udcff"],
-        ["--", "-x", "--help", "--", "-"],
-        ["x" * 100 * 1024],
-    ],
-)
-def test_argv_arrives_as_given(worker: Worker, args: list[str]) -> None:
+_ARGVS = [
+    ["two words", "", " ", "line\nbreak", "tab\t", ""],
+    ["'single'", '"double"', "back\\slash", "`id`", "$HOME", "$(id)", "*", "~", ";", "|", "&"],
+    ["ünï©ødé", "日本", "\N{PILE OF POO}", "not UTF-8: \udcff"],
+    ["--", "-x", "--help", "--", "-"],
+    ["x" * 100 * 1024],
+]
+
+
+def test_argv_arrives_as_given(worker: Worker) -> None:
     """The program gets the caller's arguments byte for byte: no shell, no quoting, no decoding."""
-    job_id = worker.start("printf", ["%s\\0", *args])
-    received = _output(worker, job_id).split(b"\0")[:-1]
-    assert received == [os.fsencode(arg) for arg in args]
-    assert worker.status(job_id).args[1:] == tuple(args)
+    for args in _ARGVS:
+        job_id = worker.start("printf", ["%s\\0", *args])
+        received = _output(worker, job_id).split(b"\0")[:-1]
+        assert received == [os.fsencode(arg) for arg in args]
+        assert worker.status(job_id).args[1:] == tuple(args)
 
 
 def test_shell_syntax_is_not_a_command(worker: Worker) -> None:
@@ -389,32 +389,29 @@ def _assert_start_fails_cleanly(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("command", "args", "error", "text"), _NOT_COMMANDS)
-def test_command_that_cannot_be_executed_is_named_and_leaves_nothing(
-    worker: Worker, command: str, args: list[str], error: type[CommandError], text: str
-) -> None:
+def test_command_that_cannot_be_executed_is_named_and_leaves_nothing(worker: Worker) -> None:
     """Each cause has its own error; no ID, file, descriptor, thread or process is left."""
-    _assert_start_fails_cleanly(worker, command, args, error, text)
+    for case in _NOT_COMMANDS:
+        _assert_start_fails_cleanly(worker, *case)
 
 
-@pytest.mark.parametrize(
-    ("script", "error", "text"),
-    [
-        ((0o644, "#!/bin/sh\n"), CommandNotExecutableError, "permission denied"),
-        ((0o755, "echo no magic\n"), CommandNotExecutableError, "#!"),
-        ((0o755, "#!/no/such/interpreter\n"), CommandNotFoundError, "interpreter"),
-        ((0o755, "#!/bin/sh\r\ntrue\r\n"), CommandNotFoundError, "CR LF"),
-    ],
-)
+_NOT_SCRIPTS: list[tuple[int, str, type[CommandError], str]] = [
+    (0o644, "#!/bin/sh\n", CommandNotExecutableError, "permission denied"),
+    (0o755, "echo no magic\n", CommandNotExecutableError, "#!"),
+    (0o755, "#!/no/such/interpreter\n", CommandNotFoundError, "interpreter"),
+    (0o755, "#!/bin/sh\r\ntrue\r\n", CommandNotFoundError, "CR LF"),
+]
+
+
 def test_script_that_cannot_be_executed_is_named_and_leaves_nothing(
-    worker: Worker, tmp_path: Path, script: tuple[int, str], error: type[CommandError], text: str
+    worker: Worker, tmp_path: Path
 ) -> None:
     """The error says what is missing: the permission, the #! line or the interpreter."""
-    mode, content = script
     path = tmp_path / "script"
-    path.write_text(content)
-    path.chmod(mode)
-    _assert_start_fails_cleanly(worker, str(path), [], error, text)
+    for mode, content, error, text in _NOT_SCRIPTS:
+        path.write_text(content)
+        path.chmod(mode)
+        _assert_start_fails_cleanly(worker, str(path), [], error, text)
 
 
 def test_start_that_the_kernel_holds_up_fails_after_a_while_and_leaves_nothing(
@@ -1146,12 +1143,12 @@ def test_no_signal_is_sent_to_a_job_that_has_ended(worker: Worker, everything: b
         worker.signal(job_id, signal.SIGTERM, everything=everything)
 
 
-@pytest.mark.parametrize("number", [-1, 0, 65, 9999])
-def test_number_that_is_no_signal_is_refused(worker: Worker, number: int) -> None:
+def test_number_that_is_no_signal_is_refused(worker: Worker) -> None:
     """It reaches no process."""
     job_id = _sh(worker, _FOREVER)
-    with pytest.raises(ValueError, match="not the number of a signal"):
-        worker.signal(job_id, number, everything=True)
+    for number in (-1, 0, 65, 9999):
+        with pytest.raises(ValueError, match="not the number of a signal"):
+            worker.signal(job_id, number, everything=True)
     assert worker.status(job_id).status is Status.RUNNING
 
 
