@@ -38,6 +38,7 @@ from testkit import (
     clean_environment,
     small_file_system,
 )
+from testproxy import Proxy
 from users import SEEDED_USERS, Role, User, make_user
 
 if TYPE_CHECKING:
@@ -313,6 +314,38 @@ def test_guesser_has_to_wait_while_the_true_user_logs_in_from_elsewhere(
                 stop.set()
             attack.result()
         assert true_user.list() == []
+
+
+def test_addresses_give_one_certificate_no_more_guesses_and_lock_nobody_out(
+    flooded: _Program, peers: Path
+) -> None:
+    """Of 32 guesses from 16 addresses a few are checked, and another user logs in meanwhile."""
+    codes: list[str] = []
+    begun = threading.Event()
+
+    def guess(source: str) -> None:
+        proxy = Proxy(flooded.address, source=source)
+        try:
+            with _peer(proxy.address, peers, "peer1") as attacker:
+                for _ in range(2):
+                    codes.append(_refusal(attacker.login, "alice", "guess").code)
+                    begun.set()
+        finally:
+            proxy.close()
+
+    with _peer(flooded.address, peers, "peer2") as other, ThreadPoolExecutor(16) as pool:
+        attacks = [pool.submit(guess, f"127.0.0.{number}") for number in range(1, 17)]
+        assert begun.wait(GUARD_S)
+        other.login("user", "user")
+        for each in attacks:
+            each.result()
+    assert set(codes) == {"RESOURCE_EXHAUSTED", "UNAUTHENTICATED"}
+    # After six failures each further guess has to wait, for 2, 4, 8 and 16 seconds.
+    assert codes.count("UNAUTHENTICATED") <= 10
+    sources = {json.loads(line)["peer"] for line in flooded.audit.read_text().splitlines()}
+    assert {f"127.0.0.{number}" for number in range(1, 17)} <= {
+        source.split(":")[1] for source in sources if source.startswith("ipv4:")
+    }
 
 
 def test_passwords_and_tokens_are_written_nowhere(flooded: _Program, peers: Path) -> None:

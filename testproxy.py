@@ -10,11 +10,15 @@ from testkit import GUARD_S
 
 
 class Proxy:
-    """Passes bytes on between clients and a server. `cut` breaks off all connections."""
+    """Passes bytes on between clients and a server. `cut` breaks off all connections.
 
-    def __init__(self, target: str, port: int = 0) -> None:
+    `source`: the address from which it connects to the server.
+    """
+
+    def __init__(self, target: str, port: int = 0, *, source: str = "127.0.0.1") -> None:
         host, _, target_port = target.rpartition(":")
         self._target = host, int(target_port)
+        self._source = source, 0
         self._listener = socket.create_server(("127.0.0.1", port))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         # Guards the two below. Notified when bytes were passed on.
@@ -28,7 +32,7 @@ class Proxy:
         with contextlib.suppress(OSError):  # closed
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
+                server = socket.create_connection(self._target, source_address=self._source)
                 with self._changed:
                     self._sockets += [client, server]
                 for each in ((client, server, 1), (server, client, 0)):
