@@ -96,9 +96,9 @@ class Client:
     tried for `connect_for` seconds. `on_wait` is called with the error once a call has been tried
     for 2 s.
 
-    The constructor
-    raises it for a wrong address and for files that are missing or unusable. It sets the attribute
-    `certificate`: the client certificate, or None where it could not be examined.
+    The constructor raises `ClientError` for a wrong address and for files that are missing or
+    unusable. It sets the attribute `certificate`: the client certificate, or None where it could
+    not be examined.
 
     The first `Client` of a process limits gRPC to TLS 1.3 in the whole process, unless
     GRPC_SSL_CIPHER_SUITES is set or gRPC has already connected.
@@ -445,10 +445,9 @@ class Client:
         """Send all of `data` to the stdin of a job that was started with `stdin`, and end it.
 
         `end`: False leaves the input open for more. `offset`: how many bytes of input the job has
-        got before. Blocks while the job does not
-        read, or `data` yields nothing. After a lost connection this continues at the byte that the
-        job has got, and gives up after five minutes without a connection. Raises what `data`
-        raises, and leaves the input open then.
+        got before. Blocks while the job does not read, or `data` yields nothing. After a lost
+        connection this continues at the byte that the job has got, and gives up after five minutes
+        without a connection. Raises what `data` raises, and leaves the input open then.
         """
         from sending import Sending
 

@@ -6,10 +6,10 @@
         daemon.serve(server, manager)
 
 SIGTERM and SIGINT end the server, SIGHUP makes it reload. With a restart window, SIGTERM leaves the
-jobs to the next server, and SIGINT ends them. If the worker's fork server dies, no job
-can start any more; the server then ends with status 70, so that its manager starts it again. The
-service manager (systemd) is told by
-the protocol of sd_notify(3), if it asks for that: Type=notify and WatchdogSec= of the unit.
+jobs to the next server, and SIGINT ends them. If the worker's fork server dies, no job can start
+any more. The server then ends with status 70, so that its manager starts it again. The service
+manager (systemd) is told by the protocol of sd_notify(3), if it asks for that: Type=notify and
+WatchdogSec= of the unit.
 
 Threads: the main thread waits for signals, the thread `reload` does what SIGHUP asks for, and the
 thread `fork-server` waits for the end of the fork server. While the main thread stops the server,

@@ -204,8 +204,8 @@ class Call:
     reason: str | None = None  # goes to the audit log instead of the message to the client
     recorded: bool = False
     undo: Callable[[], object] | None = None  # called if the audit log cannot be written
+    undo_if_gone: bool = False  # `undo` is also called if nobody will receive the answer
     begun_s: float = 0.0  # when its thread began, by `time.monotonic`
-    undo_if_gone: bool = False  # and if nobody will receive the answer
 
     @property
     def caller(self) -> auth.Identity:
@@ -222,7 +222,7 @@ class Call:
     def check_caller(self) -> None:
         """Raise an error of the gate if nobody will receive the answer to this call.
 
-        An answer that is sent at the last moment arrives too late. Nobody could tell the server.
+        An answer that is sent at the last moment arrives too late, and the server would not know.
         """
         if not self.context.is_active():
             raise _CallerGoneError

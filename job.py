@@ -571,7 +571,7 @@ class RunningJob:
         if leader_exit.was_killed:
             return EndReason.CLOSED
         if self._grace_until_s is not None and self._kill_reason is not None:
-            return self._kill_reason  # whatever the leader made of SIGTERM
+            return self._kill_reason  # even if the leader handled SIGTERM and exited by itself
         if leader_exit.signal is None:
             return EndReason.EXITED
         if leader_exit.signal == signal.SIGKILL:
@@ -585,7 +585,7 @@ class RunningJob:
 
 
 def _milliseconds_to(moment_s: float) -> float:
-    """Return the time until then, for poll(2): at most a day, because its timeout is an int."""
+    """Return the time until then, at most a day: the timeout of poll(2) is an int."""
     return min(max(0.0, moment_s - time.monotonic()), _DAY_S) * 1000
 
 

@@ -232,8 +232,7 @@ class SlurmWorker(Worker):
     `settings`: how the cluster is used. `instance`: the same whenever this worker is made
     again, and another one for every other worker of the cluster. `enforcement`: with "require" a
     job does not run on a node that does not enforce each of its limits; otherwise it does. The
-    others are those of `Worker`; with `uids`, these must be users of the cluster, as which the jobs
-    run: `host_accounts`.
+    others are those of `Worker`. With `uids` and `host_accounts` jobs run as users of the cluster.
 
     `start` returns when the command runs, or when the job waits in the queue. With `no_queue` it
     raises `ResourceError` instead, if no node is free for 10 s.

@@ -317,7 +317,7 @@ class Spawner:
         return Adopted(answer["pid"], output_fd, pidfd, answer["notes"], input_fds)
 
     def note(self, job: str, notes: Mapping[str, Any]) -> None:
-        """Have a successor told this about a job, in place of former notes.
+        """Leave this note about a job to a successor, in place of an earlier one.
 
         Does nothing if jobs are not kept. Never raises.
         """
@@ -326,14 +326,14 @@ class Spawner:
                 self._request({"op": "note", "job": job, "notes": dict(notes)})
 
     def keep_input(self, job: str, fds: Sequence[int]) -> None:
-        """Have these two kept of a job that was forked: `InputPipe.kept_fds`.
+        """Have the fork server keep these two descriptors of a job: `InputPipe.kept_fds`.
 
         Raises OSError, `SpawnerDiedError`.
         """
         self._request({"op": "keep input", "job": job}, fds)
 
     def end_input(self, job: str) -> None:
-        """Have the write end of the input of a job closed, for its copy here is to be, too.
+        """Have the fork server close its write end of a job's input. The caller closes its own.
 
         Does nothing if jobs are not kept. Never raises.
         """
@@ -342,7 +342,7 @@ class Spawner:
                 self._request({"op": "end input", "job": job})
 
     def forget(self, job: str) -> None:
-        """Have nothing kept of a job any more: its end is recorded, or it did not start.
+        """Have the fork server keep nothing of a job: its end is recorded, or it did not start.
 
         Does nothing if jobs are not kept. Never raises.
         """
@@ -513,8 +513,8 @@ class Process:
         in place of its stdout; only together with `stdin_fd`.
 
         Blocks until the command is executing. If the process has been killed meanwhile, this
-        returns as if it were: the exit pipe tells the end. Otherwise nothing of the process is
-        left after an error. Raises OSError with the errno of fork or exec; PermissionError for a
+        returns as if the command were: the exit pipe tells the end. Otherwise nothing of the
+        process is left after an error. Raises OSError with the errno of fork or exec; PermissionError for a
         user or a name that is not allowed; `AttachError` when the process could not enter its
         cgroup, `EnterError` when it could not enter `directory`; `SpawnerDiedError`;
         TimeoutError when the command is not executing after `timeout_s`. Before that `kill` is

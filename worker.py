@@ -337,9 +337,8 @@ class Worker:
         """
         argv = checked_argv(command, args)
         check_name(name)
-        check_owner(owner)
         labels = checked_labels(labels) if labels else {}
-        self._check_uid(uid)
+        self._check_user(owner, uid)
         account = account or account_of(os.geteuid() if uid is None else uid, owner)
         around = Surroundings(command, account, env or {}, cwd)
         limits, times, begin = limits or self._limits, ending or self._ending, around.directory
@@ -347,7 +346,8 @@ class Worker:
         work = work._replace(keep_tmp=keep_tmp, request_id=request_id, digest=digest)
         return self._starter.start(work._replace(no_queue=no_queue), around)
 
-    def _check_uid(self, uid: int | None) -> None:
+    def _check_user(self, owner: str, uid: int | None) -> None:
+        check_owner(owner)
         if (uid is None) != (self._uids is None) or (self._uids and uid not in self._uids):
             raise ValueError(f"the uid {uid} is not one of those of this worker: {self._uids}")
 
