@@ -71,7 +71,7 @@ serve: setup ## run a server on 127.0.0.1:50051, with the limits this host can e
 test: setup .venv/dev ## run all tests; those that need a real cgroup tree boot a kernel of their own
 	@scripts/run-tests
 
-test-systemd: setup .venv/dev ## as root: follow docs/deploy.md on a Debian with systemd in user-mode Linux, in minutes
+test-systemd: setup .venv/dev ## as root: follow docs/deploy.md on a Debian (SUITE=trixie: 13) with systemd in user-mode Linux, in minutes
 	JOBWORKER_SYSTEMD=1 $(python) -m pytest -v -o time_limit_s=900 -x test_systemd.py
 
 test-slurm: setup .venv/dev ## as root, with Slurm's packages: the tests of the service over a cluster on this machine

@@ -6,6 +6,7 @@ minutes and needs a registry; the variable may have options, as "podman --storag
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -64,9 +65,10 @@ def test_server_of_the_image_is_the_one_that_is_installed() -> None:
     """`make install` puts it there; its state is in a volume, and its port is the default."""
     instructions = dict(_instructions("server"))
     assert "make install PREFIX=/opt/job-worker" in instructions["RUN"]
-    assert instructions["ENTRYPOINT"] == (
-        '["/opt/job-worker/server", "--config", "/etc/job-worker/server.toml"]'
-    )
+    assert json.loads(instructions["ENTRYPOINT"]) == [
+        *("/opt/job-worker/server", "--config", "/etc/job-worker/server.toml"),
+        *("--restart-window", "0"),
+    ]
     toml = (_HERE / "deploy/server.toml").read_text()
     assert f'state_dir = "{instructions["VOLUME"]}"' in toml
     assert instructions["EXPOSE"] == Settings().listen.rpartition(":")[2]

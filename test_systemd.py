@@ -2,7 +2,8 @@
 
 The tests boot a Debian in user-mode Linux (`scripts/systemd-guest`), run there the commands of
 docs/deploy.md, section by section, and look at what they have done. They take minutes, so other
-test runs skip them. Each test goes on where the one before it has stopped: run all of them.
+test runs skip them. Each test goes on where the one before it has stopped: run all of them. With
+SUITE=trixie it is Debian 13 with systemd 257, otherwise Debian 12 with systemd 252.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HERE = Path(__file__).resolve().parent
-_DIRECTORY = _HERE / "build" / "systemd-guest"
+_DIRECTORY = _HERE / "build/systemd-guest" / os.environ.get("SUITE", "bookworm")
 _SERVER = "/opt/job-worker/server --config /etc/job-worker/server.toml"
 _CLIENT = "/opt/job-worker/client"
 
