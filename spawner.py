@@ -514,11 +514,11 @@ class Process:
 
         Blocks until the command is executing. If the process has been killed meanwhile, this
         returns as if the command were: the exit pipe tells the end. Otherwise nothing of the
-        process is left after an error. Raises OSError with the errno of fork or exec; PermissionError for a
-        user or a name that is not allowed; `AttachError` when the process could not enter its
-        cgroup, `EnterError` when it could not enter `directory`; `SpawnerDiedError`;
-        TimeoutError when the command is not executing after `timeout_s`. Before that `kill` is
-        called, which must kill the process, and its end is awaited for up to 5 s.
+        process is left after an error. Raises OSError with the errno of fork or exec;
+        PermissionError for a user or a name that is not allowed; `AttachError` when the process
+        could not enter its cgroup, `EnterError` when it could not enter `directory`;
+        `SpawnerDiedError`; TimeoutError when the command is not executing after `timeout_s`. Before
+        that `kill` is called, which must kill the process, and its end is awaited for up to 5 s.
         """
         # In a file, because argv may be larger than a message (net.core.wmem_max) may be.
         with self, open(os.memfd_create("argv"), "w+b", buffering=0) as program:
