@@ -62,10 +62,16 @@ _CREDIT_BYTES = 32 * 1024  # of input that may be on its way to the command
 _TERM_AFTER_S = 2.0  # from SIGUSR1, which the step obeys, to SIGTERM, which srun obeys
 _KILL_AFTER_S = 5.0  # from there to SIGKILL
 _LAST_WORDS = 20
-# The job can write to the step's stderr, too. So what is taken for Slurm's words is limited.
+# The job can write to the step's stderr, too, and forge what Slurm and the step say. So what is
+# taken for Slurm's words is limited, and a report that the step could not have made is such words.
+# Any other forged report tells only of the job that it comes from.
 _MAX_LINE_BYTES = 64 * 1024  # without its end: then it is dropped
 _MAX_WORD_CHARACTERS = 1000
 _MAX_LOGGED_LINES = 100
+_MAX_ERRNO = 4095  # MAX_ERRNO of the kernel
+_MAX_EXIT_CODE = 255
+_MAX_KILLED = (1 << 31) - 1
+_MAX_COUNT = (1 << 63) - 1  # what the store and the protocol can hold
 _QUEUED = re.compile(r"srun: job (\d+) queued and waiting for resources")
 _NO_NEWS = re.compile(
     r"queued and waiting|has been allocated resources|Force Terminated|has been revoked|"
@@ -354,11 +360,13 @@ class SlurmJob(RunningJob):
         text = line.decode(errors="replace")
         event: Any = None
         if text.startswith("{"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 event = json.loads(text)
         if isinstance(event, dict) and "event" in event:
-            self._take_event(event)
-        elif text.strip():
+            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+                self._take_event(event)
+                return
+        if text.strip():
             if found := _QUEUED.search(text):
                 with self._ended:
                     self._number = found[1]
@@ -379,26 +387,34 @@ class SlurmJob(RunningJob):
                 limits = dict.fromkeys(names) | {
                     name: value for name, value in event["limits"].items() if name in names
                 }
+                enforced, number, node = Limits(**limits), event["id"], event["node"]
+                if not (_is_word(number) and _is_word(node)):
+                    raise ValueError("not the number of a job and the name of a node")
                 with self._ended:
-                    self._number, self._node = str(event["id"]), str(event["node"])
+                    self._number, self._node = number, node
                     self._reason = ""
-                    self._limits = Limits(**limits)
+                    self._limits = enforced
                 self._begin_if_new(is_running=True)
             case "ack":
-                self._acknowledged = int(event["bytes"])
+                if _is_count(event["bytes"], self._sent):
+                    self._acknowledged = event["bytes"]
             case "closed":
                 self._close_input()
             case "refused":
+                missing = ", ".join(event["missing"])[:_MAX_WORD_CHARACTERS]
                 self._fail(
                     ResourceError(
-                        f"the node does not enforce {', '.join(event['missing'])}; the operator "
+                        f"the node does not enforce {missing}; the operator "
                         "can have Slurm and its Prolog enforce them, or accept weaker limits with "
                         "--limits auto"
                     )
                 )
             case "failed":
-                self._fail(self._exec_failure(event["stage"], int(event["errno"])))
+                if not _is_count(event["errno"], _MAX_ERRNO):
+                    raise ValueError("not an errno")
+                self._fail(self._exec_failure(event["stage"], event["errno"]))
             case "end":
+                event = _checked_end(event)
                 with self._ended:
                     self._end_event = event
                 self._ended_s = self._time_of(None)
@@ -486,11 +502,9 @@ class SlurmJob(RunningJob):
             self._last_state = _STATES.get(self._cluster.state(self._number))
         if event is None:
             return
-        names = {field.name for field in fields(Usage)}
-        used = {name: value for name, value in event["usage"].items() if name in names}
         with self._ended:
-            self._usage = Usage(**used)
-            self._killed_after_exit = int(event["killed"])
+            self._usage = event["usage"]
+            self._killed_after_exit = event["killed"]
 
     def _true_exit(self) -> Exit:
         """Return how the command ended, by the word of the step; srun's is not trusted."""
@@ -536,3 +550,31 @@ class SlurmJob(RunningJob):
             if words in said:
                 return reason
         return self._last_state
+
+
+def _is_count(value: object, most: int = _MAX_COUNT) -> bool:
+    """Whether it is a whole number from 0 to `most`."""
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= _MAX_WORD_CHARACTERS
+
+
+def _checked_end(event: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of an end, with a `Usage`. Raises as a report does that makes no sense."""
+    code, number = event["exit_code"], event["signal"]
+    is_exit = number is None and _is_count(code, _MAX_EXIT_CODE)
+    is_signal = code is None and number and _is_count(number, signal.NSIG - 1)
+    if not (is_exit or is_signal):
+        raise ValueError("neither an exit code nor a signal")
+    if not (_is_count(event["bytes"]) and _is_count(event["killed"], _MAX_KILLED)):
+        raise ValueError("not a number of bytes, or of processes")
+    flags = {name: bool(event[name]) for name in ("is_killed", "is_terminated", "is_cancelled")}
+    used = {}
+    for field in fields(Usage):
+        value = event["usage"].get(field.name)
+        is_time = field.name.endswith("_s") and type(value) is float
+        if _is_count(value) or (is_time and 0 <= value <= _MAX_COUNT):  # false for not-a-number
+            used[field.name] = value
+    return event | flags | {"usage": Usage(**used)}

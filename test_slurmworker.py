@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ import pytest
 
 from cluster_plugin import missing
 from finding import JobFilter
+from jobmessages import job_message
 from slurm import SlurmSettings
 from slurmcheck import check
 from slurmworker import SlurmWorker
@@ -44,6 +46,7 @@ from worker import (
     ResourceError,
     SignalError,
     Status,
+    Usage,
     Worker,
 )
 
@@ -407,6 +410,52 @@ def test_job_that_writes_to_the_stderr_of_its_step(
     assert any("says 1" in text for text in said)
     assert len(said) <= 100
     assert max(map(len, said)) < 2000
+
+
+_END = {
+    "event": "end",
+    "exit_code": 0,
+    "signal": None,
+    "bytes": 0,
+    "is_killed": False,
+    "is_terminated": False,
+    "is_cancelled": False,
+    "killed": 0,
+    "usage": {},
+}
+_FORGED: tuple[object, ...] = (
+    {"event": []},
+    {"event": "started"},
+    {"event": "started", "limits": [], "id": "1", "node": "n"},
+    {"event": "started", "limits": {"pids": 1 << 70}, "id": "1", "node": "n"},
+    {"event": "started", "limits": {}, "id": "1", "node": "\n" * 9},
+    {"event": "ack", "bytes": 1 << 200},
+    {"event": "ack", "bytes": "x"},
+    {"event": "refused", "missing": [1]},
+    {"event": "failed", "stage": "exec", "errno": 1 << 70},
+    _END | {"exit_code": 1 << 31},
+    _END | {"exit_code": True},
+    _END | {"exit_code": None, "signal": 1 << 31},
+    _END | {"exit_code": None},
+    _END | {"bytes": 1 << 70},
+    _END | {"bytes": -1},
+    _END | {"killed": 1 << 40},
+    _END | {"usage": 1},
+    _END | {"usage": {"cpu_user_s": "x", "io_reads": 1 << 64, "cpu_system_s": float("nan")}},
+)
+
+
+def test_reports_that_a_job_forges_harm_nobody(worker: SlurmWorker) -> None:
+    """They are not of the types, or beyond the numbers, that store and protocol can have."""
+    lines = "".join(json.dumps(each) + "\n" for each in _FORGED) + '{"event":' * 5000 + "\n"
+    script = "cat <<'X' >/proc/$PPID/fd/2\n" + lines + "X\n"
+    job, _ = _run(worker, "sh", "-c", script + "exit 3")
+    assert (job.end_reason, job.exit_code) == (EndReason.EXITED, 3)
+    killed, _ = _run(worker, "sh", "-c", script + "kill -9 $PPID; exec sleep 1000")
+    assert killed.end_reason is EndReason.EXITED  # the last one of these ends makes sense
+    assert killed.usage == Usage()
+    for each in worker.list():
+        job_message(each)
 
 
 # --- the queue --------------------------------------------------------------------------------
