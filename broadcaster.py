@@ -142,8 +142,8 @@ class OutputLog:
 
     def _resume(self) -> None:
         """Continue where another process has ended: the file's size is the truth."""
-        self._gap, self._failure = self._lasting_gap.read()
         status = os.fstat(self._fd)
+        self._gap, self._failure = self._lasting_gap.read(status.st_size)
         self._end = max(status.st_size, self._gap[1])
         self._times.resume(status.st_mtime_ns)
 

@@ -70,6 +70,9 @@ class Registrar(Protocol):
         Returns the row; None if it cannot be read.
         """
 
+    def is_recorded(self, job: RunningJob) -> bool:
+        """Whether the end is in the store: its disk may be full."""
+
     def finish(self, job: RunningJob, final: Job, row: Row | None) -> None:
         """Keep `row` from now on: the moment of the transition, under the job's lock."""
 
@@ -330,7 +333,7 @@ class RunningJob:
             with contextlib.suppress(Exception):
                 self._kill_processes()
             self._end(leader_exit, self._time_of(None))
-        if self._keeper is not None:
+        if self._keeper is not None and self._registry.is_recorded(self):
             self._keeper.forget(self.job_id)
         self._registry.trim()
 

@@ -14,7 +14,8 @@ those that ran when the former one ended.
 The start of a job is refused if its row cannot be written. An end and a removal must not fail: if
 the store cannot be written, they stay in memory, a line is logged, and each later write tries
 again. Until then every method answers as if they had been written. If the process ends before, the
-next one takes such a job for one that ran, or for one that was not removed.
+next one takes such a job for one that ran, or for one that was not removed. With a restart window
+the fork server keeps the end (`is_written`), and the next process records it.
 
 Thread safety: any thread may call anything.
 """
@@ -218,18 +219,28 @@ class JobTable:
 
         `left_by`: returns what is there of the output of a job.
         """
-        now = datetime.now(UTC)
         for row in self.running():
-            output = left_by(row.job.job_id)
-            final = replace(
-                row.job,
-                status=Status.FINISHED,
-                end_reason=EndReason.LOST,
-                ended_at=now,
-                output_bytes=output.size,
-                may_have_escaped=not row.going_on.has_cgroup,
-            )
-            self.end(final, output)
+            self._end_lost(row, left_by(row.job.job_id))
+
+    def lose(self, job_id: str) -> None:
+        """Record that a job, if there is a row of it, is LOST without output.
+
+        Raises `StoreError`.
+        """
+        row = self.get(job_id)
+        if row is not None:
+            self._end_lost(row, OutputState(0))
+
+    def _end_lost(self, row: Row, output: OutputState) -> None:
+        final = replace(
+            row.job,
+            status=Status.FINISHED,
+            end_reason=EndReason.LOST,
+            ended_at=datetime.now(UTC),
+            output_bytes=output.size,
+            may_have_escaped=not row.going_on.has_cgroup,
+        )
+        self.end(final, output)
 
     def delete(self, job_id: str) -> bool:
         """Forget a job; return whether there was one. Never raises."""
@@ -279,6 +290,10 @@ class JobTable:
         self._unwritten = {}
 
     # --- reading ----------------------------------------------------------------------------
+
+    def is_written(self, job_id: str) -> bool:
+        """Whether nothing of this job waits for a store that can be written."""
+        return job_id not in self._unwritten
 
     def has(self, job_id: str) -> bool:
         """Whether there is a row of this job. Raises `StoreError`."""

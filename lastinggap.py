@@ -2,10 +2,10 @@
 
     file = LastingGap("/private/dir/job.out.gap", None, lasting=True)
     file.write((4096, 8192), OSError(errno.ENOSPC, "No space left on device"), fd, 8192)
-    gap, cause = file.read()
+    gap, cause = file.read(output_size)
 
-The file is made when the output gets a gap. If it cannot be written, the log has a line, and after
-the death of this process the bytes of the gap read as zeros.
+The file is made when the output gets a gap. If it cannot be written, the log has a line. An empty
+file, which a full disk leaves, then tells that bytes are missing, but not how many.
 
 Thread safety: for the one writer of an output.
 """
@@ -13,6 +13,7 @@ Thread safety: for the one writer of an output.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -64,8 +65,11 @@ class LastingGap:
                 logger.warning("%s: %s", self._path, error.strerror)
             self._has_failed = True
 
-    def read(self) -> tuple[tuple[int, int], OSError | None]:
-        """Return where the gap begins and ends, and its cause; (0, 0) and None if there is none."""
+    def read(self, output_size: int) -> tuple[tuple[int, int], OSError | None]:
+        """Return where the gap begins and ends, and its cause; (0, 0) and None if there is none.
+
+        A gap that could not be noted is one byte after the output, for all that are missing.
+        """
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
         except FileNotFoundError:
@@ -73,6 +77,9 @@ class LastingGap:
         self.exists = True
         try:
             begin, end, number, reason = json.loads(os.pread(fd, _BYTES, 0))
+        except ValueError:
+            cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return (output_size, output_size + 1), cause
         finally:
             os.close(fd)
         return (begin, end), OSError(number, reason)

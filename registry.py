@@ -318,6 +318,10 @@ class Registry:
             logger.error("job %s is not counted: %s", job.job_id, error)
             return None
 
+    def is_recorded(self, job: RunningJob) -> bool:
+        """Whether what `record` was given is in the store by now."""
+        return self._table.is_written(job.job_id)
+
     def finish(self, job: RunningJob, final: Job, row: Row | None) -> None:
         """Keep the row of the store instead of the job, whose thread calls this."""
         budget = job.output.budget

@@ -476,13 +476,15 @@ class Spawner:
 class Process:
     """A process that waits to be told what to execute; made by `Spawner.fork`.
 
-    It ends if it is closed (`close`, or leaving the context) before it has been told.
+    It ends if it is closed (`close`, or leaving the context) before it has been told. Attribute:
+    `was_told`, whether it may have received what to execute.
     """
 
     def __init__(self, spawner: Spawner, job: str, sock: socket.socket) -> None:
         self._spawner = spawner
         self._job = job
         self._socket = sock
+        self.was_told = False
 
     @property
     def is_waiting(self) -> bool:
@@ -529,6 +531,7 @@ class Process:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 others = [each for each in (stdin_fd, stderr_fd) if each is not None]
                 send(self._socket, {}, [program.fileno(), *others])
+                self.was_told = True
             is_late = not wait_ready(self._socket.fileno(), select.POLLHUP, timeout_s)
             if is_late:
                 kill()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from buffers import Buffers
 from cgroups import CgroupError
 from ending import Ending
-from errors import DirectoryError, StartTimeoutError, WorkerClosedError, exec_error
+from errors import DirectoryError, StartTimeoutError, StoreError, WorkerClosedError, exec_error
 from inputpipe import InputPipe
 from job import RunningJob
 from jobinput import JobInput
@@ -126,7 +126,7 @@ class Starter:
     def _launch(self, work: Work, around: Surroundings) -> str:
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
-            undo.callback(self._table.delete, spare.job_id)  # last: when nothing of it runs
+            undo.callback(self._unrecord, spare)  # last: when nothing of it runs
             # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
             # between that and the answer.
             undo.callback(self._spawner.kill, spare.job_id)
@@ -170,6 +170,18 @@ class Starter:
             self._registry.add(job)
             spare.thread.give(job.job_id, job.run)
             return job.job_id
+
+    def _unrecord(self, spare: Spare) -> None:
+        """Forget a start that has failed, unless the command may have been executed.
+
+        If the fork server has died meanwhile, nobody knows. If the job was forgotten, whoever
+        repeats the start would execute the command twice.
+        """
+        if spare.process.was_told and self._spawner.has_died:
+            with contextlib.suppress(StoreError):  # then the row stays, as that of a job that runs
+                self._table.lose(spare.job_id)
+        else:
+            self._table.delete(spare.job_id)
 
     def _make_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
         """Return the input of a new job, which `undo` ends. Raises as `start` does."""

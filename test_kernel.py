@@ -29,6 +29,7 @@ from cgroups import _physical_disks
 from job import RunningJob
 from limits import NO_LIMITS, Limits
 from spawner import Process, Spawner
+from store import Store
 from testkit import (
     GUARD_S,
     SIGNALLED_TREE,
@@ -37,6 +38,7 @@ from testkit import (
     discard_spares,
     job_cgroups,
     job_files,
+    job_processes,
     make_fifo,
     own_cgroup,
     settle_spares,
@@ -327,6 +329,43 @@ def test_each_killed_process_counts_once(worker: Worker) -> None:
     job = worker.wait(worker.start("sh", ["-c", script], limits=limits), GUARD_S)
     assert job.usage
     assert (job.end_reason, job.usage.oom_kills) == (EndReason.OUT_OF_MEMORY, 3)
+
+
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_end_by_a_memory_limit_is_known_to_the_next_worker(
+    base: Path, tmp_path: Path, *, meanwhile: bool
+) -> None:
+    """Whether the kernel kills the job while there is no worker, or afterwards."""
+    fifo = make_fifo(tmp_path / "fifo")
+    options: dict[str, Any] = {
+        "enforcement": "require",
+        "cgroup_root": base,
+        "output_dir": tmp_path / "output",
+        "tmp_dir": tmp_path / "tmp",
+        "restart_dir": tmp_path / "restart",
+        "restart_window": 1e6,
+    }
+    limits = Limits(memory_bytes=50 * _MIB)
+    with Store(tmp_path / "store") as store:
+        former = Worker(store=store, **options)
+        script = f"read x <{fifo}; exec tail /dev/zero"
+        job_id = former.start("sh", ["-c", script], limits=limits)
+        (leader,) = job_processes(former._spawner.pid)
+        former.leave()
+    if meanwhile:
+        with open(os.pidfd_open(leader)) as pidfd:
+            fifo.write_text("x\n")
+            assert select.select([pidfd], [], [], GUARD_S)[0]
+    with Store(tmp_path / "store") as store, Worker(store=store, **options) as worker:
+        worker.resume()
+        if not meanwhile:
+            fifo.write_text("x\n")
+        job = worker.wait(job_id, GUARD_S)
+        assert (job.status, job.end_reason) == (Status.FINISHED, EndReason.OUT_OF_MEMORY)
+        assert (job.signal, job.limits.memory_bytes) == (signal.SIGKILL, limits.memory_bytes)
+        assert job.usage
+        assert job.usage.oom_kills == 1
+    os.waitpid(former._spawner.pid, 0)
 
 
 def test_memory_of_all_jobs_is_not_the_jobs_own_limit(base: Path) -> None:

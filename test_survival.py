@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cgroups import bases
 from client import Client, ClientError
 from testkit import GUARD_S, ServerProgram, children_of, fork_server_of
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import workerservice_pb2 as worker_pb
 
 _HERE = Path(__file__).resolve().parent
-_MOMENTS = int(os.environ.get("JOBWORKER_MOMENTS", "8"))
+_MOMENTS = int(os.environ.get("JOBWORKER_MOMENTS", "5"))
 _CLIENTS = 3
 _RETRY_S = 120.0
 _FDS_SPARE = 16  # what a spare job may take, which is there or not
@@ -47,17 +48,19 @@ _KINDS = ("kill main", "kill fork server", "kill both", "SIGTERM", "upgrade")
 class _Job:
     """A job, and all that a client was told of it."""
 
-    def __init__(self, tag: str, dice: random.Random) -> None:
+    def __init__(self, tag: str, dice: random.Random, *, may_be_endless: bool) -> None:
         self.tag = tag
         self.lines = dice.choice((1, 3, 20, 20_000))
         self.code = dice.randrange(100)
-        self.is_endless = dice.random() < 0.3  # until it is stopped
+        self.is_endless = may_be_endless and dice.random() < 0.3  # until it is stopped
         self.has_input = dice.random() < 0.3  # what it writes is its input
         self.job_id = ""
         self.delivered = b""
         self.end: worker_pb.Job | None = None
         self.was_stopped = False
-        self.is_removed = False
+        self.is_removed = False  # or about to be
+        self.is_gone = False
+        self.has_gap = False  # the disk was full
         self.first_epoch = 0
 
     def argv(self, marks: Path) -> list[str]:
@@ -84,19 +87,24 @@ class _Load:
     """Clients that use a server all the time. Attributes: `jobs`; `counts`, of all that was done.
 
     `epoch`: how often a fork server was killed. It is increased before each kill.
+    `has_endless`: whether some jobs run until they are stopped.
     """
 
-    def __init__(self, connect: Callable[[], Client], marks: Path, seed: int) -> None:
-        self._connect, self._marks = connect, marks
+    def __init__(
+        self, connect: Callable[[], Client], marks: Path, seed: int, *, has_endless: bool = True
+    ) -> None:
+        self._connect, self._marks, self._has_endless = connect, marks, has_endless
         # Guards all below. Notified when something was done.
         self._changed = threading.Condition()
         self.jobs: list[_Job] = []
         self.counts: Counter[str] = Counter()
         self.errors: list[BaseException] = []
         self.epoch = 0
+        self.is_full = False  # the disk of the server, or it was so a moment ago
+        self.was_full = False
         self._is_over = False
         self._threads = [
-            threading.Thread(target=self._run, args=(n, random.Random(f"{seed}.{n}")))
+            threading.Thread(target=self._run, args=(n, random.Random(f"{seed}.{n}")), daemon=True)
             for n in range(_CLIENTS)
         ]
         for thread in self._threads:
@@ -110,6 +118,12 @@ class _Load:
                 lambda: self.counts.total() >= until or self.errors, GUARD_S * 2
             )
             assert not self.errors, self.errors
+
+    @contextlib.contextmanager
+    def nothing_is_noted(self) -> Iterator[None]:
+        """Within this context no client goes on after what it does now."""
+        with self._changed:
+            yield
 
     def close(self) -> None:
         """Let each client finish what it does."""
@@ -129,7 +143,13 @@ class _Load:
             with self._connect() as client:
                 i = 0
                 while not self._is_over:
-                    self._use(client, _Job(f"{number}.{i}", dice), dice)
+                    job = _Job(f"{number}.{i}", dice, may_be_endless=self._has_endless)
+                    try:
+                        self._use(client, job, dice)
+                    except ClientError as error:
+                        if error.code != "NOT_FOUND" or not self.was_full:
+                            raise
+                        job.is_removed = True  # it gave way
                     i += 1
         except BaseException as error:  # noqa: BLE001 -- raised by the test's thread
             with self._changed:
@@ -138,30 +158,9 @@ class _Load:
 
     def _use(self, client: Client, job: _Job, dice: random.Random) -> None:
         """Start a job, read its output, perhaps in part, stop it or not, remove it or not."""
-        job.first_epoch = self.epoch
-        self.jobs.append(job)
-        command = job.argv(self._marks)
-        request_id = str(uuid.uuid4())
-        while not job.job_id:
-            try:
-                job.job_id = client.start(
-                    "sh", command, stdin=job.has_input, timeout=3600, request_id=request_id
-                )
-            except ClientError as error:
-                if "the process that starts jobs has died" not in str(error):
-                    raise
-                self._note("refused")  # the server is about to end, because its fork server has
-        self._note("started")
-        if job.has_input:
-            client.write_input(job.job_id, self._noted(job.output.splitlines(keepends=True)))
+        self._start(client, job)
         reads_all = dice.random() < 0.7 and not job.is_endless
-        some = dice.randrange(1, len(job.output) + 1)
-        with contextlib.closing(client.stream(job.job_id)) as stream:
-            for chunk in stream:
-                job.delivered += chunk
-                self._note("read")
-                if not reads_all and len(job.delivered) >= some:
-                    break
+        self._read(client, job, None if reads_all else dice.randrange(1, len(job.output) + 1))
         if job.is_endless or (not reads_all and dice.random() < 0.5):
             job.was_stopped = True
             job.end = client.stop(job.job_id)
@@ -173,7 +172,49 @@ class _Load:
             job.is_removed = True
             with contextlib.suppress(ClientError):  # NOT_FOUND, when it was repeated
                 client.remove(job.job_id)
+            job.is_gone = True
             self._note("removed")
+
+    def _read(self, client: Client, job: _Job, most: int | None) -> None:
+        """Read the output, at least so many bytes of it or all."""
+        with contextlib.closing(client.stream(job.job_id)) as stream:
+            try:
+                for chunk in stream:
+                    job.has_gap |= stream.gap is not None
+                    job.delivered += chunk
+                    self._note("read")
+                    if most is not None and len(job.delivered) >= most:
+                        return
+            except ClientError as error:
+                if error.code != "DATA_LOSS":
+                    raise
+                job.has_gap = True
+        job.has_gap |= stream.gap is not None
+
+    def _start(self, client: Client, job: _Job) -> None:
+        """Start a job, and give it its input."""
+        job.first_epoch = self.epoch
+        self.jobs.append(job)
+        command = job.argv(self._marks)
+        request_id = str(uuid.uuid4())
+        while not job.job_id:
+            try:
+                job.job_id = client.start(
+                    "sh", command, stdin=job.has_input, timeout=3600, request_id=request_id
+                )
+            except ClientError as error:
+                # The server is about to end, because its fork server has.
+                if "the process that starts jobs has died" not in str(error) and not self.is_full:
+                    raise
+                self._note("refused")
+        self._note("started")
+        if job.has_input:
+            lines = job.output.splitlines(keepends=True)
+            try:
+                client.write_input(job.job_id, self._noted(lines))
+            except ClientError:
+                if self.epoch == job.first_epoch:  # otherwise the job may be LOST
+                    raise
 
     def _noted(self, lines: list[bytes]) -> Iterator[bytes]:
         """Yield all lines, in some pieces."""
@@ -186,9 +227,13 @@ class _Load:
 class _Place:
     """A state directory, and the servers that use it one after the other."""
 
-    def __init__(self, directory: Path, certs: Path, state: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, certs: Path, limits: str, state: Path | None = None
+    ) -> None:
         self.directory, self.certs = directory, certs
         self.state = state or directory / "state"
+        self.cgroups: set[Path] = set()  # of all servers
+        self._limits = limits
         self.marks = directory / "marks"
         self.marks.mkdir()
         self.marks.chmod(0o1777)
@@ -203,14 +248,26 @@ class _Place:
         self._starts += 1
         self.program = ServerProgram(
             self.directory / f"log{self._starts}",
-            *("--listen", f"127.0.0.1:{self.port}", "--limits", "auto", "--uids", "78000-78999"),
+            *(
+                "--listen",
+                f"127.0.0.1:{self.port}",
+                "--limits",
+                self._limits,
+                "--uids",
+                "78000-78999",
+            ),
             *("--certs", str(self.certs), "--state-dir", str(self.state)),
             *("--restart-window", "5m"),
             program=self._code / "server.py",
         )
         self.port = self.program.address.rpartition(":")[2]
-        if not self.fork_server:
+        if not self.fork_server or self._has_ended():  # no job ran, so nobody was awaited
             self.fork_server = fork_server_of(self.program.process.pid)
+        base = bases("auto", None)[0]
+        path = Path(f"/proc/{self.fork_server}/cgroup").read_text()
+        for name in re.findall("(?m)^0::.*/(job-worker-[^/]*)/", path):
+            assert base is not None
+            self.cgroups.add(Path(base, name))
 
     def connect(self) -> Client:
         client = Client(
@@ -225,9 +282,9 @@ class _Place:
         return client
 
     def kill_fork_server(self) -> None:
-        """Kill it, and the leaders of its jobs: without cgroups nothing else can."""
+        """Kill it; without cgroups also the leaders of its jobs, because nothing else can."""
         pid, self.fork_server = self.fork_server, 0
-        children = children_of(pid)
+        children = children_of(pid) if not self.cgroups else ()
         os.kill(pid, signal.SIGKILL)
         for child in children:
             with contextlib.suppress(ProcessLookupError):
@@ -266,8 +323,6 @@ class _Place:
         if kind == "upgrade":
             self.upgrade()
         self.await_main()
-        if self.fork_server and self._has_ended():  # no job ran, so nobody was awaited
-            self.fork_server = 0
         self.start()
 
     def _has_ended(self) -> bool:
@@ -300,8 +355,14 @@ class _Place:
 
 
 @pytest.fixture
-def place(public: Path, certs: Path) -> Iterator[_Place]:
-    made = _Place(public, certs)
+def limits() -> str:
+    """The server's --limits; a test may have others."""
+    return "off"
+
+
+@pytest.fixture
+def place(public: Path, certs: Path, limits: str) -> Iterator[_Place]:
+    made = _Place(public, certs, limits)
     yield made
     made.end()
 
@@ -316,13 +377,18 @@ def _judge(place: _Place, load: _Load, found: Counter[str]) -> None:
                 found["removed jobs that are back"] += state is not None
                 continue
             if state is None:
-                found["jobs lost"] += 1
+                # Jobs that have ended give way when the disk is full.
+                gave_way = load.was_full
+                found["jobs that gave way" if gave_way else "jobs lost"] += 1
                 continue
-            with contextlib.closing(client.stream(job.job_id)) as stream:
-                output = b"".join(stream)
+            output = _output(client, job.job_id)
             state = client.status(job.job_id)
-            found["delivered bytes missing"] += not output.startswith(job.delivered)
-            found["wrong output"] += not job.output.startswith(output)
+            if state.output_lost_bytes or job.has_gap:
+                found["jobs with a gap"] += 1
+                output = job.output
+            else:
+                found["delivered bytes missing"] += not output.startswith(job.delivered)
+                found["wrong output"] += not job.output.startswith(output)
             found["wrong statuses"] += not _is_true(job, state, output, load.epoch)
             found["jobs that ended otherwise than a client was told"] += (
                 job.end is not None and job.end.end_reason != state.end_reason
@@ -334,17 +400,34 @@ def _judge(place: _Place, load: _Load, found: Counter[str]) -> None:
     found["jobs that never ran"] += len(ended - marks.keys())
 
 
+def _output(client: Client, job_id: str) -> bytes:
+    """Return what is kept of the output."""
+    output = b""
+    with contextlib.closing(client.stream(job_id)) as stream:
+        try:
+            for chunk in stream:
+                output += chunk
+        except ClientError as error:
+            if error.code != "DATA_LOSS":
+                raise
+    return output
+
+
 def _is_true(job: _Job, state: worker_pb.Job, output: bytes, epoch: int) -> bool:
     """Whether a job may have this end, and has the output that belongs to it."""
-    from workerservice_pb2 import EndReason
-
-    reason = EndReason.Name(state.end_reason).removeprefix("END_REASON_")
+    reason = _reason(state)
     if reason == "EXITED":
         return state.exit_code == job.code and not job.is_endless and output == job.output
     if reason == "STOPPED_BY_OWNER":
         return job.was_stopped
     # A job that was killed with its fork server: its own process may still have noticed.
     return reason in {"LOST", "SIGNALLED"} and epoch > job.first_epoch
+
+
+def _reason(state: worker_pb.Job) -> str:
+    from workerservice_pb2 import EndReason
+
+    return EndReason.Name(state.end_reason).removeprefix("END_REASON_")
 
 
 def _leftovers(place: _Place, found: Counter[str], kept: set[str]) -> list[Path]:
@@ -354,6 +437,7 @@ def _leftovers(place: _Place, found: Counter[str], kept: set[str]) -> list[Path]
         with contextlib.suppress(OSError):
             if pid != str(os.getpid()) and text in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found["processes left over"] += 1
+    found["cgroups left over"] += sum(path.exists() for path in place.cgroups)
     left = list((place.state / "tmp").iterdir())
     left += [path for path in (place.state / "output").iterdir() if path.name[:36] not in kept]
     left += place.state.glob("**/*.new")
@@ -361,6 +445,7 @@ def _leftovers(place: _Place, found: Counter[str], kept: set[str]) -> list[Path]
     return left
 
 
+@pytest.mark.parametrize("limits", ["off", "auto"])
 def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
     """Kills of the server, of its fork server and of both; ends and upgrades."""
     seed = random.randrange(1 << 32)
@@ -371,14 +456,12 @@ def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
     load = _Load(place.connect, place.marks, seed)
     moments: Counter[str] = Counter()
     begun = time.monotonic()
-    try:
-        for number in range(_MOMENTS):
-            kind = _KINDS[number % len(_KINDS)] if _MOMENTS < 50 else dice.choice(_KINDS)
-            load.await_more(dice.randrange(1, 30))
-            place.moment(kind, load)
-            moments[kind] += 1
-    finally:
-        load.close()
+    for number in range(_MOMENTS):
+        kind = _KINDS[number % len(_KINDS)] if _MOMENTS < 50 else dice.choice(_KINDS)
+        load.await_more(dice.randrange(1, 30))
+        place.moment(kind, load)
+        moments[kind] += 1
+    load.close()
     found: Counter[str] = Counter()
     with place.connect() as client:  # the jobs that nobody waits for
         for job in client.list():
@@ -392,3 +475,87 @@ def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
     told = f"seed {seed}; {time.monotonic() - begun:.0f} s; {dict(moments)}; {dict(load.counts)}"
     sys.stdout.write(f"\n{told}\n" + "".join(f"{what}: {n}\n" for what, n in found.items()))
     assert not found.total(), (told, +found, left)
+
+
+class _Copy:
+    """A state directory as the power cut would have left it, and what clients knew by then."""
+
+    def __init__(
+        self, place: _Place, load: _Load, target: Path, dice: random.Random, *, is_cut: bool
+    ) -> None:
+        assert place.program is not None
+        pids = place.program.process.pid, place.fork_server
+        self.state = target
+        with load.nothing_is_noted():
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            self.ended = {job.job_id: job for job in load.jobs if job.end and not job.is_removed}
+            self.removed = {job.job_id for job in load.jobs if job.is_removed}
+            self.gone = {job.job_id for job in load.jobs if job.is_gone}
+            self.jobs = {job.job_id: job for job in load.jobs}
+            self.delivered = {job.job_id: job.delivered for job in load.jobs}
+        try:
+            shutil.copytree(place.state, target, ignore=shutil.ignore_patterns("*.sock", "homes"))
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        self.wal = target / "store" / "store.db-wal"
+        self.is_cut = is_cut and self.wal.exists()
+        if self.is_cut:  # the disk had not got the last writes
+            size = self.wal.stat().st_size
+            os.truncate(self.wal, max(0, size - dice.randrange(40_000)))
+
+    def judge(self, place: _Place, found: Counter[str]) -> None:
+        """Start a server on it and look at each job."""
+        place.state = self.state
+        place.start()
+        with place.connect() as client:
+            there = {job.job_id: job for job in client.list()}
+            for job_id, state in there.items():
+                output = _output(client, job_id)
+                job = self.jobs.get(job_id)
+                if job is None or job_id in self.removed:
+                    continue
+                reason = _reason(client.status(job_id))
+                is_whole = output == job.output
+                found["wrong output"] += not job.output.startswith(output)
+                found["delivered bytes missing"] += not output.startswith(self.delivered[job_id])
+                found["wrong statuses"] += not (
+                    reason in {"LOST", "STOPPED_BY_OWNER"}
+                    or (reason == "EXITED" and state.exit_code == job.code and is_whole)
+                )
+                found["known ends lost"] += (
+                    job_id in self.ended and not self.is_cut and reason == "LOST"
+                )
+            found["jobs lost"] += len(self.ended.keys() - there.keys()) if not self.is_cut else 0
+            found["removed jobs that are back"] += (
+                len(self.gone & there.keys()) if not self.is_cut else 0
+            )
+            assert client.start("true")  # it works
+        place.end()
+
+
+def test_power_cut_loses_nothing_but_the_last_moments(public: Path, place: _Place) -> None:
+    """The state directory is copied while it is written; in half of the copies the end of the log
+    of the database is missing. A server goes on with each copy: all jobs that ran are LOST.
+    """
+    seed = random.randrange(1 << 32)
+    dice = random.Random(seed)
+    place.start()
+    place.connect().close()
+    load = _Load(place.connect, place.marks, seed)
+    copies = []
+    for number in range(max(2, _MOMENTS // 5)):
+        load.await_more(dice.randrange(20, 60))
+        target = public / f"copy{number}"
+        copies.append(_Copy(place, load, target, dice, is_cut=number % 2 == 1))
+    load.close()
+    place.end()
+    found: Counter[str] = Counter()
+    for copy in copies:
+        place.fork_server = 0
+        copy.judge(place, found)
+    cuts = sum(copy.is_cut for copy in copies)
+    told = f"seed {seed}; {len(copies)} copies, {cuts} cut; {dict(load.counts)}"
+    sys.stdout.write(f"\n{told}\n" + "".join(f"{what}: {n}\n" for what, n in found.items()))
+    assert not found.total(), (told, +found)

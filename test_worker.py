@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
 
@@ -33,6 +33,7 @@ from argv import MAX_ARGV_BYTES
 from buffers import _BUFFERS, rest_ms
 from job import RunningJob
 from limits import NO_LIMITS
+from spawner import Process
 from testkit import (
     ABSENT,
     GUARD_S,
@@ -1874,6 +1875,29 @@ def test_start_after_the_fork_server_died_leaves_nothing(worker: Worker) -> None
     assert before[2] == []
     if worker._subtree is not None:
         assert not [path for path in worker._subtree.jobs.iterdir() if path.is_dir()]
+
+
+def test_start_that_nobody_can_answer_is_not_repeated(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command may have been executed when the fork server died, so the job is kept as LOST."""
+    execute = Process.execute
+
+    def execute_and_die(process: Process, *args: Any, **options: Any) -> NoReturn:
+        _, pidfd = execute(process, *args, **options)
+        os.kill(worker._spawner.pid, signal.SIGKILL)
+        select.select([worker._spawner.pidfd], [], [])
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # without cgroups nobody else would
+        os.close(pidfd)
+        raise SpawnerDiedError
+
+    monkeypatch.setattr(Process, "execute", execute_and_die)
+    request_id = str(uuid.uuid4())
+    with pytest.raises(SpawnerDiedError):
+        worker.start("sleep", ["infinity"], request_id=request_id)
+    found = worker.started_by("", request_id)
+    assert found is not None
+    assert worker.status(found[0]).end_reason is EndReason.LOST
 
 
 _FORGETFUL = """
