@@ -400,11 +400,10 @@ class Spawner:
                             message, more = receive(ours)
                             received += more
                             answer = (answer or {}) | message
-            except OSError as error:
+            except BaseException as error:
                 close_all(received)
-                raise SpawnerDiedError from error
-            except BaseException:
-                close_all(received)
+                if isinstance(error, OSError):
+                    raise SpawnerDiedError from error
                 raise
         if answer is None:
             if self._is_dead():
