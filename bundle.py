@@ -73,6 +73,8 @@ def unpack(data: bytes) -> dict[str, bytes]:
                 files[member.name] = content.read() if content else b""
                 if len(files[member.name]) != member.size:
                     raise BundleError("it has been cut off")
+    except RecursionError:  # headers that each announce another one
+        raise BundleError("not a tar file of `server invite`: too many headers") from None
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         if isinstance(error, BundleError):
             raise

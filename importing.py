@@ -115,16 +115,18 @@ def _profile(data: bytes) -> dict[str, str]:
     try:
         profile = tomllib.loads(data.decode())
         parse_address(profile["server"])
-        if set(profile) == {"server", "user"} and profile["user"].isprintable():
+        can_be_shown = all(value.isprintable() for value in profile.values())
+        if can_be_shown and set(profile) == {"server", "user"}:
             return profile
-        error: Exception = ValueError("its keys are not server and user")
-    except (ValueError, KeyError, TypeError, AttributeError) as caught:
+        error: Exception = ValueError("it has other keys, or characters that cannot be shown")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as caught:
         error = caught
     raise bundle.BundleError(f"{bundle.PROFILE} is wrong: {error}")
 
 
 def _append(config: str, name: str, profile: Mapping[str, str]) -> None:
-    lines = [f"{key} = {json.dumps(value)}" for key, value in profile.items()]
+    # TOML has no surrogates, with which JSON would write a character beyond U+FFFF.
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in profile.items()]
     try:
         with open(config, "rb") as file:
             before = file.read()

@@ -212,6 +212,12 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", size: in
     return member
 
 
+def _headers(kind: bytes) -> bytes:
+    """A file of nothing but headers that announce another header."""
+    header = _member("x", kind, size=1).tobuf(tarfile.GNU_FORMAT)
+    return (header + b"y".ljust(tarfile.BLOCKSIZE, b"\0")) * 1000  # type: ignore[no-any-return]
+
+
 def _evil(made: bytes, tmp_path: Path) -> dict[str, tuple[bytes, str]]:
     """By name: a file that is no bundle, and a part of the answer."""
     files = bundle.unpack(made)
@@ -240,6 +246,16 @@ def _evil(made: bytes, tmp_path: Path) -> dict[str, tuple[bytes, str]]:
         "a path in the profile": (_tar(other), "profile.toml is wrong"),
         "no address": (_tar({**files, bundle.PROFILE: b'server = "x"\nuser = "a"'}), "HOST:PORT"),
         "no TOML": (_tar({**files, bundle.PROFILE: b"\xff"}), "profile.toml is wrong"),
+        "headers of headers": (_headers(tarfile.GNUTYPE_LONGNAME), "too many headers"),
+        "attributes of attributes": (_headers(tarfile.XHDTYPE), "too many headers"),
+        "deep TOML": (
+            _tar({**files, bundle.PROFILE: b"server = " + b"[" * 50_000}),
+            "profile.toml is wrong",
+        ),
+        "an address of escapes": (
+            _tar({**files, bundle.PROFILE: b'server = "\\u001b[2J:1"\nuser = "a"'}),
+            "profile.toml is wrong",
+        ),
         "escapes": (
             _tar({**files, bundle.PROFILE: b'server = "a:1"\nuser = "\\u001b[2J"'}),
             "profile.toml is wrong",
@@ -251,6 +267,7 @@ _EVIL = (
     *("empty", "text", "cut", "compressed", "absolute", "parent", "here", "link", "hard link"),
     *("device", "directory", "FIFO", "twice", "missing", "huge", "no key", "no certificate"),
     *("no CA", "a path in the profile", "no address", "no TOML", "escapes"),
+    *("headers of headers", "attributes of attributes", "deep TOML", "an address of escapes"),
 )
 
 
@@ -271,6 +288,19 @@ def test_file_that_is_no_bundle_writes_nothing(
     told = _refused(alice, "import", path)
     assert any(part in told for part in text.split("|")), told
     assert _tree(tmp_path) == before
+
+
+def test_profile_can_have_any_character_that_can_be_shown(
+    alice: ClientProgram, made: bytes, tmp_path: Path
+) -> None:
+    """The file of the profiles can be read afterwards, and another profile can be added."""
+    files = bundle.unpack(made)
+    for number, user in enumerate(("\U0001f600", "é\\\"'#")):
+        profile = f'server = "{_ADDRESS}"\nuser = {json.dumps(user, ensure_ascii=False)}\n'
+        path = tmp_path / "a.tar"
+        path.write_bytes(bundle.pack({**files, bundle.PROFILE: profile.encode()}))
+        status, _, told = alice.run("import", "--as", f"p{number}", str(path))
+        assert (status, told) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", ".", "a.b", "a]b"])
