@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from cli import LIMIT_OPTIONS
+from cli import LIMIT_OPTIONS, TIME_FIELDS
 from credentials import explain_refusal, login_command
 from units import format_size
 
@@ -26,6 +26,7 @@ __all__ = ["explain"]
 
 _OPTIONS = {field: option for option, (field, *_) in LIMIT_OPTIONS.items()}
 _FIELD = re.compile(rf"(?<![\w-])({'|'.join(_OPTIONS)})\b")
+_TIME = re.compile(rf"\A(?=({'|'.join(TIME_FIELDS)})\b)")
 _ABOVE = re.compile(rf"\b({'|'.join(_OPTIONS)}) (\S+) is above this server's ceiling of ([\d.]+)")
 # The words of the server, and those for a user, who never sees metadata. The causes are told where
 # the token itself does not tell the cause.
@@ -39,6 +40,7 @@ def explain(error: ClientError, client: Client, arguments: argparse.Namespace) -
     text = str(error)
     if error.code == "INVALID_ARGUMENT":
         text = _FIELD.sub(lambda match: _OPTIONS[match[1]], _ABOVE.sub(_ceiling, text))
+        text = _TIME.sub("--", text)
     hint = _hint(error, client, arguments)
     if error.code == "UNAUTHENTICATED":
         text = _NO_TOKEN.sub(_INVALID + (_CAUSES if hint.startswith("run: ") else ""), text)

@@ -36,6 +36,7 @@ _HERE = Path(__file__).resolve().parent
         ),
         (["--pids", "9999"], "--pids 9999 is above this server's ceiling of 4096; ask for less"),
         (["--cpus", "0"], "--cpus must be at least 0.01, not 0.0"),
+        (["--linger", "1h"], "--linger must be 0 to 600 seconds, not 3600.0"),
     ],
 )
 def test_limit_that_is_refused_is_named_by_its_option(
@@ -131,6 +132,10 @@ def test_wrong_first_word_is_explained(
         ("start -k true", "--keep-open needs --stdin"),
         ("list -q --json", "give --quiet or --json, but not both"),
         ("list --bogus", "unknown option --bogus"),
+        (
+            "stop --all --label=a=b --label=a=c",
+            "--label gives one key two values; a job has one value for a key",
+        ),
         (
             "list --status done",
             "argument --status: 'done' is not a status; write queued, running, stopped or finished",

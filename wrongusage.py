@@ -57,9 +57,10 @@ def describe_unknown(words: Sequence[str], options: Sequence[str]) -> str:
 
 
 def describe_wrong_value(actions: Sequence[argparse.Action], arguments: argparse.Namespace) -> str:
-    """Say which value is `--`, or empty like a shell's variable that is not set; empty if none is.
+    """Say which value is wrong for any option; "" if none is.
 
-    An empty --name must not become "any name", nor an empty --token "the kept one".
+    It is `--`, or empty like a shell's variable that is not set, or a label contradicts another. An
+    empty --name must not become "any name", nor an empty --token "the kept one".
     """
     for action in actions:
         if action.dest in _OF_THE_JOB:
@@ -70,6 +71,8 @@ def describe_wrong_value(actions: Sequence[argparse.Action], arguments: argparse
         # Python 3.11 reads `--opt=--` as an empty list, 3.13 as `--`.
         if any(each in ([], "--", ["--"]) for each in values):
             return f"-- cannot be the value of {name}"
+        if action.dest == "labels" and len(set(value)) > len(dict(value)):
+            return f"{name} gives one key two values; a job has one value for a key"
         if "" in values and action.dest not in _TOLD_ELSEWHERE:
             return f"the value of {name} is empty; is it a shell variable that is not set?"
     return ""
