@@ -213,6 +213,9 @@ def test_fork_bomb_stays_inside(
     base: Path, certs: Path, start_server: Callable[..., ServerProgram]
 ) -> None:
     """Beside a fork bomb the server still runs jobs; a stop ends the bomb within 5 s."""
+    if "JOBWORKER_IN_KERNEL" in os.environ and os.uname().release.startswith("6.12."):
+        # "Kernel mode fault" in flush_tlb_mm, when copy_process clears up after a refused fork.
+        pytest.skip("user-mode Linux 6.12 panics in this fork bomb; 6.1 does not")
     import workerservice_pb2 as worker_pb
     from client import Client
 
