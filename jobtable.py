@@ -94,7 +94,7 @@ class Row(NamedTuple):
     number: int | None
     """In the order of all ends; None for a job that runs."""
     argv_bytes: int
-    """The memory that its argv, name and labels take."""
+    """The memory that Python needs for its argv, name and labels."""
     output: OutputState
     """Without the times: `JobTable.times`."""
     going_on: GoingOn
