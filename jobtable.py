@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errors import StoreError
 from finding import EVERY_JOB
-from jobstate import EndReason, Job, Status, UsageSource
+from jobstate import STOPS, EndReason, Job, Status, UsageSource
 from limits import Limits, Usage
 from outputerrors import Gap
 from outputstate import OutputState
@@ -220,22 +220,22 @@ class JobTable:
         `left_by`: returns what is there of the output of a job.
         """
         for row in self.running():
-            self._end_lost(row, left_by(row.job.job_id))
+            self._give_up(row, EndReason.LOST, left_by(row.job.job_id))
 
-    def lose(self, job_id: str) -> None:
-        """Record that a job, if there is a row of it, is LOST without output.
+    def give_up(self, job_id: str, reason: EndReason) -> None:
+        """Record, if there is a row of a job, that it has ended without output.
 
         Raises `StoreError`.
         """
         row = self.get(job_id)
         if row is not None:
-            self._end_lost(row, OutputState(0))
+            self._give_up(row, reason, OutputState(0))
 
-    def _end_lost(self, row: Row, output: OutputState) -> None:
+    def _give_up(self, row: Row, reason: EndReason, output: OutputState) -> None:
         final = replace(
             row.job,
-            status=Status.FINISHED,
-            end_reason=EndReason.LOST,
+            status=Status.STOPPED if reason in STOPS else Status.FINISHED,
+            end_reason=reason,
             ended_at=datetime.now(UTC),
             output_bytes=output.size,
             may_have_escaped=not row.going_on.has_cgroup,

@@ -29,7 +29,7 @@ from errors import DirectoryError, StartTimeoutError, StoreError, WorkerClosedEr
 from inputpipe import InputPipe
 from job import RunningJob
 from jobinput import JobInput
-from jobstate import Work
+from jobstate import EndReason, Work
 from limits import NO_LIMITS
 from spawner import AttachError, EnterError, SpawnerDiedError
 
@@ -82,11 +82,12 @@ class Starter:
         self._environment = environment
         self._keeper = keeper
         self._buffers = Buffers()
-        # Guards the three below. Notified when _busy falls. Never held during I/O.
+        # Guards the four below. Notified when _busy falls. Never held during I/O.
         self._idle = threading.Condition()
         self._busy = 0  # calls that are starting or removing jobs
         self._executing: dict[str, Spare] = {}  # of those calls, the ones that wait for an exec
         self._closed = False
+        self._cut_off: set[str] = set()  # the jobs of starts that `close` has ended
 
     def start(self, work: Work, around: Surroundings) -> str:
         """Start the job and return its ID. Raises as `Worker.start` does."""
@@ -126,7 +127,7 @@ class Starter:
     def _launch(self, work: Work, around: Surroundings) -> str:
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
-            undo.callback(self._unrecord, spare)  # last: when nothing of it runs
+            undo.callback(self._unrecord, spare, work)  # last: when nothing of it runs
             # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
             # between that and the answer.
             undo.callback(self._spawner.kill, spare.job_id)
@@ -171,15 +172,18 @@ class Starter:
             spare.thread.give(job.job_id, job.run)
             return job.job_id
 
-    def _unrecord(self, spare: Spare) -> None:
-        """Forget a start that has failed, unless the command may have been executed.
+    def _unrecord(self, spare: Spare, work: Work) -> None:
+        """Forget a start that has failed, unless it may be repeated and the command may have run.
 
-        If the fork server has died meanwhile, nobody knows. If the job was forgotten, whoever
-        repeats the start would execute the command twice.
+        Nobody knows if the fork server has died meanwhile, or `close` has killed the process. If
+        the job was forgotten, whoever repeats the start would execute the command twice.
         """
-        if spare.process.was_told and self._spawner.has_died:
+        has_died = self._spawner.has_died
+        is_known = not has_died and spare.job_id not in self._cut_off
+        if work.request_id and spare.process.was_told and not is_known:
+            reason = EndReason.LOST if has_died else EndReason.CLOSED
             with contextlib.suppress(StoreError):  # then the row stays, as that of a job that runs
-                self._table.lose(spare.job_id)
+                self._table.give_up(spare.job_id, reason)
         else:
             self._table.delete(spare.job_id)
 
@@ -322,6 +326,8 @@ class Starter:
         finally:
             with self._idle:
                 was_killed = self._executing.pop(spare.job_id, None) is None
+                if was_killed:
+                    self._cut_off.add(spare.job_id)
         if was_killed:
             raise WorkerClosedError
 
@@ -336,16 +342,19 @@ class Starter:
             with contextlib.suppress(CgroupError):
                 spare.cgroup.kill()
 
-    def close(self) -> bool:
+    def close(self, *, kills: bool = True) -> bool:
         """End the starts that wait for an exec, and refuse all others; False if called before.
 
-        Blocks until no call holds this open, for up to 10 s.
+        `kills`: False lets the starts go on that have begun. Blocks until no call holds this open,
+        for up to 10 s.
         """
         with self._idle:
             if self._closed:
                 return False
             self._closed = True
-            executing, self._executing = self._executing, {}
+            executing: dict[str, Spare] = {}
+            if kills:
+                executing, self._executing = self._executing, {}
         for spare in executing.values():
             self._kill(spare)
         with self._idle:

@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from errors import TakeoverError, WorkerClosedError
 from privileges import can_change_user
+from spawner import Process
 from store import Store
 from testkit import GUARD_S, await_output, descriptors_of, kill_with_children
 from worker import (
@@ -233,6 +234,35 @@ def test_input_whose_job_ended_meanwhile_is_over(house: _House, tmp_path: Path) 
     job = worker.wait(job_id, GUARD_S)
     assert (job.exit_code, job.input_bytes, job.input_ended) == (0, 6, True)
     assert b"".join(worker.stream(job_id)) == b"eno"
+
+
+def test_start_that_has_begun_goes_on_when_its_worker_is_left(
+    house: _House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither refused nor killed: the next worker has the job."""
+    worker = house.open()
+    execute, executed, goes_on = Process.execute, threading.Event(), threading.Event()
+
+    def execute_slowly(process: Process, *args: Any, **options: Any) -> tuple[int, int]:
+        found = execute(process, *args, **options)
+        executed.set()
+        assert goes_on.wait(GUARD_S)
+        return found
+
+    monkeypatch.setattr(Process, "execute", execute_slowly)
+    started: list[str] = []
+    start = threading.Thread(target=lambda: started.append(worker.start("sleep", ["infinity"])))
+    start.start()
+    assert executed.wait(GUARD_S)
+    leave = threading.Thread(target=house.leave)
+    leave.start()
+    while not worker._starter._closed:
+        pass
+    goes_on.set()
+    start.join(GUARD_S)
+    leave.join(GUARD_S)
+    worker = house.open()
+    assert worker.status(started[0]).status is Status.RUNNING
 
 
 def test_reader_and_waiter_are_told_that_the_worker_is_left(house: _House) -> None:

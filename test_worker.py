@@ -1900,6 +1900,34 @@ def test_start_that_nobody_can_answer_is_not_repeated(
     assert worker.status(found[0]).end_reason is EndReason.LOST
 
 
+def test_start_that_a_close_has_cut_off_is_not_repeated(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+) -> None:
+    """The command may have run for a moment, so the job is kept, with its true end."""
+    execute, executed, goes_on = Process.execute, threading.Event(), threading.Event()
+
+    def execute_slowly(process: Process, *args: Any, **options: Any) -> tuple[int, int]:
+        found = execute(process, *args, **options)
+        executed.set()
+        assert goes_on.wait(GUARD_S)
+        return found
+
+    monkeypatch.setattr(Process, "execute", execute_slowly)
+    request_id = str(uuid.uuid4())
+    start = pool.submit(worker.start, "sleep", ["infinity"], request_id=request_id)
+    assert executed.wait(GUARD_S)
+    close = pool.submit(worker.close)
+    while worker._starter._executing:
+        pass
+    goes_on.set()
+    with pytest.raises(WorkerClosedError):
+        start.result(GUARD_S)
+    close.result(GUARD_S)
+    found = worker.started_by("", request_id)
+    assert found is not None
+    assert worker.status(found[0]).end_reason is EndReason.CLOSED
+
+
 _FORGETFUL = """
 from worker import Worker
 worker = Worker(enforcement=sys.argv[1])

@@ -568,7 +568,7 @@ class Worker:
         `OutputLeftError`, `WorkerClosedError`.
         """
         self._scratch.hurry()
-        if self._starter.close():
+        if self._starter.close(kills=False):
             self._parts.leave()
 
     def close(self, *, grace: float = 0) -> None:
