@@ -33,6 +33,7 @@ import sqlite3
 import stat
 import threading
 import uuid
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -119,6 +120,8 @@ class Store:
                 self._connection = _connect(":memory:")
                 undo.callback(self._connection.close)
                 _migrate(self._connection)
+                # It can be read until nobody has it: a worker tells of its jobs after its close.
+                weakref.finalize(self, self._connection.close)
             else:
                 undo.callback(os.close, _lock_directory(self._path.parent))
                 with _explained(self._path):
