@@ -55,9 +55,10 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 _BYTES = 65536
 _CLOSING_S = 0.05
+_WRITE_S = 0.1  # how long a write to stdout may block
 _ROUNDS = 20
-_WAKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGCHLD)
-_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE, signal.SIGALRM)
+_WAKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM)
+_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -433,12 +434,18 @@ class Step:
         return True
 
     def pass_on(self) -> None:
+        # A terminal takes some 4 KiB at a time: a blocking write saves most system calls. A signal
+        # ends it, and the alarm if the signal comes right before: see `_interrupt_write`.
+        signal.setitimer(signal.ITIMER_REAL, _WRITE_S, _WRITE_S)
+        os.set_blocking(1, True)
         try:
             size = os.write(1, self.pending)
         except BlockingIOError:
             return
         except OSError:
             size = len(self.pending)  # srun is gone, and nobody will ask
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         self.bytes += size
         self.pending = self.pending[size:]
 
@@ -447,7 +454,6 @@ class Step:
         left = int.from_bytes(
             fcntl.ioctl(self.output_fd, termios.FIONREAD, bytes(4)), sys.byteorder
         )
-        os.set_blocking(1, True)
         while self.pending or left > 0:
             if self.pending:
                 self.pass_on()
@@ -497,10 +503,8 @@ class Step:
         elif self.input:
             try:
                 size = os.write(self.input_fd, self.input)
-            except BlockingIOError:
-                return
             except OSError:
-                return  # the next poll says POLLERR
+                return  # it is full, or the next poll says POLLERR
             self.input = self.input[size:]
             self.input_bytes += size
             report(event="ack", bytes=self.input_bytes)
@@ -531,10 +535,9 @@ class Step:
         )
 
 
-def _make_raw() -> None:
-    """Let the terminal that stdout may be pass on each byte as it is."""
-    if os.isatty(1):
-        tty.setraw(1)
+def _interrupt_write(*_: object) -> None:
+    """Have a write to stdout that is blocked fail with EAGAIN when Python repeats it."""
+    os.set_blocking(1, False)
 
 
 def _clean(path: str) -> None:
@@ -553,11 +556,12 @@ def main() -> None:
     os.set_blocking(write_fd, False)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     for number in _WAKING:
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, _interrupt_write)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    _make_raw()
+    if os.isatty(1):
+        tty.setraw(1)  # it passes on each byte as it is
     work = order(os.environ)
     places = cgroups()
     limits = enforced(places)
@@ -585,7 +589,6 @@ def main() -> None:
             id=os.environ.get("SLURM_JOB_ID", ""),
             limits=limits,
         )
-        os.set_blocking(1, False)
         step.run(wake_fd)
         step.drain()
         step.end()

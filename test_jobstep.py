@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from messages import wait_ready
 from testkit import GUARD_S, make_fifo
 
 if TYPE_CHECKING:
@@ -183,6 +185,22 @@ def test_kill_reaches_what_left_the_session_and_lost_its_parents(begin: Begin) -
     _, end = step.wait()
     assert (end["signal"], end["is_killed"]) == (signal.SIGKILL, True)
     assert all(map(_is_gone, pids))
+
+
+def test_kill_comes_through_although_nobody_reads_the_output(begin: Begin) -> None:
+    """While the step writes, and cannot go on."""
+    step = begin("sh", "-c", "echo $$; exec yes")
+    assert step.process.stdout
+    beginning = os.read(step.process.stdout.fileno(), 100)
+    pidfd = os.pidfd_open(int(beginning.split()[0]))
+    try:
+        step.process.send_signal(signal.SIGUSR1)
+        assert wait_ready(pidfd, select.POLLIN, GUARD_S)
+    finally:
+        os.close(pidfd)
+    output, end = step.wait()
+    assert (end["signal"], end["is_killed"]) == (signal.SIGKILL, True)
+    assert end["bytes"] == len(beginning) + len(output)
 
 
 def test_what_outlives_the_command_is_killed_and_counted(begin: Begin) -> None:

@@ -29,6 +29,8 @@ import pytest
 from cluster_plugin import missing
 from finding import JobFilter
 from jobmessages import job_message
+from server import Server
+from settings import Settings, SettingsError
 from slurm import SlurmSettings
 from slurmcheck import check
 from slurmworker import SlurmWorker
@@ -609,6 +611,15 @@ def test_check_says_what_the_cluster_enforces(cluster: Cluster) -> None:
     assert "slurm-prolog" in io_write.remedy
     (failed,) = check(SlurmSettings(options=("--partition=none",), conf=str(cluster.conf)), limits)
     assert (failed.works, "nvalid partition" in failed.detail) == (False, True)
+
+
+def test_restart_window_is_refused(certs: Path, tmp_path: Path) -> None:
+    """A server that could not keep its jobs does not start, and says what to do."""
+    config = tmp_path / "server.toml"
+    config.write_text("[slurm]\n")
+    settings = Settings(config=config, certs=certs, state_dir=tmp_path / "state", restart_window=60)
+    with pytest.raises(SettingsError, match="remove --restart-window"):
+        Server(settings)
 
 
 def test_user_without_an_account_on_the_cluster(
