@@ -33,7 +33,7 @@ class _Step:
     def __init__(self, tmp: Path, argv: list[str], **order: Any) -> None:
         work = {
             "argv": argv,
-            "env": {"PATH": os.environ["PATH"], "TMPDIR": f"{tmp}/job"},
+            "env": {"PATH": os.defpath, "TMPDIR": f"{tmp}/job"},
             "home": str(tmp),
             "directory": None,
             "tmp": f"{tmp}/job",
