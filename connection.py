@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import workerservice_pb2 as worker_pb
     from certcheck import Certificate
     from jobevents import JobEvents
+    from sending import Sending
 
 __all__ = [
     "DEFAULT_CERTS",
@@ -461,6 +462,9 @@ class Client:
                 stdin = self._worker.WriteInput(messages, metadata=resumption.metadata()).stdin
             except self._link.rpc_error as rpc_error:
                 error = self._link.explain(rpc_error)
+                is_over = has_broken_off and error.code == "FAILED_PRECONDITION"
+                if is_over and self._has_got_all(job_id, sending):
+                    return
                 # The server may have written some more of a call after the connection was lost.
                 error.may_pass |= error.code == "OUT_OF_RANGE" and has_broken_off
                 resumption.recover(error, rpc_error)
@@ -474,6 +478,15 @@ class Client:
                     resumption.succeeded()
             except ValueError as error:
                 raise ClientError(f"the input of job {job_id} is not whole: {error}") from error
+
+    def _has_got_all(self, job_id: str, sending: Sending) -> bool:
+        """Whether the job got all, and its end, from a call that broke off."""
+        stdin = self.status(job_id).stdin
+        try:
+            sending.acknowledge(stdin.bytes, ended=stdin.ended)
+        except ValueError:
+            return False
+        return sending.is_done
 
     def close(self) -> None:
         """Disconnect and end the open streams. Idempotent."""
