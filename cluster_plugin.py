@@ -6,8 +6,8 @@ jobs on it, unless a test gives them a configuration of its own; so
     pytest --slurm test_service.py
 
 runs the tests of the service over a cluster, except those that `_NOT_OVER_A_CLUSTER` names. Without
-root or without Slurm's programs the tests are skipped; with JOBWORKER_REQUIRE_SLURM=1 they fail, as
-does with `--slurm` every other test that is skipped.
+root or without Slurm's programs the tests are skipped. With JOBWORKER_REQUIRE_SLURM=1 each of them
+that is skipped, for whatever reason, has failed, and so has each of test_slurmworker.py.
 """
 
 from __future__ import annotations
@@ -92,9 +92,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> _Report:
-    """With `--slurm` and JOBWORKER_REQUIRE_SLURM=1, a test that is skipped has failed."""
+    """With JOBWORKER_REQUIRE_SLURM=1, a test over a cluster that is skipped has failed."""
     report = yield
-    if report.skipped and item.config.getoption("--slurm") and _is_required():
+    is_over_a_cluster = item.config.getoption("--slurm") or item.path.name == "test_slurmworker.py"
+    if report.skipped and is_over_a_cluster and _is_required():
         report.outcome = "failed"
         report.longrepr = f"JOBWORKER_REQUIRE_SLURM=1, but this test was skipped: {report.longrepr}"
     return report

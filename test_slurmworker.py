@@ -617,9 +617,13 @@ def test_restart_window_is_refused(certs: Path, tmp_path: Path) -> None:
     """A server that could not keep its jobs does not start, and says what to do."""
     config = tmp_path / "server.toml"
     config.write_text("[slurm]\n")
-    settings = Settings(config=config, certs=certs, state_dir=tmp_path / "state", restart_window=60)
+    state = tmp_path / "state"
     with pytest.raises(SettingsError, match="remove --restart-window"):
-        Server(settings)
+        Server(
+            Settings(
+                listen="127.0.0.1:0", config=config, certs=certs, state_dir=state, restart_window=60
+            )
+        )
 
 
 def test_user_without_an_account_on_the_cluster(
