@@ -177,21 +177,15 @@ class Cluster:
                     os.kill(each, signal.SIGKILL)
 
     def _step_daemons(self, name: str) -> list[int]:
+        """Return the processes that look after the steps of a node of this cluster, not another."""
+        log = f"{self.directory.resolve()}/slurmd_{name}.log"
         found = []
         for path in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
-                if (path / "comm").read_text() == "slurmstepd\n":
-                    # A step daemon keeps the spool directory of its node in its environment or
-                    # command line; its sockets are there, too.
-                    spool = f"spool_{name}".encode()
-                    maps = b"".join(
-                        os.fsencode(os.readlink(fd))
-                        for fd in (path / "fd").iterdir()
-                        if fd.exists()
-                    )
-                    text = (path / "environ").read_bytes() + (path / "cmdline").read_bytes() + maps
-                    if spool in text or name.encode() in text:
-                        found.append(int(path.name))
+                if (path / "comm").read_text() == "slurmstepd\n" and any(
+                    os.readlink(fd) == log for fd in (path / "fd").iterdir()
+                ):
+                    found.append(int(path.name))
         return found
 
     def run(self, *command: str, check: bool = True) -> str:
