@@ -594,7 +594,7 @@ def test_max_streams_has_the_bounds_of_the_configuration(
     in_file = problem.replace("'", "")  # there it is a number
     assert str(caught.value).endswith(f": {in_file}")
     assert by_option.returncode == 2
-    assert by_option.stderr.endswith(f"argument --max-streams: {problem}\n")
+    assert by_option.stderr.endswith(f"argument --max-streams: {problem}; see server --help\n")
 
 
 # --- the program: users -----------------------------------------------------------------
