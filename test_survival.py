@@ -86,7 +86,7 @@ class _Job:
 class _Load:
     """Clients that use a server all the time. Attributes: `jobs`; `counts`, of all that was done.
 
-    `epoch`: how often a fork server was killed. It is increased before each kill.
+    `epoch`: is increased before and after each kill of a fork server.
     `has_endless`: whether some jobs run until they are stopped.
     """
 
@@ -320,6 +320,8 @@ class _Place:
             os.kill(main, signal.SIGKILL)
         else:
             os.kill(main, signal.SIGTERM)
+        if not self.fork_server:
+            load.epoch += 1  # a job may have been started since the first time
         if kind == "upgrade":
             self.upgrade()
         self.await_main()
