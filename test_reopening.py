@@ -303,6 +303,7 @@ _RUNS = int(os.environ.get("JOBWORKER_RUNS", "15"))  # 50 take too long on a bus
 _RESTART_EVERY_S = 2.0
 
 
+@pytest.mark.alone  # the server must be back before a client gives up
 @pytest.mark.skipif(
     "restart_window" not in OPTIONS, reason="without a restart window a restart ends the jobs"
 )
