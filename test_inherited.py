@@ -62,7 +62,10 @@ def look():
         "status": {name: value.strip() for name, value in status.items()},
         "securebits": libc.prctl(27, 0, 0, 0, 0),
         "pid": os.getpid(), "group": os.getpgrp(), "session": os.getsid(0), "tty": fields[4],
-        "cwd": os.getcwd(), "env": dict(os.environ), "fds": sorted(os.listdir("/proc/self/fd")),
+        "cwd": os.getcwd(), "env": dict(os.environ),
+        # From Python 3.14 on, ctypes keeps its library open.
+        "fds": [fd for fd in sorted(os.listdir("/proc/self/fd"))
+                if "/libffi.so" not in os.path.realpath("/proc/self/fd/" + fd)],
         "stdin": [os.readlink("/proc/self/fd/0"), fcntl.fcntl(0, fcntl.F_GETFL) & 0o6000],
         "timer": signal.getitimer(signal.ITIMER_REAL),
         "pdeathsig": get_prctl(2),
