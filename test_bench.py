@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
 
 from bench import harness, soak
+from bench.floor import ByHand
 from bench.harness import NOISE_MAX, Ratio, in_turn, percentile, report_ratio, sampled
 
 
@@ -120,3 +122,11 @@ def test_memory_and_cpu_time_of_a_process_are_read() -> None:
     now = harness.memory_bytes(pid)
     assert harness.MIB < now <= harness.memory_bytes(pid, "VmHWM")
     assert harness.cpu_s(pid) > 0
+
+
+@pytest.mark.parametrize("way", ["clone3", "popen"])
+def test_floor_starts_processes_by_hand(way: str) -> None:
+    """With functions of the product, whose names change."""
+    with contextlib.closing(ByHand(way, None, None)) as hand:
+        assert [len(steps) for steps in hand.start(2)] == [4, 4]
+        assert hand.start_many(2, 2) > 0

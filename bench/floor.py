@@ -41,7 +41,7 @@ _BY_HAND = """
 import json, os, socket, sys, time
 here, jobs, way, uid = sys.argv[1:]
 sys.path.insert(0, here)
-import forkserver, leader
+import inherited, leader
 
 def fork(name, argv):
     uid_, cgroup = json.loads(uid), None
@@ -118,7 +118,7 @@ def start_many(count, at_once, argv):
     return took
 
 os.chdir("/")
-forkserver.set_signals()
+inherited.set_signals()
 for line in sys.stdin:
     count, gap, argv, read, at_once = json.loads(line)
     answer = []
