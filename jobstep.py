@@ -65,8 +65,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def report(**event: object) -> None:
     """Write one event to the worker."""
+    # A job can write to this stderr, too. The first newline ends a line that it has left open.
     try:
-        os.write(2, json.dumps(event).encode() + b"\n")
+        os.write(2, b"\n" + json.dumps(event).encode() + b"\n")
     except OSError:
         pass  # srun is gone
 

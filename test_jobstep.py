@@ -53,9 +53,9 @@ class _Step:
         self.events: list[dict[str, Any]] = []
 
     def event(self) -> dict[str, Any]:
-        """Return the next event."""
+        """Return the next event. An empty line precedes it."""
         assert self.process.stderr
-        line = self.process.stderr.readline()
+        line = self.process.stderr.readline().strip() or self.process.stderr.readline()
         self.events.append(json.loads(line))
         return self.events[-1]
 
@@ -67,7 +67,7 @@ class _Step:
     def wait(self) -> tuple[bytes, dict[str, Any]]:
         """Return the output and the last event."""
         output, rest = self.process.communicate(timeout=GUARD_S)
-        self.events += [json.loads(line) for line in rest.splitlines()]
+        self.events += [json.loads(line) for line in rest.splitlines() if line]
         return output, self.events[-1]
 
 

@@ -356,6 +356,8 @@ def clean_environment() -> dict[str, str]:
 
 
 _RUN = tempfile.TemporaryDirectory()  # deleted when this process ends
+# For servers that have the environment of the tests: other tests run at the same time.
+os.environ["RUNTIME_DIRECTORY"] = f"{_RUN.name}/tests"
 
 
 class ServerProgram:
