@@ -64,8 +64,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def report(**event: object) -> None:
-    """Write one event to the worker."""
-    # A job can write to this stderr, too. The first newline ends a line that it has left open.
+    """Write one event to the worker, after a newline: a job may have left a line open there."""
     try:
         os.write(2, b"\n" + json.dumps(event).encode() + b"\n")
     except OSError:

@@ -48,6 +48,7 @@ from testkit import (
     Hashing,
     call_rpc,
     follow,
+    kill_fork_server,
     make_fifo,
     rpc_methods,
     run_job,
@@ -547,7 +548,7 @@ def test_job_of_a_dead_fork_server_is_lost_and_no_other_can_start(
     server = serve()
     client = connect("user", server.address)
     job_id = client.start(*FOREVER)
-    os.kill(_worker_of(server)._spawner.pid, signal.SIGKILL)
+    kill_fork_server(_worker_of(server))
     list(client.stream(job_id))
     job = client.status(job_id)
     assert (job.status, job.end_reason) == (
@@ -1211,7 +1212,7 @@ def test_stream_of_a_lost_job_says_so(serve: Serve, connect: Connect) -> None:
     server = serve()
     client = connect(address=server.address)
     stream = follow(client, client.start(*FOREVER))
-    os.kill(_worker_of(server)._spawner.pid, signal.SIGKILL)
+    kill_fork_server(_worker_of(server))
     assert list(stream) == []
     assert stream.end
     assert (stream.end.end_reason, stream.end.exit_code, stream.end.signal) == ("LOST", None, None)

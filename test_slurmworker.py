@@ -35,7 +35,7 @@ from slurm import SlurmSettings
 from slurmcheck import check
 from slurmworker import SlurmWorker
 from testcluster import Cluster
-from testkit import GUARD_S, NOBODY
+from testkit import GUARD_S, NOBODY, kill_fork_server
 from worker import (
     CommandNotExecutableError,
     CommandNotFoundError,
@@ -387,7 +387,7 @@ def test_fork_server_that_dies_takes_the_jobs_with_it(
     """They are lost, and nothing of them runs on."""
     worker = make("orphans")
     job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
-    os.kill(worker._spawner.pid, signal.SIGKILL)
+    kill_fork_server(worker)
     assert _end(worker, job_id).end_reason is EndReason.LOST
     _await_no_jobs(cluster, "jw-orphans")
 

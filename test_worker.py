@@ -46,6 +46,7 @@ from testkit import (
     discard_spares,
     job_files,
     job_processes,
+    kill_fork_server,
     make_fifo,
     settle_spares,
 )
@@ -1843,7 +1844,7 @@ def test_death_of_the_fork_server_ends_jobs_as_lost(
     followers = [pool.submit(_output, worker, job_id) for job_id in job_ids]
     for job_id in job_ids:
         assert _first_line(worker, job_id) == b"ready"
-    os.kill(worker._spawner.pid, signal.SIGKILL)
+    kill_fork_server(worker)
     stops = [pool.submit(worker.stop, job_id) for job_id in job_ids]
     for job_id, follower, stop in zip(job_ids, followers, stops, strict=True):
         assert _end(worker.wait(job_id, GUARD_S)) == _LOST
@@ -1864,7 +1865,7 @@ def test_start_after_the_fork_server_died_leaves_nothing(worker: Worker) -> None
         discard_spares(worker)  # a spare made while the fork server died may seem to be ready
         return descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
 
-    os.kill(worker._spawner.pid, signal.SIGKILL)
+    kill_fork_server(worker)
     with pytest.raises(SpawnerDiedError):
         worker.start("true")
     before = held()
@@ -1885,8 +1886,7 @@ def test_start_that_nobody_can_answer_is_not_repeated(
 
     def execute_and_die(process: Process, *args: Any, **options: Any) -> NoReturn:
         _, pidfd = execute(process, *args, **options)
-        os.kill(worker._spawner.pid, signal.SIGKILL)
-        select.select([worker._spawner.pidfd], [], [])
+        kill_fork_server(worker)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # without cgroups nobody else would
         os.close(pidfd)
         raise SpawnerDiedError

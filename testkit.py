@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import ssl
@@ -204,6 +205,12 @@ def discard_spares(worker: Worker) -> None:
     settle_spares(worker)
     while (spare := worker._spares._pop()) is not None:
         spare.discard()
+
+
+def kill_fork_server(worker: Worker) -> None:
+    """SIGKILL the fork server of a worker, and wait for its end: until then it may start jobs."""
+    os.kill(worker._spawner.pid, signal.SIGKILL)
+    assert select.select([worker._spawner.pidfd], [], [], GUARD_S)[0]
 
 
 def find_program(name: str, path: Path | None = None) -> str:
