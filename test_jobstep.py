@@ -48,6 +48,7 @@ class _Step:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            bufsize=0,  # `communicate` would not see what `readline` has read ahead
             env={**parts, "SLURMD_NODENAME": "node1", "SLURM_JOB_ID": "7"},
         )
         self.events: list[dict[str, Any]] = []
