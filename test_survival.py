@@ -391,7 +391,12 @@ def _judge(place: _Place, load: _Load, found: Counter[str]) -> None:
             else:
                 found["delivered bytes missing"] += not output.startswith(job.delivered)
                 found["wrong output"] += not job.output.startswith(output)
-            found["wrong statuses"] += not _is_true(job, state, output, load.epoch)
+            if not _is_true(job, state, output, load.epoch):
+                found["wrong statuses"] += 1
+                sys.stdout.write(
+                    f"{state}of {job.code=} {job.was_stopped=} {job.first_epoch=} {load.epoch=}: "
+                    f"{len(output)} of {len(job.output)} bytes, {is_whole=}\n"
+                )
             found["jobs that ended otherwise than a client was told"] += (
                 job.end is not None and job.end.end_reason != state.end_reason
             )
@@ -618,8 +623,11 @@ def test_full_disk_loses_nothing_but_output(small_place: _Place) -> None:
     load.close()
     found: Counter[str] = Counter()
     with place.connect() as client:
-        for job in client.list():
-            client.stop(job.job_id)
+        running = {job.job_id for job in client.list() if not job.HasField("ended_at")}
+        for job in load.jobs:
+            if job.job_id in running:
+                job.was_stopped = True
+                client.stop(job.job_id)
     _judge(place, load, found)
     told = f"seed {seed}; {kills} kills; {dict(load.counts)}"
     sys.stdout.write(f"\n{told}\n" + "".join(f"{what}: {n}\n" for what, n in found.items()))
