@@ -369,6 +369,16 @@ def place(public: Path, certs: Path, limits: str) -> Iterator[_Place]:
     made.end()
 
 
+def _stop_rest(place: _Place, load: _Load) -> None:
+    """Stop the jobs that nobody waits for."""
+    with place.connect() as client:
+        running = {job.job_id for job in client.list() if not job.HasField("ended_at")}
+        for job in load.jobs:
+            job.was_stopped = job.was_stopped or job.job_id in running
+        for job_id in running:
+            client.stop(job_id)
+
+
 def _judge(place: _Place, load: _Load, found: Counter[str]) -> None:
     """Compare what the clients were told with what the server says now; count in `found`."""
     with place.connect() as client:
@@ -474,9 +484,7 @@ def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
         moments[kind] += 1
     load.close()
     found: Counter[str] = Counter()
-    with place.connect() as client:  # the jobs that nobody waits for
-        for job in client.list():
-            client.stop(job.job_id)
+    _stop_rest(place, load)
     _judge(place, load, found)
     found["descriptors left over"] += max(0, place.descriptors() - idle - _FDS_SPARE)
     with place.connect() as client:
@@ -622,12 +630,7 @@ def test_full_disk_loses_nothing_but_output(small_place: _Place) -> None:
         load.is_full = False
     load.close()
     found: Counter[str] = Counter()
-    with place.connect() as client:
-        running = {job.job_id for job in client.list() if not job.HasField("ended_at")}
-        for job in load.jobs:
-            if job.job_id in running:
-                job.was_stopped = True
-                client.stop(job.job_id)
+    _stop_rest(place, load)
     _judge(place, load, found)
     told = f"seed {seed}; {kills} kills; {dict(load.counts)}"
     sys.stdout.write(f"\n{told}\n" + "".join(f"{what}: {n}\n" for what, n in found.items()))
