@@ -87,7 +87,9 @@ def house(
     make_state: Callable[[], Path],
 ) -> Iterator[_House]:
     """A server whose user has an account: the host's own, or one that was made for the range."""
-    directory = ground / request.param
+    # A new one each time: a worker of pytest-xdist may come back to a parameter.
+    directory = Path(tempfile.mkdtemp(prefix=request.param, dir=ground))
+    directory.chmod(0o755)
     state = directory / "state"
     state.mkdir(0o700, parents=True)
     shutil.copy(make_state() / "token.key", state)
