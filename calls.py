@@ -70,8 +70,8 @@ _CALLS_IN_ALL = 4096
 _CALLS_ALWAYS = 64
 # While more unary calls than this are under way, a thread may keep the interpreter for
 # _SHORT_SWITCH_S only. With Python's 5 ms, gRPC's accepting thread falls behind at twice the
-# capacity, and gRPC cancels a fifth of the calls. Not with fewer calls,
-# because a short interval costs streams a quarter of their rate.
+# capacity, and gRPC cancels a fifth of the calls. Not with fewer calls, because a short interval
+# costs streams a quarter of their rate.
 _MANY_CALLS = 256
 _SHORT_SWITCH_S = 0.0005
 # How many calls gRPC queues for its accepting thread. Above it gRPC cancels calls of anybody.

@@ -62,14 +62,12 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
     options |= {
         "env": read_variables(arguments.env_files, arguments.env),
         "cwd": arguments.cwd or "",
-    }
-    options |= {
         "stdin": arguments.stdin,
         "name": arguments.name or "",
         "labels": labels_of(arguments),
+        "keep_tmp": arguments.keep_tmp,
+        "no_queue": arguments.no_queue,
     }
-    options["keep_tmp"] = arguments.keep_tmp
-    options["no_queue"] = arguments.no_queue
     request_id = arguments.request_id or str(uuid.uuid4())
     try:
         job_id = client.start(arguments.command, arguments.args, request_id=request_id, **options)

@@ -294,7 +294,7 @@ class RunningJob:
                 "stop_reason": self._stop_reason[:_NOTED_CHARACTERS],
                 "grace_until_s": self._grace_until_s,
             }
-        self._keeper.note(self.job_id, notes)
+        self._spawner.note(self.job_id, notes)
 
     def _kill_processes(self) -> None:
         if self._cgroup is not None:
@@ -334,7 +334,7 @@ class RunningJob:
                 self._kill_processes()
             self._end(leader_exit, self._time_of(None))
         if self._keeper is not None and self._registry.is_recorded(self):
-            self._keeper.forget(self.job_id)
+            self._spawner.forget(self.job_id)
         self._registry.trim()
 
     def _time_of(self, leader_exit: Exit | None) -> datetime:

@@ -1,9 +1,10 @@
 """What makes running jobs outlive their worker, on the worker's side.
 
     keeper = Keeper(spawner)
-    keeper.note(job_id, {"kill_reason": "stopped"})   # before the job is killed
-    keeper.forget(job_id)                             # after its end was recorded
-    keeper.leave()                                    # wakes the threads of all jobs
+    keeper.keep_input(job_id, job_input.kept_fds)   # before the job executes
+    keeper.leave()                                  # wakes the threads of all jobs
+
+The job itself tells a successor the rest, with `Spawner.note` and `Spawner.forget`.
 
 Thread safety: every method may be called from any thread.
 """
@@ -18,8 +19,7 @@ from errors import ResourceError, in_words
 from messages import wait_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
 
     from spawner import Spawner
 
@@ -40,10 +40,6 @@ class Keeper:
         self._spawner = spawner
         self.leave_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def note(self, job_id: str, notes: Mapping[str, Any]) -> None:
-        """Have the successor told about a job: how it is about to be stopped."""
-        self._spawner.note(job_id, notes)
-
     def keep_input(self, job_id: str, fds: Sequence[int]) -> None:
         """Keep the input of a job that is about to execute: `JobInput.kept_fds`.
 
@@ -53,14 +49,6 @@ class Keeper:
             self._spawner.keep_input(job_id, fds)
         except OSError as error:
             raise ResourceError(f"no room for the input of a new job: {in_words(error)}") from error
-
-    def end_input(self, job_id: str) -> None:
-        """Let a job read the end of its input, once the copy in this process is closed, too."""
-        self._spawner.end_input(job_id)
-
-    def forget(self, job_id: str) -> None:
-        """Keep a job no longer: its end is recorded."""
-        self._spawner.forget(job_id)
 
     def leave(self) -> None:
         """Have the thread of each job leave it."""

@@ -189,15 +189,11 @@ class Starter:
 
     def _make_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
         """Return the input of a new job, which `undo` ends. Raises as `start` does."""
-        keeper = self._keeper
-        if keeper is None:
-            job_input = JobInput(job_id)
-        else:
-            on_end = functools.partial(keeper.end_input, job_id)
-            job_input = JobInput(job_id, is_kept=True, on_end=on_end)
+        on_end = functools.partial(self._spawner.end_input, job_id)
+        job_input = JobInput(job_id, is_kept=self._keeper is not None, on_end=on_end)
         undo.callback(job_input.finish)
-        if keeper is not None:
-            keeper.keep_input(job_id, job_input.kept_fds)
+        if self._keeper is not None:
+            self._keeper.keep_input(job_id, job_input.kept_fds)
         return job_input
 
     def resume(
@@ -257,10 +253,10 @@ class Starter:
         body.thread.give(job.job_id, job.run)
 
     def _resume_input(self, job_id: str, process: Adopted) -> JobInput | None:
-        if not process.input_fds or self._keeper is None:
+        if not process.input_fds:
             return None
         pipe = InputPipe.adopt(process.input_fds)
-        return JobInput(job_id, pipe, on_end=functools.partial(self._keeper.end_input, job_id))
+        return JobInput(job_id, pipe, on_end=functools.partial(self._spawner.end_input, job_id))
 
     def _prepare_output(self, output: OutputLog, owner: str, budget: Budget) -> None:
         output.budget = budget

@@ -15,15 +15,21 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from errors import TakeoverError, WorkerClosedError
 from privileges import can_change_user
-from spawner import Process
 from store import Store
-from testkit import GUARD_S, await_output, descriptors_of, kill_with_children
+from testkit import (
+    GUARD_S,
+    await_output,
+    descriptors_of,
+    hold_executions,
+    kill_with_children,
+    notice_close,
+)
 from worker import (
     Ending,
     EndReason,
@@ -241,23 +247,15 @@ def test_start_that_has_begun_goes_on_when_its_worker_is_left(
 ) -> None:
     """It is neither refused nor killed: the next worker has the job."""
     worker = house.open()
-    execute, executed, goes_on = Process.execute, threading.Event(), threading.Event()
-
-    def execute_slowly(process: Process, *args: Any, **options: Any) -> tuple[int, int]:
-        found = execute(process, *args, **options)
-        executed.set()
-        assert goes_on.wait(GUARD_S)
-        return found
-
-    monkeypatch.setattr(Process, "execute", execute_slowly)
+    executed, goes_on = hold_executions(monkeypatch)
+    closing = notice_close(worker, monkeypatch)
     started: list[str] = []
     start = threading.Thread(target=lambda: started.append(worker.start("sleep", ["infinity"])))
     start.start()
     assert executed.wait(GUARD_S)
     leave = threading.Thread(target=house.leave)
     leave.start()
-    while not worker._starter._closed:
-        pass
+    assert closing.wait(GUARD_S)
     goes_on.set()
     start.join(GUARD_S)
     leave.join(GUARD_S)

@@ -44,10 +44,12 @@ from testkit import (
     children_of,
     descriptors_of,
     discard_spares,
+    hold_executions,
     job_files,
     job_processes,
     kill_fork_server,
     make_fifo,
+    notice_close,
     settle_spares,
 )
 from worker import (
@@ -1904,21 +1906,13 @@ def test_start_that_a_close_has_cut_off_is_not_repeated(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
     """The command may have run for a moment, so the job is kept, with its true end."""
-    execute, executed, goes_on = Process.execute, threading.Event(), threading.Event()
-
-    def execute_slowly(process: Process, *args: Any, **options: Any) -> tuple[int, int]:
-        found = execute(process, *args, **options)
-        executed.set()
-        assert goes_on.wait(GUARD_S)
-        return found
-
-    monkeypatch.setattr(Process, "execute", execute_slowly)
+    executed, goes_on = hold_executions(monkeypatch)
+    closing = notice_close(worker, monkeypatch)
     request_id = str(uuid.uuid4())
     start = pool.submit(worker.start, "sleep", ["infinity"], request_id=request_id)
     assert executed.wait(GUARD_S)
     close = pool.submit(worker.close)
-    while worker._starter._executing:
-        pass
+    assert closing.wait(GUARD_S)
     goes_on.set()
     with pytest.raises(WorkerClosedError):
         start.result(GUARD_S)

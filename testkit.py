@@ -213,6 +213,34 @@ def kill_fork_server(worker: Worker) -> None:
     assert select.select([worker._spawner.pidfd], [], [], GUARD_S)[0]
 
 
+def hold_executions(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Have each start wait, once its command executes, for the second event; the first tells it."""
+    from spawner import Process
+
+    execute, executed, goes_on = Process.execute, threading.Event(), threading.Event()
+
+    def execute_slowly(process: Any, *args: Any, **options: Any) -> tuple[int, int]:
+        found = execute(process, *args, **options)
+        executed.set()
+        assert goes_on.wait(GUARD_S)
+        return found
+
+    monkeypatch.setattr(Process, "execute", execute_slowly)
+    return executed, goes_on
+
+
+def notice_close(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return what is set when a close of the worker, or a leave, waits for starts that go on."""
+    closing, wait_for = threading.Event(), worker._starter._idle.wait_for
+
+    def notice(*args: Any) -> bool:
+        closing.set()
+        return bool(wait_for(*args))
+
+    monkeypatch.setattr(worker._starter._idle, "wait_for", notice)
+    return closing
+
+
 def find_program(name: str, path: Path | None = None) -> str:
     """Return the path of a program that `make tools` or the system's packages install.
 
