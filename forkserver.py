@@ -251,6 +251,7 @@ class _ForkServer:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each job needs one here
         prctl(PR_SET_NO_NEW_PRIVS, 1)
+        inherited.refuse_splice()
         if self._uids is not None:
             # Nobody may trace this process, or a fork of it that has not executed a program.
             prctl(PR_SET_DUMPABLE, 0)

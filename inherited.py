@@ -4,6 +4,8 @@ The fork server calls `reset` once, before it forks: what it changes is the same
 leader calls `separate` once, because each job needs one of its own. docs/security.md has the whole
 table: every attribute that fork and exec preserve, and what a job gets of it.
 
+The fork server calls `refuse_splice` once, too.
+
 The rule: a job does not inherit an attribute that gives it something (a key, a priority, somebody's
 name). It does inherit one by which the operator takes something from the service and from all that
 runs in it (a seccomp filter, a CPU set, an idle priority).
@@ -18,10 +20,11 @@ import ctypes
 import errno
 import os
 import signal
+import struct
 
 from privileges import CAP_SYS_RESOURCE, has_capabilities, prctl
 
-__all__ = ["OOM_SCORE_ADJ", "oom_exemption", "reset", "separate"]
+__all__ = ["OOM_SCORE_ADJ", "oom_exemption", "refuse_splice", "reset", "separate"]
 
 OOM_SCORE_ADJ = 500
 """Of a job: the kernel's OOM killer takes it as if it had half of the memory more than it has. So
@@ -33,8 +36,26 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 _IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 1, 13, 1
 _PERSONALITY_QUERY = 0xFFFF_FFFF
 _NO_LOGINUID = b"4294967295"
-# System calls without a function in the C library: keyctl, ioprio_set, ioprio_get.
-_NUMBERS = {"x86_64": (250, 251, 252), "aarch64": (219, 30, 31), "riscv64": (219, 30, 31)}
+# System calls without a function in the C library, or in some: keyctl, ioprio_set, ioprio_get, tee.
+_NUMBERS = {
+    "x86_64": (250, 251, 252, 276),
+    "aarch64": (219, 30, 31, 77),
+    "riscv64": (219, 30, 31, 77),
+}
+# splice, for each ABI that a program can use on one of these: linux/audit.h, asm/unistd.h.
+_SPLICE = (
+    (0xC000_003E, 275),  # x86_64
+    (0xC000_003E, 0x4000_0000 | 275),  # x32
+    (0x4000_0003, 313),  # i386
+    (0xC000_00B7, 76),  # aarch64
+    (0x4000_0028, 340),  # arm
+    (0xC000_00F3, 76),  # riscv64
+)
+# linux/seccomp.h and linux/bpf_common.h: a program for the kernel.
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_NUMBER_AT, _ABI_AT = 0, 4  # in struct seccomp_data
+_LOAD, _UNLESS_EQUAL_SKIP, _RETURN = 0x20, 0x15, 0x06
+_REFUSE, _ALLOW = 0x0005_0000, 0x7FFF_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -83,6 +104,48 @@ def separate(*, is_alone: bool) -> None:
     # set. Without that capability a job can go back to the fork server's own value.
     with contextlib.suppress(PermissionError):  # a fork server with another user's capabilities
         _write("/proc/self/oom_score_adj", str(OOM_SCORE_ADJ).encode())
+
+
+def refuse_splice() -> None:
+    """Refuse splice(2) to this process, and so to jobs, if a filter refuses tee(2) to the service.
+
+    With either call a job can keep the kernel's lock of its pipe. The main process needs splice(2)
+    for jobs that go on without it, so a filter of the whole service cannot refuse that call.
+    The errno is EINVAL, which the kernel has for files that cannot be spliced: programs then read
+    and write, those in Go after no other errno. For a process with no_new_privs. Raises OSError.
+    """
+    if os.uname().machine not in _NUMBERS or _permits_tee() or not _permits_splice():
+        return
+    rules = [
+        rule
+        for abi, number in _SPLICE
+        for rule in (
+            (_LOAD, 0, _ABI_AT),
+            (_UNLESS_EQUAL_SKIP, 3, abi),
+            (_LOAD, 0, _NUMBER_AT),
+            (_UNLESS_EQUAL_SKIP, 1, number),
+            (_RETURN, 0, _REFUSE | errno.EINVAL),
+        )
+    ]
+    rules.append((_RETURN, 0, _ALLOW))
+    code = b"".join(struct.pack("HBBI", kind, 0, skip, value) for kind, skip, value in rules)
+    buffer = ctypes.create_string_buffer(code)
+    program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(buffer)))
+    prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
+
+
+def _permits_tee() -> bool:
+    _call(3, -1, -1, 1, 0)
+    return ctypes.get_errno() == errno.EBADF
+
+
+def _permits_splice() -> bool:
+    """False also if this process has refused it to itself, and then executed its program anew."""
+    try:
+        os.splice(-1, -1, 1)
+    except OSError as error:
+        return error.errno == errno.EBADF
+    return True
 
 
 def oom_exemption() -> str:

@@ -156,7 +156,8 @@ def test_unit_refuses_what_jobs_could_hold_up_others_with(
     assert all(line.startswith("~") for line in refused)
     names = " ".join(refused).replace("~", "").split()
     assert all(any(name.startswith(part) for name in names) for part in kind.split())
-    assert "splice" not in names  # the server needs it: docs/restarts.md
+    # The server needs it (docs/restarts.md), and refuses it to jobs, as test_restart.py shows.
+    assert "splice" not in names
 
 
 # --- the unit against the program ---------------------------------------------------------------

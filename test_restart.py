@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from testkit import (
     hold_executions,
     kill_with_children,
     notice_close,
+    refuse_call,
 )
 from worker import (
     Ending,
@@ -345,6 +347,50 @@ def test_long_reason_of_a_stop_costs_no_other_job(house: _House, character: str)
     worker = house.open()
     assert worker.stop(job_id).stop_reason == character * 256
     assert worker.stop(other, reason=reason).stop_reason == reason
+
+
+# A job tells the errno of a splice between two pipes of its own, by the number of each ABI.
+_SPLICES = """
+import ctypes, os, sys
+full, fill = os.pipe()
+os.write(fill, b"x")
+_, into = os.pipe()
+libc = ctypes.CDLL(None, use_errno=True)
+for number in map(int, sys.argv[1:]):
+    moved = libc.syscall(ctypes.c_long(number), full, None, into, None, 1, 0)
+    print(moved if moved >= 0 else ctypes.get_errno())
+status = open("/proc/self/status").read()
+print("filters", status.partition("Seccomp_filters:")[2].split()[0])
+"""
+_TEE_AND_SPLICES = {"x86_64": (276, 275, 0x4000_0000 | 275), "aarch64": (77, 76)}
+
+
+@pytest.mark.skipif(os.uname().machine not in _TEE_AND_SPLICES, reason="other numbers")
+def test_jobs_cannot_splice_where_the_service_cannot_tee(
+    house: _House, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The service still can, which moves the output. A successor's jobs have the same filters."""
+    tee, *splices = _TEE_AND_SPLICES[os.uname().machine]
+    argv = ["-c", _SPLICES, *map(str, splices)]
+
+    def probe(worker: Worker) -> list[bytes]:
+        return b"".join(worker.stream(worker.start(sys.executable, argv))).splitlines()
+
+    def compare() -> None:
+        assert probe(house.open())[0] == b"1"
+        house.close()
+        refuse_call(tee, errno.EPERM)
+        worker = house.open()
+        refused = probe(worker)
+        assert refused[:-1] == [b"%d" % errno.EINVAL] * len(splices)
+        # A job that goes on has the next worker take over this fork server.
+        worker.start("sleep", ["1000"])
+        assert probe(house.again()) == refused
+
+    # A filter belongs to a thread, and to what the thread starts.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(compare).result()
+    assert "does not splice" not in caplog.text
 
 
 def test_descriptor_that_a_hanging_thread_waits_on_stays_open(

@@ -209,6 +209,13 @@ def test_jobs_cannot_speak_for_the_server(guest: Guest) -> None:
         assert "denied" in _client(guest, f"run -- sh -c 'cat {path} 2>&1 || true'")
 
 
+def test_jobs_cannot_lock_their_pipes(guest: Guest) -> None:
+    """The unit refuses tee(2) and vmsplice(2), and System V IPC. The server refuses splice(2)."""
+    script = "import os; os.splice(os.pipe()[0], os.pipe()[1], 1)"
+    assert "Errno 22" in _client(guest, f"run -- sh -c '! python3 -c \"{script}\" 2>&1'")
+    assert "not permitted" in _client(guest, "run -- sh -c '! ipcmk -Q 2>&1'")
+
+
 def test_logs(guest: Guest) -> None:
     """The log goes on in a new file."""
     _follow(guest, "Logs")
