@@ -71,7 +71,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     main_parser, subparsers = make_parsers()
     name = argv[0] if argv else ""
     if name not in subparsers:
-        error = describe_first_word(name, list(subparsers))
+        added = [action for each in subparsers.values() for action in each.added]
+        options = {option for action in added for option in action.option_strings}
+        error = describe_first_word(name, list(subparsers), options)
         if error:
             main_parser.error(error)
         main_parser.parse_args(argv[:1])  # only the first word: one of the others may be a secret

@@ -78,7 +78,8 @@ def import_bundle(path: str, name: str, *, replace: bool) -> str:
             _append(config, name, profile)
     except OSError as error:
         raise ClientError(
-            f"cannot write {error.filename or directory}: {error.strerror}"
+            f"cannot write {error.filename or directory}: {error.strerror}; make room or make it "
+            "writable for you, and import again"
         ) from error
     return profile["user"]
 
@@ -105,7 +106,7 @@ def _read(path: str) -> bytes:
         with open(sys.stdin.fileno() if path == "-" else path, "rb") as file:
             return file.read(bundle.MAX_BYTES + 1)
     except OSError as error:
-        raise ClientError(f"cannot read {path}: {error.strerror}") from error
+        raise ClientError(f"cannot read {path}: {error.strerror}; check the path") from error
 
 
 def _profile(data: bytes) -> dict[str, str]:

@@ -127,7 +127,9 @@ def _run_user(call: Call) -> int:
     settings, arguments = call.settings, call.arguments
     match arguments.words:
         case ["list"]:
-            for user in UsersFile.of(settings).users():
+            users = UsersFile.of(settings)
+            users.path.stat()  # a path with a mistake in it is not a file without users
+            for user in users.users():
                 print(user.name, user.role.value, user.account or "-", sep="\t")
             return 0
         case ["add", name]:

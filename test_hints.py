@@ -110,6 +110,10 @@ def test_words_of_the_server_that_say_nothing_to_do_are_completed(
             ["--server", "h:1", "list"],
             "options stand after the subcommand, like: client list --server HOST:PORT",
         ),
+        (
+            ["--memory=64M", "run", "true"],
+            "options stand after the subcommand, like: client list --server HOST:PORT",
+        ),
     ],
 )
 def test_wrong_first_word_is_explained(

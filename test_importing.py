@@ -107,7 +107,8 @@ def test_invited_user_runs_a_job(certs: Path, public: Path, alice: ClientProgram
     done = _invite(*options, "invite", "alice", "--address", server.address, "-o", tar)
     assert "password" not in done.stdout
     assert "replace its files with --replace" in _refused(alice, "import", tar)
-    assert "cannot read " in _refused(alice, "import", public / "nosuch.tar")
+    told = _refused(alice, "import", public / "nosuch.tar")
+    assert "nosuch.tar: No such file or directory; check the path" in told
     alice.read("import", "--replace", str(tar))
     alice.read("login", "-p", password)
     facts: dict[str, Any] = json.loads(alice.read("whoami", "--json"))

@@ -69,6 +69,11 @@ def test_user_is_added_to_the_file(tmp_path: Path) -> None:
         (["--users", "FILE", "user", "plus", "bob"], "secret", "write `user add NAME`"),
         (["--users", "FILE", "user", "role", "alice", "root"], "", "write `user add NAME`"),
         (["--users", "FILE", "user", "list", "alice"], "", "write `user add NAME`"),
+        (
+            ["--users", "/no/such", "user", "list"],
+            "",
+            "--users /no/such: No such file or directory",
+        ),
         (["--users", "FILE", "user", "passwd"], "", "write `user add NAME`"),
         (["--users", "FILE", "user", "passwd", "bob"], "secret", "no entry for bob"),
         (["--users", "FILE", "user", "passwd", "alice"], "", "must not be empty"),

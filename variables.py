@@ -39,7 +39,9 @@ def _lines(path: str) -> list[str]:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        raise ClientError(f"--env-file: cannot read {path}: {error.strerror}") from error
+        raise ClientError(
+            f"--env-file: cannot read {path}: {error.strerror}; check the path"
+        ) from error
     try:
         return data.decode().splitlines()
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
 """What is wrong with a command line: the words of the errors that end with exit status 2.
 
-    error = describe_first_word("staus", ["start", "status"])  # "...; did you mean status?"
+    error = describe_first_word("staus", ["start", "status"], [])  # "...; did you mean status?"
 
 `cli.py` parses the command line, and exits with these errors.
 
@@ -12,12 +12,11 @@ from __future__ import annotations
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from typing import Any
 
 __all__ = ["describe_first_word", "describe_unknown", "describe_wrong_value"]
 
-_CONNECTION = {"--server", "--certs", "--cert", "--key", "--ca", "--profile"}
 _OF_THE_JOB = {"args", "words"}  # may be anything
 _TOLD_ELSEWHERE = {"command", "env", "job", "password"}  # that these are empty
 _REPEATED = {"env", "env_files", "job", "labels", "statuses"}
@@ -34,16 +33,19 @@ _SYNONYMS = {
 }
 
 
-def describe_first_word(word: str, subcommands: Sequence[str]) -> str:
-    """Say what is wrong with a first word that is no subcommand; empty if nothing is."""
+def describe_first_word(word: str, subcommands: Sequence[str], options: Collection[str]) -> str:
+    """Say what is wrong with a first word that is no subcommand; empty if nothing is.
+
+    `options` are those of all subcommands.
+    """
     if not word:
         return "the subcommand is missing; begin with: client login -u USER"
     if not word.startswith("-"):
         return f"there is no subcommand {word!r}{_similar(word, subcommands)}"
-    if word.partition("=")[0] in _CONNECTION:
-        return "options stand after the subcommand, like: client list --server HOST:PORT"
     if word in {"-h", "--help", "--version"}:
         return ""
+    if word.partition("=")[0] in options:
+        return "options stand after the subcommand, like: client list --server HOST:PORT"
     return describe_unknown([word], ["--help", "--version"])
 
 
