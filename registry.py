@@ -59,7 +59,9 @@ __all__ = ["Counts", "FinishedJob", "Registry"]
 
 logger = logging.getLogger(__name__)
 
-_PAGE_JOBS = 100  # rows of the store that are read at once
+# Rows of the store that are read at once: a page of a list, and the row that says whether there is
+# another page.
+_PAGE_JOBS = 101
 
 
 class Counts(NamedTuple):

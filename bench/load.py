@@ -17,13 +17,17 @@ from bench.harness import (
     MIB,
     Service,
     fail,
+    in_turn,
     memory_bytes,
+    ms,
     percentile,
     print_heading,
     report,
+    report_ratio,
     seconds,
     settle,
     start_program,
+    times,
 )
 from bench.stream import stalling
 from client import Client
@@ -34,6 +38,7 @@ _CLIENTS = {1: 1, 16: 4}  # number of clients: number of processes that these cl
 _WARM_UP = 500
 _STATUS_PAUSE_S = 0.005
 _STALLED = 100
+_PAGE_JOBS = 100  # jobs in a page of a list
 _JOB_OUTPUT_BYTES = 1024 * MIB
 _MEMORY_AIM = "<= 150"
 
@@ -72,6 +77,25 @@ def bench_sustained(service: Service, jobs: int) -> None:
         "one finished job costs",
         f"{server + fork_server:.0f} B",
         f"{server:.0f} server, {fork_server:.0f} fork server",
+    )
+    _bench_list(client, job_id)
+
+
+def _bench_list(client: Client, job_id: str) -> None:
+    """Measure a list of all jobs. Its floor: as many Status calls as the list has pages."""
+    count = len(client.list())
+    pages = -(-count // _PAGE_JOBS)
+    found = in_turn(
+        {
+            "list": lambda: seconds(client.list),
+            "status": lambda: sum(times(lambda: client.status(job_id), pages)),
+        }
+    )
+    report_ratio(
+        f"a list of {count:,} finished jobs / {pages} x Status",
+        found["list"],
+        found["status"],
+        f"{ms(found['list'], 0)} / {ms(found['status'], 0)}",
     )
 
 
