@@ -45,7 +45,6 @@ from children import end_children
 from estate import Estate
 from leader import (
     Grants,
-    become,
     clone,
     clone_works,
     detach,
@@ -68,6 +67,7 @@ from privileges import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
+    act_as,
     as_user,
     keep_capabilities,
     prctl,
@@ -553,7 +553,7 @@ def _clear(
         detach(os.open(os.devnull, os.O_WRONLY), [sock.fileno()])
         inherited.separate(is_alone=uid is not None)
         if uid is not None:
-            become(uid, groups)
+            act_as(uid, groups or [uid])
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             if tmp is not None:

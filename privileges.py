@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = [
     "CAP_CHOWN",
@@ -28,6 +28,7 @@ __all__ = [
     "PR_SET_DUMPABLE",
     "PR_SET_NO_NEW_PRIVS",
     "PR_SET_PDEATHSIG",
+    "act_as",
     "as_user",
     "can_change_user",
     "can_kill_any",
@@ -142,6 +143,18 @@ def as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, n
     finally:
         os.seteuid(own)
         prctl(PR_SET_DUMPABLE, 0)  # a change of the uid resets it
+
+
+def act_as(uid: int, groups: Sequence[int]) -> None:
+    """Have the rights of the user `uid` and of these groups, the user's own first, and no others.
+
+    The real and the saved uid stay those of this process. So no process of the user can stop this
+    one by a signal, or trace it. Raises OSError.
+    """
+    os.setgroups(list(groups))
+    os.setresgid(groups[0], groups[0], groups[0])
+    os.setresuid(-1, uid, -1)
+    keep_capabilities()
 
 
 def pass_on_capabilities() -> None:

@@ -21,8 +21,8 @@ from privileges import can_change_user, can_kill_any
 from scratch import make_homes
 from spawner import Spawner
 from store import Store
-from testkit import GUARD_S, await_output, settle_spares
-from worker import EndReason, JobRunningError, Retention, Worker
+from testkit import GUARD_S, await_output, public_python, settle_spares
+from worker import EndReason, JobRunningError, Retention, Status, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -153,6 +153,35 @@ def test_removal_keeps_no_list_of_what_is_there(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert os.listdir(tmp_path) == []
     assert peak < 1_000_000  # a list of the paths takes 4 MB
+
+
+def test_user_cannot_hold_up_a_removal(isolated: Worker, public: Path) -> None:
+    """The process that removes has the user's rights, but no process of the user can signal it.
+
+    Another job of the user could otherwise stop each such process with SIGSTOP. None would ever
+    end, and each would take descriptors of the main process.
+    """
+    stops = """if True:
+        import contextlib, os, signal
+        def others():
+            with open("/proc/{0}/task/{0}/children".format(os.getppid())) as file:
+                return set(map(int, file.read().split()))
+        before = others()
+        print("begun", flush=True)
+        while True:
+            for pid in others() - before:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGSTOP)
+        """
+    fills = 'mkdir "$TMPDIR/d"; cd "$TMPDIR/d"; seq 500 | xargs touch; echo up; read x'
+    victim = isolated.start("sh", ["-c", fills], uid=_ALICE, stdin=True)
+    await_output(isolated, victim, b"up\n")
+    attacker = isolated.start(public_python(), ["-I", "-S", "-c", stops], uid=_ALICE)
+    await_output(isolated, attacker, b"begun\n")
+    isolated.write_input(victim, b"\n")
+    isolated.wait(victim, GUARD_S)
+    assert victim not in _left(isolated, public / "tmp")
+    assert isolated.status(attacker).status is Status.RUNNING
 
 
 def test_end_of_the_worker_waits_for_no_removal(
