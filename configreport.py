@@ -70,7 +70,7 @@ def _options(settings: Settings, sources: Mapping[str, str]) -> Iterator[str]:
         if option.kind is bool:
             value = value != getattr(PROGRAM_DEFAULTS, option.field)
         if isinstance(value, Path):
-            value = str(value.absolute())
+            value = str(value if str(value) in option.words else value.absolute())
         where = sources[key]
         if where == COMMAND_LINE:
             where = f"--{key.replace('_', '-')}"

@@ -2033,7 +2033,10 @@ def test_what_calls_nothing_imports_nothing_to_call_with(
     assert "argparse" in modules
     roots = {module.partition(".")[0] for module in modules}
     assert not roots & {"grpc", "google", "workerservice_pb2", "authservice_pb2", "asyncio"}
-    assert not roots & {"typing", "json", "tempfile", "getpass", "datetime", "dataclasses"}
+    slow = {"typing", "json", "tempfile", "getpass", "datetime", "dataclasses"}
+    if sys.version_info >= (3, 14):
+        slow.remove("dataclasses")  # argparse itself imports it, for the colors of its help
+    assert not roots & slow
 
 
 def test_garbage_collector_works_while_a_command_runs(cli: _Program) -> None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from configreport import report
 from servercommands import Call, parse_arguments
+from serverfiles import config_in_force
 from serveroptions import COMMAND_LINE, DEFAULT, OPTIONS, PROGRAM_DEFAULTS, settings_in_force
 from settings import TABLES, ConfigError, Settings, load_config
 from testkit import GUARD_S, clean_environment
@@ -280,5 +282,6 @@ def test_check_takes_the_file_after_its_name(tmp_path: Path) -> None:
 def test_word_that_stands_for_itself_is_no_path(read: Read) -> None:
     """Neither in the file, whose paths begin in its directory, nor on the command line."""
     for text, words in ('[server]\naudit_log = "stdout"', []), ("", ["--audit-log", "stdout"]):
-        settings, _ = read(text, *words)
+        settings, sources = read(text, *words)
         assert settings.audit_log == Path("stdout")
+        assert 'audit_log = "stdout"' in report(settings, sources, config_in_force(settings))
