@@ -186,7 +186,12 @@ class Identity:
 
     def reaches(self, owner: str) -> bool:
         """Whether this user may see and stop the jobs of `owner`."""
-        return self.role is Role.ADMIN or self.name == owner
+        return self.only_owner in (None, owner)
+
+    @property
+    def only_owner(self) -> str | None:
+        """The owner whose jobs alone this user may see and stop; None: those of everybody."""
+        return None if self.role is Role.ADMIN else self.name
 
 
 _EVERYONE = frozenset(Role)

@@ -240,7 +240,7 @@ class Subtree:
 
     def find(self, name: str, limits: Limits) -> Cgroup:
         """Return the cgroup of a job that runs, with the limits in force."""
-        return Cgroup(self.jobs / name, limits)
+        return Cgroup(self.jobs / name, limits, self.controllers)
 
     def sweep(self, kept: Collection[str]) -> None:
         """Kill and remove the cgroups of all jobs but those `kept`. Raises `CgroupError`."""
@@ -319,7 +319,7 @@ class Subtree:
         """
         path = self.jobs / name
         _mkdir(path)
-        cgroup = Cgroup(path, NO_LIMITS)
+        cgroup = Cgroup(path, NO_LIMITS, self.controllers)
         try:
             return self.limit(cgroup, limits)
         except BaseException:
@@ -342,7 +342,8 @@ class Subtree:
                 except CgroupError as error:
                     self._give_up_or_note(controller, error)
             unlimited += names
-        return Cgroup(cgroup.path, replace(limits, **dict.fromkeys(unlimited)))
+        in_force = replace(limits, **dict.fromkeys(unlimited))
+        return Cgroup(cgroup.path, in_force, self.controllers)
 
     def _give_up_or_note(self, controller: str, error: CgroupError) -> None:
         if self._enforcement == "require":
@@ -417,11 +418,15 @@ _open_subtrees: list[Subtree] = []
 
 
 class Cgroup:
-    """One job's cgroup. Attributes: `path`; `limits`, those in force, None for all others."""
+    """One job's cgroup. Attributes: `path`; `limits`, those in force, None for all others.
 
-    def __init__(self, path: Path, limits: Limits) -> None:
+    `controllers`: those that the cgroup has. `usage` looks for the files of no other controller.
+    """
+
+    def __init__(self, path: Path, limits: Limits, controllers: Collection[str]) -> None:
         self.path = path
         self.limits = limits
+        self._controllers = controllers
 
     def kill(self) -> None:
         """SIGKILL every process in the cgroup and below it. Does nothing if the cgroup is gone."""
@@ -465,25 +470,30 @@ class Cgroup:
     def usage(self) -> Usage:
         """Read what the job has used so far; None for each figure whose file is missing."""
         path = str(self.path)
-        cpu = _read_pairs(f"{path}/cpu.stat")
-        io = _read_io(f"{path}/io.stat")
-        memory = _read_pairs(f"{path}/memory.events")
+        cpu = _read_pairs(f"{path}/cpu.stat")  # without the controller it has less
         throttled_us = cpu.get("throttled_usec")
+        figures: dict[str, int | None] = {}
+        if "memory" in self._controllers:
+            events = _read_pairs(f"{path}/memory.events")
+            figures |= {
+                "memory_bytes": _read_number(f"{path}/memory.current"),
+                "memory_peak_bytes": _read_number(f"{path}/memory.peak"),
+                "oom_kills": _oom_kills(events),
+                "memory_limit_hits": events.get("oom"),
+            }
+        if "io" in self._controllers:
+            figures |= _read_io(f"{path}/io.stat")
+        if "pids" in self._controllers:
+            figures |= {
+                "pids": _read_number(f"{path}/pids.current"),
+                "pids_peak": _read_number(f"{path}/pids.peak"),
+                "refused_forks": _read_pairs(f"{path}/pids.events").get("max"),
+            }
         return Usage(
             cpu_user_s=cpu["user_usec"] / 1e6 if cpu else None,
             cpu_system_s=cpu["system_usec"] / 1e6 if cpu else None,
             cpu_throttled_s=None if throttled_us is None else throttled_us / 1e6,
-            memory_bytes=_read_number(f"{path}/memory.current"),
-            memory_peak_bytes=_read_number(f"{path}/memory.peak"),
-            io_read_bytes=io.get("rbytes"),
-            io_written_bytes=io.get("wbytes"),
-            io_reads=io.get("rios"),
-            io_writes=io.get("wios"),
-            pids=_read_number(f"{path}/pids.current"),
-            pids_peak=_read_number(f"{path}/pids.peak"),
-            oom_kills=_oom_kills(memory),
-            memory_limit_hits=memory.get("oom"),
-            refused_forks=_read_pairs(f"{path}/pids.events").get("max"),
+            **figures,
         )
 
     def remove(self) -> None:
@@ -776,17 +786,26 @@ def _read_pairs(path: str) -> dict[str, int]:
     return {key: int(value) for key, value in pairs}
 
 
+# What io.stat calls the fields of `Usage`.
+_IO_FIGURES = {
+    "rbytes": "io_read_bytes",
+    "wbytes": "io_written_bytes",
+    "rios": "io_reads",
+    "wios": "io_writes",
+}
+
+
 def _read_io(path: str) -> dict[str, int]:
     """Add up io.stat over all disks; empty if it is missing. Unused disks have no line there."""
     text = read_if_there(path)
     if not text and not os.path.exists(path):
         return {}
-    total = dict.fromkeys(("rbytes", "wbytes", "rios", "wios"), 0)
+    total = dict.fromkeys(_IO_FIGURES.values(), 0)
     for line in text.splitlines():
         for pair in line.split()[1:]:
             key, _, value = pair.partition("=")
-            if key in total:
-                total[key] += int(value)
+            if key in _IO_FIGURES:
+                total[_IO_FIGURES[key]] += int(value)
     return total
 
 

@@ -269,6 +269,26 @@ class Call:
         }
 
 
+class _Handler(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in the stubs only
+    """How gRPC is to handle one call: `unary` returns the answer, `stream` yields the answers.
+
+    The functions of gRPC that make a handler take 3 µs more, and the accepting thread has no time.
+    """
+
+    request_streaming = True
+    request_deserializer = response_serializer = None
+    unary_unary = unary_stream = None
+
+    def __init__(
+        self,
+        unary: Callable[..., bytes] | None = None,
+        stream: Callable[..., Iterator[bytes]] | None = None,
+    ) -> None:
+        self.response_streaming = stream is not None
+        self.stream_unary = unary
+        self.stream_stream = stream
+
+
 class Gate(grpc.ServerInterceptor):
     """Admits calls, translates their errors and records them, in the same way for every RPC.
 
@@ -318,15 +338,10 @@ class Gate(grpc.ServerInterceptor):
         # gives gRPC no deserializer: gRPC would reject a malformed request before the permissions
         # are checked, and a client without permission would learn the form of the request.
         if ticket.refusal is not None:
-            behaviour = functools.partial(self._refuse_at_once, method, ticket)
-            return grpc.stream_unary_rpc_method_handler(behaviour)
+            return _Handler(unary=functools.partial(self._refuse_at_once, method, ticket))
         if is_stream:
-            return grpc.stream_stream_rpc_method_handler(
-                functools.partial(self._stream, method, handler, ticket)
-            )
-        return grpc.stream_unary_rpc_method_handler(
-            functools.partial(self._unary, method, handler, ticket)
-        )
+            return _Handler(stream=functools.partial(self._stream, method, handler, ticket))
+        return _Handler(unary=functools.partial(self._unary, method, handler, ticket))
 
     def _unary(
         self,

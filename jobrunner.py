@@ -70,8 +70,8 @@ class JobRunner(Protocol):
     def owner(self, job_id: str) -> str:
         """Return whose job it is."""
 
-    def status(self, job_id: str, *, live_usage: bool = True) -> Job:
-        """Return what is known of a job."""
+    def status(self, job_id: str, *, live_usage: bool = True, owner: str | None = None) -> Job:
+        """Return what is known of a job. `owner`: a job of anybody else counts as unknown."""
 
     def observe(self, job_id: str) -> Callable[[], Job]:
         """Return what returns the state of a job, also after it was removed."""

@@ -19,6 +19,7 @@ Source: https://prometheus.io/docs/instrumenting/exposition_formats/ (text forma
 
 from __future__ import annotations
 
+import functools
 import re
 import resource
 import socket
@@ -139,10 +140,17 @@ def _reason(code: str, error: Exception) -> str:
     """Return a word for the error: the ceiling that it names, or the kind of the error."""
     if code == "INTERNAL":
         return "internal"
-    if key := re.search(r"\(((?:per_user|in_all|per_job|requests)\.\w+)\)", str(error)):
+    if key := _CEILING.search(str(error)):
         return key[1]
-    name = type(error).__name__.strip("_").removesuffix("Error")
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    return _word(type(error).__name__)
+
+
+_CEILING = re.compile(r"\(((?:per_user|in_all|per_job|requests)\.\w+)\)")
+
+
+@functools.cache  # there are few kinds of errors
+def _word(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name.strip("_").removesuffix("Error")).lower()
 
 
 # --- the text ---------------------------------------------------------------------------

@@ -217,14 +217,14 @@ class Registry:
         if any(watch.is_closed for watch in self._watches):
             self._watches = tuple(each for each in self._watches if not each.is_closed)
 
-    def get(self, job_id: str) -> RunningJob | FinishedJob:
-        """Raises `UnknownJobError`."""
+    def get(self, job_id: str, owner: str | None = None) -> RunningJob | FinishedJob:
+        """Raises `UnknownJobError`; with `owner` also for a job of anybody else, after as long."""
         with self._lock:
             job = self._running.get(job_id)
-        if job is not None:
+        if job is not None and owner in (None, job.owner):
             return job
         # A job that has ended is in the table before it is no longer running.
-        row = self._table.get(job_id)
+        row = self._table.get(job_id, owner)
         if row is None or row.number is None:  # it is about to start, or could not
             raise UnknownJobError(job_id)
         return FinishedJob(row, self)

@@ -261,8 +261,13 @@ class _WorkerServicer:
     def GetJobStatus(  # noqa: N802
         self, request: worker_pb.GetJobStatusRequest, call: Call
     ) -> worker_pb.GetJobStatusResponse:
-        job_id, _ = self._reach(request.job_id, call)
-        return worker_pb.GetJobStatusResponse(job=job_message(self._worker.status(job_id)))
+        job_id = call.job_id = _uuid(request.job_id, "a job ID")
+        try:
+            job = self._worker.status(job_id, owner=call.caller.only_owner)
+        except worker.UnknownJobError:
+            self._reach(job_id, call)  # has the audit log say if there is such a job
+            raise
+        return worker_pb.GetJobStatusResponse(job=job_message(job))
 
     def StreamOutput(  # noqa: N802
         self, request: worker_pb.StreamOutputRequest, call: Call

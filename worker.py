@@ -426,12 +426,12 @@ class Worker:
         """Return whose job it is. Raises `UnknownJobError`."""
         return self._registry.owner(job_id)
 
-    def status(self, job_id: str, *, live_usage: bool = True) -> Job:
+    def status(self, job_id: str, *, live_usage: bool = True, owner: str | None = None) -> Job:
         """Return what is known of the job. Raises `UnknownJobError`.
 
-        `live_usage`: as of `list`.
+        `live_usage`: as of `list`. `owner`: a job of anybody else counts as unknown.
         """
-        return self._job(job_id).snapshot(live_usage=live_usage)
+        return self._registry.get(job_id, owner).snapshot(live_usage=live_usage)
 
     def observe(self, job_id: str) -> Callable[[], Job]:
         """Return a function that returns the job's state, also after the job was removed.
