@@ -299,6 +299,7 @@ def test_missing_ca_key_is_asked_for_when_something_must_be_signed(certs: Path, 
     line = _refused(_run(_SCRIPT, "--dir", certs), 1)
     assert f"{certs}/{side}-ca-key.pem" in line
     assert f"{certs}/{side}.pem" in line
+    assert "where the keys of the CAs are kept" in line  # another CA would lock everybody out
     assert _snapshot(certs) == before
 
 

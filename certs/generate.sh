@@ -59,8 +59,8 @@ leaf_is_valid() {
 # Makes the key and the certificate $1 of a $2: a ca, which signs itself, a server or a client.
 make_pair() {
     [ "$2" = ca ] || [ -e "$2-ca-key.pem" ] || die "$dir/$1.pem has to be made, but" \
-        "$dir/$2-ca-key.pem, which signs it, is missing: put it there and run this again," \
-        "or delete $dir/$2-ca.pem to make another CA"
+        "$dir/$2-ca-key.pem, which signs it, is missing: run this where the keys of the CAs are kept." \
+        "If it is lost: docs/monitoring.md tells how to renew the $2 CA"
     rm -rf .new.pem
     mkdir .new.pem 2>/dev/null || die "cannot write to the directory $dir"
     key=.new.pem/$1-key.pem certificate=.new.pem/$1.pem names=''
