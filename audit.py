@@ -257,7 +257,9 @@ class AuditLog:
         status = os.fstat(fd)
         mode = stat.S_IMODE(status.st_mode)
         if not stat.S_ISREG(status.st_mode):
-            raise AuditError("the audit log cannot be opened: it is not a regular file")
+            raise AuditError(
+                f"the audit log cannot be opened: it is not a regular file{_OTHER_PLACE}"
+            )
         if status.st_uid != self._owner:
             raise AuditError(
                 f"the audit log belongs to uid {status.st_uid}, which could change it; "

@@ -491,6 +491,14 @@ def test_fifo_in_the_state_directory_does_not_hang_the_start(
     _assert_one_line(_run_server(*options, "--state-dir", tmp_path), "not a regular file")
 
 
+@pytest.mark.parametrize("words", ["--config FIFO check", "--users FIFO user list"])
+def test_fifo_as_another_file_hangs_no_command(tmp_path: Path, words: str) -> None:
+    """Whoever opens a FIFO for reading waits for a writer."""
+    os.mkfifo(tmp_path / "FIFO", 0o600)
+    named = [str(tmp_path / word) if word == "FIFO" else word for word in words.split()]
+    _assert_one_line(_run_server(*named), "not a regular file")
+
+
 def test_failed_start_leaves_nothing_running(
     program: ServerProgram, certs: Path, tmp_path: Path
 ) -> None:

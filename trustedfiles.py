@@ -118,7 +118,7 @@ def open_private(path: Path, flags: int, *, secret: bool = True) -> int:
 
 
 def check(path: Path, *, private: bool = False, known: set[str] | None = None) -> None:
-    """Raise `UntrustedFileError` if somebody else could replace or change the file.
+    """Raise `UntrustedFileError` for a FIFO, and if somebody else could replace or change the file.
 
     `private`: the same for reading it, except for a certificate, which is public. The modes of
     what is behind a directory that others cannot enter do not matter. `known`: paths that need no
@@ -132,6 +132,8 @@ def check(path: Path, *, private: bool = False, known: set[str] | None = None) -
         for each, status in _steps(path):
             if each not in known:
                 _check_owner(each, status)
+                if stat.S_ISFIFO(status.st_mode):  # whoever opens it may wait for ever
+                    raise _irregular(path)
                 if not stat.S_ISLNK(status.st_mode):
                     _check_mode(each, status, writers, unreadable)
                 known.add(each)
