@@ -306,7 +306,7 @@ def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_backup(call: Call) -> int:
     back_up(call.settings.state_dir / "store", call.arguments.file)
-    print(f"{call.arguments.file} has the store; docs/security.md says what else to keep")
+    print(f"{call.arguments.file} has the store; deploy/backup.sh saves all that a server needs")
     return 0
 
 

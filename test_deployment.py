@@ -14,6 +14,7 @@ import select
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tomllib
@@ -31,6 +32,7 @@ from client import Client, ClientError
 from servercommands import parse_arguments
 from serveroptions import settings_in_force
 from settings import Config, Settings
+from store import Store
 from testkit import GUARD_S, ServerProgram, fork_server_of
 from worker import Worker
 
@@ -475,6 +477,52 @@ def test_logrotate_understands_its_file() -> None:
     )
     assert "error" not in run.stderr
     assert "rotating pattern: /var/lib/job-worker/audit.log" in run.stderr
+
+
+def test_backup_restores_settings_users_store_and_homes(tmp_path: Path) -> None:
+    """The former token key is not kept. A file that is no backup changes nothing."""
+    etc, state = tmp_path / "etc", tmp_path / "a state"
+    for directory in (etc, state / "homes/alice", tmp_path / "bin"):
+        directory.mkdir(parents=True)
+    (etc / "server.toml").write_text(f'[server]\nstate_dir = "{state}"\n')
+    (etc / "users").write_text("of before")
+    (state / "homes/alice/kept").write_text("kept")
+    with Store(state / "store") as store:
+        store.set_fact("of", "before")
+    calls = tmp_path / "calls"  # this host has no systemd with our units
+    (tmp_path / "bin/systemctl").write_text(f'#!/bin/sh\necho "$*" >>{calls}\n')
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    environment = {"ETC": str(etc), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def backup(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [_HERE / "deploy/backup.sh", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    file = tmp_path / "saved.tar.gz"
+    done = backup("save", file)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    (etc / "users").write_text("of after")
+    (state / "homes/alice/kept").unlink()
+    shutil.rmtree(state / "store")
+    (state / "token.key").touch()
+    done = backup("restore", etc / "users")
+    assert done.returncode == 1
+    assert "nothing was changed" in done.stderr
+    assert not calls.exists()
+    done = backup("restore", file)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert calls.read_text() == "stop job-worker-jobs\nstart job-worker\n"
+    assert (etc / "users").read_text() == "of before"
+    assert (state / "homes/alice/kept").read_text() == "kept"
+    assert not (state / "token.key").exists()
+    with Store(state / "store") as store:
+        assert store.fact("of") == "before"
 
 
 # --- what `make setup` installs -----------------------------------------------------------------

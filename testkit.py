@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -390,7 +391,8 @@ def clean_environment() -> dict[str, str]:
     return kept | {"RUNTIME_DIRECTORY": f"{_RUN.name}/{uuid.uuid4()}"}
 
 
-_RUN = tempfile.TemporaryDirectory()  # deleted when this process ends
+_RUN = tempfile.TemporaryDirectory()
+atexit.register(_RUN.cleanup)  # its own end would warn
 # For servers that have the environment of the tests: other tests run at the same time.
 os.environ["RUNTIME_DIRECTORY"] = f"{_RUN.name}/tests"
 

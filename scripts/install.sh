@@ -39,6 +39,7 @@ make_new() {
     install -m 644 docs/*.md "$new/docs"
     install -m 644 requirements/runtime.txt requirements/extras.txt "$new/requirements"
     install -m 644 deploy/* "$new/deploy"
+    chmod 755 "$new/deploy/backup.sh"
     install -m 755 server client "$new"
     install -m 755 certs/generate.sh "$new/certs"
     # Where the packages are the same as before, an upgrade needs no network.
