@@ -5,7 +5,7 @@ PYTHON ?= python3
 python = .venv/bin/python
 protos = authservice.proto workerservice.proto
 # The modules that run by themselves, with the standard library only.
-library = argv broadcaster budget buffers cgroupfs cgroups children descriptors ending environment errors estate finding finishedlog forkserver holes inherited inputpipe job jobinput jobstate jobstep jobtable keeping lastinggap leader leaders leftovers lifeline limits messages others outputdirectory outputdisk outputerrors outputstate outputtimes parts privileges processes registry resuming retention scratch slurm slurmchannel slurmjob slurmworker sources spares spawner starting store successor tails takeover unixsockets watching worker
+library = argv broadcaster budget buffers cgroupfs cgroups children descriptors ending environment errors estate finding finishedlog forkserver holes inherited inputpipe job jobinput jobstate jobstep jobtable journal keeping lastinggap leader leaders leftovers lifeline limits messages others outputdirectory outputdisk outputerrors outputstate outputtimes parts privileges processes registry resuming retention scratch slurm slurmchannel slurminput slurmjob slurmreports slurmworker sources spares spawner starting store successor tails takeover unixsockets watching worker
 protoc = $(python) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(protos)
 # pyproject.toml names what we depend on; requirements/ has the hashes of that and of what it needs.
 # Only wheels, because a source package runs code of its own while it is installed.
@@ -75,7 +75,7 @@ test-systemd: setup .venv/dev ## as root: follow docs/deploy.md on a Debian (SUI
 	JOBWORKER_SYSTEMD=1 $(python) -m pytest -v -o time_limit_s=900 -x test_systemd.py
 
 test-slurm: setup .venv/dev ## as root, with Slurm's packages: the tests of the service over a cluster on this machine
-	JOBWORKER_REQUIRE_SLURM=1 $(python) -m pytest --slurm test_service.py
+	JOBWORKER_REQUIRE_SLURM=1 $(python) -m pytest --slurm test_service.py test_restart.py
 
 check: static test ## all that must pass before a change is pushed: static, then test
 

@@ -3,11 +3,12 @@
 The fixture `cluster` brings it up once. With `--slurm` the servers of the other tests run their
 jobs on it, unless a test gives them a configuration of its own; so
 
-    pytest --slurm test_service.py
+    pytest --slurm test_service.py test_restart.py
 
-runs the tests of the service over a cluster, except those that `_NOT_OVER_A_CLUSTER` names. Without
-root or without Slurm's programs the tests are skipped. With JOBWORKER_REQUIRE_SLURM=1 each of them
-that is skipped, for whatever reason, has failed, and so has each of test_slurmworker.py.
+runs the tests of the service and of restarts over a cluster, except those that
+`_NOT_OVER_A_CLUSTER` names. Without root or without Slurm's programs the tests are skipped. With
+JOBWORKER_REQUIRE_SLURM=1 each of them that is skipped, for whatever reason, has failed, and so has
+each of test_slurmworker.py.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ _NOT_OVER_A_CLUSTER = {
     "test_every_client_can_receive_a_page_of_a_list": (
         "needs 40 jobs; test_slurmworker.py has a job with as many arguments"
     ),
+    "test_worker_that_cannot_be_made_leaves_the_jobs_to_the_next": (
+        "the TMPDIR is on the node; test_jobs_of_a_cluster_are_refused_to_another_worker has a "
+        "worker that cannot be made"
+    ),
 }
-"""The tests of the service that cannot hold over a cluster, each with the reason."""
+"""The tests that cannot hold over a cluster, each with the reason."""
 
 
 def missing() -> str:

@@ -10,6 +10,8 @@ It is the read end of the output pipe, a pidfd of the leader and, later, how the
 long as somebody has the read end open, a job that writes waits when its pipe is full, and loses
 nothing. Of a job with an input it is also the write end of that pipe, so that the job does not
 read end-of-file, and a descriptor whose offset tells how much that pipe has taken (`inputpipe.py`).
+Of a job on a cluster it is also what belongs to its srun (`slurmchannel.py`). Only the main process
+knows which of these descriptors is what.
 
 A leader that executes nothing, because its main process died or the exec failed, writes its pid
 into `failures_fd`. Nothing is kept of it: it never was a job.
@@ -25,11 +27,12 @@ import struct
 import time
 from typing import Any
 
+from journal import Journal
+from messages import close_all
+
 __all__ = ["Estate", "Kept", "note_failure"]
 
-# The place in `Kept.fds` of what closes when the input is ended.
-_INPUT = 3
-
+_FIRST = 2  # the place in `Kept.fds` of the first descriptor that `Estate.keep` was given
 _PID = struct.Struct("i")
 _READ_BYTES = 64 * 1024
 
@@ -52,7 +55,7 @@ class Kept:
     ) -> None:
         self.pid = pid
         self.notes: dict[str, Any] = notes or {}
-        self.fds = fds  # of the output pipe, the leader's pidfd; those of the input, if any
+        self.fds = fds  # of the output pipe, the leader's pidfd; then those of `Estate.keep`
         self.end = end
 
 
@@ -106,28 +109,30 @@ class Estate:
         match what:
             case "note":
                 if job in self.jobs:
-                    self.jobs[job].notes = request["notes"]
-            case "keep input":
-                self.keep_input(job, *fds)
+                    self.jobs[job].notes |= request["notes"]
+            case "keep":
+                self.keep(job, fds)
             case "end input":
-                self.end_input(job)
+                self.end_input(job, request["place"])
             case "forget":
                 self.forget(job)
             case _:
                 raise ValueError("unknown request")
 
-    def keep_input(self, job: str, counter_fd: int, input_fd: int) -> None:
+    def keep(self, job: str, fds: list[int]) -> None:
         """Keep these of a job, too; the caller keeps the descriptors. Raises OSError."""
         kept = self.jobs[job]
-        for fd in (counter_fd, input_fd):
+        for fd in fds:
             kept.fds.append(os.dup(fd))
 
-    def end_input(self, job: str) -> None:
-        """Close the write end of the input of a job; idempotent."""
+    def end_input(self, job: str, place: int) -> None:
+        """Close the write end of the input of a job; idempotent.
+
+        `place`: its place among the descriptors that `keep` was given. It is the last of them.
+        """
         if job in self.jobs:
-            for fd in self.jobs[job].fds[_INPUT:]:
-                os.close(fd)
-            del self.jobs[job].fds[_INPUT:]
+            close_all(self.jobs[job].fds[_FIRST + place :])
+            del self.jobs[job].fds[_FIRST + place :]
 
     def was_executed(self, pid: int) -> bool:
         """Whether a leader that has ended, and is not reaped yet, had executed its command."""
@@ -155,17 +160,29 @@ class Estate:
         for fd in kept.fds if kept else ():
             os.close(fd)
 
-    def ends(self) -> dict[str, dict[str, Any]]:
+    def ends(self, *, has_reports: bool) -> dict[str, dict[str, Any]]:
         """Return how each job ended, after all that still ran were killed.
 
-        `ended_at`: when that was, by the clock.
+        `ended_at`: when that was, by the clock. `reports`: what the step of a job on a cluster has
+        reported, if `has_reports`: then `keep` was given the pipe first, and its journal.
         """
         ends = {}
         for job, kept in self.jobs.items():
             end = kept.end or {"was_killed": True, "signal": 9, "ended_s": time.monotonic()}
             ended_at = time.time() - (time.monotonic() - end["ended_s"])
             ends[job] = end | {"ended_at": ended_at}
+            if has_reports and len(kept.fds) > _FIRST:
+                ends[job]["reports"] = _read_reports(*kept.fds[_FIRST : _FIRST + 2])
         return ends
+
+
+def _read_reports(pipe_fd: int, journal_fd: int) -> str:
+    """Return what was read from the pipe, and what is in it."""
+    journal = Journal(journal_fd)
+    with contextlib.suppress(BlockingIOError):
+        while journal.take(pipe_fd, _READ_BYTES):
+            pass
+    return b"\n".join(journal.parts()).decode(errors="replace")
 
 
 def note_failure(failures_fd: int) -> None:

@@ -8,7 +8,6 @@ child (cpython#82616).
 
 It is small because each fork copies the memory pages that either side writes to afterwards.
 With twice as many modules a start took half as long again.
-
 It waits for no exec: `leader.py` describes how a forked process receives its program.
 
 It does not trust the main process: the main process may have given up its rights, while the
@@ -125,7 +124,7 @@ class _ForkServer:
         self._homes: str | None = duties["homes"]
         self._tmp: str | None = duties["tmp"]
         self._host_accounts: bool = duties["host_accounts"]
-        self._has_farewell: bool = duties.get("farewell", False)
+        self._is_for_cluster = bool(duties.get("cluster"))
         self._dismantling: list[Any] | None = duties["dismantle"]
         self._dismantles_at_end = False
         self._fork_child = clone if clone_works() else popen
@@ -162,7 +161,8 @@ class _ForkServer:
             # Also after a message that makes no sense: the main process never sends one.
             self._kill_everything()
             if self._restart and self._estate:
-                write_ends(self._restart["directory"], self._estate.ends())
+                ends = self._estate.ends(has_reports=self._is_for_cluster)
+                write_ends(self._restart["directory"], ends)
             if self._dismantles_at_end and self._dismantling:
                 dismantle(*self._dismantling)
 
@@ -500,6 +500,9 @@ class _ForkServer:
         assert self._estate is not None  # noqa: S101
         self._leaders.reap_some()
         self._estate.is_farewell = True
+        if self._is_for_cluster:
+            self._leaders.say_farewell()
+            return
         for job in self._estate.jobs:
             # ESRCH: the job has ended. EPERM: its leader has not begun, and has no user yet.
             with contextlib.suppress(OSError):
@@ -516,7 +519,9 @@ class _ForkServer:
         return f"{self._jobs_cgroup}/{job}"
 
     def _kill_everything(self) -> None:
-        if self._has_farewell:
+        if self._is_for_cluster:
+            if self._estate is not None:
+                self._estate.is_farewell = True
             self._leaders.say_farewell()
         if self._jobs_cgroup is not None:
             # This kills processes that are being forked, too. Absent before Linux 5.14.

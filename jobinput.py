@@ -121,6 +121,10 @@ class JobInput:
         self.begin()
         self._end("it has ended")
 
+    def lose_reader(self) -> None:
+        """End the input, because nobody reads it any more; idempotent."""
+        self._end(_NOBODY_READS)
+
     def leave(self) -> None:
         """Leave the input to another process. Writers then get `WorkerClosedError`.
 

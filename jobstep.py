@@ -10,7 +10,6 @@ that is left of the job, and tells the worker how the command ended.
 possible), `directory` (must be enterable) or null, `tmp` (the TMPDIR to make), `stdin` (whether the
 command has an input), `linger` (seconds that others may hold the output after the command's end),
 `require` (limits that the node must enforce).
-
 stdout: the output of the command, and nothing else. srun makes it a terminal, so the command has a
 pipe of its own.
 stderr: one line of JSON for each event: `refused` (limits that are not enforced), `failed` (the
@@ -18,13 +17,12 @@ errno of `stage`), `started`, `ack` (how many bytes of input the command's pipe 
 `closed` (nobody reads the input), `end`.
 stdin: frames, each a letter, a length of four bytes and as many bytes: I, input; E, its end; S, a
 signal: its number, and 1 if every process is to get it; T, SIGTERM to every process, which may then
-go on.
+go on; A, a question: the answer is an `ack`, also with `received`, the bytes that have come here.
 Signals: SIGUSR1 kills the job; SIGUSR2 does what the frame T does. SIGTERM comes from Slurm when it
 ends the job.
 
-It has the uid of the job. So a job can fake its own report, and no other job's.
-
-One thread. It is the subreaper of the command: whatever loses its parents becomes its child.
+It has the uid of the job. So a job can fake its own report, and no other job's. One thread. It is
+the subreaper of the command: whatever loses its parents becomes its child.
 Sources: prctl(2), proc(5), cgroups(7), pty(7).
 """
 
@@ -488,6 +486,8 @@ class Step:
             self.input_ends = True
         elif kind == b"T":
             self.take_signal(signal.SIGUSR2)
+        elif kind == b"A":
+            report(event="ack", bytes=self.input_bytes, received=self.input_bytes + len(self.input))
         elif kind == b"S":
             number, everything = body
             if everything:

@@ -1,7 +1,7 @@
 """What makes running jobs outlive their worker, on the worker's side.
 
     keeper = Keeper(spawner)
-    keeper.keep_input(job_id, job_input.kept_fds)   # before the job executes
+    keeper.keep(job_id, job_input.kept_fds)         # before the job executes
     keeper.leave()                                  # wakes the threads of all jobs
 
 The job itself tells a successor the rest, with `Spawner.note` and `Spawner.forget`.
@@ -40,15 +40,15 @@ class Keeper:
         self._spawner = spawner
         self.leave_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def keep_input(self, job_id: str, fds: Sequence[int]) -> None:
-        """Keep the input of a job that is about to execute: `JobInput.kept_fds`.
+    def keep(self, job_id: str, fds: Sequence[int]) -> None:
+        """Keep these of a job that is about to execute, as `Spawner.keep` does.
 
         Raises `ResourceError`, `SpawnerDiedError`.
         """
         try:
-            self._spawner.keep_input(job_id, fds)
+            self._spawner.keep(job_id, fds)
         except OSError as error:
-            raise ResourceError(f"no room for the input of a new job: {in_words(error)}") from error
+            raise ResourceError(f"no room for the files of a new job: {in_words(error)}") from error
 
     def leave(self) -> None:
         """Have the thread of each job leave it."""

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _MAX_MESSAGE_BYTES = 4096
-_MAX_FDS = 5
+_MAX_FDS = 10
 _FD_BYTES = 4
 
 

@@ -50,12 +50,12 @@ _LEAVE_S = 10.0  # how long the threads of jobs may take to leave them
 class Parts:
     """The parameters are those of `Worker`. Raises as `Worker` does.
 
-    Attributes: the parts; `homes`, None without; `has_farewell`, see `Spawner`; `has_taken_over`,
+    Attributes: the parts; `homes`, None without; `cluster`, see `Spawner`; `has_taken_over`,
     whether the fork server comes from a former worker. If that is so and an error is raised, the
     jobs of that worker are left to another one.
     """
 
-    has_farewell = False
+    cluster = ""
     has_taken_over = False
 
     def __init__(  # noqa: PLR0913 -- those of a worker
@@ -145,6 +145,7 @@ class Parts:
             homes=self.homes,
             tmp=self.scratch.path,
             host_accounts=self._host_accounts,
+            cluster=self.cluster,
         )
         heritage = self._restarts.take_over(duties, bases(enforcement, cgroup_root))
         self.has_taken_over = heritage is not None
@@ -166,7 +167,7 @@ class Parts:
             tmp=self.scratch.path,
             host_accounts=self._host_accounts,
             restart=self._restarts.for_spawner(lock_fd) if self._restarts else None,
-            farewell=self.has_farewell,
+            cluster=self.cluster,
         )
 
     def _sweep(self) -> None:
@@ -192,6 +193,11 @@ class Parts:
             keeper=self.keeper,
         )
 
+    @property
+    def unresumed(self) -> set[str]:
+        """The IDs of the jobs of a former worker that `resume` has not gone on with yet."""
+        return {row.job.job_id for row in self._former}
+
     def give_to(self, uid: int) -> None:
         """Let this process go on as the user `uid`. Raises as `Worker.drop_privileges`."""
         self.output_dir.give_to(uid)
@@ -208,10 +214,11 @@ class Parts:
 
     def resume(self, terms: Terms) -> None:
         """Go on with the jobs of a former worker. Raises as `Worker.resume`."""
-        former, self._former = self._former, []
         if self._restarts is None:
             return
+        former = self._former
         alive = self._restarts.resume(former, self.starter, self.spawner, self.output_dir, terms)
+        self._former = []
         if self.spawner.keeps_jobs:
             self.spawner.forget_others()
         # Nobody is to see a job as running that has ended.

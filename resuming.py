@@ -114,7 +114,7 @@ class Restarts:
                     undo.callback(os.close, exit_fd)
                     adopted = self._adopt(job_id, spawner, their_exit_fd)
                     undo.callback(os.close, adopted.output_fd)
-                    undo.callback(close_all, (adopted.pidfd, *adopted.input_fds))
+                    undo.callback(close_all, (adopted.pidfd, *adopted.more_fds))
                     if adopted.pid:
                         alive.add(job_id)
                     os.set_blocking(adopted.output_fd, False)
@@ -131,7 +131,10 @@ class Restarts:
             with contextlib.suppress(ProcessLookupError):
                 return spawner.adopt(job_id, exit_fd)
         end = self._ends.get(job_id)
+        notes = {}
         if end is not None:
+            if reports := end.pop("reports", ""):
+                notes["reports"] = reports
             # By the clock, because another boot may have begun since.
             end["ended_s"] = time.monotonic() - (time.time() - end.pop("ended_at"))
             os.write(exit_fd, json.dumps(end).encode() + b"\n")
@@ -139,4 +142,4 @@ class Restarts:
         output_fd, stdout_fd = os.pipe()
         os.close(stdout_fd)
         # In the place of a pidfd: readable, as that of a process that has ended.
-        return Adopted(0, output_fd, os.eventfd(1, os.EFD_CLOEXEC), {})
+        return Adopted(0, output_fd, os.eventfd(1, os.EFD_CLOEXEC), notes)

@@ -212,11 +212,6 @@ class Server:
         )
         if config.slurm is not None:
             make = slurmworker.maker(config.slurm, self._settings.state_dir)
-            if self.leaves_jobs:
-                raise SettingsError(
-                    "jobs on a cluster end with the server: remove --restart-window "
-                    "(restart_window), or [slurm]"
-                )
             if uids is not None and self._settings.accounts != "host":
                 raise SettingsError(
                     "on a cluster, the jobs of a server that was started as root run as accounts "

@@ -28,25 +28,30 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from errors import ResourceError, WorkerClosedError, in_words
+from inputpipe import InputPipe
 from jobinput import JobInput
 from jobstate import EndReason
+from journal import Journal
 from limits import NO_LIMITS
 from parts import Parts
 from slurm import Cluster, SlurmSettings, step_order
 from slurmchannel import Channel
+from slurminput import StepInput
 from slurmjob import SlurmJob
 from spawner import SpawnerDiedError, read_exit
 from starting import Starter
 from worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from environment import Surroundings
     from jobstate import Work
+    from jobtable import Row
     from limits import Enforcement
-    from spares import Spare
+    from spares import Body, Spare
+    from spawner import Adopted
 
 __all__ = ["SlurmSettings", "SlurmWorker", "maker"]
 
@@ -54,13 +59,17 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 60.0
 _LAUNCH_S = 10.0  # how long the exec of srun may take
+# Of the descriptors that the fork server keeps of a job: the first are those of the channel; those
+# of the input begin here; the write end of its pipe is the last.
+_INPUT_FDS = 3
+_INPUT_PLACE = 6
 
 
 class SlurmStarter(Starter):
     """Starts jobs on the cluster."""
 
-    def __init__(self, cluster: Cluster, *parts: Any, environment: Mapping[str, str]) -> None:
-        super().__init__(*parts, environment=environment)
+    def __init__(self, cluster: Cluster, *parts: Any, **more: Any) -> None:
+        super().__init__(*parts, **more)
         self._cluster = cluster
         # Guarded by the lock of the base class: the jobs that have not begun.
         self._beginning: dict[str, SlurmJob] = {}
@@ -92,11 +101,7 @@ class SlurmStarter(Starter):
         position = self._table.begin(
             spare.job_id, work, limits=NO_LIMITS, started_at=started_at, has_cgroup=True
         )
-        channel = Channel()
-        undo.callback(channel.close)
-        job_input = JobInput(spare.job_id) if work.stdin else None
-        if job_input is not None:
-            undo.callback(job_input.finish)
+        channel, job_input, step_input = self._make_pipes(work, spare.job_id, undo)
         tmp = f"/tmp/jw-{spare.job_id}"  # noqa: S108 -- the step makes it, with mode 0700
         env = around.variables(spare.job_id, self._environment, tmp)
         order = step_order(
@@ -109,10 +114,13 @@ class SlurmStarter(Starter):
         )
         pid, pidfd = self._run_srun(work, spare, channel, order)
         undo.callback(os.close, pidfd)
+        if job_input is not None:
+            job_input.begin()
         job = SlurmJob(
             work._replace(on_end=functools.partial(self._gone, work, spare.job_id)),
-            spare,
+            spare.body,
             channel=channel,
+            step_input=step_input,
             cluster=self._cluster,
             search_path=env["PATH"],
             publish=self._registry.add,
@@ -126,22 +134,68 @@ class SlurmStarter(Starter):
             kept_tmp="",
             registry=self._registry,
             job_input=job_input,
+            keeper=self._keeper,
         )
         job.position = position
         undo.callback(job.close_channel)
         undo.callback(spare.thread.join)
         with self._idle:
             self._beginning[spare.job_id] = job
-            is_closed = self._closed
+            is_cut_off = spare.job_id not in self._executing
         try:
             spare.thread.give(job.job_id, job.run)
-            if is_closed:
+            if is_cut_off:
                 job.kill(EndReason.CLOSED)
             job.await_begin()
         finally:
             with self._idle:
                 del self._beginning[spare.job_id]
         return job
+
+    def _make_pipes(
+        self, work: Work, job_id: str, undo: contextlib.ExitStack
+    ) -> tuple[Channel, JobInput | None, StepInput | None]:
+        """Make the pipes of a job beside the output, and have the fork server keep them."""
+        channel = Channel()
+        undo.callback(channel.close)
+        job_input = step_input = None
+        kept = channel.kept_fds
+        if work.stdin:
+            on_end = functools.partial(self._spawner.end_input, job_id, _INPUT_PLACE)
+            job_input = JobInput(job_id, is_kept=self._keeper is not None, on_end=on_end)
+            undo.callback(job_input.finish)
+            step_input = StepInput.make(channel, job_input)
+            undo.callback(step_input.close)
+            kept += [*step_input.kept_fds, *job_input.kept_fds]
+        if self._keeper is not None:
+            self._keeper.keep(job_id, kept)
+        return channel, job_input, step_input
+
+    def _resumed(self, work: Work, row: Row, body: Body, process: Adopted) -> SlurmJob:
+        channel = Channel(process.more_fds[:_INPUT_FDS])
+        channel.begin()
+        notes = dict(process.notes)
+        channel.add_reports(notes.pop("reports", ""))
+        job_input = step_input = None
+        if len(process.more_fds) > _INPUT_FDS:
+            on_end = functools.partial(self._spawner.end_input, body.job_id, _INPUT_PLACE)
+            fd, journal_fd, *input_fds = process.more_fds[_INPUT_FDS:]
+            job_input = JobInput(body.job_id, InputPipe.adopt(input_fds), on_end=on_end)
+            step_input = StepInput(channel, fd, Journal(journal_fd), is_resumed=True)
+        return SlurmJob(
+            work,
+            body,
+            channel=channel,
+            step_input=step_input,
+            cluster=self._cluster,
+            search_path="",
+            publish=self._registry.add,
+            changed=self._registry.tell_started,
+            is_resumed=True,
+            kept_tmp="",
+            job_input=job_input,
+            **self._going_on(row.job.started_at, process) | {"notes": notes},
+        )
 
     def _run_srun(
         self, work: Work, spare: Spare, channel: Channel, order: Mapping[str, str]
@@ -183,8 +237,12 @@ class SlurmStarter(Starter):
             with open(os.devnull, "wb") as null:
                 try:
                     process = self._spawner.fork(
-                        name, stdout_fd=null.fileno(), exit_fd=their_exit_fd
+                        name,
+                        stdout_fd=null.fileno(),
+                        exit_fd=their_exit_fd,
+                        output_fd=null.fileno(),
                     )
+                    undo.callback(self._spawner.forget, name)
                 finally:
                     os.close(their_exit_fd)
                 with process:
@@ -197,10 +255,9 @@ class SlurmStarter(Starter):
 class _SlurmParts(Parts):
     """The parts of a `SlurmWorker`. Attribute: `slurm_starter`."""
 
-    has_farewell = True
-
     def __init__(self, cluster: Cluster, **options: Any) -> None:
         self._cluster = cluster
+        self.cluster = cluster.settings.conf or "Slurm's own slurm.conf"
         super().__init__(**options)
 
     def _make_starter(self, environment: Mapping[str, str]) -> Starter:
@@ -214,6 +271,7 @@ class _SlurmParts(Parts):
             None,
             self.scratch,
             environment=environment,
+            keeper=self.keeper,
         )
         return self.slurm_starter
 
@@ -255,15 +313,14 @@ class SlurmWorker(Worker):
         self._is_over = False
         super().__init__(enforcement="off", **options)
         self._sweeper = threading.Thread(target=self._sweep_often, name="slurm-sweep", daemon=True)
-        # What is there now is of a former run. We may still be root here.
-        left = [job.number for job in self.cluster.jobs() if self.cluster.confirms(job)]
-        self.cluster.cancel(left)
+        if not self.has_taken_over:
+            # What is there now is of a former run. We may still be root here.
+            left = [job.number for job in self.cluster.jobs() if self.cluster.confirms(job)]
+            self.cluster.cancel(left)
         if self._uids is None:
             self._sweeper.start()
 
     def _make_parts(self, **options: Any) -> Parts:
-        # Jobs on a cluster do not go on without us.
-        options |= {"restart_dir": None, "restart_window": 0}
         parts = _SlurmParts(self.cluster, **options)
         self._slurm_starter = parts.slurm_starter
         return parts
@@ -291,7 +348,7 @@ class SlurmWorker(Worker):
         Raises OSError, `SpawnerDiedError`, `WorkerClosedError`.
         """
         found = self.cluster.jobs()  # before the others: a job is known here before Slurm has it
-        known = self._slurm_starter.starting()
+        known = self._slurm_starter.starting() | self._parts.unresumed
         known |= {job.job_id for job in self._registry.running() if not job.ended()}
         lost = [job for job in found if job.job_id not in known and self.cluster.confirms(job)]
         for uid in {job.uid for job in lost}:
@@ -303,11 +360,22 @@ class SlurmWorker(Worker):
                     self._slurm_starter.run_as(uid, self.cluster.cancel_command(numbers))
         return [job.job_id for job in lost]
 
+    def leave(self) -> None:
+        """See `Worker.leave`."""
+        with self._swept_no_more():
+            super().leave()
+
     def close(self, *, grace: float = 0) -> None:
         """See `Worker.close`."""
+        with self._swept_no_more():
+            super().close(grace=grace)
+
+    @contextlib.contextmanager
+    def _swept_no_more(self) -> Iterator[None]:
+        """Have the thread that sweeps end, at the latest with this context."""
         with self._sweeping:
             self._is_over = True
             self._sweeping.notify_all()
-        super().close(grace=grace)
+        yield
         if self._sweeper.ident is not None:
             self._sweeper.join()

@@ -85,7 +85,7 @@ class Adopted(NamedTuple):
     output_fd: int  # read end of the job's output pipe
     pidfd: int  # of the leader
     notes: Mapping[str, Any]  # those of `Spawner.note`
-    input_fds: Sequence[int] = ()  # of `Spawner.keep_input`, but the second only before the end
+    more_fds: Sequence[int] = ()  # of `Spawner.keep`, without what `Spawner.end_input` closed
 
 
 class SpawnerDiedError(RuntimeError):
@@ -132,12 +132,11 @@ class Spawner:
     which a missing home of one of the `uids` is made. `tmp`: the directory with the TMPDIRs of the
     jobs, each of which has its job's name and exists before `fork`; it becomes the job's user's.
     `host_accounts`: a job has the groups of the host's account of its uid, not only the group of
-    the same number. `farewell`: at the end each leader gets SIGTERM and has some seconds, because
-    it has to end processes elsewhere. `restart`: how jobs outlive this process; None: they do not.
+    the same number. `cluster`: where jobs run; "" for here. Their leaders get SIGTERM and some
+    seconds at the end. `restart`: how jobs outlive this process; None: they do not.
     `heritage`: a fork server whose main process this one has become, and which keeps its duties.
 
-    Attributes: `pid`, `pidfd`, the fork server's; `keeps_jobs`, whether it keeps jobs for a
-    successor.
+    Attributes: `pid`, `pidfd`, the fork server's; `keeps_jobs` for a successor.
     """
 
     def __init__(  # noqa: PLR0913 -- all are optional
@@ -151,7 +150,7 @@ class Spawner:
         host_accounts: bool = False,
         restart: Restart | None = None,
         heritage: Heritage | None = None,
-        farewell: bool = False,
+        cluster: str = "",
     ) -> None:
         # Guards the socket against being closed while it is used. Held while a request is sent,
         # never while its answer is awaited.
@@ -167,10 +166,10 @@ class Spawner:
             homes=homes,
             tmp=tmp,
             host_accounts=host_accounts,
+            cluster=cluster,
             store=restart.store if restart else None,
         )
-        duties |= {"farewell": farewell}
-        duties |= {"jobs_cgroup": str(jobs_cgroup) if jobs_cgroup else None, "dismantle": dismantle}
+        duties |= {"jobs_cgroup": jobs_cgroup and str(jobs_cgroup), "dismantle": dismantle}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as given, theirs:
             undo.callback(self._socket.close)
@@ -313,11 +312,11 @@ class Spawner:
         if "errno" in answer or len(received) < answer["fds"]:
             close_all(received)
             raise error_of({"errno": errno.EMFILE} | answer)
-        output_fd, pidfd, *input_fds = received
-        return Adopted(answer["pid"], output_fd, pidfd, answer["notes"], input_fds)
+        output_fd, pidfd, *more_fds = received
+        return Adopted(answer["pid"], output_fd, pidfd, answer["notes"], more_fds)
 
     def note(self, job: str, notes: Mapping[str, Any]) -> None:
-        """Leave this note about a job to a successor, in place of an earlier one.
+        """Leave these notes about a job to a successor, beside earlier ones.
 
         Does nothing if jobs are not kept. Never raises.
         """
@@ -325,21 +324,21 @@ class Spawner:
             with contextlib.suppress(SpawnerDiedError, OSError):
                 self._request({"op": "note", "job": job, "notes": dict(notes)})
 
-    def keep_input(self, job: str, fds: Sequence[int]) -> None:
-        """Have the fork server keep these two descriptors of a job: `InputPipe.kept_fds`.
+    def keep(self, job: str, fds: Sequence[int]) -> None:
+        """Have the fork server keep these descriptors of a job, too: for example the input's.
 
         Raises OSError, `SpawnerDiedError`.
         """
-        self._request({"op": "keep input", "job": job}, fds)
+        self._request({"op": "keep", "job": job}, fds)
 
-    def end_input(self, job: str) -> None:
+    def end_input(self, job: str, place: int) -> None:
         """Have the fork server close its write end of a job's input. The caller closes its own.
 
-        Does nothing if jobs are not kept. Never raises.
+        `place`: its place in `keep`'s list. Does nothing if jobs are not kept. Never raises.
         """
         if self.keeps_jobs:
             with contextlib.suppress(SpawnerDiedError, OSError):
-                self._request({"op": "end input", "job": job})
+                self._request({"op": "end input", "job": job, "place": place})
 
     def forget(self, job: str) -> None:
         """Have the fork server keep nothing of a job: its end is recorded, or it did not start.
@@ -564,24 +563,23 @@ class Process:
         self.close()
 
 
-def duties_of(
+def duties_of(  # noqa: PLR0913 -- each is one
     *,
     uids: range | None,
     homes: Path | None,
     tmp: Path | None,
     host_accounts: bool,
+    cluster: str = "",
     store: str | None = None,
 ) -> dict[str, Any]:
-    """Return what a fork server is told, and must be the same for a successor.
-
-    `store`: the instance ID of the store that has the jobs.
-    """
+    """Return what must be the same for a successor. `store`: the instance ID of the jobs' store."""
     return {
         "store": store,
         "uids": [uids.start, uids.stop] if uids else None,
         "homes": str(homes) if homes else None,
         "tmp": str(tmp) if tmp else None,
         "host_accounts": host_accounts,
+        "cluster": cluster,
     }
 
 

@@ -20,7 +20,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from buffers import Buffers
 from cgroups import CgroupError
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Starter"]
 
 _START_TIMEOUT_S = 10.0
+_INPUT_PLACE = 1  # of the write end in `JobInput.kept_fds`
 
 
 class Starter:
@@ -189,11 +190,11 @@ class Starter:
 
     def _make_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
         """Return the input of a new job, which `undo` ends. Raises as `start` does."""
-        on_end = functools.partial(self._spawner.end_input, job_id)
+        on_end = functools.partial(self._spawner.end_input, job_id, _INPUT_PLACE)
         job_input = JobInput(job_id, is_kept=self._keeper is not None, on_end=on_end)
         undo.callback(job_input.finish)
         if self._keeper is not None:
-            self._keeper.keep_input(job_id, job_input.kept_fds)
+            self._keeper.keep(job_id, job_input.kept_fds)
         return job_input
 
     def resume(
@@ -227,36 +228,48 @@ class Starter:
         body.output.charge(budget)
         if work.uid is not None and self._leftovers is not None:
             self._leftovers.begin(work.uid)
-        cgroup = None
-        if self._subtree is not None and going_on.has_cgroup:
-            cgroup = self._subtree.find(body.job_id, former.limits)
-        # By the clock, because another boot may have begun since.
-        age = datetime.now(UTC) - former.started_at
-        job = RunningJob(
-            work._replace(on_end=functools.partial(self._gone, work, body.job_id)),
-            body,
-            cgroup,
-            spawner=self._spawner,
-            pid=process.pid,
-            pidfd=process.pidfd,
-            started_at=former.started_at,
-            started_s=time.monotonic() - age.total_seconds(),
-            buffers=self._buffers,
-            kept_tmp=former.tmp_directory,
-            registry=self._registry,
-            job_input=self._resume_input(body.job_id, process),
-            keeper=self._keeper,
-            notes=process.notes,
-        )
+        work = work._replace(on_end=functools.partial(self._gone, work, body.job_id))
+        job = self._resumed(work, row, body, process)
         job.position = row.position
         self._registry.add(job)
         body.thread.give(job.job_id, job.run)
 
+    def _resumed(self, work: Work, row: Row, body: Body, process: Adopted) -> RunningJob:
+        """Return the job that goes on; see `resume`."""
+        former = row.job
+        cgroup = None
+        if self._subtree is not None and row.going_on.has_cgroup:
+            cgroup = self._subtree.find(body.job_id, former.limits)
+        return RunningJob(
+            work,
+            body,
+            cgroup,
+            kept_tmp=former.tmp_directory,
+            job_input=self._resume_input(body.job_id, process),
+            **self._going_on(former.started_at, process),
+        )
+
+    def _going_on(self, started_at: datetime, process: Adopted) -> dict[str, Any]:
+        """Return the arguments of a `RunningJob` that are the same for every job that goes on."""
+        # By the clock, because another boot may have begun since.
+        age = datetime.now(UTC) - started_at
+        return {
+            "spawner": self._spawner,
+            "pid": process.pid,
+            "pidfd": process.pidfd,
+            "started_at": started_at,
+            "started_s": time.monotonic() - age.total_seconds(),
+            "buffers": self._buffers,
+            "registry": self._registry,
+            "keeper": self._keeper,
+            "notes": process.notes,
+        }
+
     def _resume_input(self, job_id: str, process: Adopted) -> JobInput | None:
-        if not process.input_fds:
+        if not process.more_fds:
             return None
-        pipe = InputPipe.adopt(process.input_fds)
-        return JobInput(job_id, pipe, on_end=functools.partial(self._spawner.end_input, job_id))
+        on_end = functools.partial(self._spawner.end_input, job_id, _INPUT_PLACE)
+        return JobInput(job_id, InputPipe.adopt(process.more_fds), on_end=on_end)
 
     def _prepare_output(self, output: OutputLog, owner: str, budget: Budget) -> None:
         output.budget = budget

@@ -62,6 +62,7 @@ _LASTING = {
     "homes": "homes are in",
     "tmp": "TMPDIRs are in",
     "host_accounts": "--accounts is",
+    "cluster": "[slurm]: jobs run on the cluster of",
 }
 
 
@@ -118,9 +119,9 @@ def refusal(
     if request["protocol"] != PROTOCOL:
         return f"its version of the takeover is {PROTOCOL}, and not {request['protocol']}"
     differing = [
-        f"{what} {_as_option(duties[name])}, and not {_as_option(request['duties'][name])}"
+        f"{what} {_as_option(duties.get(name))}, and not {_as_option(request['duties'][name])}"
         for name, what in _LASTING.items()
-        if duties[name] != request["duties"][name]
+        if (duties.get(name) or None) != (request["duties"][name] or None)
     ]
     base = os.path.dirname(dismantling[0]) if dismantling else None
     if base not in request["bases"]:
@@ -135,7 +136,7 @@ def _as_option(duty: Any) -> str:
     if isinstance(duty, list):
         first, end = duty
         return f"{first}-{end - 1}"
-    return "none" if duty is None else str(duty)
+    return str(duty) if duty else "none"
 
 
 def read_ends(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -16,12 +17,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from errors import TakeoverError, WorkerClosedError
 from privileges import can_change_user
+from slurm import SlurmSettings
+from slurmworker import SlurmWorker
 from store import Store
 from testkit import (
     GUARD_S,
@@ -37,6 +40,7 @@ from worker import (
     EndReason,
     InputError,
     Job,
+    Limits,
     OutputLeftError,
     Retention,
     Status,
@@ -47,18 +51,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from budget import Budget
-    from limits import Enforcement
 
 _HERE = Path(__file__).resolve().parent
 _FOREVER_S = 1e6
 
 
-class _House:
-    """Workers of one store, one after the other."""
+def maker(kind: Any) -> Callable[..., Worker]:
+    """Return what makes a worker with this enforcement, or of the cluster of this slurm.conf."""
+    if kind in {"auto", "off"}:
+        return functools.partial(Worker, enforcement=kind)
+    limits = Limits(memory_bytes=64 << 20)
+    return functools.partial(SlurmWorker, SlurmSettings(kind), "house", limits=limits)
 
-    def __init__(self, directory: Path, enforcement: Enforcement) -> None:
+
+class _House:
+    """Workers of one store, one after the other. `kind`: see `maker`."""
+
+    def __init__(self, directory: Path, kind: str) -> None:
         self.directory = directory
-        self.enforcement = enforcement
+        self.kind = kind
         self.store: Store | None = None
         self.worker: Worker | None = None
         self.fork_servers: set[int] = set()
@@ -67,8 +78,7 @@ class _House:
         """Make the next worker."""
         self.store = Store(self.directory / "store")
         try:
-            self.worker = Worker(
-                enforcement=self.enforcement,
+            self.worker = maker(self.kind)(
                 store=self.store,
                 output_dir=self.directory / "output",
                 tmp_dir=self.directory / "tmp",
@@ -109,11 +119,21 @@ class _House:
                 os.waitpid(pid, 0)
 
 
-@pytest.fixture(params=["auto", "off"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Have each test of a house run with cgroups and without, or with `--slurm` on a cluster."""
+    if "house" in metafunc.fixturenames:
+        kinds = ["cluster"] if metafunc.config.getoption("--slurm") else ["auto", "off"]
+        metafunc.parametrize("house", kinds, indirect=True)
+
+
+@pytest.fixture
 def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_House]:
-    """Workers with cgroups, if the host has them, and without."""
+    """Workers with cgroups, if the host has them, or without, or of a cluster."""
+    kind = request.param
+    if kind == "cluster":
+        kind = str(request.getfixturevalue("cluster").conf)
     descriptors, threads = descriptors_of(), threading.active_count()
-    made = _House(tmp_path, request.param)
+    made = _House(tmp_path, kind)
     yield made
     made.close()
     assert set(descriptors_of()) <= set(descriptors)
@@ -530,8 +550,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(house: _House, tmp_path:
     house.leave()
     error = pytest.raises(TakeoverError, match="start with the former settings, or end these jobs")
     with Store(tmp_path / "store") as store, error:
-        Worker(
-            enforcement=house.enforcement,
+        maker(house.kind)(
             store=store,
             output_dir=tmp_path / "output",
             tmp_dir=tmp_path / "elsewhere",
@@ -580,10 +599,10 @@ def test_tmpdir_of_a_job_stays_until_the_job_has_ended(house: _House, tmp_path: 
 _KILLED = """
 import os, sys, time
 from store import Store
-from worker import Worker
-d, enforcement = sys.argv[1:]
-worker = Worker(
-    enforcement=enforcement, store=Store(d + "/store"), output_dir=d + "/output",
+from test_restart import maker
+d, kind = sys.argv[1:]
+worker = maker(kind)(
+    store=Store(d + "/store"), output_dir=d + "/output",
     tmp_dir=d + "/tmp", restart_dir=d + "/restart", restart_window=1e6,
 )
 worker.resume()
@@ -598,7 +617,7 @@ def test_killed_process_loses_no_byte_and_no_end(
     house: _House, tmp_path: Path, killed_after: int
 ) -> None:
     """SIGKILL at any moment: the next worker has every byte once."""
-    command = [sys.executable, "-c", _KILLED, str(tmp_path), house.enforcement]
+    command = [sys.executable, "-c", _KILLED, str(tmp_path), house.kind]
     with subprocess.Popen(
         command, cwd=_HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -27,13 +27,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster_plugin import missing
+from errors import TakeoverError
 from finding import JobFilter
 from jobmessages import job_message
-from server import Server
-from settings import Settings, SettingsError
+from journal import KEPT_BYTES, Journal
 from slurm import SlurmSettings
 from slurmcheck import check
 from slurmworker import SlurmWorker
+from store import Store
+from successor import end_jobs
 from testcluster import Cluster
 from testkit import GUARD_S, NOBODY, kill_fork_server
 from worker import (
@@ -614,19 +616,6 @@ def test_check_says_what_the_cluster_enforces(cluster: Cluster) -> None:
     assert (failed.works, "nvalid partition" in failed.detail) == (False, True)
 
 
-def test_restart_window_is_refused(certs: Path, tmp_path: Path) -> None:
-    """A server that could not keep its jobs does not start, and says what to do."""
-    config = tmp_path / "server.toml"
-    config.write_text("[slurm]\n")
-    state = tmp_path / "state"
-    with pytest.raises(SettingsError, match="remove --restart-window"):
-        Server(
-            Settings(
-                listen="127.0.0.1:0", config=config, certs=certs, state_dir=state, restart_window=60
-            )
-        )
-
-
 def test_user_without_an_account_on_the_cluster(
     make: Callable[..., SlurmWorker], public: Path
 ) -> None:
@@ -670,6 +659,229 @@ def test_job_runs_as_the_user_of_the_cluster(
     _kill_both_sruns(job_id)
     assert _end(worker, job_id).end_reason is EndReason.LOST
     assert worker.sweep() == [job_id]
+
+
+# --- a restart window. `pytest --slurm test_restart.py` has the rest -----------------------------
+
+
+_KILLED = """
+import json, os, sys
+from store import Store
+from test_slurmworker import next_worker
+directory, conf, jobs = sys.argv[1:]
+worker = next_worker(directory, conf, Store(directory + "/store"))
+ids = [worker.start("sh", ["-c", each["script"]], stdin=each["stdin"]) for each in json.loads(jobs)]
+print(json.dumps(ids), flush=True)
+for job_id, size in zip(ids, map(int, sys.stdin.readline().split())):
+    worker.write_input(job_id, bytes(range(256)) * (size // 256))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def next_worker(directory: str, conf: str, store: Store, window_s: float = 1e6) -> SlurmWorker:
+    """Return the next worker of a directory, which goes on with the jobs of the former one."""
+    worker = SlurmWorker(
+        SlurmSettings(conf=conf),
+        "next",
+        limits=_SMALL,
+        store=store,
+        output_dir=Path(directory) / "output",
+        tmp_dir=Path(directory) / "tmp",
+        restart_dir=Path(directory) / "restart",
+        restart_window=window_s,
+    )
+    worker.resume()
+    return worker
+
+
+class _Restarts:
+    """Workers of one directory, one after the other."""
+
+    def __init__(self, directory: Path, cluster: Cluster) -> None:
+        self.directory, self.conf = str(directory), str(cluster.conf)
+        self.worker: SlurmWorker | None = None
+
+    def open(self, window_s: float = 1e6) -> SlurmWorker:
+        self.store = Store(Path(self.directory) / "store")
+        self.worker = next_worker(self.directory, self.conf, self.store, window_s)
+        return self.worker
+
+    def leave(self) -> int:
+        """Leave the worker to the next one; return the pid of the fork server."""
+        assert self.worker is not None
+        pid = self.worker._spawner.pid
+        self.worker.leave()
+        self.worker.close()
+        self.store.close()
+        return pid
+
+    def again(self) -> SlurmWorker:
+        self.leave()
+        return self.open()
+
+    @contextlib.contextmanager
+    def killed(self, *jobs: dict[str, Any], sizes: str = "") -> Iterator[list[str]]:
+        """Have another process start jobs and write inputs; it is killed after this context."""
+        command = [sys.executable, "-c", _KILLED, self.directory, self.conf, json.dumps(jobs)]
+        with subprocess.Popen(
+            command, cwd=_HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            ids = json.loads(process.stdout.readline())
+            process.stdin.write(f"{sizes}\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            yield ids
+            process.kill()
+
+
+@pytest.fixture
+def restarts(cluster: Cluster, tmp_path: Path) -> Iterator[_Restarts]:
+    """Workers of one directory; nothing of theirs is left on the cluster at the end."""
+    made = _Restarts(tmp_path, cluster)
+    yield made
+    if made.worker is not None:
+        made.worker.close()
+        made.store.close()
+    _await_no_jobs(cluster, "jw-next")
+
+
+def _on_fifo(path: Path) -> str:
+    os.mkfifo(path)
+    return f"read x <{path}"
+
+
+def test_queued_jobs_outlive_their_worker(restarts: _Restarts, tmp_path: Path) -> None:
+    """One waits on with the next worker, and runs once; no sweep takes it for a leftover."""
+    worker = restarts.open()
+    waits = _on_fifo(tmp_path / "fifo"), _on_fifo(tmp_path / "other")
+    full = [_begun(worker, "sh", "-c", f"echo; {each}", limits=_WHOLE_NODE) for each in waits]
+    script = f"echo $JOB_ID >>{tmp_path}/runs; sleep 0.2; exit 3"
+    times = Ending(timeout=GUARD_S)
+    job_id = worker.start("sh", ["-c", script], limits=_WHOLE_NODE, ending=times)
+    worker = restarts.again()
+    assert worker.status(job_id).status is Status.QUEUED
+    assert worker.sweep() == []
+    restarts.leave()
+    (tmp_path / "fifo").write_text("\n")  # the queued job begins while there is no worker
+    worker = restarts.open()
+    job = _end(worker, job_id)
+    assert (job.end_reason, job.exit_code, job.node != "") == (EndReason.EXITED, 3, True)
+    assert (tmp_path / "runs").read_text() == f"{job_id}\n"
+    assert _end(worker, full[0]).end_reason is EndReason.EXITED
+    job = worker.stop(full[1], reason="why")
+    assert (job.end_reason, job.stop_reason, job.node != "") == (EndReason.STOPPED, "why", True)
+
+
+def test_killed_worker_loses_no_byte_of_input_and_output(
+    restarts: _Restarts, tmp_path: Path
+) -> None:
+    """Neither of what was on its way to the command, nor of what it writes meanwhile."""
+    data = os.urandom(2_000_000)
+    (tmp_path / "data").write_bytes(data)
+    waits = _on_fifo(tmp_path / "fifo"), _on_fifo(tmp_path / "other")
+    reads = {"script": f"{waits[0]}; sha256sum", "stdin": True}
+    writes = {"script": f"echo; {waits[1]}; cat {tmp_path}/data; exit 6", "stdin": False}
+    with restarts.killed(reads, writes, sizes=str(80 * 1024)) as (reader, writer):
+        pass
+    for name in "fifo", "other":
+        (tmp_path / name).write_text("\n")
+    worker = restarts.open()
+    block = bytes(range(256))
+    assert worker.status(reader).input_bytes == 80 * 1024
+    worker.write_input(reader, block * 100, offset=80 * 1024, end=True)
+    with worker.stream(reader) as chunks:
+        found = b"".join(chunks).split()[0].decode()
+    assert found == hashlib.sha256(block * (320 + 100)).hexdigest()
+    with worker.stream(writer) as chunks:
+        assert b"".join(chunks) == b"\n" + data
+    assert _end(worker, writer).exit_code == 6
+
+
+def test_jobs_end_when_no_next_worker_comes(restarts: _Restarts, tmp_path: Path) -> None:
+    """On the cluster, too; one that had ended by itself has its own end."""
+    worker = restarts.open(window_s=1)
+    waits = _on_fifo(tmp_path / "fifo")
+    ends = worker.start("sh", ["-c", f"{waits}; exit 5"])
+    runs = _begun(worker, "sh", "-c", "echo out; exec sleep 1000")
+    pid = restarts.leave()
+    (tmp_path / "fifo").write_text("\n")
+    os.waitpid(pid, 0)
+    script = 'squeue -h --name=jw-next -o "%T" | grep -v COMPLETING'
+    done = subprocess.run(
+        ["sh", "-c", script], env=os.environ | worker.cluster.environment, check=False
+    )
+    assert done.returncode == 1
+    worker = restarts.open()
+    job = _end(worker, runs)
+    assert (job.status, job.end_reason) == (Status.STOPPED, EndReason.CLOSED)
+    assert b"".join(worker.stream(runs)) == b"out\n"
+    assert (_end(worker, ends).end_reason, _end(worker, ends).exit_code) == (EndReason.EXITED, 5)
+
+
+def test_waiting_jobs_are_ended_on_demand(restarts: _Restarts) -> None:
+    """As by `server stop --jobs` while no server runs: running and queued ones."""
+    worker = restarts.open()
+    ids = [worker.start("sleep", ["1000"], limits=_WHOLE_NODE) for _ in "123"]
+    assert worker.status(ids[2]).status is Status.QUEUED
+    restarts.leave()
+    assert end_jobs(Path(restarts.directory) / "restart")
+    worker = restarts.open()
+    assert {_end(worker, each).end_reason for each in ids} == {EndReason.CLOSED}
+
+
+def test_next_worker_cancels_what_a_killed_fork_server_has_left(
+    restarts: _Restarts, cluster: Cluster
+) -> None:
+    """Its jobs are LOST, and run on nowhere, although each srun was killed with it."""
+    worker = restarts.open()
+    job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
+    pid = restarts.leave()
+    _kill_both_sruns(job_id)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    worker = restarts.open()
+    assert _end(worker, job_id).end_reason is EndReason.LOST
+    _await_no_jobs(cluster, "jw-next")
+
+
+def test_jobs_of_a_cluster_are_refused_to_another_worker(restarts: _Restarts) -> None:
+    """One without a cluster, or with another one, could not end them."""
+    worker = restarts.open()
+    job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
+    restarts.leave()
+    directory = Path(restarts.directory)
+    options: dict[str, Any] = {name: directory / name for name in ("tmp", "restart", "output")}
+    options = {f"{name}_dir": path for name, path in options.items()}
+    with (
+        Store(directory / "store") as store,
+        pytest.raises(TakeoverError, match=r"jobs run on the cluster of .*, and not none"),
+    ):
+        Worker(enforcement="off", store=store, **options)
+    assert restarts.open().status(job_id).status is Status.RUNNING
+
+
+def test_journal_keeps_its_ends_for_another_process() -> None:
+    """It goes on where the former one stopped, and the middle costs no memory."""
+    read_fd, write_fd = os.pipe()
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, read_fd)
+        undo.callback(os.close, write_fd)
+        journal = Journal()
+        undo.callback(journal.close)
+        with pytest.raises(BlockingIOError):
+            journal.take(read_fd, 10)
+        data = os.urandom(64) * 1000
+        for _ in range(40):
+            os.write(write_fd, data)
+            assert journal.take(read_fd, len(data)) == data
+        again = Journal(os.dup(journal.fd))
+        undo.callback(again.close)
+        assert again.size == 40 * len(data)
+        assert again.parts() == [(data * 40)[:KEPT_BYTES], (data * 40)[-KEPT_BYTES:]]
+        assert os.fstat(again.fd).st_blocks * 512 < 8 * KEPT_BYTES
 
 
 # --- a part of the cluster dies -----------------------------------------------------------------
