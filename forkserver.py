@@ -520,8 +520,6 @@ class _ForkServer:
 
     def _kill_everything(self) -> None:
         if self._is_for_cluster:
-            if self._estate is not None:
-                self._estate.is_farewell = True
             self._leaders.say_farewell()
         if self._jobs_cgroup is not None:
             # This kills processes that are being forked, too. Absent before Linux 5.14.

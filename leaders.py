@@ -86,7 +86,9 @@ class Leaders:
             self._close_exit_pipes()
 
     def say_farewell(self) -> None:
-        """SIGTERM the leaders, and `await_ends`."""
+        """SIGTERM the leaders, and `await_ends`: the ends from now on are our doing."""
+        if self._estate is not None:
+            self._estate.is_farewell = True
         for pid in self._leaders:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGTERM)
