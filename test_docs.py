@@ -497,3 +497,17 @@ def test_make_targets_that_contributing_names_exist(name: str) -> None:
     """Each `make TARGET` in the text."""
     makefile = (_HERE / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{name}:", makefile, re.MULTILINE)
+
+
+def test_attacks_of_the_security_guide_have_tests() -> None:
+    """Each row of its tables of attacks names tests, and all of these exist."""
+    text = (_HERE / "docs/security.md").read_text(encoding="utf-8")
+    section = text.partition("## Attacks, and the tests that try them")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    heads = [row for row in rows if row.endswith(" what happens now | tests |")]
+    assert len(heads) == 4
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert bool(named) != (row in heads), row
+        for module, name in named:
+            assert f"\ndef {name}(" in (_HERE / module).read_text(encoding="utf-8"), name
