@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import threading
 from pathlib import Path
@@ -487,6 +488,35 @@ def test_refusal_tells_people_and_grpcs_own_retries_when_to_try_again(
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     trailing = dict(error.trailing_metadata())
     assert (trailing["retry-after"], trailing["grpc-retry-pushback-ms"]) == ("1", "1000")
+
+
+def test_client_of_grpc_obeys_the_refusal(
+    serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would pause for longer than the test waits, and tries again when the server says."""
+
+    class FirstIsOneTooMany(OverloadError):
+        def __init__(self, why: str) -> None:
+            super().__init__(why)
+            monkeypatch.undo()
+
+    address = serve().address
+    client = connect("user", address)
+    request = worker_pb.GetJobStatusRequest(job_id=run_job(client))
+    pause = {"initialBackoff": f"{10 * GUARD_S}s", "maxBackoff": f"{10 * GUARD_S}s"}
+    retries = {"retryableStatusCodes": ["RESOURCE_EXHAUSTED"], "maxAttempts": 2}
+    retries |= pause | {"backoffMultiplier": 1}
+    config = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": retries}]})
+    names = ("server-ca.pem", "client-key.pem", "client.pem")
+    credentials = grpc.ssl_channel_credentials(*((certs / name).read_bytes() for name in names))
+    monkeypatch.setattr(calls_module, "_CALLS_OF_ONE", 0)
+    monkeypatch.setattr(calls_module, "OverloadError", FirstIsOneTooMany)
+    with grpc.secure_channel(address, credentials, [("grpc.service_config", config)]) as channel:
+        rpc: Any = channel.unary_unary(
+            "/jobworker.v1.WorkerService/GetJobStatus",
+            request_serializer=worker_pb.GetJobStatusRequest.SerializeToString,
+        )
+        assert rpc(request, metadata=client._metadata(), timeout=GUARD_S)
 
 
 def test_streams_that_have_ended_leave_no_threads_and_no_memory(
