@@ -495,7 +495,7 @@ def test_client_of_grpc_obeys_the_refusal(
 ) -> None:
     """It would pause for longer than the test waits, and tries again when the server says."""
 
-    class FirstIsOneTooMany(OverloadError):
+    class FirstError(OverloadError):
         def __init__(self, why: str) -> None:
             super().__init__(why)
             monkeypatch.undo()
@@ -510,7 +510,7 @@ def test_client_of_grpc_obeys_the_refusal(
     names = ("server-ca.pem", "client-key.pem", "client.pem")
     credentials = grpc.ssl_channel_credentials(*((certs / name).read_bytes() for name in names))
     monkeypatch.setattr(calls_module, "_CALLS_OF_ONE", 0)
-    monkeypatch.setattr(calls_module, "OverloadError", FirstIsOneTooMany)
+    monkeypatch.setattr(calls_module, "OverloadError", FirstError)
     with grpc.secure_channel(address, credentials, [("grpc.service_config", config)]) as channel:
         rpc: Any = channel.unary_unary(
             "/jobworker.v1.WorkerService/GetJobStatus",
