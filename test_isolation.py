@@ -52,7 +52,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HERE = Path(__file__).resolve().parent
-_SERVER_UID, _FIRST_UID = 70_000, 70_001
+# Of this process alone: `kill -1` reaches the jobs of every server on this host with the same uids.
+_UIDS = range(100_000 + os.getpid() % 10_000 * 100, 100_000 + os.getpid() % 10_000 * 100 + 100)
+_SERVER_UID, _FIRST_UID = _UIDS[:2]
+_OWN_UIDS = ("--uids", f"{_UIDS[0]}-{_UIDS[-1]}")
 _PASSWORDS = {"alice": "alice's password", "bob": "bob's password", "root": "an admin's password"}
 _FOREVER = "exec sleep infinity"
 # Without isolation these scripts would harm this host, so they check their uid first.
@@ -137,7 +140,7 @@ class _Program:
 
 
 def _server(log: Path, *options: str | Path, before: tuple[str | Path, ...] = ()) -> _Program:
-    common = ("--listen", "127.0.0.1:0", "--limits", "auto")
+    common = ("--listen", "127.0.0.1:0", "--limits", "auto", *_OWN_UIDS)
     return _Program(log, *before, sys.executable, _HERE / "server.py", *common, *options)
 
 
@@ -357,7 +360,7 @@ def test_users_have_uids_of_their_own(house: _House) -> None:
     assert all(len(set(each)) == 1 for each in texts)
     numbers = {int(each[0]) for each in texts}
     assert len(numbers) == 3
-    assert numbers <= set(range(_FIRST_UID, 80_000))
+    assert numbers <= set(_UIDS)
 
 
 def test_job_has_its_limits(house: _House) -> None:
@@ -1096,7 +1099,7 @@ def test_isolation_with_capabilities_instead_of_root(
         ):
             uids = {_uid_of(user), _uid_of(admin)}
             assert len(uids) == 2
-            assert uids <= set(range(_FIRST_UID - 1, 80_000))
+            assert uids <= set(_UIDS)
             assert "CapEff:\t0000000000000000" in _run(user, "cat /proc/self/status")
             # A job has run, so the fork server has given up its other rights.
             fork_server = _status(fork_server_of(pid))
@@ -1174,7 +1177,7 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
     program = _Program(
         public / "log",
         *(sys.executable, closed / "server.py", "--listen", "127.0.0.1:0", "--limits", "auto"),
-        *("--users", users, "--state-dir", closed / "state", "--audit-required"),
+        *("--users", users, "--state-dir", closed / "state", "--audit-required", *_OWN_UIDS),
     )
     with program, _login(program.address, certs, "alice") as alice:
         assert _status(program.process.pid)["Uid"].split()[0] == str(_SERVER_UID)
