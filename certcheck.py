@@ -120,8 +120,9 @@ def check_pair(
     try:
         ours, theirs = _handshake(server, client)
     except ssl.SSLCertVerificationError as error:
-        hint = "; check the clock" if error.verify_code == _NOT_YET_VALID else ""
-        raise UnusableError(f"{chain_name}: {error.verify_message}{hint}") from error
+        if error.verify_code == _NOT_YET_VALID:  # not each OpenSSL has the same words for it
+            raise UnusableError(f"{chain_name} is not valid yet; check the clock") from error
+        raise UnusableError(f"{chain_name}: {error.verify_message}") from error
     # Python's ssl tells the dates only to the side that has verified the certificate.
     verified = (ours if side == "server" else theirs).getpeercert() or {}
     return Certificate(certificate, ssl.cert_time_to_seconds(str(verified["notAfter"])))

@@ -351,7 +351,7 @@ def test_client_trusts_a_right_server_only(  # noqa: PLR0913
 @pytest.mark.parametrize(
     ("days", "told"),
     [
-        ((1, 2), "client.pem: certificate is not yet valid; check the clock; "),
+        ((1, 2), "client.pem is not valid yet; check the clock; "),
         ((-2, -1), "client.pem: certificate has expired; "),
     ],
 )
@@ -446,7 +446,7 @@ _DAMAGES: dict[str, tuple[_Damage, str]] = {
     ),
     "certificate not yet valid": (
         lambda d, _: _make(d, "server", _FOR_SERVERS, ca=d / "server-ca", days=(1, 2)),
-        "server.pem: certificate is not yet valid; check the clock",
+        "server.pem is not valid yet; check the clock",
     ),
     "certificate for clients": (
         lambda d, _: _make(d, "server", _FOR_CLIENTS, ca=d / "server-ca"),
