@@ -20,11 +20,24 @@ import ssl
 import struct
 import sys
 import time
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import workerservice_pb2 as worker_pb
-from bench.harness import CERTS, Service, fail, percentile, print_heading, report, start_program
+from bench.harness import (
+    CERTS,
+    Service,
+    fail,
+    percentile,
+    print_heading,
+    report,
+    running,
+    start_program,
+)
 from client import Client, ClientError
+
+if TYPE_CHECKING:
+    import subprocess
 
 __all__ = ["bench_overload"]
 
@@ -81,6 +94,26 @@ def bench_overload(service: Service) -> None:
     _report_load("half again, one second later", load(capacity / 2))
     for connections, at_once in _FLOODS:
         _bench_flood(service, connections, at_once)
+    _bench_bare(service, request)
+
+
+def _bench_bare(service: Service, request: bytes) -> None:
+    """Put the same load on a bare gRPC server that refuses what is too much."""
+    with running("-m", "bench.bounded") as (pid, address):
+        bare = replace(service, pid=pid, address=address)
+        _run_load(bare, request, 0, _LOAD_S)  # warms up
+        capacity = len(_took(_run_load(bare, request, 0, _LOAD_S), _OK)) / _LOAD_S
+        print_heading(f"Overload: a bare gRPC server that can serve {capacity:.0f} per second")
+        _report_overload(_run_load(bare, request, capacity * 2, _OVERLOAD_S), capacity)
+        connections, at_once = _FLOODS[0]
+        program = _start_flood(bare, service.client, request, connections, at_once)
+        refused = _took(_answers(program), _RESOURCE_EXHAUSTED)
+        report(
+            f"in a flood of {connections} x {at_once:,} calls: p99 if refused",
+            f"{percentile(refused, 99) * 1e3:.0f} ms",
+            f"p50 {percentile(refused, 50) * 1e3:.0f} ms",
+            f"{len(refused)} calls",
+        )
 
 
 def _report_burst(answers: list[_Answer]) -> None:
@@ -133,19 +166,7 @@ def _bench_flood(service: Service, connections: int, at_once: int) -> None:
     with Client(service.address, certs=CERTS) as user:
         user.login("user", "user")
         request = worker_pb.GetJobStatusRequest(job_id=user.start("true")).SerializeToString()
-        arguments = (
-            service.address,
-            request.hex(),
-            0,
-            _OVERLOAD_S,
-            connections,
-            connections * at_once,
-        )
-        program = start_program(user, "-m", __name__, *arguments)
-    if program.stdin is None:
-        raise AssertionError("it is a pipe")
-    program.stdin.write("\n")
-    program.stdin.flush()
+        program = _start_flood(service, user, request, connections, at_once)
     time.sleep(1)  # until the flood has risen
     taken, failed = [], 0
     for job_id in mine:
@@ -166,6 +187,20 @@ def _bench_flood(service: Service, connections: int, at_once: int) -> None:
     )
 
 
+def _start_flood(
+    service: Service, client: Client, request: bytes, connections: int, at_once: int
+) -> subprocess.Popen[str]:
+    """Start clients of this client's user that always have so many calls open."""
+    total = connections * at_once
+    arguments = (service.address, request.hex(), 0, _OVERLOAD_S, connections, total)
+    program = start_program(client, "-m", __name__, *arguments)
+    if program.stdin is None:
+        raise AssertionError("it is a pipe")
+    program.stdin.write("\n")
+    program.stdin.flush()
+    return program
+
+
 def _took(answers: list[_Answer], status: str) -> list[float]:
     return [each.took for each in answers if each.status == status]
 
@@ -174,7 +209,12 @@ def _run_load(service: Service, request: bytes, rate: float, seconds: float) -> 
     """Run the clients. They make `rate` calls per second; 0 means as many as the server answers."""
     arguments = (service.address, request.hex(), rate, seconds, _CONNECTIONS, _AT_ONCE)
     program = start_program(service.client, "-m", __name__, *arguments)
-    output, _ = program.communicate("\n")
+    return _answers(program, "\n")
+
+
+def _answers(program: subprocess.Popen[str], send: str | None = None) -> list[_Answer]:
+    """Wait until the clients have ended; return what they have received."""
+    output, _ = program.communicate(send)
     if program.returncode:
         fail("the clients of the overload failed")
     fields = (line.split() for line in output.splitlines())
