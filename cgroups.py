@@ -498,7 +498,8 @@ class Cgroup:
 
     def remove(self) -> None:
         """Remove the cgroup and those that the job made below it. No process may be in them."""
-        remove_tree(self.path)
+        if not self.remove_if_unused():
+            remove_tree(self.path)
 
     def remove_if_unused(self) -> bool:
         """Remove the cgroup if it contains neither a process nor a cgroup; return whether it did.
@@ -506,7 +507,7 @@ class Cgroup:
         Opens no file, so it works even if this process has no descriptor left.
         """
         try:
-            self.path.rmdir()
+            os.rmdir(self.path)
         except OSError:
             return False
         return True
