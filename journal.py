@@ -26,7 +26,7 @@ from holes import punch
 
 __all__ = ["KEPT_BYTES", "Journal"]
 
-KEPT_BYTES = 128 * 1024
+KEPT_BYTES = 64 * 1024
 _BLOCK_BYTES = 64 * 1024
 _REFUSALS = {errno.EPERM, errno.ENOSYS, errno.EINVAL}  # of splice(2)
 

@@ -7,8 +7,10 @@ Records, output, retention and the fork server are those of `Worker`. Only the l
 killing differ: the fork server starts one srun for each job (`slurmjob.py`), as the job's user.
 Slurm places the job, lets it wait, and enforces its cores, memory and time.
 
-What a former worker of the same instance left behind on the cluster is ended by `sweep`: at the
-start, and every minute, because a job whose two srun processes were killed runs on.
+With a restart window the fork server keeps each srun and its pipes for the next worker, which goes
+on with the job in `Worker.resume`. What else a former worker of the same instance left behind on
+the cluster is ended by `sweep`: at the start, and every minute, because a job whose two srun
+processes were killed runs on.
 
 Thread safety: as of `Worker`. One more thread sweeps.
 """

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from client import Client
 from cluster_plugin import missing
 from errors import TakeoverError
 from finding import JobFilter
@@ -50,13 +51,14 @@ from worker import (
     ResourceError,
     SignalError,
     Status,
-    StopTimeoutError,
     Usage,
     Worker,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from testkit import ServerProgram
 
 _HERE = Path(__file__).resolve().parent
 _SMALL = Limits(cpu_cores=1, memory_bytes=64 << 20)
@@ -863,6 +865,33 @@ def test_jobs_of_a_cluster_are_refused_to_another_worker(restarts: _Restarts) ->
     assert restarts.open().status(job_id).status is Status.RUNNING
 
 
+def test_killed_and_ended_servers_go_on_with_jobs_and_followers(
+    cluster: Cluster,
+    certs: Path,
+    public: Path,
+    start_server: Callable[..., ServerProgram],
+) -> None:
+    """As an account of the cluster. A follower notices nothing; input goes on, and a stop works."""
+    options = ["--restart-window", "1m", "--config", str(cluster.directory / "server.toml")]
+    state = public / "state"
+    server = start_server(*options, state=state)
+    address = server.address
+    with Client(address, certs=certs, retry_for=GUARD_S, connect_for=GUARD_S) as client:
+        client.login("user", "user")
+        job = client.start("sh", ["-c", "id -un; while read x; do echo $x; done"], stdin=True)
+        with contextlib.closing(client.stream(job)) as stream:
+            assert next(stream) == b"nobody\n"
+            for offset, number in (0, signal.SIGKILL), (8, signal.SIGTERM):
+                server.end(number)
+                server = start_server("--listen", address, *options, state=state)
+                line = f"{number.name}\n".encode()
+                client.write_input(job, line, offset, end=False)
+                assert next(stream) == line
+            assert client.stop(job).node.startswith("node")
+            assert list(stream) == []
+    assert server.end() == 0
+
+
 def test_journal_keeps_its_ends_for_another_process() -> None:
     """It goes on where the former one stopped, and the middle costs no memory."""
     read_fd, write_fd = os.pipe()
@@ -913,9 +942,8 @@ def _lose_the_controller(worker: SlurmWorker, cluster: Cluster) -> None:
         worker.write_input(go_on, b"more\n", end=True)
         job = _end(worker, go_on)
         assert (job.end_reason, job.exit_code, job.output_bytes) == (EndReason.EXITED, 9, 6)
-        with contextlib.suppress(StopTimeoutError):  # srun asks for the controller for 10 s
-            worker.stop(stopped)
-        assert _end(worker, stopped).end_reason is EndReason.STOPPED
+        # Although srun asks for the controller for 10 s.
+        assert worker.stop(stopped).end_reason is EndReason.STOPPED
         with pytest.raises(ResourceError, match=r"[Uu]nable to"):
             worker.start("true", no_queue=True)
     finally:

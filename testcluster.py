@@ -234,7 +234,7 @@ class Cluster:
                     env=os.environ | self.environment,
                     check=False,
                     capture_output=True,
-                    timeout=10,
+                    timeout=3,
                 )
         for name in reversed(list(self._daemons)):
             process = self._daemons.pop(name)
