@@ -219,15 +219,14 @@ class Ticket:
         """
         self._calls.leave(self)
 
-    @contextlib.contextmanager
-    def receiving(self, cancel: Callable[[], object]) -> Iterator[None]:
-        """Wait for the request within this context. `cancel` is called if it takes too long."""
+    def receive(self, requests: Iterator[bytes], cancel: Callable[[], object]) -> bytes | None:
+        """Wait for the first request; None if none comes. `cancel` is called if that takes long."""
         receiving = self._calls.receiving
         receiving[self] = cancel
         try:
             if not self._calls.looks_for_overdue:
                 self._calls.look_for_overdue()
-            yield
+            return next(requests, None)
         finally:
             del receiving[self]
 

@@ -7,7 +7,7 @@ is one too many and when the call runs. `service.py` does the work of an admitte
 
 Threads: gRPC's accepting thread runs the interceptor, refuses calls that are one too many, and
 runs the callbacks of ended calls. None of this may block. Everything else runs in the call's own
-thread. This thread also waits for the request, for a bounded time (`Ticket.receiving`), because
+thread. This thread also waits for the request, for a bounded time (`Ticket.receive`), because
 a client may never send one.
 """
 
@@ -483,8 +483,7 @@ class Gate(grpc.ServerInterceptor):
     def _receive(self, handler: Any, requests: Iterator[bytes], call: Call) -> Any:
         """Wait for the request; return the parsed message."""
         try:
-            with call.ticket.receiving(call.context.cancel):
-                data = next(requests, None)
+            data = call.ticket.receive(requests, call.context.cancel)
         except grpc.RpcError as error:  # gRPC raises this if the call has ended
             raise _NoRequestError from error
         if data is None:

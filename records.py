@@ -99,7 +99,8 @@ class Records:
         Blocks as long as the disk does. Raises `AuditError` as `AuditLog.record` does.
         """
         with self._changed:
-            is_in_excess = self._allowance_locked(caller).left <= 0
+            allowance = self._allowance_locked(caller)
+            is_in_excess = allowance.left <= 0
         # While the log cannot be written, a line that is written later is a promise in vain.
         if is_in_excess and not alone and self._audit.is_writable:
             first = _shortened(fields, 0)
@@ -108,7 +109,7 @@ class Records:
         fields = _shortened(fields, 0 if is_in_excess else _ARGV_CHARACTERS)
         size = self._audit.record(**fields)
         with self._changed:
-            self._allowance_locked(caller).left -= size
+            allowance.left -= size
 
     def share(self, caller: object, what: object, fields: Callable[[], Fields]) -> None:
         """Count a call of which only the number is to be recorded. Neither raises nor blocks.

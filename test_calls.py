@@ -378,9 +378,12 @@ def test_calls_whose_request_does_not_arrive_are_cancelled(
     for _ in range(20):
         cancelled = [threading.Event() for _ in range(5)]
 
+        def request(cancelled: threading.Event) -> Iterator[bytes]:
+            assert cancelled.wait(GUARD_S)
+            yield b""
+
         def run(ticket: Ticket, cancelled: threading.Event) -> None:
-            with ticket.receiving(cancelled.set):
-                assert cancelled.wait(GUARD_S)
+            assert ticket.receive(request(cancelled), cancelled.set) == b""
 
         for each in cancelled:
             ticket = server.calls.arrive("alice", Kind.QUICK)

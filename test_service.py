@@ -509,10 +509,10 @@ def test_calls_that_are_refused_for_overload_are_on_record(
     monkeypatch.setattr("records._TOGETHER_S", GUARD_S)  # the server records them when it stops
     entered, go_on, status = threading.Event(), threading.Event(), Worker.status
 
-    def slow(self: Worker, job_id: str) -> Job:
+    def slow(self: Worker, job_id: str, *, owner: str | None = None) -> Job:
         entered.set()
         assert go_on.wait(GUARD_S)
-        return status(self, job_id)
+        return status(self, job_id, owner=owner)
 
     server = serve(audit_log=tmp_path / "audit.log")
     client = connect("user", server.address)
