@@ -41,6 +41,7 @@ __all__ = [
     "CgroupError",
     "Events",
     "count_living",
+    "count_processes",
     "dismantle",
     "dissolve",
     "failure",
@@ -296,6 +297,11 @@ def _signal(
                 with contextlib.suppress(ProcessLookupError):
                     for number in numbers:
                         send(pidfds[pid], number)
+
+
+def count_processes(path: Path) -> int:
+    """Return how many processes are in the cgroup and below it; 0 if it is gone."""
+    return len(_processes(path))
 
 
 def _processes(path: Path) -> set[int]:

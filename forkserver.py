@@ -33,28 +33,26 @@ import resource
 import select
 import signal
 import socket
-import stat
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import inherited
-from cgroupfs import dismantle, signal_tree, terminate_tree
+from cgroupfs import count_processes, dismantle
 from children import end_children
+from errands import clear_up, signal_all, signal_cgroup
 from estate import Estate
 from leader import (
     Grants,
     clone,
     clone_works,
-    detach,
     groups_of,
     limit,
     popen,
     wait_and_execute,
 )
 from leaders import Leaders
-from leftovers import clear, clear_directory
-from messages import AttachError, close_all, failure, receive, send, wait_ready
+from messages import AttachError, close_all, failure, receive, send
 from privileges import (
     CAP_CHOWN,
     CAP_DAC_OVERRIDE,
@@ -65,8 +63,6 @@ from privileges import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
-    PR_SET_PDEATHSIG,
-    act_as,
     as_user,
     keep_capabilities,
     prctl,
@@ -93,6 +89,7 @@ pids controller.
 """
 
 _UMASK = 0o077
+_FEW_PROCESSES = 32  # that a request may signal while the others wait
 _DAY_S = 24 * 3600  # the longest wait, because the timeout of poll(2) is an int
 _SUCCESSOR_S = 5.0  # how long a successor may take to say what it wants
 _CAPABILITIES = (
@@ -281,10 +278,9 @@ class _ForkServer:
                     passed.append(pidfd)
                 case "kill":
                     self._leaders.kill(request["job"])
-                case "signal":
-                    self._signal(request)
-                case "terminate":
-                    self._terminate(request["job"], request["uid"])
+                case "signal" | "terminate":
+                    if self._signal(request, reply):
+                        return
                 case "clear":
                     pid, pidfd = self._fork_clearing(request["uid"], request["job"], reply)
                     answer["pid"] = pid
@@ -440,9 +436,9 @@ class _ForkServer:
                 raise PermissionError(errno.EPERM, "not the name of a job with a TMPDIR")
             tmp = f"{self._tmp}/{job}"
         groups = groups_of(uid) if self._host_accounts and uid is not None else ()
-        child = functools.partial(_clear, reply, uid, groups, tmp, self._pid)
+        child = functools.partial(clear_up, reply, uid, groups, tmp, self._pid)
         pid, pidfd = self._fork_child(None, child)
-        self._leaders.clearing[pid] = tmp
+        self._leaders.errands[pid] = tmp
         return pid, pidfd
 
     def _check_uid(self, uid: int | None) -> None:
@@ -465,35 +461,48 @@ class _ForkServer:
         finally:
             os.close(fd)
 
-    def _signal(self, request: dict[str, Any]) -> None:
-        """Send a signal to the leader of a job, or to every process of the job."""
-        job, number, uid = request["job"], request["signal"], request["uid"]
+    def _signal(self, request: dict[str, Any], reply: socket.socket) -> bool:
+        """Send a signal to the leader of a job, or to every process of the job.
+
+        Returns whether another process does, and answers.
+        """
+        job, uid = request["job"], request["uid"]
+        self._check_uid(uid)
+        if request["op"] == "terminate":
+            return self._signal_all(job, None, uid, reply)
+        number = request["signal"]
         if number not in signal.valid_signals():
             raise ValueError("not a signal")
-        self._check_uid(uid)
-        send = functools.partial(as_user, uid)
-        if not request["everything"]:
-            pid = self._leaders.pid_of(job)
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                raise ProcessLookupError(errno.ESRCH, "the leader has ended")
-            send(os.kill, pid, number)
-        elif self._jobs_cgroup is not None:
-            signal_tree(
-                self._cgroup_of(job), number, functools.partial(send, signal.pidfd_send_signal)
-            )
-        else:
-            self._leaders.others.signal(self._leaders.pid_of(job), (number,), send)
+        if request["everything"]:
+            return self._signal_all(job, number, uid, reply)
+        pid = self._leaders.pid_of(job)
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            raise ProcessLookupError(errno.ESRCH, "the leader has ended")
+        as_user(uid, os.kill, pid, number)
+        return False
 
-    def _terminate(self, job: str, uid: int | None) -> None:
-        """Send SIGTERM and SIGCONT to every process of a job."""
-        self._check_uid(uid)
+    def _signal_all(
+        self, job: str, number: int | None, uid: int | None, reply: socket.socket | None = None
+    ) -> bool:
+        """Signal every process of a job; None: with SIGTERM and SIGCONT. Return as `_signal` does.
+
+        With a `reply`, another process does it if there are many: all other requests would wait.
+        """
         send = functools.partial(as_user, uid)
-        if self._jobs_cgroup is not None:
-            terminate_tree(self._cgroup_of(job), functools.partial(send, signal.pidfd_send_signal))
-        else:
-            self._leaders.others.signal(
-                self._leaders.pid_of(job), (signal.SIGTERM, signal.SIGCONT), send
-            )
+        if self._jobs_cgroup is None:
+            numbers = (signal.SIGTERM, signal.SIGCONT) if number is None else (number,)
+            self._leaders.others.signal(self._leaders.pid_of(job), numbers, send)
+            return False
+        cgroup = self._cgroup_of(job)
+        if reply is not None and count_processes(cgroup) > _FEW_PROCESSES:
+            child = functools.partial(signal_all, reply, cgroup, number, uid, self._pid)
+            with contextlib.suppress(OSError):  # there is no room for a process
+                pid, pidfd = self._fork_child(None, child)
+                os.close(pidfd)
+                self._leaders.errands[pid] = None
+                return True
+        signal_cgroup(cgroup, number, functools.partial(send, signal.pidfd_send_signal))
+        return False
 
     def _bid_farewell(self) -> None:
         """Send SIGTERM to every process of every job, and give them some seconds."""
@@ -506,7 +515,7 @@ class _ForkServer:
         for job in self._estate.jobs:
             # ESRCH: the job has ended. EPERM: its leader has not begun, and has no user yet.
             with contextlib.suppress(OSError):
-                self._terminate(job, self._user_of(job))
+                self._signal_all(job, None, self._user_of(job))
         self._leaders.await_ends()
 
     def _user_of(self, job: str) -> int | None:
@@ -534,39 +543,6 @@ class _ForkServer:
 def _is_name(job: str) -> bool:
     """Whether it can be the name of a job's cgroup and of its TMPDIR."""
     return job == os.path.basename(job) and job not in {"", ".", ".."}
-
-
-def _clear(
-    sock: socket.socket,
-    uid: int | None,
-    groups: Sequence[int],
-    tmp: str | None,
-    parent: int,
-    _: int | None,
-) -> NoReturn:
-    """Remove what the jobs of a user have left, until the other end of `sock` is closed.
-
-    `tmp`: remove only what is in this directory.
-    """
-
-    def is_wanted() -> bool:
-        return not wait_ready(sock.fileno(), select.POLLHUP, 0)
-
-    try:
-        detach(os.open(os.devnull, os.O_WRONLY), [sock.fileno()])
-        inherited.separate(is_alone=uid is not None)
-        if uid is not None:
-            act_as(uid, groups or [uid])
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == parent:
-            if tmp is not None:
-                with contextlib.suppress(OSError):
-                    os.chmod(tmp, stat.S_IRWXU)
-                clear_directory(tmp, None, is_wanted)
-            elif uid is not None:
-                clear(uid, is_wanted)
-    finally:
-        os._exit(0)
 
 
 def _main(argv: Sequence[str]) -> NoReturn:

@@ -41,6 +41,7 @@ from testkit import (
     job_processes,
     make_fifo,
     own_cgroup,
+    public_python,
     settle_spares,
 )
 from worker import Bounds, CommandError, Ending, EndReason, ResourceError, Status, Worker
@@ -226,6 +227,37 @@ def test_signal_reaches_processes_in_other_sessions_and_in_cgroups_below(worker:
     output = _output(worker, job)
     assert (output.count(b"leader"), output.count(b"child")) == (2, 80)
     assert worker.status(job).exit_code == 7
+
+
+# Every process of this job tells which process has sent it a signal.
+_TELLS_THE_SENDER = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+for _ in range(int(sys.argv[1])):
+    if os.fork() == 0:
+        break
+os.write(1, b"up\\n")
+os.write(1, b"%d\\n" % signal.sigwaitinfo({signal.SIGUSR1}).si_pid)
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
+"""
+
+
+def test_signal_to_many_processes_holds_up_no_other_request(base: Path) -> None:
+    """The fork server has another process send it, with the rights of the job's user."""
+    uid, count = 71_001, 33
+    with Worker(enforcement="require", cgroup_root=base, uids=range(uid, uid + 1)) as worker:
+        argv = ["-I", "-S", "-c", _TELLS_THE_SENDER, str(count)]
+        job = worker.start(public_python(), argv, uid=uid)
+        await_lines(worker, job, b"up", count + 1)
+        worker._spawner.signal(job, signal.SIGUSR1, uid=uid, everything=True)
+        told = _output(worker, job).splitlines()
+        assert len(told) == 2 * (count + 1)
+        (sender,) = set(told) - {b"up"}
+        assert int(sender) not in (worker._spawner.pid, os.getpid())
 
 
 # --- membership and limits --------------------------------------------------------------------

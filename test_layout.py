@@ -59,7 +59,8 @@ _MODULES = {
         "leaders": "children others; estate",
         "unixsockets": "",
         "takeover": "privileges unixsockets",
-        "forkserver": "cgroupfs children estate inherited leader leaders leftovers messages "
+        "errands": "cgroupfs inherited leader leftovers messages privileges",
+        "forkserver": "cgroupfs children errands estate inherited leader leaders messages "
         "privileges takeover",
         "successor": "cgroups errors messages takeover; limits",
         "lifeline": "",
@@ -265,6 +266,7 @@ _TESTED_WITH = {
     "tails": "outputtimes",
     "spares": "worker",
     "starting": "worker",
+    "errands": "spawner",
     "forkserver": "spawner",
     "leader": "spawner",
     "processes": "spawner",
