@@ -41,6 +41,9 @@ _NOT_OVER_A_CLUSTER = {
     "test_every_client_can_receive_a_page_of_a_list": (
         "needs 40 jobs; test_slurmworker.py has a job with as many arguments"
     ),
+    "test_jobs_cannot_splice_where_the_service_cannot_tee": (
+        "a job of a cluster has no pipe of the server: srun has it, and passes the bytes on"
+    ),
     "test_worker_that_cannot_be_made_leaves_the_jobs_to_the_next": (
         "the TMPDIR is on the node; test_jobs_of_a_cluster_are_refused_to_another_worker has a "
         "worker that cannot be made"
