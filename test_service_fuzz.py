@@ -142,6 +142,14 @@ class _Server:
     def log(self) -> str:
         return self._program.log.read_text(errors="surrogateescape")
 
+    def await_spare(self) -> None:
+        """Wait until the process for the next job is there; it is made after a job has started."""
+        for _ in range(_RPCS_TO_WAIT):
+            if children_of(self._fork_server):
+                return
+            self.admin.list()
+        pytest.fail("the fork server has prepared no process")
+
     def await_used(self, before: dict[str, int]) -> None:
         """Wait until no more is in use than before; gRPC does not report what it closes."""
         for job in self.admin.list():
@@ -179,6 +187,7 @@ def program(
 @pytest.fixture
 def server(program: _Server) -> Iterator[_Server]:
     """The shared server. After the test it must have no more in use, and no new log line."""
+    program.await_spare()
     before, threads, log = program.used(), program.threads(), program.log()
     yield program
     program.await_used(before)
