@@ -575,7 +575,8 @@ def clone(tmp_path: Path) -> Path:
     for name in ("Makefile", "certs/generate.sh", "requirements/runtime.txt", "units.py"):
         shutil.copy(_HERE / name, tmp_path / name)
     (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    for name in ("bin", "lib", "pyvenv.cfg"):  # with its own pip: the host's Python may have none
+        (tmp_path / ".venv" / name).symlink_to(Path(sys.prefix) / name)
     (tmp_path / ".venv/runtime").touch()
     return tmp_path
 
