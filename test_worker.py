@@ -188,7 +188,7 @@ def _polite(worker: Worker, ending: Ending | None = None, *, kind: str = "polite
     # signal; and never for long, because bash may take a signal right before it begins to wait.
     script = """
         trap 'echo bye; [ $1 = deaf ] || exit 3' TERM
-        exec 3<> <(:); echo ready; while :; do read -t 1 -u 3 x; done"""
+        exec 3<> <(:); echo ready; while :; do read -t 0.1 -u 3 x; done"""
     job_id = _sh(worker, script, kind, ending=ending, shell="bash")
     assert _first_line(worker, job_id) == b"ready"
     return job_id
@@ -919,7 +919,7 @@ def test_stop_with_a_grace_lets_the_leader_end_by_itself(worker: Worker) -> None
 def test_stop_with_a_grace_kills_what_is_left(worker: Worker) -> None:
     """A deaf job is killed after the grace."""
     job_id = _polite(worker, kind="deaf")
-    assert _end(worker.stop(job_id, grace=0.2)) == _STOPPED
+    assert _end(worker.stop(job_id, grace=0.5)) == _STOPPED
     assert _output(worker, job_id) == b"ready\nbye\n"
 
 

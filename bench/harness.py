@@ -9,6 +9,7 @@ ratios, as a share of their median. If the noise is above `NOISE_MAX`, the media
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import statistics
@@ -89,6 +90,9 @@ ballast = [[str(number)] * 20 for number in range(int(sys.argv[1]))]
 sys.exit(server.main(sys.argv[2:]))
 """
 _OBJECT_BYTES = 270
+# Two servers that run at the same time may not have the same uids.
+_UIDS = 10_000
+_first_uids = itertools.count(100_000, _UIDS)
 
 _T = TypeVar("_T")
 
@@ -270,7 +274,9 @@ def serving(config: str = UNHINDERED, *, heap_bytes: int = 0) -> Iterator[Servic
     with tempfile.TemporaryDirectory() as name:
         state = Path(name)
         (state / "config.toml").write_text(config)
-        options = ("--listen", "127.0.0.1:0", "--limits", "auto", "--state-dir", name)
+        first = next(_first_uids)
+        uids = ("--uids", f"{first}-{first + _UIDS - 1}")
+        options = ("--listen", "127.0.0.1:0", "--limits", "auto", "--state-dir", name, *uids)
         program = [str(HERE / "server.py")]
         if heap_bytes:
             program = ["-c", _WITH_HEAP, str(heap_bytes // _OBJECT_BYTES)]

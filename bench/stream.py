@@ -84,9 +84,13 @@ _TINY_WRITES_S = 3
 _SILENCE_S = 30.0
 _SILENT = 1000
 
-# The environment of a job. Programs of the floor get it too, because the benchmark's own may change
-# what they do; PYTHONUNBUFFERED would, for example.
-_JOB_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
+# The environment of a job. Programs of the floor get it too, because it changes what they do: with
+# PYTHONUNBUFFERED each line is a write of its own.
+_JOB_ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",
+}
 
 # Writes lines about as fast as a compiler or a test run.
 _MAKE_LINES = """
