@@ -462,8 +462,9 @@ class Client:
                 stdin = self._worker.WriteInput(messages, metadata=resumption.metadata()).stdin
             except self._link.rpc_error as rpc_error:
                 error = self._link.explain(rpc_error)
-                is_over = has_broken_off and error.code == "FAILED_PRECONDITION"
-                if is_over and self._has_got_all(job_id, sending):
+                least = offset if has_broken_off else offset + 1
+                is_over = error.code == "FAILED_PRECONDITION"
+                if is_over and self._has_got_all(job_id, sending, least):
                     return
                 # The server may have written some more of a call after the connection was lost.
                 error.may_pass |= error.code == "OUT_OF_RANGE" and has_broken_off
@@ -479,14 +480,14 @@ class Client:
             except ValueError as error:
                 raise ClientError(f"the input of job {job_id} is not whole: {error}") from error
 
-    def _has_got_all(self, job_id: str, sending: Sending) -> bool:
-        """Whether the job got all, and its end, from a call that broke off."""
+    def _has_got_all(self, job_id: str, sending: Sending, least: int) -> bool:
+        """Whether the job has got all, and `least` bytes or more, although the call failed."""
         stdin = self.status(job_id).stdin
         try:
             sending.acknowledge(stdin.bytes, ended=stdin.ended)
         except ValueError:
             return False
-        return sending.is_done
+        return sending.is_done and stdin.bytes >= least
 
     def close(self) -> None:
         """Disconnect and end the open streams. Idempotent."""

@@ -194,7 +194,7 @@ class JobInput:
 
     def end(self, writer: InputWriter) -> None:
         """See `InputWriter.end`."""
-        with self._used(writer) as is_open:
+        with contextlib.suppress(InputError), self._used(writer) as is_open:
             if is_open:
                 self._on_end()
                 self._end(_ENDED, writer)
@@ -311,7 +311,10 @@ class InputWriter:
         return True
 
     def end(self) -> None:
-        """End the input: the job reads end-of-file after what was written. Raises as `write`."""
+        """End the input: the job reads end-of-file after what was written.
+
+        Nothing happens if the job has closed its stdin or has ended. Raises `InputTakenError`.
+        """
         self._input.end(self)
 
     def wait(self) -> None:

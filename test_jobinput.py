@@ -273,6 +273,17 @@ def test_input_ends_once(worker: Worker) -> None:
         worker.write_input(job_id, b"x")
 
 
+def test_input_of_a_job_that_has_ended_meanwhile_ends_without_error(worker: Worker) -> None:
+    """The job has got all that was written, and gets no more."""
+    job_id = _start(worker, "read -r line; echo $line")
+    with worker.open_input(job_id) as writer:
+        assert writer.write(b"last\n")
+        assert worker.wait(job_id, GUARD_S).output_bytes == 5
+        writer.end()
+        with pytest.raises(InputError):
+            writer.write(b"x")
+
+
 def test_worker_that_closes_ends_the_input(pool: ThreadPoolExecutor) -> None:
     with Worker(enforcement="off") as worker:
         job_id = _start(worker, _FOREVER)

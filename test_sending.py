@@ -110,6 +110,17 @@ def test_end_of_the_job_ends_the_sending(client: Client) -> None:
     never.set()
 
 
+def test_job_that_ends_with_its_last_byte_has_got_all(client: Client) -> None:
+    """It may end before the message that ends its input arrives. A further byte would be lost."""
+    for _ in range(20):
+        job_id = client.start("head", ["-c", "2"], stdin=True)
+        client.write_input(job_id, b"ab")
+    assert not b"".join(client.stream(job_id, 2))  # until it has ended
+    for data in (b"", b"c"):
+        with pytest.raises(ClientError, match="takes no input"):
+            client.write_input(job_id, data, 2)
+
+
 def test_error_of_the_source_leaves_the_input_open(client: Client) -> None:
     """All that came before the error is sent, and somebody else may continue."""
 
