@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import cgroups
 from errors import TakeoverError, WorkerClosedError
 from privileges import can_change_user
 from slurm import SlurmSettings
@@ -100,6 +101,11 @@ class _House:
         self.worker.leave()
         self.worker.close()  # as at the end of a `with`: it changes nothing any more
         self.store.close()
+        own = cgroups._own_cgroup(cgroups._cgroup2_mounts())
+        if own is not None and own.name == "main":
+            # A main process that leaves then ends. This one at least leaves the leaf, for which
+            # every other worker on the host would wait at its start.
+            (own.parent.parent / "cgroup.procs").write_text("0")
 
     def again(self, window_s: float = _FOREVER_S) -> Worker:
         """Leave the worker, and make the next one."""
