@@ -8,6 +8,7 @@ child (cpython#82616).
 
 It is small because each fork copies the memory pages that either side writes to afterwards.
 With twice as many modules a start took half as long again.
+
 It waits for no exec: `leader.py` describes how a forked process receives its program.
 
 It does not trust the main process: the main process may have given up its rights, while the
@@ -508,10 +509,10 @@ class _ForkServer:
         """Send SIGTERM to every process of every job, and give them some seconds."""
         assert self._estate is not None  # noqa: S101
         self._leaders.reap_some()
-        self._estate.is_farewell = True
         if self._is_for_cluster:
             self._leaders.say_farewell()
             return
+        self._estate.is_farewell = True
         for job in self._estate.jobs:
             # ESRCH: the job has ended. EPERM: its leader has not begun, and has no user yet.
             with contextlib.suppress(OSError):

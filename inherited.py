@@ -20,9 +20,8 @@ import ctypes
 import errno
 import os
 import signal
-import struct
 
-from privileges import CAP_SYS_RESOURCE, has_capabilities, prctl
+from privileges import CAP_SYS_RESOURCE, filter_calls, has_capabilities, prctl
 
 __all__ = ["OOM_SCORE_ADJ", "oom_exemption", "refuse_splice", "reset", "separate"]
 
@@ -51,10 +50,9 @@ _SPLICE = (
     (0x4000_0028, 340),  # arm
     (0xC000_00F3, 76),  # riscv64
 )
-# linux/seccomp.h and linux/bpf_common.h: a program for the kernel.
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+# linux/seccomp.h and linux/bpf_common.h: rules for `filter_calls`.
 _NUMBER_AT, _ABI_AT = 0, 4  # in struct seccomp_data
-_LOAD, _UNLESS_EQUAL_SKIP, _RETURN = 0x20, 0x15, 0x06
+_LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _REFUSE, _ALLOW = 0x0005_0000, 0x7FFF_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -120,18 +118,15 @@ def refuse_splice() -> None:
         rule
         for abi, number in _SPLICE
         for rule in (
-            (_LOAD, 0, _ABI_AT),
-            (_UNLESS_EQUAL_SKIP, 3, abi),
-            (_LOAD, 0, _NUMBER_AT),
-            (_UNLESS_EQUAL_SKIP, 1, number),
-            (_RETURN, 0, _REFUSE | errno.EINVAL),
+            (_LOAD, 0, 0, _ABI_AT),
+            (_IF_EQUAL, 0, 3, abi),
+            (_LOAD, 0, 0, _NUMBER_AT),
+            (_IF_EQUAL, 0, 1, number),
+            (_RETURN, 0, 0, _REFUSE | errno.EINVAL),
         )
     ]
-    rules.append((_RETURN, 0, _ALLOW))
-    code = b"".join(struct.pack("HBBI", kind, 0, skip, value) for kind, skip, value in rules)
-    buffer = ctypes.create_string_buffer(code)
-    program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(buffer)))
-    prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
+    rules.append((_RETURN, 0, 0, _ALLOW))
+    filter_calls(rules)
 
 
 def _permits_tee() -> bool:

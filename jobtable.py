@@ -451,9 +451,9 @@ def _time(microseconds: int) -> datetime:
 
 def _row(columns: tuple[Any, ...]) -> Row:
     """Raises `StoreError` for a row that this program has not written."""
-    short = len(columns[_START]) < _SHORT
     try:
-        return (_known if short else _decode)(*columns)
+        decode = _known if len(columns[_START]) < _SHORT else _decode
+        return decode(*columns)
     except (ValueError, LookupError, TypeError) as error:
         raise StoreError(
             f"the store has a damaged row of job {columns[1]!r}: {error}; restore the store from a "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "can_kill_any",
     "check_can_run_as_others",
     "drop_privileges",
+    "filter_calls",
     "has_capabilities",
     "keep_capabilities",
     "pass_on_capabilities",
@@ -49,6 +51,7 @@ _PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_NAME = 15
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 # linux/capability.h
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -179,6 +182,18 @@ def prctl(option: int, value: int, *more: int) -> None:
     if _libc.prctl(option, *arguments):
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def filter_calls(rules: Sequence[tuple[int, int, int, int]]) -> None:
+    """Have the kernel ask this program of rules at each system call of this thread from now on.
+
+    Each rule has the fields of a `struct sock_filter`: code, jt, jf, k. What this thread forks and
+    executes inherits the filter. Needs no_new_privs. Raises OSError.
+    Source: seccomp(2).
+    """
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in rules))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(code)))
+    prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
 def set_process_name(name: bytes) -> None:

@@ -30,8 +30,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from errors import ResourceError, WorkerClosedError, in_words
-from inputpipe import InputPipe
-from jobinput import JobInput
 from jobstate import EndReason
 from journal import Journal
 from limits import NO_LIMITS
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from environment import Surroundings
+    from jobinput import JobInput
     from jobstate import Work
     from jobtable import Row
     from limits import Enforcement
@@ -61,14 +60,15 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 60.0
 _LAUNCH_S = 10.0  # how long the exec of srun may take
-# Of the descriptors that the fork server keeps of a job: the first are those of the channel; those
-# of the input begin here; the write end of its pipe is the last.
+# Of the descriptors that the fork server keeps of a job, the first are those of the channel. Here
+# those of the input begin.
 _INPUT_FDS = 3
-_INPUT_PLACE = 6
 
 
 class SlurmStarter(Starter):
     """Starts jobs on the cluster."""
+
+    _input_place = _INPUT_FDS + 3
 
     def __init__(self, cluster: Cluster, *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)
@@ -163,9 +163,7 @@ class SlurmStarter(Starter):
         job_input = step_input = None
         kept = channel.kept_fds
         if work.stdin:
-            on_end = functools.partial(self._spawner.end_input, job_id, _INPUT_PLACE)
-            job_input = JobInput(job_id, is_kept=self._keeper is not None, on_end=on_end)
-            undo.callback(job_input.finish)
+            job_input = self._new_input(job_id, undo)
             step_input = StepInput.make(channel, job_input)
             undo.callback(step_input.close)
             kept += [*step_input.kept_fds, *job_input.kept_fds]
@@ -180,9 +178,8 @@ class SlurmStarter(Starter):
         channel.add_reports(notes.pop("reports", ""))
         job_input = step_input = None
         if len(process.more_fds) > _INPUT_FDS:
-            on_end = functools.partial(self._spawner.end_input, body.job_id, _INPUT_PLACE)
             fd, journal_fd, *input_fds = process.more_fds[_INPUT_FDS:]
-            job_input = JobInput(body.job_id, InputPipe.adopt(input_fds), on_end=on_end)
+            job_input = self._adopted_input(body.job_id, input_fds)
             step_input = StepInput(channel, fd, Journal(journal_fd), is_resumed=True)
         return SlurmJob(
             work,

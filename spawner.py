@@ -136,7 +136,7 @@ class Spawner:
     seconds at the end. `restart`: how jobs outlive this process; None: they do not.
     `heritage`: a fork server whose main process this one has become, and which keeps its duties.
 
-    Attributes: `pid`, `pidfd`, the fork server's; `keeps_jobs` for a successor.
+    Attributes: `pid`, `pidfd`, the fork server's; `keeps_jobs`: it does, for a successor.
     """
 
     def __init__(  # noqa: PLR0913 -- all are optional

@@ -34,7 +34,7 @@ from limits import NO_LIMITS
 from spawner import AttachError, EnterError, SpawnerDiedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from broadcaster import OutputLog
     from budget import Budget
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["Starter"]
 
 _START_TIMEOUT_S = 10.0
-_INPUT_PLACE = 1  # of the write end in `JobInput.kept_fds`
 
 
 class Starter:
@@ -59,6 +58,8 @@ class Starter:
 
     `environment`: variables of every job. `subtree`: the cgroups of the jobs; None without.
     """
+
+    _input_place = 1  # of the input's write end in what `Keeper.keep` gets of a job
 
     def __init__(  # noqa: PLR0913 -- the parts of a worker
         self,
@@ -190,12 +191,24 @@ class Starter:
 
     def _make_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
         """Return the input of a new job, which `undo` ends. Raises as `start` does."""
-        on_end = functools.partial(self._spawner.end_input, job_id, _INPUT_PLACE)
-        job_input = JobInput(job_id, is_kept=self._keeper is not None, on_end=on_end)
-        undo.callback(job_input.finish)
+        job_input = self._new_input(job_id, undo)
         if self._keeper is not None:
             self._keeper.keep(job_id, job_input.kept_fds)
         return job_input
+
+    def _new_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
+        """Return the input of a new job, which `undo` ends. It is not kept yet."""
+        on_end = self._input_end(job_id)
+        job_input = JobInput(job_id, is_kept=self._keeper is not None, on_end=on_end)
+        undo.callback(job_input.finish)
+        return job_input
+
+    def _adopted_input(self, job_id: str, fds: Sequence[int]) -> JobInput:
+        """Return the input of a job that goes on. `fds`: its `JobInput.kept_fds`."""
+        return JobInput(job_id, InputPipe.adopt(fds), on_end=self._input_end(job_id))
+
+    def _input_end(self, job_id: str) -> Callable[[], None]:
+        return functools.partial(self._spawner.end_input, job_id, self._input_place)
 
     def resume(
         self,
@@ -266,10 +279,7 @@ class Starter:
         }
 
     def _resume_input(self, job_id: str, process: Adopted) -> JobInput | None:
-        if not process.more_fds:
-            return None
-        on_end = functools.partial(self._spawner.end_input, job_id, _INPUT_PLACE)
-        return JobInput(job_id, InputPipe.adopt(process.more_fds), on_end=on_end)
+        return self._adopted_input(job_id, process.more_fds) if process.more_fds else None
 
     def _prepare_output(self, output: OutputLog, owner: str, budget: Budget) -> None:
         output.budget = budget

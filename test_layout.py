@@ -82,8 +82,8 @@ _MODULES = {
         "slurminput": "errors journal slurmreports; jobinput slurmchannel",
         "slurmjob": "errors job jobstate keeping slurmreports spawner; slurm slurmchannel "
         "slurminput spares",
-        "slurmworker": "errors inputpipe jobinput jobstate journal limits parts slurm slurmchannel "
-        "slurminput slurmjob spawner starting worker; environment jobtable spares",
+        "slurmworker": "errors jobstate journal limits parts slurm slurmchannel "
+        "slurminput slurmjob spawner starting worker; environment jobinput jobtable spares",
         "finding": "; jobstate",
         "watching": "errors finding jobstate",
         "retention": "budget; jobtable",

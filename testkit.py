@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import privileges
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -119,14 +121,11 @@ def descriptors_of(pid: int | str = "self") -> list[str]:
 def refuse_call(number: int, error: int) -> None:
     """Have the kernel answer a system call with an errno to this thread, and to what it starts."""
     libc = ctypes.CDLL(None, use_errno=True)
-    # A filter for seccomp(2): the call's number; if it is this one, SECCOMP_RET_ERRNO, else
-    # SECCOMP_RET_ALLOW.
+    # The call's number; if it is this one, SECCOMP_RET_ERRNO, else SECCOMP_RET_ALLOW.
     refuse, allow = 0x5_0000 | error, 0x7FFF_0000
     rules = ((0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, refuse), (6, 0, 0, allow))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in rules))
-    program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code))
-    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-    assert libc.prctl(22, 2, program) == 0, os.strerror(ctypes.get_errno())  # PR_SET_SECCOMP
+    privileges.prctl(privileges.PR_SET_NO_NEW_PRIVS, 1)
+    privileges.filter_calls(rules)
     assert libc.syscall(number, None, 0) == -1
     assert ctypes.get_errno() == error
 

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from concurrent.futures import Executor, Future
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from bench import harness  # isort: skip -- before grpc
 import grpc
 
 from server import GRPC_OPTIONS
-from tls import Certificates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,11 +96,7 @@ def _main() -> None:
     )
     server = grpc.server(calls, interceptors=[calls], options=options)
     server.add_registered_method_handlers(_SERVICE, {_METHOD: calls.serve})
-    credentials = Certificates(Path.read_bytes, harness.CERTS).credentials()
-    port = server.add_secure_port("127.0.0.1:0", credentials)
-    server.start()
-    print(f"listening on 127.0.0.1:{port}", flush=True)
-    sys.stdin.read()  # until the benchmark ends
+    harness.run_floor(server)
 
 
 if __name__ == "__main__":

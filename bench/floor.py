@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +26,10 @@ import grpc
 
 import server
 import workerservice_pb2 as worker_pb
-from tls import Certificates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 __all__ = ["HAND_STEPS", "ByHand", "Floor"]
 
@@ -293,11 +292,7 @@ def _serve() -> None:
     }
     floor = grpc.server(ThreadPoolExecutor(_MAX_STREAMS), options=server.GRPC_OPTIONS)
     floor.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Floor", handlers),))
-    credentials = Certificates(Path.read_bytes, harness.CERTS).credentials()
-    port = floor.add_secure_port("127.0.0.1:0", credentials)
-    floor.start()
-    print(f"listening on 127.0.0.1:{port}", flush=True)
-    sys.stdin.read()  # until the benchmark ends
+    harness.run_floor(floor)
 
 
 if __name__ == "__main__":

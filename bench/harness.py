@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import server  # noqa: F401 -- before grpc: this module sets the TLS versions that grpc may use
 from client import Client
+from tls import Certificates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import grpc
 
 __all__ = [
     "CERTS",
@@ -47,6 +50,7 @@ __all__ = [
     "print_heading",
     "report",
     "report_ratio",
+    "run_floor",
     "running",
     "sampled",
     "seconds",
@@ -266,6 +270,15 @@ def running(*command: str) -> Iterator[tuple[int, str]]:
             yield process.pid, line.removeprefix("listening on ").strip()
         finally:
             process.terminate()
+
+
+def run_floor(floor: grpc.Server) -> None:
+    """Serve until the benchmark ends, for `running`; with job-worker's own certificates."""
+    credentials = Certificates(Path.read_bytes, CERTS).credentials()
+    port = floor.add_secure_port("127.0.0.1:0", credentials)
+    floor.start()
+    print(f"listening on 127.0.0.1:{port}", flush=True)
+    sys.stdin.read()
 
 
 @contextlib.contextmanager
