@@ -1,4 +1,4 @@
-"""What takes long, and so is done by processes that the fork server forks for it.
+"""Tasks that take long: the fork server forks a process for each, and goes on meanwhile.
 
     child = functools.partial(clear_up, sock, uid, groups, None, os.getpid())
     pid, pidfd = clone(None, child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import shlex
@@ -374,22 +375,33 @@ def test_map_in_readme_names_modules_of_each_group(readme: str) -> None:
         assert modules <= set(test_layout._MODULES[group])
 
 
+def _rows_of_modules() -> list[tuple[str, str]]:
+    listed = (_HERE / "docs/modules.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| (\*\*\w+\*\*|`\w+\.py`) \| (.*) \|$", listed, re.MULTILINE)
+
+
 def test_every_module_is_once_in_the_list_of_modules_in_its_group() -> None:
     """The groups are those of the layout test; there is no module without a group."""
-    listed = (_HERE / "docs/modules.md").read_text(encoding="utf-8")
     shown: dict[str, list[str]] = {}
-    group = ""
-    for first in re.findall(r"^\| ((?:\*\*|`\w+\.py`)[^|]*) \|", listed, re.MULTILINE):
+    for first, _ in _rows_of_modules():
         if first.startswith("**"):
-            group = first.strip("*")
-            shown[group] = []
+            shown[first.strip("*")] = []
         else:
-            shown[group] += re.findall(r"`(\w+)\.py`", first)
+            shown[[*shown][-1]].append(first.strip("`").removesuffix(".py"))
     assert {name: sorted(modules) for name, modules in shown.items()} == {
         name: sorted(modules) for name, modules in test_layout._MODULES.items()
     }
     in_any_group = {module for modules in shown.values() for module in modules}
     assert in_any_group == {path.stem for path in _HERE.glob("*.py") if _is_product(path)}
+
+
+def test_the_list_of_modules_says_of_each_what_its_docstring_begins_with() -> None:
+    """A reader who looks for something finds the module by the words that the module has."""
+    for name, words in _rows_of_modules():
+        if not name.startswith("**"):
+            source = (_HERE / name.strip("`")).read_text(encoding="utf-8")
+            begin = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
+            assert words == " ".join(begin.split()), name
 
 
 # --- links, paths, and the places where something new is added --------------------------------
