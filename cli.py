@@ -287,9 +287,9 @@ def _add_connection(parser: Parser, *, with_token: bool) -> None:
         "--retry-for",
         type=_time,
         metavar="TIME",
-        help="how long to try a server that cannot be reached, like 10m; 0: not at all (default: "
-        "5m for output, input and waiting, 30s for other calls and if it was not reached before, "
-        "but list, login and logout fail at once then)",
+        help="how long to try again when the server cannot be reached, like 10m; 0: not at all "
+        "(default: 5m if output, input or waiting breaks off, else 30s; list, login and logout "
+        "do not try again if the server has not answered yet)",
     )
     add("--cert", metavar="FILE", help="another client certificate")
     add("--key", metavar="FILE", help="another client key")
@@ -300,8 +300,7 @@ def _add_connection(parser: Parser, *, with_token: bool) -> None:
             "--token",
             action=_Secret,
             help="the token (default: JOBWORKER_TOKEN, or the kept one); other users of this "
-            "machine can see -t until the client has overwritten it, JOBWORKER_TOKEN they cannot "
-            "see",
+            "machine can see -t until the client has overwritten it, but not JOBWORKER_TOKEN",
         )
     parser.set_defaults(secrets=[])
 

@@ -92,7 +92,7 @@ class Client:
 
     A server that does not answer any more may be restarting. So a call that did not reach the
     server is made again for up to 30 s, and a stream, a watch or an input for up to 5 minutes. A
-    call that broke off is repeated only if that does nothing twice. `retry_for` replaces both
+    call that broke off is repeated only if a second one changes nothing. `retry_for` replaces both
     times, in seconds; 0 makes each lost connection an error. A server that was never reached is
     tried for `connect_for` seconds. `on_wait` is called with the error once a call has been tried
     for 2 s.

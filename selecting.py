@@ -105,7 +105,13 @@ def _add_jobs(parser: argparse.ArgumentParser, *, several: bool) -> None:
     )
     parser.add_argument("job", metavar="JOB", nargs="*", action="extend", help=text)
     parser.add_argument(
-        "-j", "--job", metavar="JOB", nargs="+", action="extend", default=[], help="the same"
+        "-j",
+        "--job",
+        metavar="JOB",
+        nargs="+" if several else 1,
+        action="extend",
+        default=[],
+        help="the same",
     )
 
 
@@ -119,7 +125,7 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--since",
         type=_seconds,
-        metavar="DURATION",
+        metavar="TIME",
         help="jobs that were started within this time, like 30m, 12h or 7d",
     )
 
@@ -205,7 +211,7 @@ def _add_wait(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=_seconds,
-        metavar="DURATION",
+        metavar="TIME",
         help="exit with 124 if the jobs have not ended after this time, like 30s or 10m",
     )
 

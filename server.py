@@ -76,7 +76,7 @@ from fileopener import FileOpener
 from oldfiles import open_store
 from servercommands import Call, parse_arguments
 from serverfiles import check_own_code, config_in_force, load_users, read_again, told_if_full
-from serveroptions import OPTIONS, settings_in_force
+from serveroptions import OPTIONS, option_string, settings_in_force
 from settings import Config, Settings, SettingsError
 from trustedfiles import TrustedFiles, UntrustedFileError, check
 from units import join_address, parse_address
@@ -582,9 +582,7 @@ def _explain(error: Exception, options: Mapping[str, object]) -> str:
     if not isinstance(error, OSError) or not isinstance(error.filename, (str, bytes)):
         return in_words(error)
     path = os.fsdecode(error.filename)
-    names = [
-        f"--{name.replace('_', '-')} " for name, value in options.items() if str(value) == path
-    ]
+    names = [f"{option_string(key)} " for key, value in options.items() if str(value) == path]
     reason, remedy = error.strerror, "check the path, and whether the server's user may use it"
     if reason == os.strerror(errno.EEXIST):  # of mkdir
         reason, remedy = "it is not a directory", "name another path"

@@ -30,7 +30,7 @@ from configreport import report
 from invite import Invitation, invite
 from messages import wait_ready
 from serverfiles import check_files, config_in_force
-from serveroptions import add_options
+from serveroptions import OPTIONS, add_options, option_string
 from settings import Settings, SettingsError
 from store import back_up
 from successor import end_jobs, find_waiting
@@ -97,10 +97,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         command.add_arguments(added)
         added.set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_describe_unknown(unknown, arguments.command))
     if isinstance(getattr(arguments, "check_config", None), Path):
         arguments.config = arguments.check_config
     return arguments
+
+
+def _describe_unknown(words: Sequence[str], command: str | None) -> str:
+    option = words[0].partition("=")[0]
+    if command is not None and option in {option_string(key) for key in [*OPTIONS, "config"]}:
+        return (
+            f"options of the server stand before the command, like: server {option} ... {command}"
+        )
+    return f"unrecognized arguments: {' '.join(words)}"
 
 
 # --- user -------------------------------------------------------------------------------------

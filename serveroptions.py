@@ -43,6 +43,7 @@ __all__ = [
     "PROGRAM_DEFAULTS",
     "Option",
     "add_options",
+    "option_string",
     "settings_in_force",
 ]
 
@@ -119,14 +120,14 @@ OPTIONS: Final[Mapping[str, Option]] = {
     ),
     "state_dir": Option(
         "state_dir",
-        "the directory for the token key, the users' uids and the output",
+        "the directory of this server alone: token key, store, output of jobs, audit log",
         "DIR",
         Path,
     ),
     "limits": Option(
         "enforcement",
-        "if this host cannot enforce every limit of a job: refuse to start; enforce the others "
-        "and warn; off enforces none",
+        "if this host cannot enforce every limit of a job: require does not start the server, "
+        "auto enforces the others and warns; off enforces none",
         choices=("require", "auto", "off"),
     ),
     "cgroup_root": Option(
@@ -217,6 +218,11 @@ OPTIONS: Final[Mapping[str, Option]] = {
 }
 
 
+def option_string(key: str) -> str:
+    """Return the option of the command line that a key of the table [server] stands for."""
+    return f"--{key.replace('_', '-')}"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options, and `--config`. What is not given is not in the parsed arguments."""
     for key, option in OPTIONS.items():
@@ -232,7 +238,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             keywords["metavar"] = option.metavar
             keywords["type"] = option.of_command_line
             keywords["choices"] = option.choices or None
-        parser.add_argument(f"--{key.replace('_', '-')}", **keywords)
+        parser.add_argument(option_string(key), **keywords)
     parser.add_argument(
         "--config",
         metavar="FILE",

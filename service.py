@@ -481,9 +481,8 @@ def add_services(  # noqa: PLR0913 -- the parts of a server
     """Add both services to `server`. Its interceptor must be a `Gate` with this authenticator.
 
     Goes on with the jobs of a former server. Returns what counts the running jobs and the open
-    streams. `account_of`: returns the uid of a
-    user's jobs, None for the server's own, and what the jobs are told of their user.
-    `metrics`: where bytes of output are counted.
+    streams. `account_of`: returns the uid of a user's jobs, None for the server's own, and what
+    the jobs are told of their user. `metrics`: where bytes of output are counted.
     """
     authservice_pb2_grpc.add_AuthServiceServicer_to_server(_AuthServicer(authenticator), server)
     servicer = _WorkerServicer(jobs, authenticator, config, account_of, metrics or Metrics())

@@ -152,6 +152,12 @@ def test_false_is_the_default_of_a_flag(read: Read) -> None:
             "--restart-window: 'x' is not a time; write a time like \"7d\";",
         ),
         (["bogus"], "argument COMMAND: invalid choice: 'bogus'"),
+        (
+            ["status", "--state-dir=x"],
+            "options of the server stand before the command, like: server --state-dir ... status;",
+        ),
+        (["backup", "x", "--config", "y"], "like: server --config ... backup;"),
+        (["status", "bogus"], "unrecognized arguments: bogus"),
     ],
 )
 def test_mistake_on_the_command_line_is_told(

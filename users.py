@@ -96,7 +96,7 @@ def make_user(name: str, role: str, password: str) -> User:
             "letter or digit"
         )
     if not password:
-        raise ValueError("the password must not be empty")
+        raise ValueError("the password must not be empty; type one, or send it as a line to stdin")
     try:
         password.encode()
     except UnicodeEncodeError:

@@ -55,7 +55,9 @@ def describe_unknown(words: Sequence[str], options: Sequence[str]) -> str:
     if word.startswith("--"):
         name = word.partition("=")[0]
         return f"unknown option {name}{_similar(name, options)}"
-    return f"unknown option {word[:2]}" if word.startswith("-") else "too many words"
+    if word.startswith("-"):
+        return f"unknown option {word[:2]}"
+    return "there is a word too many, or one whose option is missing"
 
 
 def describe_wrong_value(actions: Sequence[argparse.Action], arguments: argparse.Namespace) -> str:
