@@ -83,6 +83,8 @@ examples:
   job=$(client start -- sleep 60); client stop -j $job
 """,
     "run": """\
+The output is the job's stdout and stderr, in the order of writing.
+
 Exit status: that of the job; 128 + N if signal N ended it; 125, with the
 reason on stderr, if it could not be started or its end is unknown. Ctrl-C
 sends SIGINT to the job. A second Ctrl-C stops the job, a third one leaves it
@@ -114,6 +116,8 @@ examples:
   client status nightly --json | jq .exit_code
 """,
     "stream": """\
+The output is the job's stdout and stderr, in the order of writing.
+
 Exit status: 1 if the job did not end by itself, or output is missing.
 
 examples:
