@@ -1,7 +1,7 @@
 """Decides whether a call is one too many, and gives the others a thread, fairly.
 
 `Calls` is the executor of a gRPC server. A call waits in the queue of its caller, and callers
-take turns: one call of this caller, one call of the next. A few threads, the workers, run the
+take turns: one call of this caller, one call of the next. A few threads, the clerks, run the
 calls. More threads would not be faster, because they share one interpreter.
 
     with Calls(streams=2000, streams_of_one=1000) as calls:
@@ -10,9 +10,9 @@ calls. More threads would not be faster, because they share one interpreter.
     ticket = calls.arrive("alice", Kind.QUICK)  # in `intercept_service` of the gate
 
 gRPC's accepting thread calls `arrive` and then, for the same call, `submit`. The handler of
-the gate runs later, in a worker, and reports its progress to the call's `Ticket`.
+the gate runs later, in a clerk, and reports its progress to the call's `Ticket`.
 
-- A call that takes longer than `_LONG_S` keeps its thread, but the thread is no longer a worker:
+- A call that takes longer than `_LONG_S` keeps its thread, but the thread is no longer a clerk:
   another thread takes its place. The reason does not matter: the request has not arrived, the
   kernel holds up a start, a password is hashed. The same happens at once when a stream begins.
   Such a thread ends with its call.
@@ -51,15 +51,15 @@ logger = logging.getLogger(__name__)
 
 # --- the numbers ------------------------------------------------------------------------
 
-# Workers of each kind of call. Quick calls compute only, and several at the same time take the
-# interpreter from gRPC's accepting thread: with two workers it fell behind at 4,000 calls per
+# Clerks of each kind of call. Quick calls compute only, and several at the same time take the
+# interpreter from gRPC's accepting thread: with two clerks it fell behind at 4,000 calls per
 # second, and gRPC cancelled a tenth of them. Slow calls wait for the kernel, for the disk or
 # for the hash of a password.
-_QUICK_WORKERS = 1
-_SLOW_WORKERS = 2
-# A worker that is busy with one call for this long is replaced. Most calls take a millisecond.
+_QUICK_CLERKS = 1
+_SLOW_CLERKS = 2
+# A clerk that is busy with one call for this long is replaced. Most calls take a millisecond.
 _LONG_S = 0.01
-# Threads that run unary calls of one caller at the same time. They are more than the workers
+# Threads that run unary calls of one caller at the same time. They are more than the clerks
 # only when calls take long. Beyond this number the caller's calls wait.
 _THREADS_OF_ONE = 64
 # Unary calls of one caller that are under way or wait. A burst of 1,000 calls is served.
@@ -121,17 +121,17 @@ class Kind(Enum):
 
 
 class _Lane:
-    """The workers for quick or for slow calls. Guarded by the lock of `Calls`."""
+    """The clerks for quick or for slow calls. Guarded by the lock of `Calls`."""
 
     def __init__(self, name: str, lock: threading.Lock, wanted: int) -> None:
         self.name = name
-        # Notified when a call is queued while a worker is idle, and when `Calls` is shut down.
+        # Notified when a call is queued while a clerk is idle, and when `Calls` is shut down.
         self.queued = threading.Condition(lock)
         self.turns: deque[_Queue] = deque()  # the queues whose next call can run, each once
-        self.wanted = wanted  # how many workers there should be
-        self.workers = 0
-        self.idle = 0  # of the workers
-        self.running: dict[threading.Thread, Ticket] = {}  # what the other workers do
+        self.wanted = wanted  # how many clerks there should be
+        self.clerks = 0
+        self.idle = 0  # of the clerks
+        self.running: dict[threading.Thread, Ticket] = {}  # what the other clerks do
 
 
 class _Queue:
@@ -257,9 +257,9 @@ class Calls(Executor):
         self.receiving: dict[Ticket, Callable[[], object]] = {}
         # Guards all below, and the attributes of every `_Caller`. Held for microseconds.
         self._lock = threading.Lock()
-        self._quick = _Lane("quick", self._lock, _QUICK_WORKERS)
-        self._slow = _Lane("slow", self._lock, _SLOW_WORKERS)
-        # Notified when a call has to wait while nobody looks for late workers, and when closed.
+        self._quick = _Lane("quick", self._lock, _QUICK_CLERKS)
+        self._slow = _Lane("slow", self._lock, _SLOW_CLERKS)
+        # Notified when a call has to wait while nobody looks for late clerks, and when closed.
         self._late = threading.Condition(self._lock)
         # Notified when a call begins to wait for its request while nobody looks after these
         # calls, and when this is closed.
@@ -280,7 +280,7 @@ class Calls(Executor):
             self._start_thread(target, name)
         for lane in (self._quick, self._slow):
             for _ in range(lane.wanted):
-                self._start_worker(lane)
+                self._start_clerk(lane)
 
     # --- in the accepting thread ---
 
@@ -404,13 +404,13 @@ class Calls(Executor):
         with self._lock:
             if lane.running.pop(thread, None) is None:
                 self._stop_running_locked(ticket)
-                return  # another worker has taken its place already
-            lane.workers -= 1
+                return  # another clerk has taken its place already
+            lane.clerks -= 1
         try:
-            self._start_worker(lane)
+            self._start_clerk(lane)
         except RuntimeError as error:
             with self._lock:
-                lane.workers += 1
+                lane.clerks += 1
                 lane.running[thread] = ticket
             raise OverloadError("no more threads can be started") from error
         with self._lock:
@@ -440,7 +440,7 @@ class Calls(Executor):
         if not (caller.calls or caller.streams or running):
             self._callers.pop(caller.key, None)
 
-    # --- workers ---
+    # --- clerks ---
 
     def _start_thread(self, target: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
@@ -454,19 +454,19 @@ class Calls(Executor):
                 self._end_locked(thread)
             raise
 
-    def _start_worker(self, lane: _Lane) -> None:
-        """Start a worker. Raises RuntimeError if the system allows no more threads."""
+    def _start_clerk(self, lane: _Lane) -> None:
+        """Start a clerk. Raises RuntimeError if the system allows no more threads."""
         with self._lock:
-            lane.workers += 1
+            lane.clerks += 1
         try:
             self._start_thread(functools.partial(self._work, lane), f"call-{lane.name}")
         except RuntimeError:
             with self._lock:
-                lane.workers -= 1
+                lane.clerks -= 1
             raise
 
     def _work(self, lane: _Lane) -> None:
-        """Run calls, as long as this thread is a worker."""
+        """Run calls, as long as this thread is a clerk."""
         ticket = self._next(lane, None)
         while ticket is not None:
             run, ticket.run = ticket.run, None
@@ -496,10 +496,10 @@ class Calls(Executor):
             if done is not None:
                 self._stop_running_locked(done)
                 if lane.running.pop(thread, None) is None:  # another one has taken its place
-                    if lane.workers >= lane.wanted:
+                    if lane.clerks >= lane.wanted:
                         self._end_locked(thread)
                         return None
-                    lane.workers += 1
+                    lane.clerks += 1
             while not lane.turns:
                 if self._closed:
                     self._end_locked(thread)
@@ -524,7 +524,7 @@ class Calls(Executor):
             self._forget_locked(ticket.caller)
 
     def _replace_late(self) -> None:
-        """Replace workers that are busy with one call for long, while others wait for a turn."""
+        """Replace clerks that are busy with one call for long, while others wait for a turn."""
         lanes = (self._quick, self._slow)
         while True:
             with self._lock:
@@ -538,11 +538,11 @@ class Calls(Executor):
                     for thread, ticket in running.items():
                         if lane.turns and lane.running.get(thread) is ticket:
                             del lane.running[thread]
-                            lane.workers -= 1
-                missing = [lane for lane in lanes for _ in range(lane.wanted - lane.workers)]
+                            lane.clerks -= 1
+                missing = [lane for lane in lanes for _ in range(lane.wanted - lane.clerks)]
             try:
                 for lane in missing:
-                    self._start_worker(lane)
+                    self._start_clerk(lane)
             except RuntimeError:
                 logger.error("no more threads can be started; calls wait for one")
 

@@ -102,7 +102,7 @@ def test_callers_take_turns(server: _Server) -> None:
             order.append(str(ticket.key))
         done.release()
 
-    server.hold("mallory", calls_module._QUICK_WORKERS)
+    server.hold("mallory", calls_module._QUICK_CLERKS)
     for _ in range(100):
         server.call("mallory", note)
     for _ in range(2):
@@ -111,9 +111,9 @@ def test_callers_take_turns(server: _Server) -> None:
     server.go_on.set()
     for _ in range(103):
         assert done.acquire(timeout=GUARD_S)
-    # Two workers may note two calls in either order.
+    # Two clerks may note two calls in either order.
     assert (
-        max(i for i, key in enumerate(order) if key != "mallory") <= 4 + calls_module._QUICK_WORKERS
+        max(i for i, key in enumerate(order) if key != "mallory") <= 4 + calls_module._QUICK_CLERKS
     )
 
 
@@ -232,7 +232,7 @@ def test_threads_of_calls_that_took_long_end(server: _Server) -> None:
     before = set(server.calls._threads)
     server.hold("mallory", 20)
     more = set(server.calls._threads) - before
-    assert len(more) >= 20 - calls_module._QUICK_WORKERS
+    assert len(more) >= 20 - calls_module._QUICK_CLERKS
     server.go_on.set()
     for thread in (before | more) - set(server.calls._threads):
         thread.join(GUARD_S)
@@ -314,11 +314,11 @@ def test_stream_whose_thread_cannot_be_started_is_refused_alone(server: _Server)
 def test_calls_wait_while_no_thread_can_be_started_and_are_served_then(
     server: _Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All workers are held. When the system allows threads again, the next call runs."""
+    """All clerks are held. When the system allows threads again, the next call runs."""
     logged, done = threading.Event(), threading.Event()
     monkeypatch.setattr(calls_module.logger, "error", lambda *_: logged.set())
     with _no_more_threads():
-        server.hold("mallory", calls_module._QUICK_WORKERS)
+        server.hold("mallory", calls_module._QUICK_CLERKS)
         server.call("alice", lambda _: done.set())
         assert logged.wait(GUARD_S)
         assert not done.is_set()
@@ -339,8 +339,8 @@ def test_submit_never_raises(server: _Server, caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("ZeroDivisionError") == 2
 
 
-def test_call_that_fails_outside_of_its_behaviour_ends_no_worker(server: _Server) -> None:
-    """The same workers serve the next calls."""
+def test_call_that_fails_outside_of_its_behaviour_ends_no_clerk(server: _Server) -> None:
+    """The same clerks serve the next calls."""
 
     def fail(_: Ticket) -> None:
         raise ZeroDivisionError
