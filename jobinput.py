@@ -117,9 +117,14 @@ class JobInput:
         self._pipe.begin()
 
     def finish(self) -> None:
-        """End the input, because the job has ended or did not start; idempotent."""
+        """End the input, because the job has ended or did not start; idempotent.
+
+        `size` is final when this returns, unless the kernel holds a writer up.
+        """
         self.begin()
         self._end("it has ended")
+        with self._changed:
+            self._await_users_locked()
 
     def lose_reader(self) -> None:
         """End the input, because nobody reads it any more; idempotent."""
@@ -133,7 +138,7 @@ class JobInput:
         self._is_left = True
         self._end("its worker was left")
         with self._changed:
-            self._changed.wait_for(lambda: not self._users, _TAKE_OVER_S)
+            self._await_users_locked()
 
     def open(self, offset: int | None = None) -> InputWriter:
         """Return a writer whose first byte is byte `offset` of the input; None: the next one.
@@ -188,9 +193,8 @@ class JobInput:
         with self._used(writer) as is_open:
             if is_open and self._wait(0):
                 self._end(_NOBODY_READS)
-                raise self._error()
         with self._used(writer):
-            pass  # raises if another writer took over, or the job has ended
+            pass  # raises if another writer took over, or the job gets no more input
 
     def end(self, writer: InputWriter) -> None:
         """See `InputWriter.end`."""
@@ -244,7 +248,13 @@ class JobInput:
 
     def _check_locked(self) -> None:
         if self._over is not None:
+            self._await_users_locked()
             raise self._error()
+
+    def _await_users_locked(self) -> None:
+        # The job may have read, and ended, before the thread that wrote has counted the bytes.
+        # Who learns that the input is over may ask for `size` then.
+        self._changed.wait_for(lambda: not self._users, _TAKE_OVER_S)
 
     def _error(self) -> InputError | WorkerClosedError:
         if self._is_left:

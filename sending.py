@@ -46,8 +46,11 @@ class Sending:
         self._changed = threading.Condition()
         self._kept = bytearray()  # what was read and is not acknowledged
         self._offset = offset  # of the first byte of that: so much is acknowledged
+        # Where the data ends, if that is known before its end is read. Then the last message says
+        # so, and a job that ends because of its last byte is known to have got all.
+        self._end = offset + len(data) if isinstance(data, bytes) else None
         self._is_reading = False
-        self._is_read = False  # there is no more data
+        self._is_read = offset == self._end  # there is no more data
         self._error: Exception | None = None  # why there is no more data
         self._call = 0  # the number of the call that may send
         self.is_done = False
@@ -107,6 +110,7 @@ class Sending:
                 self._is_read, self._error = True, error
             else:
                 self._kept += chunk
+                self._is_read = self._offset + len(self._kept) == self._end
             self._changed.notify_all()
 
     def acknowledge(self, size: int, *, ended: bool) -> int:

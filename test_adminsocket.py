@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -351,12 +352,13 @@ def test_words_say_everything() -> None:
     """What will need attention comes last, where the eye is."""
     status = _status(
         Use(None, "streams", 90, 100),
+        started_s=time.time() - 25.5 * 3600,
         disks=(Disk("/var", 3 << 30, 2 << 30),),
         warnings=["server.pem expires on 2026-12-01, in 3 days"],
         problems=["the audit log cannot be written"],
     )
     lines = serverstatus.in_words(status)
-    assert re.match(r"job-worker \S+, process \d+, up for \d+d \d+h", lines[0])
+    assert re.match(r"job-worker \S+, process \d+, up for 1d 1h", lines[0])
     assert "disk     /var: 2 GiB of 3 GiB free" in lines
     assert "streams  90 open of at most 100" in lines
     assert lines[-3:] == [

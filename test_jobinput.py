@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from inputpipe import InputPipe
+from jobinput import JobInput
 from testkit import GUARD_S, await_output, descriptors_of, make_fifo, settle_spares
 from worker import (
     Enforcement,
@@ -27,8 +29,6 @@ from worker import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from jobinput import JobInput
 
 _PIPE_BYTES = 64 * 1024  # pipe(7)
 _FOREVER = "exec sleep infinity"
@@ -206,6 +206,50 @@ def test_end_of_the_job_wakes_the_writer_although_a_stranger_has_the_pipe(
                 future.result(GUARD_S)
     finally:
         os.close(stranger)
+
+
+class _Noticed(threading.Condition):
+    """Attribute `waits`: whether somebody has begun to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.set()
+        return super().wait(timeout)
+
+
+@pytest.mark.parametrize("way", ["finish", "wait"])
+def test_who_learns_of_the_end_finds_all_bytes_counted(pool: ThreadPoolExecutor, way: str) -> None:
+    """The job may read and end before the thread that has written can count."""
+    changed = _Noticed()
+
+    class SlowPipe(InputPipe):
+        def write(self, data: memoryview) -> int:
+            os.write(self.fd, data)
+            assert changed.waits.wait(GUARD_S)
+            self.size += len(data)
+            return len(data)
+
+    job_input = JobInput("a job", SlowPipe.make(is_kept=False))
+    job_input._changed = changed
+    writer = job_input.open()
+    changed.waits.clear()
+    writing = pool.submit(writer.write, b"ab")
+    try:
+        assert os.read(job_input.read_fd, 2) == b"ab"
+        if way == "wait":
+            job_input.begin()  # closes the only read end
+            with pytest.raises(InputError, match="has closed its stdin"):
+                writer.wait()
+        else:
+            job_input.finish()
+        assert job_input.size == 2
+    finally:
+        changed.waits.set()
+        assert writing.result(GUARD_S)
+        job_input.finish()
 
 
 def test_close_wakes_a_writer_that_waits(worker: Worker, pool: ThreadPoolExecutor) -> None:

@@ -149,7 +149,7 @@ def test_more_than_was_sent_cannot_be_acknowledged() -> None:
     """Then somebody else has written to the job, too."""
     sending = Sending(b"12345")
     messages = sending.messages(dict, "a job")
-    assert [len(each.get("data", b"")) for each in messages] == [0, 5, 0]
+    assert [len(each.get("data", b"")) for each in messages] == [0, 5]
     assert sending.acknowledge(3, ended=False) == 3
     for size in (2, 6):
         with pytest.raises(ValueError, match=f"somebody else .* has got {size} bytes"):
@@ -159,6 +159,20 @@ def test_more_than_was_sent_cannot_be_acknowledged() -> None:
         {"data": b"45", "end": True},
     ]
     sending.acknowledge(5, ended=True)
+    assert sending.is_done
+
+
+@pytest.mark.parametrize("size", [0, 1, _MESSAGE_BYTES, _MESSAGE_BYTES + 1])
+def test_last_message_of_bytes_says_that_it_is_the_last(size: int) -> None:
+    """So they are known to be all as soon as they are sent, however the call then ends."""
+    sending = Sending(bytes(size), 7)
+    sent = 0
+    for each in sending.messages(dict, "a job"):
+        sent += len(each.get("data", b""))
+        if each.get("end"):
+            break
+        assert sent < max(size, 1)
+    sending.acknowledge(7 + size, ended=True)
     assert sending.is_done
 
 
