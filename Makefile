@@ -88,7 +88,7 @@ static: .venv/dev ## ruff, mypy, and whether the generated code belongs to the p
 
 # buf and the packages of Node come with their hashes in package-lock.json, grpcurl in a source
 # package whose hash requirements/grpcurl.txt has.
-tools: .venv/dev ## install what the tests of clients in other languages need: npm, with Node, is there beforehand
+tools: .venv/dev ## install what the tests of clients in other languages need; Node and npm must be there
 	npm ci --silent --no-audit --no-fund --ignore-scripts --prefix examples/node
 	$(python) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/grpcurl.txt
 

@@ -96,10 +96,9 @@ def _warn_of_limits(client: Client, arguments: argparse.Namespace, job_id: str) 
             if field in asked and not limits.HasField(field)
         ]
         if missing:
-            print(
-                f"client: {' and '.join(missing)}: not in force, because the server's host cannot "
-                "enforce it; ask the server's operator for it: ./server check says what is missing",
-                file=sys.stderr,
+            _warn(
+                f"{' and '.join(missing)}: not in force, because the server's host cannot enforce "
+                "it; ask the server's operator for it: ./server check says what is missing"
             )
 
 

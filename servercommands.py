@@ -119,9 +119,10 @@ def _describe_unknown(words: Sequence[str], command: str | None) -> str:
 
 def _add_user_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
-        "server [OPTIONS] user {add NAME,passwd NAME,role NAME ROLE,remove NAME,list,NAME}"
+        "server [OPTIONS] user add NAME | passwd NAME | role NAME ROLE | remove NAME | list | NAME"
     )
-    parser.add_argument("words", nargs="+", metavar="add NAME")
+    # In the usage; the metavar is for the error that all of them are missing.
+    parser.add_argument("words", nargs="+", metavar="add NAME", help=argparse.SUPPRESS)
     parser.add_argument(
         "--make-account",
         action="store_true",
@@ -396,10 +397,10 @@ _COMMANDS: Final = {
     ),
     "invite": _Command(
         "make a user, a client certificate, and a bundle of all that the user needs",
-        "Make an entry in the users file with a new password, which is printed, unless the\n"
-        "user is there already; and a tar file with a new client certificate, its key, the CA\n"
-        "of the server and its address, for `client import`. Without --users, also that of\n"
-        "--config, only the tar file is made: on the machine that has the keys of the CAs.\n"
+        "Make a tar file for `client import`: a new client certificate, its key, the CA of the\n"
+        "server and the server's address. A user who is not in the users file yet is added to\n"
+        "it with a new password, which is printed. If neither --users nor --config names a users\n"
+        "file, only the tar file is made, as on another machine that has the keys of the CAs.\n"
         "\n"
         "  server --config FILE invite alice --address jobs.example.org:50051\n"
         "  server --certs certs invite alice --address jobs.example.org:50051",
