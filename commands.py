@@ -98,7 +98,7 @@ def _warn_of_limits(client: Client, arguments: argparse.Namespace, job_id: str) 
         if missing:
             _warn(
                 f"{' and '.join(missing)}: not in force, because the server's host cannot enforce "
-                "it; ask the server's operator for it: ./server check says what is missing"
+                "it; the server's operator can see with ./server check what is missing"
             )
 
 

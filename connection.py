@@ -507,8 +507,8 @@ class Client:
 
 # Not "make certs": where there is no CA it makes one, which the server does not accept.
 _GET_CERTIFICATE = (
-    "ask the server's operator for it (certs/generate.sh NAME on the server's machine makes one), "
-    "or name yours with --certs, or with --cert, --key and --ca"
+    "ask the server's operator for a valid one (certs/generate.sh NAME on the server's machine "
+    "makes one), or name yours with --certs, or with --cert, --key and --ca"
 )
 
 

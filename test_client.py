@@ -1836,7 +1836,9 @@ def test_unusable_certificate_or_key_is_told_before_grpc_sees_it(  # noqa: PLR09
     (directory / name).write_bytes(after)
     line = cli.fail("list", "--certs", str(directory), "--server", "127.0.0.1:1")
     assert f"client: {directory}/{problem}" in line
-    assert "; ask the server's operator for it (certs/generate.sh NAME on the server" in line
+    assert (
+        "; ask the server's operator for a valid one (certs/generate.sh NAME on the server" in line
+    )
 
 
 @pytest.mark.parametrize("option", ["--cert", "--key", "--ca"])
