@@ -75,7 +75,8 @@ test-systemd: setup .venv/dev ## as root: follow docs/deploy.md on a Debian (SUI
 	JOBWORKER_SYSTEMD=1 $(python) -m pytest -v -o time_limit_s=900 -x test_systemd.py
 
 test-slurm: setup .venv/dev ## as root, with Slurm's packages: the tests of the service over a cluster on this machine
-	JOBWORKER_REQUIRE_SLURM=1 $(python) -m pytest --slurm test_service.py test_restart.py
+	JOBWORKER_REQUIRE_SLURM=1 $(python) -m pytest --slurm test_service.py test_restart.py \
+	  test_survival.py::test_nothing_is_lost_at_random_moments
 
 check: static test ## all that must pass before a change is pushed: static, then test
 

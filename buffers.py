@@ -3,20 +3,24 @@
     buffers = Buffers()
     with buffers.lent() as buffer:
         os.readv(pipe, [buffer])
+    pace = Pace(pipe)
+    pause_ms = pace.after(size, now)       # of what was just moved
 
-Thread safety: any thread may use a `Buffers`.
+Thread safety: any thread may use a `Buffers`, one thread a `Pace`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import time
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LARGE_PIPE_BYTES", "Buffers", "rest_ms"]
+__all__ = ["LARGE_PIPE_BYTES", "Buffers", "Pace", "rest_ms"]
 
 LARGE_PIPE_BYTES = 1024 * 1024  # the most that an unprivileged process may ask for (pipe(7))
 _BUFFER_BYTES = LARGE_PIPE_BYTES  # so that one read empties a pipe
@@ -54,6 +58,34 @@ class Buffers:
             yield buffer
         finally:
             self._free.put(buffer)
+
+
+class Pace:
+    """When a job's pipe is left alone. Makes the pipe of a job that fills it larger.
+
+    `pipe_fd`: the pipe; the caller keeps it open. Attribute: `rests_until_s`, by `time.monotonic`.
+    """
+
+    def __init__(self, pipe_fd: int) -> None:
+        self._pipe_fd = pipe_fd
+        self._pipe_bytes = fcntl.fcntl(pipe_fd, fcntl.F_GETPIPE_SZ)
+        self.rests_until_s = self._moved_at = time.monotonic()
+        self._moved = 0
+
+    def after(self, size: int, now: float) -> int:
+        """Return for how many milliseconds to leave the pipe alone; 0 for not at all.
+
+        `size`: how much was moved out of it. `now`: when that began, by `time.monotonic`.
+        """
+        pause_ms = rest_ms(size, self._moved, now - self._moved_at, self._pipe_bytes)
+        self._moved_at, self._moved = now, size
+        self.rests_until_s = now + pause_ms / 1000
+        if not pause_ms and self._pipe_bytes < LARGE_PIPE_BYTES:
+            # Only for a job that fills its pipe: the pipes of one user share a quota of memory, and
+            # beyond the quota a new pipe has 8 KiB (pipe(7)).
+            with contextlib.suppress(OSError):  # the quota is used up
+                self._pipe_bytes = fcntl.fcntl(self._pipe_fd, fcntl.F_SETPIPE_SZ, LARGE_PIPE_BYTES)
+        return pause_ms
 
 
 def rest_ms(size: int, before: int, time_s: float, pipe_bytes: int) -> int:

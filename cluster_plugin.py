@@ -6,9 +6,9 @@ jobs on it, unless a test gives them a configuration of its own; so
     pytest --slurm test_service.py test_restart.py
 
 runs the tests of the service and of restarts over a cluster, except those that
-`_NOT_OVER_A_CLUSTER` names. Without root or without Slurm's programs the tests are skipped. With
-JOBWORKER_REQUIRE_SLURM=1 each of them that is skipped, for whatever reason, has failed, and so has
-each of test_slurmworker.py.
+`_NOT_OVER_A_CLUSTER` names. The first test of test_survival.py can run over one, too. Without root
+or without Slurm's programs the tests are skipped. With JOBWORKER_REQUIRE_SLURM=1 each of them that
+is skipped, for whatever reason, has failed, and so has each of test_slurmworker.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     _Report = Generator[None, pytest.TestReport, pytest.TestReport]
 
+_HERE = Path(__file__).resolve().parent
 _NOT_OVER_A_CLUSTER = {
     "test_status_tells_every_field_of_a_running_and_of_a_finished_job": (
         "without limits and without a node; test_job_runs_on_a_node has the fields of a cluster"
@@ -67,7 +68,11 @@ def _is_required() -> bool:
 
 @contextlib.contextmanager
 def _running() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="cluster-") as name, Cluster(Path(name)) as cluster:
+    epilog = f"Epilog={_HERE}/deploy/slurm-epilog"
+    with (
+        tempfile.TemporaryDirectory(prefix="cluster-") as name,
+        Cluster(Path(name), more=epilog) as cluster,
+    ):
         config = Path(name) / "server.toml"
         users = Path(name) / "users"
         users.touch(0o600)

@@ -18,7 +18,6 @@ Lock order: a job's lock, then the registry's, then an output log's.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import select
@@ -29,7 +28,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
-from buffers import LARGE_PIPE_BYTES, rest_ms
+from buffers import LARGE_PIPE_BYTES, Pace
 from cgroups import CgroupError
 from ending import await_others
 from errors import InputError, SignalError, WorkerClosedError
@@ -348,7 +347,7 @@ class RunningJob:
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None if the fork server died."""
         output, leader = self._output_fd, self._exit_fd
-        pipe_bytes = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
+        pace = Pace(output)
         end = select.poll()
         end.register(leader, select.POLLIN)
         either = select.poll()
@@ -356,7 +355,6 @@ class RunningJob:
         either.register(output, select.POLLIN)
         leave = self._keeper.leave_fd if self._keeper else leader
         either.register(leave, select.POLLIN)
-        moved_at, moved = time.monotonic(), 0
         alarm_s = self._first_alarm()
         while True:
             events = dict(either.poll(None if alarm_s is None else _milliseconds_to(alarm_s)))
@@ -370,15 +368,8 @@ class RunningJob:
             if leader in events:
                 return read_exit(leader)
             if is_readable:
-                pause_ms = rest_ms(size, moved, now - moved_at, pipe_bytes)
-                if pause_ms:
+                if pause_ms := pace.after(size, now):
                     end.poll(pause_ms)
-                elif pipe_bytes < LARGE_PIPE_BYTES:
-                    # Only for a job that fills its pipe: the pipes of one user share a quota of
-                    # memory, and beyond the quota a new pipe has 8 KiB (pipe(7)).
-                    with contextlib.suppress(OSError):  # the quota is used up
-                        pipe_bytes = fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, LARGE_PIPE_BYTES)
-                moved_at, moved = now, size
             elif output in events:
                 either.unregister(output)  # the job closed its output, and runs on
 

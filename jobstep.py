@@ -7,9 +7,10 @@ that is left of the job, and tells the worker how the command ended.
     srun ... --export=JW_0 python3 -I -S -c TEXT
 
 `JW_0`, `JW_1`, ...: the parts of a JSON text, the order: `argv`, `env`, `home` (entered if that is
-possible), `directory` (must be enterable) or null, `tmp` (the TMPDIR to make), `stdin` (whether the
-command has an input), `linger` (seconds that others may hold the output after the command's end),
-`require` (limits that the node must enforce).
+possible), `directory` (must be enterable) or null, `tmp` (the TMPDIR to make; a dot and the number
+of Slurm's job are added, for an Epilog), `stdin` (whether the command has an input), `linger`
+(seconds that others may hold the output after the command's end), `require` (limits that the node
+must enforce).
 stdout: the output of the command, and nothing else. srun makes it a terminal, so the command has a
 pipe of its own.
 stderr: one line of JSON for each event: `refused` (limits that are not enforced), `failed` (the
@@ -19,7 +20,7 @@ stdin: frames, each a letter, a length of four bytes and as many bytes: I, input
 signal: its number, and 1 if every process is to get it; T, SIGTERM to every process, which may then
 go on; A, a question: the answer is an `ack`, also with `received`, the bytes that have come here.
 Signals: SIGUSR1 kills the job; SIGUSR2 does what the frame T does. SIGTERM comes from Slurm when it
-ends the job.
+is going to end the job, and is passed on.
 
 It has the uid of the job. So a job can fake its own report, and no other job's. One thread. It is
 the subreaper of the command: whatever loses its parents becomes its child.
@@ -312,13 +313,12 @@ class Step:
         self.status: int | None = None  # of the leader, when it has ended
         self.bytes = 0  # of output that stdout has taken
         self.pending = b""  # output that stdout has not taken yet
-        self.output_fd = -1
+        self.output_fd = self.input_fd = -1
         self.has_output = self.has_stdin = True  # there may be more
         self.is_killed = self.is_terminated = False  # while the leader lived
         self.is_cancelled = False  # by Slurm
         self.deadline: float | None = None  # when what is left is killed
         self.killed = 0
-        self.input_fd = -1
         self.input = b""
         self.input_bytes = 0
         self.input_ends = False
@@ -395,6 +395,7 @@ class Step:
             send_all(signal.SIGTERM, signal.SIGCONT)
         elif number == signal.SIGTERM:
             self.is_cancelled = self.is_cancelled or self.status is None
+            send_all(signal.SIGTERM, signal.SIGCONT)  # Slurm sends it to our process group only
         self.reap()
 
     def kill(self) -> None:
@@ -449,9 +450,8 @@ class Step:
 
     def drain(self) -> None:
         """Pass on what is in the command's pipe; no process can write more."""
-        left = int.from_bytes(
-            fcntl.ioctl(self.output_fd, termios.FIONREAD, bytes(4)), sys.byteorder
-        )
+        answer = fcntl.ioctl(self.output_fd, termios.FIONREAD, bytes(4))
+        left = int.from_bytes(answer, sys.byteorder)
         while self.pending or left > 0:
             if self.pending:
                 self.pass_on()
@@ -465,10 +465,8 @@ class Step:
         """Read from the worker; False at the end."""
         try:
             data = os.read(0, _BYTES)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
         self.frames += data
         while len(self.frames) >= 5:
             end = 5 + int.from_bytes(self.frames[1:5], "big")
@@ -571,11 +569,13 @@ def main() -> None:
         report(event="refused", missing=missing)
         return
     os.umask(0o077)
+    tmp = place = f"{work['tmp']}.{os.environ.get('SLURM_JOB_ID', '')}"
     try:
-        os.mkdir(work["tmp"])
+        os.mkdir(tmp)
     except OSError:
-        if work["env"].get("TMPDIR") == work["tmp"]:
-            work["env"]["TMPDIR"] = "/tmp"  # noqa: S108
+        place = "/tmp"  # noqa: S108
+    if work["env"].get("TMPDIR") == work["tmp"]:
+        work["env"]["TMPDIR"] = place
     step = Step(work, places)
     try:
         try:
@@ -593,7 +593,7 @@ def main() -> None:
         step.drain()
         step.end()
     finally:
-        _clean(work["tmp"])
+        _clean(tmp)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from buffers import Pace
 from errors import (
     DirectoryError,
     ResourceError,
@@ -38,8 +39,8 @@ from job import RunningJob
 from jobstate import EndReason, Job, Status, UsageSource
 from keeping import LeftError
 from slurmreports import (
-    MAX_LINE_BYTES,
     MAX_WORD_CHARACTERS,
+    Lines,
     checked_end,
     checked_limits,
     end_reason,
@@ -115,7 +116,7 @@ class SlurmJob(RunningJob):
         # Only the job's thread uses these.
         self._leave_fd = self._keeper.leave_fd if self._keeper else -1
         self._is_replaying = False  # reports that a former main process has read
-        self._text = b""  # an incomplete line of a report
+        self._lines = Lines()  # of the reports
         self._words: list[str] = []  # what Slurm said
         self._logged_lines = 0  # of it
         self._end_event: dict[str, Any] | None = None
@@ -124,6 +125,7 @@ class SlurmJob(RunningJob):
         self._has_failed = False  # the step has told that it cannot execute the command
         self._last_state = ""  # the controller's word
         self._has_output = self._has_reports = True  # there may be more
+        self._pace = Pace(self._output_fd)
         # By time.monotonic: when the next thing is tried to end the job; when srun must be gone;
         # until when srun's end is awaited after the job's own; when the job has run for too long;
         # when the cluster must have answered.
@@ -231,11 +233,11 @@ class SlurmJob(RunningJob):
         try:
             leader_exit = self._attend()
             self._move_rest()
-            if not self._is_begun and self._note_failure():
+            if not self._is_begun and self._note_failure(leader_exit):
                 return
             ended_at = self._end_time(leader_exit)
             self._note_end()
-            self._end(leader_exit and self._true_exit(leader_exit), ended_at)
+            self._end(self._true_exit(leader_exit), ended_at)
         except LeftError:
             self._leave()
             self.close_channel()
@@ -296,12 +298,15 @@ class SlurmJob(RunningJob):
         """Do what descriptors and alarms ask for. Raises `LeftError`."""
         if self._leave_fd in ready:
             self._leave_or_end()
-        self._ring_alarms(time.monotonic())
+        now = time.monotonic()
+        self._ring_alarms(now)
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
         if self._output_fd in ready:
-            is_over = not self._move_output() and ready[self._output_fd] & select.POLLHUP
-            self._has_output = not is_over
+            if size := self._move_output():
+                self._pace.after(size, now)
+            else:
+                self._has_output = not ready[self._output_fd] & select.POLLHUP
         if self._channel.report_fd in ready:
             self._has_reports = self._read_reports()
         if self._step_input is not None and self._step_input.fd in ready:
@@ -309,23 +314,24 @@ class SlurmJob(RunningJob):
 
     def _await_something(self) -> dict[int, int]:
         """Block until a descriptor is ready or an alarm is due; return what poll(2) returns."""
-        poll = select.poll()
-        fds = [self._exit_fd, self._wake_fd]
-        if self._leave_fd >= 0:
-            fds.append(self._leave_fd)
-        if self._has_output:
+        now = time.monotonic()
+        is_resting = self._has_output and now < self._pace.rests_until_s
+        fds = [self._exit_fd, self._wake_fd, self._leave_fd]
+        if self._has_output and not is_resting:
             fds.append(self._output_fd)
         if self._has_reports:
             fds.append(self._channel.report_fd)
         if self._step_input is not None and self._status is Status.RUNNING:
-            fds += [fd for fd in (self._step_input.fd,) if fd >= 0]
+            fds.append(self._step_input.fd)
+        poll = select.poll()
         for fd in fds:
-            poll.register(fd, select.POLLIN)
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
         alarms = [self._alarm_s, self._gone_by_s, self._over_by_s, self._times_out_s]
-        if not self._is_begun:
-            alarms.append(self._begin_by_s)
+        alarms.append(None if self._is_begun else self._begin_by_s)
+        alarms.append(self._pace.rests_until_s if is_resting else None)
         due_s = min((each for each in alarms if each is not None), default=math.inf)
-        left_s = min(max(0.0, due_s - time.monotonic()), _DAY_S)  # poll(2) has an int
+        left_s = min(max(0.0, due_s - now), _DAY_S)  # poll(2) has an int
         return dict(poll.poll(left_s * 1000))
 
     def _leave_or_end(self) -> None:
@@ -366,12 +372,7 @@ class SlurmJob(RunningJob):
             data = self._channel.read()
         except BlockingIOError:
             return False
-        *lines, self._text = (self._text + data).split(b"\n")
-        if not data and self._text:
-            lines.append(self._text)
-        if len(self._text) > MAX_LINE_BYTES:
-            self._text = b""
-        for line in lines:
+        for line in self._lines.add(data):
             self._take(line)
         return bool(data)
 
@@ -381,9 +382,8 @@ class SlurmJob(RunningJob):
         for number, part in enumerate(self._channel.former_reports()):
             if number:  # bytes may be missing before it
                 part = part.partition(b"\n")[2]  # noqa: PLW2901
-                self._text = b""
-            *lines, self._text = part.split(b"\n")
-            for line in lines:
+                self._lines = Lines()
+            for line in self._lines.add(part):
                 self._take(line)
         self._is_replaying = False
 
@@ -502,12 +502,14 @@ class SlurmJob(RunningJob):
             self._reason = "the cluster has not answered yet"
         self._begin_if_new(is_running=False)
 
-    def _note_failure(self) -> bool:
+    def _note_failure(self, leader_exit: Exit | None) -> bool:
         """Tell `await_begin` why the job cannot run; False if others know the job by now."""
         with self._ended:
             if self._is_begun:
                 return False
-            if self._kill_reason is not None:
+            if leader_exit is None:
+                self._failure = SpawnerDiedError()
+            elif self._kill_reason is not None:
                 self._failure = WorkerClosedError()
             elif self._failure is None:
                 words = "; ".join(self._words) or "srun ended and said nothing"
@@ -544,8 +546,10 @@ class SlurmJob(RunningJob):
         has_time = leader_exit is not None and leader_exit.ended_s
         return min(told_at, self._time_of(leader_exit)) if has_time else told_at
 
-    def _true_exit(self, leader_exit: Exit) -> Exit:
-        """Return how the command ended, by the word of the step; srun's is not trusted."""
+    def _true_exit(self, leader_exit: Exit | None) -> Exit | None:
+        """Return how the command ended, by the step's word and not srun's; None: nobody knows."""
+        if leader_exit is None and self._end_event is None:
+            return None
         event = self._end_event or {"exit_code": None, "signal": None}
         # A start that failed after its main process had died: nobody was told of such a job.
         never_was = self._is_resumed and self._status is Status.QUEUED and not self._has_waited
@@ -553,7 +557,7 @@ class SlurmJob(RunningJob):
             event["exit_code"],
             event["signal"],
             was_executed=not (never_was and (self._has_failed or self._words)),
-            was_killed=leader_exit.was_killed,
+            was_killed=leader_exit is not None and leader_exit.was_killed,
         )
 
     def _find_end_reason_locked(self, leader_exit: Exit | None) -> EndReason:
@@ -576,11 +580,11 @@ class SlurmJob(RunningJob):
         return EndReason.SIGNALLED
 
     def _unreported_end_locked(self, leader_exit: Exit | None) -> EndReason:
-        if self._kill_reason is not None:
-            return self._kill_reason
         if leader_exit is None:
             self._reason = "the fork server died"
             return EndReason.LOST
+        if self._kill_reason is not None:
+            return self._kill_reason
         by_slurm = self._slurms_word()
         if by_slurm is not None:
             return by_slurm

@@ -1,5 +1,8 @@
 """What the step of a job and Slurm say on srun's stderr, and what may be believed of it.
 
+    lines = Lines()
+    for line in lines.add(data):      # some bytes of the reports
+        ...
     event = event_of(line)            # of `jobstep.py`; None if it is none
     end = checked_end(event)
     number = queued_number(line)      # of a job that waits
@@ -9,7 +12,7 @@ The job can write to the step's stderr, too, and forge what Slurm and the step s
 for Slurm's words is limited, and a report that the step could not have made is such words. Any
 other forged report tells only of the job that it comes from.
 
-Thread safety: these functions have no state.
+Thread safety: the functions have no state; one thread uses a `Lines`.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "MAX_LINE_BYTES",
     "MAX_WORD_CHARACTERS",
+    "Lines",
     "checked_end",
     "checked_limits",
     "end_reason",
@@ -41,8 +44,7 @@ __all__ = [
     "queued_number",
 ]
 
-MAX_LINE_BYTES = 64 * 1024
-"""Without its end: then it is dropped."""
+_MAX_LINE_BYTES = 64 * 1024  # without its end: then it is dropped
 MAX_WORD_CHARACTERS = 1000
 _MAX_ERRNO = 4095  # MAX_ERRNO of the kernel
 _MAX_EXIT_CODE = 255
@@ -72,6 +74,22 @@ _STATES = {
     "PREEMPTED": EndReason.CANCELLED,
     "OUT_OF_MEMORY": EndReason.OUT_OF_MEMORY,
 }
+
+
+class Lines:
+    """Cuts what comes in pieces into lines."""
+
+    def __init__(self) -> None:
+        self._rest = b""  # a line whose end has not come yet
+
+    def add(self, data: bytes) -> list[bytes]:
+        """Return the lines that end in `data`; for b"", the end of all, what is left."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _MAX_LINE_BYTES:
+            self._rest = b""
+        if not data and self._rest:
+            lines.append(self._rest)
+        return lines
 
 
 def event_of(text: str) -> dict[str, Any] | None:

@@ -86,13 +86,18 @@ class SlurmStarter(Starter):
             raise ResourceError("a job on a cluster cannot keep its TMPDIR, which is on the node")
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
-            undo.callback(self._table.delete, spare.job_id)  # last: when nothing of it runs
+            undo.callback(self._unrecord, spare, work)  # last: when nothing of it runs
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
             self._prepare_output(spare.output, work.owner, budget)
-            with self._execution(spare):
-                job = self._begin(work, around, spare, undo)
-                undo.pop_all()
+            try:
+                with self._execution(spare):
+                    job = self._begin(work, around, spare, undo)
+                    undo.pop_all()
+            except WorkerClosedError:
+                with self._idle:
+                    self._cut_off.add(spare.job_id)  # its command may have run
+                raise
             return job.job_id
 
     def _begin(

@@ -222,15 +222,20 @@ def test_processes_that_hold_the_output_may_linger(begin: Begin, tmp_path: Path)
 
 
 def test_terminated_job_ends_as_it_likes(begin: Begin) -> None:
-    """SIGTERM reaches each process; the end says that it was sent."""
-    step = begin(
-        "sh", "-c", "trap 'echo bye; exit 4' TERM; echo; while read x; do :; done", stdin=True
-    )
-    assert step.process.stdout
-    step.process.stdout.readline()
-    step.send(b"T")
-    output, end = step.wait()
-    assert (output, end["exit_code"], end["is_terminated"]) == (b"bye\n", 4, True)
+    """SIGTERM reaches each process, also that of Slurm; the end says who has sent it."""
+    for by_slurm in False, True:
+        step = begin(
+            "sh", "-c", "trap 'echo bye; exit 4' TERM; echo; while read x; do :; done", stdin=True
+        )
+        assert step.process.stdout
+        step.process.stdout.readline()
+        if by_slurm:
+            step.process.terminate()
+        else:
+            step.send(b"T")
+        output, end = step.wait()
+        assert (output, end["exit_code"]) == (b"bye\n", 4)
+        assert (end["is_terminated"], end["is_cancelled"]) == (not by_slurm, by_slurm)
 
 
 @pytest.mark.parametrize("everything", [0, 1])
@@ -275,11 +280,11 @@ def test_limit_that_is_not_enforced_keeps_the_command_from_running(begin: Begin)
 
 
 def test_tmpdir_is_made_for_the_command_and_removed(begin: Begin, tmp_path: Path) -> None:
-    """With all that is in it, and for its user alone."""
-    step = begin("sh", "-c", 'mkdir -p "$TMPDIR/a/b"; touch "$TMPDIR/a/c"; stat -c %a "$TMPDIR"')
+    """With all that is in it, and for its user alone. Slurm's number of the job ends its name."""
+    step = begin("sh", "-c", 'mkdir -p "$TMPDIR/a/b"; touch "$TMPDIR/a/c"; stat -c %a:%n "$TMPDIR"')
     output, _ = step.wait()
-    assert output == b"700\n"
-    assert not (tmp_path / "job").exists()
+    assert output.decode() == f"700:{tmp_path}/job.7\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_output_of_a_terminal_is_exact(tmp_path: Path) -> None:

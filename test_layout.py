@@ -80,7 +80,7 @@ _MODULES = {
         "slurmreports": "jobstate limits",
         "slurmchannel": "errors journal messages",
         "slurminput": "errors journal slurmreports; jobinput slurmchannel",
-        "slurmjob": "errors job jobstate keeping slurmreports spawner; slurm slurmchannel "
+        "slurmjob": "buffers errors job jobstate keeping slurmreports spawner; slurm slurmchannel "
         "slurminput spares",
         "slurmworker": "errors jobstate journal limits parts slurm slurmchannel "
         "slurminput slurmjob spawner starting worker; environment jobinput jobtable spares",

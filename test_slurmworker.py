@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,12 +34,14 @@ from finding import JobFilter
 from jobmessages import job_message
 from journal import KEPT_BYTES, Journal
 from slurm import SlurmSettings
+from slurmchannel import Channel
 from slurmcheck import check
+from slurmjob import SlurmJob
 from slurmworker import SlurmWorker
 from store import Store
 from successor import end_jobs
 from testcluster import Cluster
-from testkit import GUARD_S, NOBODY, kill_fork_server
+from testkit import GUARD_S, NOBODY, kill_fork_server, make_fifo
 from worker import (
     CommandNotExecutableError,
     CommandNotFoundError,
@@ -50,6 +53,7 @@ from worker import (
     Limits,
     ResourceError,
     SignalError,
+    SpawnerDiedError,
     Status,
     Usage,
     Worker,
@@ -296,6 +300,61 @@ def test_cancelled_by_the_administrator(worker: SlurmWorker, script: str) -> Non
     assert "CANCELLED" in job.reason
 
 
+def test_cancelled_command_gets_sigterm(worker: SlurmWorker) -> None:
+    """So its own end is known, and its TMPDIR is removed."""
+    script = "trap 'echo bye; exit 3' TERM; echo $TMPDIR; while :; do sleep 0.1; done"
+    job_id = worker.start("sh", ["-c", script])
+    with worker.stream(job_id) as chunks:
+        tmp = next(chunks)
+        number = _number(worker, job_id)
+        subprocess.run(["scancel", number], env=worker.cluster.environment, check=True)
+        rest = b"".join(chunks)
+    job = _end(worker, job_id)
+    assert (rest[-4:], job.exit_code, job.end_reason) == (b"bye\n", 3, EndReason.CANCELLED)
+    assert not Path(tmp.decode().strip()).exists()
+
+
+def test_epilog_removes_the_tmpdir_that_a_killed_wrapper_has_left(
+    worker: SlurmWorker, cluster: Cluster
+) -> None:
+    """With all that is in it."""
+    script = 'mkdir "$TMPDIR/a"; touch "$TMPDIR/a/b"; echo "$TMPDIR"; exec sleep 1000'
+    job_id = worker.start("sh", ["-c", script])
+    with worker.stream(job_id) as chunks:
+        tmp = Path(next(chunks).decode().strip())
+    assert (tmp / "a" / "b").exists()
+    cluster.run("scancel", "--signal=KILL", f"{_number(worker, job_id)}.0")
+    _end(worker, job_id)
+    _await_no_jobs(cluster, worker.cluster.name)
+    assert not tmp.exists()
+
+
+def test_epilog_removes_nothing_else(tmp_path: Path) -> None:
+    """Neither what another user has given such a name, nor what a link points to."""
+    number = f"{uuid.uuid4().int}"
+    theirs, other, link = (Path(f"/tmp/jw-{name}.{number}") for name in ("a", "b", "c"))
+    with contextlib.ExitStack() as undo:
+        for path in theirs, other, tmp_path / "target":
+            path.mkdir()
+            (path / "file").touch()
+        link.symlink_to(tmp_path / "target")
+        undo.callback(link.unlink, missing_ok=True)
+        undo.callback(shutil.rmtree, other)
+        undo.callback(shutil.rmtree, theirs, ignore_errors=True)
+        for path in theirs, theirs / "file", tmp_path / "target", tmp_path / "target" / "file":
+            os.chown(path, NOBODY, NOBODY)
+        tmp_path.chmod(0o755)
+        done = subprocess.run(
+            [str(_HERE / "deploy" / "slurm-epilog")],
+            env={"PATH": os.defpath, "SLURM_JOB_ID": number, "SLURM_JOB_UID": str(NOBODY)},
+            check=True,
+            capture_output=True,
+        )
+        assert not theirs.exists(), done
+        assert (other / "file").exists()
+        assert (tmp_path / "target" / "file").exists()
+
+
 def test_job_whose_srun_is_killed_is_lost(worker: SlurmWorker) -> None:
     """Whether the first of its two processes is killed or both; the sweep ends what runs on."""
     job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
@@ -394,6 +453,62 @@ def test_fork_server_that_dies_takes_the_jobs_with_it(
     kill_fork_server(worker)
     assert _end(worker, job_id).end_reason is EndReason.LOST
     _await_no_jobs(cluster, "jw-orphans")
+
+
+def test_job_is_lost_with_its_fork_server_although_its_worker_ends(
+    make: Callable[..., SlurmWorker],
+) -> None:
+    """A worker without a fork server is closed at once, and its jobs' srun may not be gone yet."""
+    worker = make("orphans")
+    job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
+    job, srun = worker.observe(job_id), _sruns(job_id)[0]
+    os.kill(srun, signal.SIGSTOP)
+    kill_fork_server(worker)
+    worker.close()
+    os.kill(srun, signal.SIGCONT)
+    assert job().end_reason is EndReason.LOST
+
+
+def test_end_that_the_step_has_told_is_that_of_a_job_whose_fork_server_dies(
+    worker: SlurmWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its exit code."""
+    take = SlurmJob._take_event
+
+    def take_and_kill(job: SlurmJob, event: dict[str, Any]) -> None:
+        take(job, event)
+        if event["event"] == "end":
+            kill_fork_server(worker)
+
+    monkeypatch.setattr(SlurmJob, "_take_event", take_and_kill)
+    job, output = _run(worker, "sh", "-c", "echo all; exit 5")
+    assert (output, job.end_reason, job.exit_code) == (b"all\n", EndReason.EXITED, 5)
+
+
+def test_start_that_its_fork_server_does_not_survive_is_not_repeated(
+    worker: SlurmWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command has been executed before the worker knew that, so the job is kept as LOST."""
+    is_dead = threading.Event()
+
+    def read_too_late(_: Channel) -> bytes:
+        is_dead.wait(GUARD_S)
+        return b""
+
+    monkeypatch.setattr(Channel, "read", read_too_late)
+    fifo, request_id = make_fifo(tmp_path / "fifo"), str(uuid.uuid4())
+    with ThreadPoolExecutor() as pool:
+        start = pool.submit(
+            worker.start, "sh", ["-c", f"echo >{fifo}; exec sleep 1000"], request_id=request_id
+        )
+        fifo.read_text()
+        kill_fork_server(worker)
+        is_dead.set()
+        with pytest.raises(SpawnerDiedError):
+            start.result(GUARD_S)
+    found = worker.started_by("", request_id)
+    assert found is not None
+    assert worker.status(found[0]).end_reason is EndReason.LOST
 
 
 def test_job_that_writes_to_the_stderr_of_its_step(

@@ -5,7 +5,8 @@ compared with what the last server says. By default there are few moments; for a
 
     JOBWORKER_MOMENTS=200 .venv/bin/python -m pytest -s -o time_limit_s=3600 test_survival.py
 
-prints what was counted. `test_crash.py` has such a test of a program that embeds a `Worker`.
+prints what was counted. With `--slurm` the jobs of the first test run on a cluster.
+`test_crash.py` has such a test of a program that embeds a `Worker`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import workerservice_pb2 as worker_pb
+    from testcluster import Cluster
 
 _HERE = Path(__file__).resolve().parent
 _MOMENTS = int(os.environ.get("JOBWORKER_MOMENTS", "5"))
@@ -224,13 +226,27 @@ class _Load:
             yield b"".join(lines[len(lines) * i // pieces : len(lines) * (i + 1) // pieces])
 
 
+def _send_each(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 class _Place:
-    """A state directory, and the servers that use it one after the other."""
+    """A state directory, and the servers that use it one after the other.
+
+    `cluster`: where the jobs run; None for this machine alone.
+    """
 
     def __init__(
-        self, directory: Path, certs: Path, limits: str, state: Path | None = None
+        self,
+        directory: Path,
+        certs: Path,
+        limits: str,
+        state: Path | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
-        self.directory, self.certs = directory, certs
+        self.directory, self.certs, self.cluster = directory, certs, cluster
         self.state = state or directory / "state"
         self.cgroups: set[Path] = set()  # of all servers
         self._limits = limits
@@ -281,14 +297,20 @@ class _Place:
             self._token, _ = client.login("user", "user")
         return client
 
-    def kill_fork_server(self) -> None:
-        """Kill it; without cgroups also the leaders of its jobs, because nothing else can."""
+    def kill_fork_server(self, *, kills_srun: bool = False) -> None:
+        """Kill it; without cgroups also the leaders of its jobs, because nothing else can.
+
+        On a cluster each srun ends its job. `kills_srun`: kill both processes of each; then
+        nobody but the next server can end the jobs.
+        """
         pid, self.fork_server = self.fork_server, 0
-        children = children_of(pid) if not self.cgroups else ()
+        children = children_of(pid) if not self.cgroups else []
+        if self.cluster is not None:
+            children += [each for child in children for each in children_of(child)]
+            children = children if kills_srun else []
+            _send_each(children, signal.SIGSTOP)  # neither notices the end of the other one
         os.kill(pid, signal.SIGKILL)
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+        _send_each(children, signal.SIGKILL)
 
     def await_main(self) -> None:
         """Block until the server has ended."""
@@ -315,7 +337,7 @@ class _Place:
             self.kill_fork_server()
         elif kind == "kill both":
             os.kill(main, signal.SIGKILL)
-            self.kill_fork_server()
+            self.kill_fork_server(kills_srun=True)
         elif kind == "kill main":
             os.kill(main, signal.SIGKILL)
         else:
@@ -363,8 +385,12 @@ def limits() -> str:
 
 
 @pytest.fixture
-def place(public: Path, certs: Path, limits: str) -> Iterator[_Place]:
-    made = _Place(public, certs, limits)
+def place(
+    public: Path, certs: Path, limits: str, request: pytest.FixtureRequest
+) -> Iterator[_Place]:
+    has_cluster = request.config.getoption("--slurm")
+    cluster = request.getfixturevalue("cluster") if has_cluster else None
+    made = _Place(public, certs, limits, cluster=cluster)
     yield made
     made.end()
 
@@ -448,8 +474,15 @@ def _reason(state: worker_pb.Job) -> str:
     return EndReason.Name(state.end_reason).removeprefix("END_REASON_")
 
 
-def _leftovers(place: _Place, found: Counter[str], kept: set[str]) -> list[Path]:
-    """Count what is left of jobs when all have ended; return the files. `kept`: finished jobs."""
+def _leftovers(place: _Place, found: Counter[str], ids: set[str], kept: set[str]) -> list[Path]:
+    """Count what is left of jobs when all have ended; return the files.
+
+    `ids`: of all jobs. `kept`: of the finished jobs that there are.
+    """
+    if place.cluster is not None:
+        found["jobs left over on the cluster"] += len(place.cluster.await_no_jobs())
+        tmp = {path.name[3:39] for path in Path("/tmp").glob("jw-*")}
+        found["TMPDIRs left over on the nodes"] += len(tmp & ids)
     text = str(place.marks).encode()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -463,10 +496,13 @@ def _leftovers(place: _Place, found: Counter[str], kept: set[str]) -> list[Path]
     return left
 
 
-# The few moments of a usual run are with cgroups, if the host has them.
-@pytest.mark.parametrize(
-    "limits", ["auto", "off"] if "JOBWORKER_MOMENTS" in os.environ else ["auto"]
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Have the first test run with cgroups, if the host has them, and in a longer run without."""
+    if metafunc.function is test_nothing_is_lost_at_random_moments:
+        is_long = "JOBWORKER_MOMENTS" in os.environ and not metafunc.config.getoption("--slurm")
+        metafunc.parametrize("limits", ["auto", "off"] if is_long else ["auto"])
+
+
 def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
     """Kills of the server, of its fork server and of both; ends and upgrades."""
     seed = random.randrange(1 << 32)
@@ -490,7 +526,7 @@ def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
     with place.connect() as client:
         kept = {job.job_id for job in client.list()}
     place.end()
-    left = _leftovers(place, found, kept)
+    left = _leftovers(place, found, {job.job_id for job in load.jobs}, kept)
     told = f"seed {seed}; {time.monotonic() - begun:.0f} s; {dict(moments)}; {dict(load.counts)}"
     sys.stdout.write(f"\n{told}\n" + "".join(f"{what}: {n}\n" for what, n in found.items()))
     assert not found.total(), (told, +found, left)

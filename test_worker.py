@@ -725,7 +725,7 @@ def test_tiny_writes_are_taken_together_and_the_first_at_once(
 
     The pause is endless in this test. So only the end of the job can have ended it.
     """
-    monkeypatch.setattr("job.rest_ms", lambda *_: _ENDLESS_MS)
+    monkeypatch.setattr("buffers.rest_ms", lambda *_: _ENDLESS_MS)
     script = 'echo first; read x <"$1"; for x in $(seq 1000); do echo $x; done; exit 7'
     job_id = _sh(worker, script, latch)
     with worker.stream(job_id) as chunks:
@@ -739,7 +739,7 @@ def test_line_after_a_silence_is_taken_at_once(
     worker: Worker, latch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pause ends after its time, even if the job wrote nothing in it."""
-    monkeypatch.setattr("job.rest_ms", lambda *_: 1)
+    monkeypatch.setattr("buffers.rest_ms", lambda *_: 1)
     job_id = _sh(worker, 'exec 3<"$1"; while read x <&3; do echo "$x"; done; exit 7', latch)
     with latch.open("w", buffering=1) as orders, worker.stream(job_id) as chunks:
         for number in range(100):

@@ -216,6 +216,17 @@ class Cluster:
             timeout=_READY_S,
         )
 
+    def await_no_jobs(self) -> list[str]:
+        """Block until Slurm has no job any more, for up to 30 s; return what is left then.
+
+        That is the numbers of jobs, and the processes that look after steps.
+        """
+        script = 'for i in $(seq 300); do [ -z "$(squeue -h)" ] && exit 0; sleep 0.1; done; exit 1'
+        self.run("sh", "-c", script, check=False)
+        left = self.run("squeue", "--noheader", "--format=%i %T %k").splitlines()
+        daemons = [pid for name in self.nodes for pid in self._step_daemons(name)]
+        return left + [f"slurmstepd {pid}" for pid in daemons]
+
     def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with (self.directory / f"{name}.out").open("ab") as log:
             process = subprocess.Popen(
