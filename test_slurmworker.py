@@ -235,6 +235,39 @@ def test_output_is_live(worker: SlurmWorker) -> None:
         assert worker.status(job_id).status is Status.RUNNING
 
 
+def test_tiny_writes_are_taken_together(
+    worker: SlurmWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun passes on each; all that comes in the pause after the first line is moved at once.
+
+    The pause is endless in this test. So only the end of the job can have ended it.
+    """
+    monkeypatch.setattr("buffers.rest_ms", lambda *_: 1_000_000_000)
+    move, sizes = SlurmJob._move_output, []
+
+    def move_and_note(job: SlurmJob, most: int | None = None) -> int:
+        sizes.append(move(job, most))
+        return sizes[-1]
+
+    monkeypatch.setattr(SlurmJob, "_move_output", move_and_note)
+    orders, answers = (make_fifo(tmp_path / name) for name in ("orders", "answers"))
+    script = (
+        f"echo first; exec 3<{orders} 4>{answers}; "
+        "for x in $(seq 20); do read y <&3; echo $x; echo >&4; done; exit 7"
+    )
+    job_id = worker.start("sh", ["-c", script])
+    with worker.stream(job_id) as chunks:
+        assert next(chunks) == b"first\n"
+        with orders.open("w", buffering=1) as order, answers.open() as answer:
+            for _ in range(20):
+                order.write("\n")
+                answer.readline()
+        rest = b"".join(chunks)
+    assert rest == b"".join(b"%d\n" % number for number in range(1, 21))
+    assert [size for size in sizes if size] == [6, len(rest)]
+    assert _end(worker, job_id).exit_code == 7
+
+
 def test_input_reaches_the_job(worker: SlurmWorker) -> None:
     """More than may be on its way at once, to its end."""
     data = os.urandom(300_000)
