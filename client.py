@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import signal
 import sys
 
 from cli import EXIT_UNKNOWN, hide_secrets, parse, printable
@@ -42,8 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # The client reports errors in one line; gRPC would log a failed handshake as well.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    own_process = argv is None
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is not None:
+        return _status_of(argv, own_process=False)
+    try:
+        return _status_of(sys.argv[1:], own_process=True)
+    except KeyboardInterrupt:  # while an error was told
+        return _EXIT_SIGINT
+    finally:
+        # From here on a Ctrl-C changes the exit status no more. Python, which needs a while for its
+        # own end, would tell it with a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _status_of(argv: Sequence[str], *, own_process: bool) -> int:
     # Any other status would look like the exit code of the job.
     exit_error = EXIT_UNKNOWN if argv[:1] in (["run"], ["wait"]) else _EXIT_ERROR
     try:

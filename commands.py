@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     import workerservice_pb2 as worker_pb
-    from connection import Client
+    from connection import Client, JobEnd
 
 __all__ = ["COMMANDS"]
 
 # What happens to the connection is no part of a job's output; a restart of the server takes less.
 _TELL_LOSS_AFTER_S = 30.0
 _STOPS_AT_ONCE = 16
+# The job has ended meanwhile, and perhaps somebody has removed it: its output tells how it ended.
+_TOLD_BY_THE_END = {"FAILED_PRECONDITION", "NOT_FOUND"}
 _CTRL_C_STOPS = 2  # the first Ctrl-C is passed on, the second stops the job
 
 
@@ -44,9 +46,10 @@ def _start(client: Client, arguments: argparse.Namespace) -> None:
     job_id = _start_job(client, arguments)
     try:
         print(printable(job_id), flush=True)
-    except OSError:
+    except (KeyboardInterrupt, OSError):
         _warn(f"the job was started; its ID is {job_id}")
         raise
+    _warn_of_limits(client, arguments, job_id)
     if arguments.stdin:
         stdin.send(client, job_id, end=not arguments.keep_open)
 
@@ -69,18 +72,16 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
         "no_queue": arguments.no_queue,
     }
     request_id = arguments.request_id or str(uuid.uuid4())
+    may_be = f"there may be a job: to get its ID, repeat this start with --request-id {request_id}"
     try:
-        job_id = client.start(arguments.command, arguments.args, request_id=request_id, **options)
+        return client.start(arguments.command, arguments.args, request_id=request_id, **options)
     except ClientError as error:
         if not error.is_open:
             raise
-        raise ClientError(
-            f"{error}; there may be a job: to get its ID, repeat this start with --request-id "
-            f"{request_id}",
-            error.code,
-        ) from error
-    _warn_of_limits(client, arguments, job_id)
-    return job_id
+        raise ClientError(f"{error}; {may_be}", error.code) from error
+    except KeyboardInterrupt:
+        _warn(may_be)
+        raise
 
 
 def _warn_of_limits(client: Client, arguments: argparse.Namespace, job_id: str) -> None:
@@ -107,50 +108,62 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
     if arguments.detach:
         _start(client, arguments)
         return 0
-    with _Interrupts() as interrupts:
+    with _Interrupts(client) as interrupts:
         job_id = _start_job(client, arguments)
-        interrupts.pass_on(client, job_id)
+        interrupts.pass_on(job_id)
+        _warn_of_limits(client, arguments, job_id)
         if arguments.stdin:
             stdin.send_meanwhile(client, job_id, _warn, end=not arguments.keep_open)
         elif stdin.has_data():
             _warn("stdin is not sent to the job; use run -i to send it")
-        chunks = client.stream(job_id, on_lost=tell_loss, on_lost_after=_TELL_LOSS_AFTER_S)
-        try:
-            write_all(chunks)
-        except ClientError as error:
-            if chunks.end is None:
-                raise ClientError(
-                    f"{error}; how the job ends is unknown; see: client status -j {job_id}",
-                    error.code,
-                ) from error
-            _warn(f"{error}")
-        except (KeyboardInterrupt, OSError):
-            _warn(f"the job goes on; see: client status -j {job_id}")
+        end = _follow(client, job_id)
+        interrupts.end()
+        if end is None:
+            raise ClientError(f"how the job ended is unknown; see: client status -j {job_id}")
+        if end.end_reason != "EXITED":
+            _warn(f"the job did not end by itself: {state_of(vars(end))}")
+        return exit_status(end.exit_code, end.signal)
+
+
+def _follow(client: Client, job_id: str) -> JobEnd | None:
+    """Write the job's output to stdout; return how the job ended, or None if that is unknown."""
+    chunks = client.stream(job_id, on_lost=tell_loss, on_lost_after=_TELL_LOSS_AFTER_S)
+    try:
+        write_all(chunks)
+    except ClientError as error:
+        if chunks.end is None:
+            raise ClientError(
+                f"{error}; how the job ends is unknown; see: client status -j {job_id}",
+                error.code,
+            ) from error
+        _warn(f"{error}")
+    except (KeyboardInterrupt, OSError) as error:
+        if chunks.end is None or isinstance(error, OSError):
+            _warn(f"the job may go on; see: client status -j {job_id}")
             raise
-        finally:
-            chunks.close()
-    if chunks.end is None:
-        raise ClientError(f"how the job ended is unknown; see: client status -j {job_id}")
-    if chunks.end.end_reason != "EXITED":
-        _warn(f"the job did not end by itself: {state_of(vars(chunks.end))}")
-    return exit_status(chunks.end.exit_code, chunks.end.signal)
+    finally:
+        chunks.close()
+    return chunks.end
 
 
 class _Interrupts:
     """Passes Ctrl-C on to a job: SIGINT, the second time a stop; the third time it ends `run`.
 
     A context manager, which the main thread uses. In it Ctrl-C raises KeyboardInterrupt only the
-    third time. What comes before `pass_on` is passed on then.
+    third time. What comes before `pass_on` is passed on then. At its end it closes the client, so
+    that it waits for no call.
 
     The handler runs at any point of the main thread, perhaps in the middle of a call of gRPC.
     Therefore a thread of its own makes the calls. It is a daemon, because a call to a server
     that does not answer lasts 30 s.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, client: Client) -> None:
         from queue import SimpleQueue
 
+        self._client = client
         self._count = 0
+        self._is_over = False
         self._queue: SimpleQueue[int] = SimpleQueue()  # its `put` may be called in a handler
         self._before: Any = signal.SIG_DFL
 
@@ -161,18 +174,24 @@ class _Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        self.end()
         self._queue.put(0)
+        self._client.close()
+        signal.signal(signal.SIGINT, self._before)
 
-    def pass_on(self, client: Client, job_id: str) -> None:
+    def end(self) -> None:
+        """Ignore Ctrl-C until the context ends: the job has ended, or is left."""
+        self._is_over = True
+
+    def pass_on(self, job_id: str) -> None:
         """Pass on what has come and what will come, until the context ends."""
         import threading
 
-        threading.Thread(
-            target=self._serve, args=(client, job_id), name="interrupts", daemon=True
-        ).start()
+        threading.Thread(target=self._serve, args=(job_id,), name="interrupts", daemon=True).start()
 
     def _note(self, _signum: int, _frame: object) -> None:
+        if self._is_over:
+            return
         self._count += 1
         if self._count > _CTRL_C_STOPS:
             raise KeyboardInterrupt
@@ -181,15 +200,15 @@ class _Interrupts:
             os.write(sys.stderr.fileno(), b"client: stopping the job; Ctrl-C again leaves it\n")
         self._queue.put(self._count)
 
-    def _serve(self, client: Client, job_id: str) -> None:
+    def _serve(self, job_id: str) -> None:
         while count := self._queue.get():
             try:
                 if count < _CTRL_C_STOPS:
-                    client.signal(job_id, "INT")
+                    self._client.signal(job_id, "INT")
                 else:
-                    client.stop(job_id)
+                    self._client.stop(job_id)
             except ClientError as error:
-                if error.code != "FAILED_PRECONDITION":  # the job has ended meanwhile
+                if error.code not in _TOLD_BY_THE_END and not self._is_over:
                     _warn(str(error))
 
 
@@ -202,7 +221,8 @@ def _stop(client: Client, arguments: argparse.Namespace) -> None:
 
     def stop(job_id: str) -> None:
         state = state_of(to_dict(client.stop(job_id, grace=arguments.grace)))
-        print(state if len(arguments.job) == 1 else f"{printable(job_id)} {state}")
+        line = state if len(arguments.job) == 1 else f"{printable(job_id)} {state}"
+        sys.stdout.write(f"{line}\n")  # at once: print would write the end of the line by itself
 
     # With a grace each stop takes a while, so they do not wait for each other.
     at_once = _STOPS_AT_ONCE if arguments.grace else 1

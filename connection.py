@@ -191,8 +191,11 @@ class Client:
         """Return a newer token of the same session; asks the server once."""
         request = self._auth_pb.RefreshRequest()
         try:
-            answer = self._auth.Refresh(
-                request, timeout=_EXCHANGE_TIMEOUT_S, metadata=token_metadata(token)
+            answer = self._link.begin(
+                self._auth.Refresh,
+                request,
+                timeout=_EXCHANGE_TIMEOUT_S,
+                metadata=token_metadata(token),
             )
         except self._link.rpc_error as error:
             raise self._link.explain(error) from error
@@ -341,11 +344,14 @@ class Client:
         from jobevents import JobEvents
 
         request = self._worker_pb.WatchJobsRequest(filter=self._filter(**conditions))
+        job_ids = request.filter.job_ids
 
         def open_call(metadata: Any, left_s: float | None) -> Any:
-            return self._worker.WatchJobs(request, metadata=metadata, timeout=left_s)
+            return self._link.begin(
+                self._worker.WatchJobs, request, metadata=metadata, timeout=left_s
+            )
 
-        return JobEvents(self._link, open_call, self._kept, timeout_s)
+        return JobEvents(self._link, open_call, self._kept, timeout_s, job_ids)
 
     def _kept(self, job_ids: Sequence[str]) -> Iterable[worker_pb.Job]:
         """Return those of the jobs that the server has."""
@@ -436,7 +442,7 @@ class Client:
                     request.tail_lines = tail_lines
                 if since_s is not None:
                     _set(request.since, since_s)
-            return self._worker.StreamOutput(request, metadata=metadata)
+            return self._link.begin(self._worker.StreamOutput, request, metadata=metadata)
 
         return OutputStream(self._link, open_call, on_lost, on_lost_after)
 
@@ -459,7 +465,8 @@ class Client:
         while not sending.is_done:
             messages = sending.messages(self._worker_pb.WriteInputRequest, job_id)
             try:
-                stdin = self._worker.WriteInput(messages, metadata=resumption.metadata()).stdin
+                metadata = resumption.metadata()
+                stdin = self._link.begin(self._worker.WriteInput, messages, metadata=metadata).stdin
             except self._link.rpc_error as rpc_error:
                 error = self._link.explain(rpc_error)
                 least = offset if has_broken_off else offset + 1

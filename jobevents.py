@@ -42,7 +42,7 @@ class JobEvents:
 
     `open_call`: makes the call, with its metadata and the time that it may take, or None. `kept`:
     returns the jobs with these IDs that the server has. `timeout_s`: when to end, with an error of
-    the code DEADLINE_EXCEEDED; None: never.
+    the code DEADLINE_EXCEEDED; None: never. `job_ids`: those that the call asks for.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class JobEvents:
         open_call: Callable[[Any, float | None], Any],
         kept: Callable[[Sequence[str]], Iterable[worker_pb.Job]],
         timeout_s: float | None = None,
+        job_ids: Iterable[str] = (),
     ) -> None:
         self._link = link
         self._open_call = open_call
@@ -58,6 +59,7 @@ class JobEvents:
         self._ends_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._resumption = Resumption(link)
         self._known: dict[str, worker_pb.Job] = {}  # what was told
+        self._asked = {job_id.lower() for job_id in job_ids}  # and was not told to be removed
         self._pending: deque[worker_pb.JobEvent] = deque()  # what happened during an outage
         self._is_anew = False  # this is not the first call
         self._call = self._open()
@@ -102,6 +104,7 @@ class JobEvents:
             job = kept.get(job_id)
             if job is None:
                 kind, job = worker_pb.JOB_EVENT_KIND_REMOVED, self._known.pop(job_id)
+                self._asked.discard(job_id)
             elif job.status != told.status:
                 kind = _change(job)
                 self._known[job_id] = job
@@ -114,8 +117,10 @@ class JobEvents:
         job = event.job
         told = self._known.get(job.job_id)
         if event.kind == worker_pb.JOB_EVENT_KIND_REMOVED:
+            is_asked = job.job_id.lower() in self._asked
+            self._asked.discard(job.job_id.lower())
             self._known.pop(job.job_id, None)
-            return told is not None or not self._is_anew
+            return told is not None or is_asked or not self._is_anew
         is_old = told is not None and (told.status == job.status or told.status not in _LIVE)
         if is_old and self._is_anew:
             return False

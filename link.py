@@ -95,6 +95,15 @@ class Link:
         is_rejected = error.was_closed and patience.closed_connections >= _CLOSED_CONNECTIONS - 1
         return 0.0 if is_rejected else self._connect_for
 
+    def begin(self, method: Any, request: Any, **options: Any) -> Any:
+        """Make a call; return what gRPC returns. Raises `ClientError` if the client is closed."""
+        try:
+            return method(request, **options)
+        except ValueError as error:  # of gRPC
+            if not self.closed.is_set():
+                raise
+            raise ClientError("this client was closed", "CANCELLED") from error
+
     def call(  # noqa: PLR0913 -- most are optional
         self,
         method: Any,
@@ -115,7 +124,9 @@ class Link:
         while True:
             metadata = self.metadata() if with_token else ()
             try:
-                answer = method(request, timeout=CALL_TIMEOUT_S + more_s, metadata=metadata)
+                answer = self.begin(
+                    method, request, timeout=CALL_TIMEOUT_S + more_s, metadata=metadata
+                )
             except self.rpc_error as rpc_error:
                 error = self.explain(rpc_error)
                 if was_open and error.code == done_code:

@@ -1563,6 +1563,15 @@ def test_stops_with_a_grace_do_not_wait_for_each_other(
     assert [client.status(job_id).exit_code for job_id in ids] == [0, 0]
 
 
+def test_stops_that_end_at_the_same_time_have_a_line_each(cli: _Program, connect: Connect) -> None:
+    """Threads write these lines."""
+    client = connect()
+    for _ in range(3):
+        ids = [client.start("sleep", ["infinity"]) for _ in range(16)]
+        lines = cli.read("stop", *ids, "--grace", "60s").splitlines()
+        assert sorted(lines) == sorted(f"{job_id} STOPPED (stopped by owner)" for job_id in ids)
+
+
 def test_run_detached_prints_the_id_of_a_running_job(cli: _Program, connect: Connect) -> None:
     """It returns at once."""
     job_id = cli.read("run", "-d", "--", *_SILENT).rstrip("\n")
@@ -1641,7 +1650,7 @@ def test_job_that_ctrl_c_ends_gives_its_exit_code(cli: _Program) -> None:
 def test_third_ctrl_c_leaves_although_the_server_does_not_answer(
     cli: _Program, start_server: Callable[..., ServerProgram]
 ) -> None:
-    """The exit status is 130. One line says that the job goes on."""
+    """The exit status is 130. One line says that the job may go on, and nothing follows it."""
     program = start_server()
     with cli.start("run", "--server", program.address, *_COUNTS_CTRL_C) as process:
         assert process.stdout
@@ -1657,7 +1666,54 @@ def test_third_ctrl_c_leaves_although_the_server_does_not_answer(
             assert process.wait(GUARD_S) == 130
         finally:
             program.process.send_signal(signal.SIGCONT)
-        assert process.stderr.read().startswith(b"client: the job goes on; see: client status -j ")
+        assert re.fullmatch(
+            rb"client: the job may go on; see: client status -j [0-9a-f-]{36}\n",
+            process.stderr.read(),
+        )
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_start_that_ctrl_c_interrupts_says_how_to_get_its_job(
+    cli: _Program, pretend: Pretend
+) -> None:
+    """The server may have started the job, and nobody knows its ID."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def start(_: Any) -> list[Message]:
+        begun.set()
+        assert go_on.wait(GUARD_S)
+        return []
+
+    with cli.start("start", "--server", pretend(StartJob=start), "true") as process:
+        assert begun.wait(GUARD_S)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=GUARD_S)
+        go_on.set()
+    assert (process.returncode, stdout) == (130, b"")
+    assert re.fullmatch(
+        rb"client: there may be a job: to get its ID, repeat this start with --request-id "
+        rb"[0-9a-f-]{36}\n",
+        stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["list"], 0), (["run", "sh", "-c", "exit 7"], 7), (["status", "x"], 1)]
+)
+def test_ctrl_c_at_the_end_changes_nothing(cli: _Program, words: list[str], status: int) -> None:
+    """Once the result is there. Python's own end takes a while, and would show a traceback."""
+    script = (
+        "import atexit, os, signal, sys, client\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "sys.exit(client.main())"
+    )
+    command = [sys.executable, "-c", script, *words]
+    result = subprocess.run(
+        command, cwd=_HERE, env=cli.environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == status
+    assert result.stderr.count("\n") == (status == 1)
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -2096,6 +2152,15 @@ def test_launcher_works_from_wherever_it_is_called(
         check=False,
     )
     assert (result.returncode, result.stdout[:13], result.stderr) == (0, "usage: client", "")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_during_the_import_shows_no_traceback(tmp_path: Path, launcher: Path) -> None:
+    (tmp_path / ".venv").symlink_to(_HERE / ".venv")
+    shutil.copy(launcher, tmp_path / "client")
+    (tmp_path / "client.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    result = subprocess.run([tmp_path / "client"], capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (130, b"")
 
 
 def test_launcher_hands_on_every_word_and_hides_secrets(stranger: _Program, launcher: Path) -> None:

@@ -16,7 +16,7 @@ import workerservice_pb2 as worker_pb
 from client import ClientError
 from retrying import Patience
 from serveroptions import OPTIONS
-from testkit import GUARD_S
+from testkit import ABSENT, GUARD_S
 from testproxy import Proxy
 
 if TYPE_CHECKING:
@@ -166,6 +166,24 @@ def test_close_ends_the_waiting(connect: Connect, line: _Line) -> None:
     line.put_up()
 
 
+def test_call_of_a_closed_client_is_an_error_of_the_client(connect: Connect) -> None:
+    """Another thread may close it at any moment. gRPC has a ValueError for that."""
+    client = connect()
+    client.list(limit=1)
+    client.close()
+    calls: list[Callable[[], object]] = [
+        client.list,
+        client.watch,
+        lambda: client.stream(ABSENT),
+        lambda: client.write_input(ABSENT, b"x"),
+        client.refresh,
+    ]
+    for call in calls:
+        with pytest.raises(ClientError, match="this client was closed") as caught:
+            call()
+        assert caught.value.code == "CANCELLED"
+
+
 def test_command_waits_for_a_server_that_begins_later(cli: ClientProgram, line: _Line) -> None:
     """`run` of a script succeeds without a word; `list` of a person fails at once."""
     line.take_down()
@@ -258,6 +276,55 @@ def test_wait_goes_on_after_a_lost_connection(
         stdout, stderr = process.communicate(timeout=GUARD_S)
     assert (process.returncode, stderr) == (128 + 9, b"")
     assert stdout.startswith(job_id.encode())
+
+
+def test_wait_for_a_job_that_is_removed_while_the_server_is_away_is_over(
+    cli: ClientProgram, connect: Connect, line: _Line
+) -> None:
+    """How it ended is unknown then: 125."""
+    other = connect()
+    ended, gone = other.start("true"), other.start("sleep", ["infinity"])
+    with cli.start("wait", "--server", line.address, ended, gone) as process:
+        assert process.stdout
+        assert process.stdout.readline().startswith(ended.encode())
+        line.take_down()
+        other.stop(gone)
+        other.remove(gone)
+        line.put_up()
+        stdout, stderr = process.communicate(timeout=GUARD_S)
+    assert (process.returncode, stdout) == (125, b"")
+    assert stderr == f"client: no such job: {gone}\n".encode()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_watch_tells_once_that_a_job_was_removed_while_the_server_was_away(
+    connect: Connect, line: _Line, is_known: bool
+) -> None:
+    """Also if nothing was told of the job before; and not again after the next loss."""
+    client, other = connect(address=line.address), connect()
+    client.list(limit=1)
+    gone, stays = (other.start("sleep", ["infinity"]) for _ in range(2))
+    if not is_known:
+        line.take_down()
+    events = client.watch(job_ids=[gone, stays])
+    told = [next(events).job.job_id for _ in range(2 if is_known else 0)]
+    if is_known:
+        line.take_down()
+    other.stop(gone)
+    other.remove(gone)
+    with ThreadPoolExecutor(1) as pool:
+        more = pool.submit(lambda: [next(events) for _ in range(1 if is_known else 2)])
+        line.put_up()
+        found = more.result(GUARD_S)
+    assert (_REMOVED, gone) in [(event.kind, event.job.job_id) for event in found]
+    assert sorted([*told, *(event.job.job_id for event in found)]) == sorted(
+        [gone, stays, gone] if is_known else [gone, stays]
+    )
+    line.cut()
+    other.stop(stays)
+    event = next(events)
+    assert (event.kind, event.job.job_id) == (_ENDED, stays)
+    events.close()
 
 
 def test_list_with_watch_goes_on_after_a_lost_connection(

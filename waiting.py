@@ -37,10 +37,13 @@ def wait(client: Client, arguments: argparse.Namespace) -> int:
         for event in events:
             job = event.job
             fields = to_dict(job)
-            if fields["status"] in {"QUEUED", "RUNNING"} or job.job_id in ends:
+            is_over = fields["status"] in {"STOPPED", "FINISHED"}
+            # A job that was removed while the server was away is told as it was known last.
+            is_gone = not is_over and to_dict(event)["kind"] == "REMOVED"
+            if job.job_id in ends or not (is_over or is_gone):
                 continue
             ends[job.job_id] = job
-            if fields["status"] is None:
+            if is_gone:
                 print(f"client: no such job: {printable(job.job_id)}", file=sys.stderr)
             else:
                 print(printable(f"{job.job_id} {state_of(fields)}"), flush=True)

@@ -11,6 +11,9 @@ import sys
 def main() -> int:
     """Run the client; return its exit status."""
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import client
+    try:
+        import client
 
-    return client.main()
+        return client.main()
+    except KeyboardInterrupt:  # Ctrl-C during the import
+        return 130
