@@ -254,17 +254,20 @@ def signal_tree(
 ) -> None:
     """Send a signal, once, to every process in the cgroup and below it.
 
-    Processes that are forked meanwhile get it too, unless forks go on without end. Does nothing
-    if the cgroup is gone. `send` is given a pidfd and the signal. Raises `CgroupError`, and what
-    `send` raises, except ProcessLookupError.
+    Processes that are forked meanwhile get it too, unless forks go on without end. `send` is given
+    a pidfd and the signal. Raises `CgroupError`; ProcessLookupError if no process is there, as in a
+    cgroup that is gone; and what else `send` raises.
     """
     signalled: set[int] = set()
+    reached = 0
     for _ in range(_SIGNAL_ROUNDS):
         found = _processes(path) - signalled
         if not found:
-            return
+            break
         signalled |= found
-        _signal(path, (number,), found, send)
+        reached += _signal(path, (number,), found, send)
+    if not reached:
+        raise ProcessLookupError(errno.ESRCH, f"no process is in {path}")
 
 
 def terminate_tree(
@@ -273,16 +276,20 @@ def terminate_tree(
     """Send SIGTERM, and then SIGCONT, to every process in the cgroup and below it.
 
     SIGCONT, because a process that SIGSTOP holds could not end. Processes that are forked meanwhile
-    get none, because a handler of SIGTERM may fork them to clean up. Otherwise as `signal_tree`.
+    get none, because a handler of SIGTERM may fork them to clean up. Does nothing if no process is
+    there. Otherwise as `signal_tree`.
     """
     _signal(path, (signal.SIGTERM, signal.SIGCONT), _processes(path), send)
 
 
 def _signal(
     path: Path, numbers: Sequence[int], pids: set[int], send: Callable[[int, int], object]
-) -> None:
-    """Send signals to those of the processes that are still in the cgroup or below it."""
-    ordered = sorted(pids)
+) -> int:
+    """Send signals to those of the processes that are still in the cgroup or below it.
+
+    Returns how many these were.
+    """
+    ordered, reached = sorted(pids), 0
     for begin in range(0, len(ordered), _SIGNAL_BATCH):
         with contextlib.ExitStack() as opened:
             pidfds = {}
@@ -297,6 +304,8 @@ def _signal(
                 with contextlib.suppress(ProcessLookupError):
                     for number in numbers:
                         send(pidfds[pid], number)
+                    reached += 1
+    return reached
 
 
 def count_processes(path: Path) -> int:

@@ -251,25 +251,25 @@ class RunningJob:
 
     def signal(self, number: int, *, everything: bool) -> None:
         """Send a signal to the leader, or to every process. Raises as `Worker.signal` does."""
-        with self._ended:
-            if self._is_left:
-                raise WorkerClosedError
-            if self._status.is_over:
-                raise SignalError(self.job_id, "it has ended")
-            if not everything and _is_readable(self._pidfd):
-                raise SignalError(self.job_id, "its command has ended")
-            if not everything:
-                # EPERM: the leader runs as another user. The fork server has the right.
-                with contextlib.suppress(PermissionError):
-                    signal.pidfd_send_signal(self._pidfd, number)
-                    return
-        if everything and self._cgroup is not None:
-            with contextlib.suppress(PermissionError):
-                self._cgroup.signal(number)
-                return
         try:
+            with self._ended:
+                if self._is_left:
+                    raise WorkerClosedError
+                if self._status.is_over:
+                    raise SignalError(self.job_id, "it has ended")
+                if not everything and _is_readable(self._pidfd):
+                    raise SignalError(self.job_id, "its command has ended")
+                if not everything:
+                    # EPERM: the leader runs as another user. The fork server has the right.
+                    with contextlib.suppress(PermissionError):
+                        signal.pidfd_send_signal(self._pidfd, number)
+                        return
+            if everything and self._cgroup is not None:
+                with contextlib.suppress(PermissionError):
+                    self._cgroup.signal(number)
+                    return
             self._spawner.signal(self.job_id, number, uid=self._uid, everything=everything)
-        except ProcessLookupError:
+        except ProcessLookupError:  # perhaps since we have looked
             raise SignalError(self.job_id, "it has ended") from None
         except PermissionError as error:
             raise SignalError(self.job_id, "the kernel does not permit it") from error

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
 
+import job
 from argv import MAX_ARGV_BYTES
 from buffers import _BUFFERS, rest_ms
 from job import RunningJob
@@ -1162,6 +1163,43 @@ def test_number_that_is_no_signal_is_refused(worker: Worker) -> None:
         with pytest.raises(ValueError, match="not the number of a signal"):
             worker.signal(job_id, number, everything=True)
     assert worker.status(job_id).status is Status.RUNNING
+
+
+def test_no_signal_is_sent_to_a_leader_that_ends_just_then(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends after it was seen alive."""
+    job_id = _sh(worker, _FOREVER)
+    running = _running(worker, job_id)
+
+    def look(pidfd: int, timeout: float | None = 0) -> bool:
+        found = real_look(pidfd, timeout)
+        os.kill(running._pid, signal.SIGKILL)
+        assert select.select([running._exit_fd], [], [], GUARD_S)[0]  # it is reaped
+        return found
+
+    real_look = job._is_readable
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_is_readable", look)
+        with pytest.raises(SignalError, match="it has ended"):
+            worker.signal(job_id, signal.SIGTERM)
+    assert _end(worker.wait(job_id, GUARD_S)) == _KILLED_ITSELF
+
+
+def test_signal_to_everything_that_reaches_nothing_is_an_error(worker: Worker) -> None:
+    """The leader is dead, and the fork server has not reported the end."""
+    job_id = _sh(worker, _FOREVER)
+    running = _running(worker, job_id)
+    if running._cgroup is None:
+        pytest.skip("without cgroups the fork server is asked, and knows of the end")
+    os.kill(worker._spawner.pid, signal.SIGSTOP)
+    try:
+        os.kill(running._pid, signal.SIGKILL)
+        assert select.select([running._pidfd], [], [], GUARD_S)[0]
+        with pytest.raises(SignalError, match="it has ended"):
+            worker.signal(job_id, signal.SIGTERM, everything=True)
+    finally:
+        os.kill(worker._spawner.pid, signal.SIGCONT)
 
 
 _KILLED_ITSELF = (Status.FINISHED, EndReason.SIGNALLED, None, 9)
