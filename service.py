@@ -275,7 +275,7 @@ class _WorkerServicer:
         """Subscribe and record the call; return a generator of serialized messages."""
         job_id, _ = self._reach(request.job_id, call)
         job = self._worker.observe(job_id)
-        was_over = self._has_ended(job_id)  # perhaps CLOSED, by a former server
+        before = self._worker.status(job_id, live_usage=False)
         since = time_before(request, "since")
         with contextlib.ExitStack() as ending:
             ending.callback(self.quotas.stream(call.caller.name))
@@ -295,17 +295,17 @@ class _WorkerServicer:
                 call.context.set_trailing_metadata(end_metadata(job(), request.offset))
                 raise
             call.record()
-            return self._stream(chunks, job, ending.pop_all(), call, was_over=was_over)
+            return self._stream(chunks, job, before, ending.pop_all(), call)
 
     def _stream(
         self,
         chunks: worker.Subscription,
         job: Callable[[], Job],
+        before: Job,
         ending: contextlib.ExitStack,
         call: Call,
-        *,
-        was_over: bool,
     ) -> Iterator[bytes]:
+        """Yield the messages. `before`: the job, seen before the subscription began."""
         with ending:
             # If the client disconnects, gRPC does not wake a generator that waits for output. This
             # callback does.
@@ -320,11 +320,14 @@ class _WorkerServicer:
                 yield from _gap_messages(chunks)
                 call.context.set_trailing_metadata(end_metadata(job(), chunks.offset))
                 raise
-            state = job()
+            # A job that has ended since may have written more than the output so far. To say that
+            # it has ended would mean that this was all.
+            state = job() if chunks.follows else before
             # A job that runs: the client has gone, or wanted the output so far.
             if state.status.is_over or not chunks.follows:
                 call.context.set_trailing_metadata(end_metadata(state, chunks.offset))
-            if state.end_reason is EndReason.CLOSED and not was_over:
+            # It may have been CLOSED by a former server.
+            if state.end_reason is EndReason.CLOSED and not before.status.is_over:
                 raise worker.WorkerClosedError
 
     def _messages(self, chunks: worker.Subscription, call: Call) -> Iterator[bytes]:

@@ -86,6 +86,24 @@ def test_stream_without_following_ends_while_the_job_runs(
     assert b"".join(chunks) == b"".join(last) == b"4\n"
 
 
+def test_stream_without_following_tells_no_end_that_it_has_not_reached(
+    connect: Connect, public: Path
+) -> None:
+    """The job ends while the output so far is being read, and has written more by then."""
+    fifo, client, size = make_fifo(public / "go"), connect(), 32 * 1024 * 1024
+    script = f"head -c {size} /dev/zero; read _ <{fifo}; echo more"
+    job_id = client.start("sh", ["-c", script])
+    assert len(next(client.stream(job_id, size - 1))) == 1
+    brief = client.stream(job_id, follow=False)
+    received = len(next(brief))  # gRPC holds the rest back
+    fifo.write_text("go\n")
+    assert b"".join(client.stream(job_id, size)) == b"more\n"
+    received += sum(map(len, brief))
+    assert received == size
+    assert brief.end is not None
+    assert brief.end.status == "RUNNING"
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
