@@ -1,7 +1,6 @@
 """The subcommand `stream`: it writes a job's output to stdout, and what is missing to stderr.
 
-    for data in shown(client.stream(job_id)):
-        pass
+    write_all(client.stream(job_id, timestamps=True), timestamps=True)
 
 Thread safety: only the main thread of the program uses this module.
 """
