@@ -145,12 +145,12 @@ def _number(worker: SlurmWorker, job_id: str) -> str:
 # --- what a job is --------------------------------------------------------------------------
 
 
-def test_job_runs_on_a_node(worker: SlurmWorker) -> None:
+def test_job_runs_on_a_node(worker: SlurmWorker, cluster: Cluster) -> None:
     """Its output, exit code, node, usage and limits are known."""
     job, output = _run(worker, "sh", "-c", "echo out; echo err >&2; exit 7")
     assert output == b"out\nerr\n"
     assert (job.status, job.end_reason, job.exit_code) == (Status.FINISHED, EndReason.EXITED, 7)
-    assert job.node in {"node1", "node2"}
+    assert job.node in cluster.nodes
     assert job.limits.memory_bytes == 64 << 20
     assert job.usage is not None
     assert job.usage.cpu_user_s is not None
@@ -1106,13 +1106,14 @@ def test_node_that_dies(worker: SlurmWorker, cluster: Cluster) -> None:
     limits = Limits(cpu_cores=40, memory_bytes=64 << 20)
     ids = [_begun(worker, "sh", "-c", "echo; exec sleep 1000", limits=limits) for _ in "12"]
     nodes = {worker.status(each).node: each for each in ids}
-    cluster.kill_node("node1")
+    first, second = cluster.nodes
+    cluster.kill_node(first)
     try:
-        job = _end(worker, nodes["node1"])
+        job = _end(worker, nodes[first])
         assert (job.status, job.end_reason) == (Status.FINISHED, EndReason.NODE_FAILED)
-        assert worker.status(nodes["node2"]).status is Status.RUNNING
+        assert worker.status(nodes[second]).status is Status.RUNNING
     finally:
-        cluster.start_node("node1")
+        cluster.start_node(first)
         cluster.await_nodes()
     again = [_begun(worker, "sh", "-c", "echo; exec sleep 1000", limits=limits)]
-    assert worker.status(again[0]).node == "node1"
+    assert worker.status(again[0]).node == first

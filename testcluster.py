@@ -84,10 +84,12 @@ class Cluster:
         self.directory = directory
         self.conf = directory / "slurm.conf"
         self.environment = {"SLURM_CONF": str(self.conf)}
-        self.nodes = tuple(f"node{number + 1}" for number in range(nodes))
+        ports = _free_ports(nodes + 1)
+        # No other cluster of this machine may have these names: they name the cgroups of the steps,
+        # so it would kill ours.
+        self.nodes = tuple(f"node{number + 1}-{ports[0]}" for number in range(nodes))
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         host = socket.gethostname()
-        ports = _free_ports(nodes + 1)
         lines = [
             _NODE.format(name=name, host=host, port=port, cpus=cpus)
             for name, port in zip(self.nodes, ports[1:], strict=True)
@@ -260,12 +262,22 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for top in (path for name in self.nodes for path in _cgroups(name)):
+            for directory, _, _ in os.walk(top, topdown=False):
+                with contextlib.suppress(OSError):  # what was killed is not gone yet
+                    os.rmdir(directory)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _cgroups(node: str) -> list[Path]:
+    """Return the cgroups in which Slurm has made those of a node's jobs, for v1 and v2."""
+    base = Path("/sys/fs/cgroup")
+    return [*base.glob(f"*/slurm_{node}"), *base.glob(f"system.slice/{node}_slurmstepd.scope")]
 
 
 def _cgroup_conf() -> str:
