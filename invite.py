@@ -59,7 +59,7 @@ def invite(settings: Settings, name: str, invitation: Invitation) -> str:
         raise SettingsError(f"--address {error}") from None
     if invitation.output.exists():
         raise SettingsError(f"{invitation.output} exists; remove it, or name another with --output")
-    password = secrets.token_urlsafe(_PASSWORD_BYTES)
+    password = secrets.token_hex(_PASSWORD_BYTES)  # begins with no dash, as an option does
     try:
         user = make_user(name, invitation.role, password)
     except ValueError as error:

@@ -145,6 +145,11 @@ def test_wrong_first_word_is_explained(
             "argument --status: 'done' is not a status; write queued, running, stopped or finished",
         ),
         ("completion", "the following arguments are required: SHELL"),
+        (
+            "login -u user -p -dash",
+            "argument -p/--password: expected one argument; one that begins with a dash follows "
+            "an equals sign, like --name=-x",
+        ),
     ],
 )
 def test_wrong_usage_is_explained(stranger: ClientProgram, words: str, message: str) -> None:

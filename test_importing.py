@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def _invite(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def _password(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
-    return done.stdout.rpartition("which is not in the bundle: ")[2].strip()
+    password = done.stdout.rpartition("which is not in the bundle: ")[2].strip()
+    assert re.fullmatch("[0-9a-f]{24}", password)  # -p takes it, because it begins with no dash
+    return password
 
 
 @pytest.fixture(scope="module")
