@@ -148,7 +148,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         status = EXIT_UNKNOWN if self.prog.endswith((" run", " wait")) else _EXIT_USAGE
         if message.endswith("expected one argument"):  # in argparse's words
-            message += "; one that begins with a dash follows an equals sign, like --name=-x"
+            message += "; if it begins with a dash, write --name=-x"
         self.exit(status, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 

@@ -146,9 +146,8 @@ def test_wrong_first_word_is_explained(
         ),
         ("completion", "the following arguments are required: SHELL"),
         (
-            "login -u user -p -dash",
-            "argument -p/--password: expected one argument; one that begins with a dash follows "
-            "an equals sign, like --name=-x",
+            "list --server -dash",
+            "argument --server: expected one argument; if it begins with a dash, write --name=-x",
         ),
     ],
 )
