@@ -67,7 +67,8 @@ def _is_required() -> bool:
 
 
 @contextlib.contextmanager
-def _running() -> Iterator[Cluster]:
+def running() -> Iterator[Cluster]:
+    """Run a cluster, with a configuration of servers beside its slurm.conf."""
     epilog = f"Epilog={_HERE}/deploy/slurm-epilog"
     with (
         tempfile.TemporaryDirectory(prefix="cluster-") as name,
@@ -121,7 +122,7 @@ def cluster() -> Iterator[Cluster]:
         if _is_required():
             pytest.fail(problem)
         pytest.skip(problem)
-    with _running() as cluster:
+    with running() as cluster:
         yield cluster
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import cluster_plugin
 from cgroups import bases
 from client import Client, ClientError
 from testkit import GUARD_S, ServerProgram, children_of, fork_server_of, small_file_system
@@ -388,11 +389,14 @@ def limits() -> str:
 def place(
     public: Path, certs: Path, limits: str, request: pytest.FixtureRequest
 ) -> Iterator[_Place]:
-    has_cluster = request.config.getoption("--slurm")
-    cluster = request.getfixturevalue("cluster") if has_cluster else None
-    made = _Place(public, certs, limits, cluster=cluster)
-    yield made
-    made.end()
+    with contextlib.ExitStack() as undo:
+        cluster = None
+        if request.config.getoption("--slurm"):
+            assert request.getfixturevalue("cluster")  # or the test is skipped
+            cluster = undo.enter_context(cluster_plugin.running())  # all its jobs are this test's
+        made = _Place(public, certs, limits, cluster=cluster)
+        yield made
+        made.end()
 
 
 def _stop_rest(place: _Place, load: _Load) -> None:
