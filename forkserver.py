@@ -53,6 +53,7 @@ from leader import (
     wait_and_execute,
 )
 from leaders import Leaders
+from leftovers import MESSAGE_QUEUES
 from messages import AttachError, close_all, failure, receive, send
 from privileges import (
     CAP_CHOWN,
@@ -251,6 +252,8 @@ class _ForkServer:
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         inherited.refuse_splice()
         if self._uids is not None:
+            if not os.path.ismount(MESSAGE_QUEUES):
+                limit(resource.RLIMIT_MSGQUEUE, 0, 0)  # nobody could find what is left
             # Nobody may trace this process, or a fork of it that has not executed a program.
             prctl(PR_SET_DUMPABLE, 0)
             # With a restart window this process executes its program again.

@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-__all__ = ["DIRECTORIES", "Leftovers", "Removal", "clear", "clear_directory"]
+__all__ = ["DIRECTORIES", "MESSAGE_QUEUES", "Leftovers", "Removal", "clear", "clear_directory"]
 
-DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")  # noqa: S108 -- jobs write there
-"""Where every user may make files. The last one has the POSIX message queues, if it is mounted."""
+MESSAGE_QUEUES = "/dev/mqueue"
+DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", MESSAGE_QUEUES)  # noqa: S108
+"""Where every user may make files. The last one has the POSIX message queues. If it is not mounted,
+jobs of users get none (`forkserver.py`), because nobody could find what they leave."""
 
 _CLEARING_S = 2.0  # how long the end of a job waits for this; the removal itself may take longer
 # How many files, and bytes of a list, the main process looks at. If there are more, `clear` looks.

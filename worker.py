@@ -159,7 +159,7 @@ class Worker:
     `uids`: each job runs as the one of these users that `start` is given, and not as the user of
     the main process. Needs the right to change users (`privileges.can_change_user`).
     What a user's jobs leave behind is removed when the last of them ends: System V and POSIX IPC
-    objects, and files in /tmp, /var/tmp and /dev/shm.
+    objects, and files in /tmp, /var/tmp, /dev/shm and /run/lock.
     `host_accounts`: the `uids` are those of accounts of the host. A job has the groups of its
     account, and what it leaves in these places stays, because the account's user may have other
     processes.
