@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import ssl
 import time
 
@@ -43,6 +44,21 @@ _ALGORITHMS = tuple(
         ),
     )
 )
+# The same for the certificates of CAs, whose keys sign no handshake.
+_CA_ALGORITHMS = (
+    *_ALGORITHMS,
+    *map(
+        bytes.fromhex,
+        (
+            "301006072a8648ce3d020106052b81040021",  # EC P-224
+            "301006072a8648ce3d020106052b81040023",  # EC P-521
+            "302a300506032b6570032100",  # Ed25519
+        ),
+    ),
+)
+# The extension keyUsage, up to the byte whose first bit permits to sign a handshake.
+_KEY_USAGE = re.compile(rb"\x06\x03\x55\x1d\x0f(?:\x01\x01\xff)?\x04.\x03..(.)", re.DOTALL)
+_DIGITAL_SIGNATURE = 0x80
 # OpenSSL's reasons for the key of another certificate, of the same kind or of another one.
 _MISMATCH = ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH")
 _NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID
@@ -67,7 +83,8 @@ def check_ca(name: str, pem: bytes) -> int:
 
     Returns when the last of the CAs that are valid today expires, in seconds since 1970.
     """
-    cas = _parse(name, pem).get_ca_certs()
+    context = _parse(name, pem)
+    cas = context.get_ca_certs()
     if not cas:
         raise UnusableError(f"{name} holds no certificate of a CA")
     now = time.time()
@@ -78,6 +95,7 @@ def check_ca(name: str, pem: bytes) -> int:
     valid = [end for start, end in zip(starts, ends, strict=True) if start <= now <= end]
     if not valid:
         raise UnusableError(f"{name} is not valid yet; check the clock")
+    _check_ca_keys(name, context)
     return max(valid)
 
 
@@ -89,7 +107,7 @@ def check_pair(
     `chain`: in PEM, the certificate first, then those of intermediate CAs. Raises
     `UnusableError`; OSError if this process cannot make a file in memory.
     """
-    _parse(chain_name, chain)
+    _check_ca_keys(chain_name, _parse(chain_name, chain))
     if key.startswith(_BYTE_ORDER_MARK):
         raise UnusableError(f"{key_name} begins with a byte order mark; save it without")
     if _KEY_MARK not in key:
@@ -112,6 +130,9 @@ def check_pair(
         raise UnusableError(_wrong_kind(key_name)) from error
     if not any(algorithm in certificate for algorithm in _ALGORITHMS):
         raise UnusableError(_wrong_kind(key_name))
+    usage = _KEY_USAGE.search(certificate)
+    if usage is not None and not usage[1][0] & _DIGITAL_SIGNATURE:
+        raise UnusableError(f"{chain_name} has a keyUsage without digitalSignature")
     # The peer gets the certificate as its own CA. So OpenSSL verifies only dates and purpose.
     peer = client if side == "server" else server
     peer.verify_mode = ssl.CERT_REQUIRED
@@ -126,6 +147,16 @@ def check_pair(
     # Python's ssl tells the dates only to the side that has verified the certificate.
     verified = (ours if side == "server" else theirs).getpeercert() or {}
     return Certificate(certificate, ssl.cert_time_to_seconds(str(verified["notAfter"])))
+
+
+def _check_ca_keys(name: str, context: ssl.SSLContext) -> None:
+    """Raise `UnusableError` if a CA has a key with which gRPC cannot verify a certificate."""
+    for ca in context.get_ca_certs(binary_form=True):
+        if not any(algorithm in ca for algorithm in _CA_ALGORITHMS):
+            raise UnusableError(
+                f"{name} has the certificate of a CA whose key is of a kind that gRPC cannot use; "
+                f"use {_KINDS}"
+            )
 
 
 def _wrong_kind(key_name: str) -> str:

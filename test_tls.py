@@ -92,9 +92,14 @@ def _make(  # noqa: PLR0913
     return path
 
 
-def _make_ca(directory: Path, name: str, days: tuple[int, int] = (-1, 1)) -> Path:
+def _make_ca(
+    directory: Path,
+    name: str,
+    days: tuple[int, int] = (-1, 1),
+    key: tuple[str, ...] = _P256,
+) -> Path:
     extensions = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign"
-    return _make(directory, name, extensions, ca=None, days=days)
+    return _make(directory, name, extensions, ca=None, days=days, key=key)
 
 
 def _der(path: Path) -> bytes:
@@ -451,6 +456,26 @@ _DAMAGES: dict[str, tuple[_Damage, str]] = {
     "certificate for clients": (
         lambda d, _: _make(d, "server", _FOR_CLIENTS, ca=d / "server-ca"),
         "server.pem: unsuitable certificate purpose",
+    ),
+    "certificate for encryption only": (
+        lambda d, _: _make(
+            d,
+            "server",
+            f"{_FOR_SERVERS}\nkeyUsage=critical,keyEncipherment",
+            ca=d / "server-ca",
+            key=("-newkey", "rsa:2048"),
+        ),
+        "server.pem has a keyUsage without digitalSignature",
+    ),
+    "CA whose key gRPC does not know": (
+        lambda d, _: _make_ca(d, "client-ca", key=_BRAINPOOL),
+        "client-ca.pem has the certificate of a CA whose key is of a kind that gRPC cannot use",
+    ),
+    "CA in the chain whose key gRPC does not know": (
+        lambda d, _: (d / "server.pem").write_bytes(
+            (d / "server.pem").read_bytes() + _make_ca(d, "between", key=_BRAINPOOL).read_bytes()
+        ),
+        "server.pem has the certificate of a CA whose key is of a kind that gRPC cannot use",
     ),
     "CA garbled": (
         lambda d, _: (d / "client-ca.pem").write_text("?"),
