@@ -152,12 +152,11 @@ class Store:
 
     def _open(self, path: Path) -> sqlite3.Connection:
         """Open, check and migrate a database that exists."""
-        status = os.lstat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{path} is not a regular file; remove it, and {_RESTORE}")
-        if _is_truncated(path, status.st_size):
+        _check_files(path)
+        size = os.lstat(path).st_size
+        if _is_truncated(path, size):
             raise StoreError(
-                f"{path} is truncated: it has {status.st_size} bytes; {_RESTORE}", code=errno.EIO
+                f"{path} is truncated: it has {size} bytes; {_RESTORE}", code=errno.EIO
             )
         with contextlib.ExitStack() as undo:
             connection = _connect(str(path))
@@ -389,6 +388,23 @@ def _lock_directory(path: Path) -> int:
             ) from None
         undo.pop_all()
     return fd
+
+
+def _check_files(path: Path) -> None:
+    """Raise `StoreError` unless all files of a database are regular, and ours or root's."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        file = Path(f"{path}{suffix}")
+        try:
+            status = os.lstat(file)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(status.st_mode):  # SQLite would wait at a FIFO for ever
+            raise StoreError(f"{file} is not a regular file; remove it, and {_RESTORE}")
+        if status.st_uid not in (0, os.geteuid()):
+            raise StoreError(
+                f"{file} belongs to uid {status.st_uid}, who could have changed it; {_RESTORE}",
+                code=errno.EPERM,
+            )
 
 
 def _sync(path: Path) -> None:

@@ -60,8 +60,8 @@ _MODULES = {
         "unixsockets": "",
         "takeover": "privileges unixsockets",
         "errands": "cgroupfs inherited leader leftovers messages privileges",
-        "forkserver": "cgroupfs children errands estate inherited leader leaders messages "
-        "privileges takeover",
+        "forkserver": "cgroupfs children errands estate inherited leader leaders leftovers "
+        "messages privileges takeover",
         "successor": "cgroups errors messages takeover; limits",
         "lifeline": "",
         "spawner": "descriptors lifeline messages successor takeover",

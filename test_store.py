@@ -418,6 +418,27 @@ def test_what_is_not_a_regular_file_is_told_at_once(
     assert (tmp_path / "target").read_bytes() == b""
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_other_file_that_is_not_regular_is_told_at_once(directory: Path, suffix: str) -> None:
+    """SQLite opens a journal before the database is read, and would wait at a FIFO."""
+    Store(directory).close()
+    path = directory / f"{NAME}{suffix}"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    _is_refused(directory, f"{path} is not a regular file")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("suffix", ["", "-journal"])
+def test_file_of_somebody_else_is_refused(directory: Path, suffix: str) -> None:
+    """Whoever owns it may have written what it says, or still have it open."""
+    Store(directory).close()
+    path = directory / f"{NAME}{suffix}"
+    path.touch()
+    os.chown(path, NOBODY, NOBODY)
+    _is_refused(directory, f"{path} belongs to uid {NOBODY}")
+
+
 def test_directory_that_others_can_enter_is_refused(directory: Path, tmp_path: Path) -> None:
     """Or one that belongs to somebody else, or is a link, or cannot be made."""
     directory.mkdir(0o700)
