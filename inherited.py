@@ -40,7 +40,7 @@ _NUMBERS = {
     "x86_64": (250, 251, 252, 276),
     "aarch64": (219, 30, 31, 77),
     "riscv64": (219, 30, 31, 77),
-}
+}.get(os.uname().machine)
 # splice, for each ABI that a program can use on one of these: linux/audit.h, asm/unistd.h.
 _SPLICE = (
     (0xC000_003E, 275),  # x86_64
@@ -56,6 +56,11 @@ _LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _REFUSE, _ALLOW = 0x0005_0000, 0x7FFF_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Made once and not by each leader: what a leader makes costs it copies of memory pages.
+_JOIN_NEW_KEYRING = _NUMBERS and (
+    *(ctypes.c_long(each) for each in (_NUMBERS[0], _KEYCTL_JOIN_SESSION_KEYRING)),
+    None,
+)
 
 
 def reset() -> None:
@@ -112,7 +117,7 @@ def refuse_splice() -> None:
     The errno is EINVAL, which the kernel has for files that cannot be spliced: programs then read
     and write, those in Go after no other errno. For a process with no_new_privs. Raises OSError.
     """
-    if os.uname().machine not in _NUMBERS or _permits_tee() or not _permits_splice():
+    if _NUMBERS is None or _permits_tee() or not _permits_splice():
         return
     rules = [
         rule
@@ -159,7 +164,7 @@ def _join_new_keyring() -> None:
     """Replace the session keyring by a new, empty one. Raises OSError."""
     # EPERM: a seccomp filter refuses it, as in the unit and in Docker; then it refuses a job, too.
     # ENOSYS: the kernel has no keys.
-    if _call(0, _KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
+    if _JOIN_NEW_KEYRING and _libc.syscall(*_JOIN_NEW_KEYRING) < 0:
         number = ctypes.get_errno()
         if number not in (errno.EPERM, errno.ENOSYS):
             raise OSError(number, os.strerror(number))
@@ -170,17 +175,12 @@ def _leave_real_time_io() -> None:
         _call(1, _IOPRIO_WHO_PROCESS, 0, 0)
 
 
-def _call(which: int, *arguments: int | None) -> int:
+def _call(which: int, *arguments: int) -> int:
     """Make one of the system calls of _NUMBERS; -1 with ENOSYS on other architectures."""
-    numbers = _NUMBERS.get(os.uname().machine)
-    if numbers is None:
+    if _NUMBERS is None:
         ctypes.set_errno(errno.ENOSYS)
         return -1
-    return int(_libc.syscall(ctypes.c_long(numbers[which]), *map(_argument, arguments)))
-
-
-def _argument(value: int | None) -> ctypes.c_long | None:
-    return None if value is None else ctypes.c_long(value)
+    return int(_libc.syscall(ctypes.c_long(_NUMBERS[which]), *map(ctypes.c_long, arguments)))
 
 
 def _write(path: str, data: bytes) -> None:

@@ -62,6 +62,10 @@ CAP_SETGID = 6
 CAP_SETUID = 7
 CAP_SYS_RESOURCE = 24
 _CAPABILITIES = 64  # the highest number there can be, plus one
+# Two of struct __user_cap_data_struct, the first with the lower half of each mask: the effective,
+# the permitted and the inheritable capabilities.
+_CapabilityData = ctypes.c_uint32 * 6
+_OF_THIS_THREAD = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)  # struct __user_cap_header_struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -112,9 +116,10 @@ def keep_capabilities(*capabilities: int, inheritable: bool = False) -> None:
     One of `capabilities` that the process does not have is not gained. `inheritable`: children of
     this process, and it itself, can still hand them on: `pass_on_capabilities`. Raises OSError.
     """
-    kept = sum(1 << each for each in capabilities) & _effective_capabilities()
+    effective, _, _ = _capabilities()
+    kept = sum(1 << each for each in capabilities) & effective
     if inheritable:  # before the bounding set is cleared, because it bounds what can be added
-        _set_capabilities(_effective_capabilities(), inheritable=kept)
+        _set_capabilities(effective, inheritable=kept)
     _clear_bounding_set()
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _set_capabilities(kept, inheritable=kept if inheritable else 0)
@@ -122,12 +127,23 @@ def keep_capabilities(*capabilities: int, inheritable: bool = False) -> None:
 
 def _set_capabilities(effective: int, *, inheritable: int) -> None:
     """Set the effective and permitted ones, and the inheritable ones."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     words = [(each & 0xFFFF_FFFF, each >> 32) for each in (effective, effective, inheritable)]
-    data = (ctypes.c_uint32 * 6)(*(low for low, _ in words), *(high for _, high in words))
-    if _libc.capset(header, data):
+    data = _CapabilityData(*(low for low, _ in words), *(high for _, high in words))
+    _call_about_capabilities(_libc.capset, data)
+
+
+def _capabilities() -> tuple[int, int, int]:
+    """Return the effective, the permitted and the inheritable ones, each as a mask of bits."""
+    data = _CapabilityData()
+    _call_about_capabilities(_libc.capget, data)
+    return data[0] | data[3] << 32, data[1] | data[4] << 32, data[2] | data[5] << 32
+
+
+def _call_about_capabilities(call: Any, data: ctypes.Array[ctypes.c_uint32]) -> None:
+    """Call capget(2) or capset(2) for this thread. Raises OSError."""
+    if call(_OF_THIS_THREAD, data):
         number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
+        raise OSError(number, f"{call.__name__}: {os.strerror(number)}")
 
 
 def as_user(uid: int | None, send: Callable[[Any, int], object], process: Any, n: int) -> None:
@@ -165,7 +181,8 @@ def pass_on_capabilities() -> None:
 
     Those are the ones that `keep_capabilities` has kept as `inheritable`. Raises OSError.
     """
-    kept = _effective_capabilities() & _capabilities("CapInh")
+    effective, _, inheritable = _capabilities()
+    kept = effective & inheritable
     for capability in range(_CAPABILITIES):  # root gets the inheritable ones without this
         if kept >> capability & 1:
             prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability)
@@ -173,7 +190,10 @@ def pass_on_capabilities() -> None:
 
 def pass_on_nothing() -> None:
     """Have no program that this process executes get a capability. Raises OSError."""
-    _set_capabilities(_effective_capabilities(), inheritable=0)
+    data = _CapabilityData()
+    _call_about_capabilities(_libc.capget, data)
+    data[2] = data[5] = 0
+    _call_about_capabilities(_libc.capset, data)
 
 
 def prctl(option: int, value: int, *more: int) -> None:
@@ -203,17 +223,8 @@ def set_process_name(name: bytes) -> None:
 
 def has_capabilities(*capabilities: int) -> bool:
     """Whether this process has all of these capabilities."""
-    effective = _effective_capabilities()
+    effective, _, _ = _capabilities()
     return all(effective >> capability & 1 for capability in capabilities)
-
-
-def _effective_capabilities() -> int:
-    return _capabilities("CapEff")
-
-
-def _capabilities(which: str) -> int:
-    with open("/proc/thread-self/status", "rb") as status:
-        return int(status.read().partition(f"{which}:".encode())[2].split()[0], 16)
 
 
 def _clear_bounding_set() -> None:
