@@ -90,14 +90,9 @@ class SlurmStarter(Starter):
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
             self._prepare_output(spare.output, work.owner, budget)
-            try:
-                with self._execution(spare):
-                    job = self._begin(work, around, spare, undo)
-                    undo.pop_all()
-            except WorkerClosedError:
-                with self._idle:
-                    self._cut_off.add(spare.job_id)  # its command may have run
-                raise
+            with self._execution(spare):
+                job = self._begin(work, around, spare, undo)
+                undo.pop_all()
             return job.job_id
 
     def _begin(

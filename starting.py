@@ -340,12 +340,16 @@ class Starter:
             if self._closed:
                 raise WorkerClosedError
             self._executing[spare.job_id] = spare
+        is_cut_off = False
         try:
             yield
+        except WorkerClosedError:
+            is_cut_off = True
+            raise
         finally:
             with self._idle:
                 was_killed = self._executing.pop(spare.job_id, None) is None
-                if was_killed:
+                if was_killed or is_cut_off:
                     self._cut_off.add(spare.job_id)
         if was_killed:
             raise WorkerClosedError
