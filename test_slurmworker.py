@@ -83,15 +83,7 @@ def make(cluster: Cluster) -> Iterator[Callable[..., SlurmWorker]]:
 
         yield make
     for each in made:
-        _await_no_jobs(cluster, each.cluster.name)
-
-
-def _await_no_jobs(cluster: Cluster, name: str) -> None:
-    # Slurm tells nobody when a job has left the queue.
-    script = (
-        'for i in $(seq 600); do [ -z "$(squeue -h --name=$0)" ] && exit; sleep 0.1; done; exit 1'
-    )
-    subprocess.run(["sh", "-c", script, name], env=os.environ | cluster.environment, check=True)
+        assert not cluster.await_no_jobs(each.cluster.name)
 
 
 @pytest.fixture
@@ -358,7 +350,7 @@ def test_epilog_removes_the_tmpdir_that_a_killed_wrapper_has_left(
     assert (tmp / "a" / "b").exists()
     cluster.run("scancel", "--signal=KILL", f"{_number(worker, job_id)}.0")
     _end(worker, job_id)
-    _await_no_jobs(cluster, worker.cluster.name)
+    assert not cluster.await_no_jobs(worker.cluster.name)
     assert not tmp.exists()
 
 
@@ -412,7 +404,7 @@ def test_what_a_killed_program_left_is_ended(cluster: Cluster, tmp_path: Path) -
     command = [sys.executable, "-c", code, str(_HERE), str(cluster.conf), str(tmp_path / "o")]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=GUARD_S)
     assert (done.stdout, done.returncode) == (b"2\n", -signal.SIGKILL)
-    _await_no_jobs(cluster, "jw-killed")
+    assert not cluster.await_no_jobs("jw-killed")
 
 
 def test_left_over_jobs_are_ended_at_the_start(
@@ -485,7 +477,7 @@ def test_fork_server_that_dies_takes_the_jobs_with_it(
     job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
     kill_fork_server(worker)
     assert _end(worker, job_id).end_reason is EndReason.LOST
-    _await_no_jobs(cluster, "jw-orphans")
+    assert not cluster.await_no_jobs("jw-orphans")
 
 
 def test_job_is_lost_with_its_fork_server_although_its_worker_ends(
@@ -895,7 +887,7 @@ def restarts(cluster: Cluster, tmp_path: Path) -> Iterator[_Restarts]:
     if made.worker is not None:
         made.worker.close()
         made.store.close()
-    _await_no_jobs(cluster, "jw-next")
+    assert not cluster.await_no_jobs("jw-next")
 
 
 def _on_fifo(path: Path) -> str:
@@ -994,7 +986,7 @@ def test_next_worker_cancels_what_a_killed_fork_server_has_left(
     os.waitpid(pid, 0)
     worker = restarts.open()
     assert _end(worker, job_id).end_reason is EndReason.LOST
-    _await_no_jobs(cluster, "jw-next")
+    assert not cluster.await_no_jobs("jw-next")
 
 
 def test_jobs_of_a_cluster_are_refused_to_another_worker(restarts: _Restarts) -> None:

@@ -485,6 +485,7 @@ def _leftovers(place: _Place, found: Counter[str], ids: set[str], kept: set[str]
     """
     if place.cluster is not None:
         found["jobs left over on the cluster"] += len(place.cluster.await_no_jobs())
+        found["steps left over on the cluster"] += len(place.cluster.step_daemons())
         tmp = {path.name[3:39] for path in Path("/tmp").glob("jw-*")}
         found["TMPDIRs left over on the nodes"] += len(tmp & ids)
     text = str(place.marks).encode()

@@ -173,13 +173,20 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """Have a node die: its slurmd, its steps and all of their processes."""
         self.kill(name)
-        for pid in self._step_daemons(name):
+        self._kill_steps(name)
+
+    def _kill_steps(self, name: str) -> None:
+        """SIGKILL all processes of the steps of a node."""
+        for pid in self._step_daemons_of(name):
             for each in (pid, *reversed(_descendants(pid))):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(each, signal.SIGKILL)
 
-    def _step_daemons(self, name: str) -> list[int]:
-        """Return the processes that look after the steps of a node of this cluster, not another."""
+    def step_daemons(self) -> list[int]:
+        """Return the processes that look after the steps of this cluster, not of another."""
+        return [pid for name in self.nodes for pid in self._step_daemons_of(name)]
+
+    def _step_daemons_of(self, name: str) -> list[int]:
         log = f"{self.directory.resolve()}/slurmd_{name}.log"
         found = []
         for path in Path("/proc").iterdir():
@@ -218,16 +225,16 @@ class Cluster:
             timeout=_READY_S,
         )
 
-    def await_no_jobs(self) -> list[str]:
-        """Block until Slurm has no job any more, for up to 30 s; return what is left then.
+    def await_no_jobs(self, name: str = "") -> list[str]:
+        """Block until no job is left, for up to 60 s; return what squeue(1) then shows of the rest.
 
-        That is the numbers of jobs, and the processes that look after steps.
+        `name`: of the jobs that count; all of them without.
         """
-        script = 'for i in $(seq 300); do [ -z "$(squeue -h)" ] && exit 0; sleep 0.1; done; exit 1'
-        self.run("sh", "-c", script, check=False)
-        left = self.run("squeue", "--noheader", "--format=%i %T %k").splitlines()
-        daemons = [pid for name in self.nodes for pid in self._step_daemons(name)]
-        return left + [f"slurmstepd {pid}" for pid in daemons]
+        # Slurm tells nobody when a job has left the queue.
+        script = 'for i in $(seq 600); do [ -z "$("$@")" ] && exit; sleep 0.1; done'
+        command = ["squeue", "-h", *([f"--name={name}"] if name else [])]
+        self.run("sh", "-c", script, "sh", *command)
+        return self.run(*command).splitlines()
 
     def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with (self.directory / f"{name}.out").open("ab") as log:
@@ -255,10 +262,7 @@ class Cluster:
             if process is None:
                 continue
             if name in self.nodes:
-                for pid in self._step_daemons(name):
-                    for each in (pid, *reversed(_descendants(pid))):
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(each, signal.SIGKILL)
+                self._kill_steps(name)
             process.terminate()
             try:
                 process.wait(10)
