@@ -525,7 +525,7 @@ def test_processes_of_all_jobs_are_bounded(base: Path) -> None:
 )
 def test_cgroups_below_jobs_are_bounded(base: Path, script: str) -> None:
     """A job that may make cgroups makes neither deeper nor more of them than the bounds allow."""
-    bounds = Bounds(cgroup_depth=4, cgroups=6)  # the job, two spares, and three more
+    bounds = Bounds(cgroup_depth=4, cgroups=5)  # the job, the next job's spare, and three more
     go = 'cd "$0/$(sed -n s/^0::.//p /proc/self/cgroup)" || exit; exec 2>&1; '
     with Worker(enforcement="require", cgroup_root=base, bounds=bounds) as worker:
         job = worker.start("sh", ["-c", go + script, str(_top(worker))])
