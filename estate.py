@@ -114,6 +114,8 @@ class Estate:
                 self.keep(job, fds)
             case "end input":
                 self.end_input(job, request["place"])
+            case "forget":
+                self.forget(job)
             case _:
                 raise ValueError("unknown request")
 

@@ -260,13 +260,10 @@ class _ForkServer:
             keep_capabilities(*_CAPABILITIES, inheritable=self._restart is not None)
 
     def _serve(self) -> None:
-        """Receive one request; answer on the socket that came with it, if one must."""
+        """Receive one request and answer on the socket that came with it."""
         request, fds = receive(self._socket)
         try:
-            if request["op"] == "forget":
-                if self._estate is not None:
-                    self._estate.forget(request["job"])
-            elif fds:  # none come when this process has no free descriptor number
+            if fds:  # none come when this process has no free descriptor number
                 with socket.socket(
                     socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=fds.pop(0)
                 ) as reply:

@@ -19,7 +19,7 @@ when the leader's process group is gone. Without cgroups there are two lines if 
 the job outlive the leader: the second one when these have ended or were killed. End-of-file
 without a line means that the fork server died.
 
-Each request but `forget` carries a socket for its answer; its end-of-file ends the answer. The
+Each request carries a socket for its answer; end-of-file on that socket ends the answer. The
 forked process inherits that socket. It receives the program on it and reports errors on it;
 a successful exec closes it. So no start waits for another.
 
@@ -343,12 +343,11 @@ class Spawner:
     def forget(self, job: str) -> None:
         """Have the fork server keep nothing of a job: its end is recorded, or it did not start.
 
-        Does nothing if jobs are not kept. Never raises. Does not wait: if this process dies first,
-        the next one finds the job in the store.
+        Does nothing if jobs are not kept. Never raises.
         """
         if self.keeps_jobs:
-            with contextlib.suppress(OSError), self._lock:
-                send(self._socket, {"op": "forget", "job": job})
+            with contextlib.suppress(SpawnerDiedError, OSError):
+                self._request({"op": "forget", "job": job})
 
     def forget_others(self) -> None:
         """End those jobs of a former main process that were not adopted.
