@@ -95,7 +95,7 @@ def _settle(worker: Worker | None) -> None:
 
 
 def _descriptors(worker: Worker) -> int:
-    """Count this process's descriptors, with those of the spares."""
+    """Count this process's descriptors, with those of the spare."""
     settle_spares(worker)
     return len(descriptors_of())
 

@@ -43,7 +43,7 @@ _HERE = Path(__file__).resolve().parent
 _MOMENTS = int(os.environ.get("JOBWORKER_MOMENTS", "5"))
 _CLIENTS = 3
 _RETRY_S = 120.0
-_FDS_SPARES = 32  # what the two spare jobs may take, which are there or not
+_FDS_SPARE = 16  # what a spare job may take, which is there or not
 
 _KINDS = ("kill main", "kill fork server", "kill both", "SIGTERM", "upgrade")
 
@@ -527,7 +527,7 @@ def test_nothing_is_lost_at_random_moments(place: _Place) -> None:
     found: Counter[str] = Counter()
     _stop_rest(place, load)
     _judge(place, load, found)
-    found["descriptors left over"] += max(0, place.descriptors() - idle - _FDS_SPARES)
+    found["descriptors left over"] += max(0, place.descriptors() - idle - _FDS_SPARE)
     with place.connect() as client:
         kept = {job.job_id for job in client.list()}
     place.end()

@@ -234,7 +234,7 @@ def _traces(worker: Worker) -> dict[str, object]:
     spawner.kill("nobody")  # the fork server answers in order, so it has dealt with the rest
     jobs = worker._subtree.jobs if worker._subtree else None
     return {
-        # Only how many, because the numbers of the spares' descriptors vary.
+        # Only how many, because the numbers of the spare's descriptors vary.
         "descriptors": len(descriptors_of()),
         "fork server's descriptors": len(descriptors_of(spawner.pid)),
         "threads": sorted(thread.name for thread in threading.enumerate()),
@@ -571,13 +571,12 @@ def test_ended_jobs_keep_their_output_and_nothing_else(worker: Worker) -> None:
 # --- spares ---------------------------------------------------------------------------------
 
 
-def _spares(worker: Worker) -> set[int]:
-    """Return the pids of the spares' processes."""
+def _spare(worker: Worker) -> int:
+    """Return the pid of the spare's process."""
     settle_spares(worker)
-    worker._spawner.kill("nobody")  # the fork server answers in order, so it has forked the spares
-    spares = set(children_of(worker._spawner.pid)) - set(job_processes(worker._spawner.pid))
-    assert spares
-    return spares
+    worker._spawner.kill("nobody")  # the fork server answers in order, so it has forked the spare
+    (spare,) = set(children_of(worker._spawner.pid)) - set(job_processes(worker._spawner.pid))
+    return spare
 
 
 def _pid(worker: Worker, **options: Any) -> int:
@@ -589,33 +588,32 @@ def _pid(worker: Worker, **options: Any) -> int:
 
 
 def test_the_next_jobs_process_is_there_before_its_start(worker: Worker) -> None:
-    """From the first job on, a spare's process becomes the leader, and a new spare is made."""
+    """From the first job on, the spare's process becomes the leader, and a new spare is made."""
     for _ in range(5):
-        spares = _spares(worker)
-        assert _pid(worker) in spares
+        spare = _spare(worker)
+        assert _pid(worker) == spare
 
 
 def test_after_a_failed_start_a_new_spare_is_made(worker: Worker) -> None:
-    """The processes and everything else of the used spares are gone."""
-    before, spares = _traces(worker), _spares(worker)
+    """The process and everything else of the used spare are gone."""
+    before, spare = _traces(worker), _spare(worker)
     for command in ("/no/such", "/etc", "no-such-command"):
         with pytest.raises(CommandError):
             worker.start(command)
     _await_reaped(worker)
     assert _traces(worker) == before
-    assert _spares(worker).isdisjoint(spares)
+    assert _spare(worker) != spare
 
 
 def test_spare_whose_process_was_killed_is_replaced(worker: Worker) -> None:
-    """If somebody kills the spares' processes, the next jobs get new processes."""
-    spares = _spares(worker)
-    for spare in spares:
-        pidfd = os.pidfd_open(spare)
-        os.kill(spare, signal.SIGKILL)
-        assert select.select([pidfd], [], [], GUARD_S)[0]
-        os.close(pidfd)
-    assert _pid(worker) not in spares
-    assert _pid(worker) not in spares
+    """If somebody kills the spare's process, the next job gets a new process in that cgroup."""
+    spare = _spare(worker)
+    pidfd = os.pidfd_open(spare)
+    os.kill(spare, signal.SIGKILL)
+    assert select.select([pidfd], [], [], GUARD_S)[0]
+    os.close(pidfd)
+    assert _pid(worker) != spare
+    assert _pid(worker) != spare
 
 
 # --- ends ---------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def fork_server_of(main: int) -> int:
 
 
 def job_processes(fork_server: int) -> list[int]:
-    """Return the children of a worker's fork server, except the spares' processes."""
+    """Return the children of a worker's fork server, except the spare process."""
     program = Path(f"/proc/{fork_server}/cmdline").read_bytes()
     found = []
     for pid in children_of(fork_server):
@@ -179,7 +179,7 @@ def job_processes(fork_server: int) -> list[int]:
 
 
 def job_cgroups(jobs: Path) -> list[Path]:
-    """Return the cgroups in the cgroup `jobs`, except those of the spares."""
+    """Return the cgroups in the cgroup `jobs`, except the one of the spare process."""
     found = []
     for path in jobs.iterdir():
         if path.is_dir():
@@ -197,7 +197,7 @@ def settle_spares(worker: Worker) -> None:
     spares.fill()
     with spares._changed:
         if not spares._changed.wait_for(lambda: spares._due_s is None, GUARD_S):
-            pytest.fail("the spares are not made")
+            pytest.fail("the next job's spare is not made")
 
 
 def discard_spares(worker: Worker) -> None:
@@ -269,7 +269,7 @@ def public_python() -> str:
 
 
 def job_files(worker: Worker) -> list[str]:
-    """Return the files in the worker's output directory, except the spares' empty ones."""
+    """Return the files in the worker's output directory, except the spare's empty one."""
     known = {f"{job.job_id}.out" for job in worker.list()}
     directory = worker._output_dir.path
     return sorted(

@@ -273,7 +273,7 @@ class Worker:
         if os.geteuid() != uid:
             self._parts.give_to(uid)
         privileges.drop_privileges(uid)
-        self._parts.begin()  # not before, because the spares' cgroups must belong to `uid`
+        self._parts.begin()  # not before, because the spare's cgroup must belong to `uid`
 
     def resume(self, terms: Terms = no_terms) -> None:
         """Go on with the jobs that a former worker of the store and of `restart_dir` has left.
