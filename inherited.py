@@ -30,6 +30,7 @@ OOM_SCORE_ADJ = 500
 it takes jobs before this program."""
 
 _PR_SET_SECUREBITS = 28
+_PR_SET_IO_FLUSHER = 57
 _PR_SET_MEMORY_MERGE = 67
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 1, 13, 1
@@ -77,8 +78,10 @@ def reset() -> None:
     _leave_real_time_io()
     if _libc.personality(ctypes.c_ulong(_PERSONALITY_QUERY)) > 0:
         _libc.personality(ctypes.c_ulong(0))  # no address space randomization, for example
-    with contextlib.suppress(OSError):  # EINVAL before Linux 6.4. EPERM: this needs a capability.
-        prctl(_PR_SET_MEMORY_MERGE, 0)
+    for option in (_PR_SET_MEMORY_MERGE, _PR_SET_IO_FLUSHER):
+        # EINVAL before Linux 6.4 and 5.6. EPERM: this needs CAP_SYS_RESOURCE.
+        with contextlib.suppress(OSError):
+            prctl(option, 0)
     # In the kernel's audit log a job must not appear as the person who started this program. This
     # needs CAP_AUDIT_CONTROL, and a kernel with auditing.
     with contextlib.suppress(OSError):

@@ -34,11 +34,13 @@ _UIDS = range(71_001, 71_003)
 
 # What a process can find out about itself. `number` is a system call's number.
 _LOOK = r"""
-import ctypes, fcntl, json, os, resource, signal, sys
+import ctypes, fcntl, json, os, resource, signal, socket, sys
 
 libc = ctypes.CDLL(None, use_errno=True)
 long = ctypes.c_long
-numbers = {"x86_64": (250, 251, 252, 248), "aarch64": (219, 30, 31, 217)}.get(os.uname().machine)
+numbers = {
+    "x86_64": (250, 251, 252, 248, 239, 238), "aarch64": (219, 30, 31, 217, 236, 237)
+}.get(os.uname().machine)
 
 def keyctl(*arguments):
     return libc.syscall(long(numbers[0]), *arguments)
@@ -47,6 +49,25 @@ def get_prctl(option):
     value = ctypes.c_int(-1)
     libc.prctl(option, ctypes.byref(value), 0, 0, 0)
     return value.value
+
+def memory_policy():
+    mode = ctypes.c_int(-1)
+    if numbers:
+        libc.syscall(long(numbers[4]), ctypes.byref(mode), None, long(0), None, long(0))
+    return mode.value
+
+def core_cookie():
+    cookie = ctypes.c_ulonglong(0)
+    libc.prctl(62, 0, 0, 0, ctypes.byref(cookie))
+    return cookie.value
+
+def may_bind():
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", 0))
+            return True
+        except PermissionError:
+            return False
 
 def read(name):
     try:
@@ -83,6 +104,12 @@ def look():
                        for name in os.listdir("/proc/self/ns")},
         "root": os.readlink("/proc/self/root"), "label": read("attr/current"),
         "timer_slack": libc.prctl(30, 0, 0, 0, 0),
+        "memory_policy": memory_policy(), "core_dump_filter": read("coredump_filter"),
+        "no_execution": libc.prctl(66, 0, 0, 0, 0), "machine_checks": libc.prctl(34, 0, 0, 0, 0),
+        "speculation": [libc.prctl(52, long(each), 0, 0, 0) for each in range(3)],
+        "time_stamps": get_prctl(25), "core_cookie": core_cookie(), "may_bind": may_bind(),
+        # PF_MEMALLOC_NOIO: PR_GET_IO_FLUSHER tells only processes with CAP_SYS_RESOURCE.
+        "io_flusher": int(fields[6]) >> 19 & 1,
         "keyring": keyctl(0, long(-3), 0) if numbers else None,
         "key": keyctl(10, long(-3), b"user", b"secret", 0) > 0 if numbers else None,
     }
@@ -107,9 +134,21 @@ libc.prctl(28, 0x4, 0, 0, 0)  # securebits: a change of the user leaves the capa
 libc.prctl(67, 1, 0, 0, 0)
 libc.prctl(41, 1, 0, 0, 0)  # no huge pages
 libc.prctl(29, 12345, 0, 0, 0)  # timer slack, in nanoseconds
+libc.prctl(57, 1, 0, 0, 0)  # I/O flusher
+libc.prctl(65, long(1), 0, 0, 0)  # no memory that is writable and executable
+for each in range(3):
+    libc.prctl(53, long(each), long(4), 0, 0)  # no speculation
+libc.prctl(62, 1, 0, 0, 0)  # a core-scheduling cookie
+libc.prctl(33, 1, 1, 0, 0)  # machine checks: to be killed early
 libc.personality(ctypes.c_ulong(0x0040000))  # ADDR_NO_RANDOMIZE
+if numbers:
+    libc.syscall(long(numbers[5]), long(2), ctypes.byref(ctypes.c_ulong(1)), long(64))  # MPOL_BIND
+# Landlock: no TCP port may be bound. Two masks: of accesses to files, and to the network.
+ruleset = libc.syscall(long(444), ctypes.byref((ctypes.c_uint64 * 2)(0, 1)), long(16), long(0))
+libc.syscall(long(446), long(ruleset), long(0))
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-for name, value in {"oom_score_adj": b"-1000", "loginuid": b"12345"}.items():
+values = {"oom_score_adj": b"-1000", "loginuid": b"12345", "coredump_filter": b"0x7f"}
+for name, value in values.items():
     with contextlib.suppress(OSError):
         with open(f"/proc/self/{name}", "wb", buffering=0) as file:
             file.write(value)
@@ -256,6 +295,7 @@ _ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], Any, Any]] = {
     "nice value": (lambda p: p["nice"], 0, -5),
     "scheduling policy": (lambda p: p["policy"], os.SCHED_OTHER, os.SCHED_RR),
     "I/O priority": (lambda p: p["io_priority"], 0, 1),
+    "I/O flusher": (lambda p: p["io_flusher"], 0, 1),
     "personality": (lambda p: p["personality"], 0, 0x0040000),
     "merging of memory": (lambda p: p["merge"], 0, 1),
     "securebits": (lambda p: p["securebits"], 0, 4),
@@ -274,6 +314,14 @@ _ISOLATED_ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], Any, Any]] = {
 # Those that a job has like the main process: the operator has taken something from the service.
 _KEPT_ROWS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "CPU affinity": lambda p: p["affinity"],
+    "NUMA memory policy": lambda p: p["memory_policy"],
+    "writable and executable memory": lambda p: p["no_execution"],
+    "speculation": lambda p: p["speculation"],
+    "time-stamp counter": lambda p: p["time_stamps"],  # without it Python itself does not run
+    "core scheduling": lambda p: p["core_cookie"],
+    "machine checks": lambda p: p["machine_checks"],
+    "core dump filter": lambda p: p["core_dump_filter"],
+    "Landlock rules": lambda p: p["may_bind"],
     "timer slack": lambda p: p["timer_slack"],
     "huge pages": lambda p: p["thp_disabled"],
     "namespaces": lambda p: p["namespaces"],
@@ -359,6 +407,15 @@ def test_job_cannot_escape_the_oom_killer(way_to_fork: str) -> None:
     assert jobs["main"]["oom_score_adj"] == -1000
     _check(jobs, "oom_score_adj", _ROWS)
     assert not jobs["second"]["lowered"]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("way_to_fork", ["clone3", "popen"])
+def test_job_is_no_io_flusher(way_to_fork: str) -> None:
+    """A job's writes do not pass the bound for what waits for the disk."""
+    jobs = _jobs(way_to_fork)
+    assert jobs["main"]["io_flusher"] == 1
+    _check(jobs, "I/O flusher", _ROWS)
 
 
 @pytest.mark.kernel
