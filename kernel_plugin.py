@@ -8,8 +8,8 @@ plugin too, and there the plugin prints the outcome of each test as a line of JS
 host reads the lines of a guest. A stand-in waits for the line of its test, and then passes, fails
 or is skipped like the test.
 
-If the program that boots a kernel is missing, the tests are skipped. With
-JOBWORKER_REQUIRE_KERNEL=1 in the environment they fail instead.
+If the program that boots a kernel is missing, the tests are skipped; so they are in a worker of
+pytest-xdist (`-n`). With JOBWORKER_REQUIRE_KERNEL=1 in the environment they fail instead.
 """
 
 from __future__ import annotations
@@ -46,17 +46,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not problem:
         problem = "needs a disk to write to, which only a guest has"
         marked = [item for item in marked if "disk" in getattr(item, "fixturenames", ())]
-    missing = not shutil.which("linux.uml")
+    # Each worker of xdist would boot kernels of its own for all tests.
+    remedy = "run it without -n" if hasattr(config, "workerinput") else ""
+    if not shutil.which("linux.uml"):
+        remedy = _INSTALL
     for item in marked:
         items.remove(item)
         parent = item.parent or item.session
         # Placeholders come last: by then the guests have run most of the tests.
         items.append(
-            _Unavailable.from_parent(parent, of=item, reason=f"{problem}; {_INSTALL}")
-            if missing
+            _Unavailable.from_parent(parent, of=item, reason=f"{problem}; {remedy}")
+            if remedy
             else _StandIn.from_parent(parent, of=item)
         )
-    if missing:
+    if remedy:
         return
     # A module is in one guest, which makes its fixtures once.
     modules: dict[str, list[str]] = defaultdict(list)

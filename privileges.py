@@ -116,7 +116,7 @@ def keep_capabilities(*capabilities: int, inheritable: bool = False) -> None:
     One of `capabilities` that the process does not have is not gained. `inheritable`: children of
     this process, and it itself, can still hand them on: `pass_on_capabilities`. Raises OSError.
     """
-    effective, _, _ = _capabilities()
+    effective, _ = _capabilities()
     kept = sum(1 << each for each in capabilities) & effective
     if inheritable:  # before the bounding set is cleared, because it bounds what can be added
         _set_capabilities(effective, inheritable=kept)
@@ -132,11 +132,11 @@ def _set_capabilities(effective: int, *, inheritable: int) -> None:
     _call_about_capabilities(_libc.capset, data)
 
 
-def _capabilities() -> tuple[int, int, int]:
-    """Return the effective, the permitted and the inheritable ones, each as a mask of bits."""
+def _capabilities() -> tuple[int, int]:
+    """Return the effective and the inheritable ones, each as a mask of bits."""
     data = _CapabilityData()
     _call_about_capabilities(_libc.capget, data)
-    return data[0] | data[3] << 32, data[1] | data[4] << 32, data[2] | data[5] << 32
+    return data[0] | data[3] << 32, data[2] | data[5] << 32
 
 
 def _call_about_capabilities(call: Any, data: ctypes.Array[ctypes.c_uint32]) -> None:
@@ -181,7 +181,7 @@ def pass_on_capabilities() -> None:
 
     Those are the ones that `keep_capabilities` has kept as `inheritable`. Raises OSError.
     """
-    effective, _, inheritable = _capabilities()
+    effective, inheritable = _capabilities()
     kept = effective & inheritable
     for capability in range(_CAPABILITIES):  # root gets the inheritable ones without this
         if kept >> capability & 1:
@@ -223,7 +223,7 @@ def set_process_name(name: bytes) -> None:
 
 def has_capabilities(*capabilities: int) -> bool:
     """Whether this process has all of these capabilities."""
-    effective, _, _ = _capabilities()
+    effective, _ = _capabilities()
     return all(effective >> capability & 1 for capability in capabilities)
 
 

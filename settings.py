@@ -118,6 +118,7 @@ CEILINGS: Final = Limits(
 )
 
 UNLIMITED = "unlimited"
+_MOST_CONFIG_BYTES = _MIB  # /dev/zero, for example, has no end
 _INT64_MAX = (1 << 63) - 1
 _INT32_MAX = (1 << 31) - 1  # the highest value of a gRPC option
 
@@ -420,9 +421,15 @@ class ConfigFile:
 
     @classmethod
     def read(cls, path: Path) -> ConfigFile:
-        """Read the file. Raises OSError, and `ConfigError` if it is not TOML."""
+        """Read the file. Raises OSError, and `ConfigError` if it is too large or not TOML."""
+        with open(path, "rb") as file:
+            content = file.read(_MOST_CONFIG_BYTES + 1)
+        if len(content) > _MOST_CONFIG_BYTES:
+            raise ConfigError(
+                f"{path}: larger than {_MOST_CONFIG_BYTES >> 20} MiB; name the configuration file"
+            )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = content.decode()
             return cls(path, text, tomllib.loads(text))
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1

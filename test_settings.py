@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,7 +29,6 @@ from worker import Retention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Load = Callable[[str | bytes], Config]
 
@@ -382,6 +382,12 @@ def test_what_is_not_toml_is_told_with_its_line(load: Load, text: str, line: int
     """The error has the words of Python's parser."""
     with pytest.raises(ConfigError, match=rf"limits\.toml: not TOML: .* line {line}, column"):
         load(text)
+
+
+def test_what_is_too_large_is_no_configuration() -> None:
+    """A file without an end would be read for ever."""
+    with pytest.raises(ConfigError, match=r"/dev/zero: larger than 1 MiB; name the configuration"):
+        settings.ConfigFile.read(Path("/dev/zero"))
 
 
 def test_what_is_not_utf_8_is_told_with_its_line(load: Load) -> None:
