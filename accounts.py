@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _UID_MIN = 1000  # the accounts of the system are below
 _UID_MAX = (1 << 32) - 2  # the next number means "no user" (setresuid(2))
+_FLOCK = "hhqqi4x"  # struct flock: kind, whence, start, length, process
 _RUN = "/run/job-worker"  # what systemd makes for RuntimeDirectory=job-worker
 
 _SHARED_UID = (
@@ -144,7 +145,8 @@ def reserved(uids: range) -> Iterator[None]:
 
     The lock is on a file of /run, which all servers see: on the bytes whose positions are the uids.
     So the kernel finds ranges that overlap. It releases the lock when this process ends, however
-    that happens. $RUNTIME_DIRECTORY, which systemd sets, takes the place of /run/job-worker.
+    that happens. $RUNTIME_DIRECTORY, which systemd sets, takes the place of /run/job-worker. Units
+    of several servers may set it differently, so the locks in the directories beside it count, too.
     Raises `AccountsError` if another server has one of the uids. Logs a warning if this user may
     not use the file.
     """
@@ -162,18 +164,40 @@ def reserved(uids: range) -> Iterator[None]:
         yield
         return
     try:
-        # struct flock: kind, whence, start, length, process
-        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, uids.start, len(uids), 0)
+        lock = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, uids.start, len(uids), 0)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
     except OSError as error:
         os.close(fd)
-        raise AccountsError(
-            f"another server on this host has uids of --uids {uids.start}-{uids.stop - 1}, and "
-            f"would run other users under them ({path} is locked: {error.strerror}); give each "
-            "server a range of its own"
-        ) from error
+        raise _is_reserved(uids, path) from error
     try:
+        for other in directory.parent.glob(f"*/{path.name}"):
+            if _is_locked(other, lock, os.fstat(fd)):
+                raise _is_reserved(uids, other)
         yield
+    finally:
+        os.close(fd)
+
+
+def _is_reserved(uids: range, path: Path) -> AccountsError:
+    return AccountsError(
+        f"another server on this host has uids of --uids {uids.start}-{uids.stop - 1}, and "
+        f"would run other users under them ({path} is locked); give each server a range of its own"
+    )
+
+
+def _is_locked(path: Path, lock: bytes, own: os.stat_result) -> bool:
+    """Whether another process has the lock on a file of root's or ours that is not `own`."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        status = os.fstat(fd)
+        # Any user can make, and lock, a file in /run/lock.
+        if os.path.samestat(status, own) or status.st_uid not in (0, os.geteuid()):
+            return False
+        kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, lock))
+        return bool(kind != fcntl.F_UNLCK)
     finally:
         os.close(fd)
 

@@ -81,6 +81,7 @@ _SMALL_TAIL_BYTES = 64 * 1024
 
 _NOBODY: frozenset[Subscription] = frozenset()
 _NO_GAP = (0, 0)
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC  # another user may have had the directory before
 _NS = 1_000_000_000
 
 
@@ -391,7 +392,7 @@ class OutputLog:
             return subscription
 
     def _open(self, flags: int) -> int:
-        return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+        return os.open(self._path, flags | _FLAGS, 0o600, dir_fd=self._dir_fd)
 
     def _stored_locked(self, offset: int) -> tuple[int, int]:
         """Return where the next bytes that can be read at or after `offset` begin and end.

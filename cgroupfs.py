@@ -238,14 +238,9 @@ def freeze_and_kill(path: Path) -> None:
     while not frozen and os.path.exists(path):
         write(os.path.join(path, "cgroup.freeze"), "1", remedy=DELEGATE)
         frozen = wait_event(path, "frozen", "1", _FREEZE_S)
-        for directory in _directories(path):
-            for pid in read_if_there(f"{directory}/cgroup.procs").split():
-                # A process of another PID namespace is listed as 0. os.kill(0, ...) would kill
-                # this process's own group.
-                if pid == "0":
-                    continue
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+        for pid in _processes(path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         write(os.path.join(path, "cgroup.freeze"), "0", remedy=DELEGATE)
 
 
@@ -323,7 +318,8 @@ def _processes(path: Path) -> set[int]:
             # A threaded cgroup, whose processes are listed in one above it.
             if error.errno != errno.EOPNOTSUPP:
                 raise
-    return pids - {0}  # a process of another PID namespace is listed as 0
+    # A process of another PID namespace is listed as 0. os.kill(0, ...) would kill our own group.
+    return pids - {0}
 
 
 def count_living(path: Path) -> int:

@@ -22,6 +22,7 @@ __all__ = ["LastingGap"]
 
 logger = logging.getLogger(__name__)
 
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BYTES = 512  # the text is padded to so many, so that a shorter one replaces a longer one whole
 
 
@@ -50,9 +51,7 @@ class LastingGap:
             return
         fields = [*gap, cause.errno if cause else 0, str(cause.strerror)[:80] if cause else ""]
         try:
-            fd = os.open(
-                self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd
-            )
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o600, dir_fd=self._dir_fd)
             self.exists = True
             try:
                 os.pwrite(fd, json.dumps(fields).encode().ljust(_BYTES), 0)
@@ -68,12 +67,14 @@ class LastingGap:
     def read(self, output_size: int) -> tuple[tuple[int, int], OSError | None]:
         """Return where the gap begins and ends, and its cause; (0, 0) and None if there is none.
 
-        A gap that could not be noted is one byte after the output, for all that are missing.
+        A gap that could not be noted or read is one byte after the output, for all that is missing.
         """
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
+            fd = os.open(self._path, os.O_RDONLY | _FLAGS, dir_fd=self._dir_fd)
         except FileNotFoundError:
             return (0, 0), None
+        except OSError as error:  # not what was written here
+            return (output_size, output_size + 1), error
         self.exists = True
         try:
             begin, end, number, reason = json.loads(os.pread(fd, _BYTES, 0))

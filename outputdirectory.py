@@ -13,6 +13,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import tempfile
 import uuid
 from pathlib import Path
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 _OUTPUT_SUFFIX = ".out"
 _SUFFIXES = {_OUTPUT_SUFFIX, f"{_OUTPUT_SUFFIX}.times", f"{_OUTPUT_SUFFIX}.gap"}
 
+_LOOK_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
 # The reserve of a disk unless one is given: the smaller of the two.
 _RESERVE_SHARE = 0.05
 _RESERVE_BYTES = 1024 * 1024 * 1024
@@ -47,8 +50,9 @@ class OutputDirectory:
     a former owner left there is deleted, but for that of jobs that are kept: `keeps` says of an ID
     whether its job is; None means that no job is. `lasting`: another process can continue the
     output of this one. `reserve_bytes`: how much of its disk output leaves free; None for 5 % of
-    the disk or 1 GiB, whichever is less. Raises BlockingIOError if another worker has it,
-    PermissionError if other users own or can enter it, OSError. Attribute: `path`.
+    the disk or 1 GiB, whichever is less. `uids`: those of jobs, who must not own it. Raises
+    BlockingIOError if another worker has it, PermissionError if other users own or can enter it,
+    OSError. Attribute: `path`.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class OutputDirectory:
         path: str | os.PathLike[str] | None,
         *,
         reserve_bytes: int | None = None,
+        uids: range | None = None,
         lasting: bool = False,
         keeps: Callable[[str], bool] | None = None,
     ) -> None:
@@ -64,10 +69,11 @@ class OutputDirectory:
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status, above = self.path.stat(), self.path.absolute().parent.stat()
+        status, above = self.path.stat(), self.path.resolve().parent.stat()
         # A worker that has changed its user leaves the directory to that user. Where others can
         # make directories, the owner may be anybody.
-        if status.st_uid not in (0, os.geteuid()) and above.st_mode & 0o022:
+        is_open = above.st_mode & 0o022 or status.st_uid in (uids or ())
+        if status.st_uid not in (0, os.geteuid()) and is_open:
             raise PermissionError(
                 errno.EPERM,
                 f"it belongs to uid {status.st_uid}; remove it, or use another place",
@@ -132,7 +138,19 @@ class OutputDirectory:
         """Let the user `uid` keep output here, and read what is here. Raises OSError."""
         os.fchown(self._fd, uid, uid)
         for name in os.listdir(self._fd):
-            os.chown(name, uid, uid, dir_fd=self._fd, follow_symlinks=False)
+            try:
+                fd = os.open(name, _LOOK_FLAGS, dir_fd=self._fd)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+                    continue
+                raise
+            try:
+                status = os.fstat(fd)
+                # A former owner may have made a second name of somebody else's file here.
+                if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                    os.fchown(fd, uid, uid)
+            finally:
+                os.close(fd)
 
     def leave(self) -> None:
         """Leave the output to another process."""

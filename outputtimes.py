@@ -136,7 +136,7 @@ class TimeIndex:
         with self._lock:
             try:
                 fd = self._open(os.O_RDWR)
-            except FileNotFoundError:
+            except OSError:  # it is missing, or not what was written here
                 return
             try:
                 data = os.pread(fd, os.fstat(fd).st_size, 0)
@@ -209,7 +209,7 @@ class TimeIndex:
         os.ftruncate(fd, self._filed * _ENTRY.size)
 
     def _open(self, flags: int) -> int:
-        return os.open(self._path, flags | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+        return os.open(self._path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
 
 
 class _Entries:

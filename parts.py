@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,6 @@ from starting import Starter
 from store import Store
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping
 
     from limits import Bounds, Enforcement, Limits
@@ -78,11 +78,13 @@ class Parts:
         restart_window: float,
     ) -> None:
         self._uids, self._host_accounts = uids, host_accounts
+        self._pid = os.getpid()
         with contextlib.ExitStack() as undo:
             self.table = JobTable(store or Store())
             keeps = self.table.has if self.table.is_kept and output_dir else None
+            lasting = restart_window > 0
             self.output_dir = OutputDirectory(
-                output_dir, reserve_bytes=reserve_bytes, keeps=keeps, lasting=restart_window > 0
+                output_dir, reserve_bytes=reserve_bytes, uids=uids, keeps=keeps, lasting=lasting
             )
             undo.callback(self.output_dir.close)
             keeps = self.table.keeps_tmp if self.table.is_kept and tmp_dir else None
@@ -205,6 +207,10 @@ class Parts:
         if self.subtree is not None:
             self.subtree.delegate(uid)
             self.spawner.dismantle_at_end()
+
+    def are_ours(self) -> bool:
+        """Whether this process has made them, and is no fork of that one."""
+        return os.getpid() == self._pid
 
     def begin(self) -> None:
         """Start the threads."""

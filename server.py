@@ -65,6 +65,7 @@ except ImportError as error:
 import daemon
 import hostcheck
 import metrics
+import serverfiles
 import serverlog
 import serverstatus
 import slurmworker
@@ -75,7 +76,6 @@ from errors import TakeoverError, in_words
 from fileopener import FileOpener
 from oldfiles import open_store
 from servercommands import Call, parse_arguments
-from serverfiles import check_own_code, config_in_force, load_users, read_again, told_if_full
 from serveroptions import OPTIONS, option_string, settings_in_force
 from settings import Config, Settings, SettingsError
 from trustedfiles import TrustedFiles, UntrustedFileError, check
@@ -160,21 +160,21 @@ class Server:
         is_stream = str(where) in (STDOUT, JOURNAL)
         self._audit_stream = stream_named(str(where)) if is_stream else None
         self._audit_path = where
-        check_own_code(is_isolated=uids is not None)
-        files = read_again(settings) | ({} if is_stream else {where: AUDIT_FLAGS})
+        serverfiles.check_own_code(is_isolated=uids is not None)
+        files = serverfiles.read_again(settings) | ({} if is_stream else {where: AUDIT_FLAGS})
         self._files = TrustedFiles(files, private=uids is not None)
         users = self._load_users()
         self._certificates = Certificates(self._files.read, settings.certs)
-        config = config_in_force(settings)
+        config = serverfiles.config_in_force(settings)
         self.shutdown_grace_s = config.shutdown_grace_s
         for path in settings.certs.glob("*-key.pem"):
             check(path, private=uids is not None)
         with contextlib.ExitStack() as undo:
             if uids is not None:
                 undo.enter_context(reserved(parse_uids(settings.uids)))
-            with told_if_full(settings.state_dir):
+            with serverfiles.told_if_full(settings.state_dir):
                 settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-                check(settings.state_dir)
+                serverfiles.check_state(settings.state_dir, own_uid)
                 self._store = undo.enter_context(open_store(settings.state_dir))
                 self._worker = self._make_worker(config, uids)
                 undo.push(self._end_worker)
@@ -458,7 +458,7 @@ class Server:
         return self._accounts.uid(user), self._accounts.account(user)
 
     def _load_users(self) -> tuple[User, ...]:
-        return load_users(self._files, self._settings.users, self._host)
+        return serverfiles.load_users(self._files, self._settings.users, self._host)
 
     def __enter__(self) -> Self:
         return self

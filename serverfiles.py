@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_files",
     "check_own_code",
+    "check_state",
     "config_in_force",
     "load_users",
     "read_again",
@@ -51,6 +52,18 @@ def check_own_code(*, is_isolated: bool) -> None:
         if is_isolated:
             raise
         logger.warning("%s", error)
+
+
+def check_state(state_dir: Path, server_uid: int | None) -> None:
+    """Raise `UntrustedFileError` if somebody else could change the state directory.
+
+    `server_uid`: the user that this process will become (None: it stays). What is in two of the
+    directories in it belongs to that user since the first start.
+    """
+    check(state_dir)
+    check(state_dir / "homes")
+    for name in ("output", "tmp"):
+        check(state_dir / name, owner=server_uid)
 
 
 @contextlib.contextmanager

@@ -5,16 +5,19 @@ A test that needs to know that a thread waits uses `_Watched`, never a delay.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import random
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +35,7 @@ from broadcaster import (
 from budget import Budget
 from outputdirectory import OutputDirectory
 from outputerrors import OutputLeftError
-from testkit import GUARD_S, NOBODY, file_size_limit
+from testkit import GUARD_S, NOBODY, file_size_limit, make_fifo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -690,6 +693,55 @@ def test_directory_that_somebody_else_made_is_refused(public: Path) -> None:
         OutputDirectory(public / "output")
     public.chmod(0o755)  # nobody but us can have made it here
     OutputDirectory(public / "output").close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_output_directory_of_a_user_of_jobs_is_refused(public: Path) -> None:
+    """Even where nobody else could have made it."""
+    path = public / "output"
+    path.mkdir(mode=0o700)
+    os.chown(path, 71_001, 71_001)
+    OutputDirectory(path).close()
+    with pytest.raises(PermissionError, match="it belongs to uid 71001"):
+        OutputDirectory(path, uids=range(71_001, 71_003))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_only_output_is_given_to_another_user(public: Path) -> None:
+    """Not a file that has a second name there, nor what a link or a device leads to."""
+    path, secret, output = public / "output", public / "secret", str(uuid.uuid4())
+    path.mkdir(mode=0o700)
+    secret.touch(0o600)
+    os.link(secret, path / "second")
+    (path / "link").symlink_to(secret)
+    make_fifo(path / "fifo")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.bind(str(path / "socket"))
+    (path / output).touch(0o600)
+    with OutputDirectory(path) as directory:
+        directory.give_to(71_001)
+    assert secret.stat().st_uid == 0
+    assert {path.stat().st_uid, (path / output).stat().st_uid} == {71_001}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gap", ".times"])
+def test_log_does_not_follow_links(tmp_path: Path, suffix: str) -> None:
+    """A former owner of the directory could have made them: they lead to files of others."""
+    secret, name = tmp_path / "secret", tmp_path / "a.out"
+    secret.write_bytes(bytes(4096))
+    name.touch(0o600)
+    link = tmp_path / f"a.out{suffix}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    if suffix:
+        log = OutputLog(name, lasting=True, resumed=True)
+        log.append(b"more")
+        log.complete()
+        assert log.lost_bytes == (suffix == ".gap")  # what is missing is not known
+    else:
+        with pytest.raises(OSError, match="symbolic links"):
+            OutputLog(name, lasting=True, resumed=True)
+    assert secret.read_bytes() == bytes(4096)
 
 
 def test_budget_gives_what_it_has_and_no_more() -> None:

@@ -638,6 +638,25 @@ def test_kill_beats_a_process_that_keeps_forking(
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("kill", [_kill, _kill_as_before_5_14])
+def test_kill_reaches_threaded_and_frozen_cgroups(
+    subtree: Subtree,
+    run_in: Callable[[Path, str], subprocess.Popen[bytes]],
+    kill: Callable[[Cgroup], None],
+) -> None:
+    """A threaded cgroup does not list its processes; what is frozen must die, too."""
+    cgroup = subtree.create("job", Limits())
+    process = run_in(cgroup.path, _SLEEP)
+    below = cgroup.path / "below"
+    below.mkdir()
+    for name, value in (("type", "threaded"), ("threads", str(process.pid)), ("freeze", "1")):
+        (below / f"cgroup.{name}").write_text(value)
+    kill(cgroup)
+    assert process.wait(GUARD_S) == -signal.SIGKILL
+    cgroup.wait_empty(GUARD_S)
+
+
+@pytest.mark.kernel
 def test_kill_without_cgroup_kill_spares_the_killer(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:

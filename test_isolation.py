@@ -10,6 +10,7 @@ Other tests look at the rights that the server's own processes have left.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -1301,6 +1302,28 @@ def test_second_server_with_the_same_uids_is_refused(
         first.process.wait()
         with _server(public / "log4", *options("3", second), before=before) as again:
             assert again.end() == 0
+
+
+def test_second_server_with_another_runtime_directory_is_refused(certs: Path, public: Path) -> None:
+    """Units of several servers set it differently. A file of a user locks nobody out."""
+    run = Path(clean_environment()["RUNTIME_DIRECTORY"]).parent
+
+    def options(name: str, uids: str) -> tuple[str | Path, ...]:
+        return ("--certs", certs, "--state-dir", public / name, "--uids", uids)
+
+    def before(name: str) -> tuple[str, ...]:
+        return ("env", f"RUNTIME_DIRECTORY={run}/{name}")
+
+    (run / "lock").mkdir(parents=True)
+    users_file = run / "lock" / "uids.lock"
+    with users_file.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        os.chown(users_file, 73_001, 73_001)
+        with _server(public / "log", *options("1", "72000-72010"), before=before("a")):
+            with _server(public / "log2", *options("2", "72011-72020"), before=before("b")):
+                pass
+            with pytest.raises(pytest.fail.Exception, match="another server on this host"):
+                _server(public / "log3", *options("3", "72010-72020"), before=before("c"))
 
 
 @pytest.mark.parametrize(

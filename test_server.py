@@ -52,7 +52,7 @@ from tls import CertificateError
 from users import SEEDED_USERS, User, make_user
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from testkit import ServerProgram
 
@@ -477,6 +477,110 @@ def test_state_that_belongs_to_somebody_else_is_refused(
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
     run = _run_server(*options, "--state-dir", state)
     _assert_one_line(run, f"{state / name} belongs to uid {NOBODY}")
+
+
+_as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def _refusal_of(state: Path, certs: Path, *parts: str, options: Sequence[str | Path] = ()) -> None:
+    """Assert that a server with users of its own does not start, and gives nothing away."""
+    before = {path: path.stat().st_uid for path in state.parent.rglob("*")}
+    run = _run_server(
+        *("--listen", "127.0.0.1:0", "--limits", "off", "--uids", "71000-71009"),
+        *("--certs", certs, "--state-dir", state, *options),
+    )
+    _assert_one_line(run, *parts)
+    assert {path: path.stat().st_uid for path in before} == before
+
+
+@_as_root
+@pytest.mark.parametrize("uid", [NOBODY, 71_001])
+@pytest.mark.parametrize("name", ["output", "tmp", "homes"])
+def test_directory_of_the_state_that_belongs_to_a_user_is_refused(
+    certs: Path, public: Path, name: str, uid: int
+) -> None:
+    """Also to one that jobs run as. The server does not take it from its owner."""
+    state = public / "state"
+    (state / name).mkdir(mode=0o700, parents=True)
+    os.chown(state / name, uid, uid)
+    _refusal_of(state, certs, f"{state / name} belongs to uid {uid}", f"chown 0 {state / name}")
+
+
+@_as_root
+@pytest.mark.parametrize("link_owner", [0, NOBODY])
+@pytest.mark.parametrize("name", ["output", "tmp", "homes", "store"])
+def test_link_of_the_state_to_a_users_directory_is_refused(
+    certs: Path, public: Path, name: str, link_owner: int
+) -> None:
+    """Whoever has made the link."""
+    state, target = public / "state", public / "target"
+    for each in (state, target):
+        each.mkdir(mode=0o700)
+    os.chown(target, NOBODY, NOBODY)
+    (state / name).symlink_to(target)
+    os.lchown(state / name, link_owner, link_owner)
+    words = "cannot be used" if name == "store" else f"belongs to uid {NOBODY}"
+    _refusal_of(state, certs, words)
+
+
+@_as_root
+def test_state_directory_through_a_users_link_or_open_to_a_group_is_refused(
+    certs: Path, public: Path
+) -> None:
+    """The user could let the link lead elsewhere later."""
+    state, link = public / "state", public / "link"
+    state.mkdir(mode=0o700)
+    link.symlink_to(state)
+    os.lchown(link, NOBODY, NOBODY)
+    _refusal_of(link, certs, f"{link} belongs to uid {NOBODY}")
+    state.chmod(0o770)
+    _refusal_of(state, certs, f"chmod g-w {state}")
+
+
+@_as_root
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_audit_log_in_a_directory_of_others_is_refused(
+    certs: Path, public: Path, mode: int
+) -> None:
+    """They could put another file in its place. At a reload, the server keeps the old file."""
+    place, state = public / "place", public / "state"
+    place.mkdir()
+    place.chmod(mode)
+    os.chown(place, *((0, 0) if mode == 0o777 else (NOBODY, NOBODY)))
+    _refusal_of(state, certs, str(place), options=["--audit-log", place / "audit.log"])
+    assert not (place / "audit.log").exists()
+    for each, owner in ((place, 0), (public, 0)):
+        each.chmod(0o755)
+        os.chown(each, owner, owner)
+    settings = Settings(
+        listen="127.0.0.1:0",
+        certs=certs,
+        state_dir=state,
+        enforcement="off",
+        isolation="off",
+        audit_log=place / "audit.log",
+    )
+    with Server(settings) as server:
+        os.chown(place, NOBODY, NOBODY)
+        assert f"{place} belongs to uid {NOBODY}" in " ".join(server.reload())
+
+
+@_as_root
+def test_output_on_another_disk_is_used_through_a_link(certs: Path, public: Path) -> None:
+    """At the second start it belongs to the user that the server becomes."""
+    state, target = public / "state", public / "target"
+    for each in (state, target):
+        each.mkdir(mode=0o700)
+    (state / "output").symlink_to(target)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for owner in (0, 71_000):
+            assert target.stat().st_uid == owner
+            run = _run_server(
+                *("--listen", address, "--limits", "off", "--uids", "71000-71009"),
+                *("--certs", certs, "--state-dir", state),
+            )
+            _assert_one_line(run, f"cannot listen on {address}")  # all else has worked
 
 
 @pytest.mark.parametrize("name", ["token.key", "uids", "logged-out", "running-time", "audit.log"])

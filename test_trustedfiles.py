@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -249,5 +250,35 @@ def test_packages_and_places_of_packages_are_code(copy: Path, certs: Path, publi
     place.chmod(0o755)
     shutil.copytree(Path(jwt.__file__).parent, place / "jwt")
     assert _GOES_ON in _start(copy, certs, environment=environment)
+    environment["LD_LIBRARY_PATH"] = f"/usr/lib:{place}"
+    assert _GOES_ON in _start(copy, certs, environment=environment)
+    place.chmod(0o757)
+    environment["PYTHONPATH"] = ""
+    assert f"run: chmod o-w {place}" in _start(copy, certs, environment=environment)
+    place.chmod(0o755)
+    environment["PYTHONPATH"] = str(place)
     (place / "jwt" / "api_jws.py").chmod(0o646)
     assert f"{place}/jwt/api_jws.py; run" in _start(copy, certs, environment=environment)
+
+
+@_as_root
+def test_present_directory_is_a_place_of_code_if_python_looks_there(
+    copy: Path, public: Path
+) -> None:
+    """A program that has the server as a module, and runs in a directory of somebody else."""
+    here = public / "here"
+    here.mkdir()
+    run = functools.partial(
+        subprocess.run,
+        [sys.executable, "-c", "import trustedfiles; trustedfiles.check_code()"],
+        cwd=here,
+        env=clean_environment() | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+    here.chmod(0o755)
+    assert run().returncode == 0
+    here.chmod(0o777)
+    assert f"run: chmod o-w {here}" in run().stderr

@@ -1760,6 +1760,27 @@ def test_close_ends_everything(
     assert subtree is None or not subtree.path.exists()
 
 
+_FORKING = """
+import os, sys
+from worker import Status, Worker
+with Worker(enforcement="off") as worker:
+    job_id = worker.start("sleep", ["infinity"])
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert worker.status(job_id).status is Status.RUNNING
+    assert b"".join(worker.stream(worker.start("echo", ["up"]))) == b"up\\n"
+"""
+
+
+def test_fork_that_closes_the_worker_ends_nothing() -> None:
+    """It leaves the context by an exception, say. The jobs are those of the other process."""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORKING], cwd=_HERE, check=True, timeout=GUARD_S
+    )
+
+
 def test_closed_worker_refuses_new_work(worker: Worker) -> None:
     """After a close, starts and streams are refused; the state of known jobs can be read."""
     job_id = worker.start("true")

@@ -387,13 +387,13 @@ def clean_environment() -> dict[str, str]:
     With a RUNTIME_DIRECTORY of its own: many servers of the tests have the same uids.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GRPC_", "JOBWORKER_"))}
-    return kept | {"RUNTIME_DIRECTORY": f"{_RUN.name}/{uuid.uuid4()}"}
+    return kept | {"RUNTIME_DIRECTORY": f"{_RUN.name}/{uuid.uuid4()}/own"}
 
 
 _RUN = tempfile.TemporaryDirectory()
 atexit.register(_RUN.cleanup)  # its own end would warn
 # For servers that have the environment of the tests: other tests run at the same time.
-os.environ["RUNTIME_DIRECTORY"] = f"{_RUN.name}/tests"
+os.environ["RUNTIME_DIRECTORY"] = f"{_RUN.name}/tests/own"
 
 
 class ServerProgram:

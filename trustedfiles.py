@@ -75,12 +75,15 @@ class TrustedFiles:
         self._opener = opener
 
     def open(self, path: Path) -> int:
-        """Open a file and return its descriptor. Raises OSError, and KeyError for other files."""
+        """Open a file and return its descriptor.
+
+        Raises OSError, `UntrustedFileError`, and KeyError for other files.
+        """
+        check(path, private=self._private)
         return self._opener(str(path.absolute()))
 
     def read(self, path: Path) -> bytes:
         """Return the content of a file. Raises OSError, `UntrustedFileError`."""
-        check(path, private=self._private)
         fd = self.open(path)
         try:
             _check_opened(path, os.fstat(fd))
@@ -117,21 +120,26 @@ def open_private(path: Path, flags: int, *, secret: bool = True) -> int:
     return fd
 
 
-def check(path: Path, *, private: bool = False, known: set[str] | None = None) -> None:
+def check(
+    path: Path, *, private: bool = False, known: set[str] | None = None, owner: int | None = None
+) -> None:
     """Raise `UntrustedFileError` for a FIFO, and if somebody else could replace or change the file.
 
     `private`: the same for reading it, except for a certificate, which is public. The modes of
     what is behind a directory that others cannot enter do not matter. `known`: paths that need no
-    check; those that were checked are added.
+    check; those that were checked are added. `owner`: one more user to whom it may belong, but not
+    what is on the way to it.
     """
     public = path.suffix == ".pem" and not path.name.endswith("-key.pem")
     unreadable = stat.S_IROTH | stat.S_IXOTH if private and not public else 0
     known = set() if known is None else known
     writers = stat.S_IWOTH | stat.S_IWGRP
+    last = os.path.realpath(path)
     try:
         for each, status in _steps(path):
             if each not in known:
-                _check_owner(each, status)
+                if status.st_uid != owner or each != last:
+                    _check_owner(each, status)
                 if stat.S_ISFIFO(status.st_mode):  # whoever opens it may wait for ever
                     raise _irregular(path)
                 if not stat.S_ISLNK(status.st_mode):
@@ -165,7 +173,9 @@ def _code() -> Iterator[Path]:
     executable = Path(sys.executable)
     yield executable
     yield executable.parent.parent / "pyvenv.cfg"
-    for entry in filter(None, sys.path):
+    if places := os.environ.get("LD_LIBRARY_PATH"):  # of libraries that are loaded later, too
+        yield from map(Path, places.replace(";", ":").split(":"))
+    for entry in sys.path:  # "": the present directory
         yield Path(entry)
         yield from Path(entry).glob("*.pth")  # Python executes lines of these
     for module in tuple(sys.modules.values()):

@@ -577,11 +577,12 @@ class Worker:
         The end reason of those jobs is CLOSED. `grace`: for how many seconds they may go on after
         SIGTERM; 0 kills them at once. A `close` in another thread meanwhile ends the grace, and
         does not wait. Blocks until every process and thread of the worker is gone. A process that
-        the kernel does not let go within 10 s is logged and left behind.
+        the kernel does not let go within 10 s is left behind. Does nothing in a forked process.
         """
+        if not self._parts.are_ours():
+            return
         self._scratch.hurry()
-        is_first = self._starter.close()
-        if is_first:
+        if is_first := self._starter.close():
             self._registry.terminate(EndReason.CLOSED, grace)
         for job in self._registry.running():
             job.kill(EndReason.CLOSED)
