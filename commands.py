@@ -260,9 +260,12 @@ def _for_each(
 ) -> None:
     """Call `do` with the ID of every job, also after an error; then raise one ClientError for all.
 
+    A job that is named twice counts once: it cannot be removed twice, and gets one signal.
     `may_be_gone`: it is no error if a job has been removed. `at_once`: for how many jobs `do` is
     called at the same time, in threads.
     """
+
+    jobs = list(dict.fromkeys(jobs))
 
     def try_one(job: str) -> ClientError | None:
         try:

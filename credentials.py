@@ -117,7 +117,7 @@ def _read_token(arguments: argparse.Namespace) -> str:
 def _given_token(arguments: argparse.Namespace) -> str:
     """Return the token of the command line or of the environment; empty if there is none."""
     given = getattr(arguments, "token", None) or os.environ.get("JOBWORKER_TOKEN", "")
-    return str(given)
+    return str(given).rstrip("\r\n") or str(given)  # $(cat FILE) of Windows leaves a CR
 
 
 def find_token(arguments: argparse.Namespace) -> str:
@@ -253,7 +253,8 @@ def _password(arguments: argparse.Namespace) -> str:
         if password is None and sys.stdin.isatty():
             password = getpass.getpass(f"Password for {printable(arguments.user)}: ")
         elif password is None or password == "-":  # noqa: S105 -- not a password
-            password = sys.stdin.readline().rstrip("\r\n")
+            # A file of Windows may begin with a byte order mark.
+            password = sys.stdin.readline().removeprefix("\ufeff").rstrip("\r\n")
         password.encode()
     except EOFError:
         password = ""

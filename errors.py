@@ -31,8 +31,19 @@ __all__ = [
     "WorkerError",
     "exec_error",
     "in_words",
+    "look_at",
     "shorten",
 ]
+
+
+# What only a shell understands: its characters, and the words that are no programs.
+_FOR_A_SHELL = re.compile(r"""[\s|&;<>()$*?`"'{}]|\A~|\A\w+=""")
+_SHELL_WORDS = re.compile(
+    r"[.:]|\[\[|alias|bg|break|case|cd|command|continue|declare|eval|exec|exit|export|fg|for|function|if"
+    r"|jobs|let|local|read|readonly|return|select|set|shift|shopt|source|time|trap|type|typeset"
+    r"|ulimit|umask|unalias|unset|until|wait|while"
+)
+_BOM = b"\xef\xbb\xbf"
 
 
 class WorkerError(Exception):
@@ -206,18 +217,28 @@ def exec_error(command: str, error: OSError, search_path: str, directory: str) -
     """Say what it means that the exec of `command` failed with `error`.
 
     `search_path`: where a command without a slash is looked up. `directory`: that of the job.
+    The error's `found` is what the job's user has seen with `look_at`; without one this looks.
     """
     if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EDQUOT):
         return ResourceError(f"no room for another process: {error.strerror}")
     path = os.path.join(directory, command)
+    found = getattr(error, "found", None)
+    if found is None:
+        found = look_at(path)
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return CommandNotFoundError(
-            command, _what_is_missing(command, path, search_path, directory)
+            command, _what_is_missing(command, path, search_path, directory, found)
         )
-    if "/" in command and os.path.isdir(path):
+    if "/" in command and found == "directory":
         return CommandNotExecutableError(command, "it is a directory")
     if error.errno in (errno.EACCES, errno.EPERM):
         return CommandNotExecutableError(command, "permission denied; is it executable?")
+    if error.errno == errno.ENOEXEC and found == "bom":
+        return CommandNotExecutableError(
+            command,
+            "it begins with a byte order mark (BOM), and so not with #!; remove the mark: "
+            "sed -i '1s/^...//' FILE",
+        )
     if error.errno == errno.ENOEXEC:
         return CommandNotExecutableError(
             command, "not a program; a script must begin with #! and its interpreter"
@@ -225,16 +246,18 @@ def exec_error(command: str, error: OSError, search_path: str, directory: str) -
     return CommandError(command, error.strerror or str(error))
 
 
-def _what_is_missing(command: str, path: str, search_path: str, directory: str) -> str:
-    if "/" in command and os.path.exists(path):
-        if _first_line(path).endswith(b"\r"):
-            return (
-                "its first line ends with CR LF, as on Windows, and so names an interpreter that "
-                "does not exist; remove the CR: sed -i 's/\\r$//' FILE"
-            )
+def _what_is_missing(command: str, path: str, search_path: str, directory: str, found: str) -> str:
+    if "/" in command and found == "crlf":
+        return (
+            "its first line ends with CR LF, as on Windows, and so names an interpreter that "
+            "does not exist; remove the CR: sed -i 's/\\r$//' FILE"
+        )
+    if "/" in command and found:
         return "the interpreter its first line names is missing"
     problem = "no such file" if "/" in command else f"command not found in {search_path}"
-    if re.search(r"[\s|&;<>$*`]", command):
+    if _SHELL_WORDS.fullmatch(command):
+        return f"{problem}; it is a word of the shell, and no shell reads it: start sh -c 'LINE'"
+    if _FOR_A_SHELL.search(command):
         return (
             f"{problem}; no shell reads it: give each argument by itself, or start "
             f"sh -c {shorten(repr(command), 100)}"
@@ -244,19 +267,33 @@ def _what_is_missing(command: str, path: str, search_path: str, directory: str) 
             f"{problem}; the job's directory is {directory}, so this is "
             f"{shorten(os.path.normpath(path), 200)}"
         )
+    if found and found != "directory":
+        return (
+            f"{problem}; for the file in the job's directory write {shorten('./' + command, 100)}"
+        )
     return problem
 
 
-def _first_line(path: str) -> bytes:
-    """Return the first line of a file; empty if it cannot be read, or only by waiting."""
+def look_at(path: str | bytes) -> str:
+    """Return what is in the place of a command that could not be executed, for `exec_error`.
+
+    "directory"; "crlf", a file whose first line ends with CR LF; "bom", one that begins with a
+    byte order mark; "file", anything else; "" if this user sees nothing there.
+    """
     try:
+        if os.path.isdir(path):
+            return "directory"
+        os.stat(path)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
     except OSError:
-        return b""
+        return "file" if os.path.exists(path) else ""
     try:
-        # execve(2) reads 255 bytes.
-        return os.read(fd, 256).partition(b"\n")[0] if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        # execve(2) reads 255 bytes. Other kinds of files can be read only by waiting.
+        first = os.read(fd, 256).partition(b"\n")[0] if stat.S_ISREG(os.fstat(fd).st_mode) else b""
     except OSError:
-        return b""
+        first = b""
     finally:
         os.close(fd)
+    return "crlf" if first.endswith(b"\r") else "bom" if first.startswith(_BOM) else "file"

@@ -28,8 +28,18 @@ import subprocess
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import inherited
+from errors import look_at
 from estate import note_failure
-from messages import AttachError, EnterError, close_all, failure, receive, send, wait_ready
+from messages import (
+    AttachError,
+    EnterError,
+    ExecError,
+    close_all,
+    failure,
+    receive,
+    send,
+    wait_ready,
+)
 from privileges import PR_SET_PDEATHSIG, pass_on_nothing, prctl
 
 if TYPE_CHECKING:
@@ -338,7 +348,7 @@ def _parse_program(data: bytes, uids: range | None) -> Program:
 def execute(program: Program) -> NoReturn:
     """Become the program's user, and execute the first of its paths that can be.
 
-    Raises OSError, as execvp(3) would.
+    Raises OSError; `ExecError` with the errno that execvp(3) would set.
     """
     if program.uid is not None:
         become(program.uid, program.groups)
@@ -355,7 +365,10 @@ def execute(program: Program) -> NoReturn:
             # The error of a file that exists tells more than that of files that do not.
             if problem.errno in (errno.ENOENT, errno.ENOTDIR):
                 problem = error
-    raise problem
+    # Only the job's user can see what is in a home, for example.
+    failed = ExecError(problem.errno, problem.strerror)
+    failed.found = look_at(program.argv[0])
+    raise failed from problem
 
 
 def _enter(program: Program) -> None:

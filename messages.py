@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttachError",
     "EnterError",
+    "ExecError",
     "close_all",
     "error_of",
     "failure",
@@ -45,6 +46,15 @@ class AttachError(OSError):
 
 class EnterError(OSError):
     """The new process could not enter the directory that its job asks for."""
+
+
+class ExecError(OSError):
+    """The command could not be executed.
+
+    Attribute: `found`, what its user sees in its place, see `errors.look_at`.
+    """
+
+    found = ""
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -88,9 +98,12 @@ def wait_ready(fd: int, events: int, timeout_s: float | None = None) -> bool:
 
 def error_of(answer: dict[str, Any]) -> OSError:
     """Return the error that an answer of `failure` tells of."""
-    kinds = {kind.__name__: kind for kind in (AttachError, EnterError)}
+    kinds = {kind.__name__: kind for kind in (AttachError, EnterError, ExecError)}
     kind = kinds.get(answer.get("kind", ""), OSError)
-    return kind(answer["errno"], os.strerror(answer["errno"]))
+    error = kind(answer["errno"], os.strerror(answer["errno"]))
+    if isinstance(error, ExecError):
+        error.found = str(answer.get("found", ""))
+    return error
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -98,4 +111,4 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {
         "errno": getattr(error, "errno", None) or errno.EINVAL,
         "kind": type(error).__name__,
-    }
+    } | ({"found": error.found} if isinstance(error, ExecError) else {})

@@ -143,12 +143,18 @@ def test_login_prints_the_token_and_keeps_it_privately(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stdin"), [([], b"user\nmore\n"), (["-p", "-"], b"user"), ([], b"user\r\n")]
+    ("arguments", "stdin"),
+    [
+        ([], b"user\nmore\n"),
+        (["-p", "-"], b"user"),
+        ([], b"user\r\n"),
+        ([], b"\xef\xbb\xbfuser\r\n"),
+    ],
 )
 def test_login_takes_the_password_from_stdin(
     stranger: _Program, arguments: list[str], stdin: bytes
 ) -> None:
-    """Without a terminal, or with `-p -`, it reads a line and drops its LF or CR LF."""
+    """Without a terminal, or with `-p -`, it reads a line and drops a BOM, and its LF or CR LF."""
     assert stranger.read("login", "-u", "user", *arguments, stdin=stdin).count(".") == 2
 
 
@@ -222,6 +228,8 @@ def test_token_is_taken_from_the_option_then_the_environment_then_the_file(
     kept.write_text(tokens["user"])
     assert owner() == "user"
     stranger.environment["JOBWORKER_TOKEN"] = tokens["admin"]
+    assert owner() == "admin"
+    stranger.environment["JOBWORKER_TOKEN"] = tokens["admin"] + "\r"  # $(cat FILE) of Windows
     assert owner() == "admin"
     assert owner("-t", tokens["user"]) == "user"
     kept.unlink()
@@ -916,6 +924,13 @@ def test_stop_status_and_remove_take_several_jobs(
     assert cli.read("status", "-j", *jobs).count("\njob ") == 1  # after an empty line
     assert cli.run("remove", *words)[0] == 1
     assert not {job.job_id for job in connect().list()} & set(jobs)
+
+
+def test_job_that_is_named_twice_counts_once(cli: _Program, connect: Connect) -> None:
+    """Its second removal would fail."""
+    job_id = connect().start(*_SILENT[:1], _SILENT[1:])
+    assert cli.read("stop", job_id, job_id).count("STOPPED") == 1
+    assert cli.run("remove", "-j", job_id, "-j", job_id) == (0, b"", "")
 
 
 def test_stream_of_two_jobs_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1938,7 +1953,9 @@ def test_kept_file_that_holds_no_token_is_told(
     assert stranger.read("list")
 
 
-@pytest.mark.parametrize("server", ["localhost", "::1", "[::1]", "localhost:https", ":50051"])
+@pytest.mark.parametrize(
+    "server", ["localhost", "::1", "[::1]", "localhost:https", ":50051", " localhost:50051"]
+)
 def test_server_without_a_port_is_told(stranger: _Program, server: str) -> None:
     """gRPC would take port 443."""
     assert stranger.fail("list", "--server", server) == (

@@ -393,6 +393,25 @@ def test_job_knows_nothing_of_the_servers_environment(house: _House) -> None:
     assert {"USER=bob", f"HOME={house.directory / 'state/homes/bob'}"} <= set(lines)
 
 
+def test_command_in_a_home_that_cannot_be_executed_is_explained(house: _House) -> None:
+    """The job's user looks at the file, because the server may not enter a home."""
+    files = {
+        "crlf": ("#!/bin/sh\\r\\n", "CR LF"),
+        "lost": ("#!/no/such/interpreter\\n", "the interpreter its first line names is missing"),
+        "bom": ("\\357\\273\\277#!/bin/sh\\n", "byte order mark"),
+        "here.sh": ("#!/bin/sh\\n", "for the file in the job's directory write ./here.sh"),
+    }
+    for name, (content, _) in files.items():
+        _run(house.bob, f"cd; printf '{content}' >{name}; chmod 700 {name}")
+    for name, (_, problem) in files.items():
+        command = name if "." in name else f"./{name}"
+        with pytest.raises(ClientError, match=problem):
+            house.bob.start(command)
+    _run(house.bob, "cd; mkdir directory")
+    with pytest.raises(ClientError, match="it is a directory"):
+        house.bob.start("./directory")
+
+
 # --- files ------------------------------------------------------------------------------------
 
 _SECRETS = [

@@ -48,7 +48,7 @@ _MODULES = {
         "messages": "",
         "inherited": "privileges",
         "estate": "journal messages",
-        "leader": "estate inherited messages privileges",
+        "leader": "errors estate inherited messages privileges",
         "processes": "",
         "cgroupfs": "descriptors privileges processes",
         "ending": "; cgroups",

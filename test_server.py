@@ -712,12 +712,12 @@ def test_max_streams_has_the_bounds_of_the_configuration(
 # --- the program: users -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+@pytest.mark.parametrize("line", ["hunter2\n", "\ufeffhunter2\r\n", "hunter2"])
 def test_user_command_makes_an_entry_that_can_log_in(
-    serve: Serve, connect: Connect, tmp_path: Path, end: str
+    serve: Serve, connect: Connect, tmp_path: Path, line: str
 ) -> None:
     """It prints a line for the users file, without the password."""
-    result = _run_server("user", "carol", "--role", "admin", stdin=f"hunter2{end}")
+    result = _run_server("user", "carol", "--role", "admin", stdin=line)
     assert (result.returncode, result.stderr) == (0, "")
     assert re.fullmatch(r"carol:admin:scrypt\$17\$8\$1\$[\w-]+\$[\w-]+\n", result.stdout)
     users = tmp_path / "users"

@@ -372,6 +372,11 @@ _NOT_COMMANDS: list[tuple[str, list[str], type[CommandError], str]] = [
     ("ls -l", [], CommandNotFoundError, "or start sh -c 'ls -l'"),
     ("/bin/ls -l", [], CommandNotFoundError, "no such file; no shell reads it"),
     ("a|b", [], CommandNotFoundError, "or start sh -c 'a.b'"),
+    ("~/x", [], CommandNotFoundError, "or start sh -c '~/x'"),
+    ("'ls'", [], CommandNotFoundError, "no shell reads it: give each argument by itself"),
+    ("/bin/l?", [], CommandNotFoundError, "no shell reads it: give each argument by itself"),
+    ("NAME=x", [], CommandNotFoundError, "no shell reads it: give each argument by itself"),
+    ("cd", [], CommandNotFoundError, "it is a word of the shell, and no shell reads it"),
     ("./x.sh", [], CommandNotFoundError, "directory is /.*, so this is /.*/?x.sh"),
     ("no/such", [], CommandNotFoundError, "directory is /.*, so this is /.*/?no/such"),
     ("/", [], CommandNotExecutableError, "directory"),
@@ -405,6 +410,7 @@ _NOT_SCRIPTS: list[tuple[int, str, type[CommandError], str]] = [
     (0o755, "echo no magic\n", CommandNotExecutableError, "#!"),
     (0o755, "#!/no/such/interpreter\n", CommandNotFoundError, "interpreter"),
     (0o755, "#!/bin/sh\r\ntrue\r\n", CommandNotFoundError, "CR LF"),
+    (0o755, "\ufeff#!/bin/sh\n", CommandNotExecutableError, "byte order mark"),
 ]
 
 

@@ -86,6 +86,7 @@ def parse_address(text: str) -> tuple[str, int]:
         or (":" in bare) != (host != bare)
         or not re.fullmatch("[0-9]{1,5}", port)
         or int(port) > _MAX_PORT
+        or re.search(r"\s", host)
     ):
         raise ValueError(f"{text!r} is not HOST:PORT, like 127.0.0.1:50051 or [::1]:50051")
     return bare, int(port)

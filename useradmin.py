@@ -48,7 +48,7 @@ def ask(name: str, role: str) -> User:
         if getpass.getpass("Once more: ") != password:
             raise SettingsError("the two passwords differ")
     else:
-        password = sys.stdin.readline().rstrip("\r\n")
+        password = sys.stdin.readline().removeprefix("\ufeff").rstrip("\r\n")
     try:
         return make_user(name, role, password)
     except ValueError as error:
