@@ -783,7 +783,7 @@ def _read_number(path: str) -> int | None:
 
 def _read_pairs(path: str) -> dict[str, int]:
     """Read a file whose lines are a key and a number; empty if it is missing."""
-    pairs = (line.split() for line in read_if_there(path).splitlines())
+    pairs = map(str.split, read_if_there(path).splitlines())
     return {key: int(value) for key, value in pairs}
 
 

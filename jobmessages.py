@@ -86,7 +86,7 @@ def job_message(job: Job) -> worker_pb.Job:
         timeout=None if job.timeout is None else duration(job.timeout),
         working_directory=job.working_directory,
         name=job.name,
-        labels=job.labels,
+        labels=job.labels or None,
         tmp_directory=job.tmp_directory,
         node=job.node,
         reason=job.reason,

@@ -35,7 +35,7 @@ class Status(Enum):
     @property
     def is_over(self) -> bool:
         """Whether it never changes again."""
-        return self in {Status.STOPPED, Status.FINISHED}
+        return self is Status.STOPPED or self is Status.FINISHED
 
 
 class EndReason(Enum):
