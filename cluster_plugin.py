@@ -91,6 +91,14 @@ def running() -> Iterator[Cluster]:
         yield cluster
 
 
+@contextlib.contextmanager
+def used_by_servers(cluster: Cluster) -> Iterator[None]:
+    """Have the servers that tests start within this context run their jobs on the cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TEST_CONFIG, str(cluster.directory / "server.toml"))
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option."""
     parser.addoption("--slurm", action="store_true", help="the tests' servers use a Slurm cluster")
@@ -132,7 +140,5 @@ def servers_use_a_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.config.getoption("--slurm"):
         yield
         return
-    cluster: Cluster = request.getfixturevalue("cluster")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(TEST_CONFIG, str(cluster.directory / "server.toml"))
+    with used_by_servers(request.getfixturevalue("cluster")):
         yield

@@ -89,7 +89,8 @@ class _Job:
 class _Load:
     """Clients that use a server all the time. Attributes: `jobs`; `counts`, of all that was done.
 
-    `epoch`: is increased before and after each kill of a fork server.
+    `epoch`: is odd from before a fork server is killed until no client can use its server any more.
+    A job that was started meanwhile may be LOST, too, so it counts as one that was there before.
     `has_endless`: whether some jobs run until they are stopped.
     """
 
@@ -196,7 +197,7 @@ class _Load:
 
     def _start(self, client: Client, job: _Job) -> None:
         """Start a job, and give it its input."""
-        job.first_epoch = self.epoch
+        job.first_epoch = self.epoch // 2 * 2
         self.jobs.append(job)
         command = job.argv(self._marks)
         request_id = str(uuid.uuid4())
@@ -332,8 +333,8 @@ class _Place:
         """Let something happen to the server, and start the next one."""
         assert self.program is not None
         main = self.program.process.pid
-        if kind in {"kill fork server", "kill both"}:
-            load.epoch += 1
+        kills_fork_server = kind in {"kill fork server", "kill both"}
+        load.epoch += kills_fork_server
         if kind == "kill fork server":
             self.kill_fork_server()
         elif kind == "kill both":
@@ -343,11 +344,10 @@ class _Place:
             os.kill(main, signal.SIGKILL)
         else:
             os.kill(main, signal.SIGTERM)
-        if not self.fork_server:
-            load.epoch += 1  # a job may have been started since the first time
         if kind == "upgrade":
             self.upgrade()
         self.await_main()
+        load.epoch += kills_fork_server
         self.start()
 
     def _has_ended(self) -> bool:
@@ -394,6 +394,7 @@ def place(
         if request.config.getoption("--slurm"):
             assert request.getfixturevalue("cluster")  # or the test is skipped
             cluster = undo.enter_context(cluster_plugin.running())  # all its jobs are this test's
+            undo.enter_context(cluster_plugin.used_by_servers(cluster))
         made = _Place(public, certs, limits, cluster=cluster)
         yield made
         made.end()
@@ -484,6 +485,7 @@ def _leftovers(place: _Place, found: Counter[str], ids: set[str], kept: set[str]
     `ids`: of all jobs. `kept`: of the finished jobs that there are.
     """
     if place.cluster is not None:
+        assert "JobName=jw-" in place.cluster.run("scontrol", "show", "jobs")  # they ran there
         found["jobs left over on the cluster"] += len(place.cluster.await_no_jobs())
         found["steps left over on the cluster"] += len(place.cluster.step_daemons())
         tmp = {path.name[3:39] for path in Path("/tmp").glob("jw-*")}
