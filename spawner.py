@@ -514,7 +514,7 @@ class Process:
 
         Blocks until the command is executing. If the process has been killed meanwhile, this
         returns as if the command were: the exit pipe tells the end. Otherwise nothing of the
-        process is left after an error. Raises OSError with the errno of fork or exec;
+        process is left after an error. Raises OSError, and `ExecError` with the errno of exec;
         PermissionError for a user or a name that is not allowed; `AttachError` when the process
         could not enter its cgroup, `EnterError` when it could not enter `directory`;
         `SpawnerDiedError`; TimeoutError when the command is not executing after `timeout_s`. Before

@@ -33,6 +33,7 @@ import spawner as spawner_module
 import successor
 from cgroups import Subtree
 from limits import NO_LIMITS
+from messages import ExecError
 from privileges import can_change_user, can_kill_any
 from spawner import Exit, Spawner, SpawnerDiedError, read_exit
 from testkit import GUARD_S, children_of, descriptors_of
@@ -755,7 +756,7 @@ def test_many_starts_at_once_keep_apart(spawner: Spawner, *, prepared: bool) -> 
         for i in range(5):
             name = f"{number}-{i}"
             if i % 2:
-                with pytest.raises(FileNotFoundError):
+                with pytest.raises(ExecError, match="No such file"):
                     _Job(spawner, [f"/no/such/{name}"], name, prepared=prepared)
                 continue
             echo = ["sh", "-c", f"echo {name} $$"]

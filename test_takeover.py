@@ -20,7 +20,7 @@ import pytest
 import successor
 import takeover
 from errors import TakeoverError
-from messages import receive, send
+from messages import ExecError, receive, send
 from privileges import can_change_user
 from spawner import Exit, Restart, Spawner, SpawnerDiedError, duties_of, read_exit
 from successor import Heritage, end_jobs, take_over
@@ -214,7 +214,7 @@ def test_process_that_waits_for_its_command_is_no_job(tmp_path: Path) -> None:
         {"stdout_fd": each.stdout_fd, "exit_fd": each.their_exit_fd, "output_fd": each.output_fd}
         for each in pipes
     ]
-    with former.fork("failed", **fds[0]) as failed, pytest.raises(FileNotFoundError):
+    with former.fork("failed", **fds[0]) as failed, pytest.raises(ExecError, match="No such file"):
         failed.execute(["/absent"], _ENV)
     waiting = former.fork("waiting", **fds[1])
     former.leave()
