@@ -342,7 +342,8 @@ class RunningJob:
         That is the time of the start and a duration, so no step of the clock counts.
         """
         end_s = (leader_exit and leader_exit.ended_s) or time.monotonic()
-        return self.started_at + timedelta(seconds=end_s - self._started_s)
+        # Of a job that another process has seen end, the times may be by the clock.
+        return self.started_at + timedelta(seconds=max(0.0, end_s - self._started_s))
 
     def _await_leader(self) -> Exit | None:
         """Move output until the leader has ended. None if the fork server died."""

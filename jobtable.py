@@ -83,6 +83,7 @@ class GoingOn(NamedTuple):
     linger: float
     has_cgroup: bool
     has_input: bool
+    started_s: float | None = None  # by `time.monotonic`; None in a row of an earlier version
 
 
 class Row(NamedTuple):
@@ -161,6 +162,7 @@ class JobTable:
             "limits": _values(limits, _LIMITS),
             "timeout": times.timeout,
             "going_on": (work.uid, times.grace, times.linger, has_cgroup, work.stdin),
+            "started_s": time.monotonic(),
         }
         values = {
             "job_id": job_id,
@@ -237,7 +239,7 @@ class JobTable:
             row.job,
             status=Status.STOPPED if reason in STOPS else Status.FINISHED,
             end_reason=reason,
-            ended_at=datetime.now(UTC),
+            ended_at=max(datetime.now(UTC), row.job.started_at),  # the clock may have been set back
             output_bytes=output.size,
             may_have_escaped=not row.going_on.has_cgroup,
         )
@@ -477,7 +479,7 @@ def _decode(  # noqa: PLR0913, PLR0917 -- the columns of the table
     finish_json: str | None,
 ) -> Row:
     start = json.loads(start_json)
-    going_on = GoingOn(*start["going_on"])
+    going_on = GoingOn(*start["going_on"])._replace(started_s=start.get("started_s"))
     command, *args = start["argv"]
     known: dict[str, Any] = {
         "job_id": job_id,

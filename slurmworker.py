@@ -193,7 +193,7 @@ class SlurmStarter(Starter):
             is_resumed=True,
             kept_tmp="",
             job_input=job_input,
-            **self._going_on(row.job.started_at, process) | {"notes": notes},
+            **self._going_on(row, process) | {"notes": notes},
         )
 
     def _run_srun(

@@ -259,19 +259,22 @@ class Starter:
             cgroup,
             kept_tmp=former.tmp_directory,
             job_input=self._resume_input(body.job_id, process),
-            **self._going_on(former.started_at, process),
+            **self._going_on(row, process),
         )
 
-    def _going_on(self, started_at: datetime, process: Adopted) -> dict[str, Any]:
+    def _going_on(self, row: Row, process: Adopted) -> dict[str, Any]:
         """Return the arguments of a `RunningJob` that are the same for every job that goes on."""
-        # By the clock, because another boot may have begun since.
-        age = datetime.now(UTC) - started_at
+        started_at, started_s = row.job.started_at, row.going_on.started_s
+        if not process.pid or started_s is None:
+            # By the clock, because another boot may have begun since.
+            age = datetime.now(UTC) - started_at
+            started_s = time.monotonic() - age.total_seconds()
         return {
             "spawner": self._spawner,
             "pid": process.pid,
             "pidfd": process.pidfd,
             "started_at": started_at,
-            "started_s": time.monotonic() - age.total_seconds(),
+            "started_s": started_s,
             "buffers": self._buffers,
             "registry": self._registry,
             "keeper": self._keeper,

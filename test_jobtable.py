@@ -112,7 +112,8 @@ def test_row_has_all_that_a_job_has(tmp_path: Path) -> None:
         assert row.job == final
         assert (row.job.command, list(row.job.args)) == (argv[0], argv[1:])
         assert row.output._replace(times=table.times(job_id) or b"") == output
-        assert row.going_on == running.going_on == GoingOn(70_001, 3, 0, True, True)
+        assert row.going_on == running.going_on
+        assert row.going_on._replace(started_s=None) == GoingOn(70_001, 3, 0, True, True)
         assert (row.position, row.number) == (table.last_position, 1)
         assert row.argv_bytes > sum(map(len, argv))
 
@@ -185,6 +186,16 @@ def test_jobs_that_ran_when_their_process_died_are_lost(tmp_path: Path) -> None:
         assert (lost.output_bytes, lost.may_have_escaped) == (7, True)
         assert _row(table, ended.job_id).job == ended
         assert table.amounts()[0][:3] == ("alice", 2, 7)
+
+
+def test_lost_job_ends_not_before_its_start() -> None:
+    """The clock may have been set back before the next process notes the end."""
+    table = JobTable(Store())
+    began = datetime.now(UTC) + timedelta(days=3650)
+    table.begin("a", _WORK, limits=NO_LIMITS, started_at=began)
+    table.end_lost(lambda _: OutputState(0))
+    job = _row(table, "a").job
+    assert job.ended_at == job.started_at
 
 
 def test_ends_and_removals_on_a_full_disk_are_written_later(

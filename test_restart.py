@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -318,6 +319,27 @@ def test_reader_and_waiter_are_told_that_the_worker_is_left(house: _House) -> No
         worker.stop(job_id)
         assert b"".join(rest) == b""
     assert worker.status(job_id).end_reason is EndReason.STOPPED
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_step_of_the_clock_between_two_workers_changes_no_times(
+    house: _House, years: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's duration and its timeout are measured by a clock without steps."""
+    worker = house.open()
+    job_id = worker.start("sleep", ["infinity"], ending=Ending(timeout=3600, grace=0))
+    short_id = worker.start("sleep", ["infinity"], ending=Ending(timeout=0.2, grace=0))
+    house.leave()
+    now = datetime.now(UTC) + timedelta(days=365 * years)
+    clock = type("_Clock", (datetime,), {"now": lambda _: now})
+    for module in ("starting", "jobtable"):
+        monkeypatch.setattr(f"{module}.datetime", clock)
+    worker = house.open()
+    assert worker.wait(short_id, GUARD_S).end_reason is EndReason.TIMED_OUT
+    assert worker.status(job_id).status is Status.RUNNING
+    for job in (worker.stop(job_id), worker.status(short_id)):
+        assert job.ended_at is not None
+        assert timedelta(0) <= job.ended_at - job.started_at < timedelta(seconds=GUARD_S)
 
 
 def test_timeout_goes_on_from_the_start_of_the_job(house: _House) -> None:
