@@ -79,8 +79,11 @@ class TrustedFiles:
 
         Raises OSError, `UntrustedFileError`, and KeyError for other files.
         """
-        check(path, private=self._private)
-        return self._opener(str(path.absolute()))
+        name = str(path.absolute())
+        # Only the audit log is written. In Ubuntu a group may write to /var/log.
+        is_log = self.flags[name] & os.O_ACCMODE != os.O_RDONLY
+        check(path, private=self._private, groups=not is_log)
+        return self._opener(name)
 
     def read(self, path: Path) -> bytes:
         """Return the content of a file. Raises OSError, `UntrustedFileError`."""
@@ -121,19 +124,24 @@ def open_private(path: Path, flags: int, *, secret: bool = True) -> int:
 
 
 def check(
-    path: Path, *, private: bool = False, known: set[str] | None = None, owner: int | None = None
+    path: Path,
+    *,
+    private: bool = False,
+    known: set[str] | None = None,
+    owner: int | None = None,
+    groups: bool = True,
 ) -> None:
     """Raise `UntrustedFileError` for a FIFO, and if somebody else could replace or change the file.
 
     `private`: the same for reading it, except for a certificate, which is public. The modes of
     what is behind a directory that others cannot enter do not matter. `known`: paths that need no
     check; those that were checked are added. `owner`: one more user to whom it may belong, but not
-    what is on the way to it.
+    what is on the way to it. `groups`: whether a group must not be able to, either.
     """
     public = path.suffix == ".pem" and not path.name.endswith("-key.pem")
     unreadable = stat.S_IROTH | stat.S_IXOTH if private and not public else 0
     known = set() if known is None else known
-    writers = stat.S_IWOTH | stat.S_IWGRP
+    writers = stat.S_IWOTH | (stat.S_IWGRP if groups else 0)
     last = os.path.realpath(path)
     try:
         for each, status in _steps(path):
