@@ -135,7 +135,8 @@ def end_metadata(job: Job, offset: int) -> tuple[tuple[str, str], ...]:
 
 def _fields(value: Limits | Usage) -> dict[str, Any]:
     # A list may have ten thousand jobs, and dataclasses.asdict would take twice as long.
-    return {name: getattr(value, name) for name in value.__slots__}
+    names = value.__slots__
+    return {name: each for name in names if (each := getattr(value, name)) is not None}
 
 
 def timestamp(moment: datetime) -> Timestamp:
