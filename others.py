@@ -53,10 +53,11 @@ class Others:
             os.kill(leader, signal.SIGSTOP)  # it has not been reaped
         for _ in range(_ROUNDS):
             known = {*killed, *self._signalled.get(leader, ())}
+            identities = {each.identity for each in killed}
             found = [
                 each
                 for each in processes.members(processes.table(), leader, known)
-                if not processes.contains(killed, each)
+                if each.identity not in identities
             ]
             for each in found:
                 processes.send_signal(each, signal.SIGSTOP)
@@ -79,8 +80,8 @@ class Others:
         if not self.orphans():
             return 0, False
         count = self.kill(leader)
-        killed = set[processes.Entry]().union(*self._killed.values())
-        left = [each for each in self.orphans() if not processes.contains(killed, each)]
+        killed = {each.identity for found in self._killed.values() for each in found}
+        left = [each for each in self.orphans() if each.identity not in killed]
         return count, self.may_include(leader, left)
 
     def may_include(self, leader: int, orphans: list[processes.Entry]) -> bool:

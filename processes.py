@@ -20,9 +20,9 @@ import signal
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
-__all__ = ["Entry", "contains", "look", "members", "send_signal", "table"]
+__all__ = ["Entry", "look", "members", "send_signal", "table"]
 
 
 _PF_EXITING = 0x4  # linux/sched.h
@@ -37,6 +37,11 @@ class Entry(NamedTuple):
     session: int
     start: int
     flags: int  # PF_… of linux/sched.h
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What is the same in every state of this process, and of no other process."""
+        return self.pid, self.start
 
     @property
     def lives(self) -> bool:
@@ -67,11 +72,6 @@ def table() -> dict[int, Entry]:
     return {entry.pid: entry for entry in found if entry is not None}
 
 
-def contains(entries: Iterable[Entry], entry: Entry) -> bool:
-    """Whether the process is among these, in whatever state it was then."""
-    return any(each.pid == entry.pid and each.start == entry.start for each in entries)
-
-
 def members(
     processes: Mapping[int, Entry], leader: int, known: Collection[Entry] = ()
 ) -> list[Entry]:
@@ -80,8 +80,9 @@ def members(
     `known`: processes that were found to be of the job before. The leader must not have been
     reaped.
     """
-    found = (processes.get(each.pid) for each in known)
-    roots = {each.pid for each in found if each is not None and contains(known, each)}
+    identities = {each.identity for each in known}
+    found = (processes.get(pid) for pid, _ in identities)
+    roots = {each.pid for each in found if each is not None and each.identity in identities}
     ancestors = roots | {leader}
     return [
         entry

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import pytest
 
 import job
+import processes
 from argv import MAX_ARGV_BYTES
 from buffers import _BUFFERS, rest_ms
 from job import RunningJob
@@ -1344,6 +1345,23 @@ def test_end_without_cgroups_ends_what_has_the_jobs_session(fifo: _Fifo, tmp_pat
         assert job.end_reason is EndReason.EXITED
         assert not fifo.is_held()
         assert not job.may_have_escaped
+
+
+def test_known_processes_are_looked_through_once_without_cgroups() -> None:
+    """Not for each of the others: the fork server serves nobody meanwhile, and there are 8,192."""
+
+    class Known(list[processes.Entry]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[processes.Entry]:
+            self.passes += 1
+            return super().__iter__()
+
+    known = Known(processes.Entry(pid, "S", 1, pid, 7, 0) for pid in range(10, 110))
+    later = processes.Entry(10, "S", 1, 10, 8, 0)  # another process with the same number
+    table = {each.pid: each for each in [*known, later]}
+    assert {each.pid for each in processes.members(table, 9, known)} == set(range(11, 110))
+    assert known.passes <= 3
 
 
 def test_what_may_have_escaped_without_cgroups_is_told(fifo: _Fifo) -> None:
