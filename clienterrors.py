@@ -10,11 +10,13 @@ Thread safety: there is no state.
 
 from __future__ import annotations
 
+import re
+
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     import grpc
 
-__all__ = ["CALL_TIMEOUT_S", "ClientError", "explain", "whole_number"]
+__all__ = ["CALL_TIMEOUT_S", "ClientError", "explain", "strange_answer", "whole_number"]
 
 CALL_TIMEOUT_S = 30.0  # the server may need 10 for a stop
 
@@ -108,6 +110,30 @@ _CONNECTION_FAILURES = (
     ("Locally cancelled", "this stream was closed"),
     ("Channel closed", "this client was closed"),
 )
+# The beginnings of gRPC's texts for an answer that no job-worker server gives; whatever the status.
+_STRANGE = (
+    "Stream removed",
+    "No status received",
+    "Received http2 header with status",
+    "Exception deserializing response",
+    "Decompression failed",
+    "Compression bit set",
+)
+_DEADLINE = {"Deadline Exceeded", "Stream removed (Deadline Exceeded)"}
+_WEB_STATUS = re.compile(r"(?i)\bstatus:? ([1-5]\d\d)\b")
+_WEB_STATUS_AWAY = {"502", "503", "504"}  # of a proxy that does not reach the server
+
+
+def strange_answer(server: str, details: str = "", code: str = "UNKNOWN") -> ClientError:
+    """Return the error of an answer that is none of a job-worker server."""
+    found = _WEB_STATUS.search(details)
+    how = f": it answers like a web server, with status {found[1]}" if found else ""
+    return ClientError(
+        f"what listens on {server} does not answer as a job-worker server does{how}; see --server",
+        code,
+        is_open=True,
+        may_pass=found is not None and found[1] in _WEB_STATUS_AWAY,
+    )
 
 
 def explain(server: str, error: grpc.RpcError) -> ClientError:
@@ -127,9 +153,11 @@ def explain(server: str, error: grpc.RpcError) -> ClientError:
     if code == "CANCELLED" and details in {"", code}:
         message = f"{server} ended the call without an answer, perhaps to shut down; try it again"
         return ClientError(message, code, is_open=True, may_pass=True)
-    if code == "DEADLINE_EXCEEDED" and details == "Deadline Exceeded":
+    if code == "DEADLINE_EXCEEDED" and details in _DEADLINE:
         message = f"{server} did not answer within {CALL_TIMEOUT_S:g} s; try it again"
         return ClientError(message, code, is_open=True)
+    if details.startswith(_STRANGE):
+        return strange_answer(server, details, code)
     retry_after_s = None
     for item in error.trailing_metadata() or ():
         if item.key == "retry-after":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 
-from clienterrors import CALL_TIMEOUT_S, ClientError, explain
+from clienterrors import CALL_TIMEOUT_S, ClientError, explain, strange_answer
 from retrying import CALL_S, STREAM_S, Patience
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -58,6 +58,7 @@ class Link:
         self.rpc_error: Any = rpc_error
         self.renewal = renewal
         self.closed = closed
+        self._server = server
         self.explain = functools.partial(explain, server)
         self.is_reached = False
         self._retry_for = retry_for
@@ -96,13 +97,19 @@ class Link:
         return 0.0 if is_rejected else self._connect_for
 
     def begin(self, method: Any, request: Any, **options: Any) -> Any:
-        """Make a call; return what gRPC returns. Raises `ClientError` if the client is closed."""
+        """Make a call; return what gRPC returns.
+
+        Raises `ClientError` if the client is closed, or if the answer has no message.
+        """
         try:
-            return method(request, **options)
+            answer = method(request, **options)
         except ValueError as error:  # of gRPC
             if not self.closed.is_set():
                 raise
             raise ClientError("this client was closed", "CANCELLED") from error
+        if answer is None:
+            raise strange_answer(self._server)
+        return answer
 
     def call(  # noqa: PLR0913 -- most are optional
         self,

@@ -38,7 +38,7 @@ import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
 from credentials import token_path
 from link import Link
-from testkit import ABSENT, GUARD_S, clean_environment, make_fifo
+from testkit import ABSENT, GUARD_S, clean_environment, http2_frame, make_fifo
 from testkit import ClientProgram as _Program
 
 if TYPE_CHECKING:
@@ -737,6 +737,16 @@ def test_client_connects_soon_after_its_server_is_back(certs: Path) -> None:
         ("UNAVAILABLE", "recvmsg:Connection reset by peer (104)", "{} closed the connection"),
         ("UNAVAILABLE", "Stream removed (something new)", "{} closed the connection"),
         ("UNAVAILABLE", "the server is shutting down", "the server is shutting down"),
+        (
+            "DEADLINE_EXCEEDED",
+            "Stream removed (Deadline Exceeded)",
+            "{} did not answer within 30 s; try it again",
+        ),
+        (
+            "INTERNAL",
+            "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))",
+            "what listens on {} does not answer as a job-worker server does; see --server",
+        ),
     ],
 )
 def test_grpcs_own_words_are_not_shown(
@@ -1767,6 +1777,61 @@ def _listener(serve_one: Callable[[socket.socket], None]) -> Iterator[str]:
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join(GUARD_S)
+
+
+_HEADERS, _SETTINGS, _END_STREAM, _END_HEADERS = 1, 4, 1, 4
+
+
+def _http2_headers(*pairs: tuple[bytes, bytes], end: bool) -> bytes:
+    """Return the frame of an answer's headers, which HPACK encodes as literals."""
+    block = b"".join(b"\0" + b"".join(bytes([len(text)]) + text for text in pair) for pair in pairs)
+    return http2_frame(_HEADERS, _END_HEADERS | (_END_STREAM if end else 0), 1, block)
+
+
+_GRPC = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "how"),
+    [
+        (_http2_headers(*_GRPC, (b"grpc-status", b"0"), end=True), ""),
+        (_http2_headers(*_GRPC, end=True), ""),
+        (
+            _http2_headers((b":status", b"404"), (b"content-type", b"text/html"), end=True),
+            ": it answers like a web server, with status 404",
+        ),
+        (
+            _http2_headers(*_GRPC, end=False)
+            + http2_frame(0, 0, 1, b"\0\0\0\0\1\xff")
+            + _http2_headers((b"grpc-status", b"0"), end=True),
+            "",
+        ),
+    ],
+    ids=["no message", "no status", "web page", "no protobuf"],
+)
+def test_answer_of_another_kind_of_server_is_told(
+    cli: _Program, certs: Path, answer: bytes, how: str
+) -> None:
+    """What speaks HTTP/2 may be a proxy, or a server of something else."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certs / "server.pem", certs / "server-key.pem")
+    context.set_alpn_protocols(["h2"])
+
+    def serve_one(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as tls:
+            tls.sendall(http2_frame(_SETTINGS))
+            received = b""
+            while b"jobworker.v1" not in received:
+                received += tls.recv(1 << 16)
+            tls.sendall(answer)
+            while tls.recv(1 << 16):
+                pass
+
+    with _listener(serve_one) as address:
+        assert cli.fail("status", ABSENT, "--server", address).startswith(
+            f"client: what listens on {address} does not answer as a job-worker server does{how}; "
+            "see --server"
+        )
 
 
 def test_no_server_is_told(cli: _Program) -> None:
