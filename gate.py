@@ -76,6 +76,8 @@ _EVEN_IF_NOT_RECORDED = {
 # open the stream again when the connection breaks.
 _ACCEPTED = (("accepted", "1"),)
 
+_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.name
+
 _ANSWER_S = 0.02  # the way of an answer to its caller may take this long
 
 SHOWN_CHARACTERS = 64
@@ -447,11 +449,10 @@ class Gate(grpc.ServerInterceptor):
         the audit log, and only the first one of a line is looked at.
         """
         error = ticket.refusal or AssertionError("the call is not refused")
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED
         fields = functools.partial(self._refused, method, ticket, context)
-        self._records.share(ticket.key, (method, code.name), fields)
-        self._metrics.refused(_rpc(method), code.name, error)
-        _abort(context, code, error)
+        self._records.share(ticket.key, (method, _EXHAUSTED), fields)
+        self._metrics.refused(_rpc(method), _EXHAUSTED, error)
+        _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
 
     def _refused(
         self, method: str, ticket: Ticket, context: grpc.ServicerContext
@@ -460,7 +461,7 @@ class Gate(grpc.ServerInterceptor):
         call = Call(method, context, self._records, ticket)
         with contextlib.suppress(auth.AuthenticationError):
             call.certificate = _certificate(context)
-        return call.fields(grpc.StatusCode.RESOURCE_EXHAUSTED.name, str(ticket.refusal))
+        return call.fields(_EXHAUSTED, str(ticket.refusal))
 
     def _admit(self, call: Call, handler: Any, token: str) -> None:
         """Begin; raise unless the method exists and TLS, the token and the role allow the call."""

@@ -111,7 +111,7 @@ class FinishedJob:
         return self._registry.log_of(self.row)
 
     def snapshot(self, *, live_usage: bool = True) -> Job:  # noqa: ARG002 -- it is final
-        subscribers = self._registry.subscribers(self.job_id)
+        subscribers = self._registry.subscribers(self.row.job.job_id)
         return replace(self.row.job, subscribers=subscribers) if subscribers else self.row.job
 
     def wait(self, timeout: float | None) -> bool:  # noqa: ARG002 -- as of a RunningJob
