@@ -260,7 +260,7 @@ class Authenticator:
         # A cache, because the check of a signature takes time: the identities of valid tokens by
         # token and certificate. At most _KNOWN_TOKENS; a full cache is emptied.
         self._known: dict[tuple[str, bytes], Identity] = {}
-        self._signed: dict[str, str] = {}  # the users of tokens that are ours, as many
+        self._signed: dict[str, object] = {}  # the queues of tokens that are ours, as many
         # By name. Replaced as a whole, so reading them needs no lock.
         self._users: Mapping[str, User] = {}
         self._entries: Mapping[str, str] = {}
@@ -368,13 +368,16 @@ class Authenticator:
                     self._known.clear()
                 self._known[key] = identity
                 return identity
+        # A thief of the token, or of one that has ended, is not to fill the queue of its user.
+        if isinstance(name := self._signed.get(token), str):
+            self._signed[token] = name, "refused"
         raise TokenError
 
-    def signed_for(self, token: str) -> str | None:
-        """Return the user named in `token` if this server has signed it, else None.
+    def signed_for(self, token: str) -> object | None:
+        """Return whose queue a call with `token` waits in; None if this server has not signed it.
 
-        This says whose queue a call waits in, and nothing more: `authenticate` checks the token.
-        Takes some microseconds.
+        That of the user whom the token names, or another one of the user's once the token has been
+        refused: `authenticate` checks the token. Takes some microseconds.
         """
         name = self._signed.get(token)
         if name is not None or len(token) > _TOKEN_MAX_CHARACTERS or not token.isascii():

@@ -704,6 +704,18 @@ def test_token_is_worth_nothing_with_another_certificate(authenticator: Authenti
         assert authenticator.authenticate(token, _CERTIFICATE)
 
 
+def test_refused_token_does_not_fill_the_queue_of_its_user(authenticator: Authenticator) -> None:
+    """Whoever has stolen it holds up calls with the user's other tokens no longer."""
+    stolen, ended, good = (_token(jti=str(uuid.uuid4())) for _ in range(3))
+    assert authenticator.signed_for(stolen) == authenticator.signed_for(ended) == "alice"
+    authenticator.logout(authenticator.authenticate(ended, _CERTIFICATE))
+    for token, certificate in ((stolen, _OTHER_CERTIFICATE), (ended, _CERTIFICATE)):
+        _assert_refused(authenticator, token, certificate)
+        assert authenticator.signed_for(token) not in {"alice", None}
+    assert authenticator.signed_for(stolen) == authenticator.signed_for(ended)  # one more queue
+    assert authenticator.signed_for(good) == "alice"
+
+
 def test_tokens_that_are_known_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many logins do not fill the memory. All their tokens stay valid."""
     monkeypatch.setattr("auth._KNOWN_TOKENS", 3)
