@@ -156,7 +156,8 @@ class StopTimeoutError(WorkerError, TimeoutError):
     def __init__(self, job_id: str, timeout: float) -> None:
         super().__init__(
             f"job {job_id} was killed, but after {timeout:g} s its processes are not all gone "
-            "(the kernel waits for a device); stop it again later"
+            "(the kernel waits for a device, or another job has their output or traces them); stop "
+            "that one, or this one again later"
         )
 
 
