@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import resource
+import select
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import pytest
 import workerservice_pb2 as worker_pb
 from client import Client
 from descriptors import keep_reserve, with_reserve
-from server import _HANDSHAKE_S
+from server import _CONNECTIONS_SPARE, _HANDSHAKE_S
 from testkit import (
     FOREVER,
     GUARD_S,
@@ -128,3 +129,34 @@ def test_connections_cannot_take_the_descriptors_of_jobs(
         with Client(server.address, certs=certs) as other:
             other.login("user", "user")
             assert other.list() == []
+
+
+@pytest.mark.alone
+def test_connections_have_a_bound_of_their_own(
+    limits: tuple[int, int], certs: Path, make_state: Callable[[], Path], tmp_path: Path
+) -> None:
+    """1,024 beside one for each stream, even if there are descriptors for many more."""
+    streams = 20
+    bound, too_many = streams + _CONNECTIONS_SPARE, 30
+    if limits[1] < 4 * bound:
+        pytest.skip("this process may not open so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    server = ServerProgram(
+        tmp_path / "server.log",
+        *("--listen", "127.0.0.1:0", "--limits", "auto", "--certs", str(certs)),
+        *("--state-dir", str(make_state()), "--max-streams", str(streams)),
+    )
+    host, _, port = server.address.rpartition(":")
+    with contextlib.ExitStack() as connections:
+        taken = []
+        ended = select.poll()
+        for _ in range(bound + too_many):
+            sock = socket.create_connection((host, int(port)), GUARD_S)
+            taken.append(connections.enter_context(sock).fileno())
+            ended.register(sock, select.POLLIN)
+        closed: set[int] = set()
+        while len(closed) < too_many and (events := ended.poll(GUARD_S * 1000)):
+            closed |= {fd for fd, _ in events}
+    # Those that came too late. The others have 5 s for their handshake, and end in their order.
+    assert closed == set(taken[bound:])
+    assert server.end() == 0

@@ -732,18 +732,6 @@ def _acknowledged(server: _Server) -> ssl.SSLSocket:
     return sock
 
 
-def test_client_that_acknowledges_no_settings_is_hung_up_on(server: _Server) -> None:
-    """After 5 s, and so before the first ping of the server, which comes after 10 s."""
-    received = b""
-    with _tls(server) as sock:
-        sock.sendall(_HELLO)
-        while data := sock.recv(1 << 16):
-            received += data
-    frames = list(_frames(received))
-    assert (_GOAWAY, b"settings_timeout") in [(kind, payload[8:]) for kind, _, payload in frames]
-    assert _PING not in [kind for kind, _, _ in frames]
-
-
 @pytest.mark.parametrize("reference", [b"\x90", b"\xbe"], ids=["static table", "own header"])
 def test_header_references_of_one_byte_take_no_memory(server: _Server, reference: bytes) -> None:
     """Four connections send 80 calls with 29,000 references to a header each: 340 MB if kept."""
