@@ -33,12 +33,15 @@ class Sending:
     """One job's input on its way. Any thread may call anything.
 
     `data`: bytes, or an iterable of bytes, whose `next` may block. `offset`: the place of its first
-    byte in the job's input. `ends`: whether the input ends with the data.
+    byte in the job's input. `ends`: whether the input ends with the data. Raises ValueError for an
+    offset that cannot be one: gRPC would not say what is wrong.
     """
 
     def __init__(
         self, data: bytes | Iterable[bytes], offset: int = 0, *, ends: bool = True
     ) -> None:
+        if not (isinstance(offset, int) and 0 <= offset < 1 << 62):
+            raise ValueError(f"offset is {offset!r}; it must be a number of bytes")
         self._ends = ends
         self._chunks = _pieces(data) if isinstance(data, bytes) else iter(data)
         # Guards all below. Notified when data was read, and when a call has ended. Never held while

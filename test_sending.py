@@ -137,6 +137,16 @@ def test_error_of_the_source_leaves_the_input_open(client: Client) -> None:
     assert b"".join(client.stream(job_id)) == b"one two"
 
 
+@pytest.mark.parametrize("offset", [-1, 1 << 64, 0.5])
+def test_offset_that_cannot_be_one_is_told(client: Client, offset: int) -> None:
+    """Before gRPC, whose error would not say what is wrong. The input stays open."""
+    job_id = client.start("cat", stdin=True)
+    with pytest.raises(ValueError, match="offset is"):
+        client.write_input(job_id, b"x", offset)
+    client.write_input(job_id, b"y")
+    assert b"".join(client.stream(job_id)) == b"y"
+
+
 def test_wrong_offset_is_an_error(client: Client) -> None:
     job_id = client.start("cat", stdin=True)
     with pytest.raises(ClientError, match="continue at 0") as raised:
