@@ -2,15 +2,15 @@
 
     worker_pb.GetJobStatusResponse(job=job_message(worker.status(job_id)))
 
-Thread safety: there is no state but a cache, which any thread may use.
+Times, limits and usage are given to protobuf as dictionaries of their fields, because it would copy
+a message.
+
+Thread safety: there is no state.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
-
-from google.protobuf.timestamp_pb2 import Timestamp
 
 import workerservice_pb2 as worker_pb
 from durations import duration
@@ -66,7 +66,7 @@ def job_message(job: Job) -> worker_pb.Job:
     # The messages Limits and Usage have the same fields as the classes of these names.
     usage = None
     if job.usage is not None and job.usage_source is not None:
-        usage = worker_pb.Usage(source=_USAGE_SOURCES[job.usage_source], **_fields(job.usage))
+        usage = {"source": _USAGE_SOURCES[job.usage_source], **_fields(job.usage)}
     return worker_pb.Job(
         job_id=job.job_id,
         owner=job.owner,
@@ -91,7 +91,7 @@ def job_message(job: Job) -> worker_pb.Job:
         node=job.node,
         reason=job.reason,
         subscribers=job.subscribers,
-        limits=_limits(job.limits),
+        limits=_fields(job.limits),
         usage=usage,
         stdin=input_message(job),
     )
@@ -107,12 +107,6 @@ def input_message(job: Job) -> worker_pb.Input | None:
     if job.input_bytes is None:
         return None
     return worker_pb.Input(bytes=job.input_bytes, ended=job.input_ended)
-
-
-@functools.lru_cache(maxsize=256)
-def _limits(limits: Limits) -> worker_pb.Limits:
-    """Return the message for `limits`. Jobs with equal limits share it: do not change it."""
-    return worker_pb.Limits(**_fields(limits))
 
 
 def _end_reason(job: Job) -> worker_pb.EndReason:
@@ -139,7 +133,7 @@ def _fields(value: Limits | Usage) -> dict[str, Any]:
     return {name: each for name in names if (each := getattr(value, name)) is not None}
 
 
-def timestamp(moment: datetime) -> Timestamp:
-    """Return the message of a time."""
-    # `Timestamp.FromDatetime` would take twice as long.
-    return Timestamp(seconds=int(moment.timestamp()), nanos=moment.microsecond * 1000)
+def timestamp(moment: datetime) -> dict[str, int]:
+    """Return the fields of a `Timestamp`."""
+    # protobuf would take twice as long for the time itself.
+    return {"seconds": int(moment.timestamp()), "nanos": moment.microsecond * 1000}

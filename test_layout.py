@@ -127,7 +127,7 @@ _MODULES = {
         "records": "audit",
         "gate": "audit auth calls google grpc metrics quotas records settings starts worker",
         "durations": "gate google worker; workerservice_pb2",
-        "jobmessages": "durations google worker workerservice_pb2",
+        "jobmessages": "durations worker workerservice_pb2",
         "inputcalls": "gate worker; workerservice_pb2",
         "untaken": "",
         "lists": "auth gate jobmessages worker workerservice_pb2; jobrunner quotas untaken",
