@@ -10,8 +10,10 @@
     with unixsockets.connect(path) as sock:
         sock.sendall(b"ping\n")
 
-A connection carries one request and one answer. Whoever connects can hold up others who connect,
-for `_REQUEST_S` and `_ANSWER_S`, and nobody else. So this serves the tools of an operator.
+A connection carries one request and one answer. One that sends no request holds up nobody: it waits
+beside others for `_REQUEST_S`, and the oldest of too many is closed. Whoever takes no answer can
+hold up others who connect, for `_ANSWER_S`, if the answer does not fit into the socket. So this
+serves the tools of an operator.
 
 Thread safety: any thread may call `close`. The thread of a server has the server's name, begins
 with `start` and ends with `close`.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import select
 import socket
 import stat
 import threading
@@ -47,6 +50,7 @@ _REQUEST_S = 5.0  # for a whole request to arrive
 _ANSWER_S = 5.0  # for a whole answer to be taken
 _PAUSE_S = 1.0  # after an error of accept, which would come again at once
 _JOIN_S = 1.0
+_MAX_WAITING = 64  # connections whose request has not arrived
 _BACKLOG = 16
 
 
@@ -69,6 +73,7 @@ class LocalServer:
         path: Path | None = None,
     ) -> None:
         self._socket = sock
+        self._fd = sock.fileno()
         self._answer = answer
         self._end = end
         self._may_ask = may_ask
@@ -97,41 +102,84 @@ class LocalServer:
         self._socket.close()
 
     def _run(self) -> None:
+        self._socket.setblocking(False)
+        waiting: dict[int, _Request] = {}  # by descriptor, the oldest first
         while not self._closed.is_set():
-            try:
-                connection, _ = with_reserve(self._socket.accept)
-            except OSError as error:
-                if not self._closed.is_set():
-                    logger.warning(
-                        "%s: cannot accept a connection: %s", self._thread.name, in_words(error)
-                    )
-                self._closed.wait(_PAUSE_S)
-                continue
-            with contextlib.suppress(OSError), connection:  # the other side has gone
-                if self._may_ask(connection):
-                    self._serve(connection)
+            ready = self._await(waiting)
+            if self._fd in ready:
+                for _ in range(_BACKLOG):
+                    if not self._accept(waiting):
+                        break
+            now = time.monotonic()
+            for fd, request in list(waiting.items()):
+                with contextlib.suppress(OSError):  # the other side has gone
+                    if fd in ready and request.receive(self._end):
+                        self._serve(request)
+                    elif now < request.deadline_s:
+                        continue
+                del waiting[fd]
+                request.connection.close()
+        for request in waiting.values():
+            request.connection.close()
 
-    def _serve(self, connection: socket.socket) -> None:
-        request = _receive(connection, self._end)
+    def _await(self, waiting: dict[int, _Request]) -> set[int]:
+        """Wait until there is something to do; return the descriptors that can be read."""
+        poll = select.poll()
+        for fd in (self._fd, *waiting):
+            poll.register(fd, select.POLLIN)
+        deadlines = [request.deadline_s for request in waiting.values()]
+        left_ms = max(0, min(deadlines) - time.monotonic()) * 1000 + 1 if deadlines else None
+        return {fd for fd, _ in poll.poll(left_ms)}
+
+    def _accept(self, waiting: dict[int, _Request]) -> bool:
+        """Accept a connection; return whether there was one."""
         try:
-            answer = self._answer(request)
+            connection, _ = with_reserve(self._socket.accept)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if not self._closed.is_set():
+                logger.warning(
+                    "%s: cannot accept a connection: %s", self._thread.name, in_words(error)
+                )
+            self._closed.wait(_PAUSE_S)
+            return False
+        with contextlib.suppress(OSError):  # the other side has gone
+            if self._may_ask(connection):
+                waiting[connection.fileno()] = _Request(connection)
+                if len(waiting) > _MAX_WAITING:
+                    waiting.pop(next(iter(waiting))).connection.close()
+                return True
+        connection.close()
+        return True
+
+    def _serve(self, request: _Request) -> None:
+        try:
+            answer = self._answer(request.data)
         except Exception:
             logger.exception("%s: a request has failed", self._thread.name)
             return
-        connection.settimeout(_ANSWER_S)
-        connection.sendall(answer)
+        request.connection.settimeout(_ANSWER_S)
+        request.connection.sendall(answer)
 
 
-def _receive(connection: socket.socket, end: bytes) -> bytes:
-    """Return what comes up to `end`, or up to the connection's end. Raises OSError."""
-    data, deadline = b"", time.monotonic() + _REQUEST_S
-    while end not in data and len(data) < _MAX_REQUEST_BYTES:
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        more = connection.recv(_MAX_REQUEST_BYTES)
-        if not more:
-            break
-        data += more
-    return data
+class _Request:
+    """A connection whose request arrives."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self.data = b""
+        self.deadline_s = time.monotonic() + _REQUEST_S
+
+    def receive(self, end: bytes) -> bool:
+        """Read what has come; return whether that is all. Raises OSError."""
+        try:
+            more = self.connection.recv(_MAX_REQUEST_BYTES)
+        except BlockingIOError:
+            return False
+        self.data += more
+        return not more or end in self.data or len(self.data) >= _MAX_REQUEST_BYTES
 
 
 def bind_unix(path: Path, mode: int) -> socket.socket:

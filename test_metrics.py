@@ -17,6 +17,7 @@ import pytest
 import settings
 import unixsockets
 from client import Client, ClientError
+from localserver import _MAX_WAITING
 from metrics import Counter, Histogram, Metrics, http_server, listen
 from quotas import QuotaError
 from testkit import ABSENT, FOREVER, GUARD_S, call_rpc, clean_environment, follow, run_job
@@ -318,10 +319,32 @@ def test_nonsense_does_no_harm(page: Listener, request_bytes: bytes) -> None:
     assert _get(page.address) == (200, "a 1\n")
 
 
-def test_silent_connection_holds_up_the_next_one_for_a_bounded_time(page: Listener) -> None:
-    """It is given up after some seconds; jobs and calls notice nothing of it."""
-    with socket.create_connection(page.socket.getsockname()):
-        assert _get(page.address) == (200, "a 1\n")
+@pytest.mark.parametrize("sent", [b"", b"GET /met"])
+def test_silent_connections_hold_up_nobody(
+    page: Listener, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """Jobs can connect to a loopback address, too. Of too many, the oldest are closed."""
+    monkeypatch.setattr("localserver._REQUEST_S", 1e6)
+    with contextlib.ExitStack() as connections:
+        silent = []
+        for _ in range(3 * _MAX_WAITING):
+            sock = socket.create_connection(page.socket.getsockname(), timeout=GUARD_S)
+            silent.append(connections.enter_context(sock))
+            sock.sendall(sent)
+            if len(silent) % 50 == 0:
+                assert _get(page.address) == (200, "a 1\n")
+        with contextlib.suppress(ConnectionResetError):  # it was closed with bytes unread
+            assert silent[0].recv(1) == b""
+        if sent:
+            silent[-1].sendall(b"rics HTTP/1.1\r\n\r\n")
+            assert silent[-1].recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_silent_connection_is_closed(page: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some seconds."""
+    monkeypatch.setattr("localserver._REQUEST_S", 0.01)
+    with socket.create_connection(page.socket.getsockname(), timeout=GUARD_S) as sock:
+        assert sock.recv(1) == b""
 
 
 def test_text_is_one_that_prometheus_accepts(measured: _Measured) -> None:
