@@ -123,7 +123,7 @@ class Kind(Enum):
 class _Lane:
     """The clerks for quick or for slow calls. Guarded by the lock of `Calls`."""
 
-    def __init__(self, name: str, lock: threading.RLock, wanted: int) -> None:
+    def __init__(self, name: str, lock: threading.Lock, wanted: int) -> None:
         self.name = name
         # Notified when a call is queued while a clerk is idle, and when `Calls` is shut down.
         self.queued = threading.Condition(lock)
@@ -255,9 +255,8 @@ class Calls(Executor):
         # The calls that wait for their request, and how to cancel each. Not guarded: single
         # operations on a dictionary are atomic.
         self.receiving: dict[Ticket, Callable[[], object]] = {}
-        # Guards all below, and the attributes of every `_Caller`. Held for microseconds. Reentrant,
-        # because a `threading.Condition` does less for such a lock; nothing takes it twice.
-        self._lock = threading.RLock()
+        # Guards all below, and the attributes of every `_Caller`. Held for microseconds.
+        self._lock = threading.Lock()
         self._quick = _Lane("quick", self._lock, _QUICK_CLERKS)
         self._slow = _Lane("slow", self._lock, _SLOW_CLERKS)
         # Notified when a call has to wait while nobody looks for late clerks, and when closed.

@@ -40,7 +40,6 @@ _TOGETHER_S = 1.0  # a shared line is for the calls of this time
 
 _ARGV_CHARACTERS = 4096  # of the line; a character of argv takes up to twelve
 _TEXT_CHARACTERS = 1024
-_SHORT_CHARACTERS = _TEXT_CHARACTERS // 12 - 1  # a text of so many always has room
 
 # What a caller may write as lines of their own: this much after a pause, and this much per
 # second. A line has some 450 bytes. A day's allowance is 1.4 GB.
@@ -68,10 +67,9 @@ class Records:
     def __init__(self, audit: AuditLog, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._audit = audit
         self._clock = clock
-        # Guards the fields below. Never held during a write to the audit log.
-        self._lock = threading.Lock()
-        # Notified when the first call is to share a line, and on close.
-        self._changed = threading.Condition(self._lock)
+        # Guards the fields below. Notified when the first call is to share a line, and on close.
+        # Never held during a write to the audit log.
+        self._changed = threading.Condition()
         self._allowances: dict[object, _Allowance] = {}
         # Key: the caller and what the calls have in common. Value: how to get the fields of the
         # line, and the number of calls.
@@ -82,7 +80,7 @@ class Records:
 
     def close(self) -> None:
         """Write the shared lines that are not written yet, then end the thread; idempotent."""
-        with self._lock:
+        with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
@@ -100,7 +98,7 @@ class Records:
         line of its own; once the caller has used up the allowance, the line has no arguments.
         Blocks as long as the disk does. Raises `AuditError` as `AuditLog.record` does.
         """
-        with self._lock:
+        with self._changed:
             allowance = self._allowance_locked(caller)
             is_in_excess = allowance.left <= 0
         # While the log cannot be written, a line that is written later is a promise in vain.
@@ -110,7 +108,7 @@ class Records:
             return
         fields = _shortened(fields, 0 if is_in_excess else _ARGV_CHARACTERS)
         size = self._audit.record(**fields)
-        with self._lock:
+        with self._changed:
             allowance.left -= size
 
     def share(self, caller: object, what: object, fields: Callable[[], Fields]) -> None:
@@ -119,7 +117,7 @@ class Records:
         Calls with the same `caller` and `what` share a line. `fields` of the first of them is
         called later, in another thread.
         """
-        with self._lock:
+        with self._changed:
             first, count = self._shared.get((caller, what), (fields, 0))
             self._shared[caller, what] = (first, count + 1)
             if not count:
@@ -140,7 +138,7 @@ class Records:
     def _run(self) -> None:
         closed = False
         while not closed:
-            with self._lock:
+            with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._shared)
                 closed = self._changed.wait_for(lambda: self._closed, _TOGETHER_S)
                 shared, self._shared = self._shared, {}
@@ -153,10 +151,10 @@ def _shortened(fields: Fields, argv_characters: int) -> Fields:
     """Return the fields, with long ones cut, and with a digest of an argv that was cut."""
     short: Fields = {}
     for name, value in fields.items():
-        if isinstance(value, list):
-            short |= _beginning(name, value, argv_characters)
-        elif isinstance(value, str) and len(value) > _SHORT_CHARACTERS:
+        if isinstance(value, str):
             short[name] = _cut(value, _TEXT_CHARACTERS)
+        elif isinstance(value, list):
+            short |= _beginning(name, value, argv_characters)
         else:
             short[name] = value
     return short
@@ -188,6 +186,8 @@ def _length(text: str) -> int:
 
 def _cut(text: str, room: int) -> str:
     """Return the beginning of the text that has room in the line."""
+    if len(text) * 12 + 4 <= room:
+        return text
     beginning = text[:room]
     fits = bisect.bisect_right(
         range(len(beginning) + 1), room, key=lambda count: _length(beginning[:count])

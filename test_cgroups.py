@@ -605,8 +605,11 @@ def _kill_as_before_5_14(cgroup: Cgroup) -> None:
     cgroupfs.freeze_and_kill(cgroup.path)
 
 
+_both_ways_to_kill = pytest.mark.parametrize("kill", [_kill, _kill_as_before_5_14])
+
+
 @pytest.mark.kernel
-@pytest.mark.parametrize("kill", [_kill, _kill_as_before_5_14])
+@_both_ways_to_kill
 def test_kill_reaches_every_process(
     subtree: Subtree,
     run_in: Callable[[Path, str], subprocess.Popen[bytes]],
@@ -623,7 +626,7 @@ def test_kill_reaches_every_process(
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("kill", [_kill, _kill_as_before_5_14])
+@_both_ways_to_kill
 def test_kill_beats_a_process_that_keeps_forking(
     subtree: Subtree,
     run_in: Callable[[Path, str], subprocess.Popen[bytes]],
@@ -638,7 +641,7 @@ def test_kill_beats_a_process_that_keeps_forking(
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("kill", [_kill, _kill_as_before_5_14])
+@_both_ways_to_kill
 def test_kill_reaches_threaded_and_frozen_cgroups(
     subtree: Subtree,
     run_in: Callable[[Path, str], subprocess.Popen[bytes]],
