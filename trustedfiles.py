@@ -142,11 +142,11 @@ def check(
     unreadable = stat.S_IROTH | stat.S_IXOTH if private and not public else 0
     known = set() if known is None else known
     writers = stat.S_IWOTH | (stat.S_IWGRP if groups else 0)
-    last = os.path.realpath(path)
+    owned = None if owner is None else os.path.realpath(path)
     try:
         for each, status in _steps(path):
             if each not in known:
-                if status.st_uid != owner or each != last:
+                if status.st_uid != owner or each != owned:
                     _check_owner(each, status)
                 if stat.S_ISFIFO(status.st_mode):  # whoever opens it may wait for ever
                     raise _irregular(path)
