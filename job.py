@@ -166,8 +166,7 @@ class RunningJob:
         """Return what is known now; `live_usage`: read the usage of a job that still runs."""
         # Read outside the lock because it does I/O. Ignored if the final usage was recorded
         # meanwhile.
-        is_over = self._status.is_over
-        live = self._cgroup.usage() if live_usage and self._cgroup and not is_over else None
+        live = self._cgroup.usage() if live_usage and self._cgroup and not self.ended() else None
         with self._ended:
             usage = self._usage or live
             source = UsageSource.CGROUP if self._cgroup else UsageSource.RUSAGE

@@ -63,7 +63,7 @@ class RunningTime:
 
     def now_s(self) -> int:
         """Return the running time in whole seconds."""
-        return int(self._clock() - self._origin_s)
+        return int(self.seconds())
 
     def seconds(self) -> float:
         """Return the running time."""
