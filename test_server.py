@@ -798,8 +798,9 @@ class _Witness:
         make_fifo(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         # A child in its group, one in a session of its own, one that nobody waits for.
+        # A shell says on stderr that SIGTERM has ended its child, if it gets its own one later.
         script = (
-            'exec 3>"$0"; sleep infinity & setsid sleep infinity & '
+            'exec 3>"$0" 2>/dev/null; sleep infinity & setsid sleep infinity & '
             "(setsid sh -c 'sleep infinity; :' &) ; echo ready; exec sleep infinity"
         )
         self.command = ("sh", ["-c", script, str(path)])
