@@ -20,6 +20,7 @@ import sys
 from cli import EXIT_UNKNOWN, hide_secrets, parse, printable
 from connection import Client, ClientError, check_address
 from retrying import CONNECT_S
+from standardstreams import prepare_streams
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if argv is not None:
         return _status_of(argv, own_process=False)
+    prepare_streams(may_be_closed=False)
     try:
         return _status_of(sys.argv[1:], own_process=True)
     except KeyboardInterrupt:  # while an error was told

@@ -197,7 +197,8 @@ class _Interrupts:
             raise KeyboardInterrupt
         if self._count == _CTRL_C_STOPS:
             # Not with print, which the handler may have interrupted.
-            os.write(sys.stderr.fileno(), b"client: stopping the job; Ctrl-C again leaves it\n")
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), b"client: stopping the job; Ctrl-C again leaves it\n")
         self._queue.put(self._count)
 
     def _serve(self, job_id: str) -> None:

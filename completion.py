@@ -24,6 +24,7 @@ import sys
 from cli import make_parsers, parse_connection, printable
 from connection import Client, ClientError, check_address
 from profiles import apply_profile, profile_names
+from replacing import MOST_BYTES
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def completion(arguments: argparse.Namespace) -> int:
         script = _SCRIPTS[arguments.shell].replace("NAME", os.path.basename(program))
         print(script.replace("PROGRAM", shlex.quote(program)), end="")
         return 0
-    words = sys.stdin.read().removesuffix("\n").split("\n")
+    words = sys.stdin.read(MOST_BYTES).removesuffix("\n").split("\n")
     for word, text in _candidates(words[:-1], words[-1]):
         if word.startswith(words[-1]):
             print(f"{word}\t{printable(text)}")

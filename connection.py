@@ -27,6 +27,7 @@ from clienterrors import ClientError
 from following import JobEnd, OutputStream
 from link import Link, is_token, token_metadata
 from reopening import Resumption
+from replacing import read_small
 from tokenrenewal import Renewal
 from units import parse_address
 
@@ -534,11 +535,8 @@ def _set(duration: Duration, seconds: float) -> None:
 
 
 def _read_all(paths: Sequence[str]) -> list[bytes]:
-    contents = []
     try:
-        for path in paths:
-            with open(path, "rb", buffering=0) as file:
-                contents.append(file.read())
+        return [read_small(path) for path in paths]
     except FileNotFoundError as error:
         raise ClientError(
             f"the certificate or key {error.filename} is missing; {_GET_CERTIFICATE}"
@@ -548,7 +546,6 @@ def _read_all(paths: Sequence[str]) -> list[bytes]:
             f"cannot read {error.filename}: {error.strerror}; make it readable for you, or name "
             "another with --certs, or with --cert, --key and --ca"
         ) from error
-    return contents
 
 
 def _check_files(paths: Sequence[str], contents: Sequence[bytes]) -> Certificate | None:

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from cli import printable
 from connection import ClientError
-from replacing import locked, replace_file
+from replacing import MOST_BYTES, locked, read_small, replace_file
 from tokentimes import TokenTimes, payload, session_of
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -111,7 +111,7 @@ def _forget_token(arguments: argparse.Namespace, token: str) -> None:
 
 def _read_token(arguments: argparse.Namespace) -> str:
     # With strange bytes in the file, `Client` still reports that this is not a token.
-    return token_path(arguments).read_text(encoding="ascii", errors="replace")
+    return read_small(token_path(arguments)).decode("ascii", "replace")
 
 
 def _given_token(arguments: argparse.Namespace) -> str:
@@ -254,7 +254,7 @@ def _password(arguments: argparse.Namespace) -> str:
             password = getpass.getpass(f"Password for {printable(arguments.user)}: ")
         elif password is None or password == "-":  # noqa: S105 -- not a password
             # A file of Windows may begin with a byte order mark.
-            password = sys.stdin.readline().removeprefix("\ufeff").rstrip("\r\n")
+            password = sys.stdin.readline(MOST_BYTES).removeprefix("\ufeff").rstrip("\r\n")
         password.encode()
     except EOFError:
         password = ""

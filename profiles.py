@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 
 from connection import DEFAULT_CERTS, DEFAULT_SERVER, ClientError
+from replacing import read_small
 from units import parse_address
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -86,8 +87,7 @@ def read_profiles() -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        with open(path, "rb") as file:
-            text = file.read()
+        text = read_small(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -14,6 +14,7 @@ Source: flock(2), rename(2).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 
@@ -21,7 +22,10 @@ TYPE_CHECKING = False  # importing it from typing takes as long as Python's own 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["locked", "replace_file"]
+__all__ = ["MOST_BYTES", "locked", "read_small", "replace_file"]
+
+MOST_BYTES = 4 << 20
+"""So much of a small file, or of a line, is read: /dev/zero has no end."""
 
 
 @contextlib.contextmanager
@@ -38,6 +42,15 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def read_small(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a file. Raises OSError, also if there is more than `MOST_BYTES`."""
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), os.fspath(path))
+    return content
 
 
 def replace_file(

@@ -78,6 +78,7 @@ from oldfiles import open_store
 from servercommands import Call, parse_arguments
 from serveroptions import OPTIONS, option_string, settings_in_force
 from settings import Config, Settings, SettingsError
+from standardstreams import prepare_streams
 from trustedfiles import TrustedFiles, UntrustedFileError, check
 from units import join_address, parse_address
 
@@ -564,10 +565,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError,
         OSError,
     ) as error:
-        if arguments.run and isinstance(error, BrokenPipeError) and error.filename is None:
+        if arguments.run and isinstance(error, OSError) and error.filename is None:
             # Stdout still holds output. At exit Python would try to write it again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            if isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE
+            error = SettingsError(f"cannot write to stdout: {error.strerror or error}")
         print(f"server: {_explain(error, options)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -590,4 +593,5 @@ def _explain(error: Exception, options: Mapping[str, object]) -> str:
 
 
 if __name__ == "__main__":
+    prepare_streams(may_be_closed=True)
     sys.exit(main())

@@ -1508,6 +1508,32 @@ def test_stream_that_fits_only_in_part_is_told(
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["list", "--ca", "/dev/zero"],
+        ["start", "--env-file", "/dev/zero", "true"],
+        ["list"],  # its token, see below
+        ["completion", "bash", "--candidates"],
+        ["login", "-u", "user"],
+    ],
+)
+def test_file_without_an_end_is_refused(
+    stranger: _Program, tmp_path: Path, words: list[str]
+) -> None:
+    """Its name was mistyped, perhaps. The client would read until the machine has no memory."""
+    state = tmp_path / "state" / "job-worker"
+    state.mkdir(parents=True)
+    stranger.environment["XDG_STATE_HOME"] = str(state.parent)
+    server = stranger.environment["JOBWORKER_SERVER"]
+    (state / f"token-{server}").symlink_to("/dev/zero")
+    with open("/dev/zero", "rb") as zero, stranger.start(*words, stdin=zero.fileno()) as process:
+        _, stderr = process.communicate(timeout=GUARD_S)
+    if words[0] != "completion":
+        assert process.returncode == 1
+        assert len(stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("redirection", ["<&-", ">&-"])
 def test_closed_standard_stream_is_told(stranger: _Program, redirection: str) -> None:
     """The line says what to do."""

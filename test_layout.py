@@ -106,6 +106,7 @@ _MODULES = {
         "certcheck": "",
         "bundle": "",
         "replacing": "",
+        "standardstreams": "",
     },
     "access": {
         "throttle": "errors; store",
@@ -155,8 +156,8 @@ _MODULES = {
         "useradmin": "accounts environment replacing settings trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors errors fileopener gate "
         "grpc hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
-        "serveroptions serverstatus service settings slurmworker standardservices tls trustedfiles "
-        "units worker; localserver users",
+        "serveroptions serverstatus service settings slurmworker standardservices standardstreams "
+        "tls trustedfiles units worker; localserver users",
     },
     "client": {
         "sending": "",
@@ -170,8 +171,8 @@ _MODULES = {
         "jobevents": "reopening workerservice_pb2; clienterrors link",
         "streaming": "cli connection display",
         "connection": f"certcheck clienterrors following grpc jobevents link reopening "
-        f"sending tokenrenewal units {_AUTH_PB} {_WORKER_PB}; google",
-        "profiles": "connection units",
+        f"replacing sending tokenrenewal units {_AUTH_PB} {_WORKER_PB}; google",
+        "profiles": "connection replacing units",
         "importing": "bundle certcheck connection profiles replacing units",
         "selecting": "units; connection",
         "helptexts": "",
@@ -183,11 +184,12 @@ _MODULES = {
         "stdin": "connection",
         "commands": "cli connection credentials display listing selecting stdin streaming "
         "variables waiting; workerservice_pb2",
-        "variables": "connection",
+        "variables": "connection replacing",
         "display": "cli units; google workerservice_pb2",
-        "completion": "cli connection credentials profiles; workerservice_pb2",
+        "completion": "cli connection credentials profiles replacing; workerservice_pb2",
         "hints": "cli credentials units; connection",
-        "client": "cli commands completion connection credentials hints importing retrying",
+        "client": "cli commands completion connection credentials hints importing retrying "
+        "standardstreams",
     },
 }
 # Each group, and the groups whose modules it may import beside its own.

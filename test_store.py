@@ -18,7 +18,7 @@ import pytest
 import store as store_module
 from errors import StoreError
 from store import NAME, Store, back_up, reading
-from testkit import GUARD_S, NOBODY, descriptors_of, small_file_system
+from testkit import GUARD_S, NOBODY, descriptors_of, make_fifo, small_file_system
 
 _HERE = Path(__file__).resolve().parent
 
@@ -308,6 +308,24 @@ def test_backup_that_fails_leaves_the_older_one(directory: Path, tmp_path: Path)
         ]
     with pytest.raises(StoreError, match=r"none/backup.db: No such file or directory"):
         back_up(directory, tmp_path / "none" / "backup.db")
+
+
+def test_backup_replaces_no_device_and_nothing_of_the_store(
+    directory: Path, tmp_path: Path
+) -> None:
+    """`backup /dev/stdout` as root would make a file of it for everybody."""
+    fifo = make_fifo(tmp_path / "fifo")
+    link = tmp_path / "link"
+    link.symlink_to(fifo)
+    with Store(directory):
+        for target in (fifo, link, tmp_path, Path(), Path("/")):
+            with pytest.raises(StoreError, match="is not a regular file; name another file"):
+                back_up(directory, target)
+        (tmp_path / "other name").symlink_to(directory)
+        for target in (directory / NAME, directory / "new", tmp_path / "other name" / NAME):
+            with pytest.raises(StoreError, match="would be among the files of the store; name"):
+                back_up(directory, target)
+    assert fifo.is_fifo()
 
 
 # --- damage -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from connection import ClientError
+from replacing import read_small
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def read_variables(files: Sequence[str], words: Sequence[str]) -> dict[str, str]
 
 def _lines(path: str) -> list[str]:
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = read_small(path)
     except OSError as error:
         raise ClientError(
             f"--env-file: cannot read {path}: {error.strerror}; check the path"
