@@ -60,6 +60,23 @@ def pytest_configure(config: pytest.Config) -> None:
         NodeManager.EXIT_TIMEOUT = 60
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A directory that stands in for /tmp, because what is killed leaves its files there.
+
+    It is not below pytest's own, because other users cannot enter those.
+    """
+    tmp_path_factory.getbasetemp()  # outside: pytest keeps it for a while
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        os.chmod(name, 0o1777)
+        patch.setenv("TMPDIR", name)
+        patch.setattr(tempfile, "tempdir", name)
+        yield
+
+
 @pytest.fixture
 def leased(public: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
     """A program under a write lease (fcntl(2)), and a function that gives the lease up.
@@ -103,7 +120,7 @@ def way_to_fork(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def base() -> Iterator[Path]:
     """A cgroup with every controller; the test fails if it leaves anything in the cgroup."""
-    from cgroups import kill_tree
+    from cgroupfs import kill_tree
 
     path = make_cgroup()
     yield path
