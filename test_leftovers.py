@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-_ALICE, _BOB = 71_011, 71_012
+# Of this process alone: another one that runs these tests removes what is left of its users.
+_ALICE = 1_200_000 + os.getpid() % 10_000 * 10
+_BOB = _ALICE + 1
 
 # 0o1600 is IPC_CREAT and a mode. Without a mounted file system nobody could find a queue of POSIX.
 _LEAVE = """
@@ -46,16 +48,18 @@ _OBJECTS = 3 + 3 * 3  # so many objects it leaves at least
 _LEAVE_A_DEEP_TREE = """
 import os
 os.chdir("/tmp")
+name = os.environ["JOB_ID"]
 for _ in range(1500):
-    os.mkdir("deeper")
-    os.chdir("deeper")
+    os.mkdir(name)
+    os.chdir(name)
     open("file", "wb").close()
 """
 _LEAVE_MANY = """
 import os
-os.mkdir("/tmp/many")
+many = f"/tmp/{os.environ['JOB_ID']}"
+os.mkdir(many)
 for number in range(20_000):
-    open(f"/tmp/many/{number}", "wb").close()
+    open(f"{many}/{number}", "wb").close()
 """
 
 
@@ -98,9 +102,7 @@ def _run(worker: Worker, program: str, uid: int = _ALICE) -> None:
 
 def test_nothing_is_left_when_the_last_job_of_a_user_has_ended(worker: Worker) -> None:
     """Whoever learns of the end finds no object and no file of the user, and all of the others."""
-    other = _start(
-        worker, f"{_LEAVE}\nprint('made', flush=True)\nimport signal; signal.pause()", _BOB
-    )
+    other = _start(worker, _LEAVE_AND_STAY, _BOB)
     await_output(worker, other, b"made")
     kept = _left_of(_BOB)
     _run(worker, _LEAVE)
@@ -147,7 +149,7 @@ def test_job_that_starts_ends_the_removal(worker: Worker, monkeypatch: pytest.Mo
         removals.append(clear(uid))
         return removals[-1]
 
-    monkeypatch.setattr(worker._leftovers, "_clear", watched)
+    monkeypatch.setattr(worker._parts.leftovers, "_clear", watched)
     monkeypatch.setattr(leftovers, "_CLEARING_S", 0.0)  # the end of the job waits for no removal
     _run(worker, _LEAVE_MANY)
     monkeypatch.setattr(leftovers, "_CLEARING_S", GUARD_S)
@@ -159,7 +161,11 @@ def test_job_that_starts_ends_the_removal(worker: Worker, monkeypatch: pytest.Mo
     worker.stop(job)
 
 
-@pytest.mark.parametrize("uid", [0, 1000, _ALICE - 1, _BOB + 1, float(_ALICE), str(_ALICE), None])
+@pytest.mark.parametrize(
+    "uid",
+    [0, 1000, _ALICE - 1, _BOB + 1, float(_ALICE), str(_ALICE), None],
+    ids=["root", "an account", "below", "above", "a float", "a text", "none"],
+)
 def test_fork_server_clears_up_only_for_users_of_the_range(worker: Worker, uid: Any) -> None:
     """A main process that was taken over removes nobody else's files."""
     with pytest.raises(PermissionError):
