@@ -95,15 +95,12 @@ class Accounts:
         Looks up the accounts of the host anew. Blocks until the uids are on the disk. Raises
         `StoreError`; `AccountsError` if the range has no free uid left.
         """
-        free = iter(
-            range(max([*self._by_name.values(), self._uids.start - 1]) + 1, self._uids.stop)
-        )
+        free = _free_uids(self._uids, self._by_name.values())
         new: dict[str, int] = {}
         names = tuple(names)
         for name in names:
             if name not in self._by_name and name not in new:
-                uid = self._uid_of_account(name, new)
-                uid = uid or next((each for each in free if not _is_taken(each)), None)
+                uid = self._uid_of_account(name, new) or next(free, None)
                 if uid is None:
                     raise AccountsError(
                         f"no uid is left for {name} in the range {self._uids.start}-"
@@ -305,18 +302,22 @@ def uid_for(name: str, directory: Path, uids: range) -> int:
             known = dict(connection.execute("SELECT name, uid FROM uids"))
     if name in known:
         return known[name]
-    free = range(max([*known.values(), uids.start - 1]) + 1, uids.stop)
-    uid = next((each for each in free if not _is_taken(each)), None)
+    uid = next(_free_uids(uids, known.values()), None)
     if uid is None:
         raise AccountsError(f"no uid is left for {name} in --uids; widen it")
     return uid
 
 
+def _free_uids(uids: range, known: Iterable[int]) -> Iterator[int]:
+    """Yield the uids above all `known` ones that no account or group of this host has."""
+    above = range(max([*known, uids.start - 1]) + 1, uids.stop)
+    return (uid for uid in above if not _is_taken(uid))
+
+
 def _number(text: str) -> int:
     """Return the number of decimal digits; -1 for any other text."""
-    return (
-        int(text) if re.fullmatch("[0-9]{1,20}", text) else -1
-    )  # int() raises for thousands of digits
+    # int() raises for thousands of digits.
+    return int(text) if re.fullmatch("[0-9]{1,20}", text) else -1
 
 
 def _is_taken(uid: int) -> bool:

@@ -25,11 +25,10 @@ them can be refreshed any more.
 
 This module reads and writes only the file of the key, and knows nothing of gRPC.
 
-Thread safety: any thread may call anything. A few logins at a time hash their
-password, without a lock. No lock is taken inside another.
+Thread safety: any thread may call anything. One login at a time hashes its password, for which the
+others wait. No lock is taken inside another.
 
-Sources: RFC 7519 (JWT), RFC 8725 (its pitfalls), RFC 8705 section 3.1 (`cnf`,
-`x5t#S256`).
+Sources: RFC 7519 (JWT), RFC 8725 (its pitfalls), RFC 8705 section 3.1 (`cnf`, `x5t#S256`).
 """
 
 from __future__ import annotations
@@ -546,11 +545,7 @@ def _life_s(session: Session, now: tuple[int, int]) -> int:
 
 
 def _thumbprint(certificate: bytes) -> str:
-    return _base64(_digest(certificate))
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
+    return _base64(hashlib.sha256(certificate).digest())
 
 
 def _base64(data: bytes) -> str:

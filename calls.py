@@ -168,18 +168,16 @@ class Ticket:
     """
 
     __slots__ = (
-        *(
-            "_calls",
-            "arrived_s",
-            "caller",
-            "counts",
-            "is_stream",
-            "key",
-            "queue",
-            "refusal",
-            "run",
-            "runs",
-        ),
+        "_calls",
+        "arrived_s",
+        "caller",
+        "counts",
+        "is_stream",
+        "key",
+        "queue",
+        "refusal",
+        "run",
+        "runs",
         "unread",
     )
 

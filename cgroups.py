@@ -73,7 +73,6 @@ __all__ = [
     "CgroupError",
     "Subtree",
     "bases",
-    "kill_tree",
 ]
 
 logger = logging.getLogger(__name__)
@@ -364,7 +363,7 @@ class Subtree:
         if not self._delegated:
             self._attempt(self._remove_jobs)
         if not self._guests:
-            self._leave()
+            self._dissolve()
 
     @property
     def dismantling(self) -> tuple[str, str | None, list[str]]:
@@ -392,7 +391,7 @@ class Subtree:
             raise failure(error, "change the owner of", self.jobs, remedy=DELEGATE) from error
         self._delegated = True
 
-    def _leave(self) -> None:
+    def _dissolve(self) -> None:
         if not self._delegated:
             self._attempt(lambda: dissolve(*self.dismantling))
         os.close(self._lock_fd)
@@ -401,7 +400,7 @@ class Subtree:
         if self._home is not None:
             self._home._guests -= 1
             if self._home._closing and not self._home._guests:
-                self._home._leave()
+                self._home._dissolve()
 
     def _attempt(self, step: Callable[[], None]) -> None:
         try:

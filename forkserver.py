@@ -95,7 +95,12 @@ _FEW_PROCESSES = 32  # that a request may signal while the others wait
 _DAY_S = 24 * 3600  # the longest wait, because the timeout of poll(2) is an int
 _SUCCESSOR_S = 5.0  # how long a successor may take to say what it wants
 _CAPABILITIES = (
-    *(CAP_SETUID, CAP_SETGID, CAP_KILL, CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE),
+    CAP_SETUID,
+    CAP_SETGID,
+    CAP_KILL,
+    CAP_CHOWN,
+    CAP_DAC_OVERRIDE,
+    CAP_SYS_RESOURCE,
 )
 
 
@@ -558,8 +563,8 @@ def _main(argv: Sequence[str]) -> NoReturn:
         sys.exit(0)
     _, fd, main_fd, duties, *saved = argv
     with socket.socket(fileno=int(fd)) as sock:
-        for inherited in (sock.fileno(), int(main_fd)):
-            os.set_inheritable(inherited, False)
+        for each in (sock.fileno(), int(main_fd)):
+            os.set_inheritable(each, False)
         try:
             state = ""
             if saved:

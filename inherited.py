@@ -1,10 +1,9 @@
 """What a job does not inherit although fork and exec would pass it on: credentials(7), execve(2).
 
-The fork server calls `reset` once, before it forks: what it changes is the same for all jobs. Each
-leader calls `separate` once, because each job needs one of its own. docs/security.md has the whole
-table: every attribute that fork and exec preserve, and what a job gets of it.
-
-The fork server calls `refuse_splice` once, too.
+The fork server calls `set_signals`, `reset` and `refuse_splice` once, before it forks: what these
+change is the same for all jobs. Each leader calls `separate` once, for what each job must have for
+itself. docs/security.md has the whole table: every attribute that fork and exec preserve, and what
+a job gets of it.
 
 The rule: a job does not inherit an attribute that gives it something (a key, a priority, somebody's
 name). It does inherit one by which the operator takes something from the service and from all that
@@ -23,7 +22,14 @@ import signal
 
 from privileges import CAP_SYS_RESOURCE, filter_calls, has_capabilities, prctl
 
-__all__ = ["OOM_SCORE_ADJ", "oom_exemption", "refuse_splice", "reset", "separate"]
+__all__ = [
+    "OOM_SCORE_ADJ",
+    "oom_exemption",
+    "refuse_splice",
+    "reset",
+    "separate",
+    "set_signals",
+]
 
 OOM_SCORE_ADJ = 500
 """Of a job: the kernel's OOM killer takes it as if it had half of the memory more than it has. So
@@ -62,6 +68,25 @@ _JOIN_NEW_KEYRING = _NUMBERS and (
     *(ctypes.c_long(each) for each in (_NUMBERS[0], _KEYCTL_JOIN_SESSION_KEYRING)),
     None,
 )
+
+
+def set_signals() -> None:
+    """Unblock every signal, and give each its default disposition, for this process and jobs.
+
+    A few signals get a handler that does nothing, because a service manager sends SIGTERM to
+    every process at once while only the main process's death may end this one. An exec resets
+    a handler to the default; it would not reset an ignored signal. Two signals below SIGRTMIN
+    stay as they are: they are the C library's own, and it lets nobody set them.
+    """
+    handled = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, _wake if number in handled else signal.SIG_DFL)
+    # Last, because a signal that waits must find its handler.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _wake(signum: int, frame: object) -> None:
+    """Do nothing: the interpreter has written a byte to the wake-up descriptor."""
 
 
 def reset() -> None:
@@ -192,22 +217,3 @@ def _write(path: str, data: bytes) -> None:
         os.write(fd, data)
     finally:
         os.close(fd)
-
-
-def set_signals() -> None:
-    """Unblock every signal, and give each its default disposition, for this process and jobs.
-
-    A few signals get a handler that does nothing, because a service manager sends SIGTERM to
-    every process at once while only the main process's death may end this one. An exec resets
-    a handler to the default; it would not reset an ignored signal. Two signals below SIGRTMIN
-    stay as they are: they are the C library's own, and it lets nobody set them.
-    """
-    handled = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, _wake if number in handled else signal.SIG_DFL)
-    # Last, because a signal that waits must find its handler.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _wake(signum: int, frame: object) -> None:
-    """Do nothing: the interpreter has written a byte to the wake-up descriptor."""

@@ -138,7 +138,7 @@ class RunningJob:
         self._registry = registry
         self._keeper = keeper
         self._splices = keeper is not None  # until it turns out that the kernel cannot
-        # Guards all below. Notified when the job has ended. Never held during I/O.
+        # Guards all below. Notified when the job has ended or is left. Never held during I/O.
         self._ended = threading.Condition()
         # Set by the first `kill` that found the leader alive.
         self._kill_reason: EndReason | None = None
@@ -342,7 +342,7 @@ class RunningJob:
         That is the time of the start and a duration, so no step of the clock counts.
         """
         end_s = (leader_exit and leader_exit.ended_s) or time.monotonic()
-        # Of a job that another process has seen end, the times may be by the clock.
+        # `_started_s` of a job that a former process has left may be by the clock, and too late.
         return self.started_at + timedelta(seconds=max(0.0, end_s - self._started_s))
 
     def _await_leader(self) -> Exit | None:

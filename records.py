@@ -3,12 +3,12 @@
     with Records(audit) as records:
         records.write("alice", {"user": "alice", "rpc": "StartJob", "outcome": "OK", ...})
 
-A line has at most some 12 KiB, whatever a client sends: of a long argv the line has the
-beginning and the SHA-256 of the whole. Each caller may write a number of bytes
-(`_ALLOWANCE`) as lines of their own. A caller who has written more shares: the calls of one
-second with the same RPC and outcome get one line, which has their number. So no caller can fill
-the disk with the audit log in a day. A call that starts, stops or removes a job, or that logs in or
-out, always has a line of its own: other ceilings bound these. Signals and input share lines.
+A line has at most some 6 KiB, whatever a client sends: of a long argv the line has the beginning
+and the SHA-256 of the whole. Each caller has an allowance of bytes (`_ALLOWANCE_BYTES`) for lines
+of their own. A caller who has used it up shares lines: the calls of one second with the same RPC
+and outcome get one line, which has their number. So no caller can fill the disk with the audit log
+in a day. A call that starts, stops or removes a job, or that logs in or out, always has a line of
+its own: other ceilings bound these. Signals and input share lines.
 
 Threads: any thread may call anything. One thread of this module, `records`, writes the shared
 lines.

@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENVIRONMENT",
+    "LIFETIME",
     "RESTART_WINDOW",
     "SERVER",
     "SIZE",

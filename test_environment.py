@@ -55,7 +55,7 @@ def isolated() -> Iterator[Worker]:
     if not (os.geteuid() == 0 and can_change_user() and can_kill_any()):
         pytest.skip("needs root")
     with Worker(enforcement="off", uids=_UIDS) as worker:
-        worker._spares.fill()
+        worker._parts.spares.fill()
         yield worker
 
 

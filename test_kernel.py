@@ -67,14 +67,14 @@ def worker(base: Path) -> Iterator[Worker]:
 
 
 def _cgroup(worker: Worker, job_id: str) -> Path:
-    assert worker._subtree
-    return worker._subtree.jobs / job_id
+    assert worker.subtree
+    return worker.subtree.jobs / job_id
 
 
 def _top(worker: Worker) -> Path:
     """Return the directory where the cgroup hierarchy is mounted."""
-    assert worker._subtree
-    return worker._subtree.path.parent.parent
+    assert worker.subtree
+    return worker.subtree.path.parent.parent
 
 
 def _output(worker: Worker, job_id: str) -> bytes:
@@ -794,7 +794,7 @@ def test_job_that_cannot_enter_its_cgroup_does_not_run(
         return fork(spawner, job, **options)
 
     discard_spares(worker)
-    monkeypatch.setattr(worker._spares, "fill", lambda *_: None)
+    monkeypatch.setattr(worker._parts.spares, "fill", lambda *_: None)
     monkeypatch.setattr(Spawner, "fork", fork_too_late)
     error = _await_failed_start(worker, tmp_path / "ran", NO_LIMITS)
     assert str(error).startswith(f"a new process cannot enter {error.path}: {reason}; ")

@@ -469,6 +469,37 @@ def test_private_names_are_found(source: str, private: set[str]) -> None:
     assert _private_names_used_in(tree) - _private_names_defined_in(tree) == private
 
 
+def _public(tree: ast.Module) -> list[str]:
+    """What is in the module's `__all__`."""
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    return list(names)
+
+
+@pytest.mark.parametrize("module", _GROUPS)
+def test_what_a_module_uses_of_another_is_public(module: str) -> None:
+    """It is in the `__all__` of the other one, but for types that only annotations use."""
+    tree = _parse(module)
+    tree.body = [node for node in tree.body if not _is_type_checking(node)]
+    nodes = list(ast.walk(tree))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    used = [
+        (node.module, alias.name)
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module in _GROUPS
+        for alias in node.names
+    ] + [
+        (node.value.id, node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id in whole & set(_GROUPS)
+    ]
+    assert [(other, name) for other, name in used if name not in _public(_parse(other))] == []
+
+
 @pytest.mark.parametrize("module", _GROUPS)
 def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: str) -> None:
     """Everything in `__all__` is defined or imported there, and documented where it is defined."""
@@ -483,11 +514,7 @@ def test_public_names_exist_and_classes_and_functions_say_what_they_are(module: 
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             described |= {ast.unparse(target): True for target in targets}
-    public = next(
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    )
+    public = _public(tree)
     assert sorted(set(public)) == sorted(public)
     assert [name for name in public if not described.get(name)] == []
 

@@ -372,7 +372,7 @@ def test_output_that_cannot_be_deleted_is_reported(
 ) -> None:
     """`remove` raises and forgets the job; a removal to make room logs an error."""
     job_id = _write(worker, 10)
-    path = Path(worker._output_dir.path, f"{job_id}.out")
+    path = Path(worker._parts.output_dir.path, f"{job_id}.out")
     path.unlink()
     path.mkdir()
     with pytest.raises(OSError, match=job_id):
@@ -383,7 +383,7 @@ def test_output_that_cannot_be_deleted_is_reported(
 
     budget = Budget(10, "ten")
     job_id = _write(worker, 10, "alice", Budget(None, "a job's", budget))
-    path = Path(worker._output_dir.path, f"{job_id}.out")
+    path = Path(worker._parts.output_dir.path, f"{job_id}.out")
     path.unlink()
     path.mkdir()
     assert worker.make_room("alice", budget) is budget

@@ -69,7 +69,7 @@ def worker(uid: int | None, public: Path) -> Iterator[Worker]:
     uids = None if uid is None else _UIDS
     places: dict[str, Any] = {"homes": public / "homes", "tmp_dir": public / "tmp"}
     with Worker(enforcement="off", uids=uids, **places) as worker:
-        worker._spares.fill()
+        worker._parts.spares.fill()
         yield worker
 
 
@@ -80,7 +80,7 @@ def isolated(public: Path) -> Iterator[Worker]:
         pytest.skip("needs root")
     places: dict[str, Any] = {"homes": public / "homes", "tmp_dir": public / "tmp"}
     with Worker(enforcement="off", uids=_UIDS, **places) as worker:
-        worker._spares.fill()
+        worker._parts.spares.fill()
         yield worker
 
 
@@ -94,7 +94,7 @@ def _output(worker: Worker, job_id: str) -> str:
 def _left(worker: Worker, directory: Path) -> list[str]:
     """Return what is in the directory, except the TMPDIR of the next job."""
     settle_spares(worker)
-    waiting = {spare.job_id for spare in worker._spares._ready}
+    waiting = {spare.job_id for spare in worker._parts.spares._ready}
     return sorted(set(os.listdir(directory)) - waiting)
 
 

@@ -233,7 +233,7 @@ def _traces(worker: Worker) -> dict[str, object]:
     spawner = worker._spawner
     settle_spares(worker)
     spawner.kill("nobody")  # the fork server answers in order, so it has dealt with the rest
-    jobs = worker._subtree.jobs if worker._subtree else None
+    jobs = worker.subtree.jobs if worker.subtree else None
     return {
         # Only how many, because the numbers of the spare's descriptors vary.
         "descriptors": len(descriptors_of()),
@@ -655,7 +655,7 @@ def test_grandchild_that_holds_stdout_hangs_nothing(
     go.write_text("\n")
     assert _output(worker, job_id) == b"last words\n"
     assert _end(worker.status(job_id)) == _EXITED_7
-    if worker._subtree is not None or not keeper:
+    if worker.subtree is not None or not keeper:
         assert not fifo.is_held()
     worker.close()  # without cgroups, a process in another session lives until here
     assert not fifo.is_held()
@@ -1297,7 +1297,7 @@ def test_stop_leaves_no_process_of_a_big_tree(worker: Worker, fifo: _Fifo) -> No
 def test_stop_reaches_processes_in_other_sessions(fifo: _Fifo) -> None:
     """With a cgroup, a stop also kills a process that left the session and the process group."""
     with Worker(enforcement="auto") as worker:
-        if worker._subtree is None:
+        if worker.subtree is None:
             pytest.skip("no cgroup v2 that this process may use")
         daemon = f"echo >&3; {_FOREVER}"
         script = f"exec 3>\"$1\"; setsid --fork setsid --fork sh -c '{daemon}'; {_FOREVER}"
@@ -1752,7 +1752,7 @@ def test_two_workers_in_one_program_are_independent(
         assert _output(other, other.start("echo", ["still here"])) == b"still here\n"
         assert [_end(other.stop(job.job_id)) for job in other.list()] == [_STOPPED, _EXITED_0]
     for worker in workers:
-        assert worker._subtree is None or not worker._subtree.path.exists()
+        assert worker.subtree is None or not worker.subtree.path.exists()
 
 
 def test_close_ends_everything(
@@ -1762,7 +1762,7 @@ def test_close_ends_everything(
     pool.submit(int).result(GUARD_S)
     descriptors = descriptors_of()
     worker = Worker(enforcement=enforcement)
-    directory, subtree = worker._output_dir.path, worker._subtree
+    directory, subtree = worker._parts.output_dir.path, worker.subtree
     done = worker.start("true")
     ended = worker.wait(done, GUARD_S)
     script = f'exec 3>"$1"; setsid --fork sleep infinity; echo ready; {_FOREVER}'
@@ -1956,7 +1956,8 @@ def test_start_after_the_fork_server_died_leaves_nothing(worker: Worker) -> None
 
     def held() -> tuple[list[str], int, list[Path]]:
         discard_spares(worker)  # a spare made while the fork server died may seem to be ready
-        return descriptors_of(), threading.active_count(), list(worker._output_dir.path.iterdir())
+        output = worker._parts.output_dir.path
+        return descriptors_of(), threading.active_count(), list(output.iterdir())
 
     kill_fork_server(worker)
     with pytest.raises(SpawnerDiedError):
@@ -1967,8 +1968,8 @@ def test_start_after_the_fork_server_died_leaves_nothing(worker: Worker) -> None
             worker.start("true")
     assert held() == before
     assert before[2] == []
-    if worker._subtree is not None:
-        assert not [path for path in worker._subtree.jobs.iterdir() if path.is_dir()]
+    if worker.subtree is not None:
+        assert not [path for path in worker.subtree.jobs.iterdir() if path.is_dir()]
 
 
 def test_start_that_nobody_can_answer_is_not_repeated(

@@ -193,7 +193,7 @@ def job_cgroups(jobs: Path) -> list[Path]:
 
 def settle_spares(worker: Worker) -> None:
     """Block until the worker has the spares that it wants, or has failed to make them."""
-    spares = worker._spares
+    spares = worker._parts.spares
     spares.fill()
     with spares._changed:
         if not spares._changed.wait_for(lambda: spares._due_s is None, GUARD_S):
@@ -203,7 +203,7 @@ def settle_spares(worker: Worker) -> None:
 def discard_spares(worker: Worker) -> None:
     """Let the next start find no spare."""
     settle_spares(worker)
-    while (spare := worker._spares._pop()) is not None:
+    while (spare := worker._parts.spares._pop()) is not None:
         spare.discard()
 
 
@@ -271,7 +271,7 @@ def public_python() -> str:
 def job_files(worker: Worker) -> list[str]:
     """Return the files in the worker's output directory, except the spare's empty one."""
     known = {f"{job.job_id}.out" for job in worker.list()}
-    directory = worker._output_dir.path
+    directory = worker._parts.output_dir.path
     return sorted(
         path.name for path in directory.iterdir() if path.name in known or path.stat().st_size
     )

@@ -228,11 +228,8 @@ class Worker:
             restart_dir=restart_dir,
             restart_window=restart_window,
         )
-        self._output_dir, self._scratch, self._table = parts.output_dir, parts.scratch, parts.table
-        self._subtree, self._spawner, self._leftovers = (
-            *(parts.subtree, parts.spawner, parts.leftovers),
-        )
-        self._registry, self._spares, self._starter = parts.registry, parts.spares, parts.starter
+        self._scratch, self._table, self._registry = parts.scratch, parts.table, parts.registry
+        self._spawner, self._starter = parts.spawner, parts.starter
         self.homes = parts.homes
         if uids is None:
             # With `uids`, `drop_privileges` does this: it needs a process without threads.
@@ -244,7 +241,7 @@ class Worker:
     @property
     def subtree(self) -> Subtree | None:
         """The cgroups of the jobs; None without."""
-        return self._subtree
+        return self._parts.subtree
 
     @property
     def is_broken(self) -> bool:
@@ -507,9 +504,8 @@ class Worker:
         Returns an iterator of chunks (bytes), which blocks while there is no output
         and ends when the job has. Its `close` may be called from any thread; leave it
         by `with`, or close it. `subscriber` is shown in the job's status meanwhile.
-        Raises `UnknownJobError`, `OffsetError`, ValueError (a negative number),
-        `WorkerClosedError`;
-        iterating raises `OffsetError` if the job ended before its output reached `offset`.
+        Raises `UnknownJobError`, `OffsetError`, `WorkerClosedError`, ValueError (a negative
+        number); iterating raises `OffsetError` if the job ended before its output reached `offset`.
         Output beyond a ceiling or the disk is kept in part: its head and its latest bytes.
         `Subscription.gap` tells where bytes are missing, and `OutputIncompleteError` is raised
         at the end for a subscriber that missed some. One that keeps up misses none.
