@@ -98,8 +98,8 @@ def _warn_of_limits(client: Client, arguments: argparse.Namespace, job_id: str) 
         ]
         if missing:
             _warn(
-                f"{' and '.join(missing)}: not in force, because the server's host cannot enforce "
-                "it; the server's operator can see with ./server check what is missing"
+                f"not in force, because the server's host cannot enforce it: {', '.join(missing)}; "
+                "the server's operator can see with ./server check what is missing"
             )
 
 

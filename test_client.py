@@ -2406,7 +2406,8 @@ def test_limit_that_is_not_in_force_is_told_at_the_start(cli: _Program) -> None:
     options = {"--memory": "memory_bytes", "--pids": "pids"}
     missing = [option for option, field in options.items() if limits.get(field) is None]
     if missing:
-        assert stderr.startswith(f"client: {' and '.join(missing)}: not in force, because the ser")
+        assert "not in force, because the server's host cannot enforce it: " in stderr
+        assert f": {', '.join(missing)}; " in stderr
     else:
         assert stderr == ""
     assert cli.run("start", "--", "true")[2] == ""
