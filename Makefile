@@ -5,7 +5,7 @@ PYTHON ?= python3
 python = .venv/bin/python
 protos = authservice.proto workerservice.proto
 # The modules that run by themselves, with the standard library only.
-library = argv broadcaster budget buffers cgroupfs cgroups children descriptors ending environment errands errors estate finding finishedlog forkserver holes inherited inputpipe job jobinput jobstate jobstep jobtable journal keeping lastinggap leader leaders leftovers lifeline limits messages others outputdirectory outputdisk outputerrors outputstate outputtimes parts privileges processes registry resuming retention scratch slurm slurmchannel slurminput slurmjob slurmreports slurmworker sources spares spawner starting store successor tails takeover unixsockets watching worker
+library = argv broadcaster budget buffers cgroupfs cgroups children descriptors ending environment errands errors estate finding finishedlog forkserver holes inherited inputpipe job jobinput jobstate jobstep jobtable journal keeping lastinggap leader leaders leftovers lifeline limits messages others outputdirectory outputdisk outputerrors outputstate outputtimes parts privileges processes registry removals resuming retention scratch slurm slurmchannel slurminput slurmjob slurmreports slurmworker sources spares spawner starting store successor tails takeover unixsockets watching worker
 protoc = $(python) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(protos)
 # pyproject.toml names what we depend on; requirements/ has the hashes of that and of what it needs.
 # Only wheels, because a source package runs code of its own while it is installed.

@@ -64,6 +64,7 @@ from cgroupfs import (
     write,
 )
 from limits import NO_LIMITS, Bounds, Enforcement, Limits, Usage
+from removals import Removals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -119,6 +120,7 @@ class Subtree:
     def __init__(self, path: Path, lock_fd: int, enforcement: Enforcement) -> None:
         self.path = path
         self.jobs = path / "jobs"
+        self._removals = Removals()
         self.controllers: frozenset[str] = frozenset()
         self._enforcement = enforcement
         # Locked while this process lives. If the lock can be taken, the main process is dead.
@@ -239,7 +241,7 @@ class Subtree:
 
     def find(self, name: str, limits: Limits) -> Cgroup:
         """Return the cgroup of a job that runs, with the limits in force."""
-        return Cgroup(self.jobs / name, limits, self.controllers)
+        return Cgroup(self.jobs / name, limits, self.controllers, self._removals)
 
     def sweep(self, kept: Collection[str]) -> None:
         """Kill and remove the cgroups of all jobs but those `kept`. Raises `CgroupError`."""
@@ -318,7 +320,7 @@ class Subtree:
         """
         path = self.jobs / name
         _mkdir(path)
-        cgroup = Cgroup(path, NO_LIMITS, self.controllers)
+        cgroup = Cgroup(path, NO_LIMITS, self.controllers, self._removals)
         try:
             return self.limit(cgroup, limits)
         except BaseException:
@@ -342,7 +344,7 @@ class Subtree:
                     self._give_up_or_note(controller, error)
             unlimited += names
         in_force = replace(limits, **dict.fromkeys(unlimited))
-        return Cgroup(cgroup.path, in_force, self.controllers)
+        return Cgroup(cgroup.path, in_force, self.controllers, self._removals)
 
     def _give_up_or_note(self, controller: str, error: CgroupError) -> None:
         if self._enforcement == "require":
@@ -422,10 +424,13 @@ class Cgroup:
     `controllers`: those that the cgroup has. `usage` looks for the files of no other controller.
     """
 
-    def __init__(self, path: Path, limits: Limits, controllers: Collection[str]) -> None:
+    def __init__(
+        self, path: Path, limits: Limits, controllers: Collection[str], removals: Removals
+    ) -> None:
         self.path = path
         self.limits = limits
         self._controllers = controllers
+        self._removals = removals
 
     def kill(self) -> None:
         """SIGKILL every process in the cgroup and below it. Does nothing if the cgroup is gone."""
@@ -496,9 +501,17 @@ class Cgroup:
         )
 
     def remove(self) -> None:
-        """Remove the cgroup and those that the job made below it. No process may be in them."""
+        """Remove the cgroup and those that the job made below it. No process may be in them.
+
+        While the removal of another one takes long, a thread does it later. Raises `CgroupError`.
+        """
+        if self._removals.make(self._remove) is None:
+            self._removals.make_later(self._remove)
+
+    def _remove(self) -> bool:
         if not self.remove_if_unused():
             remove_tree(self.path)
+        return True
 
     def remove_if_unused(self) -> bool:
         """Remove the cgroup if it contains neither a process nor a cgroup; return whether it did.

@@ -447,7 +447,7 @@ class _ForkServer:
         groups = groups_of(uid) if self._host_accounts and uid is not None else ()
         child = functools.partial(clear_up, reply, uid, groups, tmp, self._pid)
         pid, pidfd = self._fork_child(None, child)
-        self._leaders.errands[pid] = tmp
+        self._leaders.errands.add(pid)
         return pid, pidfd
 
     def _check_uid(self, uid: int | None) -> None:
@@ -508,7 +508,7 @@ class _ForkServer:
             with contextlib.suppress(OSError):  # there is no room for a process
                 pid, pidfd = self._fork_child(None, child)
                 os.close(pidfd)
-                self._leaders.errands[pid] = None
+                self._leaders.errands.add(pid)
                 return True
         signal_cgroup(cgroup, number, functools.partial(send, signal.pidfd_send_signal))
         return False

@@ -46,8 +46,8 @@ class _Leader(NamedTuple):
 class Leaders:
     """`estate`: what is kept for a successor; None without a restart window.
 
-    Attributes: `others`, the other processes of jobs without cgroups; `errands`, by the pid of a
-    process of `errands.py`: the TMPDIR that it empties, if any.
+    Attributes: `others`, the other processes of jobs without cgroups; `errands`, the pids of
+    processes of `errands.py`.
     """
 
     def __init__(self, estate: Estate | None, *, has_cgroups: bool) -> None:
@@ -60,8 +60,8 @@ class Leaders:
         # Without cgroups: the leaders that have ended and are not reaped, because others of their
         # jobs may go on. As long as a leader is a zombie, no stranger can have its number.
         self._zombies: set[int] = set()
-        self.errands: dict[int, str | None] = {}
-        self.others = Others(self._leaders.keys(), self.errands.keys())
+        self.errands: set[int] = set()
+        self.others = Others(self._leaders.keys(), self.errands)
 
     @property
     def jobs(self) -> Collection[str]:
@@ -161,9 +161,7 @@ class Leaders:
         leader = self._leaders.get(pid)
         if leader is None:
             os.waitpid(pid, 0)  # an orphan of some job
-            if tmp := self.errands.pop(pid, None):
-                with contextlib.suppress(OSError):  # something is left in it
-                    os.rmdir(tmp)
+            self.errands.discard(pid)
             return
         end: dict[str, float | bool] = {}
         if self._estate is not None:
@@ -223,7 +221,8 @@ class Leaders:
             "leaders": [[pid, *leader] for pid, leader in self._leaders.items()],
             "exit_fds": [[pid, *leader] for pid, leader in self._exit_fds.items()],
             "zombies": list(self._zombies),
-            "clearing": list(self.errands.items()),
+            # With a second value, which programs of the same protocol once used.
+            "clearing": [[pid, None] for pid in self.errands],
             "others": self.others.save(),
         }
 
@@ -233,7 +232,7 @@ class Leaders:
             self.add(job, pid, exit_fd)
         self._exit_fds = {pid: _Leader(job, fd) for pid, job, fd in state["exit_fds"]}
         self._zombies = set(state["zombies"])
-        self.errands.update(state["clearing"])
+        self.errands.update(pid for pid, _ in state["clearing"])
         self.others.load(state["others"])
 
 

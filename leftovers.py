@@ -176,6 +176,11 @@ class Removal(NamedTuple):
     sock: socket.socket | None
     pidfd: int
 
+    def cut_short(self) -> None:
+        """Have the process end, although another thread waits for it."""
+        if self.sock is not None:
+            self.sock.close()
+
     def end(self) -> None:
         """Have the process end, and wait for that: a system call that it is in takes a moment."""
         if self.sock is not None:

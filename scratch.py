@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 from leftovers import Removal
 from messages import wait_ready
 from privileges import CAP_CHOWN, has_capabilities
+from removals import Removals
 
 if TYPE_CHECKING:
     import socket
@@ -69,9 +70,10 @@ class Scratch:
         self._uids = uids
         self._keeps = keeps or (lambda _: False)
         self._clear: Callable[[int | None, str], tuple[socket.socket, int]] | None = None
-        # Guards _removals. Never held during I/O.
+        self._removals = Removals()
+        # Guards _emptying. Never held during I/O.
         self._lock = threading.Lock()
-        self._removals: list[Removal] = []  # those that take long
+        self._emptying: set[Removal] = set()
         self._is_hurried = False
         self.path: Path | None = None
         self._temporary = path is None
@@ -136,9 +138,8 @@ class Scratch:
         """
         self._remove_all(_EMPTY_S)
         with self._lock:
-            removals, self._removals = self._removals, []
-        for removal in removals:
-            removal.end()
+            for removal in self._emptying:
+                removal.cut_short()
 
     def close(self) -> None:
         """Leave the directory; remove it if it is temporary."""
@@ -147,51 +148,72 @@ class Scratch:
         if self._temporary:
             with contextlib.suppress(OSError):  # something of a job is in it
                 self.path.rmdir()
-        os.close(self._fd)
+        self._close()
 
     def leave(self) -> None:
         """Leave the directories to another process."""
         if self.path is not None:
-            os.close(self._fd)
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1  # a thread may still be removing something
+        os.close(fd)
 
     def _remove_all(self, timeout_s: float, kept: Collection[str] = ()) -> int:
         """Return how many are left."""
         deadline = time.monotonic() + timeout_s
-        names = os.listdir(self._fd) if self.path else []
+        # A removal that takes long would hold this up, too.
+        names = (self._removals.make(lambda: os.listdir(self._fd)) or []) if self.path else []
         names = [name for name in names if _is_uuid(name) and name not in kept]
         names = [name for name in names if not self._keeps(name)]
         return sum(not self._remove(name, deadline) for name in names)
 
     def _remove(self, name: str, deadline: float) -> bool:
         """Return whether the directory is gone."""
-        if self.path is None or self._is_gone(name):
+        if self.path is None:
             return True
-        if self._clear is None or time.monotonic() >= deadline:
+        is_gone = self._removals.make(lambda: self._rmdir(name))
+        left_s = deadline - time.monotonic()
+        if is_gone or self._clear is None or left_s <= 0:
+            return bool(is_gone)
+        gone = threading.Event()
+        thread = threading.Thread(
+            target=self._empty_and_remove, args=(name, gone), name=f"tmp-{name[:8]}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
             return False
-        # RuntimeError: the fork server has died. PermissionError: it belongs to none of our users.
-        with contextlib.suppress(OSError, RuntimeError):
-            # A job cannot give its directory to another user.
-            owner = os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_uid
-            removal = Removal(*self._clear(None if self._uids is None else owner, name))
-            with self._lock:
-                self._removals.append(removal)
-            wait_ready(removal.pidfd, select.POLLIN, max(0.0, deadline - time.monotonic()))
-            self._end_finished()
-        return self._is_gone(name)
+        # Nobody waits for the removals of others.
+        thread.join(0 if is_gone is None else left_s)
+        return gone.is_set()
 
-    def _is_gone(self, name: str) -> bool:
+    def _rmdir(self, name: str) -> bool:
+        """Remove the directory if nothing is in it; return whether it is gone."""
         try:
             os.rmdir(name, dir_fd=self._fd)
         except OSError as error:
             return isinstance(error, FileNotFoundError)
         return True
 
-    def _end_finished(self) -> None:
-        with self._lock:
-            ended = [each for each in self._removals if wait_ready(each.pidfd, select.POLLIN, 0)]
-            self._removals = [each for each in self._removals if each not in ended]
-        for removal in ended:
-            removal.end()
+    def _empty_and_remove(self, name: str, gone: threading.Event) -> None:
+        """Remove the directory with all that is in it, and set `gone`. For a thread of its own."""
+        # RuntimeError: the fork server has died. PermissionError: it belongs to none of our users.
+        with contextlib.suppress(OSError, RuntimeError):
+            if not self._removals.make(lambda: self._rmdir(name), None):
+                # A job cannot give its directory to another user.
+                owner = os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_uid
+                assert self._clear is not None  # noqa: S101 -- `_remove` has looked
+                removal = Removal(*self._clear(None if self._uids is None else owner, name))
+                with self._lock:
+                    self._emptying.add(removal)
+                wait_ready(removal.pidfd, select.POLLIN)
+                with self._lock:
+                    self._emptying.discard(removal)
+                removal.end()
+                if not self._removals.make(lambda: self._rmdir(name), None):
+                    return
+            gone.set()
 
 
 def make_homes(path: str | os.PathLike[str] | None) -> Path | None:

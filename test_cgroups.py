@@ -724,6 +724,31 @@ def test_cgroups_made_by_the_job_are_removed(
 
 
 @pytest.mark.kernel
+def test_removal_of_a_cgroup_waits_for_no_other(subtree: Subtree) -> None:
+    """A job that has looked for millions of names in its cgroup makes its removal take seconds.
+
+    The kernel locks the parent meanwhile. A thread removes the cgroup of another job later.
+    """
+    begun, ended = threading.Event(), threading.Event()
+
+    def take_long() -> None:
+        begun.set()
+        ended.wait(GUARD_S)
+
+    cgroup = subtree.create("job", Limits())
+    slow = threading.Thread(target=subtree._removals.make, args=(take_long,))
+    slow.start()
+    assert begun.wait(GUARD_S)
+    cgroup.remove()
+    assert cgroup.path.exists()
+    later = [each for each in threading.enumerate() if each.name == "removal"]
+    ended.set()
+    for thread in (slow, *later):
+        thread.join(GUARD_S)
+    assert not cgroup.path.exists()
+
+
+@pytest.mark.kernel
 def test_cgroup_in_use_cannot_be_removed(
     subtree: Subtree, run_in: Callable[[Path, str], subprocess.Popen[bytes]]
 ) -> None:

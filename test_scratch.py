@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import tracemalloc
 import uuid
 from pathlib import Path
@@ -200,6 +201,35 @@ def test_end_of_the_worker_waits_for_no_removal(
         await_output(worker, job_id, b"ready")
         worker.close(grace=0.1)
         assert worker.status(job_id).end_reason is EndReason.CLOSED
+
+
+def test_end_of_a_job_waits_for_no_other_removal(public: Path) -> None:
+    """A job that has looked for millions of names in its TMPDIR makes its removal take seconds.
+
+    The kernel locks the parent meanwhile. The end of another job leaves its TMPDIR to a thread.
+    """
+    begun, ended = threading.Event(), threading.Event()
+
+    def take_long() -> None:
+        begun.set()
+        ended.wait(GUARD_S)
+
+    with Worker(enforcement="off", tmp_dir=public / "tmp") as worker:
+        slow = threading.Thread(target=worker._scratch._removals.make, args=(take_long,))
+        slow.start()
+        assert begun.wait(GUARD_S)
+        scripts = "true", 'echo x >"$TMPDIR/file"'
+        jobs = [worker.start("sh", ["-c", script]) for script in scripts]
+        for job_id in jobs:
+            worker.wait(job_id, GUARD_S)
+        assert _left(worker, public / "tmp") == sorted(jobs)
+        names = [f"tmp-{job_id[:8]}" for job_id in jobs]
+        removals = [each for each in threading.enumerate() if each.name in names]
+        assert len(removals) == len(jobs)
+        ended.set()
+        for thread in (slow, *removals):
+            thread.join(GUARD_S)
+        assert _left(worker, public / "tmp") == []
 
 
 def test_directory_that_is_kept_goes_with_the_job(

@@ -1,0 +1,66 @@
+"""Removes directories from one parent, one at a time, so that nobody waits for more than one.
+
+    removals = Removals()
+    if removals.make(lambda: os.rmdir(path)) is None:
+        removals.make_later(lambda: os.rmdir(path))
+
+While rmdir(2) removes a directory, the kernel keeps the parent locked, and forgets each name that
+somebody has looked for in the directory, also those that do not exist. A job can look for millions
+of names, in its TMPDIR and in its cgroup. Then that takes seconds, in which nobody can make or
+remove another directory of the parent.
+
+Thread safety: every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+from errors import in_words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Removals"]
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_PATIENCE_S = 0.05  # a removal takes some 20 microseconds
+
+
+class Removals:
+    """The removals from one parent."""
+
+    def __init__(self) -> None:
+        # Held during a removal. So who needs something that others need waits for 50 ms at most.
+        self._turn = threading.Lock()
+
+    def make(self, removal: Callable[[], _T], timeout_s: float | None = _PATIENCE_S) -> _T | None:
+        """Return what `removal` does; None if others take longer than `timeout_s`.
+
+        `timeout_s`: None means no bound, for a thread that nobody waits for. Raises as `removal`.
+        """
+        if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            return None
+        try:
+            return removal()
+        finally:
+            self._turn.release()
+
+    def make_later(self, removal: Callable[[], object]) -> None:
+        """Have a thread make it, however long others take. An OSError is logged."""
+
+        def run() -> None:
+            try:
+                self.make(removal, None)
+            except OSError as error:
+                logger.error("a directory of a job stays until the next worker: %s", in_words(error))
+
+        try:
+            threading.Thread(target=run, name="removal", daemon=True).start()
+        except RuntimeError as error:
+            logger.error("a directory of a job stays until the next worker: %s", error)
