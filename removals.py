@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_STAYS = "a directory of a job stays until the next worker: %s"
 _PATIENCE_S = 0.05  # a removal takes some 20 microseconds
 
 
@@ -58,9 +59,9 @@ class Removals:
             try:
                 self.make(removal, None)
             except OSError as error:
-                logger.error("a directory of a job stays until the next worker: %s", in_words(error))
+                logger.error(_STAYS, in_words(error))
 
         try:
             threading.Thread(target=run, name="removal", daemon=True).start()
         except RuntimeError as error:
-            logger.error("a directory of a job stays until the next worker: %s", error)
+            logger.error(_STAYS, error)
