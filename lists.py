@@ -183,7 +183,7 @@ def _position(token: str) -> int:
     """Return the position after which the page of this token begins. Raises `BadRequestError`."""
     if not token:
         return 0
-    if re.fullmatch(r"[0-9a-f]{1,16}", token, re.ASCII):
+    if re.fullmatch(r"[0-7]?[0-9a-f]{1,15}", token, re.ASCII):
         return int(token, 16)
     raise BadRequestError(
         f"not a page token: {token[:SHOWN_CHARACTERS]!r}; send the next_page_token of the page "
