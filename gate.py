@@ -37,6 +37,7 @@ from quotas import QuotaError
 from records import Records
 from settings import LimitError
 from starts import OtherStartError
+from tls import expiry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -460,7 +461,7 @@ class Gate(grpc.ServerInterceptor):
         """Return what the audit log records of a call that was one too many."""
         call = Call(method, context, self._records, ticket)
         with contextlib.suppress(auth.AuthenticationError):
-            call.certificate = _certificate(context)
+            call.certificate, _ = _certificate(context)
         return call.fields(_EXHAUSTED, str(ticket.refusal))
 
     def _admit(self, call: Call, handler: Any, token: str) -> None:
@@ -468,7 +469,9 @@ class Gate(grpc.ServerInterceptor):
         call.ticket.begin(call.context)
         call.begun_s = time.monotonic()
         self._metrics.queue_s.observe(call.begun_s - call.ticket.arrived_s)
-        call.certificate = _certificate(call.context)
+        call.certificate, expires_at = _certificate(call.context)
+        if time.time() > expires_at:  # TLS does not look at it again after the handshake
+            raise auth.AuthenticationError("your client certificate has expired; get a new one")
         if handler is None:
             raise _UnknownMethodError
         if auth.PERMISSIONS.get(call.method, frozenset()) is None:
@@ -547,8 +550,8 @@ def _rpc(method: str) -> str:
     return method.rpartition("/")[2] if method in auth.PERMISSIONS else "unknown"
 
 
-def _certificate(context: grpc.ServicerContext) -> bytes:
-    """Return the client's certificate, DER. Raises if the connection is not TLS 1.3."""
+def _certificate(context: grpc.ServicerContext) -> tuple[bytes, float]:
+    """Return the client's certificate, DER, and its expiry. Raises unless this is TLS 1.3."""
     connection: Any = context.auth_context()  # dict[str, list[bytes]]
     if connection.get("ssl_tls_version") != [b"TLSv1.3"]:
         raise auth.AuthenticationError("the connection must be TLS 1.3")
@@ -558,8 +561,9 @@ def _certificate(context: grpc.ServicerContext) -> bytes:
 # Cached, because all calls of a connection have the same certificate. Even a large certificate has
 # only 16 KiB.
 @functools.lru_cache(maxsize=256)
-def _der(pem: bytes) -> bytes:
-    return ssl.PEM_cert_to_DER_cert(pem.decode())
+def _der(pem: bytes) -> tuple[bytes, float]:
+    der = ssl.PEM_cert_to_DER_cert(pem.decode())
+    return der, expiry(der)
 
 
 @functools.lru_cache(maxsize=256)

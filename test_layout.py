@@ -127,7 +127,7 @@ _MODULES = {
         "quotas": "budget units; settings",
         "starts": "",
         "records": "audit",
-        "gate": "audit auth calls google grpc metrics quotas records settings starts worker",
+        "gate": "audit auth calls google grpc metrics quotas records settings starts tls worker",
         "durations": "gate google worker; workerservice_pb2",
         "jobmessages": "durations worker workerservice_pb2",
         "inputcalls": "gate worker; workerservice_pb2",

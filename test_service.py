@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -148,6 +149,22 @@ def test_login_answers_a_bound_token_and_its_expiry(connect: Connect, certs: Pat
     _, expires_at = client.login("user", "user")
     assert timedelta(days=29) < expires_at - datetime.now(UTC) <= timedelta(days=30)
     assert {job.owner for job in client.list()} <= {"user"}
+
+
+@pytest.mark.parametrize("name", ["Login", "GetJobStatus", "StreamOutput", "Refresh"])
+def test_certificate_that_expires_ends_with_its_open_connections(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """TLS looks at it in the first handshake only, and not when a client resumes a session."""
+    client = connect("user", serve().address)
+    assert call_rpc(client, "ListJobs") == ("OK", "")
+    a_year_later = time.time() + timedelta(days=400).total_seconds()
+    monkeypatch.setattr(time, "time", lambda: a_year_later)
+    fields = {"username": "user", "password": "user"} if name == "Login" else _fields(name, ABSENT)
+    assert call_rpc(client, name, **fields) == (
+        "UNAUTHENTICATED",
+        "your client certificate has expired; get a new one",
+    )
 
 
 def test_wrong_logins_are_unauthenticated_alike(serve: Serve, connect: Connect) -> None:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from client import Client, ClientError
 from testkit import GUARD_S, HTTP2_GREETING, NOBODY, clean_environment, tls_context
-from tls import CertificateError, Certificates, certificate_files
+from tls import CertificateError, Certificates, certificate_files, expiry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -254,6 +254,24 @@ def test_wrong_client_certificate_does_not_get_in(
     """It is refused before any call. Other clients still get in."""
     assert not _admits(server.address, tls_context(certs, wrong_clients[wrong]))
     assert _admits(server.address, tls_context(certs, certs / "client.pem"))
+
+
+@pytest.mark.parametrize(
+    ("days", "extensions"),
+    [(400, _FOR_CLIENTS), (10_000, f"{_FOR_CLIENTS}\n{_NAMES}"), (30_000, _FOR_CLIENTS)],
+)
+def test_expiry_is_what_the_certificate_says(tmp_path: Path, days: int, extensions: str) -> None:
+    """From the year 2050 on, the time has another form."""
+    path = _make(tmp_path, "client", extensions, ca=None, days=(-1, days))
+    shown = subprocess.run(
+        ["openssl", "x509", "-noout", "-enddate", "-in", path],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert expiry(_der(path)) == ssl.cert_time_to_seconds(
+        shown.stdout.rstrip().removeprefix("notAfter=")
+    )
 
 
 def test_no_client_certificate_does_not_get_in(server: _Server, certs: Path) -> None:

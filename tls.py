@@ -13,7 +13,7 @@ replaced does not pass, so an operator can replace the files one after the other
 
 Thread safety: one thread at a time may call `reload`; any thread may call the rest.
 
-Source: grpc.dynamic_ssl_server_credentials.
+Sources: grpc.dynamic_ssl_server_credentials; RFC 5280 section 4.1 (the parts of a certificate).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import ssl
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import grpc
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-__all__ = ["CertificateError", "Certificates", "certificate_files"]
+__all__ = ["CertificateError", "Certificates", "certificate_files", "expiry"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,43 @@ _REMEDY = "make new ones with certs/generate.sh"
 _MAKE = "make them with `make certs`"
 _DAY_S = 24 * 60 * 60
 _WARN_DAYS = 30  # so many days before a certificate expires, the server begins to warn
+_VERSION, _UTC_TIME = 0xA0, 0x17  # tags of DER
+_LONGEST = 0x7F  # a greater byte says how many bytes of length follow
 _CONNECT_S = 10.0  # for a connection to this server, and for each answer on it
 
 
 class CertificateError(Exception):
     """The certificates cannot be used; the message says which and what to do."""
+
+
+def expiry(der: bytes) -> float:
+    """Return when a certificate that TLS has accepted expires, in seconds since 1970.
+
+    TLS verifies a certificate when a client connects with all of the handshake. A client that
+    resumes a session, or never closes its connection, may have one that has expired since.
+    """
+    _, at, _ = _element(der, 0)
+    _, at, _ = _element(der, at)
+    if der[at] == _VERSION:
+        _, _, at = _element(der, at)
+    for _ in range(3):  # the serial number, the algorithm and the issuer
+        _, _, at = _element(der, at)
+    _, at, _ = _element(der, at)
+    _, _, at = _element(der, at)
+    kind, begin, end = _element(der, at)
+    text = der[begin:end].decode()
+    if kind == _UTC_TIME:
+        text = f"{'19' if text >= '5' else '20'}{text}"
+    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
+
+
+def _element(der: bytes, at: int) -> tuple[int, int, int]:
+    """Return the tag of the element that begins there, and where its content begins and ends."""
+    begin, length = at + 2, der[at + 1]
+    if length > _LONGEST:
+        begin += length - _LONGEST - 1
+        length = int.from_bytes(der[at + 2 : begin])
+    return der[at], begin, begin + length
 
 
 def certificate_files(directory: Path) -> tuple[Path, ...]:
