@@ -16,12 +16,13 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 
 from connection import DEFAULT_CERTS, DEFAULT_SERVER
 from helptexts import EPILOG, EXAMPLES, SUBCOMMANDS, USAGES
 from profiles import apply_profile
-from selecting import add_labels, add_options, check_jobs, take_jobs
-from units import parse_duration, parse_size
+from selecting import add_labels, add_options, check_jobs, seconds, take_jobs
+from units import parse_size
 from version import VERSION
 from wrongusage import describe_first_word, describe_unknown, describe_wrong_value
 
@@ -41,6 +42,7 @@ __all__ = [
     "parse",
     "parse_connection",
     "printable",
+    "warn",
 ]
 
 _EXIT_USAGE = 2
@@ -57,6 +59,11 @@ def printable(text: str) -> str:
     `\\x1b`.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def warn(text: str) -> None:
+    """Write a line to stderr; `text` may be somebody else's."""
+    print(f"client: {printable(text)}", file=sys.stderr)
 
 
 # --- reading the command line -------------------------------------------------------------
@@ -227,7 +234,7 @@ def _add_stream(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--since",
-        type=_time,
+        type=seconds,
         metavar="TIME",
         help="begin with what the job wrote this long ago, like 10m",
     )
@@ -287,7 +294,7 @@ def _add_connection(parser: Parser, *, with_token: bool) -> None:
     )
     add(
         "--retry-for",
-        type=_time,
+        type=seconds,
         metavar="TIME",
         help="how long to try again when the server cannot be reached, like 10m; 0: not at all "
         "(default: 5m if output, input or waiting breaks off, else 30s; list, login and logout "
@@ -376,7 +383,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     for option, (name, convert, metavar, text) in LIMIT_OPTIONS.items():
         parser.add_argument(option, dest=name, type=convert, metavar=metavar, help=text)
     for option, text in _TIME_OPTIONS.items():
-        parser.add_argument(option, type=_time, metavar="TIME", help=text)
+        parser.add_argument(option, type=seconds, metavar="TIME", help=text)
     parser.add_argument(
         "-args",
         "--args",
@@ -438,7 +445,7 @@ def _add_keep_tmp(parser: argparse.ArgumentParser) -> None:
 def _add_grace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace",
-        type=_time,
+        type=seconds,
         default=0,
         metavar="TIME",
         help="send SIGTERM first, and kill what is left after this time, like 10s (default: 0)",
@@ -463,13 +470,6 @@ def _add_signal(parser: argparse.ArgumentParser) -> None:
 def _size(text: str) -> int:
     try:
         return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _time(text: str) -> float:
-    try:
-        return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 
-from cli import EXIT_UNKNOWN, hide_secrets, parse, printable
+from cli import EXIT_UNKNOWN, hide_secrets, parse, warn
 from connection import Client, ClientError, check_address
 from retrying import CONNECT_S
 from standardstreams import prepare_streams
@@ -63,15 +63,14 @@ def _status_of(argv: Sequence[str], *, own_process: bool) -> int:
     try:
         return _run(argv, own_process=own_process)
     except ClientError as error:
-        print(f"client: {printable(str(error))}", file=sys.stderr)
+        warn(str(error))
         return exit_error
     except KeyboardInterrupt:
         return _EXIT_SIGINT
     except UnicodeEncodeError as error:
-        print(
-            f"client: an argument is not valid UTF-8: {error.object!r}; to send other bytes, "
-            "put the command into a script, and: client run -i -- sh -s <SCRIPT",
-            file=sys.stderr,
+        warn(
+            f"an argument is not valid UTF-8: {error.object!r}; to send other bytes, put the "
+            "command into a script, and: client run -i -- sh -s <SCRIPT"
         )
         return exit_error
     except OSError as error:
@@ -80,7 +79,7 @@ def _status_of(argv: Sequence[str], *, own_process: bool) -> int:
         if isinstance(error, BrokenPipeError):
             return _EXIT_SIGPIPE
         where = "write to stdout" if error.filename is None else f"use {error.filename}"
-        print(f"client: cannot {printable(where)}: {error.strerror or error}", file=sys.stderr)
+        warn(f"cannot {where}: {error.strerror or error}")
         return exit_error
 
 
@@ -131,7 +130,7 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
             gc.freeze()
             gc.enable()  # a stream may run for days
         for warning in warnings_before_expiry(client, arguments):
-            print(f"client: {printable(warning)}", file=sys.stderr)
+            warn(warning)
         try:
             return COMMANDS[arguments.subcommand](client, arguments) or 0
         except ClientError as error:
@@ -143,7 +142,7 @@ def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
 def _tell_wait(error: ClientError) -> None:
     """Tell somebody at a terminal why nothing happens. A script gets the error at the end."""
     if sys.stderr.isatty():
-        print(f"client: {printable(str(error))}; trying again, Ctrl-C ends this", file=sys.stderr)
+        warn(f"{error}; trying again, Ctrl-C ends this")
 
 
 def _prepare_streams() -> None:

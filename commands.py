@@ -15,7 +15,7 @@ import signal
 import sys
 
 import stdin
-from cli import LIMIT_FIELDS, LIMIT_OPTIONS, TIME_FIELDS, printable
+from cli import LIMIT_FIELDS, LIMIT_OPTIONS, TIME_FIELDS, printable, warn
 from connection import ClientError
 from credentials import login, logout, whoami
 from display import describe, print_json, state_of, to_dict
@@ -47,7 +47,7 @@ def _start(client: Client, arguments: argparse.Namespace) -> None:
     try:
         print(printable(job_id), flush=True)
     except (KeyboardInterrupt, OSError):
-        _warn(f"the job was started; its ID is {job_id}")
+        warn(f"the job was started; its ID is {job_id}")
         raise
     _warn_of_limits(client, arguments, job_id)
     if arguments.stdin:
@@ -80,7 +80,7 @@ def _start_job(client: Client, arguments: argparse.Namespace) -> str:
             raise
         raise ClientError(f"{error}; {may_be}", error.code) from error
     except KeyboardInterrupt:
-        _warn(may_be)
+        warn(may_be)
         raise
 
 
@@ -97,7 +97,7 @@ def _warn_of_limits(client: Client, arguments: argparse.Namespace, job_id: str) 
             if field in asked and not limits.HasField(field)
         ]
         if missing:
-            _warn(
+            warn(
                 f"not in force, because the server's host cannot enforce it: {', '.join(missing)}; "
                 "the server's operator can see with ./server check what is missing"
             )
@@ -113,15 +113,15 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
         interrupts.pass_on(job_id)
         _warn_of_limits(client, arguments, job_id)
         if arguments.stdin:
-            stdin.send_meanwhile(client, job_id, _warn, end=not arguments.keep_open)
+            stdin.send_meanwhile(client, job_id, warn, end=not arguments.keep_open)
         elif stdin.has_data():
-            _warn("stdin is not sent to the job; use run -i to send it")
+            warn("stdin is not sent to the job; use run -i to send it")
         end = _follow(client, job_id)
         interrupts.end()
         if end is None:
             raise ClientError(f"how the job ended is unknown; see: client status -j {job_id}")
         if end.end_reason != "EXITED":
-            _warn(f"the job did not end by itself: {state_of(vars(end))}")
+            warn(f"the job did not end by itself: {state_of(vars(end))}")
         return exit_status(end.exit_code, end.signal)
 
 
@@ -136,10 +136,10 @@ def _follow(client: Client, job_id: str) -> JobEnd | None:
                 f"{error}; how the job ends is unknown; see: client status -j {job_id}",
                 error.code,
             ) from error
-        _warn(f"{error}")
+        warn(f"{error}")
     except (KeyboardInterrupt, OSError) as error:
         if chunks.end is None or isinstance(error, OSError):
-            _warn(f"the job may go on; see: client status -j {job_id}")
+            warn(f"the job may go on; see: client status -j {job_id}")
             raise
     finally:
         chunks.close()
@@ -210,11 +210,7 @@ class _Interrupts:
                     self._client.stop(job_id)
             except ClientError as error:
                 if error.code not in _TOLD_BY_THE_END and not self._is_over:
-                    _warn(str(error))
-
-
-def _warn(text: str) -> None:
-    print(f"client: {printable(text)}", file=sys.stderr)
+                    warn(str(error))
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
     token = find_token(arguments)
     for warning in warnings_before_expiry(client, arguments):
-        print(warning, file=sys.stderr)
+        warn(warning)
 
 A token is kept in a file of mode 0600, one for each server and profile. The client reads what a
 token says, but does not verify it: only the server has the key for that.
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from cli import printable
+from cli import printable, warn
 from connection import ClientError
 from replacing import MOST_BYTES, locked, read_small, replace_file
 from tokentimes import TokenTimes, payload, session_of
@@ -236,12 +236,7 @@ def login(client: Client, arguments: argparse.Namespace) -> None:
     try:
         _keep_token(arguments, token)
     except OSError as error:
-        print(
-            printable(
-                f"client: the token was not kept ({error.filename}: {error.strerror}); use -t"
-            ),
-            file=sys.stderr,
-        )
+        warn(f"the token was not kept ({error.filename}: {error.strerror}); use -t")
     print(token)
 
 

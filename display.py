@@ -53,8 +53,6 @@ def to_dict(message: Message) -> dict[str, Any]:
             result[field.name] = _time(value)
         elif field.message_type and field.message_type.full_name == "google.protobuf.Duration":
             result[field.name] = value.seconds + value.nanos / 1e9
-        elif field.message_type and field.message_type.GetOptions().map_entry:
-            result[field.name] = dict(value)
         elif field.message_type:
             result[field.name] = to_dict(value)
         elif field.enum_type:

@@ -28,6 +28,7 @@ __all__ = [
     "check_jobs",
     "conditions_of",
     "labels_of",
+    "seconds",
     "selected",
     "take_jobs",
 ]
@@ -124,7 +125,7 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
     add_labels(parser, "jobs with this label; if repeated, with all of them")
     parser.add_argument(
         "--since",
-        type=_seconds,
+        type=seconds,
         metavar="TIME",
         help="jobs that were started within this time, like 30m, 12h or 7d",
     )
@@ -210,7 +211,7 @@ def _add_wait(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         metavar="TIME",
         help="exit with 124 if the jobs have not ended after this time, like 30s or 10m",
     )
@@ -235,7 +236,8 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """Return a time that an option gives, in seconds; for argparse."""
     try:
         return parse_duration(text)
     except ValueError as error:

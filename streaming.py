@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from cli import printable
+from cli import warn
 from connection import ClientError
 from display import state_of
 
@@ -56,7 +56,7 @@ def stream(client: Client, arguments: argparse.Namespace) -> None:
 
 def tell_loss(error: ClientError, offset: int | None) -> None:
     """Say on stderr that the connection was lost, and that it is being made again."""
-    _warn(f"{error}; trying to continue at byte {offset or 0}")
+    warn(f"{error}; trying to continue at byte {offset or 0}")
 
 
 def write_all(chunks: OutputStream, *, timestamps: bool = False) -> None:
@@ -80,7 +80,7 @@ def _tell_gap(chunks: OutputStream) -> None:
     if chunks.gap is not None:
         begin, size = chunks.gap
         chunks.gap = None
-        _warn(f"... {size} bytes, from byte {begin} on, were not kept ...")
+        warn(f"... {size} bytes, from byte {begin} on, were not kept ...")
 
 
 def _dated(data: bytes, moment: datetime | None, is_new_line: bool) -> bytes:
@@ -91,7 +91,3 @@ def _dated(data: bytes, moment: datetime | None, is_new_line: bool) -> bytes:
     if data.endswith(b"\n"):
         dated = dated[: -len(stamp)]
     return stamp + dated if is_new_line else dated
-
-
-def _warn(text: str) -> None:
-    print(f"client: {printable(text)}", file=sys.stderr)

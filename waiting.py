@@ -5,9 +5,7 @@ Thread safety: only the main thread of the program uses this module.
 
 from __future__ import annotations
 
-import sys
-
-from cli import EXIT_UNKNOWN, printable
+from cli import EXIT_UNKNOWN, printable, warn
 from connection import ClientError
 from display import state_of, to_dict
 
@@ -44,7 +42,7 @@ def wait(client: Client, arguments: argparse.Namespace) -> int:
                 continue
             ends[job.job_id] = job
             if is_gone:
-                print(f"client: no such job: {printable(job.job_id)}", file=sys.stderr)
+                warn(f"no such job: {job.job_id}")
             else:
                 print(printable(f"{job.job_id} {state_of(fields)}"), flush=True)
             if arguments.any or len(ends) == len(set(job_ids)):
@@ -53,7 +51,7 @@ def wait(client: Client, arguments: argparse.Namespace) -> int:
         if error.code != "DEADLINE_EXCEEDED":
             raise
         left = ", ".join(job_id for job_id in dict.fromkeys(job_ids) if job_id not in ends)
-        print(f"client: not ended within the time: {left}", file=sys.stderr)
+        warn(f"not ended within the time: {left}")
         return _EXIT_TIMEOUT
     finally:
         events.close()
