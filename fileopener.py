@@ -6,7 +6,7 @@ a `FileOpener`, which runs this file as a program of its own. That process keeps
 open any file, opens no file but those it was told of at its start, and ends with the server.
 
     with FileOpener({"/etc/job-worker/users": os.O_RDONLY}) as opener:
-        privileges.drop_privileges(71_000)
+        privileges.become_ordinary_user(71_000)
         fd = opener.open("/etc/job-worker/users")
 
 The process trusts no request: a path must be one of the given ones, character by character,

@@ -1,10 +1,10 @@
 """What this process is allowed to do, and how it gives that up: capabilities(7), prctl(2).
 
     if can_change_user():
-        drop_privileges(71_000)    # cannot be undone
+        become_ordinary_user(71_000)    # cannot be undone
 
 Thread safety: the kernel keeps capabilities for each thread. So give them up while the
-process has one thread; `drop_privileges` refuses to run otherwise.
+process has one thread; `become_ordinary_user` refuses to run otherwise.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = [
     "PR_SET_PDEATHSIG",
     "act_as",
     "as_user",
+    "become_ordinary_user",
     "can_change_user",
     "can_kill_any",
     "check_can_run_as_others",
-    "drop_privileges",
     "filter_calls",
     "has_capabilities",
     "keep_capabilities",
@@ -92,7 +92,7 @@ def check_can_run_as_others(*, has_cgroups: bool) -> None:
         )
 
 
-def drop_privileges(uid: int) -> None:
+def become_ordinary_user(uid: int) -> None:
     """Become the user `uid`, with the group of the same number and no other, for good.
 
     The process then has no capability and can gain none. Raises OSError; RuntimeError if

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
 import jwt
 import pytest
-
-from testkit import make_client_certificate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +23,25 @@ def _token(expires_in_s: int, **claims: Any) -> str:
     """Make a token that no server has signed, which says that it expires then."""
     claims = {"sub": "user", "role": "user", "exp": int(time.time()) + expires_in_s} | claims
     return jwt.encode(claims, "k" * 32)
+
+
+def _make_certificate(directory: Path, name: str, certs: Path, days: int) -> Path:
+    """Make NAME.pem and NAME-key.pem, signed by the client CA in `certs`; return NAME.pem."""
+    key, request, path = (directory / f"{name}{end}.pem" for end in ("-key", "-request", ""))
+    _openssl(
+        *("req", "-new", "-nodes", "-subj", f"/CN={name}", "-newkey", "ec"),
+        *("-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", key, "-out", request),
+    )
+    signer = ("-CA", certs / "client-ca.pem", "-CAkey", certs / "client-ca-key.pem")
+    _openssl(
+        *("x509", "-req", "-in", request, *signer, "-set_serial", "1"),
+        *("-days", str(days), "-out", path),
+    )
+    return path
+
+
+def _openssl(*arguments: str | Path) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 def test_whoami_shows_user_role_server_and_when_token_and_certificate_expire(
@@ -75,7 +93,7 @@ def test_certificate_that_expires_within_14_days_is_told_in_advance(
     cli: ClientProgram, certs: Path, tmp_path: Path
 ) -> None:
     """Every command tells it, also those that ask the server."""
-    path = make_client_certificate(tmp_path, "soon", certs, days=1)
+    path = _make_certificate(tmp_path, "soon", certs, days=1)
     key = tmp_path / "soon-key.pem"
     options = ("-u", "user", "-p", "user", "--cert", str(path), "--key", str(key))
     status, _, stderr = cli.run("login", *options)

@@ -33,7 +33,7 @@ from servercommands import parse_arguments
 from serveroptions import settings_in_force
 from settings import Config, Settings
 from store import Store
-from testkit import GUARD_S, ServerProgram, fork_server_of
+from testkit import GUARD_S, ServerProgram, fork_server_of, status_of
 from worker import Worker
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def test_files_suffice_for_every_stream(unit: dict[str, list[str]]) -> None:
     """The unit allows enough open files for the default quotas."""
     (limit,) = unit["LimitNOFILE"]
     streams = Config().in_all.streams or 0
-    assert int(limit) >= streams * server._FDS_PER_STREAM + server._FDS_SPARE
+    assert int(limit) >= streams * server._FDS_PER_STREAM + server._OTHER_FDS
 
 
 # --- the rights of the unit, in a real kernel -------------------------------------------------
@@ -310,11 +310,6 @@ def _run(client: Client, script: str) -> str:
     return b"".join(client.stream(client.start("sh", ["-c", script]))).decode()
 
 
-def _status(pid: int | str) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
 @pytest.mark.kernel
 def test_rights_of_the_unit_are_enough(
     base: Path, certs: Path, state: Path, unit: dict[str, list[str]]
@@ -323,10 +318,10 @@ def test_rights_of_the_unit_are_enough(
     for _ in range(2):  # the second finds a state directory that was in use
         with _started(certs, state, _rights(unit, base)) as (program, user):
             fork_server = fork_server_of(program.process.pid)
-            assert _status(program.process.pid)["Uid"].split() == [str(_SERVER_UID)] * 4
+            assert status_of(program.process.pid)["Uid"].split() == [str(_SERVER_UID)] * 4
             kept = sum(1 << number for number in (0, 1, 6, 7, 24))  # and SYS_RESOURCE
-            assert int(_status(fork_server)["CapEff"], 16) == kept
-            assert int(_status(fork_server)["CapBnd"], 16) == 0
+            assert int(status_of(fork_server)["CapEff"], 16) == kept
+            assert int(status_of(fork_server)["CapBnd"], 16) == 0
             script = "cat /proc/self/status; ulimit -Hc; umask; cat /proc/self/cgroup"
             output = _run(user, script)
             job = dict(line.split(":\t") for line in output.splitlines() if ":\t" in line)

@@ -118,7 +118,7 @@ from fileopener import FileOpener
 import privileges
 path, = sys.argv[1:]
 with FileOpener({path: os.O_RDONLY}) as opener:
-    privileges.drop_privileges(71_000)
+    privileges.become_ordinary_user(71_000)
     try:
         os.open(path, os.O_RDONLY)
     except PermissionError:

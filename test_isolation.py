@@ -45,6 +45,7 @@ from testkit import (
     clean_environment,
     fork_server_of,
     public_python,
+    status_of,
 )
 from users import make_user
 from worker import Worker
@@ -152,12 +153,6 @@ _CARELESS = (
 )
 
 
-def _status(pid: int | str) -> dict[str, str]:
-    """Return the fields of /proc/PID/status."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
 def _login(address: str, certs: Path, name: str, password: str | None = None) -> Client:
     client = Client(address, certs=certs)
     client.login(name, password or _PASSWORDS[name])
@@ -187,7 +182,7 @@ def _first_line(client: Client, job: str) -> str:
 
 def _is_alive(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return _status(pid)["State"][0] not in "ZXT"
+        return status_of(pid)["State"][0] not in "ZXT"
     return False
 
 
@@ -267,7 +262,7 @@ def test_server_has_no_rights_left_in_any_thread(house: _House) -> None:
     statuses = []
     for task in os.listdir(f"/proc/{house.server_pid}/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
-            statuses.append(_status(f"{house.server_pid}/task/{task}"))
+            statuses.append(status_of(f"{house.server_pid}/task/{task}"))
     assert len(statuses) > 3
     for status in statuses:
         assert status["Uid"].split() == status["Gid"].split() == [str(_SERVER_UID)] * 4
@@ -307,8 +302,8 @@ def test_server_imports_everything_while_it_is_root(certs: Path, tmp_path: Path)
 
 def test_fork_server_keeps_six_capabilities(house: _House) -> None:
     """SETUID, SETGID, KILL, CHOWN, DAC_OVERRIDE and SYS_RESOURCE. It can gain no other."""
-    status = _status(house.fork_server_pid)
-    ours = int(_status("self")["CapEff"], 16)  # a container may lack CAP_SYS_RESOURCE
+    status = status_of(house.fork_server_pid)
+    ours = int(status_of("self")["CapEff"], 16)  # a container may lack CAP_SYS_RESOURCE
     kept = ours & sum(1 << number for number in (0, 1, 5, 6, 7, 24))
     assert {int(status[name], 16) for name in ("CapPrm", "CapEff")} == {kept}
     assert {int(status[name], 16) for name in ("CapInh", "CapBnd", "CapAmb")} == {0}
@@ -1108,7 +1103,7 @@ def test_isolation_with_capabilities_instead_of_root(
     with _server(public / "log", *options, before=before) as program:
         pid = program.process.pid
         for task in os.listdir(f"/proc/{pid}/task"):
-            status = _status(f"{pid}/task/{task}")
+            status = status_of(f"{pid}/task/{task}")
             assert status["Uid"].split() == [str(NOBODY)] * 4
             for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
                 assert int(status[name], 16) == 0
@@ -1122,7 +1117,7 @@ def test_isolation_with_capabilities_instead_of_root(
             assert uids <= set(_UIDS)
             assert "CapEff:\t0000000000000000" in _run(user, "cat /proc/self/status")
             # A job has run, so the fork server has given up its other rights.
-            fork_server = _status(fork_server_of(pid))
+            fork_server = status_of(fork_server_of(pid))
             assert int(fork_server["CapEff"], 16) == sum(1 << number for number in (5, 6, 7))
             _check_signals(user)
             job = _sh(user, witness.script)
@@ -1200,7 +1195,7 @@ def test_server_works_below_a_directory_that_is_closed_to_it(
         *("--users", users, "--state-dir", closed / "state", "--audit-required", *_OWN_UIDS),
     )
     with program, _login(program.address, certs, "alice") as alice:
-        assert _status(program.process.pid)["Uid"].split()[0] == str(_SERVER_UID)
+        assert status_of(program.process.pid)["Uid"].split()[0] == str(_SERVER_UID)
         output = _run(alice, 'ls "$1" && echo gained; id -u', closed)
         assert "gained" not in output
         with pytest.raises(ClientError, match="not found"):

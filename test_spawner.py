@@ -36,7 +36,7 @@ from limits import NO_LIMITS
 from messages import ExecError
 from privileges import can_change_user, can_kill_any
 from spawner import Exit, Spawner, SpawnerDiedError, read_exit
-from testkit import GUARD_S, children_of, descriptors_of
+from testkit import GUARD_S, children_of, descriptors_of, status_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -113,12 +113,6 @@ class _Job:
 def _is_abandoned(read_fd: int) -> bool:
     """Block until no process holds the write end of this silent pipe; False after a minute."""
     return bool(select.select([read_fd], [], [], GUARD_S)[0]) and os.read(read_fd, 1) == b""
-
-
-def _status(pid: int | str) -> dict[str, str]:
-    """Return the fields of /proc/PID/status."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def _await_end(pidfd: int) -> None:
@@ -241,7 +235,7 @@ def test_end_is_told_at_once_and_in_full_when_the_others_have_ended(
     os.mkfifo(fifo)
     job = spawn("sh", "-c", 'read x <"$0" & exit 7', str(fifo))
     assert job.first_exit() == Exit(exit_code=7, is_final=False)
-    assert _status(job.pid)["State"] == "Z (zombie)"
+    assert status_of(job.pid)["State"] == "Z (zombie)"
     other = spawn("true", name="other")
     assert [other.exit(), other.exit()] == [Exit(exit_code=0), None]
     fifo.write_text("go\n")
@@ -779,7 +773,7 @@ def test_fork_server_is_small_and_single_threaded(
 ) -> None:
     """preexec_fn is safe only in a process with one thread."""
     spawn("true").exit()
-    fields = _status(spawner.pid)
+    fields = status_of(spawner.pid)
     assert fields["Threads"] == "1"
     assert int(fields["VmRSS"].split()[0]) < 32 * 1024  # kB
 
@@ -1001,7 +995,7 @@ def test_fork_server_and_jobs_gain_no_privileges_and_dump_no_core(
     """no_new_privs is set, and the soft and hard core limits are 0."""
     job = spawn("sh", "-c", "grep NoNewPrivs /proc/$$/status; ulimit -Sc; ulimit -Hc")
     assert job.read().split() == [b"NoNewPrivs:", b"1", b"0", b"0"]
-    assert _status(spawner.pid)["NoNewPrivs"] == "1"
+    assert status_of(spawner.pid)["NoNewPrivs"] == "1"
     assert resource.prlimit(spawner.pid, resource.RLIMIT_CORE) == (0, 0)
 
 
@@ -1109,7 +1103,7 @@ class _Attacker:
             with contextlib.suppress(ProcessLookupError), contextlib.closing(_Pidfd(pid)) as pidfd:
                 _await_end(pidfd.fd)
         assert children_of(self.honest.pid) == []
-        status = _status(self.honest.pid)
+        status = status_of(self.honest.pid)
         if self.uid is not None:
             assert status["Uid"].split() == status["Gid"].split() == [str(self.uid)] * 4
             assert status["Groups"] == ""
@@ -1359,7 +1353,7 @@ def test_kill_reaches_only_jobs(attacker: _Attacker, job: object) -> None:
 
 def test_fork_server_has_no_more_rights_than_it_needs(attacker: _Attacker) -> None:
     """It has six capabilities, passes none on and can gain none."""
-    status = _status(attacker.spawner.pid)
+    status = status_of(attacker.spawner.pid)
     # CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID, SYS_RESOURCE
     kept = sum(1 << number for number in (0, 1, 5, 6, 7, 24))
     assert int(status["CapEff"], 16) & ~kept == 0
@@ -1387,7 +1381,7 @@ def test_fork_server_cannot_be_looked_into(attacker: _Attacker) -> None:
                 os.kill(pid, number)
 
     def as_user(uid: int) -> None:
-        privileges.drop_privileges(uid)
+        privileges.become_ordinary_user(uid)
         look()
 
     for uid in (_UIDS[0], _SERVER_UID):
@@ -1398,11 +1392,11 @@ def test_fork_server_cannot_be_looked_into(attacker: _Attacker) -> None:
 def test_main_process_without_rights_stops_jobs_only_through_the_fork_server(
     attacker: _Attacker,
 ) -> None:
-    """drop_privileges cannot be undone. Afterwards the fork server still starts and kills jobs."""
+    """The change cannot be undone. Afterwards the fork server still starts and kills jobs."""
 
     def live_without_rights() -> None:
-        privileges.drop_privileges(_SERVER_UID)
-        status = _status("self")
+        privileges.become_ordinary_user(_SERVER_UID)
+        status = status_of("self")
         assert status["Uid"].split() == status["Gid"].split() == [str(_SERVER_UID)] * 4
         assert status["Groups"] == ""
         assert {int(value, 16) for key, value in status.items() if key.startswith("Cap")} == {0}
@@ -1429,14 +1423,14 @@ def test_main_process_without_rights_stops_jobs_only_through_the_fork_server(
 
 @pytest.mark.usefixtures("as_root")
 def test_supplementary_groups_are_given_up() -> None:
-    """Neither jobs nor, after drop_privileges, the main process keep supplementary groups."""
+    """Neither jobs nor the main process, once it is an ordinary user, keep supplementary groups."""
 
     def start_and_drop() -> None:
         os.setgroups([0, 4, 24, _UIDS[1]])
         with contextlib.closing(_Attacker()) as attacker:
             with contextlib.closing(_Job(attacker.spawner, ["id", "-G"], "job", _UIDS[0])) as job:
                 assert job.read() == b"%d\n" % _UIDS[0]
-            privileges.drop_privileges(_SERVER_UID)
+            privileges.become_ordinary_user(_SERVER_UID)
             assert os.getgroups() == []
 
     _in_child(start_and_drop)

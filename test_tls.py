@@ -274,19 +274,6 @@ def test_expiry_is_what_the_certificate_says(tmp_path: Path, days: int, extensio
     )
 
 
-def test_no_client_certificate_does_not_get_in(server: _Server, certs: Path) -> None:
-    """There is no mode without client certificates."""
-    assert not _admits(server.address, tls_context(certs, None))
-
-
-def test_tls_1_2_does_not_get_in(server: _Server, certs: Path) -> None:
-    """The client has the right certificate and every suite of OpenSSL."""
-    context = tls_context(certs, certs / "client.pem")
-    context.set_ciphers("ALL:@SECLEVEL=0")
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    assert not _admits(server.address, context)
-
-
 @pytest.mark.parametrize(
     "greeting",
     [

@@ -50,8 +50,6 @@ TEST_CONFIG = "JOBWORKER_TEST_CONFIG"
 """The variable with the configuration of servers for which a test names none: cluster_plugin.py."""
 NOBODY = 65534  # the uid and gid of Debian's user `nobody`
 ABSENT = "0e4fd4a6-4b0c-4c4e-9f6e-2f1d3c5b7a98"  # the ID of no job
-
-
 JOB_VARIABLES = {
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TERM", "PYTHONUNBUFFERED", "TMPDIR"),
     "JOB_ID",
@@ -116,6 +114,12 @@ def small_file_system(size: str) -> Iterator[Path]:
 def descriptors_of(pid: int | str = "self") -> list[str]:
     """Return the numbers of the open descriptors of a process."""
     return sorted(os.listdir(f"/proc/{pid}/fd"))
+
+
+def status_of(pid: int | str) -> dict[str, str]:
+    """Return the fields of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def refuse_call(number: int, error: int) -> None:
@@ -485,25 +489,6 @@ class ClientProgram:
 # --- the same bytes without gRPC ----------------------------------------------------------
 
 
-def make_client_certificate(directory: Path, name: str, certs: Path, days: int) -> Path:
-    """Make NAME.pem and NAME-key.pem, signed by the client CA in `certs`; return NAME.pem."""
-    key, request, path = (directory / f"{name}{end}.pem" for end in ("-key", "-request", ""))
-    _openssl(
-        *("req", "-new", "-nodes", "-subj", f"/CN={name}", "-newkey", "ec"),
-        *("-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", key, "-out", request),
-    )
-    signer = ("-CA", certs / "client-ca.pem", "-CAkey", certs / "client-ca-key.pem")
-    _openssl(
-        *("x509", "-req", "-in", request, *signer, "-set_serial", "1"),
-        *("-days", str(days), "-out", path),
-    )
-    return path
-
-
-def _openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
-
-
 def tls_context(certs: Path, certificate: Path | None) -> ssl.SSLContext:
     """Speak HTTP/2 over TLS with the server's CA, and with a client certificate if one is given.
 
@@ -569,7 +554,8 @@ def call_rpc(
         f"/{method.containing_service.full_name}/{name}",
         response_deserializer=GetMessageClass(method.output_type).FromString,
     )
-    call = rpc(data, metadata=client._metadata() if metadata is None else metadata, timeout=GUARD_S)
+    metadata = client._link.metadata() if metadata is None else metadata
+    call = rpc(data, metadata=metadata, timeout=GUARD_S)
     with contextlib.suppress(grpc.RpcError):
         list(call)
     return call.code().name, call.details()

@@ -269,7 +269,7 @@ class Worker:
             raise ValueError("jobs must run as users of their own, and not as this one")
         if os.geteuid() != uid:
             self._parts.give_to(uid)
-        privileges.drop_privileges(uid)
+        privileges.become_ordinary_user(uid)
         self._parts.begin()  # not before, because the spare's cgroup must belong to `uid`
 
     def resume(self, terms: Terms = no_terms) -> None:
