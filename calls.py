@@ -83,8 +83,8 @@ _UNREAD_OF_ONE = 8 * 1024 * 1024
 _UNREAD_IN_ALL = 64 * 1024 * 1024
 # Streams beyond the ceilings of the settings. `quotas.py` refuses them, because only it can say
 # whose ceiling is reached.
-_STREAMS_SPARE_OF_ONE = 16
-_STREAMS_SPARE = 32
+_MORE_STREAMS_OF_ONE = 16
+_MORE_STREAMS = 32
 # Streams of all callers without a token together: health and reflection.
 _STREAMS_OF_STRANGERS = 32
 # Logins of one client certificate that run at the same time. All logins share one queue.
@@ -243,8 +243,8 @@ class Calls(Executor):
     """
 
     def __init__(self, *, streams: int, streams_of_one: int) -> None:
-        self._streams_in_all = streams + _STREAMS_SPARE
-        self._streams_of_one = min(streams, streams_of_one) + _STREAMS_SPARE_OF_ONE
+        self._streams_in_all = streams + _MORE_STREAMS
+        self._streams_of_one = min(streams, streams_of_one) + _MORE_STREAMS_OF_ONE
         # One connection may have all that its caller may have. gRPC's clients wait for more.
         self.of_one_connection = self._streams_of_one + _CALLS_OF_ONE
         self.of_core = _CALLS_IN_CORE

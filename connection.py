@@ -509,9 +509,6 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return self._link.metadata()
-
 
 # Not "make certs": where there is no CA it makes one, which the server does not accept.
 _GET_CERTIFICATE = (

@@ -5,7 +5,7 @@ its output log until the leader has ended. If the leader ended by itself, the th
 processes go on that hold the output (`ending.py`). Then it kills what the leader left behind,
 moves the rest of the output and makes the one transition out of RUNNING. Nothing else ends a job.
 
-    job = RunningJob(work, spare, ...)
+    job = RunningJob(work, spare.body, cgroup, ...)
     spare.thread.give(job.job_id, job.run)
     job.kill(EndReason.STOPPED)
     job.wait(10)

@@ -569,13 +569,13 @@ def main() -> None:
         report(event="refused", missing=missing)
         return
     os.umask(0o077)
-    tmp = place = f"{work['tmp']}.{os.environ.get('SLURM_JOB_ID', '')}"
+    tmp = used = f"{work['tmp']}.{os.environ.get('SLURM_JOB_ID', '')}"
     try:
         os.mkdir(tmp)
     except OSError:
-        place = "/tmp"  # noqa: S108
+        used = "/tmp"  # noqa: S108
     if work["env"].get("TMPDIR") == work["tmp"]:
-        work["env"]["TMPDIR"] = place
+        work["env"]["TMPDIR"] = used
     step = Step(work, places)
     try:
         try:

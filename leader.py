@@ -410,5 +410,5 @@ def become(uid: int, groups: Sequence[int] = ()) -> None:
 def limit(kind: int, soft: int, hard: int) -> None:
     """Lower a limit; never raise it."""
     _, most = resource.getrlimit(kind)
-    limit = hard if most == resource.RLIM_INFINITY else min(hard, most)
-    resource.setrlimit(kind, (min(soft, limit), limit))
+    lower = hard if most == resource.RLIM_INFINITY else min(hard, most)
+    resource.setrlimit(kind, (min(soft, lower), lower))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["are_there", "open_store", "take_over"]
+__all__ = ["are_there", "move_into_store", "open_store"]
 
 _UID = re.compile(r"(\S+) ([0-9]{1,10})")
 _REVOKED = re.compile(r"([0-9a-f-]{36}) ([0-9]{1,12})")
@@ -34,12 +34,12 @@ _NAMES = ("uids", "uids.highest", "logged-out", "running-time")
 
 
 def open_store(state: Path) -> Store:
-    """Return the store of a state directory. Raises as `Store` and `take_over` do."""
+    """Return the store of a state directory. Raises as `Store` and `move_into_store` do."""
     homes = state / "homes"  # which belong to users whose uids the store has
     has_homes = homes.is_dir() and any(homes.iterdir())
     store = Store(state / "store", may_be_new=not has_homes or are_there(state))
     try:
-        take_over(store, state)
+        move_into_store(store, state)
     except BaseException:
         store.close()
         raise
@@ -51,7 +51,7 @@ def are_there(state: Path) -> bool:
     return any(os.path.lexists(state / name) for name in _NAMES)
 
 
-def take_over(store: Store, state: Path) -> None:
+def move_into_store(store: Store, state: Path) -> None:
     """Move the content of the files into the store, and rename them.
 
     Raises `StoreError` for a file that is damaged, and then changes nothing; OSError,

@@ -142,9 +142,7 @@ class Quotas:
                     )
             mine.starts.take(now)
             self._all.starts.take(now)
-            return self._count_locked(
-                {mine.jobs: 1, self._all.jobs: 1, mine.argv: argv_bytes, self._all.argv: argv_bytes}
-            )
+            return self._count_job_locked(mine, argv_bytes)
 
     def resume(self, user: str, *, argv_bytes: int) -> Callable[[], None]:
         """Count a running job that another process has started; returns as `start`.
@@ -152,10 +150,7 @@ class Quotas:
         Whatever the ceilings are now, the job runs.
         """
         with self._lock:
-            mine = self._account_locked(user)
-            return self._count_locked(
-                {mine.jobs: 1, self._all.jobs: 1, mine.argv: argv_bytes, self._all.argv: argv_bytes}
-            )
+            return self._count_job_locked(self._account_locked(user), argv_bytes)
 
     def stream(self, user: str) -> Callable[[], None]:
         """Count one open output stream of the user; return a function that ends the count.
@@ -218,6 +213,11 @@ class Quotas:
             output = Budget(limit, _ceiling(f"user {user}'s", limit, "per_user"), self._all.output)
             account = self._users[user] = _Account(self._per_user, output)
         return account
+
+    def _count_job_locked(self, mine: _Account, argv_bytes: int) -> Callable[[], None]:
+        return self._count_locked(
+            {mine.jobs: 1, self._all.jobs: 1, mine.argv: argv_bytes, self._all.argv: argv_bytes}
+        )
 
     def _count_locked(self, amounts: Mapping[_Gauge, int]) -> Callable[[], None]:
         """Add each amount to its gauge; return a function that takes this back once."""

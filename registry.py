@@ -166,11 +166,8 @@ class Registry:
         with self._lock:
             self._running[job.job_id] = job
             watches = self._watches  # a later one finds the job in the registry
-        if watches:
-            # Outside the lock, because a job's lock is never taken while the registry's is held.
-            state = job.snapshot(live_usage=False)
-            for watch in watches:
-                watch.tell(JobEventKind.STARTED, state)
+        # Outside the lock, because a job's lock is never taken while the registry's is held.
+        _tell_started(watches, job)
 
     def budget_for(self, owner: str) -> Budget:
         """Return a budget without limit, for a job that is started without one."""
@@ -184,10 +181,7 @@ class Registry:
 
     def tell_started(self, job: RunningJob) -> None:
         """Tell the watches that a job which was queued is running now."""
-        if watches := self._watches:
-            state = job.snapshot(live_usage=False)
-            for watch in watches:
-                watch.tell(JobEventKind.STARTED, state)
+        _tell_started(self._watches, job)
 
     def watch(self, matching: JobFilter) -> Watch:
         """Return a watch of the jobs that are there and will be. Raises `WorkerClosedError`."""
@@ -473,6 +467,13 @@ class Registry:
                 if self._closed:
                     return
             self.trim()
+
+
+def _tell_started(watches: tuple[Watch, ...], job: RunningJob) -> None:
+    if watches:
+        state = job.snapshot(live_usage=False)
+        for watch in watches:
+            watch.tell(JobEventKind.STARTED, state)
 
 
 def _delete(row: Row, log: OutputLog) -> None:

@@ -75,7 +75,7 @@ from descriptors import keep_reserve
 from errors import TakeoverError, in_words
 from fileopener import FileOpener
 from oldfiles import open_store
-from servercommands import Call, parse_arguments
+from servercommands import CommandLine, parse_arguments
 from serveroptions import OPTIONS, option_string, settings_in_force
 from settings import Config, Settings, SettingsError
 from standardstreams import prepare_streams
@@ -101,8 +101,8 @@ logger = logging.getLogger("server")
 _STORE_SIZE = "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()"
 _MESSAGE_FACTOR = 2  # what gRPC reads, of what a request may have: see `Gate`
 _FDS_PER_STREAM = 2
-_FDS_SPARE = 1024
-_CONNECTIONS_SPARE = 1024  # beside one for each stream
+_OTHER_FDS = 1024  # beside those of streams
+_OTHER_CONNECTIONS = 1024  # beside one for each stream
 
 _HANDSHAKE_S = 5  # some round trips: for the TLS handshake, and then to acknowledge our settings
 _STOP_GRACE_S = 1.0  # for streams to send their last chunks
@@ -485,14 +485,14 @@ def _raise_fd_limit(max_streams: int) -> int:
 
     Connections get at most half of the descriptors, so that they do not take those of the jobs.
     """
-    limit, wanted = keep_reserve(), max_streams * _FDS_PER_STREAM + _FDS_SPARE
+    limit, wanted = keep_reserve(), max_streams * _FDS_PER_STREAM + _OTHER_FDS
     if limit < wanted:
         logger.warning(
             "this process may have %d open files; %d streams and their jobs need %d; raise "
             "the hard limit (ulimit -Hn, or LimitNOFILE= of the unit)",
             *(limit, max_streams, wanted),
         )
-    return min(max_streams + _CONNECTIONS_SPARE, limit // 2)
+    return min(max_streams + _OTHER_CONNECTIONS, limit // 2)
 
 
 def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials) -> int:
@@ -550,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, sources = settings_in_force(arguments)
         options |= {key: getattr(settings, option.field) for key, option in OPTIONS.items()}
         if arguments.run is not None:
-            status = arguments.run(Call(settings, sources, arguments))
+            status = arguments.run(CommandLine(settings, sources, arguments))
             sys.stdout.flush()
         else:
             serverlog.configure(settings.log_format, settings.log_level)

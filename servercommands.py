@@ -2,7 +2,7 @@
 
     arguments = parse_arguments(["--config", "server.toml", "check"])
     settings, sources = settings_in_force(arguments)
-    status = arguments.run(Call(settings, sources, arguments))
+    status = arguments.run(CommandLine(settings, sources, arguments))
 
 A new command is a function that adds its arguments to a parser, a function that runs it, and a line
 in `_COMMANDS`.
@@ -34,22 +34,22 @@ from serveroptions import OPTIONS, add_options, option_string
 from settings import Settings, SettingsError
 from store import back_up
 from successor import end_jobs, find_waiting
-from useradmin import UsersFile, add_user, ask, new_password
+from useradmin import UsersFile, add_user, new_entry, new_password
 from users import Role
 from version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Call", "parse_arguments"]
+__all__ = ["CommandLine", "parse_arguments"]
 
 _ROLES = [role.value for role in Role]
 _USER_COMMANDS = {"add", "passwd", "role", "remove", "list"}
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a command: the settings, where each comes from, and the command's arguments."""
+class CommandLine:
+    """What a command gets: the settings, where each comes from, and the command's arguments."""
 
     settings: Settings
     sources: Mapping[str, str]
@@ -61,7 +61,7 @@ class _Command:
     help: str
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Call], int]
+    run: Callable[[CommandLine], int]
     """Does what the command is for, and returns the exit status."""
 
 
@@ -135,8 +135,8 @@ def _add_user_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_user(call: Call) -> int:
-    settings, arguments = call.settings, call.arguments
+def _run_user(line: CommandLine) -> int:
+    settings, arguments = line.settings, line.arguments
     match arguments.words:
         case ["list"]:
             users = UsersFile.of(settings)
@@ -157,7 +157,7 @@ def _run_user(call: Call) -> int:
             UsersFile.of(settings).remove(name)
             done = f"removed {name} from {settings.users}"
         case [name] if name not in _USER_COMMANDS:
-            print(ask(name, arguments.role))
+            print(new_entry(name, arguments.role))
             return 0
         case words:
             raise SettingsError(
@@ -211,23 +211,23 @@ def _add_invite_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_invite(call: Call) -> int:
-    arguments = call.arguments
+def _run_invite(line: CommandLine) -> int:
+    arguments = line.arguments
     output = arguments.output or Path(f"{arguments.name}.tar")
     invitation = Invitation(
         address=arguments.address,
-        ca=arguments.ca or call.settings.certs,
+        ca=arguments.ca or line.settings.certs,
         output=output,
         role=arguments.role,
         make_account=arguments.make_account,
     )
-    password = invite(call.settings, arguments.name, invitation)
+    password = invite(line.settings, arguments.name, invitation)
     print(f"made {output}; give it to {arguments.name}, and to nobody else: it has a key")
     print(f"{arguments.name} then runs: client import {output.name}")
     if not password:
         return 0
     print(f"the password, which is not in the bundle: {password}")
-    return _tell_server(call.settings)
+    return _tell_server(line.settings)
 
 
 # --- check ------------------------------------------------------------------------------------
@@ -249,14 +249,14 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_check(call: Call) -> int:
-    settings = call.settings
-    if call.arguments.check_config is None:
+def _run_check(line: CommandLine) -> int:
+    settings = line.settings
+    if line.arguments.check_config is None:
         config = config_in_force(settings)
         if config.slurm is not None:
             findings = tuple(slurmcheck.check(config.slurm, config.limits({})))
         else:
-            findings = hostcheck.check(call.arguments.check_root or settings.cgroup_root)
+            findings = hostcheck.check(line.arguments.check_root or settings.cgroup_root)
         print(*findings, sep="\n")
         return 0 if all(finding.works for finding in findings) else 1
     users = check_files(settings)
@@ -271,8 +271,8 @@ def _add_nothing(_: argparse.ArgumentParser) -> None:
     """The command has no arguments of its own."""
 
 
-def _run_config(call: Call) -> int:
-    print(report(call.settings, call.sources, config_in_force(call.settings)))
+def _run_config(line: CommandLine) -> int:
+    print(report(line.settings, line.sources, config_in_force(line.settings)))
     return 0
 
 
@@ -283,8 +283,8 @@ def _add_status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
 
 
-def _run_status(call: Call) -> int:
-    state_dir = call.settings.state_dir
+def _run_status(line: CommandLine) -> int:
+    state_dir = line.settings.state_dir
     try:
         status = adminsocket.ask(state_dir, "status")
     except adminsocket.NoServerError as error:
@@ -294,15 +294,15 @@ def _run_status(call: Call) -> int:
                 f"server, or end them: server --state-dir {state_dir} stop --jobs"
             ) from error
         raise
-    if call.arguments.json:
+    if line.arguments.json:
         print(json.dumps(status, indent=2))
     else:
         print(*serverstatus.in_words(status), sep="\n")
     return 0
 
 
-def _run_reload(call: Call) -> int:
-    problems = adminsocket.ask(call.settings.state_dir, "reload")["problems"]
+def _run_reload(line: CommandLine) -> int:
+    problems = adminsocket.ask(line.settings.state_dir, "reload")["problems"]
     if problems:
         raise adminsocket.AdminError("\n".join(problems))
     print("certificates and users were read again, the audit log was reopened")
@@ -316,9 +316,9 @@ def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="is replaced if it exists")
 
 
-def _run_backup(call: Call) -> int:
-    back_up(call.settings.state_dir / "store", call.arguments.file)
-    print(f"{call.arguments.file} has the store; deploy/backup.sh saves all that a server needs")
+def _run_backup(line: CommandLine) -> int:
+    back_up(line.settings.state_dir / "store", line.arguments.file)
+    print(f"{line.arguments.file} has the store; deploy/backup.sh saves all that a server needs")
     return 0
 
 
@@ -329,8 +329,8 @@ def _add_stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", action="store_true", help="end the jobs, too")
 
 
-def _run_stop(call: Call) -> int:
-    state_dir, ends_jobs = call.settings.state_dir, call.arguments.jobs
+def _run_stop(line: CommandLine) -> int:
+    state_dir, ends_jobs = line.settings.state_dir, line.arguments.jobs
     try:
         pid = adminsocket.ask(state_dir, "stop", jobs=ends_jobs)["pid"]
     except adminsocket.NoServerError:

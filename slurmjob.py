@@ -6,7 +6,7 @@ step reports, and passes on the input. The job has ended when srun is gone and a
 output are here as the step has written. If there are fewer, it is LOST: the exit code of srun is
 never trusted.
 
-    job = SlurmJob(work, spare, channel, cluster, ...)
+    job = SlurmJob(work, spare.body, channel=channel, cluster=cluster, ...)
     spare.thread.give(job.job_id, job.run)
     job.await_begin()              # until the command runs, waits in the queue, or cannot run
 
@@ -126,14 +126,12 @@ class SlurmJob(RunningJob):
         self._last_state = ""  # the controller's word
         self._has_output = self._has_reports = True  # there may be more
         self._pace = Pace(self._output_fd)
-        # By time.monotonic: when the next thing is tried to end the job; when srun must be gone;
-        # until when srun's end is awaited after the job's own; when the job has run for too long;
-        # when the cluster must have answered.
-        self._alarm_s: float | None = None
-        self._gone_by_s: float | None = None
-        self._over_by_s: float | None = None
-        self._times_out_s: float | None = None
-        self._begin_by_s = math.inf
+        # By time.monotonic.
+        self._alarm_s: float | None = None  # when the next thing is tried to end the job
+        self._gone_by_s: float | None = None  # when srun must be gone
+        self._over_by_s: float | None = None  # how long to wait for srun after the job's own end
+        self._times_out_s: float | None = None  # when the job has run for too long
+        self._begin_by_s = math.inf  # when the cluster must have answered
         # Guarded by the lock of the base class, as are its own.
         self._status = Status.QUEUED
         self._is_begun = self._is_told = is_resumed  # others may know the job; its starter knows

@@ -90,8 +90,7 @@ _MIGRATIONS: tuple[str, ...] = (
     """,
 )
 
-# Of the memory that SQLite may use for pages, in KiB.
-_CACHE_KIB = 512
+_CACHE_KIB = 512  # what SQLite may use for pages
 
 _HEADER_BYTES = 100
 _FULL_BYTES = 1024 * 1024  # with less, a failure of the disk is that of a full one

@@ -268,16 +268,16 @@ def test_stream_has_a_thread_that_ends_with_it(server: _Server) -> None:
         pass
 
 
-def test_streams_are_refused_beyond_the_ceilings_and_some_spare(server: _Server) -> None:
+def test_streams_are_refused_beyond_the_ceilings_and_some_more(server: _Server) -> None:
     """Of one caller, and of all together; unary calls are not streams."""
-    spare_of_one, spare = calls_module._STREAMS_SPARE_OF_ONE, calls_module._STREAMS_SPARE
-    for _ in range(3 + spare_of_one):
+    more_of_one, more = calls_module._MORE_STREAMS_OF_ONE, calls_module._MORE_STREAMS
+    for _ in range(3 + more_of_one):
         assert server.call("mallory", is_stream=True).refusal is None
     assert "of your streams are open" in _why(server.call("mallory", is_stream=True))
     assert server.call("mallory").refusal is None
-    for _ in range(5 + spare - 3 - spare_of_one):
+    for _ in range(5 + more - 3 - more_of_one):
         assert server.call("malloy", is_stream=True).refusal is None
-    assert f"{5 + spare} streams are open" in _why(server.call("alice", is_stream=True))
+    assert f"{5 + more} streams are open" in _why(server.call("alice", is_stream=True))
     assert server.call("alice").refusal is None
 
 
@@ -424,7 +424,7 @@ def test_idle_server_serves_a_burst_completely(connect: Connect, count: int) -> 
     """Of one client, over one connection, all at once."""
     client = connect()
     request = worker_pb.GetJobStatusRequest(job_id=run_job(client))
-    rpc, metadata = _status_rpc(client), client._metadata()
+    rpc, metadata = _status_rpc(client), client._link.metadata()
     answers = [rpc.future(request, metadata=metadata, timeout=GUARD_S) for _ in range(count)]
     assert {answer.code().name for answer in answers} == {"OK"}
 
@@ -455,7 +455,7 @@ class _Flood:
     def __enter__(self) -> Self:
         for client in self._clients:
             for _each in range(self._at_once):
-                self._call(_status_rpc(client), client._metadata())
+                self._call(_status_rpc(client), client._link.metadata())
         assert self.served.acquire(timeout=GUARD_S)
         return self
 
@@ -486,7 +486,7 @@ def test_refusal_tells_people_and_grpcs_own_retries_when_to_try_again(
     monkeypatch.setattr(calls_module, "_CALLS_OF_ONE", 0)
     client = connect("user", serve().address)
     with pytest.raises(grpc.RpcError) as caught:
-        _status_rpc(client)(worker_pb.GetJobStatusRequest(), metadata=client._metadata())
+        _status_rpc(client)(worker_pb.GetJobStatusRequest(), metadata=client._link.metadata())
     error: Any = caught.value
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     trailing = dict(error.trailing_metadata())
@@ -519,7 +519,7 @@ def test_client_of_grpc_obeys_the_refusal(
             "/jobworker.v1.WorkerService/GetJobStatus",
             request_serializer=worker_pb.GetJobStatusRequest.SerializeToString,
         )
-        assert rpc(request, metadata=client._metadata(), timeout=GUARD_S)
+        assert rpc(request, metadata=client._link.metadata(), timeout=GUARD_S)
 
 
 def test_streams_that_have_ended_leave_no_threads_and_no_memory(

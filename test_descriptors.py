@@ -16,7 +16,7 @@ import pytest
 import workerservice_pb2 as worker_pb
 from client import Client
 from descriptors import keep_reserve, with_reserve
-from server import _CONNECTIONS_SPARE, _HANDSHAKE_S
+from server import _HANDSHAKE_S, _OTHER_CONNECTIONS
 from testkit import (
     FOREVER,
     GUARD_S,
@@ -137,7 +137,7 @@ def test_connections_have_a_bound_of_their_own(
 ) -> None:
     """1,024 beside one for each stream, even if there are descriptors for many more."""
     streams = 20
-    bound, too_many = streams + _CONNECTIONS_SPARE, 30
+    bound, too_many = streams + _OTHER_CONNECTIONS, 30
     if limits[1] < 4 * bound:
         pytest.skip("this process may not open so many files")
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))

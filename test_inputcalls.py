@@ -37,7 +37,7 @@ class _Call:
         self._messages: SimpleQueue[worker_pb.WriteInputRequest | None] = SimpleQueue()
         self.send(job_id=job_id, offset=offset, **first)
         self._call = client._worker.WriteInput.future(
-            iter(self._messages.get, None), metadata=client._metadata(), timeout=GUARD_S
+            iter(self._messages.get, None), metadata=client._link.metadata(), timeout=GUARD_S
         )
 
     def send(self, **fields: Any) -> None:
@@ -156,7 +156,7 @@ def test_job_that_does_not_read_holds_back_the_caller(
     job_id = client.start("sleep", ["infinity"], stdin=True)
     job: Any = server._worker._job(job_id)
     job_input = job._input
-    call = client._worker.WriteInput.future(messages(), metadata=client._metadata())
+    call = client._worker.WriteInput.future(messages(), metadata=client._link.metadata())
     with job_input._changed:
         assert job_input._changed.wait_for(lambda: job_input.size == _PIPE_BYTES, GUARD_S)
     for _ in range(100):  # meanwhile a server that reads on would have read all

@@ -182,11 +182,11 @@ def test_filter_that_makes_no_sense_is_refused(user: Client, matching: worker_pb
     """By ListJobs and WatchJobs, with INVALID_ARGUMENT."""
     calls: tuple[Callable[[], object], ...] = (
         lambda: user._worker.ListJobs(
-            worker_pb.ListJobsRequest(filter=matching), metadata=user._metadata()
+            worker_pb.ListJobsRequest(filter=matching), metadata=user._link.metadata()
         ),
         lambda: next(
             user._worker.WatchJobs(
-                worker_pb.WatchJobsRequest(filter=matching), metadata=user._metadata()
+                worker_pb.WatchJobsRequest(filter=matching), metadata=user._link.metadata()
             )
         ),
     )

@@ -194,7 +194,7 @@ def test_method_that_a_client_invents_makes_no_series(
     for name in "Invented", "Another":
         rpc: Any = client._channel.unary_unary(f"/jobworker.v1.WorkerService/{name}")
         with pytest.raises(Exception, match="UNIMPLEMENTED"):
-            rpc(b"", metadata=client._metadata(), timeout=GUARD_S)
+            rpc(b"", metadata=client._link.metadata(), timeout=GUARD_S)
     assert measured.samples()['calls_total{rpc="unknown",code="UNIMPLEMENTED"}'] == 2
 
 

@@ -40,7 +40,7 @@ def test_files_are_taken_over_once_and_kept_aside(tmp_path: Path, clock: Clock) 
     _write(tmp_path)
     with Store(tmp_path / "store") as store:
         assert oldfiles.are_there(tmp_path)
-        oldfiles.take_over(store, tmp_path)
+        oldfiles.move_into_store(store, tmp_path)
         assert not oldfiles.are_there(tmp_path)
         running = RunningTime(store, clock=clock)
         assert running.now_s() == 1234
@@ -48,7 +48,7 @@ def test_files_are_taken_over_once_and_kept_aside(tmp_path: Path, clock: Clock) 
         accounts = Accounts(store, _UIDS)
         accounts.add(["carol"])
         assert [accounts.uid(name) for name in ("alice", "bob", "carol")] == [70001, 70004, 70005]
-        oldfiles.take_over(store, tmp_path)
+        oldfiles.move_into_store(store, tmp_path)
     assert {name: (tmp_path / f"{name}.old").read_text() for name in _FILES} == _FILES
 
 
@@ -59,7 +59,7 @@ def test_process_that_was_killed_before_it_renamed_the_files_has_taken_them_over
     with Store(tmp_path / "store") as store:
         for _ in range(2):
             _write(tmp_path)
-            oldfiles.take_over(store, tmp_path)
+            oldfiles.move_into_store(store, tmp_path)
             store.set_fact("running_time_s", 9999)
         assert RunningTime(store).now_s() == 9999
 
@@ -78,11 +78,11 @@ def test_files_that_an_earlier_version_has_made_since_are_refused(
     """Otherwise somebody would get the uid of another's files, or a token would be valid again."""
     with Store(tmp_path / "store") as store:
         _write(tmp_path)
-        oldfiles.take_over(store, tmp_path)
+        oldfiles.move_into_store(store, tmp_path)
         _write(tmp_path, **{"uids.highest": "0\n"} | changes)
         for _ in range(2):
             with pytest.raises(StoreError, match=f"{named} that the store does not have.*move"):
-                oldfiles.take_over(store, tmp_path)
+                oldfiles.move_into_store(store, tmp_path)
         assert {name: (tmp_path / f"{name}.old").read_text() for name in _FILES} == _FILES
 
 
@@ -107,7 +107,7 @@ def test_damaged_file_is_refused_and_left_alone(
     _write(tmp_path, **{name: text})
     with Store(tmp_path / "store") as store:
         with pytest.raises(StoreError, match=rf"{name}: {problem}.*restore the file"):
-            oldfiles.take_over(store, tmp_path)
+            oldfiles.move_into_store(store, tmp_path)
         assert store.query("SELECT * FROM uids") == []
     assert (tmp_path / name).read_text() == text
 
@@ -116,7 +116,7 @@ def test_torn_last_line_is_dropped(tmp_path: Path) -> None:
     """The machine went down while it was written, so nobody has had a confirmation."""
     _write(tmp_path, **{"logged-out": f"{ABSENT} 5000\n{ABSENT[:20]}"})
     with Store(tmp_path / "store") as store:
-        oldfiles.take_over(store, tmp_path)
+        oldfiles.move_into_store(store, tmp_path)
         assert store.query("SELECT * FROM revoked") == [(ABSENT, 5000)]
 
 
@@ -130,7 +130,7 @@ def test_file_of_somebody_else_is_refused(tmp_path: Path, name: str) -> None:
         Store(tmp_path / "store") as store,
         pytest.raises(UntrustedFileError, match=f"{name} belongs to uid {NOBODY}"),
     ):
-        oldfiles.take_over(store, tmp_path)
+        oldfiles.move_into_store(store, tmp_path)
 
 
 def test_store_that_is_missing_beside_homes_is_told(tmp_path: Path) -> None:

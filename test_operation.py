@@ -738,7 +738,7 @@ def test_requests_have_a_size_and_arguments_a_number_and_a_length(
 def _raw(client: Client, method: str, data: bytes, token: str | None = None) -> str:
     """Call any method with any bytes; return the name of the status."""
     rpc: Any = client._channel.unary_stream(method)
-    metadata = client._metadata() if token is None else (("authorization", f"Bearer {token}"),)
+    metadata = client._link.metadata() if token is None else (("authorization", f"Bearer {token}"),)
     call = rpc(data, metadata=metadata if token != "" else (), timeout=GUARD_S)
     with contextlib.suppress(grpc.RpcError):
         list(call)

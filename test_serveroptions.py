@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from configreport import report
-from servercommands import Call, parse_arguments
+from servercommands import CommandLine, parse_arguments
 from serverfiles import config_in_force
 from serveroptions import COMMAND_LINE, DEFAULT, OPTIONS, PROGRAM_DEFAULTS, settings_in_force
 from settings import TABLES, ConfigError, Settings, load_config
@@ -210,7 +210,7 @@ QUOTED = 'a "b" \\ c'
 def _report(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     arguments = parse_arguments([*words, "config"])
     settings, sources = settings_in_force(arguments)
-    assert arguments.run(Call(settings, sources, arguments)) == 0
+    assert arguments.run(CommandLine(settings, sources, arguments)) == 0
     return capsys.readouterr().out
 
 

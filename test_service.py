@@ -707,7 +707,8 @@ def test_stops_that_wait_for_a_grace_hold_up_no_other_call(
         job_id = client.start("bash", ["-c", script])
         chunks = follow(client, job_id)
         request = worker_pb.StopJobRequest(job_id=job_id, grace=Duration(seconds=600))
-        stops.append((job_id, client._worker.StopJob.future(request, metadata=client._metadata())))
+        stop = client._worker.StopJob.future(request, metadata=client._link.metadata())
+        stops.append((job_id, stop))
         assert next(chunks) == b"told\n"
         chunks.close()
     client.start("true")
@@ -904,7 +905,7 @@ def test_limit_that_is_too_high_or_senseless_is_an_invalid_argument(
 
 def _page(client: Client, **fields: Any) -> worker_pb.ListJobsResponse:
     page: worker_pb.ListJobsResponse = client._worker.ListJobs(
-        worker_pb.ListJobsRequest(**fields), metadata=client._metadata(), timeout=GUARD_S
+        worker_pb.ListJobsRequest(**fields), metadata=client._link.metadata(), timeout=GUARD_S
     )
     return page
 
@@ -1035,7 +1036,7 @@ def _collect(client: Client, job_id: str, offset: int = 0) -> bytes:
     """Read a stream to its end; check that its messages are contiguous."""
     request = worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
     data = bytearray()
-    for response in client._worker.StreamOutput(request, metadata=client._metadata()):
+    for response in client._worker.StreamOutput(request, metadata=client._link.metadata()):
         assert response.offset == offset + len(data)
         assert 0 < len(response.data) <= 256 * 1024
         data += response.data
@@ -1109,7 +1110,7 @@ def test_stream_ends_on_stop_when_the_status_is_already_terminal(connect: Connec
 def _read(client: Client, job_id: str, offset: int = 0) -> tuple[str, dict[str, str]]:
     """Read a stream to its end; return its status code and its trailing metadata."""
     request = worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
-    call = client._worker.StreamOutput(request, metadata=client._metadata(), timeout=GUARD_S)
+    call = client._worker.StreamOutput(request, metadata=client._link.metadata(), timeout=GUARD_S)
     with contextlib.suppress(grpc.RpcError):
         list(call)
     metadata = {item.key: item.value for item in call.trailing_metadata()}
@@ -1188,7 +1189,8 @@ def test_stream_has_a_message_in_the_place_of_what_was_not_kept(
 
     def read(offset: int) -> tuple[list[worker_pb.StreamOutputResponse], str]:
         request = worker_pb.StreamOutputRequest(job_id=job_id, offset=offset)
-        call = client._worker.StreamOutput(request, metadata=client._metadata(), timeout=GUARD_S)
+        metadata = client._link.metadata()
+        call = client._worker.StreamOutput(request, metadata=metadata, timeout=GUARD_S)
         messages = []
         with contextlib.suppress(grpc.RpcError):
             messages.extend(call)
@@ -1210,7 +1212,7 @@ def test_stream_ends_with_unavailable_at_shutdown(serve: Serve, connect: Connect
     client = connect(address=server.address)
     job_id = client.start(*FOREVER)
     request = worker_pb.StreamOutputRequest(job_id=job_id)
-    call = client._worker.StreamOutput(request, metadata=client._metadata(), timeout=GUARD_S)
+    call = client._worker.StreamOutput(request, metadata=client._link.metadata(), timeout=GUARD_S)
     assert next(call).data == b"ready\n"
     server.stop()
     with pytest.raises(grpc.RpcError):

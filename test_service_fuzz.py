@@ -32,8 +32,8 @@ from auth import Authenticator, Session
 from calls import (
     _CALLS_OF_ONE,
     _LOGINS_OF_ONE,
-    _STREAMS_SPARE,
-    _STREAMS_SPARE_OF_ONE,
+    _MORE_STREAMS,
+    _MORE_STREAMS_OF_ONE,
     _THREADS_OF_ONE,
 )
 from client import Client
@@ -80,9 +80,9 @@ _LONGEST_MESSAGE = 3000  # characters: up to 200 of the client's, escaped, and t
 _REQUEST_BYTES = Requests().size
 
 _STREAMS = 20
-_STREAMS_OF_ONE = _STREAMS + _STREAMS_SPARE_OF_ONE  # streams of one caller at the same time
+_STREAMS_OF_ONE = _STREAMS + _MORE_STREAMS_OF_ONE  # streams of one caller at the same time
 # There are four callers: the two users, all calls without a token, and all logins.
-_MOST_THREADS = _STREAMS + _STREAMS_SPARE + 4 * _THREADS_OF_ONE
+_MOST_THREADS = _STREAMS + _MORE_STREAMS + 4 * _THREADS_OF_ONE
 _RPCS_TO_WAIT = 3000  # this many calls give gRPC time to close descriptors
 _CONFIG = """
 [per_user]

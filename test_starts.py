@@ -152,7 +152,7 @@ def test_start_without_time_for_its_answer_starts_nothing(serve: Serve, connect:
     request = worker_pb.StartJobRequest(command=FOREVER[0], args=FOREVER[1])
     for _ in range(40):
         with pytest.raises(grpc.RpcError) as caught:
-            client._worker.StartJob(request, metadata=client._metadata(), timeout=0.003)
+            client._worker.StartJob(request, metadata=client._link.metadata(), timeout=0.003)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert list(client.list()) == []
 
@@ -188,7 +188,7 @@ def test_start_whose_caller_goes_leaves_a_job_only_with_a_request_id(
     monkeypatch.setattr(Calls, "over", notice_end)
     request = worker_pb.StartJobRequest(command=FOREVER[0], args=FOREVER[1], request_id=request_id)
     call = caller._worker.StartJob.future(
-        request, metadata=caller._metadata(), timeout=1 if end == "deadline" else GUARD_S
+        request, metadata=caller._link.metadata(), timeout=1 if end == "deadline" else GUARD_S
     )
     assert began.wait(GUARD_S)
     if end == "cancel":

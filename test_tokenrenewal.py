@@ -172,7 +172,7 @@ def test_input_ends_with_its_token(connect: Connect, serve_with: Callable[[int],
     client = connect("", service.address, token=service.mint(), on_new_token=renewals)
     job_id = client.start("cat", stdin=True)
     chunks = client.stream(job_id)  # keeps the client's token fresh
-    metadata = client._metadata()
+    metadata = client._link.metadata()
 
     def messages() -> Iterator[worker_pb.WriteInputRequest]:
         yield worker_pb.WriteInputRequest(job_id=job_id, data=b"one\n")

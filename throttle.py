@@ -153,11 +153,7 @@ class LoginThrottle:
 
     def _tables(self) -> dict[str, _Failures]:
         """Return the tables by the name that each has in the store."""
-        tables = (
-            *(self._by_pair, self._by_peer, self._by_held_pair, self._by_certificate),
-            self._by_user,
-        )
-        return {table.name: table for table in tables}
+        return {table.name: table for table, _ in self._counts(b"", b"", b"")}
 
     def _load(self, store: Store) -> None:
         tables = self._tables()
@@ -304,9 +300,8 @@ class _Failures:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._failed: OrderedDict[bytes, _Failed] = (
-            OrderedDict()
-        )  # in the order of the last failures
+        # In the order of the last failures.
+        self._failed: OrderedDict[bytes, _Failed] = OrderedDict()
 
     def get(self, key: bytes) -> _Failed:
         return self._failed.get(key, _NEVER)

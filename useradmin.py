@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["UsersFile", "add_user", "ask", "create_account", "new_password"]
+__all__ = ["UsersFile", "add_user", "create_account", "new_entry", "new_password"]
 
 
-def ask(name: str, role: str) -> User:
-    """Ask for a password and return the user's entry. Raises `SettingsError`."""
+def new_entry(name: str, role: str) -> User:
+    """Ask for a password and return an entry of the user. Raises `SettingsError`."""
     if sys.stdin.isatty():
         password = getpass.getpass(f"Password for {name}: ")
         if getpass.getpass("Once more: ") != password:
@@ -63,7 +63,7 @@ def add_user(settings: Settings, name: str, role: str, *, make_account: bool) ->
     """
     users = UsersFile.of(settings)
     users.must_not_have(name)
-    user = ask(name, role)
+    user = new_entry(name, role)
     if make_account:
         create_account(settings, name)
     users.add(user)
@@ -151,8 +151,8 @@ def new_password(settings: Settings, name: str) -> None:
     """Ask for a password and give it to a user of the file. Raises like `UsersFile`."""
     users = UsersFile.of(settings)
     users.user(name)
-    asked = ask(name, Role.USER.value)
-    users.change(name, lambda user: replace(user, password_hash=asked.password_hash))
+    entry = new_entry(name, Role.USER.value)
+    users.change(name, lambda user: replace(user, password_hash=entry.password_hash))
 
 
 def create_account(settings: Settings, name: str) -> None:
