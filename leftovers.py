@@ -1,9 +1,8 @@
 """Removes what the jobs of a user leave behind outside of any process.
 
 Some things outlive the job that made them: shared memory, semaphores and message queues of System V
-and of POSIX, and files in the directories that everybody may write to. Some go on taking memory. Of
-the others all users together can have only so many. So they are removed when the user's last job
-has ended.
+and of POSIX, and files in the directories that everybody may write to. They go on taking memory, or
+count for a limit of the whole host. So they are removed when the user's last job has ended.
 
     leftovers = Leftovers(spawner.clear)
     leftovers.begin(71_001)       # before a job of this user starts
@@ -130,10 +129,10 @@ class Leftovers:
         return False
 
     def _uids_in(self, directory: str) -> frozenset[int] | None:
-        """As the function does. Looks only if something was made or removed since the last time.
+        """Return what the function of this name does, which is called only after a change.
 
-        That changes the directory's mtime, which only the directory's owner can set. All changes
-        within a tick of the kernel's clock (10 ms at most) have the same mtime.
+        Whatever is made or removed changes the directory's mtime, which only its owner can set. All
+        changes within a tick of the kernel's clock (10 ms at most) have the same mtime.
         """
         status = os.stat(directory)
         state = (status.st_dev, status.st_ino, status.st_mtime_ns)
