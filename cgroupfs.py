@@ -46,6 +46,7 @@ __all__ = [
     "dissolve",
     "failure",
     "freeze_and_kill",
+    "has_survivors",
     "kill_and_remove",
     "kill_tree",
     "read",
@@ -70,6 +71,7 @@ DELEGATE = (
 
 _CHECK_VALUE = "check the limit's value and the kernel's log"
 _REMOVE_RETRY_S = 2.0  # how long rmdir may fail with EBUSY although the cgroup is empty
+_FREEZE_ROUNDS = 8
 _FREEZE_S = 0.5  # how long to wait for a cgroup to freeze before killing what is in it
 _READ_BYTES = 64 * 1024
 _SIGNAL_ROUNDS = 4  # how often to look for processes that were forked during the round before
@@ -213,35 +215,59 @@ class Events:
         self._poll.poll(timeout_ms)
 
 
-def kill_tree(path: Path) -> None:
+def kill_tree(path: Path) -> bool:
     """SIGKILL every process in the cgroup and below it, also those that are being forked.
 
-    Does not wait for their end. Does nothing if the cgroup is gone. Raises `CgroupError`.
+    Does not wait for their end. Does nothing if the cgroup is gone. Returns False if this process
+    lacks the right to kill some that may survive: `signal_tree` of one that has it kills them. They
+    are frozen then. Raises `CgroupError`.
     """
+    may_survive = has_survivors(path)
     try:
         write(os.path.join(path, "cgroup.kill"), "1", remedy=DELEGATE)
+        if not may_survive:
+            return True
     except CgroupError as error:
         if error.errno not in _GONE:
             raise
         # ENOENT has two causes: the kernel is older than 5.14 and has no cgroup.kill, or another
         # thread has removed the cgroup. It may do this as soon as the processes are dead.
-        try:
-            freeze_and_kill(path)
-        except CgroupError as problem:
-            if problem.errno not in _GONE or os.path.exists(path):
-                raise
+    try:
+        freeze_and_kill(path)
+    except CgroupError as problem:
+        if problem.errno not in _GONE or os.path.exists(path):
+            raise
+    except PermissionError:
+        if not may_survive:
+            raise
+        return False
+    return True
+
+
+def has_survivors(path: Path | str) -> bool:
+    """Whether there is a process that cgroup.kill would miss: only its first thread has ended.
+
+    cgroup.kill sends SIGKILL to the first thread of each process, not to the process, and a thread
+    that has ended takes no signal (seen with Linux 6.1 and 6.18). Such a process is in cgroup.procs
+    although its first thread is not in cgroup.threads. Raises `CgroupError`.
+    """
+    processes = _processes(path)
+    return bool(processes) and not processes <= _numbers(path, "cgroup.threads")
 
 
 def freeze_and_kill(path: Path) -> None:
     """Do what `kill_tree` does, without cgroup.kill: freeze, so that nothing forks, then kill."""
-    frozen = False
-    while not frozen and os.path.exists(path):
+    for _ in range(_FREEZE_ROUNDS):
+        if not os.path.exists(path):
+            return
         write(os.path.join(path, "cgroup.freeze"), "1", remedy=DELEGATE)
         frozen = wait_event(path, "frozen", "1", _FREEZE_S)
         for pid in _processes(path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         write(os.path.join(path, "cgroup.freeze"), "0", remedy=DELEGATE)
+        if frozen:
+            return
 
 
 def signal_tree(
@@ -310,10 +336,15 @@ def count_processes(path: Path) -> int:
 
 def _processes(path: Path) -> set[int]:
     """Return the processes in the cgroup and below it. Raises `CgroupError`."""
+    return _numbers(path, "cgroup.procs")
+
+
+def _numbers(path: Path, name: str) -> set[int]:
+    """Return the numbers in the files of this name in the cgroup and below it."""
     pids = set()
     for directory in _directories(path):
         try:
-            pids |= set(map(int, read_if_there(f"{directory}/cgroup.procs").split()))
+            pids |= set(map(int, read_if_there(f"{directory}/{name}").split()))
         except CgroupError as error:
             # A threaded cgroup, whose processes are listed in one above it.
             if error.errno != errno.EOPNOTSUPP:

@@ -432,9 +432,9 @@ class Cgroup:
         self._controllers = controllers
         self._removals = removals
 
-    def kill(self) -> None:
-        """SIGKILL every process in the cgroup and below it. Does nothing if the cgroup is gone."""
-        kill_tree(self.path)
+    def kill(self) -> bool:
+        """SIGKILL every process in the cgroup and below it: `kill_tree`."""
+        return kill_tree(self.path)
 
     def signal(self, number: int) -> None:
         """Send a signal to every process in the cgroup and below it: `signal_tree`."""
@@ -448,8 +448,8 @@ class Cgroup:
         """Open its cgroup.events. Raises FileNotFoundError if the cgroup is gone."""
         return Events(self.path)
 
-    def kill_rest(self) -> int:
-        """Kill every process in the cgroup and below it, and block until all are gone.
+    def kill_rest(self, kill: Callable[[], object]) -> int:
+        """Have `kill` kill every process in the cgroup, and block until all are gone.
 
         Returns how many processes were killed: 0 for those that were about to end. Raises
         `CgroupError`.
@@ -457,7 +457,7 @@ class Cgroup:
         with contextlib.suppress(FileNotFoundError), self.events() as events:
             if events.is_populated():
                 killed = count_living(self.path)
-                self.kill()
+                kill()
                 while events.is_populated():
                     events.wait_change(None)
                 return killed

@@ -39,7 +39,7 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import inherited
-from cgroupfs import count_processes, dismantle
+from cgroupfs import count_processes, dismantle, has_survivors
 from children import end_children
 from errands import clear_up, signal_all, signal_cgroup
 from estate import Estate
@@ -540,13 +540,22 @@ class _ForkServer:
         if self._is_for_cluster:
             self._leaders.say_farewell()
         if self._jobs_cgroup is not None:
-            # This kills processes that are being forked, too. Absent before Linux 5.14.
             with contextlib.suppress(OSError):
-                kill_fd = os.open(f"{self._jobs_cgroup}/cgroup.kill", os.O_WRONLY)
-                os.write(kill_fd, b"1")
-                os.close(kill_fd)
+                self._kill_cgroups(self._jobs_cgroup)
         self._leaders.kill_all()
         end_children()
+
+    def _kill_cgroups(self, jobs_cgroup: str) -> None:
+        """Kill all that is in the cgroups of jobs. Raises OSError."""
+        with os.scandir(jobs_cgroup) as entries:
+            jobs = [each.name for each in entries if each.is_dir() and has_survivors(each.path)]
+        # This kills processes that are being forked, too. Absent before Linux 5.14.
+        kill_fd = os.open(f"{jobs_cgroup}/cgroup.kill", os.O_WRONLY)
+        os.write(kill_fd, b"1")
+        os.close(kill_fd)
+        for job in jobs:
+            with contextlib.suppress(OSError):
+                self._signal_all(job, signal.SIGKILL, self._user_of(job))
 
 
 def _is_name(job: str) -> bool:

@@ -297,7 +297,12 @@ class RunningJob:
 
     def _kill_processes(self) -> None:
         if self._cgroup is not None:
-            self._cgroup.kill()
+            # Without the right to do it, the fork server does: as the job's user.
+            if not self._cgroup.kill():
+                with contextlib.suppress(OSError, SpawnerDiedError):
+                    self._spawner.signal(
+                        self.job_id, signal.SIGKILL, uid=self._uid, everything=True
+                    )
         else:
             with contextlib.suppress(SpawnerDiedError):  # this job's thread notices it, too
                 self._spawner.kill(self.job_id)
@@ -452,7 +457,7 @@ class RunningJob:
         """Kill what the leader left behind, block until it is gone; return the leader's end."""
         killed = 0
         if self._cgroup is not None:
-            killed = self._cgroup.kill_rest()
+            killed = self._cgroup.kill_rest(self._kill_processes)
         elif leader_exit is None:
             # The fork server, which would do it, is dead. The number of the process group
             # cannot be a stranger's as long as the leader lives.

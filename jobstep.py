@@ -170,7 +170,7 @@ def descendants() -> dict[int, bool]:
                     fields = file.read().rpartition(b")")[2].split()
             except OSError:
                 continue
-            if fields[0] not in (b"Z", b"X"):
+            if fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:  # it has other threads
                 parents[int(name)] = int(fields[1])
                 if int(fields[6]) & 4:  # PF_EXITING
                     ending.add(int(name))

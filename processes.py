@@ -32,11 +32,12 @@ class Entry(NamedTuple):
     """A process. `start`, in ticks since the boot, tells it from a later one with the same pid."""
 
     pid: int
-    state: str  # "Z" or "X" if it has ended
+    state: str  # "Z" or "X" if its first thread has ended
     parent: int
     session: int
     start: int
     flags: int  # PF_… of linux/sched.h
+    threads: int  # 1 or 0 if it has ended
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -45,13 +46,16 @@ class Entry(NamedTuple):
 
     @property
     def lives(self) -> bool:
-        """Whether it has not ended."""
-        return self.state not in "ZX"
+        """Whether it has not ended. The first thread alone may have, which shows as "Z", too."""
+        return self.state not in "ZX" or self.threads > 1
 
     @property
     def is_ending(self) -> bool:
-        """Whether it has ended, or is about to close its files and end."""
-        return not self.lives or bool(self.flags & _PF_EXITING)
+        """Whether it has ended, or is about to close its files and end: what the kernel is doing.
+
+        Also true if only the first thread has ended.
+        """
+        return self.state in "ZX" or bool(self.flags & _PF_EXITING)
 
 
 def look(pid: int) -> Entry | None:
@@ -62,8 +66,8 @@ def look(pid: int) -> Entry | None:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    parent, session, start, flags = (int(fields[i]) for i in (1, 3, 19, 6))
-    return Entry(pid, fields[0].decode(), parent, session, start, flags)
+    parent, session, start, flags, threads = (int(fields[i]) for i in (1, 3, 19, 6, 17))
+    return Entry(pid, fields[0].decode(), parent, session, start, flags, threads)
 
 
 def table() -> dict[int, Entry]:

@@ -41,6 +41,7 @@ from testkit import (
     JOB_VARIABLES,
     NOBODY,
     SIGNALLED_TREE,
+    WITHOUT_FIRST_THREAD,
     children_of,
     clean_environment,
     fork_server_of,
@@ -657,6 +658,13 @@ def test_job_cannot_become_somebody_else(house: _House) -> None:
 
 
 # --- jobs of other users are jobs like others ---------------------------------------------------
+
+
+def test_process_without_its_first_thread_is_killed(house: _House) -> None:
+    """cgroup.kill misses such a process. The server may not signal it, so the fork server does."""
+    job = house.bob.start(public_python(), ["-I", "-S", "-c", WITHOUT_FIRST_THREAD, "1"])
+    assert _first_line(house.bob, job) == "up"
+    assert house.bob.stop(job).status == worker_pb.JOB_STATUS_STOPPED
 
 
 def test_start_stream_status_and_stop_work_for_every_user(house: _House) -> None:

@@ -33,6 +33,7 @@ from store import Store
 from testkit import (
     GUARD_S,
     SIGNALLED_TREE,
+    WITHOUT_FIRST_THREAD,
     await_lines,
     await_output,
     discard_spares,
@@ -113,9 +114,10 @@ class _Escapees:
             sh -c '{up}; kill -STOP $$' &
             sh -c 'exec <&- >&- 2>&-; {up}; exec sleep infinity' &
             sh -c 'trap "" {_SIGNALS}; {up}; while :; do sleep 60; done' &
+            {public_python()} -I -S -c '{WITHOUT_FIRST_THREAD}' 9 &
             {up}
             """
-        self._count = 6
+        self._count = 7
         if cgroups:
             self._count += 2
             self.script += f"""

@@ -42,6 +42,7 @@ from testkit import (
     JOB_VARIABLES,
     LIBRARY,
     SIGNALLED_TREE,
+    WITHOUT_FIRST_THREAD,
     await_lines,
     children_of,
     descriptors_of,
@@ -1333,6 +1334,22 @@ def test_stop_without_cgroups_reaches_other_groups_and_sessions(
         assert not job.may_have_escaped
 
 
+def test_end_without_cgroups_ends_a_process_without_its_first_thread(
+    fifo: _Fifo, tmp_path: Path
+) -> None:
+    """It looks like one that has ended, but another of its threads goes on."""
+    with Worker(enforcement="off") as worker:
+        script = 'exec 3>"$1"; timeout 1000 "$3" -c "$4" 3 & read x <"$2"'
+        latch = make_fifo(tmp_path / "latch")
+        job_id = _sh(worker, script, fifo.path, latch, sys.executable, WITHOUT_FIRST_THREAD)
+        assert fifo.readline() == b"up\n"
+        latch.write_text("go on\n")
+        job = worker.wait(job_id, GUARD_S)
+        assert job.end_reason is EndReason.EXITED
+        assert not fifo.is_held()
+        assert not job.may_have_escaped
+
+
 def test_end_without_cgroups_ends_what_has_the_jobs_session(fifo: _Fifo, tmp_path: Path) -> None:
     """A process of another group that the leader left behind is dead when the job has ended."""
     with Worker(enforcement="off") as worker:
@@ -1357,8 +1374,8 @@ def test_known_processes_are_looked_through_once_without_cgroups() -> None:
             self.passes += 1
             return super().__iter__()
 
-    known = Known(processes.Entry(pid, "S", 1, pid, 7, 0) for pid in range(10, 110))
-    later = processes.Entry(10, "S", 1, 10, 8, 0)  # another process with the same number
+    known = Known(processes.Entry(pid, "S", 1, pid, 7, 0, 1) for pid in range(10, 110))
+    later = processes.Entry(10, "S", 1, 10, 8, 0, 1)  # another process with the same number
     table = {each.pid: each for each in [*known, later]}
     assert {each.pid for each in processes.members(table, 9, known)} == set(range(11, 110))
     assert known.passes <= 3

@@ -307,6 +307,18 @@ Arguments: how many children; "setsid": half of them have sessions of their own;
 leader ends after its children.
 """
 
+WITHOUT_FIRST_THREAD = """
+import ctypes, os, sys, threading, time
+def go_on():
+    while b") Z " not in open("/proc/self/stat", "rb").read():
+        time.sleep(0.01)
+    os.write(int(sys.argv[1]), b"up" + bytes([10]))
+    time.sleep(1_000_000)
+threading.Thread(target=go_on).start()
+ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)  # exit(2)
+"""
+"""A Python program whose first thread ends. Another then writes a line to descriptor argv[1]."""
+
 
 def await_lines(worker: Worker, job_id: str, line: bytes, count: int) -> None:
     """Block until the job has written that many such lines."""
