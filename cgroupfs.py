@@ -222,7 +222,9 @@ def kill_tree(path: Path) -> bool:
     lacks the right to kill some that may survive: `signal_tree` of one that has it kills them. They
     are frozen then. Raises `CgroupError`.
     """
-    may_survive = has_survivors(path)
+    may_survive = False
+    with contextlib.suppress(CgroupError):  # whatever this process cannot read, it kills
+        may_survive = has_survivors(path)
     try:
         write(os.path.join(path, "cgroup.kill"), "1", remedy=DELEGATE)
         if not may_survive:

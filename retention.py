@@ -81,6 +81,7 @@ class FinishedJobs:
 
     def __init__(self, rule: Retention, table: JobTable) -> None:
         self._age_s = rule.age_s
+        self._booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._bounds = (rule.jobs, rule.output_bytes, rule.argv_bytes)
         self._table = table
         self._totals = [0, 0, 0]
@@ -136,7 +137,9 @@ class FinishedJobs:
         oldest = None if self._age_s is None else self._table.oldest()
         if self._age_s is None or oldest is None or oldest.job.ended_at is None:
             return None
-        return max(0.0, oldest.job.ended_at.timestamp() + self._age_s - time.time())
+        # Without steps that the clock has made forward: if one is an error, it ages no job.
+        now = min(time.time(), self._booted_at + time.clock_gettime(time.CLOCK_BOOTTIME))
+        return max(0.0, oldest.job.ended_at.timestamp() + self._age_s - now)
 
     def excess(self) -> Iterator[Row]:
         """Yield what is too old or too much; the caller discards each before the next."""

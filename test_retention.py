@@ -21,6 +21,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -560,6 +561,16 @@ def test_job_that_is_too_old_is_removed() -> None:
                 assert budget.given_back.wait(GUARD_S)
             assert time.monotonic() - before >= 0.2
             assert _kept(worker) == []
+
+
+def test_step_of_the_clock_forward_removes_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is a year fast for a moment would otherwise remove all finished jobs."""
+    with _keeping(age_s=3600) as worker:
+        before = _finish(worker)
+        fast = SimpleNamespace(**{**vars(time), "time": lambda: time.time() + 365 * 24 * 3600})
+        monkeypatch.setattr("retention.time", fast)
+        later = _finish(worker)
+        assert _kept(worker) == [before, later]
 
 
 def test_old_job_that_is_read_is_read_to_its_end(tmp_path: Path) -> None:
