@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from broadcaster import OutputLog
+from errors import in_words
 from finishedlog import FinishedLog
 from outputdisk import OutputDisk
 
@@ -158,7 +159,10 @@ class OutputDirectory:
 
     def close(self) -> None:
         """Delete the output of jobs that are not kept, and the directory if it is temporary."""
-        self.sweep()
+        try:
+            self.sweep()
+        except OSError as error:  # the disk may have become read-only
+            logger.error("output of jobs stays in %s: %s", self.path, in_words(error))
         if self._temporary:
             with contextlib.suppress(OSError):  # somebody else put something in it
                 self.path.rmdir()

@@ -255,7 +255,11 @@ class _WorkerServicer:
             # Checked here, because the audit log must not record a removal that the worker refuses.
             raise worker.JobRunningError(job_id)
         call.record(alone=True)
-        self._worker.remove(job_id)
+        try:
+            self._worker.remove(job_id)
+        except OSError as error:
+            problem = f"the job is removed, but its output stays on the disk: {error.strerror}"
+            raise worker.ResourceError(problem) from error
         return worker_pb.RemoveJobResponse()
 
     def GetJobStatus(  # noqa: N802

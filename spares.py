@@ -192,7 +192,7 @@ class Spares:
                 self._scratch.make(job_id)
                 undo.callback(self._scratch.remove, job_id)
                 output = self._output_directory.make_log(job_id)
-                undo.callback(output.remove)
+                undo.callback(_discard_output, output)
                 output_fd, stdout_fd = _pipe(undo, theirs)
                 # A job that runs as our own user can read its pipe, too.
                 os.set_blocking(output_fd, False)
@@ -251,6 +251,16 @@ def _pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int
     undo.callback(os.close, read_fd)
     theirs.callback(os.close, write_fd)
     return read_fd, write_fd
+
+
+def _discard_output(output: OutputLog) -> None:
+    """Remove the output log of a job that did not start: its disk may be read-only by now."""
+    try:
+        output.remove()
+    except OSError as error:
+        logger.error(
+            "a job that did not start: its output stays until the next worker: %s", in_words(error)
+        )
 
 
 def _discard_cgroup(cgroup: Cgroup) -> None:

@@ -38,7 +38,7 @@ _MODULES = {
         "holes": "",
         "outputdisk": "",
         "budget": "",
-        "outputdirectory": "broadcaster finishedlog outputdisk; budget outputstate",
+        "outputdirectory": "broadcaster errors finishedlog outputdisk; budget outputstate",
         "privileges": "",
         "limits": "",
         "errors": "",

@@ -933,6 +933,20 @@ def test_admin_removes_anybodys_job(connect: Connect) -> None:
     assert _refusal(client.status, job_id)[0] == "NOT_FOUND"
 
 
+def test_removal_whose_output_stays_is_told(serve: Serve, connect: Connect) -> None:
+    """The disk may have become read-only. Here a directory is in the place of the file."""
+    server = serve()
+    client = connect("user", server.address)
+    job_id = _run(client, "echo", "x")
+    (path,) = Path(server._settings.state_dir, "output").glob(f"{job_id}.out")
+    path.unlink()
+    path.mkdir()
+    message = "the job is removed, but its output stays on the disk: Is a directory"
+    assert _refusal(client.remove, job_id) == ("RESOURCE_EXHAUSTED", message)
+    assert _refusal(client.status, job_id)[0] == "NOT_FOUND"
+    path.rmdir()
+
+
 def test_running_job_must_be_stopped_before_it_is_removed(connect: Connect) -> None:
     """The refusal says so to the owner; for a job of somebody else it is "no such job"."""
     client, admin = connect("user"), connect("admin")

@@ -624,6 +624,29 @@ def test_spare_whose_process_was_killed_is_replaced(worker: Worker) -> None:
     assert _pid(worker) != spare
 
 
+def _put_a_directory_in_place_of_the_output(worker: Worker, directory: Path) -> None:
+    """Have the spare's output undeletable."""
+    settle_spares(worker)
+    (path,) = (each for each in directory.glob("*.out") if each.is_file())
+    path.unlink()
+    path.mkdir()
+
+
+def test_output_that_cannot_be_deleted_hides_no_error_of_a_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk may have become read-only. The start tells its own error, and `close` raises none.
+
+    Here a directory is in the place of the file.
+    """
+    with Worker(enforcement="off", output_dir=tmp_path) as worker:
+        _put_a_directory_in_place_of_the_output(worker, tmp_path)
+        with pytest.raises(CommandNotFoundError):
+            worker.start("/no/such")
+        _put_a_directory_in_place_of_the_output(worker, tmp_path)
+    assert caplog.text.count("its output stays until the next worker") == 2
+
+
 # --- ends ---------------------------------------------------------------------------------
 
 
