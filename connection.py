@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import workerservice_pb2 as worker_pb
     from certcheck import Certificate
     from jobevents import JobEvents
-    from sending import Sending
+    from sending import Buffer, Sending
 
 __all__ = [
     "DEFAULT_CERTS",
@@ -147,6 +147,7 @@ class Client:
         self._auth_pb = authservice_pb2
         self._worker_pb = workerservice_pb2
         self._server = server
+        self._pid = os.getpid()
         self._link = Link(
             server,
             grpc.RpcError,
@@ -261,6 +262,8 @@ class Client:
         """
         import uuid
 
+        if isinstance(args, str):  # protobuf would take each character for an argument
+            raise TypeError("args must be a sequence of strings, not one string")
         request = self._worker_pb.StartJobRequest(
             command=command,
             args=args,
@@ -448,7 +451,7 @@ class Client:
         return OutputStream(self._link, open_call, on_lost, on_lost_after)
 
     def write_input(
-        self, job_id: str, data: bytes | Iterable[bytes], offset: int = 0, *, end: bool = True
+        self, job_id: str, data: Buffer | Iterable[Buffer], offset: int = 0, *, end: bool = True
     ) -> None:
         """Send all of `data` to the stdin of a job that was started with `stdin`, and end it.
 
@@ -498,7 +501,12 @@ class Client:
         return sending.is_done and stdin.bytes >= least
 
     def close(self) -> None:
-        """Disconnect and end the open streams. Idempotent."""
+        """Disconnect and end the open streams. Idempotent.
+
+        Does nothing in a fork of the process that has made the client: gRPC has no threads there.
+        """
+        if os.getpid() != self._pid:
+            return
         self._link.closed.set()
         self._link.renewal.close()
         self._channel.close()

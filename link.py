@@ -10,8 +10,6 @@ Thread safety: any thread may call anything.
 
 from __future__ import annotations
 
-import functools
-
 from clienterrors import CALL_TIMEOUT_S, ClientError, explain, strange_answer
 from retrying import CALL_S, STREAM_S, Patience
 
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    import grpc
     from google.protobuf.message import Message
 
     from tokenrenewal import Renewal
@@ -30,6 +29,8 @@ __all__ = ["Link", "is_token", "token_metadata"]
 # A token has some 750 characters. gRPC starts to refuse calls with more than 8 KiB of metadata.
 _MAX_TOKEN_CHARS = 7_500
 _TELL_AFTER_S = 2.0
+_WAS_CLOSED = "this client was closed"
+_LONGEST_S = 1e9  # gRPC takes a deadline in 300 years for one that is over
 # A server that was never reached and closes so many connections rejects the certificate.
 _CLOSED_CONNECTIONS = 4
 
@@ -40,8 +41,8 @@ class Link:
     `rpc_error`: gRPC's class of errors. `closed`: an event that ends the waiting for a server.
     `retry_for`, `connect_for`, `on_wait`: see `Client`.
 
-    Attributes: `rpc_error`, `closed`, `renewal`; `explain`, which turns gRPC's errors into
-    `ClientError`; `is_reached`, whether the server has ever answered.
+    Attributes: `rpc_error`, `closed`, `renewal`; `is_reached`, whether the server has ever
+    answered.
     """
 
     def __init__(  # noqa: PLR0913 -- the parts of a client
@@ -59,7 +60,6 @@ class Link:
         self.renewal = renewal
         self.closed = closed
         self._server = server
-        self.explain = functools.partial(explain, server)
         self.is_reached = False
         self._retry_for = retry_for
         self._connect_for = connect_for
@@ -96,17 +96,27 @@ class Link:
         is_rejected = error.was_closed and patience.closed_connections >= _CLOSED_CONNECTIONS - 1
         return 0.0 if is_rejected else self._connect_for
 
-    def begin(self, method: Any, request: Any, **options: Any) -> Any:
+    def explain(self, error: grpc.RpcError) -> ClientError:
+        """Translate gRPC's error for the user."""
+        if self.closed.is_set() and error.code().name == "CANCELLED":
+            return ClientError(_WAS_CLOSED, "CANCELLED")
+        return explain(self._server, error)
+
+    def begin(
+        self, method: Any, request: Any, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Make a call; return what gRPC returns.
 
         Raises `ClientError` if the client is closed, or if the answer has no message.
         """
+        if timeout is not None:
+            timeout = min(timeout, _LONGEST_S)
         try:
-            answer = method(request, **options)
+            answer = method(request, timeout=timeout, **options)
         except ValueError as error:  # of gRPC
             if not self.closed.is_set():
                 raise
-            raise ClientError("this client was closed", "CANCELLED") from error
+            raise ClientError(_WAS_CLOSED, "CANCELLED") from error
         if answer is None:
             raise strange_answer(self._server)
         return answer

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
+    Buffer = bytes | bytearray | memoryview
+
 __all__ = ["Sending"]
 
 _MESSAGE_BYTES = 64 * 1024
@@ -38,12 +40,14 @@ class Sending:
     """
 
     def __init__(
-        self, data: bytes | Iterable[bytes], offset: int = 0, *, ends: bool = True
+        self, data: Buffer | Iterable[Buffer], offset: int = 0, *, ends: bool = True
     ) -> None:
         if not (isinstance(offset, int) and 0 <= offset < 1 << 62):
             raise ValueError(f"offset is {offset!r}; it must be a number of bytes")
         self._ends = ends
-        self._chunks = _pieces(data) if isinstance(data, bytes) else iter(data)
+        if isinstance(data, (bytearray, memoryview)):
+            data = bytes(data)
+        self._chunks = _pieces(data) if isinstance(data, bytes) else _checked(data)
         # Guards all below. Notified when data was read, and when a call has ended. Never held while
         # data is read.
         self._changed = threading.Condition()
@@ -139,3 +143,10 @@ class Sending:
 
 def _pieces(data: bytes) -> Iterator[bytes]:
     return (data[at : at + _MESSAGE_BYTES] for at in range(0, len(data), _MESSAGE_BYTES))
+
+
+def _checked(data: Iterable[Buffer]) -> Iterator[Buffer]:
+    for chunk in data:
+        if not isinstance(chunk, (bytes, bytearray, memoryview)):
+            raise TypeError(f"the data of an input must be bytes, not {type(chunk).__name__}")
+        yield chunk

@@ -38,7 +38,7 @@ import workerservice_pb2 as worker_pb
 from client import Client, ClientError, main
 from credentials import token_path
 from link import Link
-from testkit import ABSENT, GUARD_S, clean_environment, http2_frame, make_fifo
+from testkit import ABSENT, FOREVER, GUARD_S, clean_environment, http2_frame, make_fifo
 from testkit import ClientProgram as _Program
 
 if TYPE_CHECKING:
@@ -2343,6 +2343,57 @@ def test_client_error_tells_the_code(connect: Connect) -> None:
         with pytest.raises(ClientError) as caught:
             call()
         assert caught.value.code == code
+
+
+def test_fork_that_closes_the_client_ends_nothing(cli: _Program, certs: Path) -> None:
+    """gRPC's `close` would wait for ever for a thread that the fork does not have."""
+    script = """if True:
+        import os, sys
+        from client import Client
+
+        with Client(sys.argv[1], certs=sys.argv[2], token=os.environ["JOBWORKER_TOKEN"]) as client:
+            job_id = client.start("sh", ["-c", "echo x; exec sleep 1000000"])
+            output = client.stream(job_id)
+            print(next(output), flush=True)
+            if os.fork():
+                print(os.wait()[1], client.stop(job_id).job_id == job_id, flush=True)
+    """
+    words = (cli.environment["JOBWORKER_SERVER"], str(certs))
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        cwd=_HERE,
+        env=cli.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # gRPC tells that it did not prepare for the fork
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, _ = process.communicate(timeout=GUARD_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert stdout == b"b'x\\n'\n0 True\n"
+
+
+def test_one_text_is_no_list_of_arguments(connect: Connect) -> None:
+    """protobuf would take each of its characters for an argument."""
+    with pytest.raises(TypeError, match="args must be a sequence of strings"):
+        connect().start("echo", "text")
+
+
+@pytest.mark.parametrize("name", ["stream", "watch"])
+def test_client_that_is_closed_meanwhile_says_so(connect: Connect, name: str) -> None:
+    """And not that the server closed the connection."""
+    client = connect()
+    job_id = client.start(*FOREVER)
+    events: Iterator[Any] = client.stream(job_id) if name == "stream" else client.watch()
+    next(events)
+    closing = threading.Timer(0.1, client.close)
+    closing.start()
+    with pytest.raises(ClientError, match="this client was closed"):
+        list(events)
+    closing.join()
+    connect().stop(job_id)
 
 
 @pytest.mark.parametrize("suites", ["", "ECDHE-ECDSA-AES256-GCM-SHA384"])

@@ -35,7 +35,8 @@ def client(connect: Callable[..., Client]) -> Client:
 
 def test_input_from_bytes_and_from_any_iterable(client: Client) -> None:
     data = os.urandom(3 * _MESSAGE_BYTES + 1)
-    for source in (data, iter([data[:10], b"", data[10:]]), b"", [b""]):
+    parts: list[bytes | bytearray] = [data[:10], b"", bytearray(data[10:])]
+    for source in (data, bytearray(data), memoryview(data), iter(parts), b"", [b""]):
         job_id = client.start("cat", stdin=True)
         client.write_input(job_id, source)
         expected = data if not isinstance(source, list) and source != b"" else b""
@@ -135,6 +136,16 @@ def test_error_of_the_source_leaves_the_input_open(client: Client) -> None:
     assert (stdin.bytes, stdin.ended) == (4, False)
     client.write_input(job_id, b"two", offset=4)
     assert b"".join(client.stream(job_id)) == b"one two"
+
+
+@pytest.mark.parametrize("data", ["text", [1, 2], None])
+def test_input_that_is_no_bytes_is_told(client: Client, data: Any) -> None:
+    """The input stays open."""
+    job_id = client.start("cat", stdin=True)
+    with pytest.raises(TypeError):
+        client.write_input(job_id, data)
+    client.write_input(job_id, b"y")
+    assert b"".join(client.stream(job_id)) == b"y"
 
 
 @pytest.mark.parametrize("offset", [-1, 1 << 64, 0.5])

@@ -46,6 +46,14 @@ def test_wait_exits_as_the_job_did(
         assert cli.run("wait", job_id) == (status, f"{job_id} {end}\n".encode(), "")
 
 
+def test_wait_may_take_longer_than_grpc_can_count(client: Client, cli: ClientProgram) -> None:
+    """For gRPC a deadline in 300 years is over."""
+    job_id = client.start("sh", ["-c", "read x; exit 3"], stdin=True)
+    with cli.start("wait", job_id, "--timeout", "99999999d") as process:
+        client.write_input(job_id, b"go on\n")
+        assert process.wait(GUARD_S) == 3
+
+
 def test_wait_returns_when_all_have_ended_and_exits_as_the_last_one_named(
     client: Client, cli: ClientProgram
 ) -> None:
