@@ -224,6 +224,11 @@ def _run_invite(line: CommandLine) -> int:
     password = invite(line.settings, arguments.name, invitation)
     print(f"made {output}; give it to {arguments.name}, and to nobody else: it has a key")
     print(f"{arguments.name} then runs: client import {output.name}")
+    if line.settings.users is None:
+        print(
+            "no users file was named, so no user was made; if the server has no such user, run "
+            f"there: server --users FILE user add {arguments.name}"
+        )
     if not password:
         return 0
     print(f"the password, which is not in the bundle: {password}")

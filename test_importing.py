@@ -154,6 +154,16 @@ def test_mistake_of_the_operator_makes_nothing(
     assert os.listdir(tmp_path) == ["old"]
 
 
+def test_invitation_without_a_users_file_tells_that_it_makes_no_user(
+    certs: Path, tmp_path: Path
+) -> None:
+    """As on a machine that has the keys of the CAs, and no server."""
+    new = tmp_path / "new"
+    done = _invite("--certs", certs, "invite", "alice", "--address", _ADDRESS, "-o", new)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].endswith("run there: server --users FILE user add alice")
+
+
 def test_invitation_that_fails_leaves_no_bundle(certs: Path, tmp_path: Path) -> None:
     """Here the users file cannot be made."""
     options = ("--certs", certs, "--users", tmp_path / "absent/users")
