@@ -166,7 +166,7 @@ _MODULES = {
         "tokentimes": "",
         "tokenrenewal": "clienterrors tokentimes",
         "retrying": "; clienterrors",
-        "link": "clienterrors retrying; google tokenrenewal",
+        "link": "clienterrors retrying; google grpc tokenrenewal",
         "reopening": "; clienterrors link",
         "following": "clienterrors reopening; link workerservice_pb2",
         "jobevents": "reopening workerservice_pb2; clienterrors link",
