@@ -244,10 +244,20 @@ class Subtree:
         return Cgroup(self.jobs / name, limits, self.controllers, self._removals)
 
     def sweep(self, kept: Collection[str]) -> None:
-        """Kill and remove the cgroups of all jobs but those `kept`. Raises `CgroupError`."""
-        for each in self.jobs.iterdir():
-            if each.is_dir() and each.name not in kept:
-                kill_and_remove(each)
+        """Kill and remove the cgroups of all jobs but those `kept`. Raises `CgroupError`.
+
+        A cgroup stays if the kernel does not let go of a process in it within 5 s: it may be held
+        up by a disk that does not answer.
+        """
+        others = [each for each in self.jobs.iterdir() if each.is_dir() and each.name not in kept]
+        for each in others:
+            kill_tree(each)
+        deadline = time.monotonic() + _DEATH_S
+        for each in others:
+            if wait_event(each, "populated", "0", max(0.0, deadline - time.monotonic())):
+                remove_tree(each)
+            else:
+                logger.warning("the kernel does not let go of processes in %s, which stays", each)
 
     def leave(self) -> None:
         """Leave the subtree with its jobs to another process: `adopt`."""

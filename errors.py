@@ -139,7 +139,10 @@ class InputTakenError(WorkerError):
 
 
 class StartTimeoutError(WorkerError, TimeoutError):
-    """The command was not executing after a while, and was killed. Attribute: `command`."""
+    """The command was not executing after a while, and was killed.
+
+    Attributes: `command`; `lives`, whether the kernel has not let go of the process yet.
+    """
 
     def __init__(self, command: str, timeout: float) -> None:
         super().__init__(
@@ -148,6 +151,7 @@ class StartTimeoutError(WorkerError, TimeoutError):
             "process), or its limits are too low; try again later, or with other limits"
         )
         self.command = command
+        self.lives = False
 
 
 class StopTimeoutError(WorkerError, TimeoutError):

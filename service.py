@@ -192,8 +192,10 @@ class _WorkerServicer:
                 request_id=request_id,
                 digest=digest,
             )
-        except BaseException:
-            release()
+        except BaseException as error:
+            # A process that the kernel does not let go counts until it is gone.
+            if not (isinstance(error, worker.StartTimeoutError) and error.lives):
+                release()
             raise
 
     def _terms(self, job: Job) -> tuple[Budget, Callable[[], None]]:

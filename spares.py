@@ -272,6 +272,6 @@ def _discard_cgroup(cgroup: Cgroup) -> None:
         cgroup.wait_empty(_DISCARD_S)
     except TimeoutError as error:
         reason = in_words(error)
-        logger.error("a job that did not start: its cgroup stays until the next worker: %s", reason)
+        logger.error("a job that did not start: its cgroup stays as long as they do: %s", reason)
     else:
         cgroup.remove()

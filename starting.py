@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from broadcaster import OutputLog
     from budget import Budget
-    from cgroups import Subtree
+    from cgroups import Cgroup, Subtree
     from environment import Surroundings
     from jobtable import JobTable, Row
     from keeping import Keeper
@@ -99,8 +99,9 @@ class Starter:
             self._leftovers.begin(work.uid)
             try:
                 return self._launch(work, around)
-            except BaseException:
-                self._leftovers.end(work.uid)
+            except BaseException as error:
+                if not (isinstance(error, StartTimeoutError) and error.lives):
+                    self._leftovers.end(work.uid)
                 raise
 
     def _gone(self, work: Work, job_id: str) -> None:
@@ -129,6 +130,7 @@ class Starter:
     def _launch(self, work: Work, around: Surroundings) -> str:
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
+            undo.push(functools.partial(self._note_what_lives, spare, work))
             undo.callback(self._unrecord, spare, work)  # last: when nothing of it runs
             # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
             # between that and the answer.
@@ -173,6 +175,33 @@ class Starter:
             self._registry.add(job)
             spare.thread.give(job.job_id, job.run)
             return job.job_id
+
+    def _note_what_lives(
+        self, spare: Spare, work: Work, _: object, error: BaseException | None, *__: object
+    ) -> None:
+        """If the kernel has not let go of the killed process of a start, have a thread wait for it.
+
+        It holds the user's place among the running jobs, and its cgroup, until it is gone.
+        """
+        if spare.cgroup is None or not isinstance(error, StartTimeoutError):
+            return
+        with contextlib.suppress(CgroupError, RuntimeError):
+            try:
+                spare.cgroup.wait_empty(0)
+            except TimeoutError:
+                wait = functools.partial(self._await_its_end, spare.cgroup, work)
+                name = f"start-{spare.job_id[:8]}"
+                threading.Thread(target=wait, name=name, daemon=True).start()
+                error.lives = True
+
+    def _await_its_end(self, cgroup: Cgroup, work: Work) -> None:
+        with contextlib.suppress(CgroupError):
+            cgroup.wait_empty()
+            cgroup.remove()
+        if work.uid is not None and self._leftovers is not None:
+            self._leftovers.end(work.uid)
+        if work.on_end is not None:
+            work.on_end()
 
     def _unrecord(self, spare: Spare, work: Work) -> None:
         """Forget a start that has failed, unless it may be repeated and the command may have run.

@@ -724,6 +724,24 @@ def test_cgroups_made_by_the_job_are_removed(
 
 
 @pytest.mark.kernel
+def test_process_that_the_kernel_does_not_let_go_prevents_no_takeover(
+    subtree: Subtree,
+    run_in: Callable[[Path, str], subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its cgroup stays, and a warning says so. Here nobody kills it."""
+    held, free, kept = (subtree.create(name, Limits()).path for name in ("held", "free", "kept"))
+    run_in(held, _SLEEP)
+    with monkeypatch.context() as patch:
+        patch.setattr("cgroups.kill_tree", lambda _: True)
+        patch.setattr("cgroups._DEATH_S", 0.1)
+        subtree.sweep({"kept"})
+    assert [path.exists() for path in (held, free, kept)] == [True, False, True]
+    assert f"does not let go of processes in {held}" in caplog.text
+
+
+@pytest.mark.kernel
 def test_removal_of_a_cgroup_waits_for_no_other(subtree: Subtree) -> None:
     """A job that has looked for millions of names in its cgroup makes its removal take seconds.
 

@@ -45,7 +45,16 @@ from testkit import (
     public_python,
     settle_spares,
 )
-from worker import Bounds, CommandError, Ending, EndReason, ResourceError, Status, Worker
+from worker import (
+    Bounds,
+    CommandError,
+    Ending,
+    EndReason,
+    ResourceError,
+    StartTimeoutError,
+    Status,
+    Worker,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -600,6 +609,32 @@ def test_close_leaves_nothing(base: Path, escapees: _Escapees) -> None:
     assert escapees.are_dead()
     assert not [each for each in base.iterdir() if each.is_dir()]
     assert (threading.active_count(), own_cgroup()) == (threads, before)
+
+
+def test_process_that_outlives_its_start_counts_until_it_is_gone(
+    worker: Worker, leased: tuple[Path, Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may not let go of a process that it lets wait for its file, a dead disk's say.
+
+    Its user has a place less meanwhile, and then its cgroup is removed. Here nobody kills it.
+    """
+    ended = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr("starting._START_TIMEOUT_S", 0.5)
+        patch.setattr("spares._DISCARD_S", 0)
+        patch.setattr("cgroups.Cgroup.kill", lambda _: True)
+        patch.setattr(worker._spawner, "kill", lambda _: None)
+        with pytest.raises(StartTimeoutError) as caught:
+            worker.start(str(leased[0]), on_end=ended.set)
+    assert caught.value.lives
+    assert not ended.is_set()
+    settle_spares(worker)
+    spares = {spare.job_id for spare in worker._parts.spares._ready}
+    jobs = _cgroup(worker, "").iterdir()
+    (cgroup,) = (each for each in jobs if each.is_dir() and each.name not in spares)
+    cgroupfs.kill_tree(cgroup)
+    assert ended.wait(GUARD_S)
+    assert not cgroup.exists()
 
 
 @pytest.mark.parametrize("kill_file", [True, False], ids=["cgroup.kill", "before 5.14"])
