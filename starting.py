@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Starter"]
 
 _START_TIMEOUT_S = 10.0
+_LEAVE_S = 1.0  # the kernel can hold up a start for long, and a process that ends has little time
 
 
 class Starter:
@@ -400,16 +401,16 @@ class Starter:
     def close(self, *, kills: bool = True) -> bool:
         """End the starts that wait for an exec, and refuse all others; False if called before.
 
-        `kills`: False lets the starts go on that have begun. Blocks until no call holds this open,
-        for up to 10 s.
+        `kills`: False lets the starts go on for 1 s that have begun. Blocks until no call holds
+        this open, for up to 10 s.
         """
         with self._idle:
             if self._closed:
                 return False
             self._closed = True
-            executing: dict[str, Spare] = {}
-            if kills:
-                executing, self._executing = self._executing, {}
+            if not kills and self._idle.wait_for(lambda: not self._busy, _LEAVE_S):
+                return True
+            executing, self._executing = self._executing, {}
         for spare in executing.values():
             self._kill(spare)
         with self._idle:

@@ -505,6 +505,26 @@ def test_when_the_window_is_over_the_next_worker_knows_how_each_job_ended(
     assert b"".join(worker.stream(killed)) == b"out\n"
 
 
+def test_worker_that_leaves_waits_for_no_start_that_the_kernel_holds_up(
+    house: _House,
+    leased: tuple[Path, Callable[[], object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or else a user with a lease could hold up each restart. The start is ended after a second."""
+    monkeypatch.setattr("starting._START_TIMEOUT_S", GUARD_S)
+    monkeypatch.setattr("starting._LEAVE_S", 0.1)
+    worker = house.open()
+    is_held_up = threading.Event()
+    former = signal.signal(signal.SIGURG, lambda *_: is_held_up.set())  # the lease's signal
+    with ThreadPoolExecutor() as pool:
+        start = pool.submit(worker.start, str(leased[0]))
+        assert is_held_up.wait(GUARD_S)
+        signal.signal(signal.SIGURG, former)
+        house.again()
+        with pytest.raises(WorkerClosedError):
+            start.result(0)
+
+
 def test_fork_server_that_was_killed_too_leaves_lost_jobs(house: _House) -> None:
     """Nobody knows how they ended. Their output is there."""
     worker = house.open()

@@ -321,8 +321,7 @@ class Worker:
         `keep_tmp`: keep TMPDIR (`Job.tmp_directory`) as long as the job. `ending`: its times.
         `budget`: bounds how much output is kept. When it or the disk has no byte left, finished
         jobs give way: `FinishedJobs.giver`. `on_end` is called when the job's processes are gone,
-        right before anybody can learn that it has ended, unless the start fails; then only if the
-        error has `lives`. It must not block.
+        before anybody can learn of its end; if the start fails, only if the error has `lives`.
         `name`, `labels`: what the job can be found by; `finding.py` has the rules. `stdin`: its
         stdin is a pipe, which `open_input` writes to, and not /dev/null.
         `request_id`, `digest`: of `started_by`. `no_queue`: of `SlurmWorker`; here no job waits.
