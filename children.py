@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["children", "end_children", "ended_child", "group_is_gone", "kill_group", "kill_leader"]
 
+_DEATH_S = 5.0  # how long killed processes may take to end
+
 
 def kill_group(group: int) -> None:
     """SIGKILL a process group, if there is one."""
@@ -55,13 +57,17 @@ def end_children() -> None:
     """SIGKILL and reap every child, until there is none.
 
     A process that left its group and has no cgroup becomes a child of this process, if that is a
-    subreaper, when its ancestors die.
+    subreaper, when its ancestors die. Gives up when none has ended for 5 s: the kernel may not let
+    go of a process that waits for a disk. Blocks SIGCHLD, for good.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
     while found := children():
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        os.waitpid(-1, 0)
+        while ended_child() is None:
+            if signal.sigtimedwait((signal.SIGCHLD,), _DEATH_S) is None:
+                return
         while ended_child() is not None:
             os.waitpid(-1, 0)
 

@@ -880,6 +880,25 @@ signal.pause()
 """
 
 
+def test_fork_server_does_not_wait_for_ever_for_what_the_kernel_does_not_let_go() -> None:
+    """A process can wait for a disk that is gone. Here nobody kills the child.
+
+    Otherwise the next main process would find a fork server that does not answer.
+    """
+    program = """if True:
+        import children, os, subprocess
+        children._DEATH_S = 0.1
+        kill, os.kill = os.kill, lambda *_: None
+        child = subprocess.Popen(["sleep", "infinity"])
+        children.end_children()
+        kill(child.pid, 9)
+        print(child.wait())
+        """
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=GUARD_S, check=True)
+    assert run.stdout == "-9\n"
+
+
 def test_child_of_the_main_process_keeps_no_job_alive() -> None:
     """The main process is killed while a fork of it still holds the fork server's socket."""
     theirs, ours = socket.socketpair()
