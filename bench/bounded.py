@@ -1,10 +1,10 @@
 """A bare gRPC server that refuses what is too much; the floor of `bench/overload.py`.
 
-    python -m bench.bounded       # the server
+    python -m bench.bounded SECONDS       # the server
 
 An interceptor reads the token, as every server must that knows whose call it is. A call beyond
-`_CALLS` is refused in gRPC's accepting thread. One worker answers the others, each after `_WORK_S`
-of computing. There are no turns, no permissions and no audit log.
+`_CALLS` is refused in gRPC's accepting thread. One worker answers the others, each after
+SECONDS of computing. There are no turns, no permissions and no audit log.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _SERVICE, _METHOD = "jobworker.v1.WorkerService", "GetJobStatus"
 # Those of `calls.py`.
 _CALLS, _CALLS_IN_CORE, _SWITCH_S = 1024, 8192, 0.0005
-_WORK_S = 0.00025
 _ANSWER = bytes(300)
 _RETRY = (("retry-after", "1"), ("grpc-retry-pushback-ms", "1000"))
 
@@ -36,7 +35,8 @@ _RETRY = (("retry-after", "1"), ("grpc-retry-pushback-ms", "1000"))
 class _Bounded(Executor, grpc.ServerInterceptor):
     """Counts, refuses and runs the calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, work_s: float) -> None:
+        self._work_s = work_s
         # Guards `_open`. Held for microseconds.
         self._lock = threading.Lock()
         self._open = 0  # calls that are not over
@@ -70,7 +70,7 @@ class _Bounded(Executor, grpc.ServerInterceptor):
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         context.add_callback(self._over)
         next(requests, None)
-        end = time.perf_counter() + _WORK_S
+        end = time.perf_counter() + self._work_s
         while time.perf_counter() < end:
             pass
         return _ANSWER
@@ -88,7 +88,7 @@ def _refuse(_requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
 
 def _main() -> None:
     sys.setswitchinterval(_SWITCH_S)
-    calls: Any = _Bounded()  # gRPC takes any executor
+    calls: Any = _Bounded(float(sys.argv[1]))  # gRPC takes any executor
     pending = "grpc.server.max_pending_requests"
     options = (
         *GRPC_OPTIONS,

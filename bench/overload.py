@@ -38,6 +38,7 @@ from client import Client, ClientError
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Iterator
 
 __all__ = ["bench_overload"]
 
@@ -53,6 +54,7 @@ _CONNECTIONS = 4
 # To find the capacity, this many calls are always open: an answer is followed by the next call.
 _AT_ONCE = 3
 _CALLS_BETWEEN_LOOKS = 32
+_TRIALS = 3  # to find a bare server of the same capacity
 
 # Values of the header `grpc-status`.
 _OK, _RESOURCE_EXHAUSTED = "0", "8"
@@ -82,8 +84,7 @@ def bench_overload(service: Service) -> None:
     def load(rate: float, seconds: float = _LOAD_S) -> list[_Answer]:
         return _run_load(service, request, rate, seconds)
 
-    load(0)  # warms up
-    capacity = len(_took(load(0), _OK)) / _LOAD_S
+    capacity = _capacity(service, request)
     print_heading(f"Overload: Status, of which {capacity:.0f} per second can be served")
     # Each load runs once. One run gives no noise, so figures are printed instead of ratios.
     _report_burst(load(_BURST / _BURST_S, _BURST_S))
@@ -94,15 +95,34 @@ def bench_overload(service: Service) -> None:
     _report_load("half again, one second later", load(capacity / 2))
     for connections, at_once in _FLOODS:
         _bench_flood(service, connections, at_once)
-    _bench_bare(service, request)
+    _bench_bare(service, request, capacity)
 
 
-def _bench_bare(service: Service, request: bytes) -> None:
-    """Put the same load on a bare gRPC server that refuses what is too much."""
-    with running("-m", "bench.bounded") as (pid, address):
-        bare = replace(service, pid=pid, address=address)
-        _run_load(bare, request, 0, _LOAD_S)  # warms up
-        capacity = len(_took(_run_load(bare, request, 0, _LOAD_S), _OK)) / _LOAD_S
+def _capacity(service: Service, request: bytes) -> float:
+    """Return how many calls per second can be served."""
+    _run_load(service, request, 0, _LOAD_S)  # warms up
+    return len(_took(_run_load(service, request, 0, _LOAD_S), _OK)) / _LOAD_S
+
+
+@contextlib.contextmanager
+def _bare(service: Service, work_s: float) -> Iterator[Service]:
+    """Run a bare gRPC server, which computes for `work_s` in each call."""
+    with running("-m", "bench.bounded", str(work_s)) as (pid, address):
+        yield replace(service, pid=pid, address=address)
+
+
+def _bench_bare(service: Service, request: bytes, wanted: float) -> None:
+    """Put the same load on a bare gRPC server that refuses what is too much.
+
+    It computes for so long in each call that it can serve about as many calls as the service:
+    `wanted` per second. The share that is served at twice the capacity depends on that number.
+    """
+    work_s = 0.0
+    for _ in range(_TRIALS):
+        with _bare(service, work_s) as bare:
+            work_s = max(0.0, work_s + 1 / wanted - 1 / _capacity(bare, request))
+    with _bare(service, work_s) as bare:
+        capacity = _capacity(bare, request)
         print_heading(f"Overload: a bare gRPC server that can serve {capacity:.0f} per second")
         _report_overload(_run_load(bare, request, capacity * 2, _OVERLOAD_S), capacity)
         connections, at_once = _FLOODS[0]
