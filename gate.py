@@ -563,7 +563,12 @@ def _certificate(context: grpc.ServicerContext) -> tuple[bytes, float]:
 @functools.lru_cache(maxsize=256)
 def _der(pem: bytes) -> tuple[bytes, float]:
     der = ssl.PEM_cert_to_DER_cert(pem.decode())
-    return der, expiry(der)
+    try:
+        return der, expiry(der)
+    except (ValueError, IndexError):
+        raise auth.AuthenticationError(
+            "the dates of your client certificate cannot be read; get a new one"
+        ) from None
 
 
 @functools.lru_cache(maxsize=256)

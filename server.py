@@ -130,6 +130,13 @@ GRPC_OPTIONS = (
 )
 
 
+# Errors whose message is for the operator. A write to stdout raises the two below, but none of our
+# own subclasses, whose messages say more.
+_OURS = AdminError, SettingsError, UntrustedFileError, CertificateError, AccountsError
+_EXPLAINED = (*_OURS, TakeoverError, ValueError, OSError)
+_OF_STDOUT = {OSError, BrokenPipeError}
+
+
 # --- the server ---------------------------------------------------------------------------
 
 
@@ -555,17 +562,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             serverlog.configure(settings.log_format, settings.log_level)
             status = _serve(settings)
-    except (
-        AdminError,
-        SettingsError,
-        UntrustedFileError,
-        CertificateError,
-        AccountsError,
-        TakeoverError,
-        ValueError,
-        OSError,
-    ) as error:
-        if arguments.run and isinstance(error, OSError) and error.filename is None:
+    except _EXPLAINED as error:
+        is_of_stdout = type(error) in _OF_STDOUT and not getattr(error, "filename", None)
+        if arguments.run and isinstance(error, OSError) and is_of_stdout:
             # Stdout still holds output. At exit Python would try to write it again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):

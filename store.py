@@ -289,9 +289,9 @@ def back_up(directory: str | os.PathLike[str], target: Path) -> None:
     The copy is the database of one moment, with mode 0600. `target` is replaced when the copy is
     whole and on the disk. Not for the process that has the `Store`. Raises `StoreError`.
     """
-    _check_target(Path(directory), target)
-    new = target.with_name(f".{target.name}.new")
     with reading(directory) as source, _explained(target):
+        _check_target(Path(directory), target)
+        new = target.with_name(f".{target.name}.new")
         new.unlink(missing_ok=True)
         os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
@@ -306,14 +306,13 @@ def back_up(directory: str | os.PathLike[str], target: Path) -> None:
 
 
 def _check_target(directory: Path, target: Path) -> None:
-    """Raise `StoreError` if a copy in the place of `target` would do harm."""
+    """Raise `StoreError` if a copy in the place of `target` would do harm; OSError."""
     remedy = "name another file, in a directory of backups"
-    with _explained(target):
-        if target.exists() and (target.is_symlink() or not target.is_file()):
-            # A device, for example: /dev/stdout would be a file from then on.
-            raise StoreError(f"{target} is not a regular file; {remedy}", code=errno.EINVAL)
-        if target.parent.exists() and target.parent.samefile(directory):
-            raise StoreError(f"{target} would be among the files of the store; {remedy}")
+    if target.exists() and (target.is_symlink() or not target.is_file()):
+        # A device, for example: /dev/stdout would be a file from then on.
+        raise StoreError(f"{target} is not a regular file; {remedy}", code=errno.EINVAL)
+    if target.parent.exists() and target.parent.samefile(directory):
+        raise StoreError(f"{target} would be among the files of the store; {remedy}")
 
 
 def _connect(path: str) -> sqlite3.Connection:

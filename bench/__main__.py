@@ -69,6 +69,11 @@ def _bench_much() -> None:
         bench_growth(fresh, old)
 
 
+def _bench_followers() -> None:
+    _with_floor(bench_job_rate)
+    _with_service(bench_followers)
+
+
 def _bench_fairness() -> None:
     _with_floor(bench_fairness, config=GREEDY_CONFIG)
 
@@ -78,7 +83,7 @@ _PARTS: dict[str, Callable[[], None]] = {
     "start": lambda: _with_floor(bench_start),
     "much": _bench_much,
     "stream": lambda: _with_floor(bench_stream),
-    "followers": lambda: _with_service(bench_job_rate, bench_followers),
+    "followers": _bench_followers,
     "library": bench_library,
     "append": bench_append,
     "delay": lambda: _with_floor(bench_delay, bench_merging),

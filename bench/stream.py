@@ -2,6 +2,7 @@
 
 python -m bench.stream --follow ADDRESS COUNT JOB    # follow a job with COUNT streams
 python -m bench.stream --follow ADDRESS COUNT        # follow the floor's lines with COUNT streams
+python -m bench.stream --read ADDRESS COUNT          # read COUNT of the floor's streams for ever
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ _STREAM_BYTES = 128 * MIB
 _STREAM_TURNS = 3
 _LINES_BYTES = 32 * MIB
 _ZEROS_BYTES = 128 * MIB
+_ENDLESS_BYTES = 1 << 40
+_BESIDE = "into cat, beside 10 bare streams"
 _FOLLOWERS = (1, 10, 100, 1000)
 _SHARED_BYTES = 256 * MIB  # of all followers together
 _SHARED_ROUNDS = 3
@@ -399,13 +402,35 @@ def _run_job(
     return JobRun(end - begin, min(had) / size, max(each[-1][0] for each in progress) - begin)
 
 
+def _beside_streams(client: Client, address: str, call: Callable[[], object]) -> JobRun:
+    """Do what `timed` does, while a program reads ten streams of the floor."""
+    with start_program(client, "-m", __name__, "--read", address, 10) as program:
+        try:
+            return timed(call)
+        finally:
+            program.kill()
+
+
+def _read(address: str, count: int) -> None:
+    with contextlib.closing(Floor(0, address)) as floor, ThreadPoolExecutor(count) as pool:
+        list(pool.map(floor.read_stream, [MIB] * count))
+        endless = [pool.submit(floor.read_stream, _ENDLESS_BYTES) for _ in range(count)]
+        print("ready", flush=True)
+        for each in endless:
+            each.result()
+
+
 def timed(call: Callable[[], object]) -> JobRun:
     """Return how long the call takes, as a run without followers."""
     return JobRun(seconds(call))
 
 
-def bench_job_rate(service: Service) -> None:
-    """Measure the rate at which a job writes, with one follower, with ten and with 100 stalled."""
+def bench_job_rate(service: Service, floor: Floor) -> None:
+    """Measure the rate at which a job writes, with one follower, with ten and with 100 stalled.
+
+    Streams take processors from a job whoever sends them. So the rate into the plain pipe is also
+    measured while a bare gRPC server sends ten streams.
+    """
     print_heading("A job's own rate / its rate into a plain pipe to cat >file")
     for what, argv, size in (
         ("lines", _python(_MAKE_LINES, _LINES_BYTES), _LINES_BYTES),
@@ -417,6 +442,7 @@ def bench_job_rate(service: Service) -> None:
             "1 follower": functools.partial(run, 1),
             "10 followers": functools.partial(run, 10),
             "100 that do not read": functools.partial(run, 100, stalled=True),
+            _BESIDE: functools.partial(_beside_streams, service.client, floor.address, cat),
             "floor": functools.partial(timed, cat),
         }
         report_job_runs(what, in_turn(measures, _JOB_ROUNDS), size)
@@ -426,7 +452,7 @@ def report_job_runs(what: str, found: dict[str, list[JobRun]], size: int) -> Non
     """Report the runs of a job of `size` bytes: rates against those of "floor"; ten followers."""
     floor_s = [each.took_s for each in found.pop("floor")]
     for who, runs in found.items():
-        aim = ">= 0.5" if who == "10 followers" else ">= 0.9"
+        aim = {"10 followers": ">= 0.5", _BESIDE: ""}.get(who, ">= 0.9")
         _report_rates(f"{what}, {who}", [each.took_s for each in runs], floor_s, size, aim)
     ten = found["10 followers"]
     for when, values, unit in (
@@ -563,6 +589,12 @@ def bench_silence(service: Service, floor: Floor) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--follow", nargs="+", metavar=("ADDRESS", "COUNT"), required=True)
-    address, count, *job_id = parser.parse_args().follow
-    _follow(address, int(count), *job_id)
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--follow", nargs="+", metavar=("ADDRESS", "COUNT"))
+    group.add_argument("--read", nargs=2, metavar=("ADDRESS", "COUNT"))
+    arguments = parser.parse_args()
+    address, count, *job_id = arguments.follow or arguments.read
+    if arguments.read:
+        _read(address, int(count))
+    else:
+        _follow(address, int(count), *job_id)
