@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import select
 import signal
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from testkit import (
+    GUARD_S,
     TEST_CONFIG,
     ClientProgram,
     Clock,
@@ -92,6 +94,26 @@ def leased(public: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     yield path, lambda: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     os.close(fd)
+
+
+@pytest.fixture
+def lease_is_asked_for(leased: object) -> Iterator[Callable[[], bool]]:  # noqa: ARG001 -- sets it
+    """A function that waits until the kernel asks for the lease: an exec of `leased` has begun.
+
+    Python runs a handler in the main thread. A signal that another thread has got does not wake the
+    main thread, but a byte of the wake-up descriptor does.
+    """
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    former = signal.signal(signal.SIGURG, lambda *_: None)
+    former_fd = signal.set_wakeup_fd(write_fd)
+    try:
+        yield lambda: bool(select.select([read_fd], [], [], GUARD_S)[0])
+    finally:
+        signal.set_wakeup_fd(former_fd)
+        signal.signal(signal.SIGURG, former)
+        os.close(read_fd)
+        os.close(write_fd)
 
 
 @pytest.fixture

@@ -508,18 +508,16 @@ def test_when_the_window_is_over_the_next_worker_knows_how_each_job_ended(
 def test_worker_that_leaves_waits_for_no_start_that_the_kernel_holds_up(
     house: _House,
     leased: tuple[Path, Callable[[], object]],
+    lease_is_asked_for: Callable[[], bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Or else a user with a lease could hold up each restart. The start is ended after a second."""
     monkeypatch.setattr("starting._START_TIMEOUT_S", GUARD_S)
     monkeypatch.setattr("starting._LEAVE_S", 0.1)
     worker = house.open()
-    is_held_up = threading.Event()
-    former = signal.signal(signal.SIGURG, lambda *_: is_held_up.set())  # the lease's signal
     with ThreadPoolExecutor() as pool:
         start = pool.submit(worker.start, str(leased[0]))
-        assert is_held_up.wait(GUARD_S)
-        signal.signal(signal.SIGURG, former)
+        assert lease_is_asked_for()
         house.again()
         with pytest.raises(WorkerClosedError):
             start.result(0)

@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -566,26 +565,25 @@ def test_start_that_hangs_holds_up_no_other(*, prepared: bool) -> None:
 
 
 def test_start_of_a_leased_file_holds_up_neither_starts_nor_kills(
-    spawner: Spawner, leased: tuple[Path, Callable[[], object]], *, prepared: bool
+    spawner: Spawner,
+    leased: tuple[Path, Callable[[], object]],
+    lease_is_asked_for: Callable[[], bool],
+    *,
+    prepared: bool,
 ) -> None:
     """One user's write lease on a script keeps only the start of that script waiting."""
     path, _release = leased
-    asked = threading.Event()  # the kernel has asked for the lease: the exec has begun
-    previous = signal.signal(signal.SIGURG, lambda *_: asked.set())
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            hanging = pool.submit(_Job, spawner, [str(path)], "leased", prepared=prepared)
-            assert asked.wait(GUARD_S)
-            for name in ("first", "second"):
-                with contextlib.closing(_Job(spawner, ["sleep", "infinity"], name)) as other:
-                    spawner.kill(name)
-                    assert [other.exit(), other.exit()] == [Exit(signal=signal.SIGKILL), None]
-            assert not hanging.done()
-            spawner.kill("leased")
-            with contextlib.closing(hanging.result(GUARD_S)) as job:
-                assert [job.exit(), job.exit()] == [Exit(signal=signal.SIGKILL), None]
-    finally:
-        signal.signal(signal.SIGURG, previous)
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(_Job, spawner, [str(path)], "leased", prepared=prepared)
+        assert lease_is_asked_for()
+        for name in ("first", "second"):
+            with contextlib.closing(_Job(spawner, ["sleep", "infinity"], name)) as other:
+                spawner.kill(name)
+                assert [other.exit(), other.exit()] == [Exit(signal=signal.SIGKILL), None]
+        assert not hanging.done()
+        spawner.kill("leased")
+        with contextlib.closing(hanging.result(GUARD_S)) as job:
+            assert [job.exit(), job.exit()] == [Exit(signal=signal.SIGKILL), None]
 
 
 def test_process_that_dies_before_its_exec_counts_as_a_killed_job(*, prepared: bool) -> None:
