@@ -59,7 +59,7 @@ def _ceiling(match: re.Match[str]) -> str:
 def _hint(error: ClientError, client: Client, arguments: argparse.Namespace) -> str:
     """Return what to do next; empty if the server's words say it."""
     subcommand, text = arguments.subcommand, str(error)
-    if "certificate has expired" in text:
+    if "your client certificate" in text:
         return ""
     if error.code == "UNAUTHENTICATED" and subcommand == "login":
         return "type them again, or ask the server's operator for a new password"

@@ -1,9 +1,9 @@
 """What a job does not inherit although fork and exec would pass it on: credentials(7), execve(2).
 
-The fork server calls `set_signals`, `reset` and `refuse_splice` once, before it forks: what these
-change is the same for all jobs. Each leader calls `separate` once, for what each job must have for
-itself. docs/security.md has the whole table: every attribute that fork and exec preserve, and what
-a job gets of it.
+The fork server calls `set_signals`, `reset` and `refuse_splice` once, before it forks. These change
+what is the same for all jobs. Each leader calls `separate` once. This gives a job what no other job
+may share. docs/security.md has the whole table: every attribute that fork and exec preserve, and
+what a job gets of it.
 
 The rule: a job does not inherit an attribute that gives it something (a key, a priority, somebody's
 name). It does inherit one by which the operator takes something from the service and from all that

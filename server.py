@@ -130,10 +130,10 @@ GRPC_OPTIONS = (
 )
 
 
-# Errors whose message is for the operator. A write to stdout raises the two below, but none of our
-# own subclasses, whose messages say more.
+# Errors whose message is for the operator.
 _OURS = AdminError, SettingsError, UntrustedFileError, CertificateError, AccountsError
 _EXPLAINED = (*_OURS, TakeoverError, ValueError, OSError)
+# What a write to stdout raises. Our own subclasses of OSError are not of it.
 _OF_STDOUT = {OSError, BrokenPipeError}
 
 
