@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -31,7 +32,9 @@ from google.protobuf.duration_pb2 import Duration
 
 import auth
 import connection as client_module
+import gate
 import service
+import tls
 import untaken
 import worker
 import workerservice_pb2 as worker_pb
@@ -164,6 +167,23 @@ def test_certificate_that_expires_ends_with_its_open_connections(
     assert call_rpc(client, name, **fields) == (
         "UNAUTHENTICATED",
         "your client certificate has expired; get a new one",
+    )
+
+
+@pytest.mark.parametrize("name", ["Login", "GetJobStatus"])
+def test_certificate_whose_dates_cannot_be_read_is_refused(
+    serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """TLS reads them first, and lets no such certificate in."""
+    client = connect("user", serve().address)
+    der = ssl.PEM_cert_to_DER_cert((certs / "client.pem").read_text())
+    end = f"{datetime.fromtimestamp(tls.expiry(der), UTC):%y%m%d%H%M%S}Z".encode()
+    monkeypatch.setattr(gate, "expiry", lambda der: tls.expiry(der.replace(end, b"490230000000Z")))
+    gate._der.cache_clear()
+    fields = {"username": "user", "password": "user"} if name == "Login" else _fields(name, ABSENT)
+    assert call_rpc(client, name, **fields) == (
+        "UNAUTHENTICATED",
+        "the dates of your client certificate cannot be read; get a new one",
     )
 
 

@@ -274,6 +274,15 @@ def test_expiry_is_what_the_certificate_says(tmp_path: Path, days: int, extensio
     )
 
 
+@pytest.mark.parametrize("end", [b"490230000000Z", b"4901010000+01", b"no date", b""])
+def test_expiry_that_cannot_be_read_is_an_error(certs: Path, end: bytes) -> None:
+    """The gate refuses such a certificate."""
+    der = _der(certs / "client.pem")
+    at = der.index(f"{datetime.fromtimestamp(expiry(der), UTC):%y%m%d%H%M%S}Z".encode())
+    with pytest.raises((ValueError, IndexError)):
+        expiry(der[:at] + end)
+
+
 @pytest.mark.parametrize(
     "greeting",
     [
