@@ -12,12 +12,13 @@ calls. More threads would not be faster, because they share one interpreter.
 gRPC's accepting thread calls `arrive` and then, for the same call, `submit`. The handler of
 the gate runs later, in a clerk, and reports its progress to the call's `Ticket`.
 
-- A call that takes longer than `_LONG_S` keeps its thread, but the thread is no longer a clerk:
-  another thread takes its place. The reason does not matter: the request has not arrived, the
-  kernel holds up a start, a password is hashed. The same happens at once when a stream begins.
-  Such a thread ends with its call.
+- If calls wait while a clerk is busy with one call for longer than `_LONG_S`, another thread
+  becomes the clerk in its place. Why the call takes long does not matter: the request has not
+  arrived, the kernel holds up a start, a password is hashed. The busy thread keeps its call, and
+  ends with it unless a clerk is missing then. The same happens when a call says that it takes long,
+  as each stream does (`Ticket.leave`).
 - A call that is one too many is refused in the accepting thread, at once: `Ticket.refusal` says
-  why. `_why_refused_locked` decides; all numbers are in the table below.
+  why. `_why_refused_locked` decides; all numbers are below the imports.
 - A call, and the bytes of its answer, count until gRPC reports that the call is over. A client
   that does not read its answers therefore uses up its own share only.
 
@@ -57,10 +58,12 @@ logger = logging.getLogger(__name__)
 # for the hash of a password.
 _QUICK_CLERKS = 1
 _SLOW_CLERKS = 2
-# A clerk that is busy with one call for this long is replaced. Most calls take a millisecond.
+# A clerk that is busy with one call for this long is replaced if other calls wait. Most calls take
+# a millisecond.
 _LONG_S = 0.01
-# Threads that run unary calls of one caller at the same time. They are more than the clerks
-# only when calls take long. Beyond this number the caller's calls wait.
+# Threads that run calls of one caller in one lane at the same time. There are more of them than
+# clerks only when calls take long. Beyond this number the caller's calls wait. Calls that have left
+# (`Ticket.leave`) do not count.
 _THREADS_OF_ONE = 64
 # Unary calls of one caller that are under way or wait. A burst of 1,000 calls is served.
 _CALLS_OF_ONE = 1024
@@ -68,10 +71,10 @@ _CALLS_OF_ONE = 1024
 # what others have under way.
 _CALLS_IN_ALL = 4096
 _CALLS_ALWAYS = 64
-# While more unary calls than this are under way, a thread may keep the interpreter for
+# From this many unary calls on, until half of them are left, a thread may keep the interpreter for
 # _SHORT_SWITCH_S only. With Python's 5 ms, gRPC's accepting thread falls behind at twice the
-# capacity, and gRPC cancels a fifth of the calls. Not with fewer calls, because a short interval
-# costs streams a quarter of their rate.
+# capacity, and gRPC cancels a fifth of the calls. With fewer calls the interval stays as it is,
+# because a short one costs streams a quarter of their rate.
 _MANY_CALLS = 256
 _SHORT_SWITCH_S = 0.0005
 # How many calls gRPC queues for its accepting thread. Above it gRPC cancels calls of anybody.
@@ -89,8 +92,8 @@ _MORE_STREAMS = 32
 _STREAMS_OF_STRANGERS = 32
 # Logins of one client certificate that run at the same time. All logins share one queue.
 _LOGINS_OF_ONE = 8
-# A thread looks this often, and cancels the calls that it has seen without a request before. A
-# request normally comes in one packet with its call.
+# A thread looks this often for calls whose request has not arrived, and cancels those that it sees
+# for the second time. A request normally comes in one packet with its call.
 _ARRIVAL_S = 3.0
 
 # If fewer threads than these end, the memory that they free is not worth a malloc_trim(3).
@@ -116,7 +119,7 @@ class Kind(Enum):
     """What a call takes."""
 
     QUICK = "quick"  # the interpreter, for a millisecond
-    SLOW = "slow"  # most of its time it waits
+    SLOW = "slow"  # time to wait: for the kernel, the disk or the hash of a password
     STREAM = "stream"  # a thread of its own, once it has begun
 
 
@@ -130,8 +133,8 @@ class _Lane:
         self.turns: deque[_Queue] = deque()  # the queues whose next call can run, each once
         self.wanted = wanted  # how many clerks there should be
         self.clerks = 0
-        self.idle = 0  # of the clerks
-        self.running: dict[threading.Thread, Ticket] = {}  # what the other clerks do
+        self.idle = 0  # how many of the clerks wait for a call
+        self.running: dict[threading.Thread, Ticket] = {}  # the call of each other clerk
 
 
 class _Queue:
@@ -143,7 +146,7 @@ class _Queue:
         self.lane = lane
         self.tickets: deque[Ticket] = deque()
         self.has_turn = False  # whether it is in `_Lane.turns`
-        self.running = 0  # calls that have a thread; streams only until they begin
+        self.running = 0  # calls that have a thread and have not left (`Ticket.leave`)
 
 
 class _Caller:
@@ -163,8 +166,8 @@ class _Caller:
 class Ticket:
     """One call, from its arrival until gRPC reports that it is over.
 
-    Attributes: `refusal`, the error if the call is one too many, else None; `arrived_s`, when the
-    call arrived, by `time.monotonic`.
+    Attributes: `refusal`, the error if the call is one too many, else None; `key`, the caller's;
+    `arrived_s`, when the call arrived, by `time.monotonic`; `unread`, the bytes that `hold` counts.
     """
 
     __slots__ = (
@@ -195,12 +198,10 @@ class Ticket:
         self.runs = False  # whether it is counted in `_Queue.running`
         self.unread = 0
 
-    def begin(self, context: grpc.ServicerContext) -> bool:
-        """Have the call counted until it is over; return False if it is over already."""
-        if context.add_callback(self.over):
-            return True
-        self.over()
-        return False
+    def begin(self, context: grpc.ServicerContext) -> None:
+        """Have the call counted until gRPC reports that it is over."""
+        if not context.add_callback(self.over):  # it is over already
+            self.over()
 
     def check_unread(self) -> None:
         """Raise `OverloadError` if the caller has too many bytes of answers not read yet."""
@@ -211,7 +212,7 @@ class Ticket:
         self._calls.hold(self, size)
 
     def leave(self) -> None:
-        """Make the thread of this stream one that ends with the stream.
+        """Let another thread take this thread's place as a clerk: this call may take very long.
 
         Raises `OverloadError` if no thread can be started to take its place.
         """
@@ -250,17 +251,17 @@ class Calls(Executor):
         self.of_core = _CALLS_IN_CORE
         self._switch_s = sys.getswitchinterval()
         self._arriving: Ticket | None = None  # the accepting thread alone uses it
-        # The calls that wait for their request, and how to cancel each. Not guarded: single
-        # operations on a dictionary are atomic.
+        # The calls that wait for their request, and how to cancel each. Not guarded by the lock,
+        # because single operations on a dictionary are atomic.
         self.receiving: dict[Ticket, Callable[[], object]] = {}
         # Guards all below, and the attributes of every `_Caller`. Held for microseconds.
         self._lock = threading.Lock()
         self._quick = _Lane("quick", self._lock, _QUICK_CLERKS)
         self._slow = _Lane("slow", self._lock, _SLOW_CLERKS)
-        # Notified when a call has to wait while nobody looks for late clerks, and when closed.
+        # Notified when a call has to wait while nobody looks for late clerks, and by `shutdown`.
         self._late = threading.Condition(self._lock)
         # Notified when a call begins to wait for its request while nobody looks after these
-        # calls, and when this is closed.
+        # calls, and by `shutdown`.
         self._overdue = threading.Condition(self._lock)
         # Notified when a thread of ours ends.
         self._ended = threading.Condition(self._lock)
@@ -296,8 +297,8 @@ class Calls(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Queue the call that has arrived, or run it here if it is one too many.
 
-        Never raises, because an exception would end gRPC's accepting thread. The future is
-        always done, because only `Ticket.over` tells when a call is over.
+        Never raises, because an exception would end gRPC's accepting thread. The future is done at
+        once and tells nothing: `Ticket.over` is called when the call is over.
         """
         ticket, self._arriving = self._arriving, None
         try:
@@ -329,7 +330,7 @@ class Calls(Executor):
         self._take_turn_locked(ticket.queue)
 
     def _take_turn_locked(self, queue: _Queue) -> None:
-        """Put the queue in line for a turn, if its next call can run, and see who serves it."""
+        """Put the queue in line for a turn, if its next call can run, and wake a thread for it."""
         lane = queue.lane
         if queue.tickets and not queue.has_turn and queue.running < _THREADS_OF_ONE:
             queue.has_turn = True
@@ -391,7 +392,7 @@ class Calls(Executor):
                     del self._logins[certificate]
 
     def look_for_overdue(self) -> None:
-        """Have calls whose request does not arrive cancelled from now on."""
+        """Wake the thread that cancels the calls whose request does not arrive."""
         with self._lock:
             self.looks_for_overdue = True
             self._overdue.notify()
@@ -402,7 +403,7 @@ class Calls(Executor):
         with self._lock:
             if lane.running.pop(thread, None) is None:
                 self._stop_running_locked(ticket)
-                return  # another clerk has taken its place already
+                return  # another clerk has taken the place of this thread already
             lane.clerks -= 1
         try:
             self._start_clerk(lane)
@@ -493,7 +494,7 @@ class Calls(Executor):
         with self._lock:
             if done is not None:
                 self._stop_running_locked(done)
-                if lane.running.pop(thread, None) is None:  # another one has taken its place
+                if lane.running.pop(thread, None) is None:  # another clerk is in its place
                     if lane.clerks >= lane.wanted:
                         self._end_locked(thread)
                         return None

@@ -79,7 +79,7 @@ _ACCEPTED = (("accepted", "1"),)
 
 _EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.name
 
-_ANSWER_S = 0.02  # the way of an answer to its caller may take this long
+_ANSWER_S = 0.02  # an answer may need this long to reach its caller
 
 SHOWN_CHARACTERS = 64
 """A client may send any text as a name or an ID; messages show this much of the text."""
@@ -90,7 +90,7 @@ class BadRequestError(Exception):
 
 
 class UnknownServiceError(Exception):
-    """Somebody asks how a service is that this server does not have."""
+    """A health check names a service that this server does not have."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"no service {name!r}; ask for one of this server's, or for none")
@@ -208,7 +208,7 @@ class Call:
     recorded: bool = False
     undo: Callable[[], object] | None = None  # called if the audit log cannot be written
     undo_if_gone: bool = False  # `undo` is also called if nobody will receive the answer
-    begun_s: float = 0.0  # when its thread began, by `time.monotonic`
+    begun_s: float = 0.0  # when the call's thread began, by `time.monotonic`
 
     @property
     def caller(self) -> auth.Identity:
@@ -245,7 +245,7 @@ class Call:
         Before a servicer does something that cannot be undone, the servicer calls this. For all
         other calls the gate calls this once the outcome is known. A call that fails after its line
         was written gets a second line. Raises `AuditError` if the settings require a record and
-        the line cannot be written, unless the call is one of those that make room.
+        the line cannot be written, except for the calls of `_EVEN_IF_NOT_RECORDED`.
         """
         self.recorded = True
         fields = self.fields(outcome, reason)
@@ -275,7 +275,7 @@ class Call:
 class _Handler(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in the stubs only
     """How gRPC is to handle one call: `unary` returns the answer, `stream` yields the answers.
 
-    The functions of gRPC that make a handler take 3 µs more, and the accepting thread has no time.
+    gRPC's functions that make a handler take 3 µs more, which the accepting thread cannot spare.
     """
 
     request_streaming = True
@@ -360,7 +360,7 @@ class Gate(grpc.ServerInterceptor):
         call = Call(method, context, self._records, ticket)
         try:
             self._admit(call, handler, token)
-            with self._share(call):
+            with self._working(call):
                 request = self._receive(handler, requests, call)
                 if handler.request_streaming:
                     all_of_them = chain([request], self._receive_rest(handler, requests))
@@ -368,7 +368,7 @@ class Gate(grpc.ServerInterceptor):
                 else:
                     answer = handler.unary_unary(request, call)
                 data: bytes = handler.response_serializer(answer)
-                ticket.hold(len(data) - ticket.unread)
+                ticket.hold(len(data) - ticket.unread)  # `lists.py` has counted its answer already
                 if not call.recorded:
                     call.record(alone=call.undo is not None or call.method == _LOGIN)
                 if call.undo_if_gone:
@@ -427,15 +427,15 @@ class Gate(grpc.ServerInterceptor):
         name = self._authenticator.signed_for(token)
         return name or (STRANGERS_LOGIN if method == _LOGIN else STRANGERS)
 
-    def _share(self, call: Call) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which the call does its work; for a login, the context limits it.
+    def _working(self, call: Call) -> contextlib.AbstractContextManager[None]:
+        """Return the context for the call's work; for a login, `Calls.login`.
 
         Raises `OverloadError` if the caller has too many unread answers.
         """
         call.ticket.check_unread()
         if call.method == _LOGIN:
             return self._calls.login(call.certificate)
-        return _UNBOUNDED
+        return contextlib.nullcontext()
 
     def _refuse_at_once(
         self,
@@ -446,8 +446,8 @@ class Gate(grpc.ServerInterceptor):
     ) -> NoReturn:
         """Refuse a call that is one too many. Runs in gRPC's accepting thread.
 
-        In an overload this thread has no time to spare, so calls that are refused share a line in
-        the audit log, and only the first one of a line is looked at.
+        In an overload this thread has no time to spare. So calls that are refused share a line in
+        the audit log, and the line has the address and the certificate of the first one only.
         """
         error = ticket.refusal or AssertionError("the call is not refused")
         fields = functools.partial(self._refused, method, ticket, context)
@@ -524,9 +524,6 @@ class Gate(grpc.ServerInterceptor):
                 logger.error("%s: not undone after %r: %s", call.method, error, undo_error)
         self._metrics.refused(_rpc(call.method), code.name, error)
         _abort(call.context, code, error, message)
-
-
-_UNBOUNDED = contextlib.nullcontext()
 
 
 def _abort(
