@@ -65,7 +65,7 @@ class JobRunner(Protocol):
         """Forget a finished job and its output."""
 
     def make_room(self, owner: str, budget: Budget) -> Budget | None:
-        """See that a budget has a byte left; return the budget that has none."""
+        """Make room for a byte in a budget, if it is full; return the budget that stays full."""
 
     def owner(self, job_id: str) -> str:
         """Return whose job it is."""
@@ -74,7 +74,7 @@ class JobRunner(Protocol):
         """Return what is known of a job. `owner`: a job of anybody else counts as unknown."""
 
     def observe(self, job_id: str) -> Callable[[], Job]:
-        """Return what returns the state of a job, also after it was removed."""
+        """Return a function that returns the state of a job, even after the job was removed."""
 
     def charge(self, budget_for: Callable[[str], Budget]) -> None:
         """Have budgets count the output that former workers have kept."""
@@ -91,7 +91,7 @@ class JobRunner(Protocol):
         """Yield jobs with their positions."""
 
     def watch(self, matching: JobFilter = ...) -> Watch:
-        """Return what happens to jobs from now on."""
+        """Return an iterator of the jobs that are there, and then of what happens to jobs."""
 
     def stream(  # noqa: PLR0913 -- those of `Worker`
         self,

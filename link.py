@@ -2,8 +2,8 @@
 
     answer = link.call(stub.SomeCall, request)
 
-A call that did not reach the server is made again for a while. A call that broke off is, too, if
-doing it twice is the same as doing it once. `reopening.py` says how streams go on.
+A call that did not reach the server is made again for a while. A call that broke off is made again,
+too, if serving it twice does the same as serving it once. `reopening.py` says how streams go on.
 
 Thread safety: any thread may call anything.
 """
@@ -66,7 +66,7 @@ class Link:
         self._on_wait = on_wait
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the token, a fresh one, as a call sends it."""
+        """Return a fresh token as a call sends it."""
         return token_metadata(self.renewal.current())
 
     def patience(
@@ -75,7 +75,7 @@ class Link:
         tell: Callable[[ClientError], object] | None = None,
         tell_after_s: float = 0.0,
     ) -> Patience:
-        """Return the pauses of one call or stream; without `tell` they are told to `on_wait`."""
+        """Return the pauses of one call or stream. Without `tell`, `on_wait` hears of an outage."""
         if tell is None:
             tell, tell_after_s = self._on_wait, _TELL_AFTER_S
         return Patience(closed, tell, tell_after_s)
@@ -134,10 +134,11 @@ class Link:
         """Make a call with one answer; return the answer. Raises `ClientError`.
 
         `more_s`: the server may take that much longer. `is_repeatable`: the call may be made again
-        although the server may have served it. `done_code`: the error by which a repeated call
-        finds that the server has served it; then there is no answer, but None.
+        although the server may have served it. `done_code`: the status that a repeated call gets if
+        the server has served the first one; None is returned then, because the answer is lost.
         """
-        patience, was_open = self.patience(self.closed), False
+        patience = self.patience(self.closed)
+        was_open = False  # whether the server may have served an earlier attempt
         while True:
             metadata = self.metadata() if with_token else ()
             try:

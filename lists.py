@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Lists"]
 
-# The largest page of a list. A megabyte leaves room for a job in what clients receive by default.
+# The largest page of a list. One job may exceed the bytes. gRPC's clients receive 4 MiB by default.
 _PAGE_JOBS = 100
 _PAGE_BYTES = 1024 * 1024
 _MOST_JOB_IDS = 1000
@@ -65,8 +65,8 @@ class Lists:
         self._authenticator = authenticator
         self._quotas = quotas
         self._untaken = untaken
-        # Held while a call makes a page of a list and its bytes are counted, so that one caller's
-        # calls do not all find that few bytes are unread, and then make a page each.
+        # Held while a call makes a page and counts the bytes of the page. Otherwise many calls of
+        # one caller could find at the same time that few bytes are unread, and each make a page.
         self._listing = threading.Lock()
 
     def page(self, request: worker_pb.ListJobsRequest, call: Call) -> worker_pb.ListJobsResponse:
@@ -90,7 +90,7 @@ class Lists:
     def _page(
         self, found: Iterator[tuple[int, Job]], after: int, most: int
     ) -> worker_pb.ListJobsResponse:
-        """Return up to `most` of the jobs found, with at most _PAGE_BYTES or one job."""
+        """Return up to `most` of the jobs found: one job, or at most _PAGE_BYTES of jobs."""
         answer = worker_pb.ListJobsResponse()
         size = 0
         for position, job in found:
@@ -114,7 +114,7 @@ class Lists:
             return self._events(watch, missing, ending.pop_all(), call)
 
     def _missing(self, job_ids: Sequence[str], caller: Identity) -> list[str]:
-        """Return the whole IDs that are none of a job which the caller may see."""
+        """Return those of the IDs, if not shortened, of which the caller may see no job."""
         missing = []
         for job_id in job_ids:
             if len(job_id) == _ID_LENGTH:
@@ -140,9 +140,10 @@ class Lists:
                 yield _serialized(JobEventKind.REMOVED, job)
             for event in watch:
                 if self._authenticator.has_expired(call.caller):
-                    break  # the authenticator closes the watch for every other reason
+                    break  # if a token ends for another reason, the authenticator closes the watch
+                # `yield` blocks while the client does not read. Meanwhile this generator should
+                # keep neither the event nor the message in memory.
                 message = [_serialized(event.kind, job_message(event.job))]
-                # `yield` blocks while the client does not read.
                 del event
                 with self._untaken.held(len(message[0])):
                     yield message.pop()

@@ -54,7 +54,7 @@ def apply_profile(arguments: argparse.Namespace) -> None:
         or profile.get("server")
         or DEFAULT_SERVER
     )
-    # `--profile` makes the variable for the server count for nothing.
+    # A login that names the profile with `--profile` ignores JOBWORKER_SERVER.
     if arguments.profile:
         names_it = arguments.server != profile.get("server", DEFAULT_SERVER)
     else:

@@ -3,7 +3,7 @@
     resumption = Resumption(link)
     ...
     except link.rpc_error as error:
-        resumption.recover(link.explain(error), call)  # raises the error, or it is time to go on
+        resumption.recover(link.explain(error), call)  # waits; raises the error if it is final
 
 Thread safety: one thread uses a `Resumption`. Any thread may set its event `closed`.
 """
@@ -53,7 +53,7 @@ class Resumption:
         return metadata
 
     def succeeded(self) -> None:
-        """Note that the call has brought something."""
+        """Note that the call has received something from the server."""
         self._was_accepted = self._link.is_reached = True
         self._patience.succeeded()
 

@@ -2,9 +2,10 @@
 
     prepare_streams(may_be_closed=False)  # first of all
 
-A caller may have closed stdin, stdout or stderr, or sent stderr to a full disk or to a program that
-has ended. The next file that we open would then have the number 0, 1 or 2, and what is written to
-stderr would get into it. And a warning that nobody can read would change how the program ends.
+A caller may have closed stdin, stdout or stderr. The next file that we open would then have the
+number 0, 1 or 2, and what is written to stderr would get into that file. A caller may also have
+sent stderr to a full disk, or to a program that has ended. A warning that nobody can read would
+then raise an error and change how the program ends.
 
 Thread safety: only the main thread calls this, before there is another.
 """
@@ -47,6 +48,8 @@ def prepare_streams(*, may_be_closed: bool) -> None:
 
 
 class _Stderr(io.FileIO):
+    """A file whose `write` drops what it cannot write."""
+
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
