@@ -1,7 +1,8 @@
 """The files and directories of cgroup v2: read, write, wait, kill, remove.
 
-`cgroups.py` builds on this module. The fork server imports only this module, to `dismantle` a
-subtree that the main process cannot remove itself. So nothing large is imported here.
+`cgroups.py` builds on this module. The fork server imports this module but not `cgroups.py`, to
+kill and signal jobs, and to `dismantle` a subtree that the main process cannot remove itself. So
+nothing large is imported here.
 
     write(f"{path}/pids.max", "100")
     kill_tree(path)
@@ -218,12 +219,12 @@ class Events:
 def kill_tree(path: Path) -> bool:
     """SIGKILL every process in the cgroup and below it, also those that are being forked.
 
-    Does not wait for their end. Does nothing if the cgroup is gone. Returns False if this process
-    lacks the right to kill some that may survive: `signal_tree` of one that has it kills them. They
-    are frozen then. Raises `CgroupError`.
+    Does not wait for their end. Does nothing if the cgroup is gone. Returns False if some processes
+    may survive because this process lacks the right to kill them. These processes are frozen then;
+    a process that has the right kills them with `signal_tree`. Raises `CgroupError`.
     """
     may_survive = False
-    with contextlib.suppress(CgroupError):  # whatever this process cannot read, it kills
+    with contextlib.suppress(CgroupError):  # cgroup.kill does not need what cannot be read here
         may_survive = has_survivors(path)
     try:
         write(os.path.join(path, "cgroup.kill"), "1", remedy=DELEGATE)
@@ -233,7 +234,7 @@ def kill_tree(path: Path) -> bool:
         if error.errno not in _GONE:
             raise
         # ENOENT has two causes: the kernel is older than 5.14 and has no cgroup.kill, or another
-        # thread has removed the cgroup. It may do this as soon as the processes are dead.
+        # thread has removed the cgroup, because all its processes are dead.
     try:
         freeze_and_kill(path)
     except CgroupError as problem:
@@ -299,8 +300,8 @@ def terminate_tree(
     """Send SIGTERM, and then SIGCONT, to every process in the cgroup and below it.
 
     SIGCONT, because a process that SIGSTOP holds could not end. Processes that are forked meanwhile
-    get none, because a handler of SIGTERM may fork them to clean up. Does nothing if no process is
-    there. Otherwise as `signal_tree`.
+    get neither signal, because a handler of SIGTERM may fork them to clean up. Does nothing if no
+    process is there. `send`, and what is raised: see `signal_tree`.
     """
     _signal(path, (signal.SIGTERM, signal.SIGCONT), _processes(path), send)
 

@@ -23,7 +23,7 @@ __all__ = ["MAX_GRACE_S", "Ending", "await_others"]
 
 MAX_GRACE_S: Final = 600.0
 """The longest grace and linger of a job, in seconds."""
-_CLOSING_S = 0.05
+_CLOSING_S = 0.05  # between the end of the output and the end of the processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,17 @@ def await_others(  # noqa: PLR0913 -- what a job consists of
 
     `output_fd`, `exit_fd`: the read ends of the job's output pipe and exit pipe. `cgroup`: the
     job's; None without. `deadline_s`: by `time.monotonic`. `move`: stores what is in the output
-    pipe. `holders_only`: those that do not hold the output open are not waited for. They only get
-    50 ms, because many programs close their output right before they end. `leave_fd`: ends the wait
-    when it is readable.
+    pipe. `holders_only`: wait only for processes that hold the output open; the others get 50 ms,
+    because many programs close their output right before they end. `leave_fd`: ends the wait when
+    it is readable.
     """
     # FileNotFoundError: somebody else has removed the cgroup.
     with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
         poll = select.poll()
         for fd in (output_fd, *(() if leave_fd is None else (leave_fd,))):
             poll.register(fd, select.POLLIN)
-        # Without cgroups the fork server writes there when the others have ended or were killed.
-        # With cgroups there comes only end-of-file, when the leader's process group is gone.
+        # Without cgroups the fork server writes to the exit pipe when the others have ended or were
+        # killed. With cgroups the pipe only gets end-of-file, when the leader's group is gone.
         poll.register(exit_fd, select.POLLIN)
         events = None
         if cgroup is not None:

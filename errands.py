@@ -68,10 +68,7 @@ def signal_all(
     parent: int,
     _: int | None,
 ) -> NoReturn:
-    """Do what `signal_cgroup` does, and answer on `sock`.
-
-    `parent`: as of `clear_up`.
-    """
+    """Do what `signal_cgroup` does, and answer on `sock`. `parent`: the pid of the fork server."""
     try:
         try:
             if _is_begun(sock, uid, (), parent):
@@ -86,7 +83,7 @@ def signal_all(
 def signal_cgroup(cgroup: str, number: int | None, send: Callable[[int, int], object]) -> None:
     """Send a signal to every process in a cgroup; None for SIGTERM and then SIGCONT.
 
-    `send`, and what is raised: as of `signal_tree`.
+    `send`, and what is raised: see `signal_tree`.
     """
     if number is None:
         terminate_tree(cgroup, send)
@@ -95,7 +92,10 @@ def signal_cgroup(cgroup: str, number: int | None, send: Callable[[int, int], ob
 
 
 def _is_begun(sock: socket.socket, uid: int | None, groups: Sequence[int], parent: int) -> bool:
-    """Leave the fork server but for `sock`; return whether it still lives. Raises OSError."""
+    """Give up all descriptors of the fork server but `sock`; act as the user, if there is one.
+
+    Returns whether the fork server still lives. Raises OSError.
+    """
     detach(os.open(os.devnull, os.O_WRONLY), [sock.fileno()])
     inherited.separate(is_alone=uid is not None)
     if uid is not None:

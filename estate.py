@@ -6,15 +6,16 @@
     kept = estate.jobs["a"]
     estate.forget("a")
 
-It is the read end of the output pipe, a pidfd of the leader and, later, how the leader ended. As
-long as somebody has the read end open, a job that writes waits when its pipe is full, and loses
-nothing. Of a job with an input it is also the write end of that pipe, so that the job does not
-read end-of-file, and a descriptor whose offset tells how much that pipe has taken (`inputpipe.py`).
-Of a job on a cluster it is also what belongs to its srun (`slurmchannel.py`). Only the main process
-knows which of these descriptors is what.
+For each job the fork server keeps the read end of the output pipe, a pidfd of the leader and,
+later, how the leader ended. As long as the read end is open, a job that writes waits when its
+output pipe is full, and loses nothing. The main process can add descriptors (`Estate.keep`):
+
+- for a job with an input, the write end of the input pipe, so that the job does not read
+  end-of-file, and a descriptor whose offset tells how much that pipe has taken (`inputpipe.py`);
+- for a job on a cluster, before these, what belongs to its srun (`slurmchannel.py`).
 
 A leader that executes nothing, because its main process died or the exec failed, writes its pid
-into `failures_fd`. Nothing is kept of it: it never was a job.
+into `failures_fd`. Nothing is kept of such a leader: it never was a job.
 
 Thread safety: for the fork server, which has one thread.
 """
@@ -40,8 +41,8 @@ _READ_BYTES = 64 * 1024
 class Kept:
     """What is kept of one job.
 
-    `end`: the last line for its exit pipe; None as long as it runs. `notes`: what the main process
-    has noted about the job for its successor.
+    `end`: the last line for the job's exit pipe; None while the job runs. `notes`: what the main
+    process has noted about the job for its successor.
     """
 
     __slots__ = ("end", "fds", "notes", "pid")
@@ -94,7 +95,7 @@ class Estate:
         return [self._read_fd, self.failures_fd, *kept]
 
     def add(self, job: str, pid: int, output_fd: int, pidfd: int) -> None:
-        """Keep these of a job from now on; the caller keeps the descriptors. Raises OSError."""
+        """Begin to keep a job, with copies of these descriptors. Raises OSError."""
         self._failed.discard(pid)
         kept_fd = os.dup(output_fd)
         try:
@@ -120,7 +121,7 @@ class Estate:
                 raise ValueError("unknown request")
 
     def keep(self, job: str, fds: list[int]) -> None:
-        """Keep these of a job, too; the caller keeps the descriptors. Raises OSError."""
+        """Keep copies of these descriptors of a job, too. Raises OSError."""
         kept = self.jobs[job]
         for fd in fds:
             kept.fds.append(os.dup(fd))
@@ -128,7 +129,7 @@ class Estate:
     def end_input(self, job: str, place: int) -> None:
         """Close the write end of the input of a job; idempotent.
 
-        `place`: its place among the descriptors that `keep` was given. It is the last of them.
+        `place`: where the write end stands among the descriptors that `keep` was given: last.
         """
         if job in self.jobs:
             close_all(self.jobs[job].fds[_FIRST + place :])
@@ -187,5 +188,5 @@ def _read_reports(pipe_fd: int, journal_fd: int) -> str:
 
 def note_failure(failures_fd: int) -> None:
     """Tell the fork server that this process, a leader, executes nothing."""
-    with contextlib.suppress(OSError):  # there is nothing to tell: -1
+    with contextlib.suppress(OSError):  # failures_fd is -1 if nobody keeps jobs
         os.write(failures_fd, _PID.pack(os.getpid()))

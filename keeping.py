@@ -41,7 +41,7 @@ class Keeper:
         self.leave_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def keep(self, job_id: str, fds: Sequence[int]) -> None:
-        """Keep these of a job that is about to execute, as `Spawner.keep` does.
+        """Have the fork server keep copies of these descriptors of a job that is about to execute.
 
         Raises `ResourceError`, `SpawnerDiedError`.
         """
@@ -51,7 +51,7 @@ class Keeper:
             raise ResourceError(f"no room for the files of a new job: {in_words(error)}") from error
 
     def leave(self) -> None:
-        """Have the thread of each job leave it."""
+        """Have the thread of each job end while the job goes on."""
         os.eventfd_write(self.leave_fd, 1)
 
     @property

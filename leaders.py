@@ -44,7 +44,9 @@ class _Leader(NamedTuple):
 
 
 class Leaders:
-    """`estate`: what is kept for a successor; None without a restart window.
+    """Reaps the leaders of jobs, reports their ends, and kills them.
+
+    `estate`: what is kept for a successor; None without a restart window.
 
     Attributes: `others`, the other processes of jobs without cgroups; `errands`, the pids of
     processes of `errands.py`.
@@ -79,14 +81,14 @@ class Leaders:
         self._pids[job] = pid
 
     def kill(self, job: str) -> None:
-        """Kill a leader and its group; reap it if it has ended, whatever else has."""
+        """Kill a leader and its group. A leader that has ended is reaped, however many wait."""
         self.reap_some()
         if job in self._pids:
             self._kill_or_reap(self._pids[job])
             self._close_exit_pipes()
 
     def say_farewell(self) -> None:
-        """SIGTERM the leaders, and `await_ends`: the ends from now on are our doing."""
+        """SIGTERM the leaders, and `await_ends`. Ends from now on are noted as `was_killed`."""
         if self._estate is not None:
             self._estate.is_farewell = True
         for pid in self._leaders:
@@ -201,7 +203,7 @@ class Leaders:
             self._estate.note_end(leader.job, end)
 
     def _kill_or_reap(self, pid: int) -> None:
-        """Kill a leader and its group; reap it if it has ended, whatever else has."""
+        """Kill a leader and its group; reap the leader instead if it has ended."""
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             self._reap(pid, is_final=True)
         else:
@@ -210,7 +212,7 @@ class Leaders:
             kill_leader(pid)
 
     def pid_of(self, job: str) -> int:
-        """Return a leader's number, which nobody else has until this process reaps the leader."""
+        """Return a leader's pid, which no other process gets until this one reaps the leader."""
         if job not in self._pids:
             raise ProcessLookupError(errno.ESRCH, "the leader has ended")
         return self._pids[job]

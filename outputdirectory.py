@@ -47,12 +47,12 @@ _RESERVE_BYTES = 1024 * 1024 * 1024
 class OutputDirectory:
     """A private directory for output logs, ours alone (flock) until closed. A context manager.
 
-    `path`: made with mode 0700 if it does not exist; None for a temporary directory. Output that
-    a former owner left there is deleted, but for that of jobs that are kept: `keeps` says of an ID
-    whether its job is; None means that no job is. `lasting`: another process can continue the
-    output of this one. `reserve_bytes`: how much of its disk output leaves free; None for 5 % of
-    the disk or 1 GiB, whichever is less. `uids`: those of jobs, who must not own it. Raises
-    BlockingIOError if another worker has it, PermissionError if other users own or can enter it,
+    `path`: made with mode 0700 if it does not exist; None for a temporary directory. `keeps`:
+    returns whether the job of an ID is kept; None means that no job is. Output of other jobs that
+    is in the directory is deleted. `lasting`: another process can continue the output of this one.
+    `reserve_bytes`: how much of the disk stays free; None for 5 % of the disk or 1 GiB, whichever
+    is less. `uids`: the uids of jobs, none of which may own the directory. Raises BlockingIOError
+    if another worker has the directory, PermissionError if other users own it or can enter it,
     OSError. Attribute: `path`.
     """
 
@@ -71,8 +71,9 @@ class OutputDirectory:
         self.path = Path(tempfile.mkdtemp(prefix="job-worker-") if path is None else path)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status, above = self.path.stat(), self.path.resolve().parent.stat()
-        # A worker that has changed its user leaves the directory to that user. Where others can
-        # make directories, the owner may be anybody.
+        # A worker that has changed its user has given the directory to that user, so the owner may
+        # be another user. But if others can make directories in the parent, anybody may have made
+        # this one.
         is_open = above.st_mode & 0o022 or status.st_uid in (uids or ())
         if status.st_uid not in (0, os.geteuid()) and is_open:
             raise PermissionError(
@@ -115,7 +116,7 @@ class OutputDirectory:
         return FinishedLog(name, state, dir_fd=self._fd, budget=budget)
 
     def left_by(self, job_id: str) -> OutputState:
-        """Return what is there of an output that another process has not completed."""
+        """Return the state of an output that another process has begun and not completed."""
         log = self.resume_log(job_id)
         log.complete()
         return log.state()._replace(taken=log.size)
@@ -175,7 +176,7 @@ class OutputDirectory:
         self.close()
 
     def sweep(self) -> None:
-        """Delete all output but that of jobs that are kept. Raises OSError."""
+        """Delete all output except that of kept jobs. Raises OSError."""
         for name in os.listdir(self._fd):
             job_id, _, suffix = name.partition(".")
             if f".{suffix}" in _SUFFIXES and _is_uuid(job_id) and not self._keeps(job_id):

@@ -5,9 +5,9 @@
         removals.make_later(lambda: os.rmdir(path))
 
 While rmdir(2) removes a directory, the kernel keeps the parent locked, and forgets each name that
-somebody has looked for in the directory, also those that do not exist. A job can look for millions
-of names, in its TMPDIR and in its cgroup. Then that takes seconds, in which nobody can make or
-remove another directory of the parent.
+somebody has looked for in the directory, also names that do not exist. A job can look for millions
+of names in its TMPDIR and in its cgroup. The rmdir(2) then takes seconds, and meanwhile nobody can
+make or remove another directory of the parent.
 
 Thread safety: every method may be called from any thread.
 """
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _STAYS = "a directory of a job stays until the next worker: %s"
-_PATIENCE_S = 0.05  # a removal takes some 20 microseconds
+_PATIENCE_S = 0.05  # most removals take some 20 microseconds
 
 
 class Removals:
     """The removals from one parent."""
 
     def __init__(self) -> None:
-        # Held during a removal. So who needs something that others need waits for 50 ms at most.
+        # Held during a removal. A thread for which others wait gives up after _PATIENCE_S.
         self._turn = threading.Lock()
 
     def make(self, removal: Callable[[], _T], timeout_s: float | None = _PATIENCE_S) -> _T | None:
@@ -53,7 +53,7 @@ class Removals:
             self._turn.release()
 
     def make_later(self, removal: Callable[[], object]) -> None:
-        """Have a thread make it, however long others take. An OSError is logged."""
+        """Have a thread make the removal, however long others take. An OSError is logged."""
 
         def run() -> None:
             try:

@@ -5,9 +5,10 @@
     ...
     restarts.resume(rows, starter, spawner, output_directory, terms)
 
-A job that the fork server has is gone on with. For each other job that the store says runs, there
-is an end that the fork server has left, or nobody knows how the job ended: then it is LOST. Such a
-job gets a thread, too, which finds what a thread of a job always finds: an empty pipe and an end.
+The worker goes on with each job that the fork server has. Every other job that runs by the store
+has ended. If the fork server has not left its end, nobody knows it, and the job is LOST. A job that
+has ended gets a thread, too, which finds what the thread of a job always finds: an empty pipe and
+an end.
 
 Thread safety: for the thread that makes a worker.
 """
@@ -63,8 +64,9 @@ class Restarts:
         self, directory: str | os.PathLike[str], window_s: float, *, store: str, others: bool
     ) -> None:
         if window_s > 0 and others and os.getuid() != 0:
-            # A fork server trusts the user that it runs as, and executes that user's program. The
-            # main process, which must not have the capabilities any more, would be this user's.
+            # A fork server executes the program of a successor that runs as the same user. Without
+            # root the main process, which has given up its capabilities, is such a process: through
+            # the fork server it could get them back.
             raise PermissionError(
                 errno.EPERM,
                 "a restart window with jobs as other users needs root, and not only capabilities; "
@@ -87,7 +89,7 @@ class Restarts:
         return heritage
 
     def for_spawner(self, lock_fd: int | None) -> Restart | None:
-        """Return how a new fork server is to keep jobs; None without a window."""
+        """Return how a new fork server is to keep jobs; None without a restart window."""
         if not self._window_s:
             return None
         return Restart(self._directory, self._window_s, lock_fd, self._store)
@@ -141,5 +143,5 @@ class Restarts:
         logger.info("job %s has ended without a worker: %s", job_id, end or "nobody knows how")
         output_fd, stdout_fd = os.pipe()
         os.close(stdout_fd)
-        # In the place of a pidfd: readable, as that of a process that has ended.
+        # The eventfd takes the place of a pidfd. It is readable, like that of an ended process.
         return Adopted(0, output_fd, os.eventfd(1, os.EFD_CLOEXEC), notes)

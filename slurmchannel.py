@@ -62,7 +62,7 @@ class Channel:
         os.set_blocking(self._fd, False)
         os.set_blocking(self.report_fd, False)
         for fd in self.their_fds:
-            os.fchmod(fd, 0o666)  # srun may be another user; only that user gets at the pipe
+            os.fchmod(fd, 0o666)  # srun may run as another user; nobody else can reach the pipe
 
     @property
     def kept_fds(self) -> list[int]:
@@ -83,7 +83,7 @@ class Channel:
         return self._journal.parts()
 
     def add_reports(self, text: str) -> None:
-        """Add what `reports_left` has returned."""
+        """Add the reports that the fork server has left with the end of a job (`Estate.ends`)."""
         self._journal.add(text.encode())
 
     def send(self, kind: bytes, body: bytes = b"") -> bool:

@@ -3,14 +3,14 @@
     lines = Lines()
     for line in lines.add(data):      # some bytes of the reports
         ...
-    event = event_of(line)            # of `jobstep.py`; None if it is none
+    event = event_of(line)            # an event of `jobstep.py`; None if the line is Slurm's
     end = checked_end(event)
     number = queued_number(line)      # of a job that waits
     reason = end_reason(words, state)
 
-The job can write to the step's stderr, too, and forge what Slurm and the step say. So what is taken
-for Slurm's words is limited, and a report that the step could not have made is such words. Any
-other forged report tells only of the job that it comes from.
+The job can write to the step's stderr, too, and forge what Slurm and the step say. So only a part
+of what may be Slurm's words is kept, and a report that the step could not have made is treated like
+Slurm's words. Any other forged report concerns only the job that has forged it.
 
 Thread safety: the functions have no state; one thread uses a `Lines`.
 """
@@ -44,7 +44,7 @@ __all__ = [
     "queued_number",
 ]
 
-_MAX_LINE_BYTES = 64 * 1024  # without its end: then it is dropped
+_MAX_LINE_BYTES = 64 * 1024  # a line that is longer, and not at its end yet, is dropped
 MAX_WORD_CHARACTERS = 1000
 _MAX_ERRNO = 4095  # MAX_ERRNO of the kernel
 _MAX_EXIT_CODE = 255
@@ -93,7 +93,7 @@ class Lines:
 
 
 def event_of(text: str) -> dict[str, Any] | None:
-    """Return the event that a line tells; None if it is something else."""
+    """Return the event that a line reports; None if the line is something else."""
     event: Any = None
     if text.startswith("{"):
         with contextlib.suppress(ValueError, RecursionError):
@@ -108,7 +108,7 @@ def queued_number(text: str) -> str:
 
 
 def is_news(text: str) -> bool:
-    """Whether a line says something that srun does not say of each job."""
+    """Whether a line says something that srun does not say of every job."""
     return not _NO_NEWS.search(text)
 
 
@@ -137,14 +137,17 @@ def is_word(value: object) -> bool:
 
 
 def checked_limits(event: dict[str, Any]) -> Limits:
-    """Return the limits that a start reports. Raises as a report does that makes no sense."""
+    """Return the limits that a start reports.
+
+    Raises ValueError, TypeError, LookupError or AttributeError for a report that makes no sense.
+    """
     names = {field.name for field in fields(Limits)}
     found = {name: value for name, value in event["limits"].items() if name in names}
     return Limits(**(dict.fromkeys(names) | found))
 
 
 def checked_end(event: dict[str, Any]) -> dict[str, Any]:
-    """Return the report of an end, with a `Usage`. Raises as a report does that makes no sense."""
+    """Return the report of an end, with a `Usage`. Raises as `checked_limits` does."""
     code, number = event["exit_code"], event["signal"]
     is_exit = number is None and is_count(code, _MAX_EXIT_CODE)
     is_signal = code is None and number and is_count(number, signal.NSIG - 1)

@@ -22,7 +22,7 @@ from outputerrors import NoSpliceError
 
 __all__ = ["Bytes", "Pipe", "Source", "bytes_in"]
 
-# Not for this file system, not permitted, not in this kernel.
+# splice(2) does not work with this file system, is not permitted, or is not in this kernel.
 _NO_SPLICE = (errno.EINVAL, errno.EPERM, errno.ENOSYS)
 
 
@@ -61,7 +61,7 @@ class Pipe:
     """Up to `most` bytes of what is in a pipe now; the pipe must not block.
 
     The kernel takes from the pipe what it has written to the file. So nothing is lost if this
-    process is killed, but for bytes that it skips: of these it may be unknown how many there were.
+    process is killed. Only of bytes that are skipped, it may then be unknown how many there were.
     """
 
     def __init__(self, fd: int, most: int) -> None:

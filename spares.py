@@ -215,7 +215,7 @@ class Spares:
 
 
 class JobThread(threading.Thread):
-    """The thread of a job, started before the job: started beside the exec it took 0.2 ms.
+    """The thread of a job, started before the job: to start it beside the exec took 0.2 ms.
 
     Raises `ResourceError` if it cannot be started.
     """
@@ -272,6 +272,6 @@ def _discard_cgroup(cgroup: Cgroup) -> None:
         cgroup.wait_empty(_DISCARD_S)
     except TimeoutError as error:
         reason = in_words(error)
-        logger.error("a job that did not start: its cgroup stays as long as they do: %s", reason)
+        logger.error("a job that did not start: its cgroup stays until they have ended: %s", reason)
     else:
         cgroup.remove()

@@ -51,7 +51,9 @@ if TYPE_CHECKING:
 __all__ = ["Starter"]
 
 _START_TIMEOUT_S = 10.0
-_LEAVE_S = 1.0  # the kernel can hold up a start for long, and a process that ends has little time
+# For how long a start that has begun may hold up the end of this process. The kernel can hold up a
+# start for long.
+_LEAVE_S = 1.0
 
 
 class Starter:
@@ -60,7 +62,7 @@ class Starter:
     `environment`: variables of every job. `subtree`: the cgroups of the jobs; None without.
     """
 
-    _input_place = 1  # of the input's write end in what `Keeper.keep` gets of a job
+    _input_place = 1  # where the input's write end stands among the job's `Keeper.keep` descriptors
 
     def __init__(  # noqa: PLR0913 -- the parts of a worker
         self,
@@ -106,7 +108,7 @@ class Starter:
                 raise
 
     def _gone(self, work: Work, job_id: str) -> None:
-        """Remove what the processes of a job have left. They are gone."""
+        """Remove what a job has left, now that its processes are gone."""
         if not work.keep_tmp:
             self._scratch.remove(job_id)
         if work.uid is not None and self._leftovers is not None:
@@ -132,9 +134,9 @@ class Starter:
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
             undo.push(functools.partial(self._note_what_lives, spare, work))
-            undo.callback(self._unrecord, spare, work)  # last: when nothing of it runs
-            # Before the process is told what to execute: a Ctrl-C (KeyboardInterrupt) may come
-            # between that and the answer.
+            undo.callback(self._unrecord, spare, work)  # runs last, when no process is left
+            # Already here, because a Ctrl-C (KeyboardInterrupt) may come between the order to
+            # execute and its answer.
             undo.callback(self._spawner.kill, spare.job_id)
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
@@ -144,7 +146,7 @@ class Starter:
             if self._subtree is not None and spare.cgroup is not None:
                 cgroup = self._subtree.limit(spare.cgroup, work.limits)
             kept_tmp = self._scratch.path_of(spare.job_id) if work.keep_tmp else ""
-            # Before the command can run: whatever happens, no job runs that is not in the store.
+            # Before the command can run, so that every job that runs is in the store.
             position = self._table.begin(
                 spare.job_id,
                 work,
@@ -171,7 +173,7 @@ class Starter:
                 keeper=self._keeper,
             )
             undo.pop_all()
-            # Before its thread runs, which may finish the job at once.
+            # Before the job's thread runs, because that thread may finish the job at once.
             job.position = position
             self._registry.add(job)
             spare.thread.give(job.job_id, job.run)
@@ -182,7 +184,8 @@ class Starter:
     ) -> None:
         """If the kernel has not let go of the killed process of a start, have a thread wait for it.
 
-        It holds the user's place among the running jobs, and its cgroup, until it is gone.
+        Until the process is gone, the start counts as a running job of the user, and keeps its
+        cgroup.
         """
         if spare.cgroup is None or not isinstance(error, StartTimeoutError):
             return
@@ -207,8 +210,9 @@ class Starter:
     def _unrecord(self, spare: Spare, work: Work) -> None:
         """Forget a start that has failed, unless it may be repeated and the command may have run.
 
-        Nobody knows if the fork server has died meanwhile, or `close` has killed the process. If
-        the job was forgotten, whoever repeats the start would execute the command twice.
+        If the fork server has died meanwhile, or `close` has killed the process, nobody knows
+        whether the command has run. If such a job were forgotten, whoever repeats the start would
+        execute the command twice.
         """
         has_died = self._spawner.has_died
         is_known = not has_died and spare.job_id not in self._cut_off
@@ -220,14 +224,17 @@ class Starter:
             self._table.delete(spare.job_id)
 
     def _make_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
-        """Return the input of a new job, which `undo` ends. Raises as `start` does."""
+        """Return the input of a new job, kept for a successor, which `undo` ends.
+
+        Raises as `start` does.
+        """
         job_input = self._new_input(job_id, undo)
         if self._keeper is not None:
             self._keeper.keep(job_id, job_input.kept_fds)
         return job_input
 
     def _new_input(self, job_id: str, undo: contextlib.ExitStack) -> JobInput:
-        """Return the input of a new job, which `undo` ends. It is not kept yet."""
+        """Return the input of a new job, not kept for a successor yet. `undo` ends it."""
         on_end = self._input_end(job_id)
         job_input = JobInput(job_id, is_kept=self._keeper is not None, on_end=on_end)
         undo.callback(job_input.finish)
@@ -250,7 +257,7 @@ class Starter:
     ) -> None:
         """Go on with a job that a former worker has started.
 
-        `process`: the leader; its pid is 0 if it has ended, and the fork server knows nothing.
+        `process`: the leader; its pid is 0 if no fork server has the job any more.
         """
         former, going_on = row.job, row.going_on
         budget = budget or self._registry.budget_for(former.owner)
@@ -401,8 +408,8 @@ class Starter:
     def close(self, *, kills: bool = True) -> bool:
         """End the starts that wait for an exec, and refuse all others; False if called before.
 
-        `kills`: False lets the starts go on for 1 s that have begun. Blocks until no call holds
-        this open, for up to 10 s.
+        `kills`: False: starts that have begun may go on for 1 s before they are ended. Blocks until
+        no call holds this open, for up to 10 s.
         """
         with self._idle:
             if self._closed:

@@ -43,7 +43,7 @@ __all__ = [
     "take_over",
 ]
 
-# It imports no site-packages and obeys no PYTHON* variables.
+# The fork server imports no site-packages and obeys no PYTHON* variables.
 PROGRAM = (
     *(sys.executable, "-E", "-s", "-S"),
     os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py"),
@@ -65,13 +65,13 @@ class Heritage(NamedTuple):
     dismantling: Sequence[Any] | None  # `Subtree.dismantling`; None without cgroups
 
     def adopt_cgroups(self, enforcement: Enforcement, bounds: Bounds | None) -> Subtree | None:
-        """Take over the cgroups of the jobs; None if they have none. Raises `CgroupError`."""
+        """Take over the cgroups of the jobs; None if the jobs have none. Raises `CgroupError`."""
         if self.dismantling is None or self.lock_fd is None:
             return None
         return Subtree.adopt(self.dismantling, self.lock_fd, enforcement, bounds=bounds)
 
     def close(self) -> None:
-        """Leave it to another successor."""
+        """Leave the fork server to another successor."""
         self.sock.close()
         os.close(self.pidfd)
         if self.lock_fd is not None:
@@ -101,7 +101,7 @@ def take_over(
         try:
             return _ask(sock, duties, bases, window_s)
         except (OSError, EOFError) as error:
-            # A fork server that has nothing to keep may be about to end; then nobody listens soon.
+            # A fork server without jobs may be about to end. The next attempt then finds nobody.
             problem = in_words(error) if isinstance(error, OSError) else "it hangs up"
     raise TakeoverError(f"the fork server of {directory} does not answer: {problem}")
 
@@ -152,7 +152,8 @@ class Waiting(NamedTuple):
 def find_waiting(directory: str | os.PathLike[str]) -> Waiting | None:
     """Ask the fork server that waits in the directory; None if there is none.
 
-    Only if no main process runs. Raises OSError.
+    Call it only if no main process runs: the fork server does not answer while one does. Raises
+    OSError.
     """
     sock = takeover.connect(directory)
     if sock is None:
@@ -168,7 +169,7 @@ def find_waiting(directory: str | os.PathLike[str]) -> Waiting | None:
 def end_jobs(directory: str | os.PathLike[str]) -> bool:
     """End the jobs that a fork server keeps for a successor; return whether there was one.
 
-    Blocks until it has ended. Raises OSError.
+    Blocks until the fork server has ended. Raises OSError.
     """
     sock = takeover.connect(directory)
     if sock is None:

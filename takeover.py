@@ -55,7 +55,7 @@ PROTOCOL = 2
 _SOCKET = "fork-server.sock"
 _ENDS = "ended-jobs"
 
-# The duties of a fork server that are the same for a successor, and what they are.
+# The duties of a fork server that a successor must not change, and their names in a refusal.
 _LASTING = {
     "store": "the store is",
     "uids": "--uids: jobs run as the users",
