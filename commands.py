@@ -121,7 +121,7 @@ def _run(client: Client, arguments: argparse.Namespace) -> int:
         if end is None:
             raise ClientError(f"how the job ended is unknown; see: client status -j {job_id}")
         if end.end_reason != "EXITED":
-            warn(f"the job did not end by itself: {state_of(vars(end))}")
+            warn(f"the job did not exit by itself: {state_of(vars(end))}")
         return exit_status(end.exit_code, end.signal)
 
 

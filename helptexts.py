@@ -118,7 +118,7 @@ examples:
     "stream": """\
 The output is the job's stdout and stderr, in the order of writing.
 
-Exit status: 1 if the job did not end by itself, or output is missing.
+Exit status: 1 if the job did not exit by itself, or output is missing.
 
 examples:
   client stream 3fa9b1c2

@@ -51,7 +51,7 @@ def stream(client: Client, arguments: argparse.Namespace) -> None:
         raise ClientError("the server did not say how the job ended; the output may be incomplete")
     if chunks.end.end_reason != "EXITED" and chunks.end.status not in {"QUEUED", "RUNNING"}:
         state = state_of(vars(chunks.end))
-        raise ClientError(f"the job did not end by itself: {state}; the output may be incomplete")
+        raise ClientError(f"the job did not exit by itself: {state}; the output may be incomplete")
 
 
 def tell_loss(error: ClientError, offset: int | None) -> None:

@@ -1313,10 +1313,10 @@ def test_stream_writes_what_comes_when_it_comes(cli: _Program, connect: Connect)
         ("echo ready; exec sleep infinity", "STOPPED (stopped by admin)"),
     ],
 )
-def test_stream_exits_with_1_if_the_job_did_not_end_by_itself(
+def test_stream_exits_with_1_if_the_job_did_not_exit_by_itself(
     cli: _Program, connect: Connect, public: Path, script: str, end: str | None
 ) -> None:
-    """The line says how the job ended. An exit code of the job is an end by itself."""
+    """The line says how the job ended. A job with an exit code of its own has exited by itself."""
     fifo = make_fifo(public / "fifo")
     job_id = connect().start("sh", ["-c", script.replace("FIFO", str(fifo))])
     with cli.start("stream", "-j", job_id) as process:
@@ -1327,7 +1327,7 @@ def test_stream_exits_with_1_if_the_job_did_not_end_by_itself(
         else:
             connect("admin").stop(job_id)
         _, stderr = process.communicate(timeout=GUARD_S)
-    line = f"client: the job did not end by itself: {end}; the output may be incomplete\n"
+    line = f"client: the job did not exit by itself: {end}; the output may be incomplete\n"
     assert (process.returncode, stderr.decode()) == ((1, line) if end else (0, ""))
 
 
@@ -1576,8 +1576,8 @@ def test_other_output_into_a_closed_pipe_ends_quietly(
         (["echo", "-n", "hello"], 0, b"hello", b""),
         (["--", "sh", "-c", "echo out; echo err >&2; exit 7"], 7, b"out\nerr\n", b""),
         (["-c", "sh", "-args", "-c", "exit 255"], 255, b"", b""),
-        (["sh", "-c", "kill -SEGV $$"], 139, b"", b"client: the job did not end by itself: .*SEGV"),
-        (["sh", "-c", "kill -KILL $$"], 137, b"", b"client: the job did not end by itself: .*KILL"),
+        (["sh", "-c", "kill -SEGV $$"], 139, b"", b"client: the job did not exit by itself.*SEGV"),
+        (["sh", "-c", "kill -KILL $$"], 137, b"", b"client: the job did not exit by itself.*KILL"),
         (["no-such-command"], 125, b"", b"client: cannot execute 'no-such-command': "),
         (["--pids", "1T", "true"], 125, b"", b"client run: "),
         (["--no-such-option", "true"], 125, b"", b"client run: unknown option"),
@@ -1658,7 +1658,7 @@ def test_run_whose_server_was_killed_exits_with_125(
         _, stderr = process.communicate(timeout=GUARD_S)
     assert process.returncode == 125
     assert stderr.splitlines()[-1].startswith(
-        b"client: the job did not end by itself: FINISHED (lost)"
+        b"client: the job did not exit by itself: FINISHED (lost)"
     )
 
 

@@ -266,7 +266,7 @@ def test_job_that_a_killed_server_has_lost_is_told(
         last = process.stderr.read().decode()
     assert process.returncode == 1
     assert last == (
-        "client: the job did not end by itself: FINISHED (lost); the output may be incomplete\n"
+        "client: the job did not exit by itself: FINISHED (lost); the output may be incomplete\n"
     )
 
 
