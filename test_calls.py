@@ -147,7 +147,7 @@ def test_caller_with_few_calls_is_served_when_all_together_have_too_many(server:
 
 @pytest.mark.usefixtures("small")
 def test_call_counts_until_grpc_says_that_it_is_over(server: _Server) -> None:
-    """Not until its behaviour has returned; and it is over only once."""
+    """It counts although its behaviour has returned; and its end counts only once."""
     for _ in range(3):
         over: list[Ticket] = []
         done = threading.Semaphore(0)
@@ -185,7 +185,7 @@ def test_answers_that_are_not_read_count_and_a_caller_without_any_is_served(
 
 
 def test_caller_that_has_no_calls_is_forgotten(server: _Server) -> None:
-    """Callers are as many as there are users, but nothing of them stays."""
+    """Streams and unary calls of many users leave nothing in memory."""
     done = threading.Semaphore(0)
     tickets = [
         server.call(f"user{number}", lambda _: done.release(), is_stream=number % 2 == 0)
@@ -195,7 +195,7 @@ def test_caller_that_has_no_calls_is_forgotten(server: _Server) -> None:
         if ticket.refusal is None:
             assert done.acquire(timeout=GUARD_S)
         ticket.over()
-    while server.calls._callers:  # until the last worker has noted the end of its call
+    while server.calls._callers:  # until the last clerk has noted the end of its call
         pass
 
 
@@ -241,7 +241,7 @@ def test_threads_of_calls_that_took_long_end(server: _Server) -> None:
 
 
 def test_stream_has_a_thread_that_ends_with_it(server: _Server) -> None:
-    """However many have been: no more threads than before; and none of them was a worker's."""
+    """Other calls are served beside streams; after many streams there are no more threads."""
     before = len(server.calls._threads)
     for _ in range(50):
         left, end = threading.Semaphore(0), threading.Event()
@@ -294,7 +294,7 @@ def _no_more_threads() -> Iterator[None]:
 
 
 def test_stream_whose_thread_cannot_be_started_is_refused_alone(server: _Server) -> None:
-    """Its worker serves the next calls, as often as it happens."""
+    """The stream's thread remains a clerk and serves the next calls, however often this happens."""
     outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def stream(ticket: Ticket) -> None:
@@ -373,7 +373,7 @@ def test_shutdown_serves_the_calls_that_wait_and_refuses_new_ones() -> None:
 def test_calls_whose_request_does_not_arrive_are_cancelled(
     server: _Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them, also after a time without any; a request that arrives is left alone."""
+    """Each of them, also those that begin when all former ones have been cancelled."""
     monkeypatch.setattr(calls_module, "_ARRIVAL_S", 0.01)
     for _ in range(20):
         cancelled = [threading.Event() for _ in range(5)]
@@ -395,7 +395,7 @@ def test_calls_whose_request_does_not_arrive_are_cancelled(
 
 
 def test_logins_of_one_certificate_do_not_take_the_threads_of_others(server: _Server) -> None:
-    """A certificate has a share of its own, and one that has none is not remembered."""
+    """Each certificate has a share of its own, and one without logins is not remembered."""
     with pytest.raises(OverloadError, match="logins with your certificate"):
         _log_in(server.calls, b"mallory", calls_module._LOGINS_OF_ONE + 1)
     _log_in(server.calls, b"mallory", calls_module._LOGINS_OF_ONE)
@@ -496,7 +496,7 @@ def test_refusal_tells_people_and_grpcs_own_retries_when_to_try_again(
 def test_client_of_grpc_obeys_the_refusal(
     serve: Serve, connect: Connect, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would pause for longer than the test waits, and tries again when the server says."""
+    """By its own settings it would pause for very long; it tries again when the server says."""
 
     class FirstError(OverloadError):
         def __init__(self, why: str) -> None:

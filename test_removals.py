@@ -51,7 +51,7 @@ def test_removal_is_made_at_once_if_there_is_no_other() -> None:
 
 
 def test_removal_does_not_wait_long_for_another(slow: _Slow) -> None:
-    """It is not made."""
+    """`make` gives up and returns None."""
     assert slow.removals.make(lambda: True) is None
 
 

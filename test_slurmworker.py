@@ -123,7 +123,7 @@ def _sruns(job_id: str) -> list[int]:
 
 
 def _kill_both_sruns(job_id: str) -> None:
-    """Neither notices the end of the other one, and would end the job."""
+    """Stop both, then kill both: one that noticed the end of the other would end the job."""
     for number in signal.SIGSTOP, signal.SIGKILL:
         for pid in _sruns(job_id):
             os.kill(pid, number)
@@ -232,7 +232,7 @@ def test_tiny_writes_are_taken_together(
 ) -> None:
     """srun passes on each; all that comes in the pause after the first line is moved at once.
 
-    The pause is endless in this test. So only the end of the job can have ended it.
+    The pause is endless in this test, so only the end of the job can end the pause.
     """
     monkeypatch.setattr("buffers.rest_ms", lambda *_: 1_000_000_000)
     move, sizes = SlurmJob._move_output, []
@@ -305,7 +305,7 @@ def test_signal_and_timeout(worker: SlurmWorker) -> None:
 
 
 def test_out_of_memory_is_told_by_the_node(worker: SlurmWorker) -> None:
-    """And a leader that lives on keeps its own exit code, of which srun makes 1."""
+    """And a leader that lives on keeps its own exit code, although srun reports 1."""
     eater = "x = bytearray(300 << 20)"
     job, _ = _run(worker, "/usr/bin/python3", "-c", eater)
     assert job.end_reason is EndReason.OUT_OF_MEMORY
@@ -393,7 +393,7 @@ def test_job_whose_srun_is_killed_is_lost(worker: SlurmWorker) -> None:
 
 
 def test_what_a_killed_program_left_is_ended(cluster: Cluster, tmp_path: Path) -> None:
-    """Its fork server ends each srun, and that its job."""
+    """Its fork server ends each srun, and srun ends its job."""
     code = (
         "import sys, os; sys.path.insert(0, sys.argv[1])\n"
         "from slurmworker import *\n"
@@ -978,7 +978,7 @@ def test_waiting_jobs_are_ended_on_demand(restarts: _Restarts) -> None:
 def test_next_worker_cancels_what_a_killed_fork_server_has_left(
     restarts: _Restarts, cluster: Cluster
 ) -> None:
-    """Its jobs are LOST, and run on nowhere, although each srun was killed with it."""
+    """The jobs are LOST and run nowhere, although each srun was killed with the fork server."""
     worker = restarts.open()
     job_id = _begun(worker, "sh", "-c", "echo; exec sleep 1000")
     pid = restarts.leave()

@@ -127,7 +127,7 @@ class _Adopted:
 
 
 def test_job_goes_on_without_its_main_process_and_with_the_next(tmp_path: Path) -> None:
-    """Its output and its end are the next one's, and its fork server has the same number."""
+    """The next main process gets its output and its end; the fork server keeps its pid."""
     (tmp_path / "go").touch()
     os.mkfifo(tmp_path / "fifo")
     former = Spawner(restart=_restart(tmp_path))
@@ -155,7 +155,7 @@ def test_job_goes_on_without_its_main_process_and_with_the_next(tmp_path: Path) 
 
 
 def test_end_without_a_main_process_is_told_to_the_next(tmp_path: Path) -> None:
-    """Whether the former one was told of it or not: it may have died before it recorded the end."""
+    """Also if the former one was told: it may have died before it recorded the end."""
     former = Spawner(restart=_restart(tmp_path))
     jobs = {"told": "exit 7", "not told": f"read x <{tmp_path}/fifo; kill -9 $$"}
     os.mkfifo(tmp_path / "fifo")
@@ -243,7 +243,7 @@ def test_without_jobs_nobody_is_awaited(tmp_path: Path) -> None:
 def test_when_the_window_is_over_the_jobs_are_killed_and_their_ends_are_left(
     tmp_path: Path,
 ) -> None:
-    """What had ended by itself has its own end there."""
+    """A job that had ended by itself is left with its own end."""
     former = Spawner(restart=_restart(tmp_path, window_s=0.01))
     jobs = {"ended": "exit 5", "killed": "sleep infinity"}
     pipes = {job: _start(former, job, "sh", "-c", text) for job, text in jobs.items()}
@@ -379,7 +379,7 @@ def test_takeover_that_fails_leaves_no_descriptor_in_the_fork_server(tmp_path: P
 def test_start_for_which_the_fork_server_has_too_few_descriptors_leaves_nothing(
     tmp_path: Path,
 ) -> None:
-    """Wherever it fails: no process, which could execute the command, and no descriptor."""
+    """Wherever the start fails, no process is left to execute the command, and no descriptor."""
     with Spawner(restart=_restart(tmp_path)) as spawner:
         fds = f"/proc/{spawner.pid}/fd"
         first = _start(spawner, "first", "true")
@@ -463,7 +463,7 @@ os.execv(sys.executable, [sys.executable, "-ESs", *sys.argv[1:]])
 def test_state_that_makes_no_sense_to_the_next_program_ends_the_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """Nobody could have them any more, so they must not go on unseen."""
+    """No main process could take the jobs over any more, so they must not go on unseen."""
     former = Spawner(restart=_restart(tmp_path))
     # A process that has left the leader's session ends, too.
     pipes = _start(former, "a", "sh", "-c", "setsid sleep infinity & exec sleep infinity")
@@ -481,7 +481,7 @@ def test_state_that_makes_no_sense_to_the_next_program_ends_the_jobs(
 def test_successor_without_a_window_that_gives_up_leaves_the_jobs(
     tmp_path: Path, *, takes_all: bool
 ) -> None:
-    """They wait for another one, for the window of the main process that had started them."""
+    """They wait for another successor, for the window of the main process that started them."""
     former = Spawner(restart=_restart(tmp_path))
     pipes = _start(former, "a", "sleep", "infinity")
     former.leave()
@@ -561,7 +561,7 @@ def test_killed_main_process_does_not_end_its_jobs(tmp_path: Path) -> None:
 
 
 def test_fork_server_that_another_user_started_is_not_believed(tmp_path: Path) -> None:
-    """Whoever can put a socket there must not become the fork server of the next main process."""
+    """Whoever can put a socket into the directory must not become the fork server."""
     if not can_change_user():
         pytest.skip("needs the right to change users")
     sock = takeover.bind(tmp_path)
