@@ -1,4 +1,4 @@
-"""Authentication: logins, tokens, logouts, and the table of what each role may call.
+"""Authentication: logins, tokens and how long they last, logouts, and what each role may call.
 
     running = RunningTime(store)
     authenticator = Authenticator(

@@ -1,4 +1,4 @@
-"""How a job ends: how long it may take (`Ending`), and the wait after its leader's end.
+"""The times of a job: timeout, grace and linger (`Ending`); and the wait after its leader's end.
 
     ending = Ending(timeout=1800, grace=10, linger=2)
     await_others(output_fd, exit_fd, cgroup, time.monotonic() + ending.linger, move=move)

@@ -1,9 +1,10 @@
-"""One job that runs: the object that looks after it. `jobstate.py` has what is known of a job.
+"""One job that runs: its thread and output, its signals, stop and timeout, and why it ended.
 
 Each running job has a thread of its own. The thread moves the output from the job's pipe to
 its output log until the leader has ended. If the leader ended by itself, the thread lets other
 processes go on that hold the output (`ending.py`). Then it kills what the leader left behind,
 moves the rest of the output and makes the one transition out of RUNNING. Nothing else ends a job.
+`jobstate.py` has what is known of a job.
 
     job = RunningJob(work, spare.body, cgroup, ...)
     spare.thread.give(job.job_id, job.run)

@@ -1,4 +1,4 @@
-"""When a token was issued, when it expires, and when its session ends, as the token itself says.
+"""When a token was issued, when it expires, and when its session ends, as a client reads them.
 
     times = TokenTimes.read(token)
     if times is not None and times.can_be_refreshed:
