@@ -321,8 +321,8 @@ def _signal(
                 with contextlib.suppress(ProcessLookupError):
                     pidfds[pid] = os.pidfd_open(pid)
                     opened.callback(os.close, pidfds[pid])
-            # A process may have ended, and a stranger have its number, before its pidfd was opened.
-            # So we look again: if the number is still in the cgroup, then the pidfd is that of a
+            # A process may have ended, and a stranger have its pid, before its pidfd was opened.
+            # So we look again: if the pid is still in the cgroup, then the pidfd is that of a
             # process of the cgroup, or of a stranger that has ended.
             for pid in _processes(path) & pidfds.keys():
                 with contextlib.suppress(ProcessLookupError):

@@ -26,7 +26,7 @@ import re
 from clienterrors import ClientError
 from following import JobEnd, OutputStream
 from link import Link, is_token, token_metadata
-from reopening import Resumption
+from reopening import Reopening
 from replacing import read_small
 from tokenrenewal import Renewal
 from units import parse_address
@@ -462,14 +462,14 @@ class Client:
         """
         from sending import Sending
 
-        sending, resumption = Sending(data, offset, ends=end), Resumption(self._link)
+        sending, reopening = Sending(data, offset, ends=end), Reopening(self._link)
         has_broken_off = False
         if not self._link.is_reached:
             self.status(job_id)  # tells a server that is away from a connection that is lost later
         while not sending.is_done:
             messages = sending.messages(self._worker_pb.WriteInputRequest, job_id)
             try:
-                metadata = resumption.metadata()
+                metadata = reopening.metadata()
                 stdin = self._link.begin(self._worker.WriteInput, messages, metadata=metadata).stdin
             except self._link.rpc_error as rpc_error:
                 error = self._link.explain(rpc_error)
@@ -479,7 +479,7 @@ class Client:
                     return
                 # The server may have written some more of a call after the connection was lost.
                 error.may_pass |= error.code == "OUT_OF_RANGE" and has_broken_off
-                resumption.recover(error, rpc_error)
+                reopening.recover(error, rpc_error)
                 has_broken_off = True
                 try:
                     stdin = self.status(job_id).stdin
@@ -487,7 +487,7 @@ class Client:
                     continue  # the next call finds out, too
             try:
                 if sending.acknowledge(stdin.bytes, ended=stdin.ended):
-                    resumption.succeeded()
+                    reopening.succeeded()
             except ValueError as error:
                 raise ClientError(f"the input of job {job_id} is not whole: {error}") from error
 

@@ -11,7 +11,7 @@ Thread safety: one thread iterates; any thread may `close`.
 from __future__ import annotations
 
 from clienterrors import ClientError, whole_number
-from reopening import Resumption
+from reopening import Reopening
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ class OutputStream:
         self._link = link
         self._open_call = open_call
         tell = None if on_lost is None else lambda error: on_lost(error, self.offset)
-        self._resumption = Resumption(link, tell, on_lost_after)
+        self._reopening = Reopening(link, tell, on_lost_after)
         self._missing = 0
         self.end: JobEnd | None = None
         self.offset: int | None = None
         self.gap: tuple[int, int] | None = None
         self.written_at: datetime | None = None
-        self._call = open_call(self._resumption.metadata(), None)
+        self._call = open_call(self._reopening.metadata(), None)
 
     def __iter__(self) -> Self:
         return self
@@ -100,7 +100,7 @@ class OutputStream:
                 self._find_end()
                 self._recover(self._link.explain(error))
                 continue
-            self._resumption.succeeded()
+            self._reopening.succeeded()
             if message.HasField("gap"):
                 gap = message.gap.offset, message.gap.length
                 self.offset = sum(gap)
@@ -119,21 +119,21 @@ class OutputStream:
 
     def _recover(self, error: ClientError) -> None:
         """Make the call again if its connection was lost; else raise the error."""
-        if error.code == "NOT_FOUND" and self._resumption.is_tried:
+        if error.code == "NOT_FOUND" and self._reopening.has_failed:
             raise ClientError(
                 f"{error}: it was removed, or a restarted server does not know it",
                 error.code,
             ) from error
         if self.end is not None:
             raise error
-        self._resumption.recover(error, self._call)
-        self._call = self._open_call(self._resumption.metadata(), self.offset)
-        if self._resumption.closed.is_set():
+        self._reopening.recover(error, self._call)
+        self._call = self._open_call(self._reopening.metadata(), self.offset)
+        if self._reopening.closed.is_set():
             self._call.cancel()
 
     def close(self) -> None:
         """End the stream; idempotent. A thread that waits for output gets a `ClientError`."""
-        self._resumption.closed.set()
+        self._reopening.closed.set()
         self._call.cancel()
 
 

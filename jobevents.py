@@ -17,7 +17,7 @@ import time
 from collections import deque
 
 import workerservice_pb2 as worker_pb
-from reopening import Resumption
+from reopening import Reopening
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class JobEvents:
         self._open_call = open_call
         self._kept = kept
         self._ends_s = None if timeout_s is None else time.monotonic() + timeout_s
-        self._resumption = Resumption(link)
+        self._reopening = Reopening(link)
         self._known: dict[str, worker_pb.Job] = {}  # what was told
         self._asked = {job_id.lower() for job_id in job_ids}  # and was not told to be removed
         self._pending: deque[worker_pb.JobEvent] = deque()  # what happened during an outage
@@ -65,7 +65,7 @@ class JobEvents:
         self._call = self._open()
 
     def _open(self) -> Any:
-        return self._open_call(self._resumption.metadata(), self._left_s())
+        return self._open_call(self._reopening.metadata(), self._left_s())
 
     def _left_s(self) -> float | None:
         return None if self._ends_s is None else max(0.0, self._ends_s - time.monotonic())
@@ -82,17 +82,17 @@ class JobEvents:
             except self._link.rpc_error as error:
                 self._begin_anew(self._link.explain(error))
                 continue
-            self._resumption.succeeded()
+            self._reopening.succeeded()
             if self._is_news(event):
                 return event
 
     def _begin_anew(self, error: ClientError) -> None:
         """Watch again, and note what happened meanwhile. Raises `error` if it is final."""
         left_s = self._left_s()
-        self._resumption.recover(error, self._call, most_s=math.inf if left_s is None else left_s)
+        self._reopening.recover(error, self._call, most_s=math.inf if left_s is None else left_s)
         self._is_anew = True
         self._call = self._open()
-        if self._resumption.closed.is_set():
+        if self._reopening.closed.is_set():
             self._call.cancel()
         if any(item.key == "accepted" for item in self._call.initial_metadata() or ()):
             self._find_missed()
@@ -131,7 +131,7 @@ class JobEvents:
 
     def close(self) -> None:
         """End it; idempotent. A thread that waits for an event gets a `ClientError`."""
-        self._resumption.closed.set()
+        self._reopening.closed.set()
         self._call.cancel()
 
 

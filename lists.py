@@ -106,12 +106,12 @@ class Lists:
     def watch(self, request: worker_pb.WatchJobsRequest, call: Call) -> Iterator[bytes]:
         """Begin a watch and record the call; return a generator of serialized messages."""
         matching = _job_filter(request.filter, call.caller)
-        with contextlib.ExitStack() as ending:
-            ending.callback(self._quotas.stream(call.caller.name))
-            watch = ending.enter_context(self._worker.watch(matching))
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self._quotas.stream(call.caller.name))
+            watch = at_end.enter_context(self._worker.watch(matching))
             call.record()
             missing = self._missing(request.filter.job_ids, call.caller)
-            return self._events(watch, missing, ending.pop_all(), call)
+            return self._events(watch, missing, at_end.pop_all(), call)
 
     def _missing(self, job_ids: Sequence[str], caller: Identity) -> list[str]:
         """Return those of the IDs, if not shortened, of which the caller may see no job."""
@@ -127,14 +127,14 @@ class Lists:
         return missing
 
     def _events(
-        self, watch: Watch, missing: list[str], ending: contextlib.ExitStack, call: Call
+        self, watch: Watch, missing: list[str], at_end: contextlib.ExitStack, call: Call
     ) -> Iterator[bytes]:
-        with ending:
+        with at_end:
             # If the client disconnects, gRPC does not wake a generator that waits for an event.
             # This callback does.
             if not call.context.add_callback(watch.close):
                 return
-            ending.callback(self._authenticator.watch(call.caller, watch.close))
+            at_end.callback(self._authenticator.watch(call.caller, watch.close))
             for job_id in missing:
                 job = worker_pb.Job(job_id=job_id)
                 yield _serialized(JobEventKind.REMOVED, job)

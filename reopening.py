@@ -1,11 +1,11 @@
 """How a stream, a watch or an input goes on after its call broke off.
 
-    resumption = Resumption(link)
+    reopening = Reopening(link)
     ...
     except link.rpc_error as error:
-        resumption.recover(link.explain(error), call)  # waits; raises the error if it is final
+        reopening.recover(link.explain(error), call)  # waits; raises the error if it is final
 
-Thread safety: one thread uses a `Resumption`. Any thread may set its event `closed`.
+Thread safety: one thread uses a `Reopening`. Any thread may set its event `closed`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from clienterrors import ClientError
     from link import Link
 
-__all__ = ["Resumption"]
+__all__ = ["Reopening"]
 
 
-class Resumption:
+class Reopening:
     """Decides whether and when a call that broke off is made again.
 
     `tell`, `tell_after_s`: see `Patience`.
@@ -58,9 +58,9 @@ class Resumption:
         self._patience.succeeded()
 
     @property
-    def is_tried(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether the last call broke off."""
-        return self._patience.is_tried
+        return self._patience.has_failed
 
     def recover(self, error: ClientError, call: Any, *, most_s: float = math.inf) -> None:
         """Wait until the call may be made again. Raises `error` if it is final.

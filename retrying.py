@@ -65,7 +65,7 @@ class Patience:
         self.closed_connections = 0
 
     @property
-    def is_tried(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether the last attempt failed."""
         return self._lost_s is not None
 

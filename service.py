@@ -228,11 +228,11 @@ class _WorkerServicer:
         reason = BY_OWNER if is_owner else BY_ADMIN
         # A stop of a job that has ended changes nothing, and anybody may repeat it as they like.
         call.record(alone=not self._has_ended(job_id))
-        with contextlib.ExitStack() as ending:
+        with contextlib.ExitStack() as at_end:
             if grace:
                 # It may take minutes. The caller's other calls, and a stop without grace that ends
                 # this one, do not wait for its thread.
-                ending.callback(self.quotas.stream(call.caller.name))
+                at_end.callback(self.quotas.stream(call.caller.name))
                 call.ticket.leave()
             job = self._worker.stop(job_id, reason=reason, grace=grace)
         return worker_pb.StopJobResponse(job=job_message(job))
@@ -283,10 +283,10 @@ class _WorkerServicer:
         job = self._worker.observe(job_id)
         before = self._worker.status(job_id, live_usage=False)
         since = time_before(request, "since")
-        with contextlib.ExitStack() as ending:
-            ending.callback(self.quotas.stream(call.caller.name))
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self.quotas.stream(call.caller.name))
             try:
-                chunks = ending.enter_context(
+                chunks = at_end.enter_context(
                     self._worker.stream(
                         job_id,
                         subscriber=call.caller.name,
@@ -301,23 +301,23 @@ class _WorkerServicer:
                 call.context.set_trailing_metadata(end_metadata(job(), request.offset))
                 raise
             call.record()
-            return self._stream(chunks, job, before, ending.pop_all(), call)
+            return self._stream(chunks, job, before, at_end.pop_all(), call)
 
     def _stream(
         self,
         chunks: worker.Subscription,
         job: Callable[[], Job],
         before: Job,
-        ending: contextlib.ExitStack,
+        at_end: contextlib.ExitStack,
         call: Call,
     ) -> Iterator[bytes]:
         """Yield the messages. `before`: the job, seen before the subscription began."""
-        with ending:
+        with at_end:
             # If the client disconnects, gRPC does not wake a generator that waits for output. This
             # callback does.
             if not call.context.add_callback(chunks.close):
                 return
-            ending.callback(self._authenticator.watch(call.caller, chunks.close))
+            at_end.callback(self._authenticator.watch(call.caller, chunks.close))
             try:
                 yield from self._messages(chunks, call)
             except worker.OutputLeftError:
@@ -361,12 +361,12 @@ class _WorkerServicer:
         first = next(requests)
         job_id, _ = self._reach(first.job_id, call)
         job = self._worker.observe(job_id)
-        with contextlib.ExitStack() as ending:
-            ending.callback(self.quotas.stream(call.caller.name))
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self.quotas.stream(call.caller.name))
             call.ticket.leave()
-            writer = ending.enter_context(self._worker.open_input(job_id, first.offset))
+            writer = at_end.enter_context(self._worker.open_input(job_id, first.offset))
             call.record()
-            ending.callback(self._authenticator.watch(call.caller, writer.close))
+            at_end.callback(self._authenticator.watch(call.caller, writer.close))
             if call.context.add_callback(writer.close):
                 inputcalls.write_all(
                     itertools.chain([first], requests),

@@ -84,7 +84,7 @@ def test_patience_ends_after_its_time() -> None:
         patience.wait(error, for_s=0.2)
     assert (caught.value, told) == (error, [error])
     patience.succeeded()
-    assert not patience.is_tried
+    assert not patience.has_failed
     patience.wait(error, for_s=0.2)
     assert told == [error, error]
 
