@@ -7,7 +7,7 @@ moves the rest of the output and makes the one transition out of RUNNING. Nothin
 `jobstate.py` has what is known of a job.
 
     job = RunningJob(work, spare.body, cgroup, ...)
-    spare.thread.give(job.job_id, job.run)
+    spare.body.thread.give(job.job_id, job.run)
     job.kill(EndReason.STOPPED)
     job.wait(10)
     job.snapshot()

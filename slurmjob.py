@@ -7,7 +7,7 @@ output are here as the step has written. If there are fewer, it is LOST: the exi
 never trusted.
 
     job = SlurmJob(work, spare.body, channel=channel, cluster=cluster, ...)
-    spare.thread.give(job.job_id, job.run)
+    spare.body.thread.give(job.job_id, job.run)
     job.await_begin()              # until the command runs, waits in the queue, or cannot run
 
 Thread safety: as of `RunningJob`.

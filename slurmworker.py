@@ -89,7 +89,7 @@ class SlurmStarter(Starter):
             undo.callback(self._unrecord, spare, work)  # last: when nothing of it runs
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
-            self._prepare_output(spare.output, work.owner, budget)
+            self._prepare_output(spare.body.output, work.owner, budget)
             with self._execution(spare):
                 job = self._begin(work, around, spare, undo)
                 undo.pop_all()
@@ -140,12 +140,12 @@ class SlurmStarter(Starter):
         )
         job.position = position
         undo.callback(job.close_channel)
-        undo.callback(spare.thread.join)
+        undo.callback(spare.body.thread.join)
         with self._idle:
             self._beginning[spare.job_id] = job
             is_cut_off = spare.job_id not in self._executing
         try:
-            spare.thread.give(job.job_id, job.run)
+            spare.body.thread.give(job.job_id, job.run)
             if is_cut_off:
                 job.kill(EndReason.CLOSED)
             job.await_begin()

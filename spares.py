@@ -62,19 +62,15 @@ class Body(NamedTuple):
 class Spare(NamedTuple):
     """What the next job will consist of. `discard` removes all of it."""
 
-    job_id: str
+    body: Body
     cgroup: Cgroup | None  # without limits
     process: Process
-    output: OutputLog
-    output_fd: int  # read end of the pipe that is the job's stdout and stderr
-    exit_fd: int  # read end of the pipe on which the fork server tells the end
-    thread: JobThread
     discard: Callable[[], None]
 
     @property
-    def body(self) -> Body:
-        """The parts of which the job consists."""
-        return Body(self.job_id, self.output, self.output_fd, self.exit_fd, self.thread)
+    def job_id(self) -> str:
+        """The ID of the next job."""
+        return self.body.job_id
 
 
 class Spares:
@@ -210,8 +206,8 @@ class Spares:
             undo.callback(process.close)
             thread = JobThread()
             undo.callback(thread.discard)
-            parts = cgroup, process, output, output_fd, exit_fd, thread
-            return Spare(job_id, *parts, undo.pop_all().close)
+            body = Body(job_id, output, output_fd, exit_fd, thread)
+            return Spare(body, cgroup, process, undo.pop_all().close)
 
 
 class JobThread(threading.Thread):

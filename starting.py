@@ -140,7 +140,7 @@ class Starter:
             undo.callback(self._spawner.kill, spare.job_id)
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
-            self._prepare_output(spare.output, work.owner, budget)
+            self._prepare_output(spare.body.output, work.owner, budget)
             started_at, started_s = datetime.now(UTC), time.monotonic()
             cgroup = None
             if self._subtree is not None and spare.cgroup is not None:
@@ -176,7 +176,7 @@ class Starter:
             # Before the job's thread runs, because that thread may finish the job at once.
             job.position = position
             self._registry.add(job)
-            spare.thread.give(job.job_id, job.run)
+            spare.body.thread.give(job.job_id, job.run)
             return job.job_id
 
     def _note_what_lives(

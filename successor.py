@@ -131,10 +131,9 @@ def _ask(
         if "refused" in answer:
             raise TakeoverError(answer["refused"])
         undo.pop_all()
-        pidfd, *lock_fds = fds
-        lock_fd = lock_fds[0] if lock_fds else None
-        return Heritage(sock, answer["pid"], pidfd, lock_fd, answer["dismantle"])
-    raise AssertionError("unreachable")
+    pidfd, *lock_fds = fds
+    lock_fd = lock_fds[0] if lock_fds else None
+    return Heritage(sock, answer["pid"], pidfd, lock_fd, answer["dismantle"])
 
 
 class Waiting(NamedTuple):
