@@ -125,7 +125,7 @@ _WEB_STATUS_AWAY = {"502", "503", "504"}  # of a proxy that does not reach the s
 
 
 def strange_answer(server: str, details: str = "", code: str = "UNKNOWN") -> ClientError:
-    """Return the error of an answer that is none of a job-worker server."""
+    """Return the error for an answer that no job-worker server gives."""
     found = _WEB_STATUS.search(details)
     how = f": it answers like a web server, with status {found[1]}" if found else ""
     return ClientError(

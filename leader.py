@@ -291,8 +291,8 @@ def _make_home(home: str, new: str, uid: int) -> None:
     try:
         os.mkdir(new, 0o700)
     except FileExistsError:
-        # Of a process with our number that was killed here, maybe when `new` had become another
-        # user's. If that user has put something into it, this fails.
+        # A process with this pid has left it, because it was killed here. The directory may belong
+        # to another user by then. If that user has put something into it, the rmdir fails.
         os.rmdir(new)
         os.mkdir(new, 0o700)
     try:

@@ -1,8 +1,8 @@
 """The subcommand `list`: a table of jobs, their IDs or JSON, once or with every change.
 
-The table fits the terminal: a name, owner or node that takes too much room is cut, and so is the
-command. If jobs have run on a cluster, there is a column for the node. With --watch the table is
-drawn again in place. What is no terminal gets whole lines.
+The table fits the terminal: a name, owner, node or command that takes too much room is cut. If jobs
+have run on a cluster, there is a column for the node. With --watch the table is drawn again in
+place. If stdout is no terminal, nothing is cut.
 
 Threads: the main thread draws. With --watch on a terminal a thread waits for events and passes
 them on; it ends when the main thread closes the call.

@@ -114,7 +114,7 @@ class FinishedJob:
         subscribers = self._registry.subscribers(self.row.job.job_id)
         return replace(self.row.job, subscribers=subscribers) if subscribers else self.row.job
 
-    def wait(self, timeout: float | None) -> bool:  # noqa: ARG002 -- as of a RunningJob
+    def wait(self, timeout: float | None) -> bool:  # noqa: ARG002 -- like RunningJob
         return True
 
     def kill(self, reason: EndReason, stop_reason: str = "") -> None:

@@ -10,7 +10,7 @@ never trusted.
     spare.body.thread.give(job.job_id, job.run)
     job.await_begin()              # until the command runs, waits in the queue, or cannot run
 
-Thread safety: as of `RunningJob`.
+Thread safety: see `RunningJob`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ on with the job in `Worker.resume`. What else a former worker of the same instan
 the cluster is ended by `sweep`: at the start, and every minute, because a job whose two srun
 processes were killed runs on.
 
-Thread safety: as of `Worker`. One more thread sweeps.
+Thread safety: see `Worker`. One more thread sweeps.
 """
 
 from __future__ import annotations

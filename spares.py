@@ -50,7 +50,7 @@ _DISCARD_S = 10.0  # how long killed processes may take to be gone
 
 
 class Body(NamedTuple):
-    """What a job consists of, but for its processes. `RunningJob` closes the descriptors."""
+    """What a job consists of, except its processes. `RunningJob` closes the descriptors."""
 
     job_id: str
     output: OutputLog

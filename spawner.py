@@ -268,7 +268,7 @@ class Spawner:
     def terminate(self, job: str, *, uid: int | None) -> None:
         """Send SIGTERM, and then SIGCONT, to every process of `job`, but not to later ones.
 
-        `uid` and errors: as of `signal`.
+        `uid` and errors: see `signal`.
         """
         self._request({"op": "terminate", "job": job, "uid": uid})
 
@@ -366,7 +366,7 @@ class Spawner:
     def _ask(self, request: dict[str, Any], fds: Sequence[int]) -> socket.socket:
         """Send a request; return the socket on which the answer will come."""
         pair = functools.partial(socket.socketpair, socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # Without descriptors to send it is no start, but for example a kill, which must not fail.
+        # A request without descriptors is no start. It may be a kill, which must not fail.
         ours, theirs = pair() if fds else with_reserve(pair)
         try:
             with theirs, self._lock:

@@ -93,7 +93,7 @@ _MIGRATIONS: tuple[str, ...] = (
 _CACHE_KIB = 512  # what SQLite may use for pages
 
 _HEADER_BYTES = 100
-_FULL_BYTES = 1024 * 1024  # with less, a failure of the disk is that of a full one
+_FULL_BYTES = 1024 * 1024  # with less free, a write that fails is taken for that of a full disk
 
 _RESTORE = "restore it from a backup: docs/security.md, Backup"
 
@@ -102,8 +102,8 @@ class Store:
     """A database in `directory`, which is made with mode 0700; None: in memory.
 
     `may_be_new`: False if there must have been a database before; a missing one is an error then.
-    One process at a time may have it. Raises `StoreError`, whose message has the remedy.
-    Attribute: `instance_id`, a UUID that the database keeps for ever, and so do its copies.
+    One process at a time may have the directory. Raises `StoreError`, whose message has the remedy.
+    Attribute: `instance_id`, a UUID that the database and its copies keep for ever.
     """
 
     def __init__(

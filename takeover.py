@@ -13,7 +13,7 @@ Only root and the user that started the fork server may take over: the socket ha
 the kernel names the user at the other end of a connection (SO_PEERCRED). So a main process that has
 given up root, and that somebody else controls, gains nothing here. The successor also names the
 instance ID of its store. A main process with another store would not know the jobs, and would end
-them; it is refused (`refusal`), and so is one with other settings.
+them. So it is refused, like one with other settings (`refusal`).
 
 If no successor comes in time, the fork server kills the jobs and writes how each one ended into a
 file of the restart directory (`write_ends`), for the next start (`read_ends`).

@@ -426,7 +426,7 @@ class Worker:
     def status(self, job_id: str, *, live_usage: bool = True, owner: str | None = None) -> Job:
         """Return what is known of the job. Raises `UnknownJobError`.
 
-        `live_usage`: as of `list`. `owner`: a job of anybody else counts as unknown.
+        `live_usage`: see `list`. `owner`: a job of anybody else counts as unknown.
         """
         return self._registry.get(job_id, owner).snapshot(live_usage=live_usage)
 
