@@ -50,7 +50,7 @@ import uuid
 from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 import jwt
 
@@ -183,9 +183,12 @@ class Identity:
     """A digest of the user's entry in the users file: it changes with the entry."""
     session: Session
 
-    def reaches(self, owner: str) -> bool:
-        """Whether this user may see and stop the jobs of `owner`."""
-        return self.only_owner in (None, owner)
+    def reaches(self, owner: str | None) -> TypeGuard[str]:
+        """Whether this user may see and stop the jobs of `owner`. None is no owner: False.
+
+        Does the same work for None and for somebody else.
+        """
+        return self.only_owner in (None, owner) and owner is not None
 
     @property
     def only_owner(self) -> str | None:

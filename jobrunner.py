@@ -67,8 +67,8 @@ class JobRunner(Protocol):
     def make_room(self, owner: str, budget: Budget) -> Budget | None:
         """Make room for a byte in a budget, if it is full; return the budget that stays full."""
 
-    def owner(self, job_id: str) -> str:
-        """Return whose job it is."""
+    def owner(self, job_id: str) -> str | None:
+        """Return whose job it is; None if there is no such job."""
 
     def status(self, job_id: str, *, live_usage: bool = True, owner: str | None = None) -> Job:
         """Return what is known of a job. `owner`: a job of anybody else counts as unknown."""

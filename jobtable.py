@@ -58,6 +58,12 @@ _COLUMNS = (
 )
 _START = _COLUMNS.split(", ").index("start")
 _SELECT = f"SELECT {_COLUMNS} FROM jobs"  # noqa: S608 -- our own names
+# The job with this ID or, if there is none, the one with the next ID; after the last one, the last.
+# To read this row takes the same time whether there is a job with this ID or not.
+_NEAREST = (
+    "position = (SELECT position FROM jobs "
+    "WHERE job_id >= min(:job_id, (SELECT max(job_id) FROM jobs)) ORDER BY job_id LIMIT 1)"
+)
 _NOT_GONE = "job_id NOT IN (SELECT value FROM json_each(:gone))"
 _LIMITS = [field.name for field in fields(Limits)]
 _USAGE = [field.name for field in fields(Usage)]
@@ -308,17 +314,24 @@ class JobTable:
         return row is not None and row.number is not None and bool(row.job.tmp_directory)
 
     def owner(self, job_id: str) -> str | None:
-        """Return whose job it is; None if there is no row of it. Raises `StoreError`."""
+        """Return whose job it is; None if there is no row of it. Raises `StoreError`.
+
+        Takes the same time whether there is a row or not.
+        """
         is_removed = self._unwritten.get(job_id, {}) is None
-        rows = self._store.query("SELECT owner FROM jobs WHERE job_id = ?", (job_id,))
-        return rows[0][0] if rows and not is_removed else None
+        sql = f"SELECT job_id, owner FROM jobs WHERE {_NEAREST}"  # noqa: S608 -- our own names
+        rows = self._store.query(sql, {"job_id": job_id})
+        is_there = bool(rows) and rows[0][0] == job_id and not is_removed
+        return rows[0][1] if is_there else None
 
     def get(self, job_id: str, owner: str | None = None) -> Row | None:
         """Return the row of a job; None if there is none. Raises `StoreError`.
 
-        `owner`: only a row of this owner. The store reads no more of the row of somebody else.
+        `owner`: only a row of this owner. Then a row of somebody else takes the same time as none.
         """
-        where = "job_id = :job_id" if owner is None else "job_id = :job_id AND owner = :owner"
+        where = "job_id = :job_id"
+        if owner is not None:
+            where += f" AND owner = :owner AND {_NEAREST}"
         return self._first(where, {"job_id": job_id, "owner": owner})
 
     def page(

@@ -17,7 +17,6 @@ from datetime import UTC
 from typing import TYPE_CHECKING
 
 import auth
-import worker
 import workerservice_pb2 as worker_pb
 from gate import SHOWN_CHARACTERS, BadRequestError, NotAllowedError
 from jobmessages import job_message
@@ -115,16 +114,11 @@ class Lists:
 
     def _missing(self, job_ids: Sequence[str], caller: Identity) -> list[str]:
         """Return those of the IDs, if not shortened, of which the caller may see no job."""
-        missing = []
-        for job_id in job_ids:
-            if len(job_id) == _ID_LENGTH:
-                try:
-                    is_there = caller.reaches(self._worker.owner(job_id.lower()))
-                except worker.UnknownJobError:
-                    is_there = False
-                if not is_there:
-                    missing.append(job_id)
-        return missing
+        return [
+            job_id
+            for job_id in job_ids
+            if len(job_id) == _ID_LENGTH and not caller.reaches(self._worker.owner(job_id.lower()))
+        ]
 
     def _events(
         self, watch: Watch, missing: list[str], at_end: contextlib.ExitStack, call: Call

@@ -223,15 +223,12 @@ class Registry:
             raise UnknownJobError(job_id)
         return FinishedJob(row, self)
 
-    def owner(self, job_id: str) -> str:
-        """Return whose job it is. Raises `UnknownJobError`.
+    def owner(self, job_id: str) -> str | None:
+        """Return whose job it is; None if there is no such job.
 
         Takes the same time for a job that runs, one that has ended and one that never was.
         """
-        owner = self._table.owner(job_id)
-        if owner is None:
-            raise UnknownJobError(job_id)
-        return owner
+        return self._table.owner(job_id)
 
     def counts(self) -> Counts:
         """Return how many jobs there are and were."""

@@ -399,10 +399,10 @@ class _WorkerServicer:
         """
         job_id = call.job_id = _uuid(text, "a job ID")
         owner = self._worker.owner(job_id)
-        if not call.caller.reaches(owner):
-            call.reason = "the job is not theirs"
-            raise worker.UnknownJobError(job_id)
-        return job_id, owner
+        if call.caller.reaches(owner):
+            return job_id, owner
+        call.reason = "the job is not theirs" if owner else None
+        raise worker.UnknownJobError(job_id)
 
 
 def _check_names(request: worker_pb.StartJobRequest) -> None:

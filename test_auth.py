@@ -1235,8 +1235,9 @@ def test_admin_reaches_all_jobs_and_a_user_their_own() -> None:
     """The owner is compared by the exact name."""
     assert _identity(_ROOT).reaches("alice")
     assert _identity(_ALICE).reaches("alice")
-    for owner in ("root", "Alice", "alice2", ""):
+    for owner in ("root", "Alice", "alice2", "", None):
         assert not _identity(_ALICE).reaches(owner)
+    assert not _identity(_ROOT).reaches(None)
 
 
 # --- the token key ----------------------------------------------------------------------

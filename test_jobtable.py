@@ -159,6 +159,24 @@ def test_page_has_what_the_filter_picks(table: JobTable, seed: int) -> None:
             assert found == (expected[::-1] if newest_first else expected)
 
 
+def test_owner_is_that_of_the_very_job(table: JobTable) -> None:
+    """IDs before, between and after those that there are have none."""
+    assert table.owner(str(uuid.uuid4())) is None
+    owners = {}
+    for owner in ("alice", "bob", "carol"):
+        owners[_begin(table, _WORK._replace(owner=owner)).job_id] = owner
+    assert {job_id: table.owner(job_id) for job_id in owners} == owners
+    for job_id in owners:
+        number = uuid.UUID(job_id).int
+        for absent in (uuid.UUID(int=number - 1), uuid.UUID(int=number + 1)):
+            assert table.owner(str(absent)) is None
+    for absent in (uuid.UUID(int=0), uuid.UUID(int=(1 << 128) - 1)):
+        assert table.owner(str(absent)) is None
+    removed = next(iter(owners))
+    table.delete(removed)
+    assert table.owner(removed) is None
+
+
 def test_job_is_found_by_its_request(table: JobTable) -> None:
     """By that of its owner only, and as long as it is kept."""
     job = _begin(table, _WORK._replace(request_id="r", digest=b"\0d"))

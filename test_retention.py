@@ -140,17 +140,17 @@ def _together(pool: ThreadPoolExecutor, *calls: Callable[[], Any]) -> list[Any]:
 
 
 def test_removed_job_is_unknown_and_its_output_is_gone(worker: Worker) -> None:
-    """Every method then raises `UnknownJobError`, also `remove`; other jobs are not affected."""
+    """Methods then raise `UnknownJobError`, also `remove`; other jobs are not affected."""
     budget = Budget(None, "none")
     others = [_finish(worker), _finish(worker)]
     job_id = _write(worker, 1000, budget=budget)
     assert (len(_kept(worker)), budget.used) == (3, 1000)
     worker.remove(job_id)
     assert (_kept(worker), budget.used) == (others, 0)
-    methods = (worker.remove, worker.status, worker.stop, worker.wait, worker.stream, worker.owner)
-    for method in methods:
+    for method in (worker.remove, worker.status, worker.stop, worker.wait, worker.stream):
         with pytest.raises(UnknownJobError, match=job_id):
             method(job_id)
+    assert worker.owner(job_id) is None
 
 
 @pytest.mark.parametrize("job_id", ["", "nonsense", ABSENT])

@@ -419,8 +419,8 @@ class Worker:
         """
         self._registry.charge(budget_for)
 
-    def owner(self, job_id: str) -> str:
-        """Return whose job it is. Raises `UnknownJobError`."""
+    def owner(self, job_id: str) -> str | None:
+        """Return whose job it is; None if there is no such job."""
         return self._registry.owner(job_id)
 
     def status(self, job_id: str, *, live_usage: bool = True, owner: str | None = None) -> Job:
