@@ -1,7 +1,7 @@
 """Gives the middle of a file back to the disk.
 
     if can_punch(fd):
-        punch(fd, 4096, 8192)
+        punch(fd, 4096, 8192, hole_begin=4096)
 
 The bytes in the hole read as zeros. Neither the size of the file nor the offset of any other byte
 changes.
@@ -27,7 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def can_punch(fd: int) -> bool:
-    """Whether the file system of this file can do it. Changes nothing."""
+    """Whether the file system of this file can make holes. Changes nothing."""
     beyond = os.fstat(fd).st_size // _BLOCK_BYTES * _BLOCK_BYTES + _BLOCK_BYTES
     try:
         _fallocate(fd, beyond, _BLOCK_BYTES)

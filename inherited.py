@@ -1,9 +1,9 @@
-"""What a job does not inherit although fork and exec would pass it on: credentials(7), execve(2).
+"""What a job must not inherit from the fork server: keys, priorities, signals, the OOM score.
 
 The fork server calls `set_signals`, `reset` and `refuse_splice` once, before it forks. These change
 what is the same for all jobs. Each leader calls `separate` once. This gives a job what no other job
-may share. docs/security.md has the whole table: every attribute that fork and exec preserve, and
-what a job gets of it.
+may share. docs/security.md has the whole table: every attribute that fork and exec preserve
+(credentials(7), execve(2)), and what a job gets of it.
 
 The rule: a job does not inherit an attribute that gives it something (a key, a priority, somebody's
 name). It does inherit one by which the operator takes something from the service and from all that
@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 OOM_SCORE_ADJ = 500
-"""Of a job: the kernel's OOM killer takes it as if it had half of the memory more than it has. So
-it takes jobs before this program."""
+"""The oom_score_adj of jobs. The kernel's OOM killer counts it as half of the memory that there is,
+in addition to what the job uses. So it kills jobs before this program."""
 
 _PR_SET_SECUREBITS = 28
 _PR_SET_IO_FLUSHER = 57
@@ -119,8 +119,7 @@ def separate(*, is_alone: bool) -> None:
     For a leader that still has the rights of the fork server. `is_alone`: the job runs as a user
     of its own. Raises OSError.
     """
-    # Not the fork server's: the status flags, the offset and the locks of one open file would
-    # be those of all jobs.
+    # Opened anew, because jobs with one open file share its status flags, offset and locks.
     null_fd = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null_fd, 0)
     os.close(null_fd)
@@ -142,8 +141,9 @@ def refuse_splice() -> None:
 
     With either call a job can keep the kernel's lock of its pipe. The main process needs splice(2)
     for jobs that go on without it, so a filter of the whole service cannot refuse that call.
-    The errno is EINVAL, which the kernel has for files that cannot be spliced: programs then read
-    and write, those in Go after no other errno. For a process with no_new_privs. Raises OSError.
+    The errno is EINVAL, which the kernel has for files that cannot be spliced. Programs then read
+    and write instead; those in Go do so after no other errno. For a process with no_new_privs.
+    Raises OSError.
     """
     if _NUMBERS is None or _permits_tee() or not _permits_splice():
         return

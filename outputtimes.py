@@ -122,7 +122,7 @@ class TimeIndex:
     def first_since(self, moment_ns: int) -> int | None:
         """Return the offset of the first byte written at that moment or later; None if none was.
 
-        Up to 100 ms of earlier output may follow it, or more in the less exact part of the index.
+        The byte may have been written up to 100 ms earlier, or more in the less exact part.
         """
         with self._lock, self._entries_locked() as entries:
             at = bisect_left(entries, moment_ns, key=lambda entry: entry.last_ns)

@@ -5,13 +5,13 @@ takes no memory, and a `FinishedJob` is made of it when somebody asks.
 
     registry = Registry(Retention(jobs=100), table, directory.open_log, remove_tmp)
     registry.add(job)
-    registry.record(job, final_state)     # by the job's thread, before anybody knows of its end
-    registry.finish(job, final_state)     # by the job's thread, in the moment of its end
+    row = registry.record(job, final_state)  # in the job's thread, before anybody knows of its end
+    registry.finish(job, final_state, row)   # in the job's thread, when the job ends for everybody
     registry.trim()
 
-Files are deleted by the thread that finds that a job is to go: that of its remover, that of the
-job whose end made it too much or whose output needs the room, or the one that waits until jobs
-are too old.
+The thread that finds that a finished job has to go deletes its files: the thread of a call that
+removes the job, the thread of another job whose end exceeds the retention or whose output needs the
+room, or the thread that waits until jobs are too old.
 
 Thread safety: every method of `Registry` may be called from any thread. Its lock may be taken
 while a job's is held, and an output log's, a budget's, a watch's or the table's while the

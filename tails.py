@@ -26,7 +26,7 @@ def find_tail(
     """Return the offset at which the last `lines` lines begin.
 
     `parts`: where each part that is kept begins and ends, the last one first; at least one. What
-    follows the last newline of a part is a line, too, and so is what comes before the first one.
+    follows the last newline of a part is a line, too, like what comes before the first newline.
     """
     if lines == 0:
         return parts[0][1]
