@@ -57,7 +57,7 @@ class Budget:
 
     @property
     def heir(self) -> Budget:
-        """The budget that goes on counting the bytes of a log of this one that is complete."""
+        """The budget that counts the bytes of a log with this budget once the log is complete."""
         return self._parent if self._of_one_job and self._parent is not None else self
 
     def branch_of(self, ancestor: Budget) -> Budget | None:

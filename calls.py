@@ -230,7 +230,7 @@ class Ticket:
             del receiving[self]
 
     def over(self) -> None:
-        """Count the call no longer; idempotent."""
+        """Stop counting the call; idempotent."""
         self._calls.over(self)
 
 

@@ -82,7 +82,7 @@ def checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 class Findable(Protocol):
-    """What a filter looks at; no job changes it."""
+    """What a filter looks at. It never changes during a job."""
 
     @property
     def job_id(self) -> str: ...

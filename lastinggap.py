@@ -27,7 +27,7 @@ _BYTES = 512  # the text is padded to so many, so that a shorter one replaces a 
 
 
 class LastingGap:
-    """`path`, `dir_fd`: of the file. `lasting`: whether there is one at all.
+    """`path`, `dir_fd`: of the file. `lasting`: False if the output never has such a file.
 
     Attribute: `exists`, whether the file is there.
     """
@@ -67,7 +67,7 @@ class LastingGap:
     def read(self, output_size: int) -> tuple[tuple[int, int], OSError | None]:
         """Return where the gap begins and ends, and its cause; (0, 0) and None if there is none.
 
-        A gap that could not be noted or read is one byte after the output, for all that is missing.
+        A gap that could not be noted or read is returned as one byte after the output.
         """
         try:
             fd = os.open(self._path, os.O_RDONLY | _FLAGS, dir_fd=self._dir_fd)

@@ -212,7 +212,10 @@ class Registry:
             self._watches = tuple(each for each in self._watches if not each.is_closed)
 
     def get(self, job_id: str, owner: str | None = None) -> RunningJob | FinishedJob:
-        """Raises `UnknownJobError`; with `owner` also for a job of anybody else, after as long."""
+        """Return a job. Raises `UnknownJobError`; with `owner` also for a job of somebody else.
+
+        A job of somebody else takes as long as a job that does not exist.
+        """
         with self._lock:
             job = self._running.get(job_id)
         if job is not None and owner in (None, job.owner):
@@ -256,7 +259,7 @@ class Registry:
             elif row.number is not None:
                 yield FinishedJob(row, self)
             elif (ended := self._table.get(row.job.job_id)) and ended.number is not None:
-                yield FinishedJob(ended, self)  # meanwhile
+                yield FinishedJob(ended, self)  # it has ended since its row was read
 
     def _rows(
         self,

@@ -88,7 +88,7 @@ class FinishedJobs:
         self._holdings: dict[str, _Holding] = {}
         # By owner, for jobs without a budget of their own; as long as there are such jobs.
         self._unlimited: WeakValueDictionary[str, Budget] = WeakValueDictionary()
-        # Of jobs whose output another budget counts than that of their owner's other jobs.
+        # By job ID: the budget that counts the job's output, if it is not its owner's in _holdings.
         self._budgets: dict[str, Budget] = {}
         for owner, *amounts, taken in table.amounts():
             holding = self._holding(owner)
@@ -104,7 +104,7 @@ class FinishedJobs:
         self._count(row, 1)
 
     def discard(self, row: Row) -> None:
-        """Count a job no more."""
+        """Stop counting a job."""
         self._budgets.pop(row.job.job_id, None)
         self._count(row, -1)
         if not self._holdings[row.job.owner].amounts[0]:
@@ -137,7 +137,7 @@ class FinishedJobs:
         oldest = None if self._age_s is None else self._table.oldest()
         if self._age_s is None or oldest is None or oldest.job.ended_at is None:
             return None
-        # Without steps that the clock has made forward: if one is an error, it ages no job.
+        # A step of the clock forward does not count. It may be an error, and would remove jobs.
         now = min(time.time(), self._booted_at + time.clock_gettime(time.CLOCK_BOOTTIME))
         return max(0.0, oldest.job.ended_at.timestamp() + self._age_s - now)
 
