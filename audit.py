@@ -40,6 +40,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Self
 
 from errors import in_words
+from standardstreams import is_journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,8 +96,7 @@ def stream_named(name: str) -> Stream:
     if name == STDOUT:
         return Stream(1)
     for fd in (1, 2):
-        status = os.fstat(fd)
-        if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
+        if is_journal(fd):
             return Stream(fd, _JOURNAL_PREFIX)
     raise AuditError(
         "the audit log cannot be in the journal: neither stdout nor stderr of the server is it; "

@@ -58,7 +58,7 @@ import memory
 from revocations import RevocationError, Revocations, RunningTime
 from throttle import LoginThrottle, TooManyLoginsError
 from trustedfiles import open_private
-from users import Role, User, password_matches
+from users import Role, User, base64url, password_matches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -386,7 +386,7 @@ class Authenticator:
             return name
         signed, _, signature = token.rpartition(".")
         if not hmac.compare_digest(
-            signature, _base64(hmac.digest(self._key, signed.encode(), "sha256"))
+            signature, base64url(hmac.digest(self._key, signed.encode(), "sha256"))
         ):
             return None
         payload = signed.partition(".")[2]
@@ -538,7 +538,7 @@ class Authenticator:
     def _entry(self, user: User) -> str:
         # A keyed digest, so the token tells nothing about the password hash. The same key signs
         # tokens, but no token's signed text has a colon, and an entry always has.
-        return _base64(hmac.digest(self._key, str(user).encode(), "sha256")[:_ENTRY_BYTES])
+        return base64url(hmac.digest(self._key, str(user).encode(), "sha256")[:_ENTRY_BYTES])
 
 
 def _life_s(session: Session, now: tuple[int, int]) -> int:
@@ -548,11 +548,7 @@ def _life_s(session: Session, now: tuple[int, int]) -> int:
 
 
 def _thumbprint(certificate: bytes) -> str:
-    return _base64(hashlib.sha256(certificate).digest())
-
-
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+    return base64url(hashlib.sha256(certificate).digest())
 
 
 def _peer_key(peer: str, certificate: bytes) -> str:

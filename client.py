@@ -84,12 +84,15 @@ def _status_of(argv: Sequence[str], *, own_process: bool) -> int:
 
 
 def _run(argv: Sequence[str], *, own_process: bool) -> int:
+    if sys.stdin is None or sys.stdout is None:
+        raise ClientError("stdin and stdout must be open; use </dev/null or >/dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal does not have is shown as an escape.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _prepare_streams()
         return _run_subcommand(argv, own_process=own_process)
     finally:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
 
 
 def _run_subcommand(argv: Sequence[str], *, own_process: bool) -> int:
@@ -143,14 +146,6 @@ def _tell_wait(error: ClientError) -> None:
     """Tell somebody at a terminal why nothing happens. A script gets the error at the end."""
     if sys.stderr.isatty():
         warn(f"{error}; trying again, Ctrl-C ends this")
-
-
-def _prepare_streams() -> None:
-    if sys.stdin is None or sys.stdout is None:
-        raise ClientError("stdin and stdout must be open; use </dev/null or >/dev/null")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A character that the terminal does not have is shown as an escape.
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

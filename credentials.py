@@ -24,7 +24,8 @@ from urllib.parse import quote
 
 from cli import printable, warn
 from connection import ClientError
-from replacing import MOST_BYTES, locked, read_small, replace_file
+from replacing import locked, read_small, replace_file
+from standardstreams import read_line
 from tokentimes import TokenTimes, payload, session_of
 
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
@@ -248,8 +249,7 @@ def _password(arguments: argparse.Namespace) -> str:
         if password is None and sys.stdin.isatty():
             password = getpass.getpass(f"Password for {printable(arguments.user)}: ")
         elif password is None or password == "-":  # noqa: S105 -- not a password
-            # A file of Windows may begin with a byte order mark.
-            password = sys.stdin.readline(MOST_BYTES).removeprefix("\ufeff").rstrip("\r\n")
+            password = read_line()
         password.encode()
     except EOFError:
         password = ""

@@ -17,6 +17,7 @@ Thread safety: there is no state.
 from __future__ import annotations
 
 import re
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 
     from jobstate import Status
 
-__all__ = ["EVERY_JOB", "Findable", "JobFilter", "check_name", "check_owner", "checked_labels"]
+__all__ = [
+    "EVERY_JOB",
+    "Findable",
+    "JobFilter",
+    "check_name",
+    "check_owner",
+    "checked_labels",
+    "is_job_id",
+]
 
 _MAX_LABELS = 32
 _MAX_LABEL_CHARACTERS = 255
@@ -35,6 +44,14 @@ _LIKE_AN_ID = re.compile(r"[0-9A-Fa-f-]{4,}", re.ASCII)
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}", re.ASCII)
 _ID_PART = re.compile(r"[0-9a-f-]{1,36}", re.ASCII)
 _ID_LENGTH = 36
+
+
+def is_job_id(text: str) -> bool:
+    """Whether the text is the whole ID of a job, as a worker writes it."""
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
 
 
 def check_owner(owner: str) -> None:

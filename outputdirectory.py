@@ -15,12 +15,12 @@ import logging
 import os
 import stat
 import tempfile
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from broadcaster import OutputLog
 from errors import in_words
+from finding import is_job_id
 from finishedlog import FinishedLog
 from outputdisk import OutputDisk
 
@@ -179,12 +179,5 @@ class OutputDirectory:
         """Delete all output except that of kept jobs. Raises OSError."""
         for name in os.listdir(self._fd):
             job_id, _, suffix = name.partition(".")
-            if f".{suffix}" in _SUFFIXES and _is_uuid(job_id) and not self._keeps(job_id):
+            if f".{suffix}" in _SUFFIXES and is_job_id(job_id) and not self._keeps(job_id):
                 os.unlink(name, dir_fd=self._fd)
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        return str(uuid.UUID(text)) == text
-    except ValueError:
-        return False

@@ -28,10 +28,10 @@ import stat
 import tempfile
 import threading
 import time
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finding import is_job_id
 from leftovers import Removal
 from messages import wait_ready
 from privileges import CAP_CHOWN, has_capabilities
@@ -164,7 +164,7 @@ class Scratch:
         deadline = time.monotonic() + timeout_s
         # A removal that takes long would hold this up, too.
         names = (self._removals.make(lambda: os.listdir(self._fd)) or []) if self.path else []
-        names = [name for name in names if _is_uuid(name) and name not in kept]
+        names = [name for name in names if is_job_id(name) and name not in kept]
         names = [name for name in names if not self._keeps(name)]
         return sum(not self._remove(name, deadline) for name in names)
 
@@ -246,10 +246,3 @@ def _open_directory(path: Path, mode: int) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        return str(uuid.UUID(text)) == text
-    except ValueError:
-        return False

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 import time
+
+from standardstreams import is_journal
 
 __all__ = ["FORMATS", "LEVELS", "configure"]
 
@@ -38,20 +38,11 @@ def configure(form: str, level: str) -> None:
     handler.addFilter(_is_not_about_metadata)
     if form == "json":
         handler.setFormatter(_Json())
-    elif _is_journal():
+    elif is_journal(2):
         handler.setFormatter(_Journal())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=level.upper())
-
-
-def _is_journal() -> bool:
-    """Whether stderr goes to the journal: systemd.exec(5) describes JOURNAL_STREAM."""
-    try:
-        status = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def _is_not_about_metadata(record: logging.LogRecord) -> bool:

@@ -16,11 +16,13 @@ import io
 import os
 import sys
 
+from replacing import MOST_BYTES
+
 TYPE_CHECKING = False  # importing it from typing takes as long as Python's own start
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["prepare_streams"]
+__all__ = ["is_journal", "prepare_streams", "read_line"]
 
 _STDERR = 2
 
@@ -45,6 +47,20 @@ def prepare_streams(*, may_be_closed: bool) -> None:
         errors="backslashreplace",
         line_buffering=True,
     )
+
+
+def read_line() -> str:
+    """Return the next line of stdin, without its end and a byte order mark of Windows before it."""
+    return sys.stdin.readline(MOST_BYTES).removeprefix("\ufeff").rstrip("\r\n")
+
+
+def is_journal(fd: int) -> bool:
+    """Whether the descriptor is that of the journal: systemd.exec(5) describes JOURNAL_STREAM."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class _Stderr(io.FileIO):

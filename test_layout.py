@@ -38,7 +38,7 @@ _MODULES = {
         "holes": "",
         "outputdisk": "",
         "budget": "",
-        "outputdirectory": "broadcaster errors finishedlog outputdisk; budget outputstate",
+        "outputdirectory": "broadcaster errors finding finishedlog outputdisk; budget outputstate",
         "privileges": "",
         "limits": "",
         "errors": "",
@@ -67,7 +67,7 @@ _MODULES = {
         "spawner": "descriptors lifeline messages successor takeover",
         "removals": "errors",
         "cgroups": "cgroupfs limits removals",
-        "scratch": "leftovers messages privileges removals",
+        "scratch": "finding leftovers messages privileges removals",
         "spares": "cgroups errors limits spawner; broadcaster outputdirectory scratch",
         "inputpipe": "",
         "jobinput": "errors inputpipe",
@@ -107,7 +107,7 @@ _MODULES = {
         "certcheck": "",
         "bundle": "",
         "replacing": "",
-        "standardstreams": "",
+        "standardstreams": "replacing",
     },
     "access": {
         "throttle": "errors; store",
@@ -119,7 +119,7 @@ _MODULES = {
         "auth": "jwt memory revocations throttle trustedfiles users; store",
         "accounts": "environment errors privileges store trustedfiles",
         "hostaccounts": "accounts environment trustedfiles",
-        "audit": "errors",
+        "audit": "errors standardstreams",
         "tls": "certcheck errors grpc",
     },
     "service": {
@@ -148,13 +148,13 @@ _MODULES = {
         "hostcheck": "cgroups errors limits worker",
         "jobrunner": "; budget finding resuming worker",
         "slurmcheck": "errors hostcheck slurmworker worker; slurm",
-        "serverlog": "",
+        "serverlog": "standardstreams",
         "daemon": "errors",
         "localserver": "descriptors errors unixsockets",
         "adminsocket": "localserver unixsockets",
         "metrics": "localserver units",
         "serverstatus": "units version worker; quotas",
-        "useradmin": "accounts environment replacing settings trustedfiles users",
+        "useradmin": "accounts environment replacing settings standardstreams trustedfiles users",
         "server": "accounts adminsocket audit auth calls daemon descriptors errors fileopener gate "
         "grpc hostaccounts hostcheck metrics oldfiles servercommands serverfiles serverlog "
         "serveroptions serverstatus service settings slurmworker standardservices standardstreams "
@@ -181,7 +181,7 @@ _MODULES = {
         "cli": "connection helptexts profiles selecting units version wrongusage",
         "waiting": "cli connection display; workerservice_pb2",
         "listing": "connection display selecting; jobevents workerservice_pb2",
-        "credentials": "cli connection display replacing tokentimes",
+        "credentials": "cli connection display replacing standardstreams tokentimes",
         "stdin": "connection",
         "commands": "cli connection credentials display listing selecting stdin streaming "
         "variables waiting; workerservice_pb2",

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING
 
 from accounts import parse_uids, uid_for
 from environment import PATH
-from replacing import MOST_BYTES, locked, replace_file
+from replacing import locked, replace_file
 from settings import Settings, SettingsError
+from standardstreams import read_line
 from trustedfiles import check
 from users import Role, User, make_user, parse_users
 
@@ -48,7 +49,7 @@ def new_entry(name: str, role: str) -> User:
         if getpass.getpass("Once more: ") != password:
             raise SettingsError("the two passwords differ")
     else:
-        password = sys.stdin.readline(MOST_BYTES).removeprefix("\ufeff").rstrip("\r\n")
+        password = read_line()
     try:
         return make_user(name, role, password)
     except ValueError as error:

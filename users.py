@@ -27,6 +27,7 @@ __all__ = [
     "Role",
     "User",
     "UsersFileError",
+    "base64url",
     "has_public_password",
     "hash_password",
     "make_user",
@@ -148,6 +149,11 @@ def parse_users(data: bytes, source: str) -> tuple[User, ...]:
     return tuple(users.values())
 
 
+def base64url(data: bytes) -> str:
+    """Return the data in base64url without padding, as hashes and tokens have it."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
 def has_public_password(user: User) -> bool:
     """Whether `user` has the well-known password of a seeded user."""
     return user in SEEDED_USERS or (
@@ -165,7 +171,7 @@ def hash_password(password: str) -> str:
     SALT and HASH are in base64url.
     """
     salt = secrets.token_bytes(_SALT_BYTES)
-    return f"{_prefix()}{_base64(salt)}${_base64(_scrypt(password, salt))}"
+    return f"{_prefix()}{base64url(salt)}${base64url(_scrypt(password, salt))}"
 
 
 def password_matches(password: str, password_hash: str) -> bool:
@@ -204,7 +210,3 @@ def _scrypt(password: str, salt: bytes) -> bytes:
         # the need by RFC 7914 section 2, and some reserve
         maxmem=128 * _SCRYPT_R * (n + _SCRYPT_P + 2) + 1024 * 1024,
     )
-
-
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
