@@ -2,7 +2,7 @@
 
 A spare is all that a job needs before its command is known: an ID, a cgroup without limits,
 a forked process that waits to be told what to execute, two pipes, an empty output log and a
-thread. `Spares` keeps a few of them ready and makes new ones in a thread of its own:
+thread. `Spares` keeps one ready and makes the next one in a thread of its own:
 
     spares = Spares(subtree, output_directory, scratch, spawner)
     spares.fill()
@@ -21,7 +21,6 @@ import os
 import threading
 import time
 import uuid
-from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,7 +73,7 @@ class Spare(NamedTuple):
 
 
 class Spares:
-    """Keeps `count` spares ready. Nothing is made before the first `fill` or `take`.
+    """Keeps one spare ready. Nothing is made before the first `fill` or `take`.
 
     `subtree`: where the cgroups are made; None for jobs without. `scratch`: for the TMPDIRs.
     """
@@ -85,19 +84,16 @@ class Spares:
         output_directory: OutputDirectory,
         scratch: Scratch,
         spawner: Spawner,
-        *,
-        count: int = 1,
     ) -> None:
         self._subtree = subtree
         self._output_directory = output_directory
         self._scratch = scratch
         self._spawner = spawner
-        self._count = count
-        # Guards all below. Notified when spares are to be made, when one was made and by
+        # Guards all below. Notified when a spare is to be made, when one was made and by
         # `close`. Never held while a spare is made or discarded.
         self._changed = threading.Condition()
-        self._ready: deque[Spare] = deque()
-        self._due_s: float | None = None  # monotonic; when to make spares; None for not at all
+        self._ready: Spare | None = None
+        self._due_s: float | None = None  # monotonic; when to make one; None for not at all
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -106,20 +102,20 @@ class Spares:
 
         Raises `CgroupError`, `ResourceError`, `SpawnerDiedError`.
         """
-        while (spare := self._pop()) is not None:
-            if spare.process.is_waiting:
-                break
-            spare.discard()  # somebody killed its process
+        spare = self._pop()
+        if spare is not None and not spare.process.is_waiting:  # somebody killed its process
+            spare.discard()
+            spare = None
         self.fill(_HEAD_START_S)
         return spare or self._make()
 
     def fill(self, delay_s: float = 0.0) -> None:
-        """Have the missing spares made, `delay_s` seconds from now. Does not block.
+        """Have a spare made if there is none, `delay_s` seconds from now. Does not block.
 
         A spare that cannot be made is not reported: the next `take` meets the same error.
         """
         with self._changed:
-            if self._closed or self._due_s is not None or len(self._ready) >= self._count:
+            if self._closed or self._due_s is not None or self._ready is not None:
                 return
             self._due_s = time.monotonic() + delay_s
             if self._thread is None:
@@ -127,20 +123,21 @@ class Spares:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the thread and discard the spares; idempotent. Nobody may take any more."""
+        """End the thread and discard the spare; idempotent. Nobody may take any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join()
-        while (spare := self._pop()) is not None:
+        if (spare := self._pop()) is not None:
             with contextlib.suppress(CgroupError):  # the end of the subtree reports it
                 spare.discard()
 
     def _pop(self) -> Spare | None:
         with self._changed:
-            return self._ready.popleft() if self._ready else None
+            spare, self._ready = self._ready, None
+            return spare
 
     def _start_thread_locked(self) -> None:
         # A daemon, so that a program which does not close its worker can end.
@@ -160,10 +157,7 @@ class Spares:
             except (WorkerError, CgroupError, SpawnerDiedError):
                 spare = None  # the next `take` meets the same error and asks again
             with self._changed:
-                if spare is not None:
-                    self._ready.append(spare)
-                if spare is None or len(self._ready) >= self._count:
-                    self._due_s = None
+                self._ready, self._due_s = spare, None
                 self._changed.notify_all()
             del spare  # or this thread would keep the parts of a job that has ended
 

@@ -629,9 +629,10 @@ def test_process_that_outlives_its_start_counts_until_it_is_gone(
     assert caught.value.lives
     assert not ended.is_set()
     settle_spares(worker)
-    spares = {spare.job_id for spare in worker._parts.spares._ready}
+    spare = worker._parts.spares._ready
+    assert spare is not None
     jobs = _cgroup(worker, "").iterdir()
-    (cgroup,) = (each for each in jobs if each.is_dir() and each.name not in spares)
+    (cgroup,) = (each for each in jobs if each.is_dir() and each.name != spare.job_id)
     cgroupfs.kill_tree(cgroup)
     assert ended.wait(GUARD_S)
     assert not cgroup.exists()

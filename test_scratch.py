@@ -95,8 +95,8 @@ def _output(worker: Worker, job_id: str) -> str:
 def _left(worker: Worker, directory: Path) -> list[str]:
     """Return what is in the directory, except the TMPDIR of the next job."""
     settle_spares(worker)
-    waiting = {spare.job_id for spare in worker._parts.spares._ready}
-    return sorted(set(os.listdir(directory)) - waiting)
+    spare = worker._parts.spares._ready
+    return sorted(set(os.listdir(directory)) - {spare and spare.job_id})
 
 
 # --- TMPDIR -----------------------------------------------------------------------------------

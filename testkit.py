@@ -207,7 +207,7 @@ def settle_spares(worker: Worker) -> None:
 def discard_spares(worker: Worker) -> None:
     """Let the next start find no spare."""
     settle_spares(worker)
-    while (spare := worker._parts.spares._pop()) is not None:
+    if (spare := worker._parts.spares._pop()) is not None:
         spare.discard()
 
 
