@@ -373,7 +373,7 @@ class Subtree:
             return
         self._closing = True
         if not self._delegated:
-            self._attempt(self._remove_jobs)
+            self._attempt(lambda: kill_and_remove(self.jobs))
         if not self._guests:
             self._dissolve()
 
@@ -419,9 +419,6 @@ class Subtree:
             step()
         except CgroupError as error:
             logger.warning("the cgroup %s could not be removed: %s", self.path, error)
-
-    def _remove_jobs(self) -> None:
-        kill_and_remove(self.jobs)
 
 
 # The subtrees of this process that are open, or closed but waiting for their guests to close.

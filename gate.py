@@ -362,11 +362,7 @@ class Gate(grpc.ServerInterceptor):
             self._admit(call, handler, token)
             with self._working(call):
                 request = self._receive(handler, requests, call)
-                if handler.request_streaming:
-                    all_of_them = chain([request], self._receive_rest(handler, requests))
-                    answer = handler.stream_unary(all_of_them, call)
-                else:
-                    answer = handler.unary_unary(request, call)
+                answer = (handler.unary_unary or handler.stream_unary)(request, call)
                 data: bytes = handler.response_serializer(answer)
                 ticket.hold(len(data) - ticket.unread)  # `lists.py` has counted its answer already
                 if not call.recorded:
@@ -392,11 +388,7 @@ class Gate(grpc.ServerInterceptor):
         try:
             self._admit(call, handler, token)
             request = self._receive(handler, requests, call)
-            if handler.request_streaming:
-                all_of_them = chain([request], self._receive_rest(handler, requests))
-                messages = handler.stream_stream(all_of_them, call)
-            else:
-                messages = handler.unary_stream(request, call)
+            messages = (handler.unary_stream or handler.stream_stream)(request, call)
             with contextlib.closing(messages):
                 ticket.leave()
                 # Tells the client, before the first output, that the stream is accepted.
@@ -483,14 +475,17 @@ class Gate(grpc.ServerInterceptor):
             raise NotAllowedError(f"the role {identity.role.value} may not call {call.method}")
 
     def _receive(self, handler: Any, requests: Iterator[bytes], call: Call) -> Any:
-        """Wait for the request; return the parsed message."""
+        """Wait for the request; return the parsed message, or an iterator if there may be more."""
         try:
             data = call.ticket.receive(requests, call.context.cancel)
         except grpc.RpcError as error:  # gRPC raises this if the call has ended
             raise _NoRequestError from error
         if data is None:
             raise BadRequestError("there is no request in this call, or a far too large one")
-        return self._parse(handler, data)
+        request = self._parse(handler, data)
+        if handler.request_streaming:
+            return chain([request], self._receive_rest(handler, requests))
+        return request
 
     def _receive_rest(self, handler: Any, requests: Iterator[bytes]) -> Iterator[Any]:
         """Yield the messages after the first one, until the client ends them or has gone."""

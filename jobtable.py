@@ -191,8 +191,8 @@ class JobTable:
             self._store.execute(_INSERT, values | {"position": position})
             return position
 
-    def end(self, job: Job, output: OutputState) -> int:
-        """Record the end of a job; return its number in the order of all ends. Never raises."""
+    def end(self, job: Job, output: OutputState) -> None:
+        """Record the end of a job. Never raises."""
         usage = job.usage
         finish: dict[str, Any] = {
             "reason": (job.end_reason or EndReason.LOST).value,
@@ -220,8 +220,11 @@ class JobTable:
         with self._lock:
             self._last_number += 1
             values["end_number"] = self._last_number
-            self._write_locked(job.job_id, values)
-            return self._last_number
+            try:
+                self._catch_up_locked()
+                self._store.execute(_END, values)
+            except StoreError as error:
+                self._keep_locked(job.job_id, values, error)
 
     def end_lost(self, left_by: Callable[[str], OutputState]) -> None:
         """Record that the jobs which ran when a former process ended are LOST.
@@ -251,29 +254,19 @@ class JobTable:
         )
         self.end(final, output)
 
-    def delete(self, job_id: str) -> bool:
-        """Forget a job; return whether there was one. Never raises."""
+    def delete(self, job_id: str) -> None:
+        """Forget a job, if there is one. Never raises."""
         with self._lock:
-            if self._unwritten.get(job_id, {}) is None:
-                return False
             try:
                 self._catch_up_locked()
-                return self._store.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)) > 0
+                self._store.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
             except StoreError as error:
                 self._keep_locked(job_id, None, error)
-                return True
 
     def catch_up(self) -> None:
         """Write what could not be written before, if anything. Never raises."""
         with self._lock:
             self._try_locked()
-
-    def _write_locked(self, job_id: str, end: dict[str, Any]) -> None:
-        try:
-            self._catch_up_locked()
-            self._store.execute(_END, end)
-        except StoreError as error:
-            self._keep_locked(job_id, end, error)
 
     def _keep_locked(self, job_id: str, end: dict[str, Any] | None, error: StoreError) -> None:
         self._unwritten = self._unwritten | {job_id: end}

@@ -83,9 +83,16 @@ class Leaders:
     def kill(self, job: str) -> None:
         """Kill a leader and its group. A leader that has ended is reaped, however many wait."""
         self.reap_some()
-        if job in self._pids:
-            self._kill_or_reap(self._pids[job])
-            self._close_exit_pipes()
+        pid = self._pids.get(job)
+        if pid is None:
+            return
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self._reap(pid, is_final=True)
+        else:
+            if not self._has_cgroups:
+                self.others.kill(pid)
+            kill_leader(pid)
+        self._close_exit_pipes()
 
     def say_farewell(self) -> None:
         """SIGTERM the leaders, and `await_ends`. Ends from now on are noted as `was_killed`."""
@@ -201,15 +208,6 @@ class Leaders:
         _report(leader, end)
         if self._estate is not None:
             self._estate.note_end(leader.job, end)
-
-    def _kill_or_reap(self, pid: int) -> None:
-        """Kill a leader and its group; reap the leader instead if it has ended."""
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            self._reap(pid, is_final=True)
-        else:
-            if not self._has_cgroups:
-                self.others.kill(pid)
-            kill_leader(pid)
 
     def pid_of(self, job: str) -> int:
         """Return a leader's pid, which no other process gets until this one reaps the leader."""

@@ -190,10 +190,8 @@ def pass_on_capabilities() -> None:
 
 def pass_on_nothing() -> None:
     """Have no program that this process executes get a capability. Raises OSError."""
-    data = _CapabilityData()
-    _call_about_capabilities(_libc.capget, data)
-    data[2] = data[5] = 0
-    _call_about_capabilities(_libc.capset, data)
+    effective, _ = _capabilities()
+    _set_capabilities(effective, inheritable=0)
 
 
 def prctl(option: int, value: int, *more: int) -> None:

@@ -1,7 +1,7 @@
 """The store: what has to survive the process, in an SQLite database.
 
     with Store("state/store") as store:
-        store.execute("INSERT INTO uids VALUES (?, ?)", ("alice", 70001), durable=True)
+        store.write([("INSERT INTO uids VALUES (?, ?)", [("alice", 70001)])], durable=True)
         store.query("SELECT uid FROM uids WHERE name = ?", ("alice",))
 
 This module opens and locks the database, brings its schema up to date, and says what is wrong with
@@ -199,10 +199,10 @@ class Store:
         with self._lock, _explained(self._path):
             return self._connection.execute(sql, values).fetchall()
 
-    def execute(self, sql: str, values: Values = (), *, durable: bool = False) -> int:
-        """Write by one statement; return how many rows it changed. Raises `StoreError`."""
-        with self._lock, _explained(self._path), self._synchronous_locked(durable):
-            return self._connection.execute(sql, values).rowcount
+    def execute(self, sql: str, values: Values = ()) -> None:
+        """Write by one statement. Raises `StoreError`."""
+        with self._lock, _explained(self._path):
+            self._connection.execute(sql, values)
 
     def write(
         self, statements: Iterable[tuple[str, Iterable[Values]]], *, durable: bool = False
@@ -225,13 +225,9 @@ class Store:
         rows = self.query("SELECT value FROM facts WHERE name = ?", (name,))
         return rows[0][0] if rows else None
 
-    def set_fact(self, name: str, value: int | str, *, durable: bool = False) -> None:
+    def set_fact(self, name: str, value: int | str) -> None:
         """Keep a single value by name. Raises `StoreError`."""
-        self.execute(
-            "INSERT OR REPLACE INTO facts VALUES (?, ?)",
-            (name, value),
-            durable=durable,
-        )
+        self.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     @property
     def is_kept(self) -> bool:

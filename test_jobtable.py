@@ -105,7 +105,8 @@ def test_row_has_all_that_a_job_has(tmp_path: Path) -> None:
             input_ended=True,
         )
         output = OutputState(100, gap, (28, "the disk is full"), 110, b"\0\1", 5)
-        assert table.end(final, output) == 1
+        table.end(final, output)
+        assert table.last_number == 1
     with Store(tmp_path / "store") as store:
         table = JobTable(store)
         row = _row(table, job_id)
@@ -184,8 +185,8 @@ def test_job_is_found_by_its_request(table: JobTable) -> None:
     assert table.of_request("bob", "r") is None
     with pytest.raises(StoreError, match="UNIQUE"):
         _begin(table, _WORK._replace(request_id="r", digest=b"other"))
-    assert table.delete(job.job_id)
-    assert not table.delete(job.job_id)
+    for _ in range(2):
+        table.delete(job.job_id)
     assert table.of_request("alice", "r") is None
 
 
@@ -232,8 +233,7 @@ def test_ends_and_removals_on_a_full_disk_are_written_later(
             with pytest.raises(StoreError, match="the disk is full"):
                 _begin(table, long)
             ended = _end(table, first, 5)
-            assert table.delete(second.job_id)
-            assert not table.delete(second.job_id)
+            table.delete(second.job_id)
             assert caplog.text.count("is NOT IN THE STORE: the store") == 2
 
             def answers() -> list[object]:

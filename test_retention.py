@@ -722,7 +722,8 @@ def test_rule_removes_what_the_model_removes(seed: int) -> None:
     owners = "abcdefgh"[: dice.randint(1, 8)]
 
     def discard(row: Row) -> None:
-        assert table.delete(row.job.job_id)
+        assert table.has(row.job.job_id)
+        table.delete(row.job.job_id)
         jobs.discard(row)
         model.jobs.remove(row)
 

@@ -33,7 +33,7 @@ def _names(store: Store) -> list[str]:
 
 
 def _add(store: Store, name: str, uid: int, *, durable: bool = False) -> None:
-    store.execute("INSERT INTO uids VALUES (?, ?)", (name, uid), durable=durable)
+    store.write([("INSERT INTO uids VALUES (?, ?)", [(name, uid)])], durable=durable)
 
 
 def _is_refused(directory: Path, problem: str) -> str:
@@ -119,7 +119,7 @@ store = Store(sys.argv[1])
 print("open", flush=True)
 i = 0
 while True:
-    store.execute("INSERT INTO uids VALUES (?, ?)", (f"user{i}", i), durable=i % 10 == 0)
+    store.write([("INSERT INTO uids VALUES (?, ?)", [(f"user{i}", i)])], durable=i % 10 == 0)
     os.write(1, b"%d\\n" % i)
     i += 1
 """
@@ -209,7 +209,7 @@ try:
     os.listdir(sys.argv[1])
 except PermissionError:
     for i in range(5000):
-        store.execute("INSERT INTO uids VALUES (?, ?)", (f"user{i}", i), durable=i % 500 == 0)
+        store.write([("INSERT INTO uids VALUES (?, ?)", [(f"user{i}", i)])], durable=i % 500 == 0)
     store.write([("UPDATE uids SET uid = uid + 100000", [()])], durable=True)
     print(store.query("SELECT count(*) FROM uids ORDER BY uid"))
     store.close()
