@@ -262,6 +262,7 @@ class Subtree:
     def leave(self) -> None:
         """Leave the subtree with its jobs to another process: `adopt`."""
         self._closing = True
+        self._removals.close()
         _open_subtrees.remove(self)
         os.close(self._lock_fd)
 
@@ -372,6 +373,7 @@ class Subtree:
         if self._closing:
             return
         self._closing = True
+        self._removals.close()
         if not self._delegated:
             self._attempt(lambda: kill_and_remove(self.jobs))
         if not self._guests:

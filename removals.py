@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 from errors import in_words
@@ -31,6 +32,7 @@ _T = TypeVar("_T")
 
 _STAYS = "a directory of a job stays until the next worker: %s"
 _PATIENCE_S = 0.05  # most removals take some 20 microseconds
+_JOIN_S = 1.0
 
 
 class Removals:
@@ -39,6 +41,8 @@ class Removals:
     def __init__(self) -> None:
         # Held during a removal. A thread for which others wait gives up after _PATIENCE_S.
         self._turn = threading.Lock()
+        # Of removals that are made later. Needs no lock: one operation on a set is atomic.
+        self._threads: set[threading.Thread] = set()
 
     def make(self, removal: Callable[[], _T], timeout_s: float | None = _PATIENCE_S) -> _T | None:
         """Return what `removal` does; None if others take longer than `timeout_s`.
@@ -60,8 +64,19 @@ class Removals:
                 self.make(removal, None)
             except OSError as error:
                 logger.error(_STAYS, in_words(error))
+            finally:
+                self._threads.discard(thread)
 
+        thread = threading.Thread(target=run, name="removal", daemon=True)
+        self._threads.add(thread)
         try:
-            threading.Thread(target=run, name="removal", daemon=True).start()
+            thread.start()
         except RuntimeError as error:
+            self._threads.discard(thread)
             logger.error(_STAYS, error)
+
+    def close(self) -> None:
+        """Wait for the removals that are made later, a second at most; then they go on alone."""
+        deadline = time.monotonic() + _JOIN_S
+        for thread in tuple(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 _REMOVAL_S = 2.0  # how long the end of a job waits for this; the removal itself may take longer
 _SWEEP_S = 10.0
 _EMPTY_S = 0.5
+_JOIN_S = 0.5  # for a removal that was cut short
 
 
 class Scratch:
@@ -73,7 +74,8 @@ class Scratch:
         self._removals = Removals()
         # Guards _emptying. Never held during I/O.
         self._lock = threading.Lock()
-        self._emptying: set[Removal] = set()
+        # The threads that remove a directory, each with the process that empties it, once begun.
+        self._emptying: dict[threading.Thread, Removal | None] = {}
         self._is_hurried = False
         self.path: Path | None = None
         self._temporary = path is None
@@ -134,12 +136,21 @@ class Scratch:
     def empty(self) -> None:
         """Remove all that is not kept, and end the removals that take long.
 
-        Blocks for half a second.
+        Blocks for a second at most.
         """
         self._remove_all(_EMPTY_S)
+        self._end_removals()
+
+    def _end_removals(self) -> None:
+        """End the threads; a removal in one system call of the kernel that takes long goes on."""
         with self._lock:
-            for removal in self._emptying:
+            emptying = dict(self._emptying)
+        for removal in emptying.values():
+            if removal is not None:
                 removal.cut_short()
+        deadline = time.monotonic() + _JOIN_S
+        for thread in emptying:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Leave the directory; remove it if it is temporary."""
@@ -151,8 +162,9 @@ class Scratch:
         self._close()
 
     def leave(self) -> None:
-        """Leave the directories to another process."""
+        """Leave the directories to another process. Blocks for half a second at most."""
         if self.path is not None:
+            self._end_removals()
             self._close()
 
     def _close(self) -> None:
@@ -178,10 +190,12 @@ class Scratch:
             return bool(is_gone)
         gone = threading.Event()
         thread = threading.Thread(
-            target=self._empty_and_remove, args=(name, gone), name=f"tmp-{name[:8]}", daemon=True
+            target=self._remove_in_thread, args=(name, gone), name=f"tmp-{name[:8]}", daemon=True
         )
         try:
-            thread.start()
+            with self._lock:  # the thread cannot end before it is noted
+                thread.start()
+                self._emptying[thread] = None
         except RuntimeError:
             return False
         # Nobody waits for the removals of others.
@@ -196,24 +210,30 @@ class Scratch:
             return isinstance(error, FileNotFoundError)
         return True
 
-    def _empty_and_remove(self, name: str, gone: threading.Event) -> None:
-        """Remove the directory with all that is in it, and set `gone`. For a thread of its own."""
-        # RuntimeError: the fork server has died. PermissionError: it belongs to none of our users.
-        with contextlib.suppress(OSError, RuntimeError):
-            if not self._removals.make(lambda: self._rmdir(name), None):
-                # A job cannot give its directory to another user.
-                owner = os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_uid
-                assert self._clear is not None  # noqa: S101 -- `_remove` has looked
-                removal = Removal(*self._clear(None if self._uids is None else owner, name))
-                with self._lock:
-                    self._emptying.add(removal)
-                wait_ready(removal.pidfd, select.POLLIN)
-                with self._lock:
-                    self._emptying.discard(removal)
-                removal.end()
-                if not self._removals.make(lambda: self._rmdir(name), None):
-                    return
-            gone.set()
+    def _remove_in_thread(self, name: str, gone: threading.Event) -> None:
+        """What a thread of its own does: set `gone` if the directory is gone."""
+        try:
+            # The fork server has died, or the directory belongs to none of our users.
+            with contextlib.suppress(RuntimeError, OSError):
+                if self._empty_and_remove(name):
+                    gone.set()
+        finally:
+            with self._lock:
+                del self._emptying[threading.current_thread()]
+
+    def _empty_and_remove(self, name: str) -> bool:
+        """Remove the directory with all that is in it; return whether it is gone."""
+        if self._removals.make(lambda: self._rmdir(name), None):
+            return True
+        # A job cannot give its directory to another user.
+        owner = os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_uid
+        assert self._clear is not None  # noqa: S101 -- `_remove` has looked
+        removal = Removal(*self._clear(None if self._uids is None else owner, name))
+        with self._lock:
+            self._emptying[threading.current_thread()] = removal
+        wait_ready(removal.pidfd, select.POLLIN)
+        removal.end()
+        return bool(self._removals.make(lambda: self._rmdir(name), None))
 
 
 def make_homes(path: str | os.PathLike[str] | None) -> Path | None:

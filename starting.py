@@ -185,7 +185,7 @@ class Starter:
         """If the kernel has not let go of the killed process of a start, have a thread wait for it.
 
         Until the process is gone, the start counts as a running job of the user, and keeps its
-        cgroup.
+        cgroup. Nobody can end that wait, so `close` does not join the thread.
         """
         if spare.cgroup is None or not isinstance(error, StartTimeoutError):
             return

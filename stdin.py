@@ -76,7 +76,10 @@ def _without_beginning(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
 def send_meanwhile(
     client: Client, job_id: str, warn: Callable[[str], object], *, end: bool = True
 ) -> None:
-    """Do what `send` does in a thread, which calls `warn` if the job does not get all of stdin."""
+    """Do what `send` does in a thread, which calls `warn` if the job does not get all of stdin.
+
+    The thread ends with the program, because nothing can wake it when it reads stdin.
+    """
     import threading
 
     def run() -> None:

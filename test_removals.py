@@ -69,8 +69,19 @@ def test_removal_is_made_later_in_a_thread(slow: _Slow, caplog: pytest.LogCaptur
     assert len(threads) == 2
     assert not made.acquire(blocking=False)
     slow.end()
-    for thread in threads:
-        thread.join(GUARD_S)
+    slow.removals.close()
+    assert not any(thread.is_alive() for thread in threads)
     assert made.acquire(blocking=False)
     assert made.acquire(blocking=False)
     assert "stays until the next worker: it is busy" in caplog.text
+
+
+def test_close_does_not_wait_for_ever(slow: _Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The removal goes on without it."""
+    monkeypatch.setattr("removals._JOIN_S", 0.01)
+    made = threading.Event()
+    slow.removals.make_later(made.set)
+    slow.removals.close()
+    assert not made.is_set()
+    slow.end()
+    assert made.wait(GUARD_S)

@@ -19,7 +19,7 @@ import pytest
 from environment import Account
 from leftovers import clear_directory
 from privileges import can_change_user, can_kill_any
-from scratch import make_homes
+from scratch import Scratch, make_homes
 from spawner import Spawner
 from store import Store
 from testkit import GUARD_S, await_output, public_python, settle_spares
@@ -201,6 +201,36 @@ def test_end_of_the_worker_waits_for_no_removal(
         await_output(worker, job_id, b"ready")
         worker.close(grace=0.1)
         assert worker.status(job_id).end_reason is EndReason.CLOSED
+
+
+@pytest.mark.parametrize("how", ["empty", "leave"])
+def test_thread_of_a_removal_ends_with_its_owner(
+    public: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Here the process that empties a TMPDIR does nothing until nobody wants it any more."""
+    monkeypatch.setattr("scratch._REMOVAL_S", 0.1)
+    monkeypatch.setattr("scratch._EMPTY_S", 0.1)
+    monkeypatch.setattr("scratch._JOIN_S", GUARD_S)
+    processes = []
+
+    def clear(*_: object) -> tuple[socket.socket, int]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            processes.append(subprocess.Popen(["cat"], stdin=theirs.fileno()))
+        return ours, os.pidfd_open(processes[-1].pid)
+
+    scratch, job_id = Scratch(public / "tmp", uids=None), str(uuid.uuid4())
+    scratch.sweep(clear)
+    scratch.make(job_id)
+    Path(scratch.path_of(job_id), "file").touch()
+    scratch.remove(job_id)
+    (thread,) = (each for each in threading.enumerate() if each.name == f"tmp-{job_id[:8]}")
+    getattr(scratch, how)()
+    assert not thread.is_alive()
+    for process in processes:
+        process.wait(GUARD_S)
+    if how == "empty":
+        scratch.close()
 
 
 def test_end_of_a_job_waits_for_no_other_removal(public: Path) -> None:

@@ -258,7 +258,7 @@ def _begin_handshake(address: str) -> tuple[socket.socket, bytes]:
 
 
 def _hold(sock: socket.socket) -> None:
-    """Keep a connection open until the server closes it."""
+    """Keep a connection open until the server closes it, at the latest when the server ends."""
     with contextlib.suppress(OSError), sock:
         sock.settimeout(None)
         while sock.recv(4096):
