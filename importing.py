@@ -1,6 +1,6 @@
 """The subcommand `import`: makes a profile of the bundle that `server invite` has made.
 
-    import_bundle("alice.tar", "work", replace=False)
+    import_command(arguments)     # of `client import --as work alice.tar`
 
 Writes the directory `work` beside the file of the profiles, with the certificate, its key and the
 CA, mode 0600 each, and a table [work] in the file. Nothing else is written, whatever the bundle
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-__all__ = ["import_bundle", "import_command"]
+__all__ = ["import_command"]
 
 _DEFAULT = "default"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -37,13 +37,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 def import_command(arguments: argparse.Namespace) -> int:
     """Run the subcommand; return the exit status. Raises ClientError."""
     name = arguments.name or _DEFAULT
-    user = import_bundle(arguments.bundle, name, replace=arguments.replace)
+    user = _import_bundle(arguments.bundle, name, replace=arguments.replace)
     option = "" if name == _DEFAULT else f" --profile {name}"
     print(f"profile {name} is ready; now log in as {user}: client login{option}")
     return 0
 
 
-def import_bundle(path: str, name: str, *, replace: bool) -> str:
+def _import_bundle(path: str, name: str, *, replace: bool) -> str:
     """Make the profile `name`, and return its user. `path`: "-" for stdin.
 
     `replace`: give a profile of an earlier import the files of this one. Raises ClientError.

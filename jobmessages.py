@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BY_ADMIN",
     "BY_OWNER",
+    "STATUSES",
     "end_metadata",
     "gap_message",
     "input_message",
@@ -29,7 +30,7 @@ __all__ = [
     "timestamp",
 ]
 
-_STATUSES = {
+STATUSES = {
     Status.QUEUED: worker_pb.JOB_STATUS_QUEUED,
     Status.RUNNING: worker_pb.JOB_STATUS_RUNNING,
     Status.STOPPED: worker_pb.JOB_STATUS_STOPPED,
@@ -72,7 +73,7 @@ def job_message(job: Job) -> worker_pb.Job:
         owner=job.owner,
         command=job.command,
         args=job.args,
-        status=_STATUSES[job.status],
+        status=STATUSES[job.status],
         end_reason=_end_reason(job),
         exit_code=job.exit_code,
         signal=job.signal,

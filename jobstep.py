@@ -42,7 +42,7 @@ import termios
 import time
 import tty
 
-__all__ = ["Step", "cgroups", "enforced", "kill_all", "order", "usage"]
+__all__ = ["cgroups", "enforced", "kill_all", "order", "usage"]
 
 TYPE_CHECKING = False  # `typing` takes time to import
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import auth
 import workerservice_pb2 as worker_pb
 from gate import SHOWN_CHARACTERS, BadRequestError, NotAllowedError
-from jobmessages import job_message
-from worker import JobEventKind, JobFilter, Status
+from jobmessages import STATUSES, job_message
+from worker import JobEventKind, JobFilter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,12 +40,7 @@ _PAGE_BYTES = 1024 * 1024
 _MOST_JOB_IDS = 1000
 _ID_LENGTH = 36
 
-_STATUSES = {
-    worker_pb.JOB_STATUS_QUEUED: Status.QUEUED,
-    worker_pb.JOB_STATUS_RUNNING: Status.RUNNING,
-    worker_pb.JOB_STATUS_STOPPED: Status.STOPPED,
-    worker_pb.JOB_STATUS_FINISHED: Status.FINISHED,
-}
+_STATUSES = {number: status for status, number in STATUSES.items()}
 _KINDS = {
     JobEventKind.EXISTS: worker_pb.JOB_EVENT_KIND_EXISTS,
     JobEventKind.STARTED: worker_pb.JOB_EVENT_KIND_STARTED,

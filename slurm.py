@@ -27,7 +27,7 @@ import subprocess
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from environment import PATH
 from errors import ResourceError, in_words
@@ -38,10 +38,9 @@ if TYPE_CHECKING:
     from jobstate import Work
     from limits import Enforcement, Limits
 
-__all__ = ["QUEUE_WAIT_S", "Cluster", "QueuedJob", "SlurmSettings", "step_order"]
+__all__ = ["Cluster", "QueuedJob", "SlurmSettings", "step_order"]
 
-QUEUE_WAIT_S: Final = 10
-"""How long a start without queue waits for a free node, in seconds."""
+_QUEUE_WAIT_S = 10  # how long a start without queue waits for a free node
 _STEP = Path(__file__).resolve().parent / "jobstep.py"
 _PART_CHARACTERS = 100_000  # of a variable; execve(2) takes 128 KiB
 _ANSWER_S = 10.0  # how long one of Slurm's programs may take
@@ -107,7 +106,7 @@ class Cluster:
         if limits.memory_bytes is not None:
             options.append(f"--mem={math.ceil(limits.memory_bytes / _MIB)}")
         if work.no_queue:
-            options.append(f"--immediate={QUEUE_WAIT_S}")
+            options.append(f"--immediate={_QUEUE_WAIT_S}")
         if work.ending.timeout is not None:
             # The worker ends the job before. This is for a job whose worker is gone.
             minutes = math.ceil((work.ending.timeout + work.ending.grace) / 60) + 1
