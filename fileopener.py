@@ -75,11 +75,6 @@ class FileOpener:
             )
             undo.pop_all()
 
-    @property
-    def pid(self) -> int:
-        """The process that opens the files."""
-        return self._process.pid
-
     def open(self, path: str) -> int:
         """Open one of the files and return its descriptor; a new file gets mode 0600.
 

@@ -11,8 +11,6 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,7 @@ import pytest
 
 from client import Client
 from daemon import BROKEN_STATUS
-from testkit import GUARD_S, ServerProgram, children_of, fork_server_of
+from testkit import GUARD_S, ServerProgram, children_of, fork_server_of, run_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,12 +112,7 @@ def test_jobs_end_with_their_server_if_that_is_wanted(place: _Place, ends: str) 
 
 
 def _run_server(place: _Place, *command: str, status: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, _HERE / "server.py", "--state-dir", place.directory / "state", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_server("--state-dir", place.directory / "state", *command)
     assert result.returncode == status, result.stderr
     return result.stderr if status else result.stdout
 

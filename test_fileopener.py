@@ -139,12 +139,12 @@ def test_rights_are_kept_that_the_server_gives_up(named: str) -> None:
 def test_process_has_one_capability_and_can_gain_none(opener: FileOpener, named: str) -> None:
     """CAP_DAC_OVERRIDE, to open any file; and it cannot be traced by jobs."""
     os.close(opener.open(named))  # it is set up
-    status = Path(f"/proc/{opener.pid}/status").read_text()
+    status = Path(f"/proc/{opener._process.pid}/status").read_text()
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 1 << 1
     assert int(fields["CapInh"], 16) == int(fields["CapBnd"], 16) == 0
     assert fields["NoNewPrivs"].strip() == "1"
-    assert Path(f"/proc/{opener.pid}/fd").stat().st_uid == 0  # not dumpable: of root
+    assert Path(f"/proc/{opener._process.pid}/fd").stat().st_uid == 0  # not dumpable: of root
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -153,14 +153,14 @@ def test_signal_for_the_whole_service_does_not_end_the_process(
 ) -> None:
     """The server ends it, when it does not need it any more."""
     os.close(opener.open(named))  # it is set up
-    os.kill(opener.pid, number)
+    os.kill(opener._process.pid, number)
     os.close(opener.open(named))
 
 
 def test_death_of_the_process_is_told(opener: FileOpener, named: str) -> None:
     """With what to do."""
-    with open(os.pidfd_open(opener.pid)) as pidfd:
-        os.kill(opener.pid, signal.SIGKILL)
+    with open(os.pidfd_open(opener._process.pid)) as pidfd:
+        os.kill(opener._process.pid, signal.SIGKILL)
         assert select.select([pidfd], [], [], GUARD_S)[0]
     with pytest.raises(BrokenPipeError, match="has died; restart the server"):
         opener.open(named)
@@ -171,7 +171,7 @@ import os, signal
 from fileopener import FileOpener
 opener = FileOpener({"/": os.O_RDONLY})
 os.close(opener.open("/"))
-print(opener.pid, flush=True)
+print(opener._process.pid, flush=True)
 signal.pause()
 """
 
@@ -197,7 +197,7 @@ def test_close_is_idempotent_and_leaves_nothing(named: str) -> None:
     opener.close()
     assert descriptors_of() == before
     with pytest.raises(ProcessLookupError):
-        os.kill(opener.pid, 0)
+        os.kill(opener._process.pid, 0)
 
 
 def test_close_ends_a_request_that_a_stopped_process_does_not_answer(
@@ -205,8 +205,8 @@ def test_close_ends_a_request_that_a_stopped_process_does_not_answer(
 ) -> None:
     """Neither the close nor the request waits for the process, which ends when it goes on."""
     opener = FileOpener({named: os.O_RDONLY})
-    with open(os.pidfd_open(opener.pid)) as pidfd, ThreadPoolExecutor(1) as pool:
-        os.kill(opener.pid, signal.SIGSTOP)
+    with open(os.pidfd_open(opener._process.pid)) as pidfd, ThreadPoolExecutor(1) as pool:
+        os.kill(opener._process.pid, signal.SIGSTOP)
         asked, ask = threading.Event(), opener._ask
 
         def spy(path: str) -> tuple[int, list[int]]:
@@ -219,7 +219,7 @@ def test_close_ends_a_request_that_a_stopped_process_does_not_answer(
         opener.close()
         with pytest.raises(BrokenPipeError):
             request.result(GUARD_S)
-        os.kill(opener.pid, signal.SIGCONT)
+        os.kill(opener._process.pid, signal.SIGCONT)
         assert select.select([pidfd], [], [], GUARD_S)[0]
     opener.close()
 
@@ -230,11 +230,11 @@ def test_answer_that_comes_too_late_is_nobodys(
     """The next request gets its own file."""
     monkeypatch.setattr("fileopener._ANSWER_S", 0.01)
     with FileOpener({named: os.O_RDONLY, log: _LOG_FLAGS}) as opener:
-        os.kill(opener.pid, signal.SIGSTOP)
+        os.kill(opener._process.pid, signal.SIGSTOP)
         for _ in range(2):
             with pytest.raises(TimeoutError, match="does not answer"):
                 opener.open(log)
-        os.kill(opener.pid, signal.SIGCONT)
+        os.kill(opener._process.pid, signal.SIGCONT)
         opener._socket.settimeout(GUARD_S)
         before = descriptors_of()
         with open(opener.open(named)) as file:

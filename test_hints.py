@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,7 @@ import pytest
 
 import hints
 from client import ClientError
-from testkit import ABSENT, FOREVER, GUARD_S, clean_environment, run_job
+from testkit import ABSENT, FOREVER, run_job, run_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,17 +170,8 @@ def test_unknown_option_is_told_with_the_nearest_one(stranger: ClientProgram) ->
 def test_server_names_the_option_of_a_file_that_it_cannot_open(option: str, tmp_path: Path) -> None:
     """With the path and the reason, and without the number of the error."""
     path = tmp_path / "missing"
-    result = subprocess.run(
-        [
-            *(sys.executable, str(_HERE / "server.py"), "--limits", "off"),
-            *("--state-dir", str(tmp_path / "state"), option, str(path)),
-        ],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=GUARD_S,
-        check=False,
-    )
+    state = ("--state-dir", tmp_path / "state")
+    result = run_server("--limits", "off", *state, option, path)
     assert (result.returncode, result.stdout) == (1, "")
     # As an ordinary user, the warning about isolation comes before it.
     assert result.stderr.endswith(

@@ -12,22 +12,12 @@ import pytest
 
 import hostcheck
 from hostcheck import Finding, check
-from testkit import GUARD_S, without_cgroup_name
+from testkit import GUARD_S, run_server, without_cgroup_name
 from worker import CgroupError, CommandNotFoundError, Worker
 
 _HERE = Path(__file__).resolve().parent
 _ITEMS = ["cgroup v2", "kill", "cpu", "memory", "io", "pids"]
 _LINE = re.compile(r"(ok      |FAILED  )([a-z0-9 ]+): ([^;\n]+)(?:; (.+))?")
-
-
-def _check(*options: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, _HERE / "server.py", "check", *options],
-        capture_output=True,
-        text=True,
-        timeout=GUARD_S,
-        check=False,
-    )
 
 
 def test_finding_is_one_line_with_its_remedy() -> None:
@@ -39,7 +29,7 @@ def test_finding_is_one_line_with_its_remedy() -> None:
 
 def test_check_has_a_line_for_each_item_and_exits_0_only_if_all_are_well() -> None:
     """Each failure has a remedy. Stderr does not repeat it."""
-    result = _check()
+    result = run_server("check")
     lines = [_LINE.fullmatch(line) for line in result.stdout.splitlines()]
     found = [(line[2], line[1].strip(), line[4]) for line in lines if line]
     assert len(found) == len(lines)

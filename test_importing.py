@@ -8,7 +8,6 @@ import os
 import re
 import stat
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import bundle
-from testkit import GUARD_S, ServerProgram, clean_environment
+from testkit import GUARD_S, ServerProgram, run_server
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,17 +24,6 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).resolve().parent
 _ADDRESS = "127.0.0.1:1"
-
-
-def _invite(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(_HERE / "server.py"), *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=GUARD_S,
-        env=clean_environment(),
-    )
 
 
 def _password(done: subprocess.CompletedProcess[str]) -> str:
@@ -49,7 +37,7 @@ def _password(done: subprocess.CompletedProcess[str]) -> str:
 def made(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A bundle for alice."""
     path = tmp_path_factory.mktemp("bundle") / "alice.tar"
-    done = _invite("--certs", certs, "invite", "alice", "--address", _ADDRESS, "-o", path)
+    done = run_server("--certs", certs, "invite", "alice", "--address", _ADDRESS, "-o", path)
     assert done.returncode == 0, done.stderr
     return path.read_bytes()
 
@@ -88,14 +76,14 @@ def test_invited_user_runs_a_job(certs: Path, public: Path, alice: ClientProgram
     users.touch(0o600)
     options = ("--users", users, "--state-dir", state, "--certs", certs)
     assert (
-        _invite(*options, "invite", "root", "--address", _ADDRESS, "-o", public / "x").returncode
+        run_server(*options, "invite", "root", "--address", _ADDRESS, "-o", public / "x").returncode
         == 0
     )
     server = ServerProgram(
         public / "log", *("--listen", "127.0.0.1:0", "--limits", "off"), *map(str, options)
     )
     before = sorted(os.listdir(certs))
-    done = _invite(*options, "invite", "alice", "--address", server.address, "-o", tar)
+    done = run_server(*options, "invite", "alice", "--address", server.address, "-o", tar)
     password = _password(done)
     assert done.stderr == ""  # so the running server has been told
     assert stat.S_IMODE(tar.stat().st_mode) == 0o600
@@ -107,7 +95,7 @@ def test_invited_user_runs_a_job(certs: Path, public: Path, alice: ClientProgram
     assert alice.read("run", "--", "echo", "hello") == "hello\n"
     # A second invitation keeps the user, and renews the certificate.
     tar.unlink()
-    done = _invite(*options, "invite", "alice", "--address", server.address, "-o", tar)
+    done = run_server(*options, "invite", "alice", "--address", server.address, "-o", tar)
     assert "password" not in done.stdout
     assert "replace its files with --replace" in _refused(alice, "import", tar)
     told = _refused(alice, "import", public / "nosuch.tar")
@@ -148,7 +136,7 @@ def test_mistake_of_the_operator_makes_nothing(
     users = tmp_path / "users"
     output = [] if "-o" in words else ["-o", str(tmp_path / "new")]
     words = [word.format(here=tmp_path) for word in words]
-    done = _invite("--certs", certs, "--users", users, *words, *output)
+    done = run_server("--certs", certs, "--users", users, *words, *output)
     assert (done.returncode, done.stdout) == (1, "")
     assert text in done.stderr
     assert os.listdir(tmp_path) == ["old"]
@@ -159,7 +147,7 @@ def test_invitation_without_a_users_file_tells_that_it_makes_no_user(
 ) -> None:
     """As on a machine that has the keys of the CAs, and no server."""
     new = tmp_path / "new"
-    done = _invite("--certs", certs, "invite", "alice", "--address", _ADDRESS, "-o", new)
+    done = run_server("--certs", certs, "invite", "alice", "--address", _ADDRESS, "-o", new)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1].endswith("run there: server --users FILE user add alice")
 
@@ -167,7 +155,7 @@ def test_invitation_without_a_users_file_tells_that_it_makes_no_user(
 def test_invitation_that_fails_leaves_no_bundle(certs: Path, tmp_path: Path) -> None:
     """Here the users file cannot be made."""
     options = ("--certs", certs, "--users", tmp_path / "absent/users")
-    done = _invite(*options, "invite", "alice", "--address", _ADDRESS, "-o", tmp_path / "new")
+    done = run_server(*options, "invite", "alice", "--address", _ADDRESS, "-o", tmp_path / "new")
     assert (done.returncode, done.stdout) == (1, "")
     assert "absent" in done.stderr
     assert os.listdir(tmp_path) == []

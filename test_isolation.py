@@ -46,6 +46,7 @@ from testkit import (
     clean_environment,
     fork_server_of,
     public_python,
+    run_server,
     status_of,
 )
 from users import make_user
@@ -1065,18 +1066,10 @@ def test_require_isolation_makes_it_an_error(
     certs: Path, state_of_nobody: Path, capabilities: tuple[str, ...]
 ) -> None:
     """The server prints one line with the problem and the remedy, makes nothing and exits."""
-    result = subprocess.run(
-        [
-            *_as_nobody(*capabilities),
-            *(sys.executable, str(_HERE / "server.py")),
-            *("--listen", "127.0.0.1:0", "--limits", "auto", "--certs", certs),
-            *("--state-dir", state_of_nobody, "--require-isolation"),
-        ],
-        capture_output=True,
-        text=True,
-        env=clean_environment(),
-        timeout=GUARD_S,
-        check=False,
+    result = run_server(
+        *("--listen", "127.0.0.1:0", "--limits", "auto", "--certs", certs),
+        *("--state-dir", state_of_nobody, "--require-isolation"),
+        before=_as_nobody(*capabilities),
     )
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
@@ -1274,13 +1267,7 @@ def test_what_jobs_could_get_at_is_an_error(
     users = _users_file(public, entries["alice"])
     os.chmod(public / name, mode)
     options = ("--certs", public / "certs", "--users", users, "--state-dir", public / "state")
-    run = subprocess.run(
-        [sys.executable, _HERE / "server.py", "--listen", "127.0.0.1:0", "--limits=auto", *options],
-        capture_output=True,
-        text=True,
-        timeout=GUARD_S,
-        check=False,
-    )
+    run = run_server("--listen", "127.0.0.1:0", "--limits=auto", *options)
     assert (run.returncode, run.stdout) == (1, "")
     assert f"run: {remedy}{public / name}" in run.stderr
     os.chmod(public, 0o700)  # now jobs cannot reach it, whatever its mode
@@ -1360,16 +1347,9 @@ def test_unusable_range_of_uids_is_an_error(
     certs: Path, public: Path, uids: str, problem: str
 ) -> None:
     """The server exits and names the problem, also if there are more users than uids."""
-    result = subprocess.run(
-        [
-            *(sys.executable, _HERE / "server.py", "--listen", "127.0.0.1:0", "--limits", "auto"),
-            *("--certs", certs, "--state-dir", public / "state", "--uids", uids),
-        ],
-        capture_output=True,
-        text=True,
-        env=clean_environment(),
-        timeout=GUARD_S,
-        check=False,
+    result = run_server(
+        *("--listen", "127.0.0.1:0", "--limits", "auto"),
+        *("--certs", certs, "--state-dir", public / "state", "--uids", uids),
     )
     assert (result.returncode, result.stdout) == (1, "")
     last = result.stderr.splitlines()[-1]

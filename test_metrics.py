@@ -20,7 +20,15 @@ from client import Client, ClientError
 from localserver import _MAX_WAITING
 from metrics import Counter, Histogram, Metrics, http_server, listen
 from quotas import QuotaError
-from testkit import ABSENT, FOREVER, GUARD_S, call_rpc, clean_environment, follow, run_job
+from testkit import (
+    ABSENT,
+    FOREVER,
+    GUARD_S,
+    call_rpc,
+    follow,
+    run_job,
+    run_server,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -254,17 +262,9 @@ def test_address_that_is_taken_is_named(certs: Path, tmp_path: Path) -> None:
 
 def _refused(certs: Path, tmp_path: Path, address: str) -> str:
     """Start a server that must not start; return its only line on stderr."""
-    run = subprocess.run(
-        [
-            *(str(_HERE / "server"), "--listen", "127.0.0.1:0", "--limits", "off"),
-            *("--certs", str(certs), "--state-dir", str(tmp_path / "state")),
-            *("--metrics", address),
-        ],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=GUARD_S,
-        check=False,
+    run = run_server(
+        *("--listen", "127.0.0.1:0", "--limits", "off", "--metrics", address),
+        *("--certs", certs, "--state-dir", tmp_path / "state"),
     )
     assert (run.returncode, run.stdout) == (1, "")
     return run.stderr.splitlines()[-1]

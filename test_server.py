@@ -44,6 +44,7 @@ from testkit import (
     fork_server_of,
     make_fifo,
     run_job,
+    run_server,
     small_file_system,
     tls_context,
     without_cgroup_name,
@@ -163,18 +164,6 @@ def test_idle_connections_hold_up_nobody(program: ServerProgram, connect: Connec
 
 @pytest.mark.parametrize("wrong", ["of another CA", "for another host", "for clients", "expired"])
 # --- the program: starting --------------------------------------------------------------
-
-
-def _run_server(*options: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `server.py` with options that make it end by itself."""
-    return subprocess.run(
-        [sys.executable, _HERE / "server.py", *options],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=GUARD_S,
-        check=False,
-    )
 
 
 def _assert_one_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -325,7 +314,7 @@ def test_bad_users_file_is_told_at_the_start(certs: Path, tmp_path: Path) -> Non
     users = tmp_path / "users"
     users.write_text("# ours\nbob:user:secret\n")
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
-    result = _run_server(*options, "--users", users, "--state-dir", tmp_path / "state")
+    result = run_server(*options, "--users", users, "--state-dir", tmp_path / "state")
     _assert_one_line(result, f"{users}, line 2: not a password hash", "./server user bob")
     assert "secret" not in result.stderr
     assert not (tmp_path / "state").exists()
@@ -333,7 +322,7 @@ def test_bad_users_file_is_told_at_the_start(certs: Path, tmp_path: Path) -> Non
 
 def test_missing_certificates_name_the_command_that_makes_them(tmp_path: Path) -> None:
     """One line with the missing files."""
-    result = _run_server("--certs", tmp_path, "--state-dir", tmp_path / "state")
+    result = run_server("--certs", tmp_path, "--state-dir", tmp_path / "state")
     _assert_one_line(result, "make certs", str(tmp_path / "server-key.pem"), "client-ca.pem")
 
 
@@ -363,13 +352,13 @@ def test_unusable_certificates_are_told_by_the_program(certs: Path, tmp_path: Pa
     """The program prints one line."""
     directory = shutil.copytree(certs, tmp_path / "certs")
     (directory / "server.pem").write_bytes(b"garbage")
-    result = _run_server("--certs", directory, "--state-dir", tmp_path / "state")
+    result = run_server("--certs", directory, "--state-dir", tmp_path / "state")
     _assert_one_line(result, "server.pem is not a certificate in PEM", "certs/generate.sh")
 
 
 def test_port_in_use_is_an_error(program: ServerProgram, certs: Path, tmp_path: Path) -> None:
     """A second server does not share the port, and leaves no process behind."""
-    result = _run_server(
+    result = run_server(
         *("--listen", program.address, "--certs", certs, "--state-dir", tmp_path / "state"),
         *("--limits", "off"),
     )
@@ -382,7 +371,7 @@ def test_state_directory_in_use_is_an_error(
     """Two servers would delete each other's output."""
     state = make_state()
     start_server(state=state)
-    result = _run_server(
+    result = run_server(
         *("--listen", "127.0.0.1:0", "--certs", certs, "--state-dir", state, "--limits", "off")
     )
     _assert_one_line(result, "another process uses the store", str(state))
@@ -434,7 +423,7 @@ def test_state_that_is_damaged_or_not_private_is_told_at_the_start(  # noqa: PLR
     path.chmod(mode)
     (tmp_path / "uids").touch(0o600)  # otherwise the server misses its store first
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
-    _assert_one_line(_run_server(*options, "--state-dir", tmp_path), problem)
+    _assert_one_line(run_server(*options, "--state-dir", tmp_path), problem)
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (content, mode)
 
 
@@ -451,7 +440,7 @@ def test_full_disk_at_the_first_start_is_told(certs: Path) -> None:
     """The error names the directory and what to do."""
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
     with small_file_system("64k") as disk, _full_disk(disk / "state"):
-        run = _run_server(*options, "--state-dir", disk / "state")
+        run = run_server(*options, "--state-dir", disk / "state")
         _assert_one_line(run, "full; make room on the disk of the state directory")
 
 
@@ -465,7 +454,7 @@ def test_full_disk_at_a_later_start_is_told(certs: Path) -> None:
         ):
             pass
         with _full_disk(state):
-            run = _run_server(*options, "--state-dir", state)
+            run = run_server(*options, "--state-dir", state)
             _assert_one_line(run, "full; make room on the disk of the state directory")
 
 
@@ -483,7 +472,7 @@ def test_state_that_belongs_to_somebody_else_is_refused(
     (state / "token.key").write_bytes(bytes(32))
     os.chown(state / name, NOBODY, NOBODY)
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
-    run = _run_server(*options, "--state-dir", state)
+    run = run_server(*options, "--state-dir", state)
     _assert_one_line(run, f"{state / name} belongs to uid {NOBODY}")
 
 
@@ -493,7 +482,7 @@ _as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give file
 def _refusal_of(state: Path, certs: Path, *parts: str, options: Sequence[str | Path] = ()) -> None:
     """Assert that a server with users of its own does not start, and gives nothing away."""
     before = {path: path.stat().st_uid for path in state.parent.rglob("*")}
-    run = _run_server(
+    run = run_server(
         *("--listen", "127.0.0.1:0", "--limits", "off", "--uids", "71000-71009"),
         *("--certs", certs, "--state-dir", state, *options),
     )
@@ -583,7 +572,7 @@ def test_output_on_another_disk_is_used_through_a_link(certs: Path, public: Path
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         for owner in (0, 71_000):
             assert target.stat().st_uid == owner
-            run = _run_server(
+            run = run_server(
                 *("--listen", address, "--limits", "off", "--uids", "71000-71009"),
                 *("--certs", certs, "--state-dir", state),
             )
@@ -599,7 +588,7 @@ def test_fifo_in_the_state_directory_does_not_hang_the_start(
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name, 0o600)
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off", "--certs", certs]
-    _assert_one_line(_run_server(*options, "--state-dir", tmp_path), "not a regular file")
+    _assert_one_line(run_server(*options, "--state-dir", tmp_path), "not a regular file")
 
 
 @pytest.mark.parametrize("words", ["--config FIFO check", "--users FIFO user list"])
@@ -607,7 +596,7 @@ def test_fifo_as_another_file_hangs_no_command(tmp_path: Path, words: str) -> No
     """Whoever opens a FIFO for reading waits for a writer."""
     os.mkfifo(tmp_path / "FIFO", 0o600)
     named = [str(tmp_path / word) if word == "FIFO" else word for word in words.split()]
-    _assert_one_line(_run_server(*named), "not a regular file")
+    _assert_one_line(run_server(*named), "not a regular file")
 
 
 def test_failed_start_leaves_nothing_running(
@@ -654,7 +643,7 @@ def test_server_that_must_enforce_limits_and_cannot_says_how_it_could(
     first, *failures, last = told.splitlines()
     assert first == "this host cannot enforce every limit:"
     assert last == "or accept weaker limits with --limits auto"
-    findings = _run_server("check").stdout.splitlines()
+    findings = run_server("check").stdout.splitlines()
     failed = [without_cgroup_name(line) for line in findings if line.startswith("FAILED ")]
     assert [without_cgroup_name(line) for line in failures] == failed != []
     assert list(tmp_path.glob("output/*")) == []
@@ -678,7 +667,7 @@ def test_bad_configuration_is_told_at_the_start(
         path.write_text(text)
     options: list[str | Path] = ["--listen", "127.0.0.1:0", "--limits", "off"]
     options += ["--state-dir", tmp_path / "state"]
-    result = _run_server(*options, "--certs", certs, "--config", path)
+    result = run_server(*options, "--certs", certs, "--config", path)
     _assert_one_line(result, str(path), *parts)
     assert not (tmp_path / "state").exists()
 
@@ -689,7 +678,7 @@ def test_bad_configuration_is_told_at_the_start(
 )
 def test_wrong_usage_of_the_server_exits_with_2(options: list[str]) -> None:
     """Abbreviated options are not accepted."""
-    result = _run_server(*options)
+    result = run_server(*options)
     assert (result.returncode, result.stdout) == (2, "")
 
 
@@ -709,7 +698,7 @@ def test_max_streams_has_the_bounds_of_the_configuration(
     path.write_text(f"[in_all]\nstreams = {written}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    by_option = _run_server("--max-streams", written)
+    by_option = run_server("--max-streams", written)
     in_file = problem.replace("'", "")  # there it is a number
     assert str(caught.value).endswith(f": {in_file}")
     assert by_option.returncode == 2
@@ -724,7 +713,7 @@ def test_user_command_makes_an_entry_that_can_log_in(
     serve: Serve, connect: Connect, tmp_path: Path, line: str
 ) -> None:
     """It prints a line for the users file, without the password."""
-    result = _run_server("user", "carol", "--role", "admin", stdin=line)
+    result = run_server("user", "carol", "--role", "admin", stdin=line)
     assert (result.returncode, result.stderr) == (0, "")
     assert re.fullmatch(r"carol:admin:scrypt\$17\$8\$1\$[\w-]+\$[\w-]+\n", result.stdout)
     users = tmp_path / "users"
@@ -746,7 +735,7 @@ def test_user_command_refuses_what_the_file_could_not_hold(
     arguments: list[str], stdin: str, problem: str
 ) -> None:
     """It prints one line and no entry."""
-    _assert_one_line(_run_server("user", *arguments, stdin=stdin), problem)
+    _assert_one_line(run_server("user", *arguments, stdin=stdin), problem)
 
 
 @pytest.mark.parametrize("second", ["hunter2", "hunter3"])
@@ -1033,7 +1022,7 @@ def test_backup_of_a_running_server_is_restored_elsewhere(
     client = connect("user", program.address)
     first, second = (run_job(client, "echo", [word]) for word in ("first", "second"))
     backup = tmp_path / "job-worker.db"
-    run = _run_server("--state-dir", state, "backup", backup)
+    run = run_server("--state-dir", state, "backup", backup)
     assert (run.returncode, run.stderr) == (0, "")
     client.remove(run_job(client, "true"))  # after the backup
     program.end(signal.SIGTERM)
@@ -1050,7 +1039,7 @@ def test_backup_of_a_running_server_is_restored_elsewhere(
         list(client.stream(second))
     client.remove(second)
     _assert_one_line(
-        _run_server("--state-dir", tmp_path / "none", "backup", backup),
+        run_server("--state-dir", tmp_path / "none", "backup", backup),
         "none/store/store.db is missing; was the right state directory named?",
     )
 

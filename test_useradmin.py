@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from client import Client, ClientError
-from testkit import GUARD_S, ServerProgram, clean_environment
+from testkit import ServerProgram, run_server
 from useradmin import UsersFile
 from users import Role, User, make_user, parse_users, password_matches
 
@@ -28,15 +27,7 @@ _WITH_ETC = ("unshare", "--mount", "sh", "-c", 'mount --bind "$1" /etc; shift; e
 def _server(
     *arguments: str | Path, before: tuple[str, ...] = (), password: str = "secret"
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*before, sys.executable, str(_HERE / "server.py"), *map(str, arguments)],
-        input=f"{password}\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=GUARD_S,
-        env=clean_environment(),
-    )
+    return run_server(*arguments, before=before, stdin=f"{password}\n")
 
 
 def test_user_is_added_to_the_file(tmp_path: Path) -> None:

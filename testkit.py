@@ -412,6 +412,21 @@ atexit.register(_RUN.cleanup)  # its own end would warn
 os.environ["RUNTIME_DIRECTORY"] = f"{_RUN.name}/tests/own"
 
 
+def run_server(
+    *words: str | Path, before: Sequence[str] = (), stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the program `server`, which ends by itself. `before`: the command that executes it."""
+    return subprocess.run(
+        [*before, sys.executable, str(_HERE / "server.py"), *map(str, words)],
+        input=stdin,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+
+
 class ServerProgram:
     """`server.py` in a process of its own. Attributes: `process`, `address`, `log` (its stderr).
 
