@@ -19,7 +19,7 @@ import sys
 import bundle
 from certcheck import UnusableError, check_ca, check_pair
 from connection import ClientError
-from profiles import config_path, read_profiles
+from profiles import DEFAULT_PROFILE, config_path, read_profiles
 from replacing import replace_file
 from units import parse_address
 
@@ -30,15 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["import_command"]
 
-_DEFAULT = "default"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def import_command(arguments: argparse.Namespace) -> int:
     """Run the subcommand; return the exit status. Raises ClientError."""
-    name = arguments.name or _DEFAULT
+    name = arguments.name or DEFAULT_PROFILE
     user = _import_bundle(arguments.bundle, name, replace=arguments.replace)
-    option = "" if name == _DEFAULT else f" --profile {name}"
+    option = "" if name == DEFAULT_PROFILE else f" --profile {name}"
     print(f"profile {name} is ready; now log in as {user}: client login{option}")
     return 0
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["apply_profile", "config_path", "profile_names", "read_profiles"]
+__all__ = ["DEFAULT_PROFILE", "apply_profile", "config_path", "profile_names", "read_profiles"]
 
-_DEFAULT = "default"
+DEFAULT_PROFILE = "default"
 _PATHS = ("certs", "cert", "key", "ca")
 _KEYS = ("server", *_PATHS, "user")
 
@@ -46,7 +46,7 @@ def apply_profile(arguments: argparse.Namespace) -> None:
     given: str | None = arguments.profile or os.environ.get("JOBWORKER_PROFILE")
     profile = _read_profile(given)
     variables = {} if arguments.profile else os.environ
-    arguments.profile = given or (_DEFAULT if profile else None)
+    arguments.profile = given or (DEFAULT_PROFILE if profile else None)
     given_server = arguments.server
     arguments.server = (
         arguments.server
@@ -112,7 +112,7 @@ def _read_profile(name: str | None) -> dict[str, str]:
     """Return the profile; empty if `name` is None and there is no profile called `default`."""
     profiles = read_profiles()
     path = config_path()
-    profile = (profiles or {}).get(name or _DEFAULT)
+    profile = (profiles or {}).get(name or DEFAULT_PROFILE)
     if profile is None:
         if name is None:
             return {}
@@ -122,7 +122,7 @@ def _read_profile(name: str | None) -> dict[str, str]:
         raise ClientError(
             f"there is no profile {name!r}: {path} {there}; see --profile and JOBWORKER_PROFILE"
         )
-    name = name or _DEFAULT
+    name = name or DEFAULT_PROFILE
     for key, value in profile.items():
         where = f"{path}, [{name}] {key}"
         if key not in _KEYS:
