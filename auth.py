@@ -173,8 +173,6 @@ class Identity:
 
     name: str
     role: Role
-    token_id: str
-    """The token's `jti`."""
     expires_at: datetime
     """The expiry of the token, in UTC."""
     ends_s: int
@@ -434,7 +432,6 @@ class Authenticator:
                 return Identity(
                     user.name,
                     user.role,
-                    token_id,
                     datetime.fromtimestamp(expires_at, UTC),
                     issued_s + expires_at - issued_at,
                     self._entry(user),

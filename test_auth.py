@@ -99,11 +99,11 @@ def _entry(user: User, key: bytes = _KEY) -> str:
     return _base64(hmac.digest(key, str(user).encode(), "sha256")[:16])
 
 
-def _identity(user: User) -> Identity:
+def _identity(user: User, session_id: str = _TOKEN_ID) -> Identity:
     expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(days=30)
     now = int(expires_at.timestamp()) - _LIFETIME_S
-    session = Session(_TOKEN_ID, now, now + _LIFETIME_S, _LIFETIME_S)
-    return Identity(user.name, user.role, _TOKEN_ID, expires_at, _LIFETIME_S, _entry(user), session)
+    session = Session(session_id, now, now + _LIFETIME_S, _LIFETIME_S)
+    return Identity(user.name, user.role, expires_at, _LIFETIME_S, _entry(user), session)
 
 
 @pytest.fixture
@@ -147,7 +147,6 @@ def test_login_returns_a_token_of_exactly_the_documented_claims(
     assert authenticator.authenticate(token, _CERTIFICATE) == Identity(
         "root",
         Role.ADMIN,
-        token_id,
         expires_at,
         _LIFETIME_S,
         _entry(_ROOT),
@@ -819,10 +818,15 @@ def test_token_that_is_logged_out_is_refused_for_good(tmp_path: Path) -> None:
             _assert_refused(again, token)
             assert again.authenticate(other, _CERTIFICATE)
     with Store(path) as store:
-        assert store.query("SELECT * FROM revoked") == [(identity.token_id, _LIFETIME_S)]
+        assert store.query("SELECT * FROM revoked") == [(identity.session.id, _LIFETIME_S)]
 
 
 # --- sessions -----------------------------------------------------------------------------
+
+
+def _id_of(token: str) -> str:
+    claims = jwt.decode(token, options={"verify_signature": False})
+    return str(claims["jti"])
 
 
 def _with_short_tokens(**options: Any) -> Authenticator:
@@ -847,8 +851,8 @@ def test_token_is_refreshed_until_the_session_ends(
     first = authenticator.authenticate(token, _CERTIFICATE)
     began = int(clocks.wall)
     assert expires_at == datetime.fromtimestamp(began + 900, UTC) == first.expires_at
-    assert first.session == Session(first.token_id, began, began + 3600, 3600)
-    identity, seen = first, {first.token_id}
+    assert first.session == Session(_id_of(token), began, began + 3600, 3600)
+    identity, seen = first, {_id_of(token)}
     for passed_s, left_s in ((600, 900), (1200, 900), (1800, 900), (2400, 900), (3000, 600)):
         clocks.wall, clocks.durations.now = began + passed_s, 1000 + passed_s
         token, expires_at = authenticator.refresh(identity, _CERTIFICATE)
@@ -856,7 +860,7 @@ def test_token_is_refreshed_until_the_session_ends(
         assert authenticator.is_valid(identity)
         identity = authenticator.authenticate(token, _CERTIFICATE)
         assert identity.session == first.session
-        seen.add(identity.token_id)
+        seen.add(_id_of(token))
     assert len(seen) == 6
     with pytest.raises(TokenError):
         authenticator.refresh(first, _CERTIFICATE)
@@ -1119,7 +1123,8 @@ def test_who_comes_too_late_is_called_at_once(
     """A watch of an invalid token calls the watcher at once."""
     identity, _ = watched
     authenticator.logout(identity)
-    late = [identity, replace(identity, expires_at=datetime.now(UTC), token_id=str(uuid.uuid4()))]
+    expired = replace(_identity(_ALICE, str(uuid.uuid4())), expires_at=datetime.now(UTC))
+    late = [identity, expired]
     watchers = [_Watcher(authenticator, each) for each in late]
     authenticator.set_users([_ROOT])
     for watcher in watchers:
@@ -1142,7 +1147,7 @@ def test_no_end_falls_between_asking_and_watching(authenticator: Authenticator) 
 
     with ThreadPoolExecutor(8) as pool:
         for _ in range(10):
-            identity = replace(_identity(_ALICE), token_id=str(uuid.uuid4()))
+            identity = _identity(_ALICE, str(uuid.uuid4()))
             actions = [*([watch] * 7), logout]
             results = [pool.submit(action, identity) for action in actions]
             watchers = [each for result in results for each in result.result(GUARD_S)]
