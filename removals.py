@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 _STAYS = "a directory of a job stays until the next worker: %s"
 _PATIENCE_S = 0.05  # most removals take some 20 microseconds
-_JOIN_S = 1.0
+_JOIN_S = 0.1  # whoever closes has no time
 
 
 class Removals:
@@ -76,7 +76,7 @@ class Removals:
             logger.error(_STAYS, error)
 
     def close(self) -> None:
-        """Wait for the removals that are made later, a second at most; then they go on alone."""
+        """Wait for the removals that are made later, but not long: then they go on alone."""
         deadline = time.monotonic() + _JOIN_S
         for thread in tuple(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 _REMOVAL_S = 2.0  # how long the end of a job waits for this; the removal itself may take longer
 _SWEEP_S = 10.0
 _EMPTY_S = 0.5
-_JOIN_S = 0.5  # for a removal that was cut short
+_JOIN_S = 0.1  # for a removal that was cut short; a worker that ends has no time
 
 
 class Scratch:
@@ -136,7 +136,7 @@ class Scratch:
     def empty(self) -> None:
         """Remove all that is not kept, and end the removals that take long.
 
-        Blocks for a second at most.
+        Blocks for little more than half a second.
         """
         self._remove_all(_EMPTY_S)
         self._end_removals()
@@ -162,12 +162,12 @@ class Scratch:
         self._close()
 
     def leave(self) -> None:
-        """Leave the directories to another process. Blocks for half a second at most."""
+        """Leave the directories to another process."""
         if self.path is not None:
-            self._end_removals()
             self._close()
 
     def _close(self) -> None:
+        self._end_removals()
         fd, self._fd = self._fd, -1  # a thread may still be removing something
         os.close(fd)
 
