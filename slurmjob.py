@@ -100,7 +100,8 @@ class SlurmJob(RunningJob):
         **more: Any,
     ) -> None:
         noted = dict(notes or {})
-        # By the clock and by time.monotonic; None if it did not wait, or nobody has noted it.
+        # When the job began to run after it had waited, by the clock and by time.monotonic; None if
+        # it did not wait, or if that was not noted.
         self._noted_begin: list[float] | None = noted.pop("begin", None)
         super().__init__(work, body, None, notes=noted, **more)
         self._no_queue = work.no_queue
@@ -118,7 +119,7 @@ class SlurmJob(RunningJob):
         self._is_replaying = False  # reports that a former main process has read
         self._lines = Lines()  # of the reports
         self._words: list[str] = []  # what Slurm said
-        self._logged_lines = 0  # of it
+        self._logged_lines = 0  # how many of these were logged
         self._end_event: dict[str, Any] | None = None
         self._told_at: datetime | None = None  # when the step told the end
         self._has_waited = False  # in the queue
@@ -132,9 +133,10 @@ class SlurmJob(RunningJob):
         self._over_by_s: float | None = None  # how long to wait for srun after the job's own end
         self._times_out_s: float | None = None  # when the job has run for too long
         self._begin_by_s = math.inf  # when the cluster must have answered
-        # Guarded by the lock of the base class, as are its own.
+        # Guarded by the lock of the base class.
         self._status = Status.QUEUED
-        self._is_begun = self._is_told = is_resumed  # others may know the job; its starter knows
+        self._is_begun = is_resumed  # whether others may know the job
+        self._is_told = is_resumed  # whether `publish` has returned, so that `await_begin` can
         self._failure: BaseException | None = None  # why it cannot run, before anybody knows it
         self._number = self._node = self._reason = ""  # Slurm's
         self._kill_step = 0  # of `_escalate`
@@ -258,7 +260,7 @@ class SlurmJob(RunningJob):
         self._registry.trim()
 
     def close_channel(self) -> None:
-        """Close what a `RunningJob` has not; once, when the job has ended or cannot run."""
+        """Close what only a `SlurmJob` has. Call it once, when the job has ended or cannot run."""
         self._channel.close()
         if self._step_input is not None:
             self._step_input.close()
@@ -329,7 +331,7 @@ class SlurmJob(RunningJob):
         alarms.append(None if self._is_begun else self._begin_by_s)
         alarms.append(self._pace.rests_until_s if is_resting else None)
         due_s = min((each for each in alarms if each is not None), default=math.inf)
-        left_s = min(max(0.0, due_s - now), _DAY_S)  # poll(2) has an int
+        left_s = min(max(0.0, due_s - now), _DAY_S)  # poll(2) takes an int
         return dict(poll.poll(left_s * 1000))
 
     def _leave_or_end(self) -> None:

@@ -60,8 +60,8 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 60.0
 _LAUNCH_S = 10.0  # how long the exec of srun may take
-# Of the descriptors that the fork server keeps of a job, the first are those of the channel. Here
-# those of the input begin.
+# Where the input's descriptors begin among those that the fork server keeps of a job. Before them
+# come those of the channel.
 _INPUT_FDS = 3
 
 
@@ -86,7 +86,7 @@ class SlurmStarter(Starter):
             raise ResourceError("a job on a cluster cannot keep its TMPDIR, which is on the node")
         with contextlib.ExitStack() as undo:
             spare = self._spares.take()
-            undo.callback(self._unrecord, spare, work)  # last: when nothing of it runs
+            undo.callback(self._unrecord, spare, work)  # runs last, when no process is left
             undo.callback(spare.discard)
             budget = work.budget or self._registry.budget_for(work.owner)
             self._prepare_output(spare.body.output, work.owner, budget)
@@ -313,7 +313,7 @@ class SlurmWorker(Worker):
         super().__init__(enforcement="off", **options)
         self._sweeper = threading.Thread(target=self._sweep_often, name="slurm-sweep", daemon=True)
         if not self.has_taken_over:
-            # What is there now is of a former run. We may still be root here.
+            # What Slurm has now comes from a former run. It is ended here, perhaps still as root.
             left = [job.number for job in self.cluster.jobs() if self.cluster.confirms(job)]
             self.cluster.cancel(left)
         if self._uids is None:
