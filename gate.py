@@ -251,7 +251,7 @@ class Call:
         fields = self.fields(outcome, reason)
         caller = self.identity.name if self.identity else self.certificate
         try:
-            self.records.write(caller, fields, alone=alone)
+            self.records.write(caller, fields, rpc=_rpc(self.method), alone=alone)
         except AuditError:
             if self.method not in _EVEN_IF_NOT_RECORDED:
                 raise
@@ -443,7 +443,7 @@ class Gate(grpc.ServerInterceptor):
         """
         error = ticket.refusal or AssertionError("the call is not refused")
         fields = functools.partial(self._refused, method, ticket, context)
-        self._records.share(ticket.key, (method, _EXHAUSTED), fields)
+        self._records.share(ticket.key, (_rpc(method), _EXHAUSTED), fields)
         self._metrics.refused(_rpc(method), _EXHAUSTED, error)
         _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
 
@@ -538,7 +538,7 @@ def _abort(
 
 
 def _rpc(method: str) -> str:
-    """Return the name of an RPC for the metrics, which may have no name that a client chooses."""
+    """Return the name of an RPC for what is kept by name; it is none that a client chooses."""
     return method.rpartition("/")[2] if method in auth.PERMISSIONS else "unknown"
 
 

@@ -91,11 +91,15 @@ class Records:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, caller: object, fields: Fields, *, alone: bool = False) -> None:
+    def write(
+        self, caller: object, fields: Fields, *, rpc: str | None = None, alone: bool = False
+    ) -> None:
         """Write a line about a call, or have the call share one, which is written within a second.
 
-        `fields`: with `rpc` and `outcome`. `alone`: the call changes something, so the call has a
-        line of its own; once the caller has used up the allowance, the line has no arguments.
+        `fields`: with `rpc` and `outcome`, which calls that share a line have in common. `rpc`: the
+        name that counts for that, if a client may have chosen the one in the fields. `alone`: the
+        call changes something, so the call has a line of its own; once the caller has used up the
+        allowance, the line has no arguments.
         Blocks as long as the disk does. Raises `AuditError` as `AuditLog.record` does.
         """
         with self._changed:
@@ -104,7 +108,7 @@ class Records:
         # While the log cannot be written, a line that is written later is a promise in vain.
         if is_in_excess and not alone and self._audit.is_writable:
             first = _shortened(fields, 0)
-            self.share(caller, (fields["rpc"], fields["outcome"]), lambda: first)
+            self.share(caller, (rpc or fields["rpc"], fields["outcome"]), lambda: first)
             return
         fields = _shortened(fields, 0 if is_in_excess else _ARGV_CHARACTERS)
         size = self._audit.record(**fields)

@@ -9,6 +9,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -209,3 +210,29 @@ def test_flood_of_one_user_writes_little_and_starts_are_all_on_record(
     for rpc in ("StartJob", "StopJob", "RemoveJob"):
         jobs = [line["job"] for line in lines if line["rpc"].endswith(rpc)]
         assert [job for job in jobs if job != job_id] == started
+
+
+@pytest.mark.parametrize("calls_of_one", [1024, 0])
+def test_calls_share_a_line_whatever_names_the_client_gives_them(
+    serve: Serve,
+    connect: Connect,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calls_of_one: int,
+) -> None:
+    """Over the API: methods that do not exist, served and refused for overload; and refreshes."""
+    monkeypatch.setattr("records._ALLOWANCE_BYTES", 1000)
+    monkeypatch.setattr("records._ALLOWANCE_BPS", 0)
+    monkeypatch.setattr("records._TOGETHER_S", GUARD_S)
+    server = serve(audit_log=path)
+    client = connect("user", server.address)
+    monkeypatch.setattr("calls._CALLS_OF_ONE", calls_of_one)
+    methods = [f"/none/{number}" for number in range(50)]
+    for method in methods + ["/jobworker.v1.AuthService/Refresh"] * 50:
+        rpc: Any = client._channel.unary_unary(method)
+        with contextlib.suppress(grpc.RpcError):
+            rpc(b"", metadata=client._link.metadata())
+    server.stop()
+    lines = [line for line in _lines(path) if not line["rpc"].endswith("Login")]
+    assert sum(line.get("calls", 1) for line in lines) == 100
+    assert len(lines) < 20
