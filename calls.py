@@ -77,8 +77,8 @@ _CALLS_ALWAYS = 64
 # because a short one costs streams a quarter of their rate.
 _MANY_CALLS = 256
 _SHORT_SWITCH_S = 0.0005
-# How many calls gRPC queues for its accepting thread. Above it gRPC cancels calls of anybody.
-_CALLS_IN_CORE = 8192
+# Calls in gRPC's queue for its accepting thread, some 16 KiB each. gRPC cancels others, anybody's.
+_CALLS_IN_CORE = 32768
 # Bytes of answers of one caller that the clients have not taken yet. The answer that exceeds
 # the bound is still sent. Most answers have less than 1 KiB; a page of a list has up to 1 MiB.
 _UNREAD_OF_ONE = 8 * 1024 * 1024
@@ -100,6 +100,7 @@ _ARRIVAL_S = 3.0
 _MANY_THREADS = 16
 
 _RETRY_AFTER_S = 1  # within this time the longest queue has been served
+_NO_THREAD = RuntimeError, MemoryError  # what `Thread.start` raises if no thread can be started
 
 STRANGERS: Final = ("strangers",)
 """The caller of all calls without a token of this server. They share one queue."""
@@ -407,7 +408,7 @@ class Calls(Executor):
             lane.clerks -= 1
         try:
             self._start_clerk(lane)
-        except RuntimeError as error:
+        except _NO_THREAD as error:
             with self._lock:
                 lane.clerks += 1
                 lane.running[thread] = ticket
@@ -448,18 +449,18 @@ class Calls(Executor):
             self._most_threads = max(self._most_threads, len(self._threads))
         try:
             thread.start()
-        except RuntimeError:
+        except _NO_THREAD:
             with self._lock:
                 self._end_locked(thread)
             raise
 
     def _start_clerk(self, lane: _Lane) -> None:
-        """Start a clerk. Raises RuntimeError if the system allows no more threads."""
+        """Start a clerk. Raises an error of `_NO_THREAD`."""
         with self._lock:
             lane.clerks += 1
         try:
             self._start_thread(functools.partial(self._work, lane), f"call-{lane.name}")
-        except RuntimeError:
+        except _NO_THREAD:
             with self._lock:
                 lane.clerks -= 1
             raise
@@ -525,6 +526,7 @@ class Calls(Executor):
     def _replace_late(self) -> None:
         """Replace clerks that are busy with one call for long, while others wait for a turn."""
         lanes = (self._quick, self._slow)
+        is_short = False  # of threads
         while True:
             with self._lock:
                 self._looks_for_late = any(lane.turns for lane in lanes)
@@ -542,8 +544,11 @@ class Calls(Executor):
             try:
                 for lane in missing:
                     self._start_clerk(lane)
-            except RuntimeError:
-                logger.error("no more threads can be started; calls wait for one")
+                is_short = False
+            except _NO_THREAD:
+                if not is_short:  # once, however many passes find no room
+                    logger.error("no more threads can be started; calls wait for one")
+                is_short = True
 
     def _cancel_overdue(self) -> None:
         """Cancel the calls whose request does not arrive."""

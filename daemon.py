@@ -158,7 +158,8 @@ def serve(server: Servable, manager: ServiceManager) -> int:
         logger.info("%s: shutting down%s", signal.Signals(number).name, left)
     manager.tell("STOPPING=1", f"STATUS={'leaving' if leaves_jobs else 'ending'} the jobs")
     watchdog_s = max(WATCHDOG_S, server.shutdown_grace_s + _WATCHDOG_AFTER_GRACE_S)
-    faulthandler.dump_traceback_later(watchdog_s, exit=True)
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        faulthandler.dump_traceback_later(watchdog_s, exit=True)
     with contextlib.nullcontext() if leaves_jobs else _hurried(server.kill_jobs):
         server.stop(leaves_jobs=leaves_jobs)
     reloader.close()
@@ -233,14 +234,15 @@ def _hurried(hurry: Callable[[], None]) -> Iterator[None]:
 
     # A daemon, so that a `hurry` which hangs does not keep the program alive.
     thread = threading.Thread(target=wait, name="hurry", daemon=True)
-    thread.start()
+    with contextlib.suppress(RuntimeError):  # no thread can be started, so nobody hurries
+        thread.start()
     try:
         yield
     finally:
         is_over.set()
         if thread.is_alive():
             os.kill(os.getpid(), signal.SIGTERM)  # for `sigwait`; all threads block it
-        thread.join(_JOIN_S)
+            thread.join(_JOIN_S)
 
 
 class _Reloader:
@@ -290,16 +292,20 @@ def end_if_grpc_ends(server: Servable) -> None:
     """
 
     def on_exception(args: threading.ExceptHookArgs) -> None:
-        threading.__excepthook__(args)
-        if args.thread in server.grpc_threads:
+        if args.thread not in server.grpc_threads:
+            threading.__excepthook__(args)
+            return
+        try:
             logger.critical(
                 "gRPC's accepting thread has ended (%s: %s), so no call would be answered; "
                 "killing the jobs and ending",
                 *(args.exc_type.__name__, args.exc_value),
             )
+            threading.__excepthook__(args)
             faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
             # Not `server.stop`: it waits for the thread that has ended.
             server.kill_jobs()
+        finally:  # also if there is no memory, or no room for the thread of the watchdog
             os._exit(1)
 
     threading.excepthook = on_exception

@@ -433,7 +433,8 @@ class Server:
         self._admin.close()
         self._standard.leave()
         # Streams go on as long as the jobs do. The later call shortens the time.
-        self._server.stop(self.shutdown_grace_s + _STOP_GRACE_S)
+        with contextlib.suppress(RuntimeError):  # gRPC can start no thread that ends them
+            self._server.stop(self.shutdown_grace_s + _STOP_GRACE_S)
         self._authenticator.close()
         if self._opener is not None:
             self._opener.close()  # first, because the worker removes the cgroup that it is in
@@ -441,7 +442,10 @@ class Server:
             self._worker.leave()
         else:
             self._worker.close(grace=self.shutdown_grace_s)
-        self._server.stop(_STOP_GRACE_S).wait()
+        try:
+            self._server.stop(_STOP_GRACE_S).wait()
+        except RuntimeError:
+            self._server.stop(None)
         # A reload uses what is closed now. It has had time to end, unless something hangs.
         with contextlib.ExitStack() as undo:
             if self._reloading.acquire(timeout=_STOP_GRACE_S):

@@ -217,7 +217,7 @@ class JobThread(threading.Thread):
         try:
             self.start()
         except RuntimeError as error:
-            raise ResourceError(f"no room for another thread: {error}") from error
+            raise ResourceError(f"no room for another thread: {error}", 1) from error
 
     def run(self) -> None:
         work = self._work.get()

@@ -8,6 +8,7 @@ import queue
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
 
 import grpc
 import pytest
@@ -293,7 +294,18 @@ def _no_more_threads() -> Iterator[None]:
         threading.stack_size(before)
 
 
-def test_stream_whose_thread_cannot_be_started_is_refused_alone(server: _Server) -> None:
+@contextlib.contextmanager
+def _no_memory_for_threads() -> Iterator[None]:
+    """There is no memory for what Python keeps of a thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", mock.Mock(side_effect=MemoryError))
+        yield
+
+
+@pytest.mark.parametrize("no_more_threads", [_no_more_threads, _no_memory_for_threads])
+def test_stream_whose_thread_cannot_be_started_is_refused_alone(
+    server: _Server, no_more_threads: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
     """The stream's thread remains a clerk and serves the next calls, however often this happens."""
     outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -303,7 +315,7 @@ def test_stream_whose_thread_cannot_be_started_is_refused_alone(server: _Server)
         except OverloadError as error:
             outcomes.put(str(error))
 
-    with _no_more_threads():
+    with no_more_threads():
         for _ in range(20):
             server.call("alice", stream, is_stream=True).over()
             assert "no more threads can be started" in outcomes.get(timeout=GUARD_S)
@@ -312,17 +324,28 @@ def test_stream_whose_thread_cannot_be_started_is_refused_alone(server: _Server)
 
 
 def test_calls_wait_while_no_thread_can_be_started_and_are_served_then(
-    server: _Server, monkeypatch: pytest.MonkeyPatch
+    server: _Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All clerks are held. When the system allows threads again, the next call runs."""
-    logged, done = threading.Event(), threading.Event()
-    monkeypatch.setattr(calls_module.logger, "error", lambda *_: logged.set())
+    """All clerks are held. When the system allows threads again, the next call runs.
+
+    The log says once that there are none, however often a thread is tried.
+    """
+    tried, done = threading.Semaphore(0), threading.Event()
+    start = server.calls._start_clerk
+
+    def try_it(lane: Any) -> None:
+        tried.release()
+        start(lane)
+
+    monkeypatch.setattr(server.calls, "_start_clerk", try_it)
     with _no_more_threads():
         server.hold("mallory", calls_module._QUICK_CLERKS)
         server.call("alice", lambda _: done.set())
-        assert logged.wait(GUARD_S)
+        for _ in range(5):
+            assert tried.acquire(timeout=GUARD_S)
         assert not done.is_set()
     assert done.wait(GUARD_S)
+    assert caplog.text.count("no more threads can be started") == 1
 
 
 def test_submit_never_raises(server: _Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -477,6 +500,29 @@ def test_flood_of_one_user_costs_another_no_call(
             assert admin.status(job_id).status == worker_pb.JOB_STATUS_RUNNING
             assert admin.stop(job_id).status == worker_pb.JOB_STATUS_STOPPED
             assert flood.served.acquire(timeout=GUARD_S)
+
+
+def test_no_call_is_cancelled_while_very_many_wait_for_grpcs_accepting_thread(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over ten connections. If gRPC cancelled some, it could be those of another user."""
+    server = serve()
+    clients = [connect("user", server.address) for _ in range(10)]
+    request = worker_pb.GetJobStatusRequest(job_id=run_job(clients[0]))
+    go_on, arrive = threading.Event(), Calls.arrive
+
+    def wait(*args: Any) -> Ticket:
+        assert go_on.wait(GUARD_S)
+        return arrive(*args)
+
+    monkeypatch.setattr(Calls, "arrive", wait)
+    answers = [
+        _status_rpc(client).future(request, metadata=client._link.metadata(), timeout=GUARD_S)
+        for client in clients
+        for _ in range(1000)
+    ]
+    go_on.set()
+    assert {answer.code().name for answer in answers} <= {"OK", "RESOURCE_EXHAUSTED"}
 
 
 def test_refusal_tells_people_and_grpcs_own_retries_when_to_try_again(

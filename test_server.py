@@ -879,42 +879,82 @@ def test_second_signal_ends_the_grace(
     assert f"{number.name}: killing the jobs" in program.log.read_text()
 
 
-_WITH_FAULT = """
-import sys
-import calls, server
+# A server with a fault. `no_more_threads`: the system has no room for the stacks of further ones.
+_FAULTY = """
+import sys, threading
+import calls, daemon, server
 
+def no_more_threads():
+    threading.stack_size(1 << 46)
+
+{}
+sys.exit(server.main(sys.argv[1:]))
+"""
+_ACCEPTING_THREAD_ENDS = """
 def submit(*_):
+    {}
     raise MemoryError("a fault of the test")
 
 calls.Calls.submit = submit
-sys.exit(server.main(sys.argv[1:]))
+"""
+_NO_THREADS_FOR_THE_END = """
+def await_end(*args, old=daemon._await_end):
+    number = old(*args)
+    no_more_threads()
+    return number
+
+daemon._await_end = await_end
 """
 
 
-def test_server_whose_accepting_thread_has_ended_ends_and_says_why(
-    certs: Path, make_state: Callable[[], Path], tmp_path: Path
-) -> None:
-    """A service manager can restart it. Without this it would live on and answer no call."""
-    log = tmp_path / "log"
-    with log.open("wb") as stderr:
-        program = subprocess.Popen(
-            [
-                *(sys.executable, "-c", _WITH_FAULT, "--listen", "127.0.0.1:0"),
-                *("--limits", "auto", "--certs", certs, "--state-dir", make_state()),
-            ],
+@contextlib.contextmanager
+def _faulty_server(
+    fault: str, certs: Path, state: Path, log: Path
+) -> Iterator[tuple[subprocess.Popen[str], Client]]:
+    """Run a server with this fault; yield it and a client of it."""
+    program = [sys.executable, "-c", _FAULTY.format(fault), "--listen", "127.0.0.1:0"]
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(
+            [*program, "--limits", "auto", "--certs", certs, "--state-dir", state],
             cwd=_HERE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             env=clean_environment(),
-        )
-    with program:
-        assert program.stdout
-        address = program.stdout.readline().removeprefix("listening on ").strip()
-        with Client(address, certs=certs) as client, pytest.raises(ClientError):
+        ) as process,
+    ):
+        assert process.stdout
+        address = process.stdout.readline().removeprefix("listening on ").strip()
+        with Client(address, certs=certs) as client:
+            yield process, client
+
+
+@pytest.mark.parametrize("also", ["pass", "no_more_threads()"])
+def test_server_whose_accepting_thread_has_ended_ends_and_says_why(
+    certs: Path, make_state: Callable[[], Path], tmp_path: Path, also: str
+) -> None:
+    """A service manager can restart it. Without this it would live on and answer no call."""
+    fault = _ACCEPTING_THREAD_ENDS.format(also)
+    with _faulty_server(fault, certs, make_state(), tmp_path / "log") as (process, client):
+        with pytest.raises(ClientError):
             client.login("user", "user")
-        assert program.wait(GUARD_S) == 1
-    assert "gRPC's accepting thread has ended (MemoryError: a fault of the test)" in log.read_text()
+        assert process.wait(GUARD_S) == 1
+    log = (tmp_path / "log").read_text()
+    assert "gRPC's accepting thread has ended (MemoryError: a fault of the test)" in log
+
+
+def test_server_that_can_start_no_threads_ends_as_it_should(
+    certs: Path, make_state: Callable[[], Path], tmp_path: Path
+) -> None:
+    """Its jobs get SIGTERM and their grace, and the followers get all of their output."""
+    log = tmp_path / "log"
+    with _faulty_server(_NO_THREADS_FOR_THE_END, certs, make_state(), log) as (process, client):
+        client.login("user", "user")
+        follower = follow(client, client.start("bash", ["-c", _ON_SIGTERM, "bash"]))
+        process.terminate()
+        assert next(follower) == b"bye\n"
+        assert process.wait(GUARD_S) == 0, log.read_text()
 
 
 def test_server_ends_though_a_client_does_not_read(

@@ -496,8 +496,9 @@ def test_start_without_a_thread_fails_cleanly(
     discard_spares(worker)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(ResourceError, match="thread"):
+        with pytest.raises(ResourceError, match="thread") as caught:
             _sh(worker, 'echo >"$1"', executed)
+    assert caught.value.retry_after_s == 1
     _await_reaped(worker)
     assert not executed.exists()
     assert _traces(worker) == before
