@@ -3,7 +3,7 @@
 If the host has a cgroup v2 with all controllers, the tests run on the host like any other test.
 Otherwise the plugin replaces each test by a stand-in of the same name, and boots two kernels with
 one processor each (scripts/kernel-run), the guests. They run beside the tests of the host, which
-have precedence. In each guest another pytest runs half of the modules. That pytest loads this
+have precedence. In each guest another pytest runs half of the tests. That pytest loads this
 plugin too, and there the plugin prints the outcome of each test as a line of JSON. A thread of the
 host reads the lines of a guest. A stand-in waits for the line of its test, and then passes, fails
 or is skipped like the test.
@@ -14,7 +14,6 @@ pytest-xdist (`-n`). With JOBWORKER_REQUIRE_KERNEL=1 in the environment they fai
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -61,13 +60,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
     if remedy:
         return
-    # A module is in one guest, which makes its fixtures once.
-    modules: dict[str, list[str]] = defaultdict(list)
-    for item in marked:
-        modules[item.nodeid.partition("::")[0]].append(item.nodeid)
-    each = list(modules.values())
-    halves = [list(itertools.chain(*half)) for half in (each[::2], each[1::2])]
-    config.stash[_GUESTS] = [_Guest(half) for half in halves if half]
+    # In turn: so the tests that take long, which are in a few modules, are in both guests.
+    tests = [item.nodeid for item in marked]
+    cpus = sorted(os.sched_getaffinity(0))
+    config.stash[_GUESTS] = [
+        _Guest(half, cpu=cpu)
+        for half, cpu in zip((tests[::2], tests[1::2]), (cpus[0], cpus[-1]), strict=True)
+        if half
+    ]
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:
@@ -114,10 +114,11 @@ class _OutcomePrinter:
 
 
 class _Guest:
-    """A kernel in which a pytest runs `tests` (node IDs)."""
+    """A kernel in which a pytest runs `tests` (node IDs), on one processor of the host."""
 
-    def __init__(self, tests: list[str]) -> None:
+    def __init__(self, tests: list[str], *, cpu: int) -> None:
         self.tests = tests
+        self._cpu = cpu
         self._process: subprocess.Popen[str] | None = None
         # Ends with the guest's output. Without it the guest would wait until a stand-in reads.
         self._reader = threading.Thread(target=self._read, name="guest", daemon=True)
@@ -132,6 +133,9 @@ class _Guest:
         self._process = subprocess.Popen(
             [
                 *("nice", "-n", "10"),  # the tests of the host measure times
+                # At each system call of a guest's process the host switches between two processes.
+                # On one processor that takes less time.
+                *("taskset", "-c", str(self._cpu)),
                 *(str(_HERE / "scripts/kernel-run"), sys.executable, "-m", "pytest"),
                 *("-p", "no:cacheprovider", "--color=no"),
                 *("-o", f"time_limit_s={_GUEST_LIMIT_S}", *self.tests),
