@@ -502,6 +502,37 @@ def test_flood_of_one_user_costs_another_no_call(
             assert flood.served.acquire(timeout=GUARD_S)
 
 
+def test_stream_that_is_cancelled_while_it_begins_is_no_internal_error(
+    serve: Serve,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its client has gone, which is nothing for the server's log."""
+    begins, gone, over = threading.Event(), threading.Event(), Calls.over
+
+    def leave(*_: Any) -> None:
+        begins.set()
+        assert gone.wait(GUARD_S)
+
+    def note_end(calls: Calls, ticket: Ticket) -> None:
+        over(calls, ticket)
+        if ticket.is_stream:
+            gone.set()
+
+    server = serve()
+    client = connect("user", server.address)
+    job_id = client.start(*FOREVER)
+    monkeypatch.setattr(Calls, "leave", leave)
+    monkeypatch.setattr(Calls, "over", note_end)
+    stream = client.stream(job_id)
+    assert begins.wait(GUARD_S)
+    stream.close()
+    server.stop()
+    assert gone.is_set()
+    assert "internal error" not in caplog.text
+
+
 def test_no_call_is_cancelled_while_very_many_wait_for_grpcs_accepting_thread(
     serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
