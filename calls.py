@@ -261,8 +261,7 @@ class Calls(Executor):
         self._slow = _Lane("slow", self._lock, _SLOW_CLERKS)
         # Notified when a call has to wait while nobody looks for late clerks, and by `shutdown`.
         self._late = threading.Condition(self._lock)
-        # Notified when a call begins to wait for its request while nobody looks after these
-        # calls, and by `shutdown`.
+        # Notified when a call begins to wait for its request while nobody looks, and by `shutdown`.
         self._overdue = threading.Condition(self._lock)
         # Notified when a thread of ours ends.
         self._ended = threading.Condition(self._lock)
@@ -355,7 +354,8 @@ class Calls(Executor):
                 return f"{self._streams} streams are open"
             return None
         if caller.calls >= _CALLS_OF_ONE:
-            return f"{caller.calls} of your calls are under way"
+            whose = "of your calls" if isinstance(caller.key, str) else "calls with no valid token"
+            return f"{caller.calls} {whose} are under way"
         if self._calls >= _CALLS_IN_ALL and caller.calls >= _CALLS_ALWAYS:
             return f"{self._calls} calls are under way, {caller.calls} of them yours"
         return None

@@ -15,7 +15,7 @@ import pytest
 
 import calls as calls_module
 import workerservice_pb2 as worker_pb
-from calls import Calls, Kind, OverloadError, Ticket
+from calls import STRANGERS_LOGIN, Calls, Kind, OverloadError, Ticket
 from client import Client
 from testkit import FOREVER, GUARD_S, run_job
 
@@ -39,7 +39,7 @@ class _Server:
 
     def call(
         self,
-        key: str,
+        key: object,
         run: Run = lambda _: None,
         kind: Kind = Kind.QUICK,
         *,
@@ -132,6 +132,16 @@ def test_caller_with_too_many_calls_is_refused_in_the_thread_that_brings_them(
     tickets[0].over()
     assert server.call("mallory").refusal is None
     assert server.call("mallory").refusal is not None
+
+
+@pytest.mark.usefixtures("small")
+def test_refusal_of_a_call_without_a_token_does_not_call_the_others_the_callers(
+    server: _Server,
+) -> None:
+    """They are those of everybody who has no token yet."""
+    for _ in range(5):
+        assert server.call(STRANGERS_LOGIN).refusal is None
+    assert "5 calls with no valid token are under way" in _why(server.call(STRANGERS_LOGIN))
 
 
 @pytest.mark.usefixtures("small")
