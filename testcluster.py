@@ -36,8 +36,8 @@ __all__ = ["PROGRAMS", "Cluster"]
 PROGRAMS = ("slurmctld", "slurmd", "srun", "squeue", "scancel", "scontrol", "munged", "setpriv")
 _READY_S = 30
 
-# No other cluster of this machine may have its jobs' numbers: deploy/slurm-epilog removes the TMPDIR
-# of the number, in the /tmp that all share.
+# No other cluster of this machine may have its jobs' numbers: deploy/slurm-epilog removes the
+# TMPDIR of the number, in the /tmp that all share.
 _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
