@@ -77,7 +77,8 @@ _CALLS_ALWAYS = 64
 # because a short one costs streams a quarter of their rate.
 _MANY_CALLS = 256
 _SHORT_SWITCH_S = 0.0005
-# Calls in gRPC's queue for its accepting thread, some 16 KiB each. gRPC cancels others, anybody's.
+# Calls in gRPC's queue for its accepting thread, some 16 KiB of memory each. If the queue is full,
+# gRPC cancels the next call, whoever makes it.
 _CALLS_IN_CORE = 32768
 # Bytes of answers of one caller that the clients have not taken yet. The answer that exceeds
 # the bound is still sent. Most answers have less than 1 KiB; a page of a list has up to 1 MiB.
@@ -405,12 +406,10 @@ class Calls(Executor):
             if lane.running.pop(thread, None) is None:
                 self._stop_running_locked(ticket)
                 return  # another clerk has taken the place of this thread already
-            lane.clerks -= 1
         try:
-            self._start_clerk(lane)
+            self._start_thread(functools.partial(self._work, lane), f"call-{lane.name}")
         except _NO_THREAD as error:
             with self._lock:
-                lane.clerks += 1
                 lane.running[thread] = ticket
             raise OverloadError("no more threads can be started") from error
         with self._lock:

@@ -279,6 +279,31 @@ def test_stream_has_a_thread_that_ends_with_it(server: _Server) -> None:
         pass
 
 
+@pytest.mark.usefixtures("patient")
+def test_lane_lacks_no_clerk_while_a_stream_begins(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the thread that replaces late clerks could start one too many, which would stay."""
+    counts: list[object] = []
+
+    class Lane(calls_module._Lane):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "clerks":
+                counts.append(value)
+            super().__setattr__(name, value)
+
+    monkeypatch.setattr(server.calls._quick, "__class__", Lane)
+    begun = threading.Event()
+
+    def stream(ticket: Ticket) -> None:
+        ticket.leave()
+        begun.set()
+
+    server.call("alice", stream, is_stream=True).over()
+    assert begun.wait(GUARD_S)
+    assert set(counts) <= {calls_module._QUICK_CLERKS}
+
+
 def test_streams_are_refused_beyond_the_ceilings_and_some_more(server: _Server) -> None:
     """Of one caller, and of all together; unary calls are not streams."""
     more_of_one, more = calls_module._MORE_STREAMS_OF_ONE, calls_module._MORE_STREAMS
