@@ -79,4 +79,5 @@ class Removals:
         """Wait for the removals that are made later, but not long: then they go on alone."""
         deadline = time.monotonic() + _JOIN_S
         for thread in tuple(self._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():  # one that is being started just now cannot be joined
+                thread.join(max(0.0, deadline - time.monotonic()))

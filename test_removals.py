@@ -76,6 +76,21 @@ def test_removal_is_made_later_in_a_thread(slow: _Slow, caplog: pytest.LogCaptur
     assert "stays until the next worker: it is busy" in caplog.text
 
 
+def test_close_waits_for_no_thread_that_is_not_started_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not; the removal is made nevertheless."""
+    removals, made, start = Removals(), threading.Event(), threading.Thread.start
+
+    def close_first(thread: threading.Thread) -> None:
+        removals.close()
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", close_first)
+        removals.make_later(made.set)
+    assert made.wait(GUARD_S)
+    removals.close()
+
+
 def test_close_does_not_wait_for_ever(slow: _Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     """The removal goes on without it."""
     monkeypatch.setattr("removals._JOIN_S", 0.01)
