@@ -8,7 +8,7 @@ and the SHA-256 of the whole. Each caller has an allowance of bytes (`_ALLOWANCE
 of their own. A caller who has used it up shares lines: the calls of one second with the same RPC
 and outcome get one line, which has their number. So no caller can fill the disk with the audit log
 in a day. A call that starts, stops or removes a job, or that logs in or out, always has a line of
-its own: other ceilings bound these. Signals and input share lines.
+its own: other ceilings bound these. Signals, input and refreshes share lines.
 
 Threads: any thread may call anything. One thread of this module, `records`, writes the shared
 lines.
@@ -96,10 +96,10 @@ class Records:
     ) -> None:
         """Write a line about a call, or have the call share one, which is written within a second.
 
-        `fields`: with `rpc` and `outcome`, which calls that share a line have in common. `rpc`: the
-        name that counts for that, if a client may have chosen the one in the fields. `alone`: the
-        call changes something, so the call has a line of its own; once the caller has used up the
-        allowance, the line has no arguments.
+        `fields`: with `rpc` and `outcome`; calls in which these are equal share a line. `rpc`: what
+        is compared instead of the field, if a client may have chosen the name in the field.
+        `alone`: the call changes something, so the call has a line of its own; once the caller has
+        used up the allowance, the line has no arguments.
         Blocks as long as the disk does. Raises `AuditError` as `AuditLog.record` does.
         """
         with self._changed:
