@@ -100,7 +100,7 @@ class ResourceError(WorkerError):
     Attribute: `retry_after_s`, in seconds; None if waiting may not help.
     """
 
-    def __init__(self, problem: str, retry_after_s: int | None = None) -> None:
+    def __init__(self, problem: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(problem)
         self.retry_after_s = retry_after_s
 
@@ -232,7 +232,7 @@ def exec_error(command: str, error: OSError, search_path: str, directory: str) -
     The error's `found` is what the job's user has seen with `look_at`; without one this looks.
     """
     if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EDQUOT):
-        return ResourceError(f"no room for another process: {error.strerror}", 1)
+        return ResourceError(f"no room for another process: {error.strerror}", retry_after_s=1)
     path = os.path.join(directory, command)
     found = getattr(error, "found", None)
     if found is None:

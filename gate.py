@@ -148,7 +148,7 @@ _ERRORS: tuple[tuple[type[Exception], grpc.StatusCode, str | None], ...] = (
     (_UnknownMethodError, grpc.StatusCode.UNIMPLEMENTED, None),
     (_RequestSizeError, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
     (_NoRequestError, grpc.StatusCode.CANCELLED, None),
-    (grpc.RpcError, grpc.StatusCode.CANCELLED, "the client has gone"),  # gRPC raises it
+    (grpc.RpcError, grpc.StatusCode.CANCELLED, "the client has gone"),  # the call has ended
     (_CallerGoneError, grpc.StatusCode.CANCELLED, None),
     (_TooLateError, grpc.StatusCode.DEADLINE_EXCEEDED, None),
     (OtherStartError, grpc.StatusCode.ALREADY_EXISTS, None),

@@ -56,7 +56,7 @@ def write_all(
     try:
         thread.start()
     except RuntimeError as error:
-        raise ResourceError(f"no room for another thread: {error}", 1) from error
+        raise ResourceError(f"no room for another thread: {error}", retry_after_s=1) from error
     writer.wait()
     if errors:
         raise errors[0]

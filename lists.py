@@ -108,7 +108,7 @@ class Lists:
             return self._events(watch, missing, at_end.pop_all(), call)
 
     def _missing(self, job_ids: Sequence[str], caller: Identity) -> list[str]:
-        """Return those of the IDs, if not shortened, of which the caller may see no job."""
+        """Return the IDs of no job that the caller may see; shortened IDs are left out."""
         return [
             job_id
             for job_id in job_ids

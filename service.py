@@ -85,7 +85,6 @@ class _AuthServicer:
         call: Call,
     ) -> auth_pb.RefreshResponse:
         token, expires_at = self._authenticator.refresh(call.caller, call.certificate)
-        call.record()
         return auth_pb.RefreshResponse(
             access_token=token,
             expires_at=timestamp(expires_at),

@@ -217,7 +217,7 @@ class JobThread(threading.Thread):
         try:
             self.start()
         except RuntimeError as error:
-            raise ResourceError(f"no room for another thread: {error}", 1) from error
+            raise ResourceError(f"no room for another thread: {error}", retry_after_s=1) from error
 
     def run(self) -> None:
         work = self._work.get()
@@ -262,6 +262,6 @@ def _discard_cgroup(cgroup: Cgroup) -> None:
         cgroup.wait_empty(_DISCARD_S)
     except TimeoutError as error:
         reason = in_words(error)
-        logger.error("a job that did not start: its cgroup stays until they have ended: %s", reason)
+        logger.error("a job that did not start: its cgroup stays until it is empty: %s", reason)
     else:
         cgroup.remove()

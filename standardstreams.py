@@ -7,7 +7,7 @@ number 0, 1 or 2, and what is written to stderr would get into that file. A call
 sent stderr to a full disk, or to a program that has ended. A warning that nobody can read would
 then raise an error and change how the program ends.
 
-Thread safety: only the main thread calls this, before there is another.
+Thread safety: the main thread calls `prepare_streams`, before there is another.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _left(worker: Worker, directory: Path) -> list[str]:
     """Return what is in the directory, except the TMPDIR of the next job."""
     settle_spares(worker)
     spare = worker._parts.spares._ready
-    return sorted(set(os.listdir(directory)) - {spare and spare.job_id})
+    return sorted(name for name in os.listdir(directory) if not spare or name != spare.job_id)
 
 
 # --- TMPDIR -----------------------------------------------------------------------------------
