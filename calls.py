@@ -33,13 +33,14 @@ import contextlib
 import ctypes
 import functools
 import logging
-import sys
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import Executor, Future
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
+
+from gathering import Gathering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,12 +72,8 @@ _CALLS_OF_ONE = 1024
 # what others have under way.
 _CALLS_IN_ALL = 4096
 _CALLS_ALWAYS = 64
-# From this many unary calls on, until half of them are left, a thread may keep the interpreter for
-# _SHORT_SWITCH_S only. With Python's 5 ms, gRPC's accepting thread falls behind at twice the
-# capacity, and gRPC cancels a fifth of the calls. With fewer calls the interval stays as it is,
-# because a short one costs streams a quarter of their rate.
+# With so many unary calls, until half are left, the accepting thread and quick clerks are gathered.
 _MANY_CALLS = 256
-_SHORT_SWITCH_S = 0.0005
 # Calls in gRPC's queue for its accepting thread, some 16 KiB of memory each. If the queue is full,
 # gRPC cancels the next call, whoever makes it.
 _CALLS_IN_CORE = 32768
@@ -251,7 +248,7 @@ class Calls(Executor):
         # One connection may have all that its caller may have. gRPC's clients wait for more.
         self.of_one_connection = self._streams_of_one + _CALLS_OF_ONE
         self.of_core = _CALLS_IN_CORE
-        self._switch_s = sys.getswitchinterval()
+        self._gathering = Gathering()
         self._arriving: Ticket | None = None  # the accepting thread alone uses it
         # The calls that wait for their request, and how to cancel each. Not guarded by the lock,
         # because single operations on a dictionary are atomic.
@@ -286,6 +283,7 @@ class Calls(Executor):
 
     def arrive(self, key: object, kind: Kind) -> Ticket:
         """Return the ticket of a call of this caller. gRPC submits the call next."""
+        self._gathering.follow()
         with self._lock:
             caller = self._callers.get(key) or _Caller(key, self._quick, self._slow)
             ticket = Ticket(self, caller, kind)
@@ -326,7 +324,7 @@ class Calls(Executor):
             caller.calls += 1
             self._calls += 1
             if self._calls == _MANY_CALLS:
-                sys.setswitchinterval(_SHORT_SWITCH_S)
+                self._gathering.begin()
         ticket.queue.tickets.append(ticket)
         self._take_turn_locked(ticket.queue)
 
@@ -401,6 +399,7 @@ class Calls(Executor):
 
     def leave(self, ticket: Ticket) -> None:
         """See `Ticket.leave`."""
+        self._gathering.leave()
         thread, lane = threading.current_thread(), ticket.queue.lane
         with self._lock:
             if lane.running.pop(thread, None) is None:
@@ -429,7 +428,7 @@ class Calls(Executor):
                 caller.calls -= 1
                 self._calls -= 1
                 if self._calls == _MANY_CALLS // 2:
-                    sys.setswitchinterval(self._switch_s)
+                    self._gathering.end()
             caller.unread -= ticket.unread
             self._unread -= ticket.unread
             self._forget_locked(caller)
@@ -470,6 +469,8 @@ class Calls(Executor):
         while ticket is not None:
             run, ticket.run = ticket.run, None
             if run is not None:
+                if lane is self._quick:
+                    self._gathering.follow()
                 try:
                     run()
                 except Exception:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
@@ -193,6 +195,49 @@ def test_answers_that_are_not_read_count_and_a_caller_without_any_is_served(
     malloy.check_unread()
     malloy.over()
     assert server.calls._unread == 0
+
+
+def test_accepting_thread_and_clerks_share_a_processor_while_many_calls_are_under_way(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow calls and streams do not, because they start jobs and go on for long."""
+    monkeypatch.setattr(calls_module, "_MANY_CALLS", 4)
+    everywhere = os.sched_getaffinity(0)
+    found: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+
+    def look(_: Ticket) -> None:
+        found.put(os.sched_getaffinity(0))
+
+    def look_as_stream(ticket: Ticket) -> None:
+        ticket.leave()
+        look(ticket)
+
+    def processors(
+        kind: Kind = Kind.QUICK, run: Callable[[Ticket], object] = look
+    ) -> tuple[set[int], set[int]]:
+        """Return those of the accepting thread and of the thread that runs a call."""
+        ticket = server.call("alice", run, kind)
+        its = found.get(timeout=GUARD_S)
+        ticket.over()
+        return os.sched_getaffinity(0), its
+
+    with ThreadPoolExecutor(1) as accepting:  # what it inherits ends with it
+
+        def do(act: Callable[..., Any], *args: object) -> Any:
+            return accepting.submit(act, *args).result()
+
+        assert do(processors) == (everywhere, everywhere)
+        tickets = do(server.hold, "mallory", 4)
+        one, same = do(processors)
+        assert one == same
+        assert len(one) == 1
+        assert do(processors, Kind.SLOW) == (one, everywhere)
+        assert do(processors, Kind.STREAM, look_as_stream) == (one, everywhere)
+        assert do(processors) == (one, one)
+        server.go_on.set()
+        for ticket in tickets:
+            ticket.over()
+        assert do(processors) == (everywhere, everywhere)
 
 
 def test_caller_that_has_no_calls_is_forgotten(server: _Server) -> None:

@@ -123,7 +123,8 @@ _MODULES = {
         "tls": "certcheck errors grpc",
     },
     "service": {
-        "calls": "; grpc",
+        "gathering": "",
+        "calls": "gathering; grpc",
         "quotas": "budget units; settings",
         "starts": "",
         "records": "audit",
