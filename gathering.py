@@ -58,16 +58,15 @@ class Gathering:
 
     def follow(self) -> None:
         """Take this thread to where it should run. This is a system call only after a change."""
-        wanted = self._wanted
-        if getattr(self._thread, "processors", self._everywhere) is not wanted:
-            self._go(wanted)
+        self._go(self._wanted)
 
     def leave(self) -> None:
         """Let this thread run everywhere, until it calls `follow` again."""
-        if getattr(self._thread, "processors", self._everywhere) is not self._everywhere:
-            self._go(self._everywhere)
+        self._go(self._everywhere)
 
     def _go(self, processors: set[int]) -> None:
+        if getattr(self._thread, "processors", self._everywhere) is processors:
+            return
         self._thread.processors = processors
         with contextlib.suppress(OSError):  # the system forbids it, or has taken the processor away
             os.sched_setaffinity(0, processors)

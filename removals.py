@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 _STAYS = "a directory of a job stays until the next worker: %s"
 _PATIENCE_S = 0.05  # most removals take some 20 microseconds
-_JOIN_S = 0.1  # whoever closes has no time
+_JOIN_S = 0.1  # how long `close` waits for all threads together: a worker must end soon
 
 
 class Removals:

@@ -188,13 +188,18 @@ def test_no_line_is_long(tmp_path_factory: Any, argv: list[str], text: str) -> N
         assert line["argv"] == argv
 
 
+def _allow(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Give each caller so many bytes and no more; shared lines are written when the server stops."""
+    monkeypatch.setattr("records._ALLOWANCE_BYTES", size)
+    monkeypatch.setattr("records._ALLOWANCE_BPS", 0)
+    monkeypatch.setattr("records._TOGETHER_S", GUARD_S)
+
+
 def test_flood_of_one_user_writes_little_and_starts_are_all_on_record(
     serve: Serve, connect: Connect, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the API: calls that only read share lines, jobs that were started and stopped do not."""
-    monkeypatch.setattr("records._ALLOWANCE_BYTES", 10_000)
-    monkeypatch.setattr("records._ALLOWANCE_BPS", 0)
-    monkeypatch.setattr("records._TOGETHER_S", GUARD_S)
+    _allow(monkeypatch, 10_000)
     server = serve(audit_log=path)
     client = connect("user", server.address)
     job_id = run_job(client, "echo", ["x" * 5000])
@@ -221,9 +226,7 @@ def test_calls_share_a_line_whatever_names_the_client_gives_them(
     calls_of_one: int,
 ) -> None:
     """Over the API: methods that do not exist, served and refused for overload; and refreshes."""
-    monkeypatch.setattr("records._ALLOWANCE_BYTES", 1000)
-    monkeypatch.setattr("records._ALLOWANCE_BPS", 0)
-    monkeypatch.setattr("records._TOGETHER_S", GUARD_S)
+    _allow(monkeypatch, 1000)
     server = serve(audit_log=path)
     client = connect("user", server.address)
     monkeypatch.setattr("calls._CALLS_OF_ONE", calls_of_one)
