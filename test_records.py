@@ -189,7 +189,7 @@ def test_no_line_is_long(tmp_path_factory: Any, argv: list[str], text: str) -> N
 
 
 def _allow(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Give each caller so many bytes and no more; shared lines are written when the server stops."""
+    """Give each caller so many bytes; shared lines are written when the server stops."""
     monkeypatch.setattr("records._ALLOWANCE_BYTES", size)
     monkeypatch.setattr("records._ALLOWANCE_BPS", 0)
     monkeypatch.setattr("records._TOGETHER_S", GUARD_S)
